@@ -1,0 +1,142 @@
+"""Every error Trilith raises; embedded and remote callers see the same classes.
+
+TrilithError
+├── InvalidRequestError (also ValueError)   the call itself is wrong
+│   └── NonFiniteError                      NaN or infinity where a gradient or weight was due
+├── UnknownTableError (also KeyError)       no such table
+├── UnknownVariableError (also KeyError)    no such dense variable
+├── TableExistsError                        the name is taken by another config
+├── ClusterMismatchError                    shards disagree with the caller about who they are
+├── ShardRestartedError                     a PS came back without what this caller had written
+├── MemoryLimitError                        the PS refuses new rows
+├── OverloadedError                         the PS's queue is full; worth retrying
+├── UnavailableError                        the PS cannot be reached; worth retrying
+├── DeadlineExceededError                   the answer did not come in time
+├── CheckpointError                         a checkpoint is missing, incomplete or damaged
+├── ClosedError                             the client or PS was closed
+└── InternalError                           a fault of Trilith's own
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "BY_NAME",
+    "CheckpointError",
+    "ClosedError",
+    "ClusterMismatchError",
+    "DeadlineExceededError",
+    "InternalError",
+    "InvalidRequestError",
+    "MemoryLimitError",
+    "NonFiniteError",
+    "OverloadedError",
+    "ShardRestartedError",
+    "TableExistsError",
+    "TrilithError",
+    "UnavailableError",
+    "UnknownTableError",
+    "UnknownVariableError",
+]
+
+
+class TrilithError(Exception):
+    """Base of all errors; `status` is the name of the gRPC status that carries it."""
+
+    status: ClassVar[str] = "INTERNAL"
+
+    def __str__(self) -> str:
+        # KeyError's own __str__ would quote the message.
+        return Exception.__str__(self)
+
+
+class InvalidRequestError(TrilithError, ValueError):
+    """The call itself is wrong: a shape, a dtype, a range, a config."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class NonFiniteError(InvalidRequestError):
+    """NaN or infinity where a gradient or weight was due; nothing was sent or changed."""
+
+
+class UnknownTableError(TrilithError, KeyError):
+    """The table is not part of this cluster."""
+
+    status = "NOT_FOUND"
+
+
+class UnknownVariableError(TrilithError, KeyError):
+    """The dense variable is not part of this cluster."""
+
+    status = "NOT_FOUND"
+
+
+class TableExistsError(TrilithError):
+    """The name is taken by a table or variable with another config."""
+
+    status = "ALREADY_EXISTS"
+
+
+class ClusterMismatchError(TrilithError):
+    """Shards disagree with the caller about order, count or owner rule."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class ShardRestartedError(TrilithError):
+    """A PS came back in a new incarnation, so it may lack writes this caller had made."""
+
+    status = "ABORTED"
+
+
+class MemoryLimitError(TrilithError):
+    """The PS is at its memory limit and refuses new rows; rows it holds go on being served."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
+class OverloadedError(TrilithError):
+    """The PS has as many requests waiting as it accepts; worth retrying."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
+class UnavailableError(TrilithError):
+    """The PS cannot be reached; worth retrying."""
+
+    status = "UNAVAILABLE"
+
+
+class DeadlineExceededError(TrilithError):
+    """The answer did not come before the deadline."""
+
+    status = "DEADLINE_EXCEEDED"
+
+
+class CheckpointError(TrilithError):
+    """A checkpoint or dump is missing, incomplete, damaged or of another model."""
+
+    status = "DATA_LOSS"
+
+
+class ClosedError(TrilithError):
+    """The client or PS was closed before the call."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class InternalError(TrilithError):
+    """A fault of Trilith's own; the log of the process that raised it has the traceback."""
+
+
+def _tree(cls: type[TrilithError]) -> dict[str, type[TrilithError]]:
+    found = {cls.__name__: cls}
+    for child in cls.__subclasses__():
+        found.update(_tree(child))
+    return found
+
+
+BY_NAME: dict[str, type[TrilithError]] = _tree(TrilithError)
+"""Class by name: what crosses the wire is the name."""

@@ -1,0 +1,212 @@
+"""Shard: the seam between the client and whatever holds rows, in this process or behind gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith_proto import ps_pb2
+
+__all__ = [
+    "DensePart",
+    "Float32Array",
+    "IdPart",
+    "Shard",
+    "UInt64Array",
+    "UpdatePart",
+    "Write",
+]
+
+UInt64Array: TypeAlias = npt.NDArray[np.uint64]
+Float32Array: TypeAlias = npt.NDArray[np.float32]
+FloatArray: TypeAlias = npt.NDArray[Any]  # float32, or float16 as it came over the wire
+
+
+@dataclass(frozen=True, slots=True)
+class IdPart:
+    """One table's ids in a lookup.
+
+    Attributes:
+        table: Table name.
+        ids: uint64[n], C-contiguous (may be unaligned), repeats allowed.
+    """
+
+    table: str
+    ids: UInt64Array
+
+
+@dataclass(frozen=True, slots=True)
+class UpdatePart:
+    """One table's rows in a write.
+
+    Attributes:
+        table: Table name.
+        ids: uint64[n]; repeats are applied one after another, in order.
+        values: float32 or float16 [n, dim], C-contiguous: gradients, new weights or increments.
+        counts: uint32[n] occurrences each id stands for, or None for one each. Gradients only.
+        learning_rates: float32[segments], or None for the rates of the config. Gradients only.
+    """
+
+    table: str
+    ids: UInt64Array
+    values: FloatArray
+    counts: npt.NDArray[np.uint32] | None = None
+    learning_rates: Float32Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DensePart:
+    """One partition of a dense variable.
+
+    Attributes:
+        name: Variable name.
+        partition: Its index, from 0.
+        values: float32[size].
+    """
+
+    name: str
+    partition: int
+    values: Float32Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Write:
+    """What travels with every write.
+
+    Attributes:
+        client_id: Random per client object; 0 means the write has no identity and is never deduplicated.
+        sequence: Counts up by one per write of that client, from 1.
+        incarnation: The shard's incarnation that the caller knows; 0 accepts any.
+        global_step: The model's step, for optimizers and readers that use it.
+        request_time: Unix seconds; becomes the rows' last update.
+        allow_non_finite: Accept NaN and infinity.
+        dedup: Gradients only: sum the gradients of equal ids into one step each.
+    """
+
+    client_id: int = 0
+    sequence: int = 0
+    incarnation: int = 0
+    global_step: int = 0
+    request_time: int = 0
+    allow_non_finite: bool = False
+    dedup: bool = False
+
+
+ANY_WRITE = Write()
+
+
+@dataclass(frozen=True, slots=True)
+class EntryPage:
+    """One page of a table's dump: serialized EntryDumps with ids, and the offset of the next page."""
+
+    entries: list[bytes]
+    offset: int = field(default=0)
+
+
+class Shard(Protocol):
+    """One shard of every table: the ids that one PS owns.
+
+    A call is one unit of routing, not a transaction: rows change atomically one by one. Every method raises the classes
+    of `trilith.errors` and takes a `timeout_s` (seconds until DeadlineExceededError; an embedded store ignores it).
+    """
+
+    def describe(self, *, timeout_s: float | None = None) -> ps_pb2.DescribeResponse:
+        """Say which shard this is and what it holds."""
+
+    def create_tables(
+        self, configs: Sequence[ps_pb2.TableConfig], *, incarnation: int = 0, timeout_s: float | None = None
+    ) -> None:
+        """Create tables; repeating is fine, another config under a known name is TableExistsError."""
+
+    def lookup(
+        self, parts: Sequence[IdPart], *, float16: bool = False, timeout_s: float | None = None
+    ) -> list[FloatArray]:
+        """Return per part float32[n, dim] rows (float16 if asked), zeros where an id has no row. Never inserts."""
+
+    def apply_gradients(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
+        """Take one optimizer step per id occurrence, in order; creates missing rows that pass the filter."""
+
+    def assign(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
+        """Set weights."""
+
+    def assign_add(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
+        """Add to weights."""
+
+    def reinitialize(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> npt.NDArray[np.int8]:
+        """Reset rows; int8[n]: 1 existed, 0 was created, -1 unknown table."""
+
+    def contains(self, part: IdPart, *, timeout_s: float | None = None) -> npt.NDArray[np.bool_]:
+        """bool[n]: whether each id has a row."""
+
+    def lookup_entries(self, part: IdPart, *, timeout_s: float | None = None) -> list[bytes]:
+        """Per id a serialized EntryDump without id, b"" where there is no row."""
+
+    def dump_entries(
+        self, table: str, *, part: int, parts: int, limit: int, offset: int = 0, timeout_s: float | None = None
+    ) -> EntryPage:
+        """Page through `part` of `parts` of the table's rows; fewer than `limit` entries mean the part is done."""
+
+    def erase(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> int:
+        """Delete rows; returns how many there were."""
+
+    def evict(
+        self, tables: Sequence[str], write: Write, *, now: int = 0, timeout_s: float | None = None
+    ) -> Mapping[str, int]:
+        """Delete expired rows of `tables` (all if empty), judged at `now` (0: each table's newest update)."""
+
+    def clear(self, tables: Sequence[str], write: Write, *, timeout_s: float | None = None) -> Mapping[str, int]:
+        """Drop every row of `tables`; returns rows removed by table."""
+
+    def stats(self, *, timeout_s: float | None = None) -> ps_pb2.StatsResponse:
+        """Counters and sizes."""
+
+    def create_variables(
+        self,
+        specs: Sequence[ps_pb2.VariableSpec],
+        initial: Sequence[Float32Array],
+        *,
+        incarnation: int = 0,
+        timeout_s: float | None = None,
+    ) -> list[bool]:
+        """Create partitions with initial float32[size] values; existing ones keep theirs. True: created now."""
+
+    def pull_variables(
+        self, refs: Sequence[tuple[str, int]], *, timeout_s: float | None = None
+    ) -> tuple[list[Float32Array], int]:
+        """Current values of (name, partition)s, and the global step."""
+
+    def apply_dense_gradients(
+        self,
+        parts: Sequence[DensePart],
+        write: Write,
+        *,
+        learning_rate: float = 0.0,
+        timeout_s: float | None = None,
+    ) -> None:
+        """One step of each partition's own optimizer; `learning_rate` 0 takes the optimizer's own."""
+
+    def assign_variables(self, parts: Sequence[DensePart], write: Write, *, timeout_s: float | None = None) -> None:
+        """Set partitions' values."""
+
+    def global_step(
+        self,
+        *,
+        advance: int | None = None,
+        set_to: int | None = None,
+        write: Write = ANY_WRITE,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Read the step counter, after advancing or setting it."""
+
+    def save(self, path: str, *, timeout_s: float | None = None) -> ps_pb2.SaveResponse:
+        """Write this shard's files of a checkpoint; the caller writes the manifest."""
+
+    def restore(self, path: str, *, timeout_s: float | None = None) -> ps_pb2.RestoreResponse:
+        """Replace this shard's content by its part of a complete checkpoint."""
+
+    def close(self) -> None:
+        """Release what the shard holds; further calls raise ClosedError."""
