@@ -1,0 +1,118 @@
+# Every task of the project, one line each; `make` lists them. A task makes the environment it needs, so a fresh machine
+# with Python 3.11 or later and make runs any of them.
+
+PYTHON ?= python3
+# Where pip looks for torch beside its usual index. Empty takes the default build, which on Linux is the large CUDA one;
+# https://download.pytorch.org/whl/cpu is PyTorch's own index of the small CPU builds: make demo TORCH_INDEX=<that>
+TORCH_INDEX ?=
+# More arguments for the program a task runs: make demo ARGS="--model deepfm"
+ARGS ?=
+# Shards and trainers of `make up`.
+PS ?= 2
+WORKERS ?= 0
+# Processes that share the tests.
+JOBS ?= 2
+
+BIN := .venv/bin
+VENV := .venv/.stamp
+PROTO_BIN := .venv-proto/bin
+PROTO_VENV := .venv-proto/.stamp
+PYTEST := $(BIN)/python -m pytest
+TIERS := tests/unit tests/congruence tests/conformance tests/golden tests/integration
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test test-nojit lint format proto proto-check wheel-check conformance bench up down clean
+
+help:  ## list the tasks
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+venv: $(VENV)  ## make the environment (every other task does so itself)
+
+demo: $(VENV)  ## train a click model on MovieLens with two PS and two workers
+	$(BIN)/trilith demo $(ARGS)
+
+test: $(VENV)  ## all tests that need neither docker nor a quiet machine
+	$(PYTEST) -n $(JOBS) --dist loadfile $(TIERS) $(ARGS)
+
+test-nojit: $(VENV)  ## the unit tests with kernels as plain Python: breakpoints and coverage work
+	NUMBA_DISABLE_JIT=1 $(PYTEST) -n $(JOBS) --dist loadfile tests/unit $(ARGS)
+
+lint: $(VENV)  ## format check, lint, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)  ## format, and fix what ruff can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: $(PROTO_VENV)  ## write the stubs beside the .proto files
+	$(call generate,protos)
+
+proto-check: $(PROTO_VENV)  ## fail if the committed stubs are stale
+	@rm -rf build/proto-check && mkdir -p build/proto-check
+	@$(call generate,build/proto-check)
+	@cd build/proto-check/trilith_proto && stale=0; \
+	for stub in *_pb2*; do \
+	  cmp -s "$$stub" "$(CURDIR)/protos/trilith_proto/$$stub" || { echo "stale: protos/trilith_proto/$$stub (run make proto)"; stale=1; }; \
+	done; \
+	for stub in "$(CURDIR)"/protos/trilith_proto/*_pb2*; do \
+	  test -e "$$(basename "$$stub")" || { echo "orphan: $$stub"; stale=1; }; \
+	done; \
+	test $$stale = 0 && echo "the stubs are fresh"
+
+wheel-check: $(VENV)  ## build the wheel and check that it holds the three packages and nothing else
+	@rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	@$(BIN)/python -c 'import pathlib, sys, zipfile; \
+	wheel, = pathlib.Path("build/wheel").glob("trilith-*.whl"); \
+	tops = sorted({name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}); \
+	print(wheel.name, tops); \
+	sys.exit(tops != ["trilith", "trilith_proto", "trilith_services"])'
+
+conformance: $(VENV)  ## run the engine's vector file
+	$(BIN)/python -m tests.conformance engine tests/golden/engine.json
+
+bench: $(VENV)  ## measure against references in the same run; writes build/bench.json (wants a quiet machine)
+	@mkdir -p build
+	$(BIN)/python -m tests.bench $(ARGS)
+
+up: $(VENV)  ## start a local cluster in the background (PS=2 WORKERS=0); its log is build/up.log
+	@mkdir -p build
+	@if test -e build/up.pid && kill -0 "$$(cat build/up.pid)" 2>/dev/null; then echo "already up, pid $$(cat build/up.pid)"; exit 1; fi
+	@$(BIN)/trilith up --ps $(PS) --workers $(WORKERS) $(ARGS) >build/up.log 2>&1 & echo $$! >build/up.pid
+	@echo "starting $(PS) PS, pid $$(cat build/up.pid): see build/up.log; make down stops it"
+
+down:  ## stop what `make up` started
+	@if test -e build/up.pid && kill -TERM "$$(cat build/up.pid)" 2>/dev/null; then \
+	  while kill -0 "$$(cat build/up.pid)" 2>/dev/null; do sleep 0.2; done; echo stopped; \
+	else echo "nothing is up"; fi
+	@rm -f build/up.pid
+
+clean:  ## remove environments, caches and build results
+	rm -rf .venv .venv-proto build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks
+	find protos client services tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; name another with make PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo "error: $(PYTHON) cannot make environments (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c requirements.lock -e '.[torch,dev]'
+	@touch $@
+
+# The oldest versions we support: generated code refuses a runtime older than its generator.
+$(PROTO_VENV): Makefile
+	@test -x $(PROTO_BIN)/python || $(PYTHON) -m venv .venv-proto
+	$(PROTO_BIN)/python -m pip install --quiet grpcio-tools==1.68.1 mypy-protobuf==3.6.0
+	@touch $@
+
+# $(call generate,DIR): messages for every .proto, services for the one that has any.
+define generate
+PATH="$(CURDIR)/$(PROTO_BIN):$$PATH" $(PROTO_BIN)/python -m grpc_tools.protoc -I protos \
+  --python_out=$(1) --mypy_out=quiet:$(1) protos/trilith_proto/*.proto && \
+PATH="$(CURDIR)/$(PROTO_BIN):$$PATH" $(PROTO_BIN)/python -m grpc_tools.protoc -I protos \
+  --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) protos/trilith_proto/ps.proto
+endef
