@@ -1,0 +1,148 @@
+"""Compilation of kernels: one decorator for all of them, and an on-disk cache that processes can share.
+
+Numba's own cache keeps an index file per function, and two processes that compile at once can leave an index that names
+the wrong code. Here an entry is one file whose name is a digest of everything the machine code depends on, written to a
+temporary name and renamed: a reader sees a whole entry or none, and no writer can spoil another's.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+from numba.core import config as numba_config
+from numba.core.caching import _Cache
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+
+__all__ = ["JIT_DISABLED", "KERNELS", "cache_directory", "inlined", "kernel", "warm"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+JIT_DISABLED: bool = bool(numba_config.DISABLE_JIT)
+"""NUMBA_DISABLE_JIT=1: kernels are the plain Python functions, for breakpoints and coverage."""
+
+KERNELS: list[Callable[..., Any]] = []
+"""Every function made by `kernel`, for the conventions test."""
+
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: $TRILITH_CACHE/kernels, else ~/.cache/trilith/kernels."""
+    root = os.environ.get("TRILITH_CACHE")
+    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "trilith"
+    return base / "kernels"
+
+
+def inlined(function: _F) -> _F:
+    """Mark a helper that kernels call; it is compiled into each of them."""
+    return numba.njit(forceinline=True, **_OPTIONS)(function)  # type: ignore[no-any-return]
+
+
+def kernel(signature: str, *, variant: str = "") -> Callable[[_F], _F]:
+    """Make a compiled function out of a plain one.
+
+    The function releases the GIL, divides like NumPy and never reorders floating-point arithmetic. It is compiled at the
+    first call or by `warm`, from the disk cache where possible.
+
+    Args:
+        signature: Numba types of the arguments, such as "void(int64, float32)". Callers must pass exactly these.
+        variant: What tells functions apart that one factory makes from one source.
+    """
+
+    def decorate(function: _F) -> _F:
+        KERNELS.append(function)
+        if JIT_DISABLED:
+            return function
+        dispatcher = numba.njit(**_OPTIONS)(function)
+        dispatcher._cache = _KernelCache(function, variant)
+        dispatcher.trilith_signature = signature
+        return dispatcher  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def warm(*kernels: Callable[..., Any]) -> None:
+    """Compile kernels for their declared signatures, or load them from the cache."""
+    for each in kernels:
+        if not JIT_DISABLED:
+            each.compile(each.trilith_signature)  # type: ignore[attr-defined]
+
+
+class _KernelCache(_Cache):  # type: ignore[misc]
+    """One file per compiled overload, named by content."""
+
+    def __init__(self, function: Callable[..., Any], variant: str) -> None:
+        source = Path(function.__code__.co_filename)
+        self._identity = (
+            function.__module__,
+            function.__qualname__,
+            variant,
+            numba.__version__,
+            _fingerprint(source.parent),
+            _fingerprint(Path(__file__).parent),
+        )
+        self._name = function.__name__
+        self._enabled = True
+
+    @property
+    def cache_path(self) -> str:
+        return str(cache_directory())
+
+    def load_overload(self, sig: Any, target_context: Any) -> CompileResult | None:
+        if not self._enabled:
+            return None
+        target_context.refresh()
+        path = self._path(sig, target_context.codegen())
+        try:
+            payload = pickle.loads(path.read_bytes())
+        except OSError:
+            return None
+        except Exception:  # a damaged entry of any kind is a miss; the compiled result will replace it
+            return None
+        return CompileResult._rebuild(target_context, *payload)
+
+    def save_overload(self, sig: Any, data: CompileResult) -> None:
+        if not self._enabled or data.library.has_dynamic_globals:
+            return
+        path = self._path(sig, data.codegen)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handle, temporary = tempfile.mkstemp(dir=path.parent)
+            with os.fdopen(handle, "wb") as file:
+                file.write(dumps(data._reduce()))
+            os.replace(temporary, path)
+        except OSError:
+            # No home, a read-only root file system, a full disk: compile at every start instead.
+            self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def flush(self) -> None:
+        """Numba calls this on recompile; entries are named by content, so none is ever stale."""
+
+    def _path(self, sig: Any, codegen: Any) -> Path:
+        digest = hashlib.sha256(repr((self._identity, sig, codegen.magic_tuple())).encode()).hexdigest()
+        return cache_directory() / f"{self._name}-{digest[:32]}.bin"
+
+
+@functools.cache
+def _fingerprint(folder: Path) -> str:
+    """Digest of the sources of `folder`: kernels inline helpers from their whole package."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

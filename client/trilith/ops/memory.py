@@ -1,0 +1,224 @@
+"""Raw memory for kernels: loads, stores and prefetches at addresses, and how Python objects lend their addresses.
+
+Kernels take addresses (int64) rather than arrays where rows live in mapped memory or came over the wire: nothing is
+reference-counted in inner loops, unaligned and read-only buffers need no second compilation, and a call costs no unboxing.
+Whoever passes an address keeps the memory alive until the call returns. With the JIT off the same functions go through ctypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from trilith.ops.jit import JIT_DISABLED, inlined
+
+__all__ = [
+    "address_of",
+    "copy_floats",
+    "copy_line",
+    "load_f16",
+    "load_f32",
+    "load_i8",
+    "load_u16",
+    "load_u32",
+    "load_u64",
+    "load_u8",
+    "new_bytes",
+    "prefetch",
+    "store_f16",
+    "store_f32",
+    "store_i8",
+    "store_u16",
+    "store_u32",
+    "store_u64",
+    "store_u8",
+    "tune_allocator",
+    "writable_view",
+]
+
+_VOID_POINTER = ir.IntType(8).as_pointer()
+
+
+def _pointer(builder: Any, address: Any, index: Any, element: ir.Type) -> Any:
+    base = builder.inttoptr(address, element.as_pointer())
+    return builder.gep(base, [index], inbounds=True, source_etype=element)
+
+
+def _loader(element: ir.Type, result: types.Type, twin: Callable[[int, int], Any], widen: ir.Type | None = None) -> Any:
+    """Make `load(address, index)`: element `index` of the array at `address`, of any alignment."""
+    if JIT_DISABLED:
+        return twin
+
+    @intrinsic
+    def load(typingctx: Any, address: Any, index: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value = builder.load(_pointer(builder, args[0], args[1], element), align=1, typ=element)
+            return builder.fpext(value, widen) if widen is not None else value
+
+        return result(types.int64, types.int64), generate
+
+    return load
+
+
+def _storer(element: ir.Type, value_type: types.Type, twin: Callable[[int, int, Any], None], narrow: bool = False) -> Any:
+    """Make `store(address, index, value)`."""
+    if JIT_DISABLED:
+        return twin
+
+    @intrinsic
+    def store(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value = builder.fptrunc(args[2], element) if narrow else args[2]
+            builder.store(value, _pointer(builder, args[0], args[1], element), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, value_type), generate
+
+    return store
+
+
+def _twins(dtype: npt.DTypeLike, widen: type[np.generic] | None = None) -> tuple[Any, Any]:
+    kind = np.dtype(dtype)
+
+    def load(address: int, index: int) -> Any:
+        raw = ctypes.string_at(int(address) + int(index) * kind.itemsize, kind.itemsize)
+        value = np.frombuffer(raw, kind)[0]
+        return widen(value) if widen is not None else value
+
+    def store(address: int, index: int, value: Any) -> None:
+        with np.errstate(over="ignore"):
+            raw = np.asarray(value).astype(kind).tobytes()
+        ctypes.memmove(int(address) + int(index) * kind.itemsize, raw, kind.itemsize)
+
+    return load, store
+
+
+_U64 = _twins(np.uint64)
+_U32 = _twins(np.uint32)
+_U16 = _twins(np.uint16)
+_U8 = _twins(np.uint8)
+_I8 = _twins(np.int8)
+_F32 = _twins(np.float32)
+_F16 = _twins(np.float16, np.float32)
+
+load_u64 = _loader(ir.IntType(64), types.uint64, _U64[0])
+store_u64 = _storer(ir.IntType(64), types.uint64, _U64[1])
+load_u32 = _loader(ir.IntType(32), types.uint32, _U32[0])
+store_u32 = _storer(ir.IntType(32), types.uint32, _U32[1])
+load_u16 = _loader(ir.IntType(16), types.uint16, _U16[0])
+store_u16 = _storer(ir.IntType(16), types.uint16, _U16[1])
+load_u8 = _loader(ir.IntType(8), types.uint8, _U8[0])
+store_u8 = _storer(ir.IntType(8), types.uint8, _U8[1])
+load_i8 = _loader(ir.IntType(8), types.int8, _I8[0])
+store_i8 = _storer(ir.IntType(8), types.int8, _I8[1])
+load_f32 = _loader(ir.FloatType(), types.float32, _F32[0])
+store_f32 = _storer(ir.FloatType(), types.float32, _F32[1])
+load_f16 = _loader(ir.HalfType(), types.float32, _F16[0], widen=ir.FloatType())
+store_f16 = _storer(ir.HalfType(), types.float32, _F16[1], narrow=True)
+
+
+if JIT_DISABLED:
+
+    def prefetch(address: int) -> None:
+        """Hint that the cache line at `address` will be used; plain Python has no such hint."""
+
+else:
+
+    @intrinsic
+    def prefetch(typingctx: Any, address: Any) -> Any:
+        """Hint that the cache line at `address` will be used soon; any address is harmless."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            i32 = ir.IntType(32)
+            declared = builder.module.declare_intrinsic(
+                "llvm.prefetch", [_VOID_POINTER], ir.FunctionType(ir.VoidType(), [_VOID_POINTER, i32, i32, i32])
+            )
+            pointer = builder.inttoptr(args[0], _VOID_POINTER)
+            builder.call(declared, [pointer, i32(1), i32(3), i32(1)])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+
+def address_of(array: npt.NDArray[Any]) -> int:
+    """Address of the first element; the caller keeps the array alive."""
+    return int(array.__array_interface__["data"][0])
+
+
+_allocate = ctypes.pythonapi.PyBytes_FromStringAndSize
+_allocate.restype = ctypes.py_object
+_allocate.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
+_BYTES_HEADER = bytes.__basicsize__ - 1
+
+
+def new_bytes(size: int) -> bytes:
+    """A bytes object with undefined content, to be filled through `writable_view` before anyone else sees it."""
+    return _allocate(None, size)  # type: ignore[no-any-return]
+
+
+def writable_view(data: bytes) -> npt.NDArray[np.uint8]:
+    """uint8[len(data)] over the bytes object's own memory, which the caller alone holds. Keeps `data` alive."""
+    if not data:
+        return np.empty(0, np.uint8)
+    buffer = (ctypes.c_char * len(data)).from_address(id(data) + _BYTES_HEADER)
+    buffer._owner = data  # type: ignore[attr-defined]
+    return np.frombuffer(buffer, np.uint8)
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def tune_allocator() -> None:
+    """Keep glibc from giving megabyte buffers back to the kernel after every call.
+
+    Measured with 4 MB gRPC messages: up to 2.4 times the throughput, and stable. Does nothing without glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+    mallopt(_M_TOP_PAD, 64 << 20)
+
+
+if JIT_DISABLED:
+
+    def copy_line(target: int, source: int) -> None:
+        """Copy 64 bytes between addresses that do not overlap."""
+        ctypes.memmove(int(target), int(source), 64)
+
+else:
+
+    @intrinsic
+    def copy_line(typingctx: Any, target: Any, source: Any) -> Any:
+        """Copy 64 bytes between addresses that do not overlap.
+
+        One wide load and store: LLVM turns a memcpy of constant size into `rep movsb` on processors that call it fast, which
+        is several times slower for scattered rows (measured), and cannot vectorise a loop whose pointers may alias.
+        """
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            line = ir.VectorType(ir.FloatType(), 16)
+            to, origin = (builder.inttoptr(arg, line.as_pointer()) for arg in args)
+            builder.store(builder.load(origin, align=1, typ=line), to, align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+
+@inlined
+def copy_floats(target: int, source: int, count: int) -> None:
+    """Copy `count` float32 between addresses that do not overlap."""
+    lines = count // 16
+    for line in range(lines):
+        copy_line(target + 64 * line, source + 64 * line)
+    for i in range(16 * lines, count):
+        store_f32(target, i, load_f32(source, i))
