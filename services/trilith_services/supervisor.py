@@ -1,0 +1,452 @@
+"""Local processes of one run: prefixed logs, restarts for what dies, and a clean end.
+
+with Supervisor(console, log_dir) as supervisor, StopRequest() as stop:
+    ps = PsCluster(supervisor, count=2, checkpoint_dir="ckpt").start()
+    supervisor.start(ProcessSpec(name="worker-0", argv=[...], restart="on-failure"))
+    while supervisor.running(prefix="worker-") and not stop.wait(0.2):
+        supervisor.poll()
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Literal, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+from rich.text import Text
+
+from trilith.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
+
+__all__ = ["Ended", "ProcessSpec", "PsCluster", "StopRequest", "Supervisor", "free_ports", "trilith_argv"]
+
+Restart = Literal["never", "on-failure", "always"]
+
+TAIL_LINES = 40
+REFUSED = 2  # exit status of a command that was given something it cannot work with: trying again cannot help
+_COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_magenta", "bright_green")
+
+# Asks the kernel for SIGTERM when the supervisor dies, whatever kills it, then becomes the command. A tiny program
+# instead of a preexec_fn, which may deadlock in a process that has threads.
+_DIE_WITH_PARENT = """
+import ctypes, os, sys
+parent = int(sys.argv[1])
+try:
+    ctypes.CDLL(None).prctl(1, 15)
+except (OSError, AttributeError):
+    pass
+if os.getppid() != parent:
+    sys.exit(143)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessSpec:
+    """One process to run.
+
+    Attributes:
+        name: Prefix of its log lines and name of its log file, such as "ps-0".
+        argv: The command.
+        env: Variables added to this process's own.
+        restart: When to start it again after it ended by itself. Exit status 2 is never retried.
+        health: host:port whose gRPC health service says SERVING when it is ready; empty if it has none.
+    """
+
+    name: str
+    argv: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+    restart: Restart = "never"
+    health: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A process ended by itself.
+
+    Attributes:
+        name: Its spec's name.
+        status: Exit status; minus the signal if one killed it.
+        restarted: Whether it has been started again.
+        tail: Its last lines.
+    """
+
+    name: str
+    status: int
+    restarted: bool
+    tail: tuple[str, ...]
+
+    @property
+    def how(self) -> str:
+        """In words."""
+        return describe_status(self.status)
+
+
+class _Process:
+    """A running process, the thread that copies its output, and when it died before."""
+
+    def __init__(self, spec: ProcessSpec, log: IO[bytes], show: Callable[[str], None]) -> None:
+        self.spec = spec
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.deaths: deque[float] = deque()
+        self.status: int | None = None
+        self._log = log
+        self._show = show
+        self.start()
+
+    def start(self) -> None:
+        """Start or start again; later lines go to the same log."""
+        self.status = None
+        self.popen = subprocess.Popen(
+            [sys.executable, "-S", "-E", "-c", _DIE_WITH_PARENT, str(os.getpid()), *self.spec.argv],
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.spec.env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C on the terminal reaches the supervisor only, which stops things in order
+        )
+        self._reader = threading.Thread(target=self._copy, args=(self.popen.stdout,), daemon=True)
+        self._reader.start()
+
+    def _copy(self, output: IO[bytes]) -> None:
+        with output:
+            for raw in output:
+                self._log.write(raw)
+                self._log.flush()
+                line = raw.decode(errors="replace").rstrip("\r\n")
+                self.tail.append(line)
+                self._show(line)
+
+    def reap(self) -> int | None:
+        """Exit status if it has ended, its output copied."""
+        if self.status is None and (status := self.popen.poll()) is not None:
+            # A grandchild may hold the pipe open; what the process itself wrote is there at once.
+            self._reader.join(timeout=1.0)
+            self.status = status
+        return self.status
+
+    def signal(self, number: int, *, group: bool = False) -> None:
+        """Send a signal to the process, or to all it started too."""
+        try:
+            if group:
+                os.killpg(self.popen.pid, number)
+            elif self.popen.poll() is None:
+                self.popen.send_signal(number)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+    def close(self) -> None:
+        self._log.close()
+
+
+class Supervisor:
+    """Starts processes, copies their output with a coloured prefix, restarts what dies, and stops everything.
+
+    A process that dies `max_deaths` times within `death_window_s` ends the run: `poll` raises UnavailableError with the
+    tail of its log. Call `start` and `poll` from one thread that lives as long as the processes shall, the main one:
+    the kernel ends them when that thread ends. Not thread-safe otherwise.
+    """
+
+    def __init__(
+        self,
+        console: Console | None = None,
+        log_dir: str | Path | None = None,
+        *,
+        grace_s: float = 20.0,
+        max_deaths: int = 3,
+        death_window_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.console = Console(stderr=True) if console is None else console
+        self.log_dir = Path(tempfile.mkdtemp(prefix="trilith-logs-") if log_dir is None else log_dir)
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self._grace_s = grace_s
+        self._max_deaths = max_deaths
+        self._death_window_s = death_window_s
+        self._clock = clock
+        self._processes: dict[str, _Process] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self, spec: ProcessSpec) -> None:
+        """Start a process; its log is `<log_dir>/<name>.log`, appended to."""
+        old = self._processes.get(spec.name)
+        if old is not None:
+            if old.reap() is None:
+                raise InvalidRequestError(f"process {spec.name!r} is running already")
+            old.close()
+        colour = _COLOURS[len(self._processes) % len(_COLOURS)]
+        log = (self.log_dir / f"{spec.name}.log").open("ab")
+        self._processes[spec.name] = _Process(spec, log, self._printer(spec.name, colour))
+
+    def _printer(self, name: str, colour: str) -> Callable[[str], None]:
+        prefix = Text(f"{name:<9}| ", style=colour)
+
+        def show(line: str) -> None:
+            self.console.print(prefix + Text.from_ansi(line), soft_wrap=True, highlight=False)
+
+        return show
+
+    def say(self, message: str, *, style: str = "bold") -> None:
+        """Print a line of the supervisor's own."""
+        self.console.print(Text(f"{'trilith':<9}| ", style="bold") + Text(message, style=style), soft_wrap=True)
+
+    def running(self, prefix: str = "") -> list[str]:
+        """Names of the processes that have not ended."""
+        return [
+            name
+            for name, process in self._processes.items()
+            if name.startswith(prefix) and process.status is None and process.popen.poll() is None
+        ]
+
+    def pid(self, name: str) -> int:
+        """Process id, of the present one if it was restarted."""
+        return self._process(name).popen.pid
+
+    def tail(self, name: str) -> list[str]:
+        """The last lines it printed."""
+        return list(self._process(name).tail)
+
+    def status(self, name: str) -> int | None:
+        """Exit status, None while it runs."""
+        return self._process(name).reap()
+
+    def signal(self, name: str, number: int) -> None:
+        """Send a signal."""
+        self._process(name).signal(number)
+
+    def poll(self) -> list[Ended]:
+        """See who has ended since the last call, and restart those whose spec says so.
+
+        Raises:
+            UnavailableError: A process that should be running keeps dying, or refused to start (exit status 2).
+        """
+        ended: list[Ended] = []
+        for name, process in self._processes.items():
+            if process.status is not None:
+                continue  # known already
+            status = process.reap()
+            if status is None:
+                continue
+            again = process.spec.restart == "always" or (process.spec.restart == "on-failure" and status != 0)
+            if again:
+                self._count_death(process, status)
+                self.say(f"{name} {describe_status(status)}; starting it again", style="bold yellow")
+                process.start()
+            ended.append(Ended(name=name, status=status, restarted=again, tail=tuple(process.tail)))
+        return ended
+
+    def _count_death(self, process: _Process, status: int) -> None:
+        name, now = process.spec.name, self._clock()
+        process.deaths.append(now)
+        while now - process.deaths[0] > self._death_window_s:
+            process.deaths.popleft()
+        if status == REFUSED:
+            raise UnavailableError(f"{name} refused to run (status {REFUSED})\n{self._last_lines(name)}")
+        if len(process.deaths) >= self._max_deaths:
+            raise UnavailableError(
+                f"{name} keeps dying: {len(process.deaths)} times within {self._death_window_s:g} s, "
+                f"at last it {describe_status(status)}\n{self._last_lines(name)}"
+            )
+
+    def _last_lines(self, name: str) -> str:
+        lines = [f"  {line}" for line in self.tail(name)[-15:]] or ["  (it printed nothing)"]
+        return "\n".join([f"the end of {self.log_dir / name}.log:", *lines])
+
+    def wait_serving(self, names: Iterable[str] | None = None, *, timeout_s: float = 180.0) -> None:
+        """Wait until the named processes (all that have a health address) report SERVING.
+
+        Raises:
+            UnavailableError: One of them died instead.
+            DeadlineExceededError: One of them is still not serving.
+        """
+        wanted = [name for name, process in self._processes.items() if process.spec.health] if names is None else names
+        deadline = self._clock() + timeout_s
+        for name in wanted:
+            process = self._process(name)
+            while not is_serving(process.spec.health):
+                for ended in self.poll():
+                    if ended.name == name and not ended.restarted:
+                        raise UnavailableError(f"{name} {ended.how} before it served\n{self._last_lines(name)}")
+                time.sleep(0.05)
+                if process.status is not None:
+                    raise UnavailableError(f"{name} {describe_status(process.status)}\n{self._last_lines(name)}")
+                if self._clock() > deadline:
+                    raise DeadlineExceededError(
+                        f"{name} is not serving on {process.spec.health} after {timeout_s:g} s\n"
+                        f"{self._last_lines(name)}"
+                    )
+
+    def stop(self, names: Iterable[str] | None = None) -> None:
+        """End the named processes (all): SIGTERM at once to each, SIGKILL to what is left after the grace period."""
+        chosen = [self._process(name) for name in (list(self._processes) if names is None else names)]
+        for process in chosen:
+            process.signal(signal.SIGTERM)
+        deadline = time.monotonic() + self._grace_s
+        for process in chosen:
+            try:
+                process.popen.wait(max(deadline - time.monotonic(), 0.0))
+            except subprocess.TimeoutExpired:
+                self.say(f"{process.spec.name} did not stop within {self._grace_s:g} s; killing it", style="bold red")
+                process.signal(signal.SIGKILL, group=True)
+                process.popen.wait()
+            process.reap()
+            process.close()
+
+    def _process(self, name: str) -> _Process:
+        if name not in self._processes:
+            raise InvalidRequestError(f"no process {name!r}; there are {sorted(self._processes)}")
+        return self._processes[name]
+
+
+class PsCluster:
+    """The PS processes of one local cluster, each on its own free port for as long as the run lasts."""
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        count: int,
+        *,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every_s: float | None = None,
+        arguments: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        host: str = "127.0.0.1",
+    ) -> None:
+        if count < 1:
+            raise InvalidRequestError(f"a cluster of {count} PS; at least 1 is needed")
+        self.endpoints = [f"{host}:{port}" for port in free_ports(count, host)]
+        self._supervisor = supervisor
+        self._env = dict(env or {})
+        self._arguments = [*arguments]
+        if checkpoint_dir is not None:
+            self._arguments += ["--checkpoint-dir", str(checkpoint_dir)]
+            if checkpoint_every_s is not None:
+                self._arguments += ["--checkpoint-every", f"{checkpoint_every_s:g}"]
+        # Without a checkpoint a restarted PS would be empty, and its clients would rightly refuse it.
+        self._restart: Restart = "never" if checkpoint_dir is None else "always"
+
+    @property
+    def address(self) -> str:
+        """What `trilith.connect` takes."""
+        return "static://" + ",".join(self.endpoints)
+
+    @property
+    def names(self) -> list[str]:
+        """Process names by shard index."""
+        return [f"ps-{index}" for index in range(len(self.endpoints))]
+
+    def start(self, *, timeout_s: float = 180.0) -> Self:
+        """Start all and wait until they serve."""
+        for index, (name, endpoint) in enumerate(zip(self.names, self.endpoints, strict=True)):
+            argv = trilith_argv("ps", "--index", str(index), "--count", str(len(self.endpoints)), "--listen", endpoint)
+            spec = ProcessSpec(
+                name=name, argv=[*argv, *self._arguments], env=self._env, restart=self._restart, health=endpoint
+            )
+            self._supervisor.start(spec)
+        self._supervisor.wait_serving(self.names, timeout_s=timeout_s)
+        return self
+
+
+class StopRequest:
+    """While entered, SIGINT and SIGTERM ask for an orderly end instead of making one; a third one is obeyed at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._count = 0
+        self._event = threading.Event()
+        self._old: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        self.signal = self.signal or number
+        self._event.set()
+        if self._count >= 3:
+            raise KeyboardInterrupt
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until somebody asks for the end, at most so long."""
+        return self._event.wait(timeout_s)
+
+    def __bool__(self) -> bool:
+        return self._event.is_set()
+
+
+def is_serving(endpoint: str, *, timeout_s: float = 0.5) -> bool:
+    """Whether the gRPC health service at host:port says SERVING, asked for at most `timeout_s`."""
+    # An own channel each time: a channel that saw a refusal waits before it tries again.
+    options = [
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+    ]
+    with grpc.insecure_channel(endpoint, options=options) as channel:
+        try:
+            reply = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True
+            )
+        except grpc.RpcError:
+            return False
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def describe_status(status: int) -> str:
+    """An exit status in words."""
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Ports nobody listens on, below the range the kernel takes for outgoing connections.
+
+    In that range a client that keeps dialling a PS that is down may one day connect to itself and hold the port.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found: list[int] = []
+    for port in random.Random().sample(range(20_000, 32_000), 2_000):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise UnavailableError(f"no {count} free ports on {host} between 20000 and 32000")
+
+
+def trilith_argv(*arguments: str) -> list[str]:
+    """The command line of this installation's `trilith`."""
+    return [sys.executable, "-m", "trilith_services.cli", *arguments]
