@@ -1,0 +1,126 @@
+"""Click data in memory: labels, and per feature the ids of every sample as a ragged array."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith.errors import InvalidRequestError
+
+__all__ = ["ClickData", "Ragged", "fid"]
+
+UInt64Array = npt.NDArray[np.uint64]
+Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+
+SLOT_SHIFT = np.uint64(48)
+VALUE_MASK = np.uint64((1 << 48) - 1)
+MAX_SLOT = (1 << 15) - 1
+
+
+def fid(slot: int, values: npt.ArrayLike) -> UInt64Array:
+    """Build feature ids: the slot in the high bits, the low 48 bits of the value below (fid v2).
+
+    Args:
+        slot: Number of the feature, 0..32767.
+        values: Any integers; only their low 48 bits count.
+
+    Returns:
+        uint64 of the shape of `values`.
+    """
+    if not 0 <= slot <= MAX_SLOT:
+        raise InvalidRequestError(f"slot={slot} is outside 0..{MAX_SLOT}")
+    raw = np.asarray(values)
+    if raw.size and raw.dtype.kind not in "iu":
+        raise InvalidRequestError(f"feature values have dtype {raw.dtype}; integers are needed")
+    return (raw.astype(np.uint64) & VALUE_MASK) | (np.uint64(slot) << SLOT_SHIFT)
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """One list of ids per sample.
+
+    Attributes:
+        values: uint64[total], sample after sample.
+        row_splits: int64[n + 1]; sample i has values[row_splits[i]:row_splits[i + 1]], possibly none.
+    """
+
+    values: UInt64Array
+    row_splits: Int64Array
+
+    def __post_init__(self) -> None:
+        splits = self.row_splits
+        if splits.ndim != 1 or splits.size == 0 or splits[0] != 0 or splits[-1] != self.values.size:
+            raise InvalidRequestError(
+                f"row_splits must run from 0 to the number of values, {self.values.size}; got {splits!r}"
+            )
+
+    def __len__(self) -> int:
+        return self.row_splits.size - 1
+
+    @classmethod
+    def single(cls, values: npt.ArrayLike) -> Ragged:
+        """One id per sample."""
+        flat = np.ascontiguousarray(values, dtype=np.uint64).reshape(-1)
+        return cls(flat, np.arange(flat.size + 1, dtype=np.int64))
+
+    def take(self, rows: Int64Array) -> Ragged:
+        """Return the samples `rows`, int64[m], in that order."""
+        starts = self.row_splits[rows]
+        lengths = self.row_splits[rows + 1] - starts
+        splits = np.zeros(rows.size + 1, np.int64)
+        np.cumsum(lengths, out=splits[1:])
+        if self.values.size == len(self) and splits[-1] == rows.size and (lengths == 1).all():
+            return Ragged(self.values[starts], splits)
+        # Position of every wanted value: its sample's start plus its place in the sample.
+        where = np.arange(splits[-1]) - np.repeat(splits[:-1] - starts, lengths)
+        return Ragged(self.values[where], splits)
+
+
+@dataclass(frozen=True, slots=True)
+class ClickData:
+    """Labelled samples.
+
+    Attributes:
+        labels: float32[n], 0 or 1.
+        features: Per feature name, n lists of ids.
+    """
+
+    labels: Float32Array
+    features: Mapping[str, Ragged]
+
+    def __post_init__(self) -> None:
+        for name, ragged in self.features.items():
+            if len(ragged) != self.labels.size:
+                raise InvalidRequestError(f"feature {name!r} has {len(ragged)} samples, the labels {self.labels.size}")
+
+    def __len__(self) -> int:
+        return self.labels.size
+
+    def take(self, rows: Int64Array) -> ClickData:
+        """Return the samples `rows`, int64[m], in that order."""
+        return ClickData(self.labels[rows], {name: ragged.take(rows) for name, ragged in self.features.items()})
+
+    def shard(self, index: int, count: int) -> ClickData:
+        """Return every `count`-th sample, from `index` on."""
+        if not 0 <= index < count:
+            raise InvalidRequestError(f"shard {index} of {count}: the index must be in 0..{count - 1}")
+        return self.take(np.arange(index, len(self), count))
+
+    def batches(self, batch_size: int, *, order: Int64Array | None = None) -> Iterator[ClickData]:
+        """Cut the samples into batches; the last may be smaller.
+
+        Args:
+            batch_size: Samples per batch.
+            order: int64[m] samples to visit; all, in order, if None.
+        """
+        rows = np.arange(len(self)) if order is None else order
+        for start in range(0, rows.size, batch_size):
+            yield self.take(rows[start : start + batch_size])
+
+    def vocabulary(self) -> dict[str, UInt64Array]:
+        """Per feature the distinct ids, ascending."""
+        return {name: np.unique(ragged.values) for name, ragged in self.features.items()}

@@ -1,0 +1,37 @@
+"""Area under the ROC curve, exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith.errors import InvalidRequestError
+
+__all__ = ["auc"]
+
+
+def auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
+    """Return the chance that a random positive scores above a random negative, ties counting one half.
+
+    Args:
+        labels: [n], positive where > 0.5.
+        scores: [n], any real numbers; only their order matters.
+
+    Returns:
+        A number in 0..1; 0.5 when only one class is present, which orders nothing.
+    """
+    positive = np.asarray(labels).reshape(-1) > 0.5
+    values = np.asarray(scores, dtype=np.float64).reshape(-1)
+    if positive.size != values.size:
+        raise InvalidRequestError(f"{positive.size} labels but {values.size} scores")
+    if np.isnan(values).any():
+        raise InvalidRequestError("a score is NaN, so the samples cannot be ordered")
+    positives = int(positive.sum())
+    negatives = positive.size - positives
+    if positives == 0 or negatives == 0:
+        return 0.5
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    # Ranks from 1; equal scores share the mean of theirs.
+    last = np.cumsum(counts)
+    ranks = (last - (counts - 1) / 2)[place]
+    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
