@@ -23,11 +23,11 @@ from urllib.parse import quote
 
 from trilith.errors import CheckpointError
 from trilith.folder import Folder
+from trilith.routing import OWNER_RULE
 from trilith_proto import ps_pb2
 
 __all__ = [
     "MANIFEST",
-    "OWNER_RULE",
     "CheckpointInfo",
     "FileRecord",
     "Manifest",
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-OWNER_RULE = "mod"
+
 VERSION = 1
 PART_FORMAT = "trilith-checkpoint-part"
 MANIFEST_FORMAT = "trilith-checkpoint"

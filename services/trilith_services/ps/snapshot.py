@@ -1,0 +1,257 @@
+"""Writing one PS's part of a checkpoint and reading it back, into any number of PS.
+
+A checkpoint directory and its manifests are described in `trilith.checkpoint`, the row files in `row_files`. Rows are
+written stripe by stripe while training goes on, so a checkpoint is fuzzy: every row in it is whole, and is as it was at
+some moment between the start and the end of the save.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith import checkpoint
+from trilith.checkpoint import FileRecord, Manifest, Part
+from trilith.errors import CheckpointError
+from trilith.folder import Folder
+from trilith_proto import ps_pb2
+from trilith_services.ps import row_files, variable_files
+from trilith_services.ps.filter_snapshot import load_filter, write_filter
+from trilith_services.ps.filters import SlidingFilter
+from trilith_services.ps.table import Rows
+
+if TYPE_CHECKING:
+    from trilith_services.ps.store import Store
+
+__all__ = ["restore_shard", "save_shard", "verify"]
+
+log = logging.getLogger(__name__)
+
+# Checksums of several files at once: google_crc32c lets go of the interpreter lock.
+CHECK_THREADS = 2
+
+
+def save_shard(store: Store, path: str, *, clock: Callable[[], float] = time.time) -> ps_pb2.SaveResponse:
+    """Write this shard's files and its part manifest into the directory `path`.
+
+    The checkpoint is complete when somebody who knows that all shards have done so writes its manifest
+    (`trilith.checkpoint.write_manifest`). Saving twice into one directory is fine: file names are fresh every time.
+    """
+    started = time.perf_counter()
+    folder = Folder(path)
+    token = secrets.token_hex(4)
+    identity = store.describe()
+    index, count = identity.shard_index, identity.shard_count
+    # Taken before the first row, so everything up to this step is in the files.
+    step = identity.global_step
+
+    def name(kind: str, table: str = "") -> str:
+        return checkpoint.file_name(kind, table, index, count, token)
+
+    files: list[FileRecord] = []
+    for table_name, table in sorted(store.tables.items()):
+        files.append(row_files.write_table(folder, name("rows", table_name), table))
+        if isinstance(table.filter, SlidingFilter):  # the others remember nothing
+            files.append(write_filter(folder, name("filter", table_name), table_name, table.filter))
+    files.append(variable_files.write(folder, name("variables"), store.variables.export()))
+    response = ps_pb2.SaveResponse(
+        incarnation=identity.incarnation,
+        global_step=step,
+        files=[
+            ps_pb2.ShardFile(name=file.name, bytes=file.bytes, crc32c=file.crc32c, table=file.table, rows=file.rows)
+            for file in files
+        ],
+    )
+    checkpoint.write_part(folder, checkpoint.part_of(index, count, response, finished_unix_s=clock()))
+    log.info(
+        "shard %d of %d saved to %s at step %d: %d rows, %.1f MB in %.2f s",
+        index,
+        count,
+        folder.url,
+        step,
+        sum(file.rows for file in files if file.kind == "rows"),
+        sum(file.bytes for file in files) / 1e6,
+        time.perf_counter() - started,
+    )
+    return response
+
+
+def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
+    """Replace this shard's content by what the complete checkpoint at `path` holds for it.
+
+    Every id is routed by the owner rule, so the checkpoint may come from another number of PS. All files are checked
+    before anything changes; tables the checkpoint does not know are emptied.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete or damaged; nothing was changed.
+        TableExistsError: A table exists with another config; nothing was changed.
+    """
+    started = time.perf_counter()
+    folder = Folder(path)
+    manifest = checkpoint.read_manifest(path)
+    identity = store.describe()
+    index, count = identity.shard_index, identity.shard_count
+    parts = parts_for(manifest, index, count)
+    _check_all(folder, _needed(manifest, parts, count))
+    configs = _table_configs(folder, parts)
+    variables = variable_files.read_for(folder, manifest, index, count)
+    store.create_tables(list(configs.values()))
+    for table in store.tables.values():
+        table.clear()
+    rows = dict.fromkeys(sorted(configs), 0)
+    for part in parts:
+        for file in part.files:
+            if file.kind == "rows":
+                rows[file.table] += _load_rows(store, folder, file, part, index, count)
+    _load_filters(store, folder, parts)
+    store.variables.replace(variables)
+    store.global_step(set_to=manifest.global_step)
+    log.info(
+        "shard %d of %d restored from %s (%d PS, step %d): %d rows in %.2f s",
+        index,
+        count,
+        folder.url,
+        manifest.shard_count,
+        manifest.global_step,
+        sum(rows.values()),
+        time.perf_counter() - started,
+    )
+    return ps_pb2.RestoreResponse(incarnation=identity.incarnation, global_step=manifest.global_step, rows=rows)
+
+
+def parts_for(manifest: Manifest, index: int, count: int) -> list[Part]:
+    """The parts that can hold ids which shard `index` of `count` owns; its own one if the count is the same.
+
+    An id of part p is p modulo the old count, and the shard's are `index` modulo the new one: both can only be true if
+    p and `index` agree modulo the counts' greatest common divisor.
+    """
+    step = math.gcd(manifest.shard_count, count)
+    return [part for part in manifest.parts if part.shard_index % step == index % step]
+
+
+def _needed(manifest: Manifest, parts: list[Part], count: int) -> list[FileRecord]:
+    """Files of these parts, and all dense variables if the number of PS changes."""
+    reshard = manifest.shard_count != count
+    return [
+        file
+        for part in manifest.parts
+        for file in part.files
+        if part in parts or (reshard and file.kind == "variables")
+    ]
+
+
+def verify(path: str) -> Iterator[tuple[FileRecord, str]]:
+    """Check every file of a checkpoint, one after another: size, checksum, format, row counts and owners.
+
+    Yields:
+        Each file with what is wrong with it, "" if nothing is.
+
+    Raises:
+        CheckpointError: The manifest itself is missing or damaged.
+    """
+    folder = Folder(path)
+    manifest = checkpoint.read_manifest(path)
+    for part in manifest.parts:
+        for file in part.files:
+            try:
+                row_files.check_file(folder, file)
+                if file.kind == "rows":
+                    _check_rows(folder, file, part)
+                elif file.kind == "variables":
+                    variable_files.read(folder, file.name)
+            except CheckpointError as error:
+                yield file, str(error)
+            else:
+                yield file, ""
+
+
+def _check_rows(folder: Folder, file: FileRecord, part: Part) -> None:
+    found = 0
+    with row_files.open_rows(folder, file.name) as rows_file:
+        for rows in rows_file.batches():
+            found += rows.ids.size
+            _check_owner(folder, file, part, rows)
+    if found != file.rows:
+        raise CheckpointError(f"{folder.path(file.name)}: {found} rows; the manifest says {file.rows}")
+
+
+def _check_owner(folder: Folder, file: FileRecord, part: Part, rows: Rows) -> None:
+    stray = rows.ids[rows.ids % np.uint64(part.shard_count) != part.shard_index]
+    if stray.size:
+        raise CheckpointError(
+            f"{folder.path(file.name)}: id {stray[0]} belongs to PS {int(stray[0]) % part.shard_count}, "
+            f"not to PS {part.shard_index} of {part.shard_count}"
+        )
+
+
+def _check_all(folder: Folder, files: list[FileRecord]) -> None:
+    with ThreadPoolExecutor(CHECK_THREADS, "checkpoint-check") as pool:
+        for _ in pool.map(lambda file: row_files.check_file(folder, file), files):
+            pass
+
+
+def _table_configs(folder: Folder, parts: list[Part]) -> dict[str, ps_pb2.TableConfig]:
+    configs: dict[str, ps_pb2.TableConfig] = {}
+    for part in parts:
+        for file in part.files:
+            if file.kind == "rows":
+                with row_files.open_rows(folder, file.name) as rows_file:
+                    known = configs.setdefault(file.table, rows_file.config)
+                    if known != rows_file.config:
+                        raise CheckpointError(
+                            f"{folder.path(file.name)}: table {file.table!r} has another config than on the other PS"
+                        )
+    return configs
+
+
+def _load_rows(store: Store, folder: Folder, file: FileRecord, part: Part, index: int, count: int) -> int:
+    """Load the rows that this shard owns; returns how many."""
+    table = store.table(file.table)
+    loaded = 0
+    with row_files.open_rows(folder, file.name) as rows_file:
+        if (rows_file.dim, rows_file.state_floats) != (table.dim, table.layout.state_floats):
+            raise CheckpointError(
+                f"{folder.path(file.name)}: rows of {rows_file.dim} + {rows_file.state_floats} floats; "
+                f"table {file.table!r} has {table.dim} + {table.layout.state_floats}"
+            )
+        for rows in rows_file.batches():
+            _check_owner(folder, file, part, rows)
+            if part.shard_count != count:
+                rows = _select(rows, rows.ids % np.uint64(count) == index)
+            table.import_rows(rows)
+            loaded += rows.ids.size
+    return loaded
+
+
+def _select(rows: Rows, mask: npt.NDArray[np.bool_]) -> Rows:
+    return Rows(
+        ids=rows.ids[mask], weights=rows.weights[mask], state=rows.state[mask], last_update=rows.last_update[mask]
+    )
+
+
+def _load_filters(store: Store, folder: Folder, parts: list[Part]) -> None:
+    """Take over the counts of ids that wait for a row.
+
+    A filter keeps hashes, not ids, so it cannot be split by owner. But where all of a shard's ids come from one part
+    (the same number of PS, or a multiple of it) that part's filter knows them all.
+    """
+    files = [file for part in parts for file in part.files if file.kind == "filter"]
+    for file in files:
+        occurrence_filter = store.table(file.table).filter
+        if not isinstance(occurrence_filter, SlidingFilter):
+            continue
+        if len(parts) == 1:
+            load_filter(folder, file.name, occurrence_filter)
+        else:
+            log.warning(
+                "table %s: ids below their occurrence threshold are counted anew on this number of PS", file.table
+            )
+            return

@@ -1,0 +1,164 @@
+"""The Arrow IPC files of a checkpoint that hold dense variables: one row per partition on one PS.
+
+Columns: `name` string, `partition` uint32, `optimizer` binary (serialized OptimizerConfig), `values` and `state`
+large_list<float32>, `slots` list<struct<name, floats>> (how `state` is divided).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from trilith.checkpoint import FileRecord, Manifest
+from trilith.errors import CheckpointError
+from trilith.folder import Folder
+from trilith.routing import partition_owner, partition_sizes
+from trilith.shard import Float32Array
+from trilith_proto import hash_table_pb2, ps_pb2
+from trilith_services.ps.row_files import open_arrow, write_arrow
+from trilith_services.ps.variables import VariableState
+
+__all__ = ["place", "read", "read_for", "write"]
+
+FORMAT = "trilith-variables"
+VERSION = 1
+
+_FLOATS = pa.large_list(pa.float32())
+_SCHEMA = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("partition", pa.uint32(), nullable=False),
+        pa.field("optimizer", pa.binary(), nullable=False),
+        pa.field("values", _FLOATS, nullable=False),
+        pa.field("state", _FLOATS, nullable=False),
+        pa.field("slots", pa.list_(pa.struct([("name", pa.string()), ("floats", pa.uint64())])), nullable=False),
+    ],
+    metadata={"trilith.format": FORMAT, "trilith.version": str(VERSION)},
+)
+
+
+def write(folder: Folder, name: str, states: Iterable[VariableState]) -> FileRecord:
+    """Write partitions, each as one record batch."""
+    return write_arrow(folder, name, _SCHEMA, (_batch(state) for state in states), kind="variables")
+
+
+def _batch(state: VariableState) -> Any:
+    return pa.record_batch(
+        [
+            pa.array([state.spec.name]),
+            pa.array([state.spec.partition], pa.uint32()),
+            pa.array([state.spec.optimizer.SerializeToString(deterministic=True)]),
+            _one_list(state.values),
+            _one_list(state.state),
+            pa.array([[{"name": slot, "floats": floats} for slot, floats in state.slots]], _SCHEMA.field("slots").type),
+        ],
+        schema=_SCHEMA,
+    )
+
+
+def _one_list(values: Float32Array) -> Any:
+    offsets = pa.array([0, values.size], pa.int64())
+    return pa.LargeListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(values)))
+
+
+def read(folder: Folder, name: str) -> list[VariableState]:
+    """Read a file's partitions."""
+    where = folder.path(name)
+    with open_arrow(folder, name) as reader:
+        if not reader.schema.equals(_SCHEMA, check_metadata=True):
+            raise CheckpointError(f"{where}: not a file of format {FORMAT!r}, version {VERSION}")
+        try:
+            return [_state(reader.get_batch(number)) for number in range(reader.num_record_batches)]
+        except pa.ArrowException as error:
+            raise CheckpointError(f"{where}: damaged: {error}") from None
+
+
+def _state(batch: Any) -> VariableState:
+    values = np.array(batch.column(3).flatten().to_numpy())
+    return VariableState(
+        spec=ps_pb2.VariableSpec(
+            name=batch.column(0)[0].as_py(),
+            partition=batch.column(1)[0].as_py(),
+            size=values.size,
+            optimizer=hash_table_pb2.OptimizerConfig.FromString(batch.column(2)[0].as_py()),
+        ),
+        values=values,
+        state=np.array(batch.column(4).flatten().to_numpy()),
+        slots=tuple((slot["name"], slot["floats"]) for slot in batch.column(5)[0].as_py()),
+    )
+
+
+def read_for(folder: Folder, manifest: Manifest, index: int, count: int) -> list[VariableState]:
+    """The partitions that shard `index` of `count` holds, cut anew if the checkpoint has another number of PS."""
+    same = manifest.shard_count == count
+    parts = [manifest.parts[index]] if same else manifest.parts
+    states = [
+        state for part in parts for file in part.files if file.kind == "variables" for state in read(folder, file.name)
+    ]
+    return states if same else list(place(states, index, count))
+
+
+def place(states: Sequence[VariableState], index: int, count: int) -> Iterator[VariableState]:
+    """Of all partitions of all variables, those of shard `index` of `count`, cut as a cluster of that size cuts them.
+
+    Raises:
+        CheckpointError: A partition is missing or there twice.
+    """
+    by_name: dict[str, list[VariableState]] = {}
+    for state in states:
+        by_name.setdefault(state.spec.name, []).append(state)
+    for name, pieces in sorted(by_name.items()):
+        pieces.sort(key=lambda piece: piece.spec.partition)
+        if [piece.spec.partition for piece in pieces] != list(range(len(pieces))):
+            have = [piece.spec.partition for piece in pieces]
+            raise CheckpointError(
+                f"dense variable {name!r}: the checkpoint holds partitions {have}, not 0 to n-1 once each"
+            )
+        sizes = partition_sizes(sum(piece.values.size for piece in pieces), count)
+        mine = [part for part in range(len(sizes)) if partition_owner(name, part, count) == index]
+        if not mine:
+            continue
+        whole = pieces[0] if len(pieces) == 1 else _joined(pieces)
+        bounds = np.cumsum([0, *sizes])
+        for part in mine:
+            yield whole if len(sizes) == 1 else _cut(whole, part, int(bounds[part]), int(bounds[part + 1]))
+
+
+def _joined(pieces: Sequence[VariableState]) -> VariableState:
+    """Partitions put together: slots with a number per value join, slots with one for all are the first one's."""
+    values = np.concatenate([piece.values for piece in pieces])
+    split = [_slots(piece) for piece in pieces]
+    joined: list[Float32Array] = []
+    for number, (_, floats) in enumerate(pieces[0].slots):
+        if floats == pieces[0].values.size:
+            joined.append(np.concatenate([slots[number] for slots in split]))
+        else:
+            joined.append(split[0][number])
+    return _assembled(pieces[0], 0, values, joined)
+
+
+def _cut(whole: VariableState, partition: int, start: int, stop: int) -> VariableState:
+    slots = [slot[start:stop] if slot.size == whole.values.size else slot for slot in _slots(whole)]
+    return _assembled(whole, partition, whole.values[start:stop], slots)
+
+
+def _slots(state: VariableState) -> list[Float32Array]:
+    bounds = np.cumsum([floats for _, floats in state.slots])[:-1]
+    return np.split(state.state, bounds) if state.slots else []
+
+
+def _assembled(
+    like: VariableState, partition: int, values: Float32Array, slots: Sequence[Float32Array]
+) -> VariableState:
+    spec = ps_pb2.VariableSpec()
+    spec.CopyFrom(like.spec)
+    spec.partition, spec.size = partition, values.size
+    return VariableState(
+        spec=spec,
+        values=values,
+        state=np.concatenate(slots) if slots else np.empty(0, np.float32),
+        slots=tuple((name, slot.size) for (name, _), slot in zip(like.slots, slots, strict=True)),
+    )
