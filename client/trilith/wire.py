@@ -1,8 +1,8 @@
 """The messages that carry arrays, written and read without the protobuf library's copies.
 
-A message with a `payload` (field 15, last) is its header, encoded by the library, then one tag, one length and the bytes.
-Arrays are therefore written straight into the object that gRPC sends, and read as views of the one it received. The bytes
-are those the library itself would write; a message laid out in any other legal way is read by the library.
+A message with a `payload` (field 15, last) is its header, encoded by the library, then one tag, one length and the
+bytes. Arrays are therefore written straight into the object that gRPC sends, and read as views of the one it received.
+The bytes are those the library itself would write; a message laid out in any other legal way is read by the library.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def unpack_lookup_request(data: bytes) -> tuple[list[IdPart], list[int], bool]:
     """Decode a LookupRequest.
 
     Returns:
-        The parts (ids are views of `data`), per part the dim the caller expects (0: any), and whether float16 is wanted.
+        The parts (ids are views of `data`), per part the dim the caller expects (0: any), and whether it wants float16.
     """
     header, payload = unpack(ps_pb2.LookupRequest, data)
     cutter = _Cutter("LookupRequest", payload)
@@ -228,9 +228,7 @@ def new_lookup_response(
     Returns:
         The message, and per part float32|float16 [n, dim], a writable, possibly unaligned view of its rows.
     """
-    header = ps_pb2.LookupResponse(
-        incarnation=incarnation, rows_type=ps_pb2.FLOAT16 if float16 else ps_pb2.FLOAT32
-    )
+    header = ps_pb2.LookupResponse(incarnation=incarnation, rows_type=ps_pb2.FLOAT16 if float16 else ps_pb2.FLOAT32)
     dtype = FLOAT16 if float16 else FLOAT32
     size = 0
     for part, dim in zip(parts, dims, strict=True):
@@ -386,7 +384,7 @@ def unpack_update_request(data: bytes) -> tuple[list[UpdatePart], Write]:
     return parts, write
 
 
-def _update_header(write: Write, rows_type: ps_pb2.FloatType) -> ps_pb2.UpdateRequest:
+def _update_header(write: Write, rows_type: ps_pb2.FloatType.ValueType) -> ps_pb2.UpdateRequest:
     return ps_pb2.UpdateRequest(
         rows_type=rows_type,
         write=write_id(write),
@@ -506,5 +504,3 @@ def unpack_pulled(data: bytes) -> tuple[int, list[Float32Array], int]:
     header, payload = unpack(ps_pb2.PullVariablesResponse, data)
     values = _cut_partitions("PullVariablesResponse", [ref.size for ref in header.partitions], payload)
     return header.incarnation, values, header.global_step
-
-

@@ -1,0 +1,248 @@
+"""Batches of ids and rows: split by owner, cut to size, sent to every shard at once, and put back in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+
+from trilith import wire
+from trilith.arrays import as_ids, as_rows, refuse_non_finite
+from trilith.cluster import Cluster
+from trilith.ops import dedup
+from trilith.shard import Float32Array, FloatArray, IdPart, Shard, UInt64Array, UpdatePart, Write
+from trilith_proto import ps_pb2
+
+if TYPE_CHECKING:
+    from trilith.tables.schedules import LearningRate
+
+__all__ = ["Batches", "TableInfo", "Terms", "Verb"]
+
+_T = TypeVar("_T")
+
+Verb = Literal["apply_gradients", "assign", "assign_add"]
+
+
+@dataclass(frozen=True, slots=True)
+class TableInfo:
+    """What a client knows of a table.
+
+    Attributes:
+        config: As the shards have it.
+        dim: Floats per row.
+        rates: What is sent with gradients, one per segment; None: the shards take those of the config.
+    """
+
+    config: ps_pb2.TableConfig
+    dim: int
+    rates: tuple[LearningRate, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What goes with every write of one call.
+
+    Attributes:
+        step: The model's step.
+        request_time: Unix seconds; None is now.
+        allow_non_finite: Accept NaN and infinity.
+        timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
+    """
+
+    step: int = 0
+    request_time: int | None = None
+    allow_non_finite: bool = False
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """One table's rows in an update."""
+
+    name: str
+    values: Float32Array
+    split: dedup.Split
+    rates: Float32Array | None
+
+
+class Batches:
+    """The verbs that carry many ids, over one cluster. Stateless, hence thread-safe."""
+
+    def __init__(self, cluster: Cluster, info: Callable[[str], TableInfo]) -> None:
+        """Use `cluster`; `info` looks a table up or raises UnknownTableError."""
+        self._cluster = cluster
+        self._info = info
+        dedup.warm_kernels()
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+
+    def lookup(self, ids: Mapping[str, Any], timeout_s: float | None) -> dict[str, Float32Array]:
+        """See `Client.lookup`."""
+        count = self._cluster.count
+        dims, sizes, splits = [], [], []
+        for name, wanted in ids.items():
+            dims.append(self._info(name).dim)
+            array = as_ids(name, wanted)
+            sizes.append(array.size)
+            splits.append(dedup.split_distinct(array, count))
+        names = list(ids)
+
+        def call(index: int, shard: Shard, left: float) -> list[FloatArray]:
+            parts = [IdPart(name, split.owned(index)) for name, split in zip(names, splits, strict=True)]
+            return self._lookup_on(index, shard, parts, dims, left)
+
+        replies = self._cluster.fan_out(_concerned(splits, count), call, timeout_s=timeout_s)
+        rows = {}
+        for place, (name, dim, n, split) in enumerate(zip(names, dims, sizes, splits, strict=True)):
+            blocks = [replies[s][place] if s in replies else _no_rows(dim) for s in range(count)]
+            rows[name] = dedup.gather_rows(split, blocks, n, dim)
+        return rows
+
+    def _lookup_on(
+        self, index: int, shard: Shard, parts: list[IdPart], dims: list[int], left: float
+    ) -> list[FloatArray]:
+        float16 = self._cluster.float16
+        limit = self._cluster.batch_bytes(index)
+        widths = [max(8, (2 if float16 else 4) * dim) for dim in dims]
+        if sum(part.ids.size * width for part, width in zip(parts, widths, strict=True)) <= limit:
+            return shard.lookup(parts, float16=float16, timeout_s=left)
+        deadline = time.monotonic() + left
+        blocks: list[FloatArray] = []
+        for part, width, dim in zip(parts, widths, dims, strict=True):
+            pieces = [
+                shard.lookup([IdPart(part.table, ids)], float16=float16, timeout_s=_left(deadline))[0]
+                for ids in _pieces(part.ids, limit, width)
+            ]
+            blocks.append(np.concatenate(pieces) if pieces else _no_rows(dim))
+        return blocks
+
+    def per_id(
+        self, table: str, ids: Any, call: Callable[[int, Shard, IdPart, float], _T]
+    ) -> tuple[dedup.Split, list[_T]]:
+        """Call every shard with its ids of one table, repeats included, in pieces that fit a message.
+
+        Returns:
+            The split, and the results in its order.
+        """
+        self._info(table)
+        cluster = self._cluster
+        split = dedup.split_by_owner(as_ids(table, ids), cluster.count)
+
+        def run(index: int, shard: Shard, left: float) -> list[_T]:
+            deadline = time.monotonic() + left
+            return [
+                call(index, shard, IdPart(table, piece), _left(deadline))
+                for piece in _pieces(split.owned(index), cluster.batch_bytes(index), 8)
+            ]
+
+        replies = cluster.fan_out(_concerned([split], cluster.count), run)
+        return split, [result for results in replies.values() for result in results]
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
+
+    def write(self, index: int, terms: Terms) -> Write:
+        """Name the next write to a shard."""
+        return self._cluster.write(
+            index,
+            global_step=terms.step,
+            request_time=int(time.time()) if terms.request_time is None else int(terms.request_time),
+            allow_non_finite=terms.allow_non_finite,
+        )
+
+    def update(self, verb: Verb, updates: Mapping[str, tuple[Any, Any]], terms: Terms) -> None:
+        """See `Client.apply_gradients`, `assign` and `assign_add`."""
+        cluster = self._cluster
+        batch = [self._prepare(verb, name, ids, values, terms) for name, (ids, values) in updates.items()]
+        concerned = _concerned([rows.split for rows in batch], cluster.count)
+        frames = {index: self._frame(index, batch, terms) for index in concerned}
+        for place, rows in enumerate(batch):
+            dim = rows.values.shape[1]
+            blocks = [frames[s][place].values if s in frames else _no_rows(dim) for s in range(cluster.count)]
+            finite = dedup.scatter_values(rows.split, rows.values, blocks, float16=cluster.float16)
+            if not finite and not terms.allow_non_finite:
+                refuse_non_finite(f"table {rows.name!r}", _WHAT[verb], rows.values, float16=cluster.float16)
+        cluster.fan_out(
+            concerned,
+            lambda index, shard, left: self._send(verb, index, shard, frames[index], terms, left),
+            timeout_s=terms.timeout_s,
+        )
+
+    def _prepare(self, verb: Verb, name: str, ids: Any, values: Any, terms: Terms) -> _Rows:
+        info = self._info(name)
+        array = as_ids(name, ids)
+        rows = as_rows(name, _WHAT[verb], values, array.size, info.dim)
+        if verb != "apply_gradients":
+            return _Rows(name, rows, dedup.split_by_owner(array, self._cluster.count), None)
+        rates = None
+        if info.rates is not None:
+            from trilith.tables.schedules import rates_at
+
+            rates = rates_at(info.rates, terms.step)
+        return _Rows(name, rows, dedup.split_distinct(array, self._cluster.count), rates)
+
+    def _frame(self, index: int, batch: Sequence[_Rows], terms: Terms) -> wire.UpdateFrame:
+        """Make room for a shard's part of an update: in the message itself, unless one message will not do."""
+        layouts = []
+        size = 0
+        for rows in batch:
+            n, dim = rows.split.owned(index).size, rows.values.shape[1]
+            layouts.append(wire.UpdateLayout(rows.name, n, dim, rows.split.counts is not None, rows.rates))
+            size += n * _row_bytes(dim)
+        if size > self._cluster.batch_bytes(index):
+            frame = wire.plain_update(layouts, Write())
+        else:
+            make = getattr(self._cluster.shards[index], "new_update", wire.plain_update)
+            frame = make(layouts, self.write(index, terms), float16=self._cluster.float16)
+        for part, rows in zip(frame, batch, strict=True):
+            part.ids[:] = rows.split.owned(index)
+            if part.counts is not None and rows.split.counts is not None:
+                part.counts[:] = rows.split.counts[rows.split.bounds[index] : rows.split.bounds[index + 1]]
+        return frame
+
+    def _send(self, verb: Verb, index: int, shard: Shard, frame: wire.UpdateFrame, terms: Terms, left: float) -> None:
+        call = getattr(shard, verb)
+        if frame.write.client_id:
+            call(frame, frame.write, timeout_s=left)
+            return
+        # Too much for one message: several writes in order, each with a sequence of its own.
+        deadline = time.monotonic() + left
+        limit = self._cluster.batch_bytes(index)
+        for part in frame:
+            step = max(1, limit // _row_bytes(part.values.shape[1]))
+            for start in range(0, part.ids.size, step):
+                piece = slice(start, start + step)
+                values = part.values[piece]
+                if self._cluster.float16:
+                    with np.errstate(over="ignore"):  # refused before, or allowed
+                        values = values.astype(np.float16)
+                counts = None if part.counts is None else part.counts[piece]
+                cut = UpdatePart(part.table, part.ids[piece], values, counts, part.learning_rates)
+                call([cut], self.write(index, terms), timeout_s=_left(deadline))
+
+
+_WHAT: dict[Verb, str] = {"apply_gradients": "gradients", "assign": "values", "assign_add": "values"}
+
+
+def _no_rows(dim: int) -> Float32Array:
+    return np.empty((0, dim), np.float32)
+
+
+def _concerned(splits: Sequence[dedup.Split], count: int) -> list[int]:
+    return [s for s in range(count) if any(split.bounds[s + 1] > split.bounds[s] for split in splits)]
+
+
+def _row_bytes(dim: int) -> int:
+    """What an id of an update takes at most: itself, its multiplicity, its row."""
+    return 12 + 4 * dim
+
+
+def _pieces(ids: UInt64Array, limit: int, width: int) -> list[UInt64Array]:
+    step = max(1, limit // width)
+    return [ids[start : start + step] for start in range(0, ids.size, step)]
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0.001)

@@ -1,0 +1,443 @@
+"""Client and Table: what a trainer holds; every verb of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith.batches import Batches, TableInfo, Terms
+from trilith.cluster import Cluster, Rejoined
+from trilith.dense import Variables
+from trilith.errors import InvalidRequestError, ShardRestartedError, UnknownTableError
+from trilith.ops.dedup import gather_values
+from trilith.shard import Float32Array, Shard, Write
+from trilith_proto import ps_pb2
+
+__all__ = ["Client", "Table"]
+
+_Update = tuple[Any, Any]  # (ids, rows), array-likes
+
+
+class Client:
+    """A connection to a cluster; every method may be called from several threads.
+
+    A write returns when every shard concerned has acknowledged it. Rows change one by one: a call that fails on one
+    shard may have succeeded on another. Arrays are checked before anything is sent.
+    """
+
+    def __init__(self, cluster: Cluster, *, on_close: Callable[[], None] | None = None) -> None:
+        """Use `trilith.connect`."""
+        self._cluster = cluster
+        self._on_close = on_close
+        self._tables: dict[str, TableInfo] = {}
+        self._batches = Batches(cluster, self._info)
+        self._variables = Variables(cluster)
+
+    # ---- tables ------------------------------------------------------------------------------------------------------
+
+    def table(self, name: str, **config: Any) -> Table:
+        """Return a handle on a table, creating the table if the cluster does not have it.
+
+        Args:
+            name: Unique in the cluster.
+            **config: Keywords of `trilith.tables.table_config`. Without any, the table must exist.
+
+        Raises:
+            TableExistsError: The table exists with another config.
+            UnknownTableError: No config was given and there is no such table.
+            ShardRestartedError: Some shard has lost the table while others hold rows of it.
+        """
+        if not config:
+            self._info(name)
+            return Table(self, name)
+        from trilith.tables import table_config
+
+        spec = table_config(name, **config)
+        self._create(spec.proto)
+        self._tables[name] = TableInfo(spec.proto, _dim(spec.proto), tuple(spec.learning_rates))
+        return Table(self, name)
+
+    def _create(self, config: ps_pb2.TableConfig) -> None:
+        cluster = self._cluster
+        answers = cluster.describe()
+        cluster.check_incarnations(answers)
+        has = [any(table.name == config.name for table in answer.tables) for answer in answers]
+        if any(has) and not all(has):
+            self._refuse_half_lost(config.name, has)
+        cluster.everywhere(
+            lambda index, shard, left: shard.create_tables([config], incarnation=cluster.known(index), timeout_s=left)
+        )
+
+    def _refuse_half_lost(self, name: str, has: Sequence[bool]) -> None:
+        """A table with rows on one shard was once on all of them: where it is missing, rows were lost."""
+        rows = sum(stats.rows for reply in self.stats() for stats in reply.tables if stats.table == name)
+        if rows:
+            raise ShardRestartedError(
+                f"table {name!r} has {rows} rows on other shards but is unknown to shard {has.index(False)}, which has"
+                " lost them in a restart; restore a checkpoint, or clear the table on the other shards to begin anew"
+            )
+
+    def _info(self, name: str) -> TableInfo:
+        info = self._tables.get(name)
+        if info is not None:
+            return info
+        answers = self._cluster.describe()
+        self._cluster.check_incarnations(answers)
+        for config in answers[0].tables:
+            # A table of another client's making keeps the rates of its config.
+            self._tables.setdefault(config.name, TableInfo(config, _dim(config), None))
+        if name not in self._tables:
+            raise UnknownTableError(f"no table {name!r}; this cluster has {sorted(self._tables)}")
+        return self._tables[name]
+
+    # ---- rows of many tables -----------------------------------------------------------------------------------------
+
+    def lookup(self, ids: Mapping[str, Any], *, timeout_s: float | None = None) -> dict[str, Float32Array]:
+        """Read rows; one RPC per PS for all tables.
+
+        Args:
+            ids: By table, integers of any kind [n]; repeats allowed.
+            timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
+
+        Returns:
+            By table float32[n, dim], row i for ids[i]; zeros where an id has no row. Nothing is inserted.
+        """
+        return self._batches.lookup(ids, timeout_s)
+
+    def apply_gradients(
+        self,
+        updates: Mapping[str, _Update],
+        *,
+        global_step: int | None = None,
+        request_time: int | None = None,
+        allow_non_finite: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Take one optimizer step per distinct id; one RPC per PS for all tables.
+
+        Args:
+            updates: By table (ids [n], float gradients [n, dim]); gradients of repeated ids are added up in float32,
+                and occurrence thresholds count every repeat.
+            global_step: The model's step, at which schedules are evaluated; None takes the step this client knows.
+            request_time: Unix seconds, the rows' last update; None is now.
+            allow_non_finite: Accept NaN and infinity.
+            timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
+
+        Raises:
+            NonFiniteError: A gradient, or a sum of them, is NaN or infinite; nothing was sent.
+        """
+        step = self._cluster.step if global_step is None else int(global_step)
+        terms = Terms(step, request_time, allow_non_finite, timeout_s)
+        self._batches.update("apply_gradients", updates, terms)
+
+    def assign(
+        self,
+        updates: Mapping[str, _Update],
+        *,
+        request_time: int | None = None,
+        allow_non_finite: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Set weights: by table (ids [n], float rows [n, dim]). Of a repeated id the last row stays."""
+        terms = Terms(self._cluster.step, request_time, allow_non_finite, timeout_s)
+        self._batches.update("assign", updates, terms)
+
+    def assign_add(
+        self,
+        updates: Mapping[str, _Update],
+        *,
+        request_time: int | None = None,
+        allow_non_finite: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Add to weights: by table (ids [n], float rows [n, dim]), one after another."""
+        terms = Terms(self._cluster.step, request_time, allow_non_finite, timeout_s)
+        self._batches.update("assign_add", updates, terms)
+
+    # ---- ids of one table --------------------------------------------------------------------------------------------
+
+    def contains(self, table: str, ids: Any) -> npt.NDArray[np.bool_]:
+        """bool[n]: whether each id has a row."""
+        split, pieces = self._batches.per_id(
+            table, ids, lambda _, shard, part, left: shard.contains(part, timeout_s=left)
+        )
+        return gather_values(split, pieces, np.bool_)
+
+    def reinitialize(self, table: str, ids: Any) -> npt.NDArray[np.int8]:
+        """Reset rows to their initial state, creating missing ones; int8[n]: 1 existed, 0 was created."""
+        split, pieces = self._batches.per_id(
+            table,
+            ids,
+            lambda index, shard, part, left: shard.reinitialize(part, self._write(index), timeout_s=left),
+        )
+        return gather_values(split, pieces, np.int8)
+
+    def lookup_entries(self, table: str, ids: Any) -> list[bytes]:
+        """Per id a serialized EntryDump without its id, b"" where there is no row."""
+        split, pieces = self._batches.per_id(
+            table, ids, lambda _, shard, part, left: shard.lookup_entries(part, timeout_s=left)
+        )
+        entries = np.empty(split.ids.size, object)
+        entries[:] = [entry for piece in pieces for entry in piece]
+        return list(gather_values(split, [entries], np.object_))
+
+    def erase(self, table: str, ids: Any) -> int:
+        """Delete rows; returns how many there were."""
+        _, pieces = self._batches.per_id(
+            table, ids, lambda index, shard, part, left: shard.erase(part, self._write(index), timeout_s=left)
+        )
+        return sum(pieces)
+
+    def dump_entries(self, table: str, *, page: int = 1000) -> Iterator[bytes]:
+        """Every row of a table as a serialized EntryDump with its id, shard after shard, `page` rows at a time."""
+        self._info(table)
+        for index in range(self._cluster.count):
+            offset = 0
+            while True:
+                dumped = self._dump_page(table, index, page, offset)
+                yield from dumped.entries
+                if len(dumped.entries) < page:
+                    break
+                offset = dumped.offset
+
+    def _dump_page(self, table: str, index: int, page: int, offset: int) -> Any:
+        return self._cluster.fan_out(
+            [index],
+            lambda _, shard, left: shard.dump_entries(
+                table, part=0, parts=1, limit=page, offset=offset, timeout_s=left
+            ),
+        )[index]
+
+    # ---- whole tables ------------------------------------------------------------------------------------------------
+
+    def evict(self, tables: Sequence[str] = (), *, now: int = 0) -> dict[str, int]:
+        """Delete expired rows.
+
+        Args:
+            tables: Which tables; all if empty.
+            now: Unix seconds to judge by; 0 takes the newest update of each shard's part of a table.
+
+        Returns:
+            Rows deleted by table.
+        """
+        return self._counted(
+            tables, lambda index, shard, left: shard.evict(tables, self._write(index), now=now, timeout_s=left)
+        )
+
+    def clear(self, tables: Sequence[str]) -> dict[str, int]:
+        """Drop every row of tables; returns rows dropped by table."""
+        return self._counted(tables, lambda index, shard, left: shard.clear(tables, self._write(index), timeout_s=left))
+
+    def _counted(self, tables: Sequence[str], call: Callable[[int, Shard, float], Mapping[str, int]]) -> dict[str, int]:
+        if isinstance(tables, str):
+            raise InvalidRequestError(f"tables={tables!r} is a string, it must be a sequence of names")
+        for name in tables:
+            self._info(name)
+        total: dict[str, int] = {}
+        for counts in self._cluster.everywhere(call):
+            for name, rows in counts.items():
+                total[name] = total.get(name, 0) + rows
+        return total
+
+    def _write(self, index: int) -> Write:
+        return self._batches.write(index, Terms(self._cluster.step))
+
+    # ---- dense variables and the step --------------------------------------------------------------------------------
+
+    def create_variables(self, initial: Mapping[str, Any], *, optimizer: Any) -> dict[str, bool]:
+        """Create dense variables with initial values; existing ones keep theirs.
+
+        Args:
+            initial: By name, floats of any shape.
+            optimizer: One of `trilith.tables`, or an OptimizerConfig; steps every variable on its PS.
+
+        Returns:
+            By name, whether this call created it.
+        """
+        return self._variables.create(initial, optimizer)
+
+    def pull_variables(self, names: Sequence[str] | None = None) -> tuple[dict[str, Float32Array], int]:
+        """Current values by name (all that the cluster has if `names` is None), and the global step."""
+        return self._variables.pull(names)
+
+    def apply_dense_gradients(
+        self,
+        gradients: Mapping[str, Any],
+        *,
+        learning_rate: float | None = None,
+        global_step: int | None = None,
+        allow_non_finite: bool = False,
+    ) -> None:
+        """One step of each variable's optimizer; `learning_rate` None takes the optimizer's own."""
+        self._variables.apply_gradients(gradients, learning_rate, global_step, allow_non_finite)
+
+    def assign_variables(self, values: Mapping[str, Any], *, allow_non_finite: bool = False) -> None:
+        """Set variables."""
+        self._variables.assign(values, allow_non_finite)
+
+    def global_step(self, *, advance: int | None = None, set_to: int | None = None) -> int:
+        """Read the model's step counter (PS 0 keeps it), after advancing or setting it."""
+        if advance is not None and set_to is not None:
+            raise InvalidRequestError(f"advance={advance} and set_to={set_to} cannot both be done")
+        for name, value in (("advance", advance), ("set_to", set_to)):
+            if value is not None and value < 0:
+                raise InvalidRequestError(f"{name}={value} is below 0")
+        cluster = self._cluster
+        write = cluster.write(0) if advance is not None or set_to is not None else Write()
+        cluster.step = cluster.fan_out(
+            [0],
+            lambda _, shard, left: shard.global_step(advance=advance, set_to=set_to, write=write, timeout_s=left),
+        )[0]
+        return cluster.step
+
+    # ---- the cluster -------------------------------------------------------------------------------------------------
+
+    def stats(self) -> list[ps_pb2.StatsResponse]:
+        """Counters and sizes, per shard."""
+        return self._cluster.everywhere(lambda _, shard, left: shard.stats(timeout_s=left))
+
+    def describe(self) -> list[ps_pb2.DescribeResponse]:
+        """Identity and content, per shard."""
+        return self._cluster.describe()
+
+    def save(self, path: str, *, timeout_s: float = 3600.0) -> int:
+        """Write a checkpoint into the directory `path` (any fsspec URL that every PS can reach); returns its step.
+
+        The manifest is written last, so the checkpoint is complete or absent.
+        """
+        from trilith.checkpoint import part_of, write_manifest
+        from trilith.folder import absolute
+
+        where = absolute(path)
+        replies = self._cluster.everywhere(
+            lambda _, shard, left: shard.save(where, timeout_s=left), timeout_s=timeout_s
+        )
+        parts = [part_of(index, len(replies), reply) for index, reply in enumerate(replies)]
+        return write_manifest(where, parts).global_step
+
+    def restore(self, path: str, *, timeout_s: float = 3600.0) -> int:
+        """Replace the cluster's content by that of a complete checkpoint, of any number of PS; returns its step."""
+        from trilith.folder import absolute
+
+        where = absolute(path)
+        replies = self._cluster.everywhere(
+            lambda _, shard, left: shard.restore(where, timeout_s=left), timeout_s=timeout_s
+        )
+        self._cluster.step = replies[0].global_step
+        return self._cluster.step
+
+    def rejoin(self, *, recreate_tables: bool = False) -> list[Rejoined]:
+        """Go on with shards that restarted, as they are now, after ShardRestartedError.
+
+        Args:
+            recreate_tables: Create tables, empty, that a shard came back without. Otherwise that is an error, because
+                whatever they held is gone. Dense variables are created again with `create_variables`.
+
+        Returns:
+            The shards that came back: from which checkpoint, at which step.
+
+        Raises:
+            ShardRestartedError: A shard came back without tables that this client uses.
+        """
+        return self._cluster.rejoin(
+            [info.config for info in self._tables.values()],
+            self._variables.owners(),
+            recreate_tables=recreate_tables,
+        )
+
+    def close(self) -> None:
+        """Release connections; further calls raise ClosedError."""
+        self._cluster.close()
+        if self._on_close is not None:
+            self._on_close()
+
+    def __enter__(self) -> Client:
+        """Return the client itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+class Table:
+    """A handle on one table; holds nothing but its name."""
+
+    def __init__(self, client: Client, name: str) -> None:
+        """Use `Client.table`."""
+        self._client = client
+        self.name = name
+
+    def __repr__(self) -> str:
+        """Name and dim."""
+        return f"Table({self.name!r}, dim={self.dim})"
+
+    @property
+    def client(self) -> Client:
+        """The client this handle belongs to."""
+        return self._client
+
+    @property
+    def dim(self) -> int:
+        """Floats per row."""
+        return self._client._info(self.name).dim
+
+    @property
+    def config(self) -> ps_pb2.TableConfig:
+        """The table's config."""
+        return self._client._info(self.name).config
+
+    def lookup(self, ids: Any) -> Float32Array:
+        """float32[n, dim]: row i for ids[i], zeros where an id has no row."""
+        return self._client.lookup({self.name: ids})[self.name]
+
+    def apply_gradients(self, ids: Any, grads: Any, **options: Any) -> None:
+        """One optimizer step per distinct id; options as in `Client.apply_gradients`."""
+        self._client.apply_gradients({self.name: (ids, grads)}, **options)
+
+    def assign(self, ids: Any, values: Any, **options: Any) -> None:
+        """Set weights; options as in `Client.assign`."""
+        self._client.assign({self.name: (ids, values)}, **options)
+
+    def assign_add(self, ids: Any, values: Any, **options: Any) -> None:
+        """Add to weights; options as in `Client.assign_add`."""
+        self._client.assign_add({self.name: (ids, values)}, **options)
+
+    def reinitialize(self, ids: Any) -> npt.NDArray[np.int8]:
+        """Reset rows; int8[n]: 1 existed, 0 was created."""
+        return self._client.reinitialize(self.name, ids)
+
+    def contains(self, ids: Any) -> npt.NDArray[np.bool_]:
+        """bool[n]: whether each id has a row."""
+        return self._client.contains(self.name, ids)
+
+    def lookup_entries(self, ids: Any) -> list[bytes]:
+        """Per id a serialized EntryDump without its id, b"" where there is no row."""
+        return self._client.lookup_entries(self.name, ids)
+
+    def erase(self, ids: Any) -> int:
+        """Delete rows; returns how many there were."""
+        return self._client.erase(self.name, ids)
+
+    def evict(self, *, now: int = 0) -> int:
+        """Delete expired rows; returns how many."""
+        return self._client.evict([self.name], now=now).get(self.name, 0)
+
+    def clear(self) -> int:
+        """Drop every row; returns how many there were."""
+        return self._client.clear([self.name]).get(self.name, 0)
+
+    def size(self) -> int:
+        """Rows on all shards."""
+        replies = self._client.stats()
+        return sum(stats.rows for reply in replies for stats in reply.tables if stats.table == self.name)
+
+
+def _dim(config: ps_pb2.TableConfig) -> int:
+    return sum(segment.dim_size for segment in config.hash_table.entry_config.segments)

@@ -1,0 +1,271 @@
+"""All shards of a cluster as one client sees them: who they are, which writes they got, and calls to many at once."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from trilith.config import ClientConfig
+from trilith.errors import ClosedError, ClusterMismatchError, InvalidRequestError, ShardRestartedError, TrilithError
+from trilith.remote import RemoteShard
+from trilith.routing import OWNER_RULE
+from trilith.shard import Shard, Write
+from trilith_proto import ps_pb2
+
+__all__ = ["Cluster", "Rejoined"]
+
+_T = TypeVar("_T")
+
+_MAX_THREADS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejoined:
+    """A shard that came back in a new incarnation.
+
+    Attributes:
+        index: Which shard.
+        restored_from: The checkpoint it started from; empty if it started with nothing.
+        restored_step: The model's step in that checkpoint.
+        known_step: The step this client last knew: how far back the shard went is the difference.
+        missing_tables: Tables this client uses that the shard came back without.
+        missing_variables: The same for dense variables.
+    """
+
+    index: int
+    restored_from: str
+    restored_step: int
+    known_step: int
+    missing_tables: tuple[str, ...] = ()
+    missing_variables: tuple[str, ...] = ()
+
+
+class Cluster:
+    """The shards of one cluster, in order. Thread-safe.
+
+    Calls to several shards run on a thread pool, one of them in the caller's thread; a single one never leaves it.
+    Sequences of writes count per shard, so that a PS sees those of one client without gaps.
+    """
+
+    def __init__(self, shards: Sequence[Shard], config: ClientConfig) -> None:
+        """Meet the shards.
+
+        Raises:
+            ClusterMismatchError: A shard is not who the order of `shards` says it is.
+        """
+        self.shards = tuple(shards)
+        self.count = len(self.shards)
+        self.config = config
+        self.float16 = config.float16 and all(isinstance(shard, RemoteShard) for shard in shards)
+        self.step = 0
+        self._client_id = secrets.randbits(63) | 1
+        self._sequences = [itertools.count(1) for _ in self.shards]
+        self._known = [0] * self.count
+        self._closed = False
+        self._pool_lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        answers = self.describe()
+        self._check_identity(answers)
+        for index, answer in enumerate(answers):
+            self._adopt(index, answer)
+        self.step = answers[0].global_step
+
+    # ---- identity ----------------------------------------------------------------------------------------------------
+
+    def describe(self) -> list[ps_pb2.DescribeResponse]:
+        """What every shard says about itself."""
+        return self.everywhere(lambda _, shard, left: shard.describe(timeout_s=left))
+
+    def known(self, index: int) -> int:
+        """The incarnation in which this client knows a shard."""
+        return self._known[index]
+
+    def check_incarnations(self, answers: Sequence[ps_pb2.DescribeResponse]) -> None:
+        """Raise ShardRestartedError if a shard is no longer in the incarnation that this client knows."""
+        changed = [i for i, answer in enumerate(answers) if answer.incarnation != self._known[i]]
+        if changed:
+            raise ShardRestartedError(
+                f"{_shards(changed)} restarted since this client met the cluster;"
+                " Client.rejoin() accepts the present state"
+            )
+
+    def rejoin(
+        self,
+        tables: Sequence[ps_pb2.TableConfig],
+        variables: Mapping[str, Sequence[int]],
+        *,
+        recreate_tables: bool = False,
+    ) -> list[Rejoined]:
+        """Adopt the incarnations of shards that restarted.
+
+        Args:
+            tables: Tables the client uses.
+            variables: Per dense variable the owner of each partition.
+            recreate_tables: Create tables that a shard came back without; otherwise nothing is adopted.
+
+        Raises:
+            ShardRestartedError: A shard came back without tables.
+        """
+        answers = self.describe()
+        self._check_identity(answers)
+        back = [
+            self._rejoined(index, answer, {table.name for table in tables}, variables)
+            for index, answer in enumerate(answers)
+            if answer.incarnation != self._known[index]
+        ]
+        for shard in back:
+            if shard.missing_tables and not recreate_tables:
+                raise ShardRestartedError(
+                    f"shard {shard.index} came back without tables {list(shard.missing_tables)}; restore a checkpoint,"
+                    " or rejoin(recreate_tables=True) to begin them anew"
+                )
+        for shard in back:
+            self._adopt(shard.index, answers[shard.index])
+            lost = [table for table in tables if table.name in shard.missing_tables]
+            if lost:
+                self.shards[shard.index].create_tables(
+                    lost, incarnation=self._known[shard.index], timeout_s=self.config.timeout_s
+                )
+        return back
+
+    def _rejoined(
+        self, index: int, answer: ps_pb2.DescribeResponse, tables: set[str], variables: Mapping[str, Sequence[int]]
+    ) -> Rejoined:
+        held = {(spec.name, spec.partition) for spec in answer.variables}
+        lost = {
+            name
+            for name, owners in variables.items()
+            if any(owner == index and (name, partition) not in held for partition, owner in enumerate(owners))
+        }
+        return Rejoined(
+            index=index,
+            restored_from=answer.restored_from,
+            restored_step=answer.restored_step,
+            known_step=self.step,
+            missing_tables=tuple(sorted(tables - {table.name for table in answer.tables})),
+            missing_variables=tuple(sorted(lost)),
+        )
+
+    def _adopt(self, index: int, answer: ps_pb2.DescribeResponse) -> None:
+        self._known[index] = answer.incarnation
+        shard = self.shards[index]
+        if isinstance(shard, RemoteShard):
+            shard.adopt(answer.incarnation)
+
+    def _check_identity(self, answers: Sequence[ps_pb2.DescribeResponse]) -> None:
+        wrong = []
+        for index, answer in enumerate(answers):
+            ours = f"{index} of {self.count}, owner rule {OWNER_RULE!r}"
+            theirs = f"{answer.shard_index} of {answer.shard_count}, owner rule {answer.owner_rule!r}"
+            if ours != theirs:
+                shard = self.shards[index]
+                where = f"{shard.address} " if isinstance(shard, RemoteShard) else ""
+                wrong.append(f"{where}is shard {ours} by this client's list, and shard {theirs} by its own account")
+        if wrong:
+            raise ClusterMismatchError("; ".join(wrong))
+
+    # ---- writes ------------------------------------------------------------------------------------------------------
+
+    def write(
+        self, index: int, *, global_step: int = 0, request_time: int = 0, allow_non_finite: bool = False
+    ) -> Write:
+        """Name the next write to a shard."""
+        return Write(
+            client_id=self._client_id,
+            sequence=next(self._sequences[index]),
+            incarnation=self._known[index],
+            global_step=global_step,
+            request_time=request_time,
+            allow_non_finite=allow_non_finite,
+        )
+
+    def batch_bytes(self, index: int) -> int:
+        """Bytes of arrays that one call to a shard may carry; nothing is too large within a process."""
+        return self.config.batch_bytes if isinstance(self.shards[index], RemoteShard) else sys.maxsize
+
+    # ---- calls -------------------------------------------------------------------------------------------------------
+
+    def everywhere(self, call: Callable[[int, Shard, float], _T], *, timeout_s: float | None = None) -> list[_T]:
+        """Call every shard; results in shard order."""
+        return list(self.fan_out(range(self.count), call, timeout_s=timeout_s).values())
+
+    def fan_out(
+        self, indexes: Iterable[int], call: Callable[[int, Shard, float], _T], *, timeout_s: float | None = None
+    ) -> dict[int, _T]:
+        """Call some shards, all at once, under one deadline.
+
+        Args:
+            indexes: Which shards, ascending.
+            call: Takes a shard's index, the shard and the seconds that are left.
+            timeout_s: Seconds for all; None takes the client's own.
+
+        Returns:
+            Results by shard index.
+
+        Raises:
+            TrilithError: The first failure by shard index, after every call has ended; the others may have succeeded.
+        """
+        if self._closed:
+            raise ClosedError("the client was closed")
+        timeout = self.config.timeout_s if timeout_s is None else timeout_s
+        if not timeout > 0:
+            raise InvalidRequestError(f"timeout_s={timeout} is not above 0")
+        chosen = list(indexes)
+        if len(chosen) == 1:  # no hop to another thread
+            return {chosen[0]: call(chosen[0], self.shards[chosen[0]], timeout)}
+        deadline = time.monotonic() + timeout
+
+        def run(index: int) -> _T:
+            return call(index, self.shards[index], max(deadline - time.monotonic(), 0.001))
+
+        futures = {index: self._submit(run, index) for index in chosen[1:]}
+        results: dict[int, _T] = {}
+        failures: list[Exception] = []
+        for index in chosen:
+            try:
+                results[index] = futures[index].result() if index in futures else run(index)
+            except Exception as error:  # noqa: BLE001 (raised below, when every call has ended)
+                failures.append(error)
+        if failures:
+            raise _gravest(failures)
+        return results
+
+    def _submit(self, run: Callable[[int], _T], index: int) -> Future[_T]:
+        with self._pool_lock:
+            if self._closed:
+                raise ClosedError("the client was closed")
+            if self._pool is None:
+                threads = min(_MAX_THREADS, 4 * self.count)
+                self._pool = ThreadPoolExecutor(threads, thread_name_prefix="trilith-call")
+            return self._pool.submit(run, index)
+
+    def close(self) -> None:
+        """Close every shard."""
+        with self._pool_lock:
+            if self._closed:
+                return
+            self._closed = True
+            pool = self._pool
+        for shard in self.shards:
+            shard.close()
+        if pool is not None:
+            pool.shutdown(wait=False)
+
+
+def _gravest(failures: Sequence[Exception]) -> Exception:
+    """The failure to raise of several: a restart says most about what is left, otherwise the first."""
+    chosen = next((error for error in failures if isinstance(error, ShardRestartedError)), failures[0])
+    if len(failures) > 1 and isinstance(chosen, TrilithError):
+        chosen.add_note(f"{len(failures)} shards failed in this call")
+    return chosen
+
+
+def _shards(indexes: Sequence[int]) -> str:
+    return f"shard {indexes[0]}" if len(indexes) == 1 else f"shards {', '.join(map(str, indexes))}"

@@ -1,0 +1,52 @@
+"""How a client talks: deadlines, limits, retries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trilith.errors import InvalidRequestError
+
+__all__ = ["MAX_MESSAGE_BYTES", "ClientConfig"]
+
+MAX_MESSAGE_BYTES = 256 << 20
+"""Largest gRPC message that a PS and a client accept from each other."""
+
+_HEADER_ROOM = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """Settings of one client.
+
+    Attributes:
+        timeout_s: Deadline of a call, retries included.
+        float16: Rows and gradients travel as float16. Halves the bytes; the tables themselves keep their precision.
+        max_message_bytes: Largest message sent or accepted, at most what the PS accepts; a larger batch travels as
+            several.
+        chunk_bytes: What a batch is cut into when it is too large for one message; None: as large as messages may be.
+        retry_first_s: Pause before the first retry; doubles from then on, with jitter.
+        retry_max_s: Longest pause between retries.
+        keepalive_s: How often a silent connection is probed, so that a vanished host is noticed.
+    """
+
+    timeout_s: float = 30.0
+    float16: bool = False
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    chunk_bytes: int | None = None
+    retry_first_s: float = 0.05
+    retry_max_s: float = 1.0
+    keepalive_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_s", "retry_first_s", "retry_max_s", "keepalive_s"):
+            if not getattr(self, name) > 0:
+                raise InvalidRequestError(f"{name}={getattr(self, name)} is not above 0")
+        if self.max_message_bytes < 2 * _HEADER_ROOM:
+            raise InvalidRequestError(f"max_message_bytes={self.max_message_bytes} is below {2 * _HEADER_ROOM}")
+        if self.chunk_bytes is not None and not 0 < self.chunk_bytes <= self.max_message_bytes:
+            raise InvalidRequestError(f"chunk_bytes={self.chunk_bytes} is outside 1..{self.max_message_bytes}")
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of arrays that one message may carry."""
+        return self.chunk_bytes if self.chunk_bytes is not None else self.max_message_bytes - _HEADER_ROOM

@@ -1,0 +1,387 @@
+"""RemoteShard: a shard behind one gRPC channel. The only place where a gRPC status becomes a Trilith error."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from trilith import wire
+from trilith.config import ClientConfig
+from trilith.errors import (
+    BY_NAME,
+    ClosedError,
+    DeadlineExceededError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    ShardRestartedError,
+    TrilithError,
+    UnavailableError,
+)
+from trilith.shard import (
+    ANY_WRITE,
+    DensePart,
+    EntryPage,
+    Float32Array,
+    FloatArray,
+    IdPart,
+    UpdatePart,
+    Write,
+)
+from trilith_proto import ps_pb2
+
+__all__ = ["ERROR_KEY", "INCARNATION_KEY", "SERVICE", "RemoteShard"]
+
+_T = TypeVar("_T")
+
+SERVICE = "trilith.ParameterServer"
+ERROR_KEY = "trilith-error"
+"""Trailing metadata: the class of the error."""
+INCARNATION_KEY = "trilith-incarnation"
+"""Trailing metadata of an error: the incarnation that raised it."""
+
+_RETRIED = (UnavailableError, OverloadedError)
+_BY_CODE: Mapping[grpc.StatusCode, type[TrilithError]] = {
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidRequestError,
+}
+
+
+class RemoteShard:
+    """Implements `Shard` over gRPC; safe to use from several threads.
+
+    A call is retried while the PS is unreachable or overloaded, with the same bytes, hence the same sequence, until its
+    deadline. A reply of another incarnation than the known one is ShardRestartedError: what the caller knows about the
+    shard may no longer hold.
+    """
+
+    def __init__(self, resolve: Callable[[], str], config: ClientConfig, *, index: int = 0) -> None:
+        """Connect on first use.
+
+        Args:
+            resolve: Returns the shard's current host:port; asked again after every failure.
+            config: Limits and retries.
+            index: The shard's index, for messages.
+        """
+        self._resolve = resolve
+        self._config = config
+        self._index = index
+        self._lock = threading.Lock()
+        self._closed = False
+        self._known = 0
+        self._address = ""
+        self._channel: grpc.Channel | None = None
+        self._methods: dict[str, Any] = {}
+        self._random = random.Random()
+
+    @property
+    def address(self) -> str:
+        """Where the shard was last found."""
+        return self._address or self._resolve()
+
+    @property
+    def incarnation(self) -> int:
+        """The incarnation this shard is known by; 0 before first contact."""
+        return self._known
+
+    def adopt(self, incarnation: int) -> None:
+        """Take replies of `incarnation` as the shard's own from now on."""
+        self._known = incarnation
+
+    # ---- calls -------------------------------------------------------------------------------------------------------
+
+    def _method(self, name: str) -> Any:
+        method = self._methods.get(name)
+        return method if method is not None else self._connect(name)
+
+    def _connect(self, name: str) -> Any:
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"the connection to shard {self._index} was closed")
+            address = self._resolve()
+            if self._channel is None or address != self._address:
+                if self._channel is not None:
+                    self._channel.close()
+                self._methods = {}
+                self._channel = grpc.insecure_channel(address, options=_channel_options(self._config))
+                self._address = address
+            # Bytes in, bytes out: `wire` reads and writes the hot messages, the rest converts around the call.
+            method: Any = self._channel.unary_unary(f"/{SERVICE}/{name}")
+            self._methods[name] = method
+            return method
+
+    def _call(self, name: str, request: bytes, timeout_s: float | None) -> bytes:
+        timeout = self._config.timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + timeout
+        pause = self._config.retry_first_s
+        attempts = 0
+        while True:
+            attempts += 1
+            try:
+                return self._method(name)(request, timeout=max(deadline - time.monotonic(), 0.001))  # type: ignore[no-any-return]
+            except grpc.RpcError as error:
+                raised = self._error(name, error, timeout, attempts)
+            except ValueError:
+                # What grpc raises on a closed channel: ours was closed, or replaced because the shard moved.
+                if self._closed:
+                    raise ClosedError(f"the connection to shard {self._index} was closed") from None
+                raised = UnavailableError(f"shard {self._index} moved from {self._address}")
+            if not isinstance(raised, _RETRIED):
+                raise raised
+            rest = deadline - time.monotonic()
+            # Full jitter: workers that lost the same PS do not come back in step.
+            wait = pause * (0.5 + 0.5 * self._random.random())
+            if wait >= rest:
+                raise raised
+            time.sleep(wait)
+            pause = min(2 * pause, self._config.retry_max_s)
+            if isinstance(raised, UnavailableError):
+                self._follow()
+
+    def _follow(self) -> None:
+        """Look the address up again, and drop the channel if the shard has moved."""
+        try:
+            address = self._resolve()
+        except TrilithError:
+            return  # discovery may be catching up
+        if address != self._address:
+            with self._lock:
+                self._methods = {}
+
+    def _error(self, name: str, error: grpc.RpcError, timeout: float, attempts: int) -> TrilithError:
+        """Turn what gRPC raised into the error that the PS raised, or that describes what happened on the way."""
+        code, details = error.code(), error.details() or ""
+        metadata: dict[str, Any] = dict(cast(Iterable[tuple[str, Any]], error.trailing_metadata() or ()))
+        incarnation = int(metadata.get(INCARNATION_KEY, 0))
+        raised = BY_NAME.get(str(metadata.get(ERROR_KEY, "")))
+        if raised is not None:
+            if self._known and incarnation not in (0, self._known) and raised not in _RETRIED:
+                return self._restarted(incarnation)
+            return raised(details)
+        where = f"shard {self._index} at {self._address}: {name}"
+        if code is grpc.StatusCode.CANCELLED and self._closed:
+            return ClosedError(f"{where}: the client was closed during the call")
+        if code is grpc.StatusCode.CANCELLED:
+            return UnavailableError(f"{where}: {details}")
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceededError(f"{where}: no answer within {timeout:g} s")
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+            return InvalidRequestError(f"{where}: {details}; send smaller batches or raise the limit on both sides")
+        if code is grpc.StatusCode.UNAVAILABLE:
+            return UnavailableError(f"{where}: {details} (attempt {attempts})")
+        return _BY_CODE.get(code, InternalError)(f"{where}: {code.name}: {details}")
+
+    def _restarted(self, incarnation: int) -> ShardRestartedError:
+        return ShardRestartedError(
+            f"shard {self._index} at {self._address} restarted: this client knew incarnation {self._known:#x},"
+            f" now it is {incarnation:#x}; writes it had acknowledged may be lost."
+            " Client.rejoin() accepts its present state"
+        )
+
+    def _check(self, incarnation: int) -> None:
+        if incarnation != self._known and self._known:
+            raise self._restarted(incarnation)
+
+    def _ask(self, name: str, request: Any, kind: type[_T], timeout_s: float | None) -> _T:
+        """Call a method whose messages are small."""
+        reply: Any = kind.FromString(self._call(name, request.SerializeToString(), timeout_s))  # type: ignore[attr-defined]
+        if name != "Describe":
+            self._check(reply.incarnation)
+        return reply  # type: ignore[no-any-return]
+
+    # ---- Shard -------------------------------------------------------------------------------------------------------
+
+    def describe(self, *, timeout_s: float | None = None) -> ps_pb2.DescribeResponse:
+        """See `Shard`; a change of incarnation is told, not raised."""
+        return self._ask("Describe", ps_pb2.DescribeRequest(), ps_pb2.DescribeResponse, timeout_s)
+
+    def create_tables(
+        self, configs: Sequence[ps_pb2.TableConfig], *, incarnation: int = 0, timeout_s: float | None = None
+    ) -> None:
+        """See `Shard`."""
+        request = ps_pb2.CreateTablesRequest(tables=configs, incarnation=incarnation)
+        self._ask("CreateTables", request, ps_pb2.CreateTablesResponse, timeout_s)
+
+    def lookup(
+        self, parts: Sequence[IdPart], *, float16: bool = False, timeout_s: float | None = None
+    ) -> list[FloatArray]:
+        """See `Shard`; the rows are views of the reply."""
+        reply = self._call("Lookup", wire.pack_lookup_request(parts, float16=float16), timeout_s)
+        incarnation, rows = wire.unpack_lookup_response(reply)
+        self._check(incarnation)
+        return rows
+
+    def new_update(self, layouts: Sequence[wire.UpdateLayout], write: Write, *, float16: bool) -> wire.UpdateFrame:
+        """Make parts that lie in the message which `apply_gradients` and the like will send."""
+        return wire.new_update_request(layouts, write, float16=float16)
+
+    def _update(self, name: str, parts: Sequence[UpdatePart], write: Write, timeout_s: float | None) -> None:
+        reply = self._call(name, wire.pack_update_request(parts, write), timeout_s)
+        self._check(ps_pb2.UpdateResponse.FromString(reply).incarnation)
+
+    def apply_gradients(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
+        """See `Shard`."""
+        self._update("ApplyGradients", parts, write, timeout_s)
+
+    def assign(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
+        """See `Shard`."""
+        self._update("Assign", parts, write, timeout_s)
+
+    def assign_add(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
+        """See `Shard`."""
+        self._update("AssignAdd", parts, write, timeout_s)
+
+    def _statuses(self, name: str, part: IdPart, write: Write, timeout_s: float | None) -> npt.NDArray[np.int8]:
+        incarnation, statuses = wire.unpack_statuses(self._call(name, wire.pack_ids(part, write), timeout_s))
+        self._check(incarnation)
+        return statuses
+
+    def reinitialize(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> npt.NDArray[np.int8]:
+        """See `Shard`."""
+        return self._statuses("Reinitialize", part, write, timeout_s)
+
+    def contains(self, part: IdPart, *, timeout_s: float | None = None) -> npt.NDArray[np.bool_]:
+        """See `Shard`."""
+        return self._statuses("Contains", part, ANY_WRITE, timeout_s).view(np.bool_)
+
+    def lookup_entries(self, part: IdPart, *, timeout_s: float | None = None) -> list[bytes]:
+        """See `Shard`."""
+        data = self._call("LookupEntries", wire.pack_ids(part, ANY_WRITE), timeout_s)
+        reply = ps_pb2.EntriesResponse.FromString(data)
+        self._check(reply.incarnation)
+        return list(reply.entries)
+
+    def dump_entries(
+        self, table: str, *, part: int, parts: int, limit: int, offset: int = 0, timeout_s: float | None = None
+    ) -> EntryPage:
+        """See `Shard`."""
+        request = ps_pb2.DumpEntriesRequest(table=table, part=part, parts=parts, limit=limit, offset=offset)
+        reply = self._ask("DumpEntries", request, ps_pb2.DumpEntriesResponse, timeout_s)
+        return EntryPage(list(reply.entries), reply.offset)
+
+    def erase(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> int:
+        """See `Shard`."""
+        reply = ps_pb2.CountsResponse.FromString(self._call("Erase", wire.pack_ids(part, write), timeout_s))
+        self._check(reply.incarnation)
+        return sum(reply.rows.values())
+
+    def evict(
+        self, tables: Sequence[str], write: Write, *, now: int = 0, timeout_s: float | None = None
+    ) -> Mapping[str, int]:
+        """See `Shard`."""
+        request = ps_pb2.EvictRequest(tables=tables, now=now, write=wire.write_id(write))
+        return dict(self._ask("Evict", request, ps_pb2.CountsResponse, timeout_s).rows)
+
+    def clear(self, tables: Sequence[str], write: Write, *, timeout_s: float | None = None) -> Mapping[str, int]:
+        """See `Shard`."""
+        request = ps_pb2.ClearRequest(tables=tables, write=wire.write_id(write))
+        return dict(self._ask("Clear", request, ps_pb2.CountsResponse, timeout_s).rows)
+
+    def stats(self, *, timeout_s: float | None = None) -> ps_pb2.StatsResponse:
+        """See `Shard`."""
+        return self._ask("Stats", ps_pb2.StatsRequest(), ps_pb2.StatsResponse, timeout_s)
+
+    def create_variables(
+        self,
+        specs: Sequence[ps_pb2.VariableSpec],
+        initial: Sequence[Float32Array],
+        *,
+        incarnation: int = 0,
+        timeout_s: float | None = None,
+    ) -> list[bool]:
+        """See `Shard`."""
+        data = self._call("CreateVariables", wire.pack_create_variables(specs, initial, incarnation), timeout_s)
+        reply = ps_pb2.CreateVariablesResponse.FromString(data)
+        self._check(reply.incarnation)
+        return list(reply.created)
+
+    def pull_variables(
+        self, refs: Sequence[tuple[str, int]], *, timeout_s: float | None = None
+    ) -> tuple[list[Float32Array], int]:
+        """See `Shard`; the values are views of the reply."""
+        request = ps_pb2.PullVariablesRequest()
+        for name, partition in refs:
+            request.partitions.add(name=name, partition=partition)
+        data = self._call("PullVariables", request.SerializeToString(), timeout_s)
+        incarnation, values, step = wire.unpack_pulled(data)
+        self._check(incarnation)
+        return values, step
+
+    def _dense(
+        self, name: str, parts: Sequence[DensePart], write: Write, learning_rate: float, timeout_s: float | None
+    ) -> None:
+        reply = self._call(name, wire.pack_dense_update(parts, write, learning_rate), timeout_s)
+        self._check(ps_pb2.UpdateResponse.FromString(reply).incarnation)
+
+    def apply_dense_gradients(
+        self,
+        parts: Sequence[DensePart],
+        write: Write,
+        *,
+        learning_rate: float = 0.0,
+        timeout_s: float | None = None,
+    ) -> None:
+        """See `Shard`."""
+        self._dense("ApplyDenseGradients", parts, write, learning_rate, timeout_s)
+
+    def assign_variables(self, parts: Sequence[DensePart], write: Write, *, timeout_s: float | None = None) -> None:
+        """See `Shard`."""
+        self._dense("AssignVariables", parts, write, 0.0, timeout_s)
+
+    def global_step(
+        self,
+        *,
+        advance: int | None = None,
+        set_to: int | None = None,
+        write: Write = ANY_WRITE,
+        timeout_s: float | None = None,
+    ) -> int:
+        """See `Shard`."""
+        request = ps_pb2.GlobalStepRequest(write=wire.write_id(write), incarnation=write.incarnation)
+        if advance is not None:
+            request.advance = advance
+        elif set_to is not None:
+            request.set = set_to
+        return self._ask("GlobalStep", request, ps_pb2.GlobalStepResponse, timeout_s).global_step
+
+    def save(self, path: str, *, timeout_s: float | None = None) -> ps_pb2.SaveResponse:
+        """See `Shard`."""
+        return self._ask("Save", ps_pb2.SaveRequest(path=path), ps_pb2.SaveResponse, timeout_s)
+
+    def restore(self, path: str, *, timeout_s: float | None = None) -> ps_pb2.RestoreResponse:
+        """See `Shard`."""
+        return self._ask("Restore", ps_pb2.RestoreRequest(path=path), ps_pb2.RestoreResponse, timeout_s)
+
+    def close(self) -> None:
+        """Close the channel; calls in flight end with ClosedError."""
+        with self._lock:
+            self._closed = True
+            if self._channel is not None:
+                self._channel.close()
+                self._channel = None
+            self._methods = {}
+
+
+def _channel_options(config: ClientConfig) -> list[tuple[str, int]]:
+    keepalive_ms = int(1000 * config.keepalive_s)
+    return [
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        # gRPC's own retries would keep a copy of every message, and cannot know what is safe to repeat.
+        ("grpc.enable_retries", 0),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", keepalive_ms // 2),
+    ]
