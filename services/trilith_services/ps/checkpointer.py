@@ -1,8 +1,8 @@
 """Periodic checkpoints of one PS, taken at the same ticks of the wall clock on every PS of a cluster.
 
 Nobody coordinates: a checkpoint is numbered by its tick (Unix milliseconds), so all PS write into the same directory;
-each writes its own files and part manifest, and whoever then finds the parts of all PS writes the manifest. Two may do so
-at once; they write the same.
+each writes its own files and part manifest, and whoever then finds the parts of all PS writes the manifest. Two may do
+so at once; they write the same.
 """
 
 from __future__ import annotations
