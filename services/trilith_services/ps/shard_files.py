@@ -76,6 +76,18 @@ def find_shard_files(base: str) -> list[str]:
     return shard_file_names(base, total)
 
 
+def remove_other_sets(base: str, total: int) -> None:
+    """Delete the shards of `base` that are not of the set of `total`: what an earlier, differently cut save left.
+
+    With them in place neither set could be told to be the valid one.
+    """
+    folder, stem = _split(base)
+    for name in folder.names():
+        shard = _SHARD.fullmatch(name, len(stem)) if name.startswith(stem) else None
+        if shard and int(shard[2]) != total:
+            folder.remove(name)
+
+
 @contextmanager
 def create_file(name: str) -> Iterator[IO[bytes]]:
     """Write a file under a temporary name and rename it; it is not there if the body raises."""

@@ -1,0 +1,747 @@
+"""Table: the rows of one embedding table on one shard, in stripes with a lock each."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith.errors import InvalidRequestError, MemoryLimitError, NonFiniteError
+from trilith.ops.jit import warm
+from trilith.ops.memory import address_of
+from trilith.shard import Float32Array, UInt64Array
+from trilith_proto import ps_pb2
+from trilith_services.ps.arena import HUGE_PAGE, Mapping
+from trilith_services.ps.budget import MemoryBudget
+from trilith_services.ps.kernels import codecs, index, rows
+from trilith_services.ps.row_layout import RowLayout
+
+__all__ = ["OccurrenceGate", "Rows", "Table"]
+
+STRIPE_BITS = 4
+STRIPES = 1 << STRIPE_BITS
+_SMALL = 2048  # up to here one kernel call under all locks beats one call per stripe (a call costs about 2 us)
+_PARALLEL = 16384  # from here a batch is worth two threads
+_SECONDS_PER_DAY = 86400
+_MAX_ROWS_PER_STRIPE = (1 << 32) - 2
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows copied out of a table.
+
+    Attributes:
+        ids: uint64[n].
+        weights: float32[n, dim], raw (decoded where the table stores them compressed).
+        state: float32[n, state_floats], optimizer state; no columns for a serving table.
+        last_update: uint32[n], Unix seconds.
+    """
+
+    ids: UInt64Array
+    weights: Float32Array
+    state: Float32Array
+    last_update: npt.NDArray[np.uint32]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, selection: npt.NDArray[Any]) -> Rows:
+        """The rows that an index or mask array selects."""
+        return Rows(*(column[selection] for column in (self.ids, self.weights, self.state, self.last_update)))
+
+    @staticmethod
+    def concatenate(pieces: Sequence[Rows]) -> Rows:
+        """All rows of at least one piece, in order."""
+        return Rows(
+            np.concatenate([piece.ids for piece in pieces]),
+            np.concatenate([piece.weights for piece in pieces]),
+            np.concatenate([piece.state for piece in pieces]),
+            np.concatenate([piece.last_update for piece in pieces]),
+        )
+
+
+class OccurrenceGate(Protocol):
+    """Decides which ids that have no row yet may get one."""
+
+    def filtered(
+        self,
+        ids: UInt64Array,
+        counts: npt.NDArray[np.uint32] | None,
+        thresholds: Any,
+        present: npt.NDArray[np.bool_] | None,
+    ) -> npt.NDArray[np.bool_]:
+        """bool[n]: which writes to leave out, judged and counted in order; `present` ids pass uncounted."""
+
+
+@dataclass(slots=True)
+class TableCounters:
+    """Running totals since the table was made."""
+
+    lookup_ids: int = 0
+    lookup_hits: int = 0
+    update_ids: int = 0
+    filtered_ids: int = 0
+    evicted_rows: int = 0
+
+
+class _Scratch(threading.local):
+    """One thread's arrays for grouping a batch, grown as needed."""
+
+    def __init__(self) -> None:
+        self.room = 0
+        self.starts = np.zeros(STRIPES + 1, np.int64)
+
+    def group(self, ids: UInt64Array) -> _Batch:
+        if len(ids) > self.room:
+            self.room = 1 << max(10, (len(ids) - 1).bit_length())
+            self.hashes = np.empty(self.room, np.uint64)
+            self.grouped = np.empty(self.room, np.uint64)
+            self.positions = np.empty(self.room, np.int64)
+        index.group_by_stripe(
+            address_of(ids), len(ids), STRIPE_BITS, self.hashes, self.grouped, self.positions, self.starts
+        )
+        return self.starts, self.hashes, self.grouped, self.positions
+
+
+_Batch = tuple[npt.NDArray[np.int64], UInt64Array, UInt64Array, npt.NDArray[np.int64]]
+_SCRATCH = _Scratch()
+
+
+class Table:
+    """One embedding table of one shard.
+
+    Every 64-bit id has its own row. Each row changes atomically; a batch as a whole does not. A call takes the locks of the
+    stripes it is working on, one at a time for a large batch and in ascending order for a small one, so callers never wait for
+    each other in a circle and rarely at all.
+    """
+
+    def __init__(
+        self,
+        config: ps_pb2.TableConfig,
+        *,
+        gate: OccurrenceGate | None = None,
+        budget: MemoryBudget | None = None,
+        pool: Executor | None = None,
+    ) -> None:
+        """Make an empty table.
+
+        Args:
+            config: Checked here; InvalidRequestError says what is wrong.
+            gate: Decides which new ids get a row; None lets all pass. May be shared by tables.
+            budget: What the rows and indexes are charged to.
+            pool: Where half of a large batch runs.
+        """
+        self.config = config
+        self.name = config.name
+        self.layout = RowLayout(config)
+        self.dim = self.layout.dim
+        self.segments = len(self.layout.segments)
+        self.gate = gate
+        self.thresholds = config.occurrence_thresholds
+        self.max_update_time = 0
+        self.counters = TableCounters()
+        self._budget = budget if budget is not None else MemoryBudget(0)
+        self._pool = pool
+        self._lifetimes = _lifetimes(config)
+        self._locks = [threading.Lock() for _ in range(STRIPES)]
+        self._time_lock = threading.Lock()
+        self._stripes = np.zeros((STRIPES, index.COLUMNS), np.int64)
+        self._indexes: list[Mapping] = []
+        self._arenas: list[Mapping] = []
+        self._apply = rows.make_apply(self.layout.structure) if self.layout.structure else None
+        per_stripe = -(-max(1, config.hash_table.initial_capacity) // STRIPES)
+        reserve = _reserved_bytes_per_stripe()
+        self._arena_rows = min(reserve // self.layout.stride, _MAX_ROWS_PER_STRIPE)
+        for s in range(STRIPES):
+            slots = 16
+            while slots * _max_load(s) < per_stripe:
+                slots *= 2
+            self._arenas.append(Mapping(reserve))
+            self._indexes.append(Mapping(16 * slots, plain_bytes=HUGE_PAGE))
+            self._stripes[s, index.ARENA] = self._arenas[s].address
+            self._set_index(s, slots)
+        self._charged = 0
+        self._charge()
+
+    def __len__(self) -> int:
+        return int(self._stripes[:, index.SIZE].sum())
+
+    @property
+    def stripes(self) -> int:
+        """How many stripes the table has."""
+        return STRIPES
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of rows and indexes in use."""
+        used = int(self._stripes[:, index.USED].sum()) * self.layout.stride
+        return used + 16 * int((self._stripes[:, index.MASK] + 1).sum())
+
+    def compile(self) -> None:
+        """Compile or load every kernel that serving this table may run."""
+        warm(
+            index.group_by_stripe,
+            index.rebuild_index,
+            index.find_rows,
+            index.erase_rows,
+            index.evict_rows,
+            index.scan_index,
+            index.mark_expired,
+            rows.lookup_rows,
+            rows.lookup_rows_half,
+            rows.write_rows,
+            rows.export_rows,
+            rows.widen_halves,
+        )
+        if self._apply is not None:
+            warm(self._apply)
+
+    # ---- reads -------------------------------------------------------------------------------------------------
+
+    def lookup(self, ids: npt.NDArray[Any], out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """Read rows; zeros for an id without one. Never inserts and touches no times.
+
+        Args:
+            ids: uint64[n] or int64[n], repeats allowed.
+            out: float32[n, dim] or float16[n, dim] to write to, C-contiguous, of any alignment.
+
+        Returns:
+            `out`, or a new float32[n, dim].
+        """
+        ids = as_ids(ids)
+        if out is None:
+            out = np.empty((len(ids), self.dim), np.float32)
+        elif out.shape != (len(ids), self.dim):
+            raise InvalidRequestError(f"table {self.name!r}: out is {out.shape}, expected {(len(ids), self.dim)}")
+        if len(ids) == 0:
+            return out
+        kernel = rows.lookup_rows if out.dtype == np.float32 else rows.lookup_rows_half
+        batch = _SCRATCH.group(ids)
+        target = address_of(out)
+
+        def read(first: int, last: int) -> int:
+            return int(kernel(self._stripes, first, last, *batch, self.layout.plan, self.layout.segment_table, target))
+
+        hits = self._each_stripe(len(ids), read)
+        self.counters.lookup_ids += len(ids)
+        self.counters.lookup_hits += hits
+        return out
+
+    def contains(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """bool[n]: whether each id has a row."""
+        return self._row_numbers(as_ids(ids)) != 0
+
+    def export_rows(self, ids: npt.NDArray[Any]) -> tuple[npt.NDArray[np.bool_], Rows]:
+        """Copy rows out.
+
+        Returns:
+            bool[n] which ids have a row, and the rows of those, in the order of `ids`.
+        """
+        ids = as_ids(ids)
+        with self._all_locks():
+            numbers = self._row_numbers(ids, locked=True)
+            present = numbers != 0
+            found, at = ids[present], numbers[present]
+            stripe = _stripe_of(found)
+            addresses = self._stripes[stripe, index.ARENA] + (at - 1) * self.layout.stride
+            times = self._times(found)
+            return present, self._copy_rows(found, addresses, times)
+
+    def export_stripe(self, s: int) -> Rows:
+        """Copy all rows of stripe `s`, as they are at one moment."""
+        with self._locks[s]:
+            slots = int(self._stripes[s, index.MASK]) + 1
+            return self._scan_stripe(s, 0, slots, int(self._stripes[s, index.SIZE]))[0]
+
+    def scan(self, part: int, parts: int, limit: int, offset: int = 0) -> tuple[Rows, int]:
+        """Page through one of `parts` contiguous ranges of the storage.
+
+        Args:
+            part: Which range, from 0.
+            parts: Into how many the storage is cut.
+            limit: Rows per page; fewer mean that the part is finished.
+            offset: 0 at first, then what the last call gave. A table that grows between pages may repeat or miss rows.
+
+        Returns:
+            Up to `limit` rows, and the offset to go on from (never 0).
+        """
+        if not 0 <= part < parts:
+            raise InvalidRequestError(f"part={part} is outside 0..{parts - 1}")
+        if limit < 1:
+            raise InvalidRequestError(f"limit={limit} is below 1")
+        sizes = self._stripes[:, index.MASK] + 1
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
+        end = int(bounds[-1]) * (part + 1) // parts
+        at = offset - 1 if offset else int(bounds[-1]) * part // parts
+        pieces: list[Rows] = []
+        room = limit
+        while at < end and room > 0:
+            s = int(np.searchsorted(bounds, at, "right")) - 1
+            with self._locks[s]:
+                stop = min(end, int(bounds[s + 1])) - int(bounds[s])
+                piece, slot = self._scan_stripe(s, at - int(bounds[s]), stop, room)
+            pieces.append(piece)
+            room -= len(piece)
+            at = int(bounds[s]) + slot
+        return Rows.concatenate(pieces) if pieces else self._no_rows(), at + 1
+
+    def expired(self, found: Rows, now: int) -> npt.NDArray[np.bool_]:
+        """bool[n]: which copied-out rows have expired at `now`, Unix seconds."""
+        marks = np.zeros(len(found), np.bool_)
+        index.mark_expired(self._lifetimes, found.last_update, found.ids, now, marks)
+        return marks
+
+    # ---- writes ------------------------------------------------------------------------------------------------
+
+    def apply_gradients(
+        self,
+        ids: npt.NDArray[Any],
+        grads: npt.NDArray[Any],
+        *,
+        learning_rates: npt.ArrayLike | None = None,
+        counts: npt.NDArray[np.uint32] | None = None,
+        global_step: int = 0,
+        request_time: int = 0,
+        dedup: bool = False,
+    ) -> None:
+        """Take optimizer steps; a missing row that passes the gate is created first.
+
+        Args:
+            ids: uint64[n] or int64[n].
+            grads: float32 or float16 [n, dim].
+            learning_rates: float32[segments]; the config's where left out.
+            counts: uint32[n] occurrences each id stands for in the gate's count; one each where left out.
+            global_step: For batch_softmax, one-bit readers and stochastic rounding.
+            request_time: Unix seconds, the rows' new last update.
+            dedup: Sum the gradients of equal ids into one step; otherwise repeats are steps of their own, in order.
+        """
+        if self._apply is None:
+            raise InvalidRequestError(f"table {self.name!r} is a serving table: it has no optimizer")
+        ids, grads = as_ids(ids), self._as_values(ids, grads, "gradients")
+        rates = self._as_rates(learning_rates)
+        if global_step < 0 and any(kind == "batch_softmax" for kind, _, _ in self.layout.structure):
+            raise InvalidRequestError(f"table {self.name!r}: global_step={global_step} is negative")
+        if dedup:
+            ids, grads, counts = _sum_repeats(ids, grads, counts)
+        self._raise_max_time(request_time)
+        ids, grads = self._pass_gate(ids, grads, counts)
+        if len(ids) == 0:
+            return
+        self._refresh_scales(global_step)
+        self._reserve(ids)
+        batch = _SCRATCH.group(ids)
+        plan, segments = self.layout.plan, self.layout.segment_table
+        source, rate_address = address_of(grads), address_of(rates)
+        apply = self._apply
+
+        def step(first: int, last: int, begin: int) -> int:
+            return int(
+                apply(
+                    self._stripes,
+                    first,
+                    last,
+                    begin,
+                    *batch,
+                    plan,
+                    segments,
+                    source,
+                    rate_address,
+                    global_step,
+                    request_time & 0xFFFFFFFF,
+                )
+            )
+
+        self._write(batch, len(ids), step)
+
+    def assign(self, ids: npt.NDArray[Any], values: npt.NDArray[Any], *, request_time: int = 0) -> None:
+        """Set raw weights, float32 or float16 [n, dim]; the last of repeated ids wins.
+
+        With `skip_zero_embedding` a value whose squared norm is below the smallest normal float32 erases its id.
+        """
+        ids, values = as_ids(ids), self._as_values(ids, values, "values")
+        if self.config.hash_table.skip_zero_embedding and len(ids):
+            last = len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]
+            ids, values = ids[last], values[last]
+            zero = np.einsum("nd,nd->n", values, values) < np.finfo(np.float32).tiny
+            self._raise_max_time(request_time)
+            self.erase(ids[zero])
+            ids, values = ids[~zero], values[~zero]
+        self._write_values(rows.ASSIGN, ids, values, request_time)
+
+    def assign_add(self, ids: npt.NDArray[Any], values: npt.NDArray[Any], *, request_time: int = 0) -> None:
+        """Add float32 or float16 [n, dim] to raw weights, one id after another."""
+        ids, values = as_ids(ids), self._as_values(ids, values, "values")
+        self._write_values(rows.ADD, ids, values, request_time)
+
+    def reinitialize(self, ids: npt.NDArray[Any], *, request_time: int) -> npt.NDArray[np.int8]:
+        """Give ids fresh rows, without asking the gate.
+
+        Returns:
+            int8[n]: 1 where there was a row, 0 where it was created.
+        """
+        ids = as_ids(ids)
+        existed = np.zeros(len(ids), np.int8)
+        self._write_rows(rows.RESET, ids, request_time, existed=existed)
+        return existed
+
+    def import_rows(self, found: Rows) -> None:
+        """Write rows verbatim (weights, state, last update), replacing those of the same ids."""
+        if len(found) == 0:
+            return
+        weights = np.ascontiguousarray(found.weights, np.float32)
+        state = np.ascontiguousarray(found.state, np.float32)
+        expected = (len(found), self.layout.state_floats)
+        if weights.shape != (len(found), self.dim) or (not self.layout.serving and state.shape != expected):
+            raise InvalidRequestError(
+                f"table {self.name!r}: rows with {weights.shape[1:]} weights and {state.shape[1:]} state words do not fit "
+                f"dim={self.dim} and {self.layout.state_floats} state words"
+            )
+        times = np.ascontiguousarray(found.last_update, np.uint32)
+        if self.layout.serving:
+            times = np.zeros_like(times)  # as upstream: a serving row's time stays 0
+        self._write_rows(rows.IMPORT, as_ids(found.ids), 0, values=weights, state=state, times=times)
+        self._raise_max_time(int(times.max()))
+
+    def erase(self, ids: npt.NDArray[Any]) -> int:
+        """Delete rows; returns how many there were."""
+        ids = as_ids(ids)
+        if len(ids) == 0:
+            return 0
+        starts, hashes, grouped, _ = _SCRATCH.group(ids)
+
+        def erase(first: int, last: int) -> int:
+            return int(index.erase_rows(self._stripes, self.layout.stride, first, last, starts, hashes, grouped))
+
+        return self._each_stripe(len(ids), erase)
+
+    def evict(self, now: int) -> int:
+        """Delete rows whose age at `now` (Unix seconds) has reached their slot's lifetime; returns how many."""
+        evicted = 0
+        for s in range(STRIPES):
+            with self._locks[s]:
+                evicted += int(index.evict_rows(self._stripes, self.layout.stride, s, now, self._lifetimes))
+        self.counters.evicted_rows += evicted
+        return evicted
+
+    def clear(self) -> int:
+        """Drop every row and give the memory back; returns how many rows there were."""
+        with self._all_locks():
+            dropped = len(self)
+            for s in range(STRIPES):
+                self._arenas[s] = Mapping(self._arenas[s].size)
+                self._indexes[s] = Mapping(16 * 16, plain_bytes=HUGE_PAGE)
+                self._stripes[s] = 0
+                self._stripes[s, index.ARENA] = self._arenas[s].address
+                self._set_index(s, 16)
+        self._charge()
+        return dropped
+
+    def restore_max_update_time(self, time: int) -> None:
+        """Raise the newest update to at least `time`, as a restored checkpoint says."""
+        self._raise_max_time(time)
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    def _as_values(self, ids: npt.NDArray[Any], values: npt.NDArray[Any], what: str) -> Float32Array:
+        expected = (len(ids), self.dim)
+        if values.shape != expected:
+            raise InvalidRequestError(f"table {self.name!r}: {what} are {values.shape}, expected {expected}")
+        if values.dtype == np.float32:
+            return np.ascontiguousarray(values)
+        if values.dtype == np.float16:
+            halves = np.ascontiguousarray(values)
+            wide = np.empty(expected, np.float32)
+            rows.widen_halves(address_of(halves), address_of(wide), wide.size)
+            return wide
+        raise InvalidRequestError(f"table {self.name!r}: {what} are {values.dtype}, expected float32 or float16")
+
+    def _as_rates(self, learning_rates: npt.ArrayLike | None) -> Float32Array:
+        if learning_rates is None:
+            return self.layout.learning_rates
+        rates = np.ascontiguousarray(learning_rates, np.float32)
+        if rates.shape != (self.segments,):
+            raise InvalidRequestError(
+                f"table {self.name!r}: {rates.shape} learning rates for {self.segments} segments; one each is needed"
+            )
+        if not np.isfinite(rates).all():
+            raise NonFiniteError(f"table {self.name!r}: learning rates {rates.tolist()} are not finite")
+        return rates
+
+    def _pass_gate(
+        self, ids: UInt64Array, values: Float32Array, counts: npt.NDArray[np.uint32] | None
+    ) -> tuple[UInt64Array, Float32Array]:
+        """What the gate lets through of a write; all its decisions are taken before the first row changes."""
+        self.counters.update_ids += len(ids)
+        if self.gate is None or len(ids) == 0:
+            return ids, values
+        kept = ~self.gate.filtered(ids, counts, self.thresholds, self.contains(ids))
+        passed = int(np.count_nonzero(kept))
+        self.counters.filtered_ids += len(ids) - passed
+        return (ids, values) if passed == len(ids) else (ids[kept], values[kept])
+
+    def _refresh_scales(self, global_step: int) -> None:
+        """Let one-bit scales grow: every `step_size` steps, before the gradients of that step use them."""
+        for segment, config in zip(self.layout.segments, self.config.hash_table.entry_config.segments, strict=True):
+            if segment.codec == codecs.ONE_BIT and global_step % config.comp_config.one_bit.step_size == 0:
+                one_bit = config.comp_config.one_bit
+                grown = one_bit.init_scale * (1.0 + 0.005 * global_step) ** 0.5
+                segment.codec_parameters[1] = min(grown, one_bit.max_scale)
+
+    def _write_values(self, mode: int, ids: UInt64Array, values: Float32Array, request_time: int) -> None:
+        self._raise_max_time(request_time)
+        ids, values = self._pass_gate(ids, values, None)
+        self._write_rows(mode, ids, request_time, values=values)
+
+    def _write_rows(
+        self,
+        mode: int,
+        ids: UInt64Array,
+        request_time: int,
+        *,
+        values: Float32Array | None = None,
+        state: Float32Array | None = None,
+        times: npt.NDArray[np.uint32] | None = None,
+        existed: npt.NDArray[np.int8] | None = None,
+    ) -> None:
+        if len(ids) == 0:
+            return
+        self._reserve(ids)
+        batch = _SCRATCH.group(ids)
+        addresses = [0 if array is None else address_of(array) for array in (values, state, times)]
+        flags = 0 if existed is None else address_of(existed)
+
+        def write(first: int, last: int, begin: int) -> int:
+            return int(
+                rows.write_rows(
+                    self._stripes,
+                    first,
+                    last,
+                    begin,
+                    *batch,
+                    self.layout.plan,
+                    self.layout.segment_table,
+                    mode,
+                    *addresses,
+                    request_time & 0xFFFFFFFF,
+                    flags,
+                )
+            )
+
+        self._write(batch, len(ids), write)
+
+    def _write(self, batch: _Batch, size: int, work: Callable[[int, int, int], int]) -> None:
+        """Run a kernel that may ask for room over all stripes, then settle the memory account."""
+        starts = batch[0]
+
+        def write(first: int, last: int) -> int:
+            begin = 0
+            while (begin := work(first, last, begin)) >= 0:
+                self._grow(int(np.searchsorted(starts, begin, "right")) - 1)
+            return 0
+
+        try:
+            self._each_stripe(size, write)
+        finally:
+            self._charge()
+
+    def _each_stripe(self, size: int, work: Callable[[int, int], int]) -> int:
+        """Run `work(first, last)` over all stripes under their locks and add up what it returns."""
+        if size <= _SMALL:
+            with self._all_locks():
+                return work(0, STRIPES)
+
+        def run(stripes: range) -> int:
+            total = 0
+            waiting: list[int] = []
+            for s in stripes:
+                # Pass by a stripe that somebody is in, and come back to it.
+                if self._locks[s].acquire(blocking=False):
+                    try:
+                        total += work(s, s + 1)
+                    finally:
+                        self._locks[s].release()
+                else:
+                    waiting.append(s)
+            for s in waiting:
+                with self._locks[s]:
+                    total += work(s, s + 1)
+            return total
+
+        if self._pool is None or size < _PARALLEL:
+            return run(range(STRIPES))
+        other = self._pool.submit(run, range(STRIPES // 2, STRIPES))
+        try:
+            mine = run(range(STRIPES // 2))
+        finally:
+            theirs = other.result()
+        return mine + theirs
+
+    @contextmanager
+    def _all_locks(self) -> Iterator[None]:
+        for lock in self._locks:
+            lock.acquire()
+        try:
+            yield
+        finally:
+            for lock in self._locks:
+                lock.release()
+
+    def _grow(self, s: int) -> None:
+        """Double the index of stripe `s`, whose lock is held; rows stay where they are."""
+        if self._stripes[s, index.SIZE] >= self._arena_rows:
+            raise MemoryLimitError(
+                f"table {self.name!r}: stripe {s} holds {self._arena_rows} rows, all that its address space has room for"
+            )
+        slots = int(self._stripes[s, index.MASK]) + 1
+        larger = Mapping(32 * slots, plain_bytes=HUGE_PAGE)
+        index.rebuild_index(self._indexes[s].address, slots - 1, larger.address, 2 * slots - 1)
+        self._indexes[s] = larger
+        self._set_index(s, 2 * slots)
+
+    def _set_index(self, s: int, slots: int) -> None:
+        self._stripes[s, index.INDEX] = self._indexes[s].address
+        self._stripes[s, index.MASK] = slots - 1
+        self._stripes[s, index.LIMIT] = min(int(slots * _max_load(s)), self._arena_rows)
+
+    def _reserve(self, ids: UInt64Array) -> None:
+        """Make sure that a write of `ids` fits the budget, before any row changes; MemoryLimitError if it does not."""
+        if self._budget.limit == 0:
+            return
+        stride = self.layout.stride
+        if self._budget.has_room(len(ids) * stride + self._growth_bytes(len(ids))):
+            return
+        missing = len(np.unique(ids[self._row_numbers(ids) == 0]))
+        fresh = max(0, missing - int(self._stripes[:, index.FREED].sum()))
+        needed = fresh * stride + self._growth_bytes(missing)
+        if missing and not self._budget.has_room(needed):
+            raise MemoryLimitError(
+                f"table {self.name!r}: {missing} new rows need {needed} bytes, but {self._budget.used} of the "
+                f"{self._budget.limit} bytes of this PS are in use; nothing was written"
+            )
+
+    def _growth_bytes(self, new_rows: int) -> int:
+        """Index memory that `new_rows` more rows, evenly spread, will add."""
+        if new_rows == 0:
+            return 0
+        share = new_rows // STRIPES + 1
+        full = self._stripes[:, index.SIZE] + share > self._stripes[:, index.LIMIT]
+        return 16 * int((self._stripes[full, index.MASK] + 1).sum())
+
+    def _charge(self) -> None:
+        """Tell the budget what the table uses now."""
+        with self._time_lock:
+            now = self.memory_bytes
+            self._budget.add(now - self._charged)
+            self._charged = now
+
+    def release(self) -> None:
+        """Take the table off the budget; it must not be used afterwards."""
+        with self._time_lock:
+            self._budget.add(-self._charged)
+            self._charged = 0
+
+    def _raise_max_time(self, time: int) -> None:
+        with self._time_lock:
+            self.max_update_time = max(self.max_update_time, time)
+
+    def _row_numbers(self, ids: UInt64Array, *, locked: bool = False) -> npt.NDArray[np.int64]:
+        numbers = np.zeros(len(ids), np.int64)
+        if len(ids) == 0:
+            return numbers
+        batch = _SCRATCH.group(ids)
+
+        def find(first: int, last: int) -> int:
+            return int(index.find_rows(self._stripes, first, last, *batch, numbers))
+
+        if locked:
+            find(0, STRIPES)
+        else:
+            self._each_stripe(len(ids), find)
+        return numbers
+
+    def _times(self, ids: UInt64Array) -> npt.NDArray[np.uint32]:
+        """Last updates of ids that have rows; all locks are held."""
+        times = np.zeros(len(ids), np.uint32)
+        if len(ids):
+            starts, hashes, grouped, positions = _SCRATCH.group(ids)
+            index.read_times(self._stripes, 0, STRIPES, starts, hashes, grouped, positions, times)
+        return times
+
+    def _scan_stripe(self, s: int, begin: int, end: int, limit: int) -> tuple[Rows, int]:
+        """Rows of the slots from `begin` on, at most `limit`, and the slot to go on from; the lock is held."""
+        room = max(1, min(limit, int(self._stripes[s, index.SIZE])))
+        ids, numbers, times = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.uint32)
+        packed = int(index.scan_index(self._stripes[s, index.INDEX], begin, end, room, ids, numbers, times))
+        slot, count = packed >> 32, packed & 0xFFFFFFFF
+        addresses = self._stripes[s, index.ARENA] + (numbers[:count] - 1) * self.layout.stride
+        return self._copy_rows(ids[:count], addresses, times[:count]), slot
+
+    def _copy_rows(
+        self, ids: UInt64Array, addresses: npt.NDArray[np.int64], times: npt.NDArray[np.uint32]
+    ) -> Rows:
+        weights = np.empty((len(ids), self.dim), np.float32)
+        state = np.empty((len(ids), self.layout.state_floats), np.float32)
+        rows.export_rows(
+            self.layout.plan, self.layout.segment_table, addresses, len(ids), address_of(weights), address_of(state)
+        )
+        return Rows(ids, weights, state, times)
+
+    def _no_rows(self) -> Rows:
+        return self._copy_rows(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.uint32))
+
+
+def as_ids(ids: npt.NDArray[Any]) -> UInt64Array:
+    """uint64[n] over 64-bit ids of either signedness, C-contiguous."""
+    if ids.dtype == np.int64:
+        ids = ids.view(np.uint64)
+    if ids.dtype != np.uint64 or ids.ndim != 1:
+        raise InvalidRequestError(f"ids are {ids.dtype}{list(ids.shape)}, expected uint64[n] or int64[n]")
+    return np.ascontiguousarray(ids)
+
+
+def _sum_repeats(
+    ids: UInt64Array, grads: Float32Array, counts: npt.NDArray[np.uint32] | None
+) -> tuple[UInt64Array, Float32Array, npt.NDArray[np.uint32]]:
+    distinct, inverse = np.unique(ids, return_inverse=True)
+    sums = np.zeros((len(distinct), grads.shape[1]), np.float32)
+    np.add.at(sums, inverse, grads)
+    totals = np.zeros(len(distinct), np.uint32)
+    np.add.at(totals, inverse, np.uint32(1) if counts is None else counts)
+    return distinct, sums, totals
+
+
+def _stripe_of(ids: UInt64Array) -> npt.NDArray[np.int64]:
+    stripes = np.empty(len(ids), np.int64)
+    if len(ids):
+        index.stripes_of(address_of(ids), len(ids), STRIPE_BITS, stripes)
+    return stripes
+
+
+def _max_load(s: int) -> float:
+    """Fill at which stripe `s` grows: spread over 0.5..0.75, so that the stripes of a table do not all grow in one batch."""
+    return 0.5 + 0.25 * (s + 1) / STRIPES
+
+
+def _reserved_bytes_per_stripe() -> int:
+    """Address space for one stripe's rows: twice the machine's memory over all stripes, since a table cannot outgrow that."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return -(-2 * memory // STRIPES // HUGE_PAGE) * HUGE_PAGE
+
+
+def _lifetimes(config: ps_pb2.TableConfig) -> npt.NDArray[np.int64]:
+    """Seconds without update that rows live: int64[1] for all slots, or int64[32768] by slot."""
+    expiry = config.hash_table.slot_expire_time_config
+    default = expiry.default_expire_time * _SECONDS_PER_DAY
+    if not expiry.slot_expire_times:
+        return np.array([default], np.int64)
+    lifetimes = np.full(1 << 15, default, np.int64)
+    for each in expiry.slot_expire_times:
+        lifetimes[each.slot] = each.expire_time * _SECONDS_PER_DAY
+    return lifetimes
