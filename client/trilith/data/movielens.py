@@ -41,9 +41,9 @@ GENRES = (
     "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
 )  # fmt: skip
 OCCUPATIONS = (
-    "administrator", "artist", "doctor", "educator", "engineer", "entertainment", "executive", "healthcare", "homemaker",
-    "lawyer", "librarian", "marketing", "none", "other", "programmer", "retired", "salesman", "scientist", "student",
-    "technician", "writer",
+    "administrator", "artist", "doctor", "educator", "engineer", "entertainment", "executive", "healthcare",
+    "homemaker", "lawyer", "librarian", "marketing", "none", "other", "programmer", "retired", "salesman", "scientist",
+    "student", "technician", "writer",
 )  # fmt: skip
 
 Report = Callable[[str], None]
@@ -107,7 +107,7 @@ def fetch(directory: Path | None = None, *, report: Report | None = None) -> Pat
     archive = directory / ARCHIVE
     if archive.is_file():
         return archive
-    say = report or (lambda line: print(line, file=sys.stderr, flush=True))
+    say = report or _log
     directory.mkdir(parents=True, exist_ok=True)
     failures = []
     with tempfile.TemporaryDirectory(dir=directory, prefix="fetch-") as scratch:
@@ -126,6 +126,10 @@ def fetch(directory: Path | None = None, *, report: Report | None = None) -> Pat
         f"MovieLens-100k is not in {archive} and could not be fetched ({'; '.join(failures)}). "
         f"With a network connection run `trilith demo` once, or put ml-100k.zip there under that name."
     )
+
+
+def _log(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def _from_site(scratch: Path, say: Report) -> Path:
@@ -249,9 +253,9 @@ def _assemble(ratings: list[list[str]], users: list[list[str]], items: list[Item
     return ClickData((rating >= 4).astype(np.float32), features)
 
 
-def _positions(known: list[int], wanted: np.ndarray[tuple[int, ...], np.dtype[np.int64]], what: str) -> np.ndarray[
-    tuple[int, ...], np.dtype[np.int64]
-]:
+def _positions(
+    known: list[int], wanted: np.ndarray[tuple[int, ...], np.dtype[np.int64]], what: str
+) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     """Row of every wanted number in the file that describes it."""
     order = np.full(max(known) + 1, -1)
     order[known] = np.arange(len(known))

@@ -1,0 +1,31 @@
+"""torch modules over a cluster: embeddings, reference models, dense parameters, AUC."""
+
+from trilith.nn.auc import auc
+from trilith.nn.bags import Bags, Combiner, FirstN, as_bags
+from trilith.nn.bridge import Bridge, pick_device
+from trilith.nn.click_model import ClickModel
+from trilith.nn.deepfm import DeepFM
+from trilith.nn.dense import AllReduced, DenseOnPs
+from trilith.nn.embedding import Embedding, EmbeddingBag, EmbeddingCollection, Feature
+from trilith.nn.ffm import FFM
+from trilith.nn.local import LocalEmbeddings
+
+__all__ = [
+    "FFM",
+    "AllReduced",
+    "Bags",
+    "Bridge",
+    "ClickModel",
+    "Combiner",
+    "DeepFM",
+    "DenseOnPs",
+    "Embedding",
+    "EmbeddingBag",
+    "EmbeddingCollection",
+    "Feature",
+    "FirstN",
+    "LocalEmbeddings",
+    "as_bags",
+    "auc",
+    "pick_device",
+]

@@ -22,9 +22,7 @@ class DeepFM(nn.Module):
         dropout: Chance of dropping a hidden unit while training.
     """
 
-    def __init__(
-        self, fields: int, dim: int = 16, *, hidden: Sequence[int] = (256, 128), dropout: float = 0.0
-    ) -> None:
+    def __init__(self, fields: int, dim: int = 16, *, hidden: Sequence[int] = (256, 128), dropout: float = 0.0) -> None:
         super().__init__()
         self.fields = fields
         self.dim = dim

@@ -33,7 +33,10 @@ class FFM(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Return logits float32[b] for rows float32[b, F, row_dim]."""
         linear = rows[:, :, 0].sum(1)
-        vectors = rows[:, :, 1:].unflatten(2, (self.fields, self.dim))  # [b, i, j, dim]: feature i against field j
+        vectors = rows[:, :, 1:].reshape(
+            -1, self.fields, self.fields, self.dim
+        )  # [b, i, j, dim]: feature i against field j
         pairs = (vectors * vectors.transpose(1, 2)).sum(3)  # [b, i, j], symmetric
         crossed = (pairs.sum((1, 2)) - pairs.diagonal(dim1=1, dim2=2).sum(1)) / 2
-        return self.bias + linear + crossed
+        logits: Tensor = self.bias + linear + crossed
+        return logits

@@ -1,0 +1,150 @@
+"""Bags of ids in every form a caller may have them, made into one; and how a bag becomes one vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trilith.data.clicks import Ragged
+from trilith.errors import InvalidRequestError
+
+__all__ = ["Bags", "Combiner", "FirstN", "IdsLike", "as_bags", "as_ids", "check_combiner"]
+
+UInt64Array: TypeAlias = npt.NDArray[np.uint64]
+Int64Array: TypeAlias = npt.NDArray[np.int64]
+IdsLike: TypeAlias = Ragged | Tensor | npt.NDArray[Any]
+
+POOLED = ("sum", "mean", "sqrtn")
+
+
+@dataclass(frozen=True, slots=True)
+class FirstN:
+    """Keep the first n rows of a bag side by side, zeros where it has fewer; ids beyond are never looked up."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise InvalidRequestError(f"FirstN({self.n}): n must be at least 1")
+
+
+Combiner: TypeAlias = Literal["sum", "mean", "sqrtn"] | FirstN
+"""sum; mean; sqrtn, the sum divided by the square root of the bag's size; or the first n rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bags:
+    """Bags of ids.
+
+    Attributes:
+        ids: uint64[n], bag after bag.
+        lengths: int64[b]; a bag may be empty.
+    """
+
+    ids: UInt64Array
+    lengths: Int64Array
+
+    def __len__(self) -> int:
+        return self.lengths.size
+
+    def first(self, n: int) -> Bags:
+        """The same bags cut to at most n ids each."""
+        if self.lengths.size == 0 or int(self.lengths.max()) <= n:
+            return self
+        ends = np.cumsum(self.lengths)
+        place = np.arange(self.ids.size) - np.repeat(ends - self.lengths, self.lengths)
+        return Bags(self.ids[place < n], np.minimum(self.lengths, n))
+
+
+def check_combiner(combiner: Combiner) -> Combiner:
+    """Return a known combiner, refuse others."""
+    if isinstance(combiner, FirstN) or combiner in POOLED:
+        return combiner
+    raise InvalidRequestError(f"combiner {combiner!r} is none of {', '.join(POOLED)}, FirstN(n)")
+
+
+def as_ids(ids: Tensor | npt.NDArray[Any]) -> UInt64Array:
+    """Make uint64 of integers of any kind, shape kept; negative ones keep their 64-bit pattern."""
+    array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    if array.dtype.kind not in "iu":
+        if array.size:
+            raise InvalidRequestError(f"ids have dtype {array.dtype}; integers are needed")
+        return np.empty(array.shape, np.uint64)
+    if array.dtype == np.uint64:
+        return np.ascontiguousarray(array).reshape(array.shape)
+    return np.ascontiguousarray(array, dtype=np.int64).reshape(array.shape).view(np.uint64)
+
+
+def as_bags(
+    ids: IdsLike,
+    offsets: Tensor | npt.NDArray[Any] | None = None,
+    *,
+    row_splits: Tensor | npt.NDArray[Any] | None = None,
+    lengths: Tensor | npt.NDArray[Any] | None = None,
+) -> Bags:
+    """Make bags of any of the accepted forms.
+
+    Args:
+        ids: A `Ragged`; or [b, k], a bag per row, cut to `lengths` where given; or [n] with one of the others; or [n]
+            alone, one id per bag.
+        offsets: [b], where each bag starts, as `torch.nn.EmbeddingBag` has it.
+        row_splits: [b + 1], where each bag starts and the last one ends.
+        lengths: [b], size of each bag.
+    """
+    given = [
+        name
+        for name, value in (("offsets", offsets), ("row_splits", row_splits), ("lengths", lengths))
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise InvalidRequestError(f"{' and '.join(given)} say the same thing; give one of them")
+    if isinstance(ids, Ragged):
+        if given:
+            raise InvalidRequestError(f"ragged ids carry their own splits; {given[0]} cannot be given too")
+        return Bags(ids.values, np.diff(ids.row_splits))
+    flat = as_ids(ids)
+    if flat.ndim == 2:
+        return _padded(flat, given, lengths)
+    if flat.ndim != 1:
+        raise InvalidRequestError(f"ids have shape {flat.shape}; [n] or [b, k] is needed")
+    if lengths is not None:
+        sizes = _integers("lengths", lengths)
+    elif row_splits is not None:
+        splits = _integers("row_splits", row_splits)
+        if splits.size == 0 or splits[0] != 0 or splits[-1] != flat.size:
+            raise InvalidRequestError(f"row_splits must run from 0 to {flat.size}, the number of ids")
+        sizes = np.diff(splits)
+    elif offsets is not None:
+        starts = _integers("offsets", offsets)
+        if starts.size and starts[0] != 0:
+            raise InvalidRequestError(f"offsets start at {starts[0]}, not at 0")
+        sizes = np.diff(starts, append=flat.size) if starts.size else starts
+    else:
+        return Bags(flat, np.ones(flat.size, np.int64))
+    if (sizes < 0).any() or int(sizes.sum()) != flat.size:
+        raise InvalidRequestError(f"{given[0]} do not cut {flat.size} ids into bags")
+    return Bags(flat, sizes)
+
+
+def _padded(table: UInt64Array, given: list[str], lengths: Tensor | npt.NDArray[Any] | None) -> Bags:
+    if given and given != ["lengths"]:
+        raise InvalidRequestError(f"padded ids of shape {table.shape} go with lengths, not with {given[0]}")
+    bags, width = table.shape
+    if lengths is None:
+        return Bags(table.reshape(-1), np.full(bags, width, np.int64))
+    sizes = _integers("lengths", lengths)
+    if sizes.size != bags or (sizes < 0).any() or (sizes > width).any():
+        raise InvalidRequestError(f"lengths must be {bags} numbers in 0..{width} for padded ids of shape {table.shape}")
+    return Bags(table[np.arange(width) < sizes[:, None]], sizes)
+
+
+def _integers(name: str, values: Tensor | npt.NDArray[Any]) -> Int64Array:
+    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InvalidRequestError(f"{name} must be one-dimensional integers, not {array.dtype}{list(array.shape)}")
+    return array.astype(np.int64)

@@ -1,0 +1,53 @@
+"""Embeddings and a head together: from a batch's ids to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from trilith.data.clicks import ClickData
+from trilith.nn.bags import IdsLike
+
+__all__ = ["ClickModel", "StackedEmbeddings"]
+
+
+class StackedEmbeddings(Protocol):
+    """`EmbeddingCollection`, `LocalEmbeddings`, or anything else that embeds a batch."""
+
+    def stacked(self, batch: Mapping[str, IdsLike]) -> Tensor:
+        """float32[b, F, dim]."""
+
+
+class ClickModel(nn.Module):
+    """A click model whose embeddings may live anywhere.
+
+    Args:
+        embeddings: Embeds a batch.
+        head: `FFM`, `DeepFM`, or any module from float32[b, F, dim] to logits float32[b].
+    """
+
+    def __init__(self, embeddings: StackedEmbeddings, head: nn.Module) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+        self.head = head
+
+    def forward(self, batch: Mapping[str, IdsLike]) -> Tensor:
+        """Return logits float32[b]."""
+        logits: Tensor = self.head(self.embeddings.stacked(batch))
+        return logits
+
+    def predict(self, data: ClickData, *, batch_size: int = 4096) -> npt.NDArray[np.float32]:
+        """Return click probabilities float32[n], without learning anything."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                parts = [torch.sigmoid(self(batch.features)).cpu().numpy() for batch in data.batches(batch_size)]
+        finally:
+            self.train(training)
+        return np.concatenate(parts) if parts else np.empty(0, np.float32)

@@ -1,0 +1,166 @@
+"""The dense part of a model in distributed training: on the PS, asynchronously, or all-reduced, synchronously."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, distributed, nn
+
+from trilith.errors import InvalidRequestError
+from trilith.nn.bridge import Bridge
+
+__all__ = ["AllReduced", "DenseOnPs", "VariableClient"]
+
+Float32Array = npt.NDArray[np.float32]
+
+
+class VariableClient(Protocol):
+    """The verbs of `trilith.Client` that dense parameters need."""
+
+    def create_variables(self, initial: Mapping[str, Any], *, optimizer: Any) -> Mapping[str, bool]:
+        """Create variables; existing ones keep their values."""
+
+    def pull_variables(self, names: Any = None) -> tuple[Mapping[str, Float32Array], int]:
+        """Current values and the global step."""
+
+    def apply_dense_gradients(self, gradients: Mapping[str, Any], *, learning_rate: float | None = None) -> None:
+        """One step of each variable's optimizer."""
+
+    def assign_variables(self, values: Mapping[str, Any]) -> None:
+        """Set variables."""
+
+
+class DenseOnPs:
+    """Keeps a module's parameters on the PS, whose optimizer steps them; workers never wait for each other.
+
+    Call `pull` before a forward pass and `step` after the backward pass. A gradient may be as many steps old as other
+    workers have taken in between. Buffers, such as running means, stay with the module.
+
+    Args:
+        client: The cluster.
+        module: Its trainable parameters become variables, or take the values that the cluster has.
+        optimizer: One of `trilith.tables`; runs on the PS.
+        prefix: Goes before the parameters' names.
+    """
+
+    def __init__(self, client: VariableClient, module: nn.Module, optimizer: Any, *, prefix: str = "dense/") -> None:
+        self._client = client
+        self._parameters = _named(module, prefix)
+        self._bridge = Bridge(next(iter(self._parameters.values())).device)
+        client.create_variables(self._values(), optimizer=optimizer)
+        self.pull()
+
+    def pull(self) -> int:
+        """Take the current values over into the module; returns the global step."""
+        values, step = self._client.pull_variables(list(self._parameters))
+        _copy_into(self._parameters, values, self._bridge)
+        return step
+
+    def step(self, *, learning_rate: float | None = None) -> None:
+        """Send the gradients of the last backward pass and forget them; parameters without one stay as they are."""
+        gradients = {
+            name: self._bridge.to_host(parameter.grad)
+            for name, parameter in self._parameters.items()
+            if parameter.grad is not None
+        }
+        if gradients:
+            self._client.apply_dense_gradients(gradients, learning_rate=learning_rate)
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Forget gradients."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def _values(self) -> dict[str, Float32Array]:
+        return {name: self._bridge.to_host(parameter) for name, parameter in self._parameters.items()}
+
+
+class AllReduced:
+    """Keeps a module's parameters equal in all workers: gradients are averaged with torch.distributed every step.
+
+    All workers must take the same number of steps. The process group is the caller's; rank 0's initial values count.
+    The cluster only stores the values that `publish` sends, so that checkpoints and readers have them.
+
+    Args:
+        client: The cluster.
+        module: The dense part, the same in all workers.
+        optimizer: A torch optimizer over the module's parameters.
+        stored_as: One of `trilith.tables`; an optimizer the variables carry and that never runs.
+        prefix: Goes before the parameters' names.
+    """
+
+    def __init__(
+        self,
+        client: VariableClient,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        stored_as: Any,
+        prefix: str = "dense/",
+    ) -> None:
+        if not distributed.is_available() or not distributed.is_initialized():
+            raise InvalidRequestError("all-reduced parameters need torch.distributed.init_process_group first")
+        self._client = client
+        self._optimizer = optimizer
+        self._parameters = _named(module, prefix)
+        self._bridge = Bridge(next(iter(self._parameters.values())).device)
+        client.create_variables(self._values(), optimizer=stored_as)
+        # A cluster that was restored knows better than a fresh module; rank 0 decides for all what it knows.
+        values, _ = client.pull_variables(list(self._parameters))
+        _copy_into(self._parameters, values, self._bridge)
+        with torch.no_grad():
+            for parameter in self._parameters.values():
+                distributed.broadcast(parameter, src=0)
+
+    def pull(self) -> None:
+        """Nothing to do: the values are here."""
+
+    def step(self, *, learning_rate: float | None = None) -> None:
+        """Average the gradients over all workers, in one collective, and take one step."""
+        if learning_rate is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+        grads = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for parameter in self._parameters.values()
+        ]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        distributed.all_reduce(flat)
+        flat /= distributed.get_world_size()
+        start = 0
+        for parameter in self._parameters.values():
+            parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+        self._optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Forget gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def publish(self) -> None:
+        """Store the present values in the cluster; rank 0 does it before a checkpoint and at the end."""
+        if distributed.get_rank() == 0:
+            self._client.assign_variables(self._values())
+
+    def _values(self) -> dict[str, Float32Array]:
+        return {name: self._bridge.to_host(parameter) for name, parameter in self._parameters.items()}
+
+
+def _named(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
+    found = {prefix + name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if not found:
+        raise InvalidRequestError(f"{type(module).__name__} has no trainable parameters")
+    return found
+
+
+def _copy_into(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Float32Array], bridge: Bridge) -> None:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            loaded: Tensor = bridge.to_device(np.ascontiguousarray(values[name], np.float32))
+            parameter.copy_(loaded.view_as(parameter))

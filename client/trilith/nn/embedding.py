@@ -1,0 +1,303 @@
+"""Embeddings that live in a cluster as torch modules: forward looks rows up, backward applies their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from trilith.errors import InvalidRequestError
+from trilith.nn.bags import Bags, Combiner, FirstN, IdsLike, as_bags, as_ids, check_combiner
+from trilith.nn.bridge import Bridge, pick_device
+from trilith.nn.exchange import Exchange, RowClient
+from trilith.nn.pooling import FirstRows, Pooled, make_pooling
+
+__all__ = ["Embedding", "EmbeddingBag", "EmbeddingCollection", "Feature", "TableLike"]
+
+
+class TableLike(Protocol):
+    """What a module needs to know of a table: `trilith.Table` has it."""
+
+    @property
+    def name(self) -> str:
+        """Name in the cluster."""
+
+    @property
+    def dim(self) -> int:
+        """Floats per row."""
+
+    @property
+    def client(self) -> Any:
+        """The cluster's client."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """Which table a feature is looked up in, and how its bags become vectors."""
+
+    table: TableLike
+    combiner: Combiner = "mean"
+
+    def __post_init__(self) -> None:
+        check_combiner(self.combiner)
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """One tensor of a step: a run of a table's ids and how their rows become vectors."""
+
+    table: str
+    start: int
+    stop: int
+    pooling: Pooled | FirstRows
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One forward pass: what was looked up and what its gradients will be pushed for."""
+
+    exchange: Exchange
+    bridge: Bridge
+    ids: dict[str, npt.NDArray[np.uint64]]
+    outputs: list[_Output]
+
+
+class _Lookup(torch.autograd.Function):
+    """One graph node for all tables of a step, so that autograd calls back once, with every gradient at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, step: _Step) -> tuple[Tensor, ...]:
+        """Look all tables up in one call and combine."""
+        found = step.exchange.lookup(step.ids)
+        rows = {table: step.bridge.to_device(found[table]) for table in step.ids}
+        ctx.step = step
+        ctx.set_materialize_grads(False)
+        return tuple(out.pooling.forward(rows[out.table][out.start : out.stop]) for out in step.outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None]:
+        """Apply the gradients of all tables in one call."""
+        step: _Step = ctx.step
+        parts: dict[str, list[tuple[_Output, Tensor]]] = {}
+        for out, grad in zip(step.outputs, grads, strict=True):
+            if grad is not None:
+                parts.setdefault(out.table, []).append((out, out.pooling.backward(grad)))
+        updates = {}
+        for table, pieces in parts.items():
+            ids = [step.ids[table][out.start : out.stop] for out, _ in pieces]
+            values = torch.cat([grad for _, grad in pieces]) if len(pieces) > 1 else pieces[0][1]
+            updates[table] = (np.concatenate(ids) if len(ids) > 1 else ids[0], step.bridge.to_host(values))
+        step.exchange.push(updates)
+        return None, None
+
+
+class _ClusterModule(nn.Module):
+    """What the modules share: the exchange with the cluster and the device."""
+
+    def __init__(
+        self,
+        client: RowClient,
+        *,
+        device: str | torch.device | None = "cpu",
+        init_missing: bool = False,
+        bridge: Bridge | None = None,
+    ) -> None:
+        super().__init__()
+        self.exchange = Exchange(client, init_missing=init_missing)
+        self.bridge = Bridge(pick_device(device)) if bridge is None else bridge
+        self.trainable = True
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Sum the gradients of every backward pass inside into one step, sent at the end."""
+        return self.exchange.accumulate()
+
+    def _run(self, step: _Step) -> tuple[Tensor, ...]:
+        # The graph needs an input that wants a gradient; it is not a parameter, which optimizers would find.
+        anchor = torch.empty(0, requires_grad=self.trainable)
+        outputs: tuple[Tensor, ...] = _Lookup.apply(anchor, step)  # type: ignore[no-untyped-call]
+        return outputs
+
+
+class Embedding(_ClusterModule):
+    """A table as `torch.nn.Embedding`: one row per id, whatever the ids' shape.
+
+    Args:
+        table: A table of an open client.
+        device: Where the rows shall be; "auto" takes CUDA where there is one.
+        init_missing: Create rows of unknown ids at their first lookup rather than at their first step.
+        bridge: Takes the place of the one that `device` would make.
+    """
+
+    def __init__(
+        self,
+        table: TableLike,
+        *,
+        device: str | torch.device | None = "cpu",
+        init_missing: bool = False,
+        bridge: Bridge | None = None,
+    ) -> None:
+        super().__init__(table.client, device=device, init_missing=init_missing, bridge=bridge)
+        self.table = table
+
+    def forward(self, ids: Tensor | npt.NDArray[Any]) -> Tensor:
+        """Return float32[*ids.shape, dim]."""
+        array = as_ids(ids)
+        flat = array.reshape(-1)
+        name = self.table.name
+        output = _Output(name, 0, flat.size, Pooled(None, None))
+        (rows,) = self._run(_Step(self.exchange, self.bridge, {name: flat}, [output]))
+        return rows.view(*array.shape, self.table.dim)
+
+    def extra_repr(self) -> str:
+        """Table and dim."""
+        return f"{self.table.name!r}, dim={self.table.dim}"
+
+
+class EmbeddingBag(_ClusterModule):
+    """A table as `torch.nn.EmbeddingBag`: one vector per bag of ids; an empty bag gives zeros.
+
+    Args:
+        table: A table of an open client.
+        combiner: "sum", "mean", "sqrtn" or `FirstN(n)`.
+        device: Where the vectors shall be; "auto" takes CUDA where there is one.
+        init_missing: Create rows of unknown ids at their first lookup rather than at their first step.
+        bridge: Takes the place of the one that `device` would make.
+    """
+
+    def __init__(
+        self,
+        table: TableLike,
+        *,
+        combiner: Combiner = "mean",
+        device: str | torch.device | None = "cpu",
+        init_missing: bool = False,
+        bridge: Bridge | None = None,
+    ) -> None:
+        super().__init__(table.client, device=device, init_missing=init_missing, bridge=bridge)
+        self.table = table
+        self.combiner = check_combiner(combiner)
+
+    def forward(
+        self,
+        ids: IdsLike,
+        offsets: Tensor | npt.NDArray[Any] | None = None,
+        *,
+        row_splits: Tensor | npt.NDArray[Any] | None = None,
+        lengths: Tensor | npt.NDArray[Any] | None = None,
+    ) -> Tensor:
+        """Return float32[b, dim], with FirstN(n) float32[b, n, dim]; `as_bags` says which forms of ids there are."""
+        bags = as_bags(ids, offsets, row_splits=row_splits, lengths=lengths)
+        if isinstance(self.combiner, FirstN):
+            bags = bags.first(self.combiner.n)
+        pooling = make_pooling([bags], [self.combiner], self.bridge)
+        name = self.table.name
+        output = _Output(name, 0, bags.ids.size, pooling)
+        (vectors,) = self._run(_Step(self.exchange, self.bridge, {name: bags.ids}, [output]))
+        return vectors
+
+    def extra_repr(self) -> str:
+        """Table, dim and combiner."""
+        return f"{self.table.name!r}, dim={self.table.dim}, combiner={self.combiner!r}"
+
+
+class EmbeddingCollection(_ClusterModule):
+    """All features of a model: one lookup per forward and one push per backward, however many tables there are.
+
+    Args:
+        client: The cluster that holds the tables.
+        features: By name; several may share a table.
+        device: Where the vectors shall be; "auto" takes CUDA where there is one.
+        init_missing: Create rows of unknown ids at their first lookup rather than at their first step.
+        bridge: Takes the place of the one that `device` would make.
+    """
+
+    def __init__(
+        self,
+        client: RowClient,
+        features: Mapping[str, Feature],
+        *,
+        device: str | torch.device | None = "cpu",
+        init_missing: bool = False,
+        bridge: Bridge | None = None,
+    ) -> None:
+        super().__init__(client, device=device, init_missing=init_missing, bridge=bridge)
+        if not features:
+            raise InvalidRequestError("a collection needs at least one feature")
+        self.features = dict(features)
+        # Features of one table lie together, the pooled ones first: those become vectors in one operation.
+        self._by_table: dict[str, tuple[list[str], list[str]]] = {}
+        for name, feature in self.features.items():
+            pooled, first = self._by_table.setdefault(feature.table.name, ([], []))
+            (first if isinstance(feature.combiner, FirstN) else pooled).append(name)
+
+    def forward(self, batch: Mapping[str, IdsLike]) -> dict[str, Tensor]:
+        """Return per feature float32[b, dim], with FirstN(n) float32[b, n, dim].
+
+        Args:
+            batch: Ids of every feature, in any form of `as_bags` that stands alone; one number of samples for all.
+        """
+        vectors: dict[str, Tensor] = {}
+        for names, output in self._look_up(batch):
+            vectors.update(zip(names, output, strict=True))
+        return {name: vectors[name] for name in self.features}
+
+    def stacked(self, batch: Mapping[str, IdsLike]) -> Tensor:
+        """Return float32[b, F, dim], the features in order; all must be pooled and of one dim."""
+        groups = list(self._look_up(batch))
+        if len(groups) == 1 and groups[0][0] == list(self.features) and groups[0][1].ndim == 3:
+            return groups[0][1].transpose(0, 1)
+        vectors = {name: vector for names, output in groups for name, vector in zip(names, output, strict=True)}
+        shapes = {name: tuple(vectors[name].shape) for name in self.features}
+        if len(set(shapes.values())) > 1 or vectors[next(iter(vectors))].ndim != 2:
+            raise InvalidRequestError(f"these features cannot be stacked: {shapes}")
+        return torch.stack([vectors[name] for name in self.features], 1)
+
+    def _look_up(self, batch: Mapping[str, IdsLike]) -> list[tuple[list[str], Tensor]]:
+        """Per run of features their names and their vectors, [features, b, ...]."""
+        bags = self._bags(batch)
+        samples = len(next(iter(bags.values())))
+        step = _Step(self.exchange, self.bridge, {}, [])
+        groups: list[list[str]] = []
+        for table, (pooled, first) in self._by_table.items():
+            runs = ([pooled] if pooled else []) + [[name] for name in first]
+            start = 0
+            for names in runs:
+                stop = start + sum(bags[name].ids.size for name in names)
+                combiners = [self.features[name].combiner for name in names]
+                pooling = make_pooling([bags[name] for name in names], combiners, self.bridge)
+                step.outputs.append(_Output(table, start, stop, pooling))
+                groups.append(names)
+                start = stop
+            parts = [bags[name].ids for names in runs for name in names]
+            step.ids[table] = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        outputs = self._run(step)
+        return [
+            (names, output.view(len(names), samples, *output.shape[1:]))
+            for names, output in zip(groups, outputs, strict=True)
+        ]
+
+    def _bags(self, batch: Mapping[str, IdsLike]) -> dict[str, Bags]:
+        if batch.keys() != self.features.keys():
+            raise InvalidRequestError(
+                f"the batch has features {sorted(batch)}, the collection has {sorted(self.features)}"
+            )
+        bags = {}
+        for name, feature in self.features.items():
+            one = as_bags(batch[name])
+            bags[name] = one.first(feature.combiner.n) if isinstance(feature.combiner, FirstN) else one
+        sizes = {name: len(one) for name, one in bags.items()}
+        if len(set(sizes.values())) > 1:
+            raise InvalidRequestError(f"features differ in their number of samples: {sizes}")
+        return bags
+
+    def extra_repr(self) -> str:
+        """Features with their tables."""
+        return ", ".join(f"{name}: {feature.table.name!r}" for name, feature in self.features.items())

@@ -1,0 +1,98 @@
+"""What a module sends to the cluster: one lookup per forward, one push of gradients per backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith.errors import InvalidRequestError
+
+__all__ = ["Exchange", "RowClient"]
+
+UInt64Array = npt.NDArray[np.uint64]
+Float32Array = npt.NDArray[np.float32]
+
+
+class RowClient(Protocol):
+    """The verbs of `trilith.Client` that embeddings need; each call carries all tables."""
+
+    def lookup(self, requests: Mapping[str, Any], /) -> Mapping[str, Float32Array]:
+        """Per table float32[n, dim] rows, zeros where an id has none."""
+
+    def apply_gradients(self, updates: Mapping[str, tuple[Any, Any]], /) -> None:
+        """One optimizer step per distinct id."""
+
+    def assign_add(self, updates: Mapping[str, tuple[Any, Any]], /) -> None:
+        """Add to rows, creating those that are missing."""
+
+
+class Exchange:
+    """Lookups and pushes of one module. Not thread-safe.
+
+    Args:
+        client: The cluster.
+        init_missing: A lookup answers zeros for an id that has no row yet; with this, such rows are created first, with
+            their initial values, as a table that exists in full from the start would have them. Costs a call in
+            steps that meet new ids.
+    """
+
+    def __init__(self, client: RowClient, *, init_missing: bool = False) -> None:
+        self.client = client
+        self.init_missing = init_missing
+        self._held: dict[str, list[tuple[UInt64Array, Float32Array]]] | None = None
+
+    def lookup(self, ids: Mapping[str, UInt64Array]) -> dict[str, Float32Array]:
+        """Per table the float32[n, dim] rows of its ids, all tables in one call."""
+        rows = dict(self.client.lookup(ids))
+        if self.init_missing:
+            self._create_missing(ids, rows)
+        return rows
+
+    def _create_missing(self, ids: Mapping[str, UInt64Array], rows: dict[str, Float32Array]) -> None:
+        missing = {}
+        for table, found in rows.items():
+            absent = ~found.any(axis=1)  # all zeros: no row yet, or one that is zero, which adding zero leaves alone
+            if absent.any():
+                missing[table] = absent
+        if not missing:
+            return
+        # Adding zero creates the row and, unlike reinitialize, never undoes a step that another worker has just taken.
+        new = {table: np.unique(ids[table][absent]) for table, absent in missing.items()}
+        self.client.assign_add(
+            {table: (some, np.zeros((some.size, rows[table].shape[1]), np.float32)) for table, some in new.items()}
+        )
+        again = self.client.lookup({table: ids[table][absent] for table, absent in missing.items()})
+        for table, absent in missing.items():
+            if not rows[table].flags.writeable:
+                rows[table] = rows[table].copy()
+            rows[table][absent] = again[table]
+
+    def push(self, updates: Mapping[str, tuple[UInt64Array, Float32Array]]) -> None:
+        """Apply gradients, all tables in one call; while accumulating, keep them for later."""
+        if self._held is not None:
+            for table, update in updates.items():
+                self._held.setdefault(table, []).append(update)
+        elif updates:
+            self.client.apply_gradients(updates)
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Hold back what is pushed inside and send its sum as one step at the end; nothing is sent after an error."""
+        if self._held is not None:
+            raise InvalidRequestError("gradients are being accumulated already")
+        self._held = {}
+        try:
+            yield
+            held = self._held
+        finally:
+            self._held = None
+        self.push(
+            {
+                table: (np.concatenate([ids for ids, _ in parts]), np.concatenate([grads for _, grads in parts]))
+                for table, parts in held.items()
+            }
+        )

@@ -1,0 +1,307 @@
+"""Embedding modules against torch's own, on a cluster in a dict."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.unit.nn_fakes import FakeClient
+from trilith.data.clicks import Ragged
+from trilith.errors import InvalidRequestError, NonFiniteError
+from trilith.nn import Bridge, Embedding, EmbeddingBag, EmbeddingCollection, Feature, FirstN, as_bags, pick_device
+
+VOCABULARY, DIM = 11, 3
+
+
+def filled(**dims: int) -> FakeClient:
+    client = FakeClient(dims or {"t": DIM})
+    rng = np.random.default_rng(5)
+    for table, dim in client.dims.items():
+        for one in range(VOCABULARY):
+            client.rows[table, one] = rng.standard_normal(dim).astype(np.float32)
+    return client
+
+
+def weights(client: FakeClient, table: str = "t") -> torch.Tensor:
+    return torch.from_numpy(np.array([client.rows[table, one] for one in range(VOCABULARY)]))
+
+
+def ragged(lengths: list[int], seed: int) -> Ragged:
+    ids = np.random.default_rng(seed).integers(0, VOCABULARY, sum(lengths)).astype(np.uint64)
+    return Ragged(ids, np.cumsum([0, *lengths], dtype=np.int64))
+
+
+lengths_lists = st.lists(st.integers(0, 4), min_size=1, max_size=6)
+
+
+@given(lengths=lengths_lists, seed=st.integers(0, 99), mode=st.sampled_from(["sum", "mean"]))
+def test_sum_and_mean_are_those_of_torch_in_values_and_gradients(lengths, seed, mode):
+    client, bags = filled(), ragged(lengths, seed)
+    want = nn.EmbeddingBag(VOCABULARY, DIM, mode=mode, _weight=weights(client).clone())
+    factor = torch.randn(len(lengths), DIM, generator=torch.Generator().manual_seed(seed))
+
+    out = EmbeddingBag(client.table("t"), combiner=mode)(bags)
+    expected = want(torch.from_numpy(bags.values.view(np.int64)), torch.from_numpy(bags.row_splits[:-1]))
+    torch.testing.assert_close(out, expected)
+
+    (out * factor).sum().backward()
+    (expected * factor).sum().backward()
+    torch.testing.assert_close(weights(client), want.weight.detach() - want.weight.grad)
+
+
+@given(lengths=lengths_lists, seed=st.integers(0, 99))
+def test_sqrtn_is_the_sum_over_the_root_of_the_count(lengths, seed):
+    client, bags = filled(), ragged(lengths, seed)
+    before = weights(client).clone().requires_grad_()
+    out = EmbeddingBag(client.table("t"), combiner="sqrtn")(bags)
+    expected = torch.stack(
+        [
+            before[bags.values[start:stop].astype(np.int64)].sum(0) / max(stop - start, 1) ** 0.5
+            for start, stop in zip(bags.row_splits[:-1], bags.row_splits[1:], strict=True)
+        ]
+    )
+    torch.testing.assert_close(out, expected)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(weights(client), before.detach() - before.grad, rtol=1e-4, atol=1e-5)
+
+
+@given(lengths=lengths_lists, seed=st.integers(0, 99), n=st.integers(1, 3))
+def test_first_n_keeps_rows_side_by_side_and_steps_only_those(lengths, seed, n):
+    client, bags = filled(), ragged(lengths, seed)
+    before = weights(client).clone()
+    out = EmbeddingBag(client.table("t"), combiner=FirstN(n))(bags)
+    assert out.shape == (len(lengths), n, DIM)
+    change = torch.zeros_like(before)
+    for i, start in enumerate(bags.row_splits[:-1]):
+        for place in range(n):
+            if place < lengths[i]:
+                one = int(bags.values[start + place])
+                torch.testing.assert_close(out[i, place], before[one])
+                change[one] += 1
+            else:
+                assert not out[i, place].any()
+    out.sum().backward()
+    torch.testing.assert_close(weights(client), before - change, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("combiner", ["sum", "mean", "sqrtn", FirstN(2)])
+def test_empty_bags_and_empty_batches_give_zeros(combiner):
+    client = filled()
+    bag = EmbeddingBag(client.table("t"), combiner=combiner)
+    out = bag(ragged([0, 0], 1))
+    assert out.shape[0] == 2
+    assert not out.any()
+    out.sum().backward()
+    assert bag(np.empty((0, 3), np.int64)).shape[0] == 0
+
+
+def test_every_form_of_ids_means_the_same():
+    ids = np.array([3, 1, 4, 1, 5, 9], np.int64)
+    want = as_bags(Ragged(ids.view(np.uint64), np.array([0, 2, 2, 6])))
+    padded = np.array([[3, 1, 0, 0], [0, 0, 0, 0], [4, 1, 5, 9]])
+    for got in (
+        as_bags(torch.from_numpy(ids), torch.tensor([0, 2, 2])),
+        as_bags(ids, row_splits=np.array([0, 2, 2, 6])),
+        as_bags(ids.astype(np.int32), lengths=np.array([2, 0, 4])),
+        as_bags(padded, lengths=torch.tensor([2, 0, 4])),
+    ):
+        np.testing.assert_array_equal(got.ids, want.ids)
+        np.testing.assert_array_equal(got.lengths, want.lengths)
+    assert as_bags(np.array([-1])).ids[0] == 2**64 - 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "options"),
+    [
+        (np.array([1.5]), {}),
+        (np.zeros((2, 2, 2), np.int64), {}),
+        (np.array([1, 2]), {"offsets": np.array([1])}),
+        (np.array([1, 2]), {"offsets": np.array([0, 3])}),
+        (np.array([1, 2]), {"row_splits": np.array([0, 1])}),
+        (np.array([1, 2]), {"lengths": np.array([3])}),
+        (np.array([1, 2]), {"lengths": np.array([2]), "offsets": np.array([0])}),
+        (np.array([[1, 2]]), {"lengths": np.array([3])}),
+        (np.array([[1, 2]]), {"offsets": np.array([0])}),
+        (Ragged.single([1]), {"offsets": np.array([0])}),
+    ],
+)
+def test_ids_that_are_no_bags_are_refused(ids, options):
+    with pytest.raises(InvalidRequestError):
+        as_bags(ids, **options)
+
+
+def test_an_unknown_combiner_is_refused():
+    with pytest.raises(InvalidRequestError, match="max"):
+        EmbeddingBag(filled().table("t"), combiner="max")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError):
+        FirstN(0)
+
+
+def test_embedding_keeps_the_shape_of_the_ids_and_sums_gradients_of_repeats():
+    client = filled()
+    before = weights(client).clone()
+    out = Embedding(client.table("t"))(torch.tensor([[1, 2], [1, 1]]))
+    assert out.shape == (2, 2, DIM)
+    out.sum().backward()
+    torch.testing.assert_close(weights(client)[1], before[1] - 3)
+    torch.testing.assert_close(weights(client)[2], before[2] - 1)
+
+
+def collection(client: FakeClient) -> EmbeddingCollection:
+    one, two = client.table("one"), client.table("two")
+    features = {"a": Feature(one), "b": Feature(two, FirstN(2)), "c": Feature(one, "sum"), "d": Feature(two, "sqrtn")}
+    return EmbeddingCollection(client, features)
+
+
+def test_a_collection_looks_all_tables_up_at_once_and_pushes_all_gradients_at_once():
+    client = filled(one=2, two=4)
+    batch = {name: ragged([1, 2, 0], seed) for seed, name in enumerate("abcd")}
+    alone = filled(one=2, two=4)
+    singles = {
+        "a": EmbeddingBag(alone.table("one")),
+        "b": EmbeddingBag(alone.table("two"), combiner=FirstN(2)),
+        "c": EmbeddingBag(alone.table("one"), combiner="sum"),
+        "d": EmbeddingBag(alone.table("two"), combiner="sqrtn"),
+    }
+    got = collection(client)(batch)
+    want = {name: module(batch[name]) for name, module in singles.items()}
+    assert list(got) == list("abcd")
+    for name in got:
+        torch.testing.assert_close(got[name], want[name])
+    sum(out.square().sum() for out in got.values()).backward()
+    sum(out.square().sum() for out in want.values()).backward()
+    assert client.calls == ["lookup", "apply_gradients"]
+    for table in ("one", "two"):
+        torch.testing.assert_close(weights(client, table), weights(alone, table))
+
+
+def test_a_feature_that_took_no_part_in_the_loss_is_not_pushed():
+    client = filled(one=2, two=4)
+    before = weights(client, "two").clone()
+    out = collection(client)({name: ragged([2, 1], 3) for name in "abcd"})
+    out["a"].sum().backward()
+    torch.testing.assert_close(weights(client, "two"), before)
+
+
+def test_stacked_features_stand_in_order():
+    client = filled()
+    features = {name: Feature(client.table("t")) for name in ("x", "y")}
+    modules = EmbeddingCollection(client, features)
+    batch = {"x": Ragged.single([1, 2, 3]), "y": ragged([0, 2, 1], 7)}
+    stacked, apart = modules.stacked(batch), modules(batch)
+    assert stacked.shape == (3, 2, DIM)
+    torch.testing.assert_close(stacked[:, 1], apart["y"])
+    with pytest.raises(InvalidRequestError, match="stacked"):
+        two = filled(one=2, two=4)
+        collection(two).stacked({name: ragged([1], 0) for name in "abcd"})
+
+
+def test_a_batch_with_other_features_or_sizes_is_refused():
+    modules = collection(filled(one=2, two=4))
+    with pytest.raises(InvalidRequestError, match="features"):
+        modules({"a": ragged([1], 0)})
+    sizes = {"a": [1], "b": [1], "c": [1, 1], "d": [1]}
+    with pytest.raises(InvalidRequestError, match="number of samples"):
+        modules({name: ragged(lengths, 0) for name, lengths in sizes.items()})
+
+
+def test_accumulated_gradients_travel_as_one_step():
+    client = filled()
+    before = weights(client).clone()
+    bag = EmbeddingBag(client.table("t"), combiner="sum")
+    with bag.accumulate():
+        for _ in range(2):
+            bag(Ragged.single([4])).sum().backward()
+        torch.testing.assert_close(weights(client), before)
+    assert client.calls.count("apply_gradients") == 1
+    torch.testing.assert_close(weights(client)[4], before[4] - 2)
+
+
+def test_nothing_is_sent_when_accumulation_ends_in_an_error():
+    client = filled()
+    bag = EmbeddingBag(client.table("t"))
+    with pytest.raises(ZeroDivisionError), bag.accumulate():
+        bag(Ragged.single([4])).sum().backward()
+        raise ZeroDivisionError
+    assert "apply_gradients" not in client.calls
+
+
+def test_an_error_of_the_cluster_surfaces_from_backward_with_its_class():
+    client = filled()
+    out = EmbeddingBag(client.table("t"))(Ragged.single([1]))
+
+    def refuse(updates):
+        raise NonFiniteError("row 0 is nan")
+
+    client.apply_gradients = refuse  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError, match="row 0"):
+        (out * float("nan")).sum().backward()
+
+
+def test_without_gradients_nothing_is_pushed():
+    client = filled()
+    bag = EmbeddingBag(client.table("t"))
+    with torch.no_grad():
+        assert not bag(Ragged.single([1])).requires_grad
+    bag.trainable = False
+    assert not bag(Ragged.single([1])).requires_grad
+    assert not list(bag.parameters())
+
+
+def test_missing_rows_are_created_before_the_first_lookup_answers():
+    client = FakeClient({"t": DIM}, initial=0.5)
+    bag = EmbeddingBag(client.table("t"), init_missing=True)
+    out = bag(Ragged.single([7, 7, 8]))
+    assert (out == 0.5).all()
+    bag(Ragged.single([7, 8]))
+    assert client.calls == ["lookup", "assign_add", "lookup", "lookup"]
+
+
+def test_the_pinned_path_of_a_cuda_device_gives_the_same_numbers():
+    """What a CUDA device runs, on the CPU: staging buffers from `allocate`, and a wait before the host reads."""
+    made, waited = [], []
+
+    def allocate(shape):
+        made.append(shape)
+        return torch.empty(shape)
+
+    bridge = Bridge(torch.device("cpu"), pinned=True, allocate=allocate, synchronize=waited.append)
+    plain, pinned = filled(), filled()
+    for client, options in ((plain, {}), (pinned, {"bridge": bridge})):
+        out = EmbeddingBag(client.table("t"), combiner="mean", **options)(ragged([2, 0, 3], 1))
+        out.square().sum().backward()
+    torch.testing.assert_close(weights(plain), weights(pinned))
+    assert (5, DIM) in made
+    assert waited == [torch.device("cpu")]
+
+
+def test_a_read_only_lookup_is_copied_before_torch_sees_it():
+    rows = np.ones((2, 2), np.float32)
+    rows.setflags(write=False)
+    assert Bridge(torch.device("cpu")).to_device(rows).tolist() == [[1, 1], [1, 1]]
+
+
+def test_devices_are_picked_or_refused():
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(InvalidRequestError):
+        pick_device("no-such-device")
+    if not torch.cuda.is_available():
+        with pytest.raises(InvalidRequestError, match="no CUDA"):
+            EmbeddingBag(filled().table("t"), device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_device_gives_the_numbers_of_the_cpu():
+    cpu, cuda = filled(), filled()
+    for client, device in ((cpu, "cpu"), (cuda, "cuda")):
+        out = EmbeddingBag(client.table("t"), combiner="sqrtn", device=device)(ragged([2, 0, 3], 1))
+        assert out.device.type == device
+        out.square().sum().backward()
+    torch.testing.assert_close(weights(cpu), weights(cuda))

@@ -1,0 +1,206 @@
+"""The reference models against their formulas, the local twin, dense parameters, and AUC."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.unit.nn_fakes import FakeClient
+from trilith.data.clicks import ClickData, Ragged
+from trilith.errors import InvalidRequestError
+from trilith.nn import (
+    FFM,
+    AllReduced,
+    ClickModel,
+    DeepFM,
+    DenseOnPs,
+    EmbeddingCollection,
+    Feature,
+    LocalEmbeddings,
+    auc,
+)
+
+
+def naive_auc(labels, scores):
+    pairs = [
+        1.0 if p > n else 0.5 if p == n else 0.0
+        for p, n in itertools.product(scores[labels > 0.5], scores[labels <= 0.5])
+    ]
+    return sum(pairs) / len(pairs) if pairs else 0.5
+
+
+@given(pairs=st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), max_size=30))
+def test_auc_counts_pairs_in_order(pairs):
+    labels = np.array([label for label, _ in pairs], np.float32)
+    scores = np.array([score for _, score in pairs], np.float32)
+    assert auc(labels, scores) == pytest.approx(naive_auc(labels, scores))
+
+
+def test_auc_refuses_what_it_cannot_order():
+    with pytest.raises(InvalidRequestError, match="2 labels but 1"):
+        auc([0, 1], [0.5])
+    with pytest.raises(InvalidRequestError, match="NaN"):
+        auc([0, 1], [0.5, float("nan")])
+
+
+def test_ffm_is_the_sum_over_pairs_of_fields():
+    model = FFM(fields=4, dim=3)
+    rows = torch.randn(5, 4, model.row_dim, dtype=torch.float64)
+    want = []
+    for sample in rows:
+        logit = sample[:, 0].sum()
+        for i in range(4):
+            for j in range(i + 1, 4):
+                left = sample[i, 1 + 3 * j : 4 + 3 * j]
+                logit = logit + left @ sample[j, 1 + 3 * i : 4 + 3 * i]
+        want.append(logit)
+    torch.testing.assert_close(model(rows), torch.stack(want))
+
+
+def test_deepfm_without_its_mlp_is_a_factorization_machine():
+    model = DeepFM(fields=4, dim=3, hidden=(8,)).double()
+    with torch.no_grad():
+        for parameter in model.mlp[-1].parameters():
+            parameter.zero_()
+    rows = torch.randn(5, 4, model.row_dim, dtype=torch.float64)
+    vectors = rows[:, :, 1:]
+    pairs = sum((vectors[:, i] * vectors[:, j]).sum(1) for i in range(4) for j in range(i + 1, 4))
+    torch.testing.assert_close(model(rows), rows[:, :, 0].sum(1) + pairs)
+
+
+@pytest.mark.parametrize("make", [FFM, DeepFM])
+def test_gradients_of_the_models_are_right(make):
+    torch.manual_seed(3)
+    model = make(3, 2).double()
+    rows = torch.randn(2, 3, model.row_dim, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(model, (rows,))
+
+
+def clicks(samples: int = 40) -> ClickData:
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(0, 3, samples)
+    return ClickData(
+        rng.integers(0, 2, samples).astype(np.float32),
+        {
+            "a": Ragged.single(rng.integers(100, 105, samples)),
+            "b": Ragged(
+                rng.integers(200, 204, lengths.sum()).astype(np.uint64), np.cumsum([0, *lengths], dtype=np.int64)
+            ),
+        },
+    )
+
+
+@pytest.mark.parametrize("make", [FFM, DeepFM])
+def test_the_same_model_learns_the_same_from_a_cluster_and_from_local_memory(make):
+    """Plain gradient descent on both sides: after some steps every weight must agree."""
+    torch.manual_seed(0)
+    data, rate = clicks(), 0.1
+    local_head, cluster_head = make(2, 2), make(2, 2)
+    cluster_head.load_state_dict(local_head.state_dict())
+    local = LocalEmbeddings(data.vocabulary(), local_head.row_dim, init=0.3)
+    client = FakeClient({"t": local_head.row_dim}, learning_rate=rate)
+    for name, ids in data.vocabulary().items():
+        for one, row in zip(ids, local.encode(only(data, name, ids)).features[name].values, strict=True):
+            client.rows["t", int(one)] = local.bag.weight[int(row)].detach().numpy().copy()
+    cluster = EmbeddingCollection(client, {name: Feature(client.table("t")) for name in data.features})
+    here, there = ClickModel(local, local_head), ClickModel(cluster, cluster_head)
+    optimizer = torch.optim.SGD(here.parameters(), rate)
+    dense = DenseOnPs(client, cluster_head, None)
+    encoded = local.encode(data)
+    for mine, theirs in zip(encoded.batches(8), data.batches(8), strict=True):
+        optimizer.zero_grad()
+        dense.pull()
+        for model, batch in ((here, mine), (there, theirs)):
+            loss = nn.functional.binary_cross_entropy_with_logits(model(batch.features), torch.from_numpy(batch.labels))
+            loss.backward()
+        optimizer.step()
+        dense.step()
+    dense.pull()
+    np.testing.assert_allclose(here.predict(encoded), there.predict(data), rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(local_head.parameters(), cluster_head.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def only(data: ClickData, name: str, ids: np.ndarray) -> ClickData:
+    features = {
+        other: Ragged.single(ids) if other == name else Ragged.single(np.zeros(ids.size, np.uint64))
+        for other in data.features
+    }
+    return ClickData(np.zeros(ids.size, np.float32), features)
+
+
+def test_an_id_outside_the_vocabulary_is_a_zero_row_that_never_learns():
+    data = clicks()
+    local = LocalEmbeddings(data.vocabulary(), 2)
+    strange = local.encode(only(data, "a", np.array([999], np.uint64)))
+    assert strange.features["a"].values.tolist() == [0]
+    out = local.stacked(strange.features)
+    assert not out.any()
+    out.sum().backward()
+    assert not local.bag.weight.grad[0].any()
+
+
+def test_prediction_learns_nothing_and_restores_the_mode():
+    data = clicks()
+    head = DeepFM(2, 2, dropout=0.5)
+    client = FakeClient({"t": head.row_dim})
+    model = ClickModel(EmbeddingCollection(client, {name: Feature(client.table("t")) for name in data.features}), head)
+    first, second = model.predict(data, batch_size=7), model.predict(data)
+    np.testing.assert_allclose(first, second, rtol=1e-6)
+    assert model.training
+    assert "apply_gradients" not in client.calls
+    assert model.predict(data.take(np.empty(0, np.int64))).shape == (0,)
+
+
+def test_dense_parameters_take_the_values_a_cluster_has():
+    client = FakeClient({})
+    first = nn.Linear(2, 1)
+    DenseOnPs(client, first, None)
+    second = nn.Linear(2, 1)
+    dense = DenseOnPs(client, second, None)
+    torch.testing.assert_close(first.weight, second.weight)
+    dense.step()
+    assert not client.calls
+    second(torch.ones(1, 2)).sum().backward()
+    dense.step(learning_rate=0.5)
+    assert dense.pull() == 0
+    torch.testing.assert_close(second.weight, first.weight - 0.5)
+
+
+def test_a_module_without_parameters_is_refused():
+    with pytest.raises(InvalidRequestError, match="ReLU"):
+        DenseOnPs(FakeClient({}), nn.ReLU(), None)
+
+
+def test_all_reduced_parameters_need_a_process_group():
+    module = nn.Linear(1, 1)
+    with pytest.raises(InvalidRequestError, match="init_process_group"):
+        AllReduced(FakeClient({}), module, torch.optim.SGD(module.parameters(), 0.1), stored_as=None)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = f"file://{tmp_path / 'group'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_all_reduced_parameters_step_here_and_are_stored_in_the_cluster(process_group):
+    client = FakeClient({})
+    module = nn.Linear(2, 1)
+    dense = AllReduced(client, module, torch.optim.SGD(module.parameters(), 0.1), stored_as=None)
+    before = module.weight.detach().clone()
+    dense.pull()
+    module(torch.ones(1, 2)).sum().backward()
+    dense.step(learning_rate=0.5)
+    torch.testing.assert_close(module.weight.detach(), before - 0.5)
+    np.testing.assert_array_equal(client.variables["dense/weight"], before.numpy())
+    dense.publish()
+    np.testing.assert_array_equal(client.variables["dense/weight"], module.weight.detach().numpy())
