@@ -7,6 +7,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -222,3 +223,18 @@ def test_the_readmes_python_runs(tmp_path):
         timeout=110,
     )
     assert done.returncode == 0, f"{program}\n{done.stderr}"
+
+
+# ---- packaging -----------------------------------------------------------------------------------------------------
+
+
+def test_every_dependency_is_locked_to_a_plain_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(each for extra in project["optional-dependencies"].values() for each in extra),
+    ]
+    names = {re.split(r"[^A-Za-z0-9._-]", each)[0].lower().replace("_", "-") for each in wanted}
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9.-]+==[0-9][0-9a-z.]*", line)] == []
+    assert names <= {line.split("==")[0] for line in lines}
