@@ -1,0 +1,1 @@
+"""Compiled operations of the worker and what all kernels are made with."""

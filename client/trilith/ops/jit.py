@@ -50,8 +50,8 @@ def inlined(function: _F) -> _F:
 def kernel(signature: str, *, variant: str = "") -> Callable[[_F], _F]:
     """Make a compiled function out of a plain one.
 
-    The function releases the GIL, divides like NumPy and never reorders floating-point arithmetic. It is compiled at the
-    first call or by `warm`, from the disk cache where possible.
+    The function releases the GIL, divides like NumPy and never reorders floating-point arithmetic. It is compiled at
+    the first call or by `warm`, from the disk cache where possible.
 
     Args:
         signature: Numba types of the arguments, such as "void(int64, float32)". Callers must pass exactly these.

@@ -1,8 +1,9 @@
 """Raw memory for kernels: loads, stores and prefetches at addresses, and how Python objects lend their addresses.
 
 Kernels take addresses (int64) rather than arrays where rows live in mapped memory or came over the wire: nothing is
-reference-counted in inner loops, unaligned and read-only buffers need no second compilation, and a call costs no unboxing.
-Whoever passes an address keeps the memory alive until the call returns. With the JIT off the same functions go through ctypes.
+reference-counted in inner loops, unaligned and read-only buffers need no second compilation, and a call costs no
+unboxing. Whoever passes an address keeps the memory alive until the call returns. With the JIT off the same functions
+go through ctypes.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ __all__ = [
     "load_f16",
     "load_f32",
     "load_i8",
+    "load_u8",
     "load_u16",
     "load_u32",
     "load_u64",
-    "load_u8",
     "new_bytes",
     "prefetch",
     "store_f16",
     "store_f32",
     "store_i8",
+    "store_u8",
     "store_u16",
     "store_u32",
     "store_u64",
-    "store_u8",
     "tune_allocator",
     "writable_view",
 ]
@@ -67,7 +68,9 @@ def _loader(element: ir.Type, result: types.Type, twin: Callable[[int, int], Any
     return load
 
 
-def _storer(element: ir.Type, value_type: types.Type, twin: Callable[[int, int, Any], None], narrow: bool = False) -> Any:
+def _storer(
+    element: ir.Type, value_type: types.Type, twin: Callable[[int, int, Any], None], narrow: bool = False
+) -> Any:
     """Make `store(address, index, value)`."""
     if JIT_DISABLED:
         return twin
@@ -220,8 +223,9 @@ else:
     def copy_line(typingctx: Any, target: Any, source: Any) -> Any:
         """Copy 64 bytes between addresses that do not overlap.
 
-        One wide load and store: LLVM turns a memcpy of constant size into `rep movsb` on processors that call it fast, which
-        is several times slower for scattered rows (measured), and cannot vectorise a loop whose pointers may alias.
+        One wide load and store: LLVM turns a memcpy of constant size into `rep movsb` on processors that call it fast,
+        which is several times slower for scattered rows (measured), and cannot vectorise a loop whose pointers may
+        alias.
         """
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:

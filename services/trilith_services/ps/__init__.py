@@ -1,0 +1,1 @@
+"""The parameter server: servicer, store, tables, kernels, and what keeps them alive."""

@@ -26,7 +26,9 @@ class Mapping:
         try:
             self._map = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         except (OSError, ValueError, OverflowError) as error:
-            raise MemoryLimitError(f"the kernel refused to reserve {self.size} bytes of address space: {error}") from None
+            raise MemoryLimitError(
+                f"the kernel refused to reserve {self.size} bytes of address space: {error}"
+            ) from None
         self.address = address_of(np.frombuffer(self._map, np.uint8))
         # Past the plain part, at the next huge-page boundary of the address space.
         start = -(-(self.address + plain_bytes) // HUGE_PAGE) * HUGE_PAGE - self.address

@@ -38,7 +38,7 @@ def restore_newest(store: Store, directory: str) -> CheckpointInfo | None:
     """
     newest = checkpoint.newest_complete(directory)
     if newest is None:
-        log.info("no complete checkpoint in %s: starting empty", directory)
+        log.info("no complete checkpoint: starting empty", extra={"directory": directory})
         return None
     response = snapshot.restore_shard(store, newest.path)
     store.restored_from = newest.path
@@ -132,7 +132,7 @@ class Checkpointer:
             response = snapshot.save_shard(self._store, path, clock=self._clock)
         except Exception:
             # Anything: a full disk, a bucket that refuses. A PS outlives its backups.
-            log.exception("checkpoint %s failed; the next one is due in %.0f s", path, self._every_ms / 1000)
+            log.exception("checkpoint failed; the next tick tries again", extra={"path": path})
             self._report(time.perf_counter() - started, 0, succeeded=False)
             return False
         self._store.last_checkpoint = path
@@ -140,9 +140,8 @@ class Checkpointer:
         self._report(time.perf_counter() - started, sum(file.bytes for file in response.files), succeeded=True)
         if self._incomplete is not None and self._incomplete != number:
             log.warning(
-                "checkpoint %d stays incomplete: some PS wrote no part; do all share %s and --checkpoint-every?",
-                self._incomplete,
-                self._folder.url,
+                "a checkpoint stays incomplete: do all PS have the same --checkpoint-dir and --checkpoint-every?",
+                extra={"path": self._folder.path(checkpoint.checkpoint_name(self._incomplete))},
             )
         self._incomplete = number
         self._complete_late()
@@ -164,12 +163,12 @@ class Checkpointer:
                 return
             if not self._is_declared(folder, parts):
                 checkpoint.write_manifest(folder.url, parts, clock=self._clock)
-                log.info("checkpoint %s is complete: %d PS, step %d", folder.url, len(parts), parts[0].global_step)
+                log.info("checkpoint complete", extra={"path": folder.url, "step": parts[0].global_step})
             self._incomplete = None
             for path in checkpoint.prune(self._folder.url, self._keep):
-                log.info("deleted old checkpoint %s", path)
+                log.info("old checkpoint deleted", extra={"path": path})
         except Exception:
-            log.exception("checkpoint %s could not be completed; trying again", folder.url)
+            log.exception("checkpoint could not be completed; trying again", extra={"path": folder.url})
 
     @staticmethod
     def _is_declared(folder: Folder, parts: list[checkpoint.Part]) -> bool:

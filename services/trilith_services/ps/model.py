@@ -58,7 +58,7 @@ class Model:
             proto.hash_table.entry_config.entry_type = hash_table_pb2.EntryConfig.SERVING
         if isinstance(occurrence_filter, DummyFilter):
             occurrence_filter = None
-        return Table(proto, filter=occurrence_filter)
+        return Table(proto, gate=occurrence_filter)
 
     def hash_table(
         self,
@@ -120,9 +120,7 @@ class Model:
         (hash_filter,) = create_hash_filters(
             0,
             enable_hash_filter,
-            hash_table_pb2.SlotOccurrenceThresholdConfig(
-                default_occurrence_threshold=int(thresholds.values[0])
-            ),
+            hash_table_pb2.SlotOccurrenceThresholdConfig(default_occurrence_threshold=int(thresholds.values[0])),
         )
         suffix = name_suffix if name_suffix is not None else f"test_{len(self._names)}"
         return self.hash_table(

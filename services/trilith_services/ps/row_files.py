@@ -66,12 +66,14 @@ class RowFile:
         layout: Its segments' layout, as `RowLayout` describes itself: kinds, widths, offsets, slots.
         dim: Floats per row.
         state_floats: Floats of optimizer state per row.
+        max_update_time: The table's newest update, Unix seconds; that row may be gone by now.
     """
 
     config: ps_pb2.TableConfig
     layout: list[dict[str, Any]]
     dim: int
     state_floats: int
+    max_update_time: int
     _reader: Any
     _where: str
 
@@ -106,6 +108,7 @@ def write_table(folder: Folder, name: str, table: Table) -> FileRecord:
         "trilith.version": str(VERSION),
         "trilith.table": table.name,
         "trilith.table_config": base64.b64encode(table.config.SerializeToString(deterministic=True)).decode(),
+        "trilith.max_update_time": str(table.max_update_time),
         "trilith.layout": json.dumps(_describe_layout(layout)),
     }
     schema = pa.schema(
@@ -124,18 +127,16 @@ def _batches(table: Table, schema: Any) -> Iterator[Any]:
     for stripe in range(table.stripes):
         rows = table.export_stripe(stripe)
         expired = table.expired(rows, table.max_update_time)
-        keep = None if not expired.any() else np.flatnonzero(~expired)
-        ids, weights, state, last_update = (
-            array if keep is None else array[keep] for array in (rows.ids, rows.weights, rows.state, rows.last_update)
-        )
-        for start in range(0, ids.size, CHUNK_ROWS):
+        if expired.any():
+            rows = rows.take(~expired)
+        for start in range(0, len(rows), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
             yield pa.record_batch(
                 [
-                    pa.array(ids[part]),
-                    _lists(weights[part], schema.field(1).type),
-                    _lists(state[part], schema.field(2).type),
-                    pa.array(last_update[part]),
+                    pa.array(rows.ids[part]),
+                    _lists(rows.weights[part], schema.field(1).type),
+                    _lists(rows.state[part], schema.field(2).type),
+                    pa.array(rows.last_update[part]),
                 ],
                 schema=schema,
             )
@@ -237,6 +238,7 @@ def open_rows(folder: Folder, name: str) -> Iterator[RowFile]:
             layout=json.loads(metadata["trilith.layout"]),
             dim=schema.field("weights").type.list_size,
             state_floats=schema.field("state").type.list_size,
+            max_update_time=int(metadata.get("trilith.max_update_time", "0")),
             _reader=reader,
             _where=where,
         )

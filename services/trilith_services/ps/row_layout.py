@@ -1,10 +1,12 @@
-"""RowLayout: where the weights, the optimizer state and the initial values of a table's rows are, as its config says."""
+"""RowLayout: where the weights, the optimizer state and the initial values of a table's rows are, as its config
+says."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
 from trilith.ops.memory import address_of
@@ -17,30 +19,30 @@ from trilith_services.ps.kernels.optimizers import PARAMETERS
 __all__ = ["OptimizerLayout", "RowLayout", "SegmentLayout"]
 
 
-def _slots(kind: str, dim: int, config: object) -> list[tuple[str, list[float]]]:
+def _slots(kind: str, dim: int, config: object) -> list[tuple[str, Float32Array]]:
     """State of one optimizer: (name, initial values) in storage order, which is the order of its dump."""
 
-    def value(name: str) -> float:
-        return float(getattr(config, name))
+    def filled(size: int, field: str = "") -> Float32Array:
+        return np.full(size, getattr(config, field) if field else 0.0, np.float32)
 
     match kind:
         case "sgd" | "moving_average":
             return []
         case "adagrad" | "dynamic_wd_adagrad":
-            return [("norm", [value("initial_accumulator_value")] * dim)]
+            return [("norm", filled(dim, "initial_accumulator_value"))]
         case "ftrl" | "group_ftrl":
-            return [("zero", [0.0] * dim), ("norm", [value("initial_accumulator_value")] * dim)]
+            return [("zero", filled(dim)), ("norm", filled(dim, "initial_accumulator_value"))]
         case "adadelta":
-            return [("accum", [0.0] * dim), ("accum_update", [0.0] * dim)]
+            return [("accum", filled(dim)), ("accum_update", filled(dim))]
         case "adam" | "amsgrad":
-            vectors = [(name, [0.0] * dim) for name in (("m", "v") if kind == "adam" else ("m", "v", "vhat"))]
-            return [*vectors, ("beta1_power", [value("beta1")]), ("beta2_power", [value("beta2")])]
+            vectors = [(name, filled(dim)) for name in (("m", "v") if kind == "adam" else ("m", "v", "vhat"))]
+            return [*vectors, ("beta1_power", filled(1, "beta1")), ("beta2_power", filled(1, "beta2"))]
         case "momentum" | "rmsprop" | "rmspropv2":
-            return [("n", [0.0] * dim)]
+            return [("n", filled(dim))]
         case "batch_softmax":
-            return [("global_step", [0.0, 0.0])]  # an int64 over two words
+            return [("global_step", filled(2))]  # an int64 over two words
         case "group_adagrad":
-            return [("grad_square_sum", [value("initial_accumulator_value")])]
+            return [("grad_square_sum", filled(1, "initial_accumulator_value"))]
     raise InvalidRequestError(f"optimizer {kind!r} cannot be built from a config; known are {sorted(PARAMETERS)}")
 
 
@@ -73,7 +75,7 @@ class OptimizerLayout:
         return cls(
             kind=kind,
             slots=tuple((name, len(values)) for name, values in slots),
-            initial_state=np.array([x for _, values in slots for x in values], np.float32),
+            initial_state=np.concatenate([np.zeros(0, np.float32), *(values for _, values in slots)]),
             # Never empty, so that it has an address.
             parameters=np.array([*(float(getattr(chosen, name)) for name in PARAMETERS[kind]), 0.0], np.float32),
             learning_rate=float(getattr(chosen, "learning_rate", 0.0)),
@@ -121,8 +123,8 @@ _CODEC_BYTES = {codecs.RAW: 4, codecs.HALF: 2, codecs.FIXED_R8: 1, codecs.ONE_BI
 class RowLayout:
     """Sizes, offsets, initial values and kernel arguments of one table's rows; immutable but for the one-bit scales.
 
-    A training row is float32 weights[dim] followed by float32 words of optimizer state; a serving row is its segments' compressed
-    bytes. Both are padded to `stride` bytes, so that a row crosses as few cache lines as its size allows.
+    A training row is float32 weights[dim] followed by float32 words of optimizer state; a serving row is its segments'
+    compressed bytes. Both are padded to `stride` bytes, so that a row crosses as few cache lines as its size allows.
     """
 
     def __init__(self, config: ps_pb2.TableConfig) -> None:
@@ -175,9 +177,7 @@ class RowLayout:
             stored += segment.dim_size * _CODEC_BYTES[codec]
         return found
 
-    def _initial_weights(
-        self, entry: hash_table_pb2.EntryConfig
-    ) -> tuple[Float32Array, Float32Array, Float32Array]:
+    def _initial_weights(self, entry: hash_table_pb2.EntryConfig) -> tuple[Float32Array, Float32Array, Float32Array]:
         """Per weight: lowest value, width of the uniform range, largest value."""
         low: list[float] = []
         high: list[float] = []
@@ -197,7 +197,7 @@ class RowLayout:
         limits = np.where(highs > lows, np.nextafter(highs, lows), highs).astype(np.float32)
         return lows, (highs - lows).astype(np.float32), limits
 
-    def _kernel_arguments(self, random: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    def _kernel_arguments(self, random: bool, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         plan = np.zeros(rows.PLAN_COLUMNS, np.int64)
         plan[rows.STRIDE] = self.stride
         plan[rows.WORDS] = self.words

@@ -11,22 +11,21 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from trilith import checkpoint
 from trilith.checkpoint import FileRecord, Manifest, Part
-from trilith.errors import CheckpointError
+from trilith.errors import CheckpointError, TableExistsError
 from trilith.folder import Folder
 from trilith_proto import ps_pb2
 from trilith_services.ps import row_files, variable_files
 from trilith_services.ps.filter_snapshot import load_filter, write_filter
 from trilith_services.ps.filters import SlidingFilter
-from trilith_services.ps.table import Rows
+from trilith_services.ps.table import Rows, Table
 
 if TYPE_CHECKING:
     from trilith_services.ps.store import Store
@@ -59,9 +58,9 @@ def save_shard(store: Store, path: str, *, clock: Callable[[], float] = time.tim
     files: list[FileRecord] = []
     for table_name, table in sorted(store.tables.items()):
         files.append(row_files.write_table(folder, name("rows", table_name), table))
-        if isinstance(table.filter, SlidingFilter):  # the others remember nothing
-            files.append(write_filter(folder, name("filter", table_name), table_name, table.filter))
-    files.append(variable_files.write(folder, name("variables"), store.variables.export()))
+        if isinstance(table.gate, SlidingFilter):  # the others remember nothing
+            files.append(write_filter(folder, name("filter", table_name), table_name, table.gate))
+    files.append(variable_files.write(folder, name("variables"), store.variables))
     response = ps_pb2.SaveResponse(
         incarnation=identity.incarnation,
         global_step=step,
@@ -72,14 +71,14 @@ def save_shard(store: Store, path: str, *, clock: Callable[[], float] = time.tim
     )
     checkpoint.write_part(folder, checkpoint.part_of(index, count, response, finished_unix_s=clock()))
     log.info(
-        "shard %d of %d saved to %s at step %d: %d rows, %.1f MB in %.2f s",
-        index,
-        count,
-        folder.url,
-        step,
-        sum(file.rows for file in files if file.kind == "rows"),
-        sum(file.bytes for file in files) / 1e6,
-        time.perf_counter() - started,
+        "checkpoint part written",
+        extra={
+            "path": folder.url,
+            "step": step,
+            "rows": sum(file.rows for file in files if file.kind == "rows"),
+            "megabytes": round(sum(file.bytes for file in files) / 1e6, 1),
+            "seconds": round(time.perf_counter() - started, 3),
+        },
     )
     return response
 
@@ -88,7 +87,7 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
     """Replace this shard's content by what the complete checkpoint at `path` holds for it.
 
     Every id is routed by the owner rule, so the checkpoint may come from another number of PS. All files are checked
-    before anything changes; tables the checkpoint does not know are emptied.
+    and the new content is loaded beside the old before anything changes; tables the checkpoint does not know go.
 
     Raises:
         CheckpointError: The checkpoint is incomplete or damaged; nothing was changed.
@@ -101,28 +100,29 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
     index, count = identity.shard_index, identity.shard_count
     parts = parts_for(manifest, index, count)
     _check_all(folder, _needed(manifest, parts, count))
-    configs = _table_configs(folder, parts)
     variables = variable_files.read_for(folder, manifest, index, count)
-    store.create_tables(list(configs.values()))
-    for table in store.tables.values():
-        table.clear()
-    rows = dict.fromkeys(sorted(configs), 0)
-    for part in parts:
-        for file in part.files:
-            if file.kind == "rows":
-                rows[file.table] += _load_rows(store, folder, file, part, index, count)
-    _load_filters(store, folder, parts)
-    store.variables.replace(variables)
-    store.global_step(set_to=manifest.global_step)
+    tables = {name: store.new_table(config) for name, config in _table_configs(store, folder, parts).items()}
+    try:
+        for part in parts:
+            for file in part.files:
+                if file.kind == "rows":
+                    _load_rows(tables[file.table], folder, file, part, index, count)
+        _load_filters(tables, folder, parts)
+    except BaseException:
+        for table in tables.values():
+            table.release()
+        raise
+    store.replace_content(tables, variables, manifest.global_step)
+    rows = {name: len(table) for name, table in sorted(tables.items())}
     log.info(
-        "shard %d of %d restored from %s (%d PS, step %d): %d rows in %.2f s",
-        index,
-        count,
-        folder.url,
-        manifest.shard_count,
-        manifest.global_step,
-        sum(rows.values()),
-        time.perf_counter() - started,
+        "restored",
+        extra={
+            "path": folder.url,
+            "from_ps": manifest.shard_count,
+            "step": manifest.global_step,
+            "rows": sum(rows.values()),
+            "seconds": round(time.perf_counter() - started, 3),
+        },
     )
     return ps_pb2.RestoreResponse(incarnation=identity.incarnation, global_step=manifest.global_step, rows=rows)
 
@@ -177,7 +177,7 @@ def _check_rows(folder: Folder, file: FileRecord, part: Part) -> None:
     found = 0
     with row_files.open_rows(folder, file.name) as rows_file:
         for rows in rows_file.batches():
-            found += rows.ids.size
+            found += len(rows)
             _check_owner(folder, file, part, rows)
     if found != file.rows:
         raise CheckpointError(f"{folder.path(file.name)}: {found} rows; the manifest says {file.rows}")
@@ -198,58 +198,53 @@ def _check_all(folder: Folder, files: list[FileRecord]) -> None:
             pass
 
 
-def _table_configs(folder: Folder, parts: list[Part]) -> dict[str, ps_pb2.TableConfig]:
+def _table_configs(store: Store, folder: Folder, parts: list[Part]) -> dict[str, ps_pb2.TableConfig]:
     configs: dict[str, ps_pb2.TableConfig] = {}
-    for part in parts:
-        for file in part.files:
-            if file.kind == "rows":
-                with row_files.open_rows(folder, file.name) as rows_file:
-                    known = configs.setdefault(file.table, rows_file.config)
-                    if known != rows_file.config:
-                        raise CheckpointError(
-                            f"{folder.path(file.name)}: table {file.table!r} has another config than on the other PS"
-                        )
+    for file in (file for part in parts for file in part.files if file.kind == "rows"):
+        with row_files.open_rows(folder, file.name) as rows_file:
+            config = rows_file.config
+        if configs.setdefault(file.table, config) != config:
+            raise CheckpointError(
+                f"{folder.path(file.name)}: table {file.table!r} has another config than on the other PS"
+            )
+        here = store.tables.get(file.table)
+        if here is not None and here.config != config:
+            raise TableExistsError(
+                f"table {file.table!r} exists with another config than in {folder.url}:\n"
+                f"here:           {' '.join(str(here.config).split())}\n"
+                f"the checkpoint: {' '.join(str(config).split())}"
+            )
     return configs
 
 
-def _load_rows(store: Store, folder: Folder, file: FileRecord, part: Part, index: int, count: int) -> int:
-    """Load the rows that this shard owns; returns how many."""
-    table = store.table(file.table)
-    loaded = 0
+def _load_rows(table: Table, folder: Folder, file: FileRecord, part: Part, index: int, count: int) -> None:
+    """Load the rows that this shard owns."""
     with row_files.open_rows(folder, file.name) as rows_file:
         if (rows_file.dim, rows_file.state_floats) != (table.dim, table.layout.state_floats):
             raise CheckpointError(
                 f"{folder.path(file.name)}: rows of {rows_file.dim} + {rows_file.state_floats} floats; "
-                f"table {file.table!r} has {table.dim} + {table.layout.state_floats}"
+                f"its config says {table.dim} + {table.layout.state_floats}"
             )
         for rows in rows_file.batches():
             _check_owner(folder, file, part, rows)
             if part.shard_count != count:
-                rows = _select(rows, rows.ids % np.uint64(count) == index)
+                rows = rows.take(rows.ids % np.uint64(count) == index)
             table.import_rows(rows)
-            loaded += rows.ids.size
-    return loaded
+        table.restore_max_update_time(rows_file.max_update_time)
 
 
-def _select(rows: Rows, mask: npt.NDArray[np.bool_]) -> Rows:
-    return Rows(
-        ids=rows.ids[mask], weights=rows.weights[mask], state=rows.state[mask], last_update=rows.last_update[mask]
-    )
-
-
-def _load_filters(store: Store, folder: Folder, parts: list[Part]) -> None:
+def _load_filters(tables: Mapping[str, Table], folder: Folder, parts: list[Part]) -> None:
     """Take over the counts of ids that wait for a row.
 
     A filter keeps hashes, not ids, so it cannot be split by owner. But where all of a shard's ids come from one part
     (the same number of PS, or a multiple of it) that part's filter knows them all.
     """
-    files = [file for part in parts for file in part.files if file.kind == "filter"]
-    for file in files:
-        occurrence_filter = store.table(file.table).filter
-        if not isinstance(occurrence_filter, SlidingFilter):
+    for file in (file for file in parts[0].files if file.kind == "filter"):
+        gate = tables[file.table].gate
+        if not isinstance(gate, SlidingFilter):
             continue
         if len(parts) == 1:
-            load_filter(folder, file.name, occurrence_filter)
+            load_filter(folder, file.name, gate)
         else:
             log.warning(
                 "table %s: ids below their occurrence threshold are counted anew on this number of PS", file.table

@@ -73,11 +73,14 @@ class OccurrenceGate(Protocol):
     def filtered(
         self,
         ids: UInt64Array,
-        counts: npt.NDArray[np.uint32] | None,
-        thresholds: Any,
-        present: npt.NDArray[np.bool_] | None,
+        counts: npt.NDArray[np.uint32] | None = None,
+        thresholds: Any = None,
+        present: npt.NDArray[np.bool_] | None = None,
     ) -> npt.NDArray[np.bool_]:
-        """bool[n]: which writes to leave out, judged and counted in order; `present` ids pass uncounted."""
+        """bool[n]: which writes to leave out, judged and counted in order; `present` ids pass uncounted.
+
+        `thresholds` None takes the gate's own.
+        """
 
 
 @dataclass(slots=True)
@@ -117,9 +120,9 @@ _SCRATCH = _Scratch()
 class Table:
     """One embedding table of one shard.
 
-    Every 64-bit id has its own row. Each row changes atomically; a batch as a whole does not. A call takes the locks of the
-    stripes it is working on, one at a time for a large batch and in ascending order for a small one, so callers never wait for
-    each other in a circle and rarely at all.
+    Every 64-bit id has its own row. Each row changes atomically; a batch as a whole does not. A call takes the locks of
+    the stripes it is working on, one at a time for a large batch and in ascending order for a small one, so callers
+    never wait for each other in a circle and rarely at all.
     """
 
     def __init__(
@@ -144,7 +147,6 @@ class Table:
         self.dim = self.layout.dim
         self.segments = len(self.layout.segments)
         self.gate = gate
-        self.thresholds = config.occurrence_thresholds
         self.max_update_time = 0
         self.counters = TableCounters()
         self._budget = budget if budget is not None else MemoryBudget(0)
@@ -199,6 +201,9 @@ class Table:
             rows.write_rows,
             rows.export_rows,
             rows.widen_halves,
+            rows.all_finite,
+            index.read_times,
+            index.stripes_of,
         )
         if self._apply is not None:
             warm(self._apply)
@@ -236,7 +241,8 @@ class Table:
 
     def contains(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """bool[n]: whether each id has a row."""
-        return self._row_numbers(as_ids(ids)) != 0
+        present: npt.NDArray[np.bool_] = self._row_numbers(as_ids(ids)) != 0
+        return present
 
     def export_rows(self, ids: npt.NDArray[Any]) -> tuple[npt.NDArray[np.bool_], Rows]:
         """Copy rows out.
@@ -324,7 +330,7 @@ class Table:
         """
         if self._apply is None:
             raise InvalidRequestError(f"table {self.name!r} is a serving table: it has no optimizer")
-        ids, grads = as_ids(ids), self._as_values(ids, grads, "gradients")
+        ids, grads = as_ids(ids), self._as_values(ids, grads)
         rates = self._as_rates(learning_rates)
         if global_step < 0 and any(kind == "batch_softmax" for kind, _, _ in self.layout.structure):
             raise InvalidRequestError(f"table {self.name!r}: global_step={global_step} is negative")
@@ -360,12 +366,21 @@ class Table:
 
         self._write(batch, len(ids), step)
 
+    def check_update(self, ids: UInt64Array, values: npt.NDArray[Any], learning_rates: npt.ArrayLike | None) -> None:
+        """Raise what a write of these would raise for its shapes, dtypes or rates."""
+        if values.shape != (len(ids), self.dim) or values.dtype not in (np.float32, np.float16):
+            raise InvalidRequestError(
+                f"table {self.name!r}: values are {values.dtype}{list(values.shape)}, "
+                f"expected float32 or float16 [{len(ids)}, {self.dim}]"
+            )
+        self._as_rates(learning_rates)
+
     def assign(self, ids: npt.NDArray[Any], values: npt.NDArray[Any], *, request_time: int = 0) -> None:
         """Set raw weights, float32 or float16 [n, dim]; the last of repeated ids wins.
 
         With `skip_zero_embedding` a value whose squared norm is below the smallest normal float32 erases its id.
         """
-        ids, values = as_ids(ids), self._as_values(ids, values, "values")
+        ids, values = as_ids(ids), self._as_values(ids, values)
         if self.config.hash_table.skip_zero_embedding and len(ids):
             last = len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]
             ids, values = ids[last], values[last]
@@ -377,7 +392,7 @@ class Table:
 
     def assign_add(self, ids: npt.NDArray[Any], values: npt.NDArray[Any], *, request_time: int = 0) -> None:
         """Add float32 or float16 [n, dim] to raw weights, one id after another."""
-        ids, values = as_ids(ids), self._as_values(ids, values, "values")
+        ids, values = as_ids(ids), self._as_values(ids, values)
         self._write_values(rows.ADD, ids, values, request_time)
 
     def reinitialize(self, ids: npt.NDArray[Any], *, request_time: int) -> npt.NDArray[np.int8]:
@@ -449,18 +464,14 @@ class Table:
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
-    def _as_values(self, ids: npt.NDArray[Any], values: npt.NDArray[Any], what: str) -> Float32Array:
-        expected = (len(ids), self.dim)
-        if values.shape != expected:
-            raise InvalidRequestError(f"table {self.name!r}: {what} are {values.shape}, expected {expected}")
+    def _as_values(self, ids: npt.NDArray[Any], values: npt.NDArray[Any]) -> Float32Array:
+        self.check_update(ids, values, None)
+        values = np.ascontiguousarray(values)
         if values.dtype == np.float32:
-            return np.ascontiguousarray(values)
-        if values.dtype == np.float16:
-            halves = np.ascontiguousarray(values)
-            wide = np.empty(expected, np.float32)
-            rows.widen_halves(address_of(halves), address_of(wide), wide.size)
-            return wide
-        raise InvalidRequestError(f"table {self.name!r}: {what} are {values.dtype}, expected float32 or float16")
+            return values
+        wide = np.empty(values.shape, np.float32)
+        rows.widen_halves(address_of(values), address_of(wide), wide.size)
+        return wide
 
     def _as_rates(self, learning_rates: npt.ArrayLike | None) -> Float32Array:
         if learning_rates is None:
@@ -481,7 +492,7 @@ class Table:
         self.counters.update_ids += len(ids)
         if self.gate is None or len(ids) == 0:
             return ids, values
-        kept = ~self.gate.filtered(ids, counts, self.thresholds, self.contains(ids))
+        kept = ~self.gate.filtered(ids, counts, present=self.contains(ids))
         passed = int(np.count_nonzero(kept))
         self.counters.filtered_ids += len(ids) - passed
         return (ids, values) if passed == len(ids) else (ids[kept], values[kept])
@@ -642,7 +653,7 @@ class Table:
             self._charged = now
 
     def release(self) -> None:
-        """Take the table off the budget; it must not be used afterwards."""
+        """Take the table off the budget; it must not be written to afterwards."""
         with self._time_lock:
             self._budget.add(-self._charged)
             self._charged = 0
@@ -683,9 +694,7 @@ class Table:
         addresses = self._stripes[s, index.ARENA] + (numbers[:count] - 1) * self.layout.stride
         return self._copy_rows(ids[:count], addresses, times[:count]), slot
 
-    def _copy_rows(
-        self, ids: UInt64Array, addresses: npt.NDArray[np.int64], times: npt.NDArray[np.uint32]
-    ) -> Rows:
+    def _copy_rows(self, ids: UInt64Array, addresses: npt.NDArray[np.int64], times: npt.NDArray[np.uint32]) -> Rows:
         weights = np.empty((len(ids), self.dim), np.float32)
         state = np.empty((len(ids), self.layout.state_floats), np.float32)
         rows.export_rows(
@@ -725,12 +734,14 @@ def _stripe_of(ids: UInt64Array) -> npt.NDArray[np.int64]:
 
 
 def _max_load(s: int) -> float:
-    """Fill at which stripe `s` grows: spread over 0.5..0.75, so that the stripes of a table do not all grow in one batch."""
+    """Fill at which stripe `s` grows: spread over 0.5..0.75, so that the stripes of a table do not all grow in one
+    batch."""
     return 0.5 + 0.25 * (s + 1) / STRIPES
 
 
 def _reserved_bytes_per_stripe() -> int:
-    """Address space for one stripe's rows: twice the machine's memory over all stripes, since a table cannot outgrow that."""
+    """Address space for one stripe's rows: twice the machine's memory over all stripes, since a table cannot outgrow
+    that."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return -(-2 * memory // STRIPES // HUGE_PAGE) * HUGE_PAGE
 

@@ -1,10 +1,12 @@
 """Compressed weights: how serving rows are stored, and what training reads and gradients make of a compressor.
 
-Codec parameters are float32 blocks: fixed_r8 (r); one_bit (amplitude, init_scale), where training tables keep the current
-scale in place of init_scale.
+Codec parameters are float32 blocks: fixed_r8 (r); one_bit (amplitude, init_scale), where training tables keep the
+current scale in place of init_scale.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +25,7 @@ _128 = np.float32(128)
 
 
 @inlined
-def codec_bytes(codec):  # type: ignore[no-untyped-def]
+def codec_bytes(codec: Any) -> Any:
     """Bytes per weight of a stored codec."""
     if codec == RAW:
         return 4
@@ -33,7 +35,7 @@ def codec_bytes(codec):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def quantize_r8(x, r):  # type: ignore[no-untyped-def]
+def quantize_r8(x: Any, r: Any) -> Any:
     """int8 code of x over [-r, r * 127 / 128]: round half away from zero, NaN to 0, clamped."""
     if np.isnan(x):
         return np.int8(0)
@@ -43,7 +45,7 @@ def quantize_r8(x, r):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def encode_weights(codec, p, target, source, dim):  # type: ignore[no-untyped-def]
+def encode_weights(codec: Any, p: Any, target: Any, source: Any, dim: Any) -> Any:
     """Store float32[dim] from address `source` in `codec` at `target`; `p` is the address of the parameters."""
     if codec == RAW:
         for d in range(dim):
@@ -63,7 +65,7 @@ def encode_weights(codec, p, target, source, dim):  # type: ignore[no-untyped-de
 
 
 @inlined
-def decode_weights(codec, p, target, source, dim):  # type: ignore[no-untyped-def]
+def decode_weights(codec: Any, p: Any, target: Any, source: Any, dim: Any) -> Any:
     """Inverse of `encode_weights`: float32[dim] at `target` from the stored form at `source`."""
     if codec == RAW:
         for d in range(dim):
@@ -82,7 +84,7 @@ def decode_weights(codec, p, target, source, dim):  # type: ignore[no-untyped-de
 
 
 @inlined
-def read_weights(codec, p, target, source, dim):  # type: ignore[no-untyped-def]
+def read_weights(codec: Any, p: Any, target: Any, source: Any, dim: Any) -> Any:
     """What a training lookup sees of float32[dim] at `source`: fake quantisation, or amplitude * tanh(scale * w)."""
     if codec == FIXED_R8:
         r = load_f32(p, 0)
@@ -98,7 +100,7 @@ def read_weights(codec, p, target, source, dim):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def one_bit_gradient(p, target, weights, gradient, dim):  # type: ignore[no-untyped-def]
+def one_bit_gradient(p: Any, target: Any, weights: Any, gradient: Any, dim: Any) -> Any:
     """Gradient through amplitude * tanh(scale * w), float32[dim] at `target`.
 
     1 - tanh^2 is taken in float64: near saturation float32 would lose half its digits.

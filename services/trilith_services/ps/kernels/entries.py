@@ -203,9 +203,7 @@ def _take_floats(at: int, end: int, tag: int, target: int, count: int) -> int:
 
 
 @inlined
-def _take_segment(
-    at: int, end: int, segments: int, segment: int, fields: int, state: int, scratch: int
-) -> int:
+def _take_segment(at: int, end: int, segments: int, segment: int, fields: int, state: int, scratch: int) -> int:
     at = _take_header(at, end, _DUMP, scratch)
     if at < 0:
         return -1
@@ -213,9 +211,7 @@ def _take_segment(
     at = _take_header(at, end, _entry(segments, segment, SEGMENT_COLUMNS, 0), scratch)
     if at < 0 or _int64(load_u64(scratch, 0)) != end:
         return -1
-    for field in range(
-        _entry(segments, segment, SEGMENT_COLUMNS, 1), _entry(segments, segment, SEGMENT_COLUMNS, 2)
-    ):
+    for field in range(_entry(segments, segment, SEGMENT_COLUMNS, 1), _entry(segments, segment, SEGMENT_COLUMNS, 2)):
         tag = _entry(fields, field, FIELD_COLUMNS, 0)
         target = state + 4 * _entry(fields, field, FIELD_COLUMNS, 2)
         if _entry(fields, field, FIELD_COLUMNS, 3):

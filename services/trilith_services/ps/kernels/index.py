@@ -1,19 +1,28 @@
 """The index of a stripe: open addressing from 64-bit ids to row numbers, and the kernels that need nothing else.
 
-A slot is 16 bytes: the id, and a word with the row's last update (Unix seconds, high 32 bits) over its number (low 32 bits, from
-1). Number 0 is an empty slot, so fresh zero pages are an empty index and every id, 0 and 2^64-1 included, is usable. The time
-lives here because a step dirties this line anyway, and because eviction then scans the index alone.
+A slot is 16 bytes: the id, and a word with the row's last update (Unix seconds, high 32 bits) over its number (low 32
+bits, from 1). Number 0 is an empty slot, so fresh zero pages are an empty index and every id, 0 and 2^64-1 included, is
+usable. The time lives here because a step dirties this line anyway, and because eviction then scans the index alone.
 
 Stripes are described by rows of an int64 matrix `stripes[s, column]`; kernels update it, under the stripe's lock.
 """
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import numpy as np
+import numpy.typing as npt
 
 from trilith.ops.hashing import mix64
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import load_u32, load_u64, prefetch, store_u32, store_u64
+
+I64: TypeAlias = npt.NDArray[np.int64]
+U64: TypeAlias = npt.NDArray[np.uint64]
+U32: TypeAlias = npt.NDArray[np.uint32]
+Bools: TypeAlias = npt.NDArray[np.bool_]
+Matrix: TypeAlias = npt.NDArray[np.int64]
 
 INDEX = 0  # address of the slots
 MASK = 1  # slots - 1
@@ -33,7 +42,7 @@ _NONE = np.uint64(0)
 
 
 @kernel("void(int64, int64, int64, uint64[::1], uint64[::1], int64[::1], int64[::1])")
-def group_by_stripe(ids, n, bits, hashes, grouped, positions, starts):  # type: ignore[no-untyped-def]
+def group_by_stripe(ids: int, n: int, bits: int, hashes: U64, grouped: U64, positions: I64, starts: I64) -> None:
     """Sort a batch by stripe, keeping the order of ids within each.
 
     Args:
@@ -70,31 +79,31 @@ def group_by_stripe(ids, n, bits, hashes, grouped, positions, starts):  # type: 
 
 
 @inlined
-def row_number(word):  # type: ignore[no-untyped-def]
+def row_number(word: Any) -> Any:
     """Row number in a slot's second word, 0 for an empty slot."""
     return np.int64(word & _ROW)
 
 
 @inlined
-def pack_slot(number, time):  # type: ignore[no-untyped-def]
+def pack_slot(number: Any, time: Any) -> Any:
     """Second word of a slot."""
     return (np.uint64(time) << _TIME_SHIFT) | np.uint64(number)
 
 
 @inlined
-def slot_time(word):  # type: ignore[no-untyped-def]
+def slot_time(word: Any) -> Any:
     """Last update in a slot's second word, Unix seconds."""
     return np.int64(word >> _TIME_SHIFT)
 
 
 @inlined
-def prefetch_slot(index, mask, value):  # type: ignore[no-untyped-def]
+def prefetch_slot(index: Any, mask: Any, value: Any) -> Any:
     """Request the line where the probe for hash `value` starts."""
     prefetch(index + 16 * np.int64(value & np.uint64(mask)))
 
 
 @inlined
-def find_slot(index, mask, key, value):  # type: ignore[no-untyped-def]
+def find_slot(index: Any, mask: Any, key: Any, value: Any) -> Any:
     """Slot number of `key` with hash `value`, or that of the empty slot where it belongs."""
     slot = np.int64(value & np.uint64(mask))
     while True:
@@ -104,7 +113,7 @@ def find_slot(index, mask, key, value):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def claim_row(stripes, s, stride, slot, key, time):  # type: ignore[no-untyped-def]
+def claim_row(stripes: Matrix, s: Any, stride: Any, slot: Any, key: Any, time: Any) -> Any:
     """Put `key` into an empty slot with a row of its own, freed ones first; returns the row's address."""
     number = stripes[s, FREE]
     if number != 0:
@@ -123,7 +132,7 @@ def claim_row(stripes, s, stride, slot, key, time):  # type: ignore[no-untyped-d
 
 
 @inlined
-def release_slot(stripes, s, stride, slot):  # type: ignore[no-untyped-def]
+def release_slot(stripes: Matrix, s: Any, stride: Any, slot: Any) -> Any:
     """Free the row of an occupied slot and close the gap, so that no probe meets a hole (Knuth 6.4, algorithm R)."""
     index = stripes[s, INDEX]
     mask = stripes[s, MASK]
@@ -151,7 +160,7 @@ def release_slot(stripes, s, stride, slot):  # type: ignore[no-untyped-def]
 
 
 @kernel("void(int64, int64, int64, int64)")
-def rebuild_index(old, old_mask, new, new_mask):  # type: ignore[no-untyped-def]
+def rebuild_index(old: int, old_mask: int, new: int, new_mask: int) -> None:
     """Insert every occupied slot of one index into another, larger and empty one.
 
     Args:
@@ -184,7 +193,9 @@ def rebuild_index(old, old_mask, new, new_mask):  # type: ignore[no-untyped-def]
 
 
 @kernel("int64(int64[:, ::1], int64, int64, int64[::1], uint64[::1], uint64[::1], int64[::1], int64[::1])")
-def find_rows(stripes, first, last, starts, hashes, grouped, positions, numbers):  # type: ignore[no-untyped-def]
+def find_rows(
+    stripes: Matrix, first: int, last: int, starts: I64, hashes: U64, grouped: U64, positions: I64, numbers: I64
+) -> int:
     """Look up row numbers.
 
     Args:
@@ -218,7 +229,7 @@ def find_rows(stripes, first, last, starts, hashes, grouped, positions, numbers)
 
 
 @kernel("int64(int64[:, ::1], int64, int64, int64, int64[::1], uint64[::1], uint64[::1])")
-def erase_rows(stripes, stride, first, last, starts, hashes, grouped):  # type: ignore[no-untyped-def]
+def erase_rows(stripes: Matrix, stride: int, first: int, last: int, starts: I64, hashes: U64, grouped: U64) -> int:
     """Delete rows.
 
     Args:
@@ -245,7 +256,7 @@ def erase_rows(stripes, stride, first, last, starts, hashes, grouped):  # type: 
 
 
 @inlined
-def lifetime(lifetimes, key):  # type: ignore[no-untyped-def]
+def lifetime(lifetimes: I64, key: Any) -> Any:
     """Seconds that a row of `key` lives without an update; slots by the v2 rule, whatever built the id."""
     if lifetimes.size == 1:
         return lifetimes[0]
@@ -253,7 +264,7 @@ def lifetime(lifetimes, key):  # type: ignore[no-untyped-def]
 
 
 @kernel("int64(int64[:, ::1], int64, int64, int64, int64[::1])")
-def evict_rows(stripes, stride, s, now, lifetimes):  # type: ignore[no-untyped-def]
+def evict_rows(stripes: Matrix, stride: int, s: int, now: int, lifetimes: I64) -> int:
     """Delete the expired rows of one stripe: those with now - last update >= lifetime.
 
     Args:
@@ -282,7 +293,7 @@ def evict_rows(stripes, stride, s, now, lifetimes):  # type: ignore[no-untyped-d
 
 
 @kernel("int64(int64, int64, int64, int64, uint64[::1], int64[::1], uint32[::1])")
-def scan_index(index, begin, end, limit, ids, numbers, times):  # type: ignore[no-untyped-def]
+def scan_index(index: int, begin: int, end: int, limit: int, ids: U64, numbers: I64, times: U32) -> int:
     """List the occupied slots from `begin` on, at most `limit` of them.
 
     Args:
@@ -307,11 +318,11 @@ def scan_index(index, begin, end, limit, ids, numbers, times):  # type: ignore[n
             times[found] = np.uint32(slot_time(word))
             found += 1
         slot += 1
-    return (slot << 32) | found
+    return int((slot << 32) | found)
 
 
 @kernel("void(int64[::1], uint32[::1], uint64[::1], int64, boolean[::1])")
-def mark_expired(lifetimes, times, ids, now, expired):  # type: ignore[no-untyped-def]
+def mark_expired(lifetimes: I64, times: U32, ids: U64, now: int, expired: Bools) -> None:
     """Judge rows that were copied out.
 
     Args:
@@ -326,7 +337,9 @@ def mark_expired(lifetimes, times, ids, now, expired):  # type: ignore[no-untype
 
 
 @kernel("void(int64[:, ::1], int64, int64, int64[::1], uint64[::1], uint64[::1], int64[::1], uint32[::1])")
-def read_times(stripes, first, last, starts, hashes, grouped, positions, times):  # type: ignore[no-untyped-def]
+def read_times(
+    stripes: Matrix, first: int, last: int, starts: I64, hashes: U64, grouped: U64, positions: I64, times: U32
+) -> None:
     """Read last updates of ids that have rows.
 
     Args:
@@ -347,7 +360,7 @@ def read_times(stripes, first, last, starts, hashes, grouped, positions, times):
 
 
 @kernel("void(int64, int64, int64, int64[::1])")
-def stripes_of(ids, n, bits, stripes):  # type: ignore[no-untyped-def]
+def stripes_of(ids: int, n: int, bits: int, stripes: I64) -> None:
     """Stripe of each id.
 
     Args:

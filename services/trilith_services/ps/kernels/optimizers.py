@@ -1,8 +1,9 @@
 """Optimizer steps on one row segment, in place; formulas of Monolith's engine, one function per kind.
 
-Every step has the form step(w, s, g, dim, p, lr, step): addresses of float32 weights[dim], state, gradient[dim] and parameters, the
-learning rate, and the global step. Parameters are read into locals before the loop, so that no store can be suspected of
-changing them and the loop vectorises. `PARAMETERS` fixes their order, `kinds` in row_layout.py the state's.
+Every step has the form step(w, s, g, dim, p, lr, step): addresses of float32 weights[dim], state, gradient[dim] and
+parameters, the learning rate, and the global step. Parameters are read into locals before the loop, so that no store
+can be suspected of changing them and the loop vectorises. `PARAMETERS` fixes their order, `kinds` in row_layout.py the
+state's.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 
 
 @inlined
-def _sgd(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
+def _sgd(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     for d in range(dim):
         store_f32(w, d, load_f32(w, d) - lr * load_f32(g, d))
 
 
 @inlined
-def _adagrad(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
+def _adagrad(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay = load_f32(p, 0)
     for d in range(dim):
         weight = load_f32(w, d)
@@ -56,7 +57,7 @@ def _adagrad(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _dynamic_wd_adagrad(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
+def _dynamic_wd_adagrad(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay = load_f32(p, 0)
     if load_f32(p, 1) == _ZERO:
         _adagrad(w, s, g, dim, p, lr, step)
@@ -70,7 +71,7 @@ def _dynamic_wd_adagrad(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-d
 
 
 @inlined
-def _ftrl(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
+def _ftrl(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     beta, l1, l2 = load_f32(p, 0), load_f32(p, 1), load_f32(p, 2)
     for d in range(dim):
         grad = load_f32(g, d)
@@ -89,7 +90,7 @@ def _ftrl(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _group_ftrl(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
+def _group_ftrl(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     beta, l1, l2 = load_f32(p, 0), load_f32(p, 1), load_f32(p, 2)
     square = np.float64(0)
     for d in range(dim):
@@ -112,7 +113,7 @@ def _group_ftrl(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _adadelta(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
+def _adadelta(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay, rho, epsilon = load_f32(p, 0), load_f32(p, 1), load_f32(p, 2)
     for d in range(dim):
         weight = load_f32(w, d)
@@ -126,7 +127,7 @@ def _adadelta(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _adam(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
+def _adam(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay, beta1, beta2, epsilon = load_f32(p, 0), load_f32(p, 1), load_f32(p, 2), load_f32(p, 3)
     nesterov = load_f32(p, 4) != _ZERO
     power1, power2 = load_f32(s, 2 * dim), load_f32(s, 2 * dim + 1)
@@ -147,7 +148,7 @@ def _adam(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _amsgrad(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
+def _amsgrad(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay, beta1, beta2, epsilon = load_f32(p, 0), load_f32(p, 1), load_f32(p, 2), load_f32(p, 3)
     nesterov = load_f32(p, 4) != _ZERO
     power1, power2 = load_f32(s, 3 * dim), load_f32(s, 3 * dim + 1)
@@ -170,7 +171,7 @@ def _amsgrad(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _momentum(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
+def _momentum(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay, mu = load_f32(p, 0), load_f32(p, 1)
     nesterov = load_f32(p, 2) != _ZERO
     for d in range(dim):
@@ -182,14 +183,14 @@ def _momentum(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _moving_average(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
+def _moving_average(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     mu = load_f32(p, 0)
     for d in range(dim):
         store_f32(w, d, mu * load_f32(w, d) + (_ONE - mu) * load_f32(g, d))
 
 
 @inlined
-def _rmsprop(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
+def _rmsprop(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     # In float64, and with the config's rate instead of the passed one, as upstream.
     decay, mu, rate = np.float64(load_f32(p, 0)), np.float64(load_f32(p, 1)), np.float64(load_f32(p, 2))
     for d in range(dim):
@@ -201,7 +202,7 @@ def _rmsprop(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _rmspropv2(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
+def _rmspropv2(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay, mu = load_f32(p, 0), load_f32(p, 1)
     for d in range(dim):
         weight = load_f32(w, d)
@@ -212,14 +213,14 @@ def _rmspropv2(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _batch_softmax(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
+def _batch_softmax(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     last = np.int64(load_u64(s, 0))
     store_f32(w, 0, (_ONE - lr) * load_f32(w, 0) + lr * np.float32(step - last))
     store_u64(s, 0, np.uint64(step))
 
 
 @inlined
-def _group_adagrad(w, s, g, dim, p, lr, step):  # type: ignore[no-untyped-def]
+def _group_adagrad(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay, beta, l2 = load_f32(p, 0), load_f32(p, 1), load_f32(p, 2)
     largest = _ZERO
     for d in range(dim):
@@ -266,11 +267,11 @@ _LARGEST_HALF = np.float32(65504)
 
 
 @inlined
-def round_to_half(w, dim, stream, step):  # type: ignore[no-untyped-def]
+def round_to_half(w: Any, dim: Any, stream: Any, step: Any) -> Any:
     """Replace weights[dim] by float16 neighbours, up with the probability that keeps the mean; exact values stay.
 
-    The draw depends on the row's stream, the column, the step and the value, so replay gives the same weights, and a value that
-    comes back at another step is drawn anew.
+    The draw depends on the row's stream, the column, the step and the value, so replay gives the same weights, and a
+    value that comes back at another step is drawn anew.
     """
     for d in range(dim):
         x = load_f32(w, d)

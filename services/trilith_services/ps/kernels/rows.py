@@ -1,8 +1,8 @@
 """Kernels that read and write rows: lookup, apply, assign and their kin.
 
-All of them walk a batch grouped by stripe in groups of `GROUP` ids and three passes: request the index lines; probe, and request the
-rows' lines; then do the work. Those that may add rows return the position in the batch where the index has to grow first, or -1
-when done; the caller grows that stripe and calls again with `begin` at that position.
+All of them walk a batch grouped by stripe in groups of `GROUP` ids and three passes: request the index lines; probe,
+and request the rows' lines; then do the work. Those that may add rows return the position in the batch where the index
+has to grow first, or -1 when done; the caller grows that stripe and calls again with `begin` at that position.
 
 A table's constants travel as `plan` (int64, columns below) and `segments` (int64[k, columns below]).
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -33,10 +33,13 @@ from trilith_services.ps.kernels.codecs import decode_weights, encode_weights, o
 from trilith_services.ps.kernels.index import (
     ARENA,
     GROUP,
+    I64,
     INDEX,
     LIMIT,
     MASK,
     SIZE,
+    U64,
+    Matrix,
     claim_row,
     find_slot,
     pack_slot,
@@ -77,13 +80,13 @@ _BATCH = "int64[::1], uint64[::1], uint64[::1], int64[::1]"  # starts, hashes, g
 
 
 @inlined
-def id_stream(seed, key):  # type: ignore[no-untyped-def]
+def id_stream(seed: Any, key: Any) -> Any:
     """The random stream of one row: a pure function of table seed and id."""
     return mix64(np.uint64(seed) ^ mix64(key))
 
 
 @inlined
-def init_row(plan, row, key):  # type: ignore[no-untyped-def]
+def init_row(plan: I64, row: Any, key: Any) -> Any:
     """Give a new row its initial weights and state."""
     copy_floats(row, plan[IMAGE], plan[WORDS])
     random = plan[RANDOM]
@@ -96,14 +99,14 @@ def init_row(plan, row, key):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def prefetch_row(row, size):  # type: ignore[no-untyped-def]
+def prefetch_row(row: Any, size: Any) -> Any:
     """Request the lines of `size` bytes at `row`, up to eight; the hardware follows a longer stream by itself."""
-    for offset in range(0, min(size, np.int64(512)), 64):
+    for offset in range(0, min(size, 512), 64):
         prefetch(row + offset)
 
 
 @inlined
-def read_row(plan, segments, row, target):  # type: ignore[no-untyped-def]
+def read_row(plan: I64, segments: Matrix, row: Any, target: Any) -> Any:
     """Write what a lookup sees of a row, float32[dim], to address `target`."""
     if plan[CODED] == 0:
         copy_floats(target, row, plan[DIM])
@@ -120,12 +123,16 @@ def read_row(plan, segments, row, target):  # type: ignore[no-untyped-def]
             )
         else:
             read_weights(
-                segments[k, SEG_CODEC], segments[k, SEG_CODEC_PARAMS], target + offset, row + offset, segments[k, SEG_DIM]
+                segments[k, SEG_CODEC],
+                segments[k, SEG_CODEC_PARAMS],
+                target + offset,
+                row + offset,
+                segments[k, SEG_DIM],
             )
 
 
 @inlined
-def store_row(plan, segments, row, source):  # type: ignore[no-untyped-def]
+def store_row(plan: I64, segments: Matrix, row: Any, source: Any) -> Any:
     """Store raw weights float32[dim] from address `source` into a row."""
     if plan[SERVING] == 0:
         copy_floats(row, source, plan[DIM])
@@ -141,7 +148,9 @@ def store_row(plan, segments, row, source):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def probe_group(stripes, s, plan, grouped, hashes, first, count, rows):  # type: ignore[no-untyped-def]
+def probe_group(
+    stripes: Matrix, s: Any, plan: I64, grouped: U64, hashes: U64, first: Any, count: Any, rows: Any
+) -> Any:
     """Find the rows of grouped[first:first + count] and request their weights: rows[t] is an address, 0 if missing."""
     index = stripes[s, INDEX]
     mask = stripes[s, MASK]
@@ -160,7 +169,18 @@ def probe_group(stripes, s, plan, grouped, hashes, first, count, rows):  # type:
 
 
 @kernel(f"int64(int64[:, ::1], int64, int64, {_BATCH}, int64[::1], int64[:, ::1], int64)")
-def lookup_rows(stripes, first, last, starts, hashes, grouped, positions, plan, segments, out):  # type: ignore[no-untyped-def]
+def lookup_rows(
+    stripes: Matrix,
+    first: int,
+    last: int,
+    starts: I64,
+    hashes: U64,
+    grouped: U64,
+    positions: I64,
+    plan: I64,
+    segments: Matrix,
+    out: int,
+) -> int:
     """Read rows; zeros for an id without one.
 
     Args:
@@ -198,7 +218,18 @@ def lookup_rows(stripes, first, last, starts, hashes, grouped, positions, plan, 
 
 
 @kernel(f"int64(int64[:, ::1], int64, int64, {_BATCH}, int64[::1], int64[:, ::1], int64)")
-def lookup_rows_half(stripes, first, last, starts, hashes, grouped, positions, plan, segments, out):  # type: ignore[no-untyped-def]
+def lookup_rows_half(
+    stripes: Matrix,
+    first: int,
+    last: int,
+    starts: I64,
+    hashes: U64,
+    grouped: U64,
+    positions: I64,
+    plan: I64,
+    segments: Matrix,
+    out: int,
+) -> int:
     """Read rows as float16, rounded to nearest even; zeros for an id without a row.
 
     Args:
@@ -239,26 +270,27 @@ def lookup_rows_half(stripes, first, last, starts, hashes, grouped, positions, p
 
 
 @kernel(
-    f"int64(int64[:, ::1], int64, int64, int64, {_BATCH}, int64[::1], int64[:, ::1], int64, int64, int64, int64, int64, int64)"
+    f"int64(int64[:, ::1], int64, int64, int64, {_BATCH}, int64[::1], int64[:, ::1], "
+    "int64, int64, int64, int64, int64, int64)"
 )
-def write_rows(  # type: ignore[no-untyped-def]
-    stripes,
-    first,
-    last,
-    begin,
-    starts,
-    hashes,
-    grouped,
-    positions,
-    plan,
-    segments,
-    mode,
-    values,
-    states,
-    times,
-    time,
-    existed,
-):
+def write_rows(
+    stripes: Matrix,
+    first: int,
+    last: int,
+    begin: int,
+    starts: I64,
+    hashes: U64,
+    grouped: U64,
+    positions: I64,
+    plan: I64,
+    segments: Matrix,
+    mode: int,
+    values: int,
+    states: int,
+    times: int,
+    time: int,
+    existed: int,
+) -> int:
     """Assign, add to, import or reset rows, creating those that are missing.
 
     Args:
@@ -325,7 +357,7 @@ def write_rows(  # type: ignore[no-untyped-def]
 
 
 @kernel("void(int64[::1], int64[:, ::1], int64[::1], int64, int64, int64)")
-def export_rows(plan, segments, rows, count, weights, states):  # type: ignore[no-untyped-def]
+def export_rows(plan: I64, segments: Matrix, rows: I64, count: int, weights: int, states: int) -> None:
     """Copy rows out: raw weights (decoded from a serving table) and optimizer state.
 
     Args:
@@ -349,7 +381,7 @@ def export_rows(plan, segments, rows, count, weights, states):  # type: ignore[n
 
 
 @kernel("void(int64[::1], int64[:, ::1], int64, int64)")
-def encode_row(plan, segments, row, source):  # type: ignore[no-untyped-def]
+def encode_row(plan: I64, segments: Matrix, row: int, source: int) -> None:
     """Store weights into a row as its table does.
 
     Args:
@@ -361,7 +393,7 @@ def encode_row(plan, segments, row, source):  # type: ignore[no-untyped-def]
     store_row(plan, segments, row, source)
 
 
-Structure = tuple[tuple[str, bool, bool], ...]
+Structure: TypeAlias = tuple[tuple[str, bool, bool], ...]
 """What an apply kernel is compiled for: per segment optimizer kind, stochastic rounding, one-bit gradient."""
 
 
@@ -370,7 +402,7 @@ def _segment_step(k: int, kind: str, stochastic: bool, one_bit: bool) -> Callabl
     advance = STEPS[kind]
 
     @inlined
-    def step_segment(row, grad, segments, rates, step, stream, scratch):  # type: ignore[no-untyped-def]
+    def step_segment(row: Any, grad: Any, segments: Matrix, rates: Any, step: Any, stream: Any, scratch: Any) -> Any:
         dim = segments[k, SEG_DIM]
         w = row + 4 * segments[k, SEG_WEIGHT]
         g = grad + 4 * segments[k, SEG_WEIGHT]
@@ -383,47 +415,49 @@ def _segment_step(k: int, kind: str, stochastic: bool, one_bit: bool) -> Callabl
         if stochastic:
             round_to_half(w, dim, stream + np.uint64(k), step)
 
-    return step_segment  # type: ignore[no-any-return]
+    return step_segment
 
 
 def _chain(first: Callable[..., Any], rest: Callable[..., Any]) -> Callable[..., Any]:
     @inlined
-    def step_both(row, grad, segments, rates, step, stream, scratch):  # type: ignore[no-untyped-def]
+    def step_both(row: Any, grad: Any, segments: Matrix, rates: Any, step: Any, stream: Any, scratch: Any) -> Any:
         first(row, grad, segments, rates, step, stream, scratch)
         rest(row, grad, segments, rates, step, stream, scratch)
 
-    return step_both  # type: ignore[no-any-return]
+    return step_both
 
 
 @functools.cache
 def make_apply(structure: Structure) -> Callable[..., Any]:
     """The apply kernel for one structure; tables that share it share the compilation.
 
-    The optimizers are compiled in, the widths are not: a loop of constant width is unrolled into scalar code before LLVM
-    vectorises, one of run-time width is not.
+    The optimizers are compiled in, the widths are not: a loop of constant width is unrolled into scalar code before
+    LLVM vectorises, one of run-time width is not.
     """
     steps = [_segment_step(k, *segment) for k, segment in enumerate(structure)]
     step_row = functools.reduce(lambda rest, first: _chain(first, rest), reversed(steps[:-1]), steps[-1])
     rounding = any(stochastic for _, stochastic, _ in structure)
-    signature = f"int64(int64[:, ::1], int64, int64, int64, {_BATCH}, int64[::1], int64[:, ::1], int64, int64, int64, int64)"
+    signature = (
+        f"int64(int64[:, ::1], int64, int64, int64, {_BATCH}, int64[::1], int64[:, ::1], int64, int64, int64, int64)"
+    )
 
     @kernel(signature, variant=repr(structure))
-    def apply_rows(  # type: ignore[no-untyped-def]
-        stripes,
-        first,
-        last,
-        begin,
-        starts,
-        hashes,
-        grouped,
-        positions,
-        plan,
-        segments,
-        grads,
-        rates,
-        step,
-        time,
-    ):
+    def apply_rows(
+        stripes: Matrix,
+        first: int,
+        last: int,
+        begin: int,
+        starts: I64,
+        hashes: U64,
+        grouped: U64,
+        positions: I64,
+        plan: I64,
+        segments: Matrix,
+        grads: int,
+        rates: int,
+        step: int,
+        time: int,
+    ) -> int:
         """Take one optimizer step per id occurrence, creating missing rows.
 
         Args:
@@ -482,11 +516,11 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
                         stream = id_stream(plan[SEED], grouped[j0 + t])
                     step_row(rows[t], grads + 4 * dim * positions[j0 + t], segments, rates, step, stream, scratch)
                 if ready < count:
-                    return j0 + ready
+                    return int(j0 + ready)
                 j0 += count
         return -1
 
-    return apply_rows  # type: ignore[no-any-return]
+    return apply_rows
 
 
 @functools.cache
@@ -495,7 +529,7 @@ def make_dense_step(kind: str) -> Callable[..., Any]:
     advance = STEPS[kind]
 
     @kernel("void(int64, int64, int64, int64, int64, float32, int64)", variant=kind)
-    def step_dense(weights, state, grads, size, params, rate, step):  # type: ignore[no-untyped-def]
+    def step_dense(weights: int, state: int, grads: int, size: int, params: int, rate: np.float32, step: int) -> None:
         """Take one optimizer step.
 
         Args:
@@ -509,11 +543,11 @@ def make_dense_step(kind: str) -> Callable[..., Any]:
         """
         advance(weights, state, grads, size, params, rate, step)
 
-    return step_dense  # type: ignore[no-any-return]
+    return step_dense
 
 
 @kernel("void(int64, int64, int64)")
-def widen_halves(source, target, count):  # type: ignore[no-untyped-def]
+def widen_halves(source: int, target: int, count: int) -> None:
     """Convert float16 to float32.
 
     Args:
@@ -523,3 +557,26 @@ def widen_halves(source, target, count):  # type: ignore[no-untyped-def]
     """
     for i in range(count):
         store_f32(target, i, load_f16(source, i))
+
+
+@kernel("boolean(int64, int64, int64)")
+def all_finite(source: int, count: int, width: int) -> bool:
+    """Whether no value is NaN or infinite.
+
+    Args:
+        source: Address of float32[count], or float16[count].
+        count: How many.
+        width: Bytes per value, 4 or 2.
+    """
+    # An exponent of all ones marks both; an integer maximum vectorises where a float comparison with early exit does
+    # not.
+    largest = np.uint32(0)
+    if width == 4:
+        for i in range(count):
+            largest = max(largest, load_u32(source, i) & np.uint32(0x7F800000))
+        return bool(largest < np.uint32(0x7F800000))
+    for i in range(count // 2):
+        pair = load_u32(source, i)
+        largest = max(largest, (pair & np.uint32(0x7C00)) << np.uint32(16), pair & np.uint32(0x7C000000))
+    odd = count % 2 == 1 and not np.isfinite(load_f16(source, count - 1))
+    return bool(largest < np.uint32(0x7C000000)) and not odd

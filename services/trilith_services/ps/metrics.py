@@ -1,0 +1,178 @@
+"""Every metric a PS exports, in a registry of its own.
+
+Names end in their unit, counters in `_total`; labels are few and bounded: methods, statuses, tables that exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from trilith_proto import ps_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from wsgiref.simple_server import WSGIServer
+
+__all__ = ["Metrics"]
+
+_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
+
+
+class Metrics:
+    """Counts what a PS does; thread-safe. Implements `rpc.Observer`."""
+
+    def __init__(self) -> None:
+        """Make an empty registry."""
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "trilith_ps_requests_total", "Calls answered.", ["method", "status"], registry=self.registry
+        )
+        self._seconds = Histogram(
+            "trilith_ps_rpc_seconds",
+            "Time spent in a servicer method, queueing excluded.",
+            ["method"],
+            buckets=_BUCKETS,
+            registry=self.registry,
+        )
+        self._ids = Counter("trilith_ps_ids_total", "Ids in requests.", ["method"], registry=self.registry)
+        self._bytes = Counter(
+            "trilith_ps_message_bytes_total",
+            "Bytes of messages that carry arrays.",
+            ["method", "direction"],
+            registry=self.registry,
+        )
+        self._refused = Counter(
+            "trilith_ps_refused_total", "Calls refused because the queue was full.", registry=self.registry
+        )
+        self._checkpoint_seconds = Histogram(
+            "trilith_ps_checkpoint_seconds",
+            "Time to write this PS's part of a checkpoint.",
+            buckets=(0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800),
+            registry=self.registry,
+        )
+        self._checkpoint_bytes = Gauge(
+            "trilith_ps_checkpoint_bytes", "Size of the last part written.", registry=self.registry
+        )
+        self._checkpoint_failures = Counter(
+            "trilith_ps_checkpoint_failures_total", "Checkpoints that failed.", registry=self.registry
+        )
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        # Children by label: prometheus_client looks them up under a lock, which shows in small calls.
+        self._request_children: dict[tuple[str, str], Counter] = {}
+        self._method_children: dict[str, tuple[Histogram, Counter, Counter, Counter]] = {}
+
+    def called(self, method: str, status: str, seconds: float) -> None:
+        """See `rpc.Observer`."""
+        child = self._request_children.get((method, status))
+        if child is None:
+            child = self._request_children[method, status] = self._requests.labels(method, status)
+        child.inc()
+        self._of(method)[0].observe(seconds)
+
+    def carried(self, method: str, ids: int, received: int, sent: int) -> None:
+        """A call of `method` carried so many ids, in a request of `received` bytes answered by `sent`."""
+        _, id_count, bytes_in, bytes_out = self._of(method)
+        id_count.inc(ids)
+        bytes_in.inc(received)
+        bytes_out.inc(sent)
+
+    def _of(self, method: str) -> tuple[Histogram, Counter, Counter, Counter]:
+        children = self._method_children.get(method)
+        if children is None:
+            children = self._method_children[method] = (
+                self._seconds.labels(method),
+                self._ids.labels(method),
+                self._bytes.labels(method, "received"),
+                self._bytes.labels(method, "sent"),
+            )
+        return children
+
+    def refused(self) -> None:
+        """A call was refused because the queue was full."""
+        self._refused.inc()
+
+    def checkpointed(self, seconds: float, size: int, succeeded: bool) -> None:
+        """A save of `size` bytes ended."""
+        if succeeded:
+            self._checkpoint_seconds.observe(seconds)
+            self._checkpoint_bytes.set(size)
+        else:
+            self._checkpoint_failures.inc()
+
+    def requests(self) -> dict[str, int]:
+        """Calls answered so far, by method."""
+        total: dict[str, int] = {}
+        for (method, _), child in list(self._request_children.items()):
+            total[method] = total.get(method, 0) + int(child._value.get())
+        return total
+
+    def watch(self, stats: Callable[[], ps_pb2.StatsResponse]) -> None:
+        """Export a shard's own numbers, read when somebody scrapes."""
+        self.registry.register(_ShardCollector(stats))
+
+    def serve(self, port: int, host: str = "0.0.0.0") -> WSGIServer:
+        """Answer GET /metrics on a thread; `port` 0 takes any free one, see `server_port` of what is returned."""
+        server, _ = start_http_server(port, addr=host, registry=self.registry)
+        return server
+
+
+_TABLE_GAUGES: Mapping[str, tuple[str, Callable[[ps_pb2.TableStats], float]]] = {
+    "trilith_ps_rows": ("Rows held in memory.", lambda table: table.rows),
+    "trilith_ps_table_bytes": ("Memory of rows and index.", lambda table: table.bytes),
+    "trilith_ps_lookup_hit_ratio": (
+        "Looked-up ids that had a row, of all.",
+        lambda table: table.lookup_hits / table.lookup_ids if table.lookup_ids else 0.0,
+    ),
+    "trilith_ps_max_update_time_seconds": ("Newest update, in Unix seconds.", lambda table: table.max_update_time),
+}
+_TABLE_COUNTERS: Mapping[str, tuple[str, Callable[[ps_pb2.TableStats], float]]] = {
+    "trilith_ps_lookup_ids_total": ("Ids looked up.", lambda table: table.lookup_ids),
+    "trilith_ps_lookup_hits_total": ("Looked-up ids that had a row.", lambda table: table.lookup_hits),
+    "trilith_ps_update_ids_total": ("Ids in writes.", lambda table: table.update_ids),
+    "trilith_ps_filtered_ids_total": ("Ids that the occurrence filter kept out.", lambda table: table.filtered_ids),
+    "trilith_ps_evicted_rows_total": ("Rows deleted because they expired.", lambda table: table.evicted_rows),
+}
+_SHARD_GAUGES: Mapping[str, tuple[str, Callable[[ps_pb2.StatsResponse], float]]] = {
+    "trilith_ps_memory_bytes": ("Memory of all tables and variables.", lambda stats: stats.memory_bytes),
+    "trilith_ps_memory_limit_bytes": ("The limit on it; 0: none.", lambda stats: stats.memory_limit_bytes),
+    "trilith_ps_queue_calls": ("Calls that wait for a thread.", lambda stats: stats.queued_requests),
+    "trilith_ps_global_step": ("The model's step as this PS knows it.", lambda stats: stats.global_step),
+    "trilith_ps_last_checkpoint_time_seconds": (
+        "When the last checkpoint was written, in Unix seconds; 0: never.",
+        lambda stats: stats.last_checkpoint_time,
+    ),
+}
+
+
+class _ShardCollector(Collector):
+    def __init__(self, stats: Callable[[], ps_pb2.StatsResponse]) -> None:
+        self._stats = stats
+
+    def describe(self) -> Iterable[Metric]:
+        """Say nothing: registering must not ask a shard that is still starting."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        for name, (text, value_of) in _SHARD_GAUGES.items():
+            yield GaugeMetricFamily(name, text, value=value_of(stats))
+        families: list[Metric] = []
+        for name, (text, of_table) in _TABLE_GAUGES.items():
+            gauge = GaugeMetricFamily(name, text, labels=["table"])
+            for table in stats.tables:
+                gauge.add_metric([table.table], of_table(table))
+            families.append(gauge)
+        for name, (text, of_table) in _TABLE_COUNTERS.items():
+            counter = CounterMetricFamily(name, text, labels=["table"])
+            for table in stats.tables:
+                counter.add_metric([table.table], of_table(table))
+            families.append(counter)
+        yield from families

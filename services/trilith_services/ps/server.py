@@ -1,0 +1,120 @@
+"""One PS: its shard, the service in front of it, metrics and checkpoints, put together."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from trilith.errors import InvalidRequestError
+from trilith.remote import SERVICE
+from trilith_services.ps.metrics import Metrics
+from trilith_services.ps.servicer import ParameterServerServicer
+from trilith_services.serve import Limits, Server, serve
+
+if TYPE_CHECKING:
+    from wsgiref.simple_server import WSGIServer
+
+    from trilith_services.ps.checkpointer import Checkpointer
+    from trilith_services.ps.store import Store
+
+__all__ = ["ParameterServer", "PsOptions"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PsOptions:
+    """How one PS runs, its shard apart.
+
+    Attributes:
+        limits: Threads, queue and messages.
+        checkpoint_dir: Restored from before serving, written to afterwards; any fsspec URL; None: no checkpoints.
+        checkpoint_every_s: Seconds between checkpoints; 0: only one at the end.
+        checkpoint_keep: Complete checkpoints to keep.
+        metrics_port: Port of GET /metrics; None: not served, 0: any free one.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    checkpoint_dir: str | None = None
+    checkpoint_every_s: float = 0.0
+    checkpoint_keep: int = 3
+    metrics_port: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every_s < 0:
+            raise InvalidRequestError(f"checkpoint_every_s={self.checkpoint_every_s} is below 0")
+        if self.checkpoint_every_s and self.checkpoint_dir is None:
+            raise InvalidRequestError("checkpoint_every_s needs a checkpoint_dir")
+
+
+class ParameterServer:
+    """Serves one Store: in the foreground with `run`, or beside other things with `start` and `stop`."""
+
+    def __init__(self, store: Store, options: PsOptions | None = None) -> None:
+        """Put the parts together; nothing listens yet."""
+        self._store = store
+        self._options = options or PsOptions()
+        self.metrics = Metrics()
+        self.servicer = ParameterServerServicer(store, self.metrics, queued=lambda: self._server.queued)
+        self._server = Server(
+            SERVICE, self.servicer.methods(), limits=self._options.limits, refused=self.metrics.refused
+        )
+        self._checkpointer: Checkpointer | None = None
+        self._metrics_server: WSGIServer | None = None
+
+    @property
+    def metrics_port(self) -> int | None:
+        """Where metrics are served, once `prepare` has begun."""
+        return self._metrics_server.server_port if self._metrics_server else None
+
+    def prepare(self) -> None:
+        """Restore, compile, begin to write checkpoints; afterwards calls are answered."""
+        options = self._options
+        started = time.perf_counter()
+        self.metrics.watch(self.servicer.stats)
+        if options.metrics_port is not None:
+            self._metrics_server = self.metrics.serve(options.metrics_port)
+            log.info("metrics", extra={"port": self.metrics_port})
+        if options.checkpoint_dir is not None:
+            from trilith_services.ps.checkpointer import Checkpointer, restore_newest
+
+            restore_newest(self._store, options.checkpoint_dir)
+            self._checkpointer = Checkpointer(
+                self._store,
+                options.checkpoint_dir,
+                every_s=options.checkpoint_every_s,
+                keep=options.checkpoint_keep,
+                observe=self.metrics.checkpointed,
+            )
+        if self._checkpointer is not None:
+            self._checkpointer.start()
+        self.servicer.ready = True
+        log.info("prepared", extra={"seconds": round(time.perf_counter() - started, 3)})
+
+    def run(self, listen: str, *, bound: Callable[[int], None] = lambda port: None) -> int:
+        """Serve until SIGTERM; returns the exit status."""
+        return serve(self._server, listen, prepare=self.prepare, bound=bound, drained=self._finish)
+
+    def start(self, listen: str = "127.0.0.1:0") -> int:
+        """Prepare and serve on background threads; returns the port."""
+        port = self._server.listen(listen)
+        self.prepare()
+        self._server.set_serving(True)
+        return port
+
+    def stop(self, grace_s: float = 0.0) -> None:
+        """End what `start` began; calls in flight get `grace_s` seconds."""
+        self._server.stop(grace_s)
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.stop(final=True)
+        if self._metrics_server is not None:
+            self._metrics_server.shutdown()
+            self._metrics_server.server_close()
+            self._metrics_server = None
+        self._store.close()

@@ -1,0 +1,422 @@
+"""Store: one shard of every table and variable, whole: what a PS process serves and embedded mode embeds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from trilith.errors import (
+    ClosedError,
+    InvalidRequestError,
+    NonFiniteError,
+    ShardRestartedError,
+    TableExistsError,
+    UnknownTableError,
+)
+from trilith.ops.memory import address_of
+from trilith.shard import ANY_WRITE, DensePart, EntryPage, Float32Array, FloatArray, IdPart, UpdatePart, Write
+from trilith_proto import ps_pb2
+from trilith_services.ps import entries, filters, snapshot
+from trilith_services.ps.budget import MemoryBudget
+from trilith_services.ps.kernels.rows import all_finite
+from trilith_services.ps.maintenance import Maintenance
+from trilith_services.ps.sequences import Sequences
+from trilith_services.ps.table import Table, as_ids
+from trilith_services.ps.variables import Variables, VariableState
+
+__all__ = ["OWNER_RULE", "Store"]
+
+_LOG = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+OWNER_RULE = "mod"
+"""An id belongs to the shard whose index is the id, unsigned, modulo the number of shards."""
+
+
+class Store:
+    """Implements `trilith.shard.Shard` in this process; see there for the verbs.
+
+    Guarantees: a write with an identity (client_id, sequence) is done once; a request that names another incarnation
+    changes nothing; all parts of a request are looked at before the first row changes. Thread-safe throughout.
+    """
+
+    def __init__(
+        self,
+        *,
+        index: int = 0,
+        count: int = 1,
+        incarnation: int | None = None,
+        memory_limit_bytes: int = 0,
+        threads: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Make an empty store.
+
+        Args:
+            index: Which shard this is, from 0.
+            count: Of how many.
+            incarnation: Identity of this life of the shard; random if left out.
+            memory_limit_bytes: What rows and indexes may use together; 0 means no limit.
+            threads: How many threads one large batch may use; the number of cores if left out.
+            clock: Unix seconds; for request times and eviction.
+        """
+        if not 0 <= index < count:
+            raise InvalidRequestError(f"shard index {index} is outside 0..{count - 1}")
+        if memory_limit_bytes < 0:
+            raise InvalidRequestError(f"memory_limit_bytes={memory_limit_bytes} is negative; 0 means no limit")
+        self.index = index
+        self.count = count
+        self.incarnation = incarnation if incarnation is not None else secrets.randbits(63) | 1
+        self.variables = Variables()
+        self.budget = MemoryBudget(memory_limit_bytes)
+        self.restored_from = ""
+        self.restored_step = 0
+        self.last_checkpoint = ""
+        self.last_checkpoint_time = 0.0
+        self._clock = clock
+        self._tables: dict[str, Table] = {}
+        self._creating = threading.Lock()
+        self._sequences = Sequences()
+        self._step = 0
+        self._step_lock = threading.Lock()
+        threads = threads or os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(threads - 1, "ps-stripes") if threads > 1 else None
+        self._started = time.monotonic()
+        self._closed = False
+        self._maintenance = Maintenance(self._tables, self.budget, clock=clock)
+        self._maintenance.start()
+
+    @property
+    def tables(self) -> Mapping[str, Table]:
+        """The tables by name; read-only."""
+        return MappingProxyType(self._tables)
+
+    def table(self, name: str) -> Table:
+        """The table of that name, or UnknownTableError."""
+        if self._closed:
+            raise ClosedError(f"shard {self.index} was closed")
+        try:
+            return self._tables[name]
+        except KeyError:
+            raise UnknownTableError(f"no table {name!r}; this cluster has {sorted(self._tables)}") from None
+
+    def describe(self, *, timeout_s: float | None = None) -> ps_pb2.DescribeResponse:
+        """See `Shard.describe`."""
+        return ps_pb2.DescribeResponse(
+            shard_index=self.index,
+            shard_count=self.count,
+            owner_rule=OWNER_RULE,
+            incarnation=self.incarnation,
+            durability="none",
+            tables=[table.config for table in list(self._tables.values())],
+            variables=[partition.spec for partition in self.variables],
+            global_step=self._step,
+            restored_from=self.restored_from,
+            restored_step=self.restored_step,
+        )
+
+    # ---- tables ------------------------------------------------------------------------------------------------
+
+    def create_tables(
+        self, configs: Sequence[ps_pb2.TableConfig], *, incarnation: int = 0, timeout_s: float | None = None
+    ) -> None:
+        """See `Shard.create_tables`. Kernels are compiled before the tables appear; other tables answer meanwhile."""
+        self._check_incarnation(incarnation)
+        with self._creating:
+            made: dict[str, Table] = {}
+            for config in configs:
+                known = self._tables.get(config.name) or made.get(config.name)
+                if known is not None:
+                    if known.config != config:
+                        raise TableExistsError(
+                            f"table {config.name!r} exists with another config:\n"
+                            f"here:  {_one_line(known.config)}\nasked: {_one_line(config)}"
+                        )
+                    continue
+                made[config.name] = self.new_table(config)
+            self._tables.update(made)
+        for name, table in made.items():
+            _LOG.info("table %s created: dim %d, %d bytes per row", name, table.dim, table.layout.stride)
+
+    def lookup(
+        self, parts: Sequence[IdPart], *, float16: bool = False, timeout_s: float | None = None
+    ) -> list[FloatArray]:
+        """See `Shard.lookup`."""
+        dtype = np.float16 if float16 else np.float32
+        outs: list[FloatArray] = [np.empty((len(part.ids), self.table(part.table).dim), dtype) for part in parts]
+        self.lookup_into(parts, outs)
+        return outs
+
+    def lookup_into(self, parts: Sequence[IdPart], outs: Sequence[FloatArray]) -> None:
+        """Look up into arrays float32 or float16 [n, dim] of any alignment, such as views on a reply being built."""
+        for part, out in zip(parts, outs, strict=True):
+            self.table(part.table).lookup(part.ids, out)
+
+    def apply_gradients(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
+        """See `Shard.apply_gradients`."""
+
+        def work() -> None:
+            self._check_parts(parts, write)
+            for part in parts:
+                self.table(part.table).apply_gradients(
+                    part.ids,
+                    part.values,
+                    learning_rates=part.learning_rates,
+                    counts=part.counts,
+                    global_step=write.global_step,
+                    request_time=write.request_time,
+                    dedup=write.dedup,
+                )
+            self._raise_step(write.global_step)
+
+        self._once(write, work)
+
+    def assign(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
+        """See `Shard.assign`."""
+
+        def work() -> None:
+            self._check_parts(parts, write)
+            for part in parts:
+                self.table(part.table).assign(part.ids, part.values, request_time=write.request_time)
+
+        self._once(write, work)
+
+    def assign_add(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
+        """See `Shard.assign_add`."""
+
+        def work() -> None:
+            self._check_parts(parts, write)
+            for part in parts:
+                self.table(part.table).assign_add(part.ids, part.values, request_time=write.request_time)
+
+        self._once(write, work)
+
+    def reinitialize(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> npt.NDArray[np.int8]:
+        """See `Shard.reinitialize`. The rows' time is the wall clock unless the write names one."""
+
+        def work() -> npt.NDArray[np.int8]:
+            if part.table not in self._tables:
+                return np.full(len(part.ids), -1, np.int8)
+            now = write.request_time or int(self._clock())
+            return self.table(part.table).reinitialize(part.ids, request_time=now)
+
+        return self._once(write, work)
+
+    def contains(self, part: IdPart, *, timeout_s: float | None = None) -> npt.NDArray[np.bool_]:
+        """See `Shard.contains`."""
+        return self.table(part.table).contains(part.ids)
+
+    def lookup_entries(self, part: IdPart, *, timeout_s: float | None = None) -> list[bytes]:
+        """See `Shard.lookup_entries`."""
+        table = self.table(part.table)
+        present, found = table.export_rows(part.ids)
+        encoded = iter(entries.entry_list(table.layout, found, with_id=False))
+        return [next(encoded) if there else b"" for there in present.tolist()]
+
+    def dump_entries(
+        self, table: str, *, part: int, parts: int, limit: int, offset: int = 0, timeout_s: float | None = None
+    ) -> EntryPage:
+        """See `Shard.dump_entries`."""
+        source = self.table(table)
+        found, next_offset = source.scan(part, parts, limit, offset)
+        return EntryPage(entries.entry_list(source.layout, found, with_id=True), next_offset)
+
+    def erase(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> int:
+        """See `Shard.erase`."""
+        return self._once(write, lambda: self.table(part.table).erase(part.ids))
+
+    def evict(
+        self, tables: Sequence[str], write: Write, *, now: int = 0, timeout_s: float | None = None
+    ) -> Mapping[str, int]:
+        """See `Shard.evict`."""
+
+        def work() -> Mapping[str, int]:
+            chosen = [self.table(name) for name in tables or sorted(self._tables)]
+            return {table.name: table.evict(now or table.max_update_time) for table in chosen}
+
+        return self._once(write, work)
+
+    def clear(self, tables: Sequence[str], write: Write, *, timeout_s: float | None = None) -> Mapping[str, int]:
+        """See `Shard.clear`."""
+
+        def work() -> Mapping[str, int]:
+            return {table.name: table.clear() for table in [self.table(name) for name in tables]}
+
+        return self._once(write, work)
+
+    def stats(self, *, timeout_s: float | None = None) -> ps_pb2.StatsResponse:
+        """See `Shard.stats`."""
+        return ps_pb2.StatsResponse(
+            incarnation=self.incarnation,
+            tables=[
+                ps_pb2.TableStats(
+                    table=table.name,
+                    rows=len(table),
+                    bytes=table.memory_bytes,
+                    lookup_ids=table.counters.lookup_ids,
+                    lookup_hits=table.counters.lookup_hits,
+                    update_ids=table.counters.update_ids,
+                    filtered_ids=table.counters.filtered_ids,
+                    evicted_rows=table.counters.evicted_rows,
+                    max_update_time=table.max_update_time,
+                )
+                for table in list(self._tables.values())
+            ],
+            memory_bytes=self.budget.used,
+            memory_limit_bytes=self.budget.limit,
+            resident_bytes=psutil.Process().memory_info().rss,
+            uptime_seconds=time.monotonic() - self._started,
+            global_step=self._step,
+            last_checkpoint=self.last_checkpoint,
+            last_checkpoint_time=self.last_checkpoint_time,
+        )
+
+    # ---- dense variables and the step counter --------------------------------------------------------------------
+
+    def create_variables(
+        self,
+        specs: Sequence[ps_pb2.VariableSpec],
+        initial: Sequence[Float32Array],
+        *,
+        incarnation: int = 0,
+        timeout_s: float | None = None,
+    ) -> list[bool]:
+        """See `Shard.create_variables`."""
+        self._check_incarnation(incarnation)
+        return self.variables.create(specs, initial)
+
+    def pull_variables(
+        self, refs: Sequence[tuple[str, int]], *, timeout_s: float | None = None
+    ) -> tuple[list[Float32Array], int]:
+        """See `Shard.pull_variables`."""
+        return self.variables.pull(refs), self._step
+
+    def apply_dense_gradients(
+        self,
+        parts: Sequence[DensePart],
+        write: Write,
+        *,
+        learning_rate: float = 0.0,
+        timeout_s: float | None = None,
+    ) -> None:
+        """See `Shard.apply_dense_gradients`."""
+
+        def work() -> None:
+            self._check_finite([(part.name, part.values) for part in parts], write)
+            self.variables.apply_gradients(parts, learning_rate=learning_rate, global_step=write.global_step)
+            self._raise_step(write.global_step)
+
+        self._once(write, work)
+
+    def assign_variables(self, parts: Sequence[DensePart], write: Write, *, timeout_s: float | None = None) -> None:
+        """See `Shard.assign_variables`."""
+
+        def work() -> None:
+            self._check_finite([(part.name, part.values) for part in parts], write)
+            self.variables.assign(parts)
+
+        self._once(write, work)
+
+    def global_step(
+        self,
+        *,
+        advance: int | None = None,
+        set_to: int | None = None,
+        write: Write = ANY_WRITE,
+        timeout_s: float | None = None,
+    ) -> int:
+        """See `Shard.global_step`."""
+        if advance is None and set_to is None:
+            return self._step
+
+        def work() -> int:
+            with self._step_lock:
+                self._step = set_to if set_to is not None else self._step + (advance or 0)
+                return self._step
+
+        return self._once(write, work)
+
+    # ---- checkpoints and the end ---------------------------------------------------------------------------------
+
+    def save(self, path: str, *, timeout_s: float | None = None) -> ps_pb2.SaveResponse:
+        """See `Shard.save`."""
+        return snapshot.save_shard(self, path)
+
+    def restore(self, path: str, *, timeout_s: float | None = None) -> ps_pb2.RestoreResponse:
+        """See `Shard.restore`."""
+        return snapshot.restore_shard(self, path)
+
+    def new_table(self, config: ps_pb2.TableConfig) -> Table:
+        """A compiled table that shares this store's budget and threads but is not in it yet; for `snapshot`."""
+        table = Table(config, gate=filters.make_filter(config), budget=self.budget, pool=self._pool)
+        table.compile()
+        return table
+
+    def replace_content(self, tables: Mapping[str, Table], variables: Sequence[VariableState], step: int) -> None:
+        """Put what a checkpoint holds in the place of everything that is there, at once; for `snapshot`."""
+        with self._creating:
+            self.variables.replace(variables)
+            old = list(self._tables.values())
+            self._tables.clear()
+            self._tables.update(tables)
+            self._step = step
+        for table in old:
+            table.release()
+
+    def close(self) -> None:
+        """Stop the background work; further calls on tables raise ClosedError."""
+        if self._closed:
+            return
+        self._closed = True
+        self._maintenance.stop()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    # ---- inside --------------------------------------------------------------------------------------------------
+
+    def _once(self, write: Write, work: Callable[[], _Result]) -> _Result:
+        self._check_incarnation(write.incarnation)
+        return self._sequences.once(write, work)[0]
+
+    def _check_incarnation(self, incarnation: int) -> None:
+        if self._closed:
+            raise ClosedError(f"shard {self.index} was closed")
+        if incarnation and incarnation != self.incarnation:
+            raise ShardRestartedError(
+                f"shard {self.index} is incarnation {self.incarnation:#x}, the caller knew {incarnation:#x}: it restarted"
+                + (f" from {self.restored_from} at step {self.restored_step}" if self.restored_from else " empty")
+                + " and may lack earlier writes; nothing was done"
+            )
+
+    def _check_parts(self, parts: Sequence[UpdatePart], write: Write) -> None:
+        """Raise what any part would raise, before the first one changes a row."""
+        for part in parts:
+            self.table(part.table).check_update(as_ids(part.ids), part.values, part.learning_rates)
+        self._check_finite([(part.table, part.values) for part in parts], write)
+
+    def _check_finite(self, named: Sequence[tuple[str, npt.NDArray[Any]]], write: Write) -> None:
+        if write.allow_non_finite:
+            return
+        for name, values in named:
+            values = np.ascontiguousarray(values)
+            if not all_finite(address_of(values), values.size, values.itemsize):
+                raise NonFiniteError(f"{name!r}: NaN or infinity among {values.size} values; nothing was changed")
+
+    def _raise_step(self, step: int) -> None:
+        with self._step_lock:
+            self._step = max(self._step, step)
+
+
+def _one_line(message: ps_pb2.TableConfig) -> str:
+    return " ".join(str(message).split())

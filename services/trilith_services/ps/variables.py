@@ -1,0 +1,175 @@
+"""Variables: partitions of dense model variables, each stepped by its own optimizer as one row."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trilith.errors import InvalidRequestError, TableExistsError, UnknownVariableError
+from trilith.ops.jit import warm
+from trilith.ops.memory import address_of
+from trilith.shard import DensePart, Float32Array
+from trilith.tables.checks import check_optimizer
+from trilith_proto import ps_pb2
+from trilith_services.ps.kernels.rows import make_dense_step
+from trilith_services.ps.row_layout import OptimizerLayout
+
+__all__ = ["Partition", "VariableState", "Variables"]
+
+
+@dataclass(frozen=True, slots=True)
+class VariableState:
+    """A partition copied out: its spec, float32[size] values, float32 optimizer state and how that is divided."""
+
+    spec: ps_pb2.VariableSpec
+    values: Float32Array
+    state: Float32Array
+    slots: tuple[tuple[str, int], ...]
+
+
+@dataclass(slots=True)
+class Partition:
+    """One partition: float32[size] values, float32 optimizer state, and the lock that guards both."""
+
+    spec: ps_pb2.VariableSpec
+    layout: OptimizerLayout
+    values: Float32Array
+    state: Float32Array
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Variables:
+    """The dense partitions of one shard, by (name, partition)."""
+
+    def __init__(self) -> None:
+        self._partitions: dict[tuple[str, int], Partition] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._partitions)
+
+    def __iter__(self) -> Iterator[Partition]:
+        return iter(list(self._partitions.values()))
+
+    def create(self, specs: Sequence[ps_pb2.VariableSpec], initial: Sequence[Float32Array]) -> list[bool]:
+        """Create partitions; one that exists keeps its values if size and optimizer agree.
+
+        Returns:
+            Per partition, whether it was created now.
+        """
+        if len(specs) != len(initial):
+            raise InvalidRequestError(f"{len(specs)} variables but {len(initial)} initial values")
+        made = [_new_partition(spec, values) for spec, values in zip(specs, initial, strict=True)]
+        with self._lock:
+            for partition in made:
+                known = self._partitions.get(_key(partition.spec))
+                if known is not None and known.spec != partition.spec:
+                    raise TableExistsError(
+                        f"variable {partition.spec.name!r} partition {partition.spec.partition} exists with another config:\n"
+                        f"here:  {_one_line(known.spec)}\nasked: {_one_line(partition.spec)}"
+                    )
+            created = []
+            for partition in made:
+                created.append(self._partitions.setdefault(_key(partition.spec), partition) is partition)
+            return created
+
+    def pull(self, refs: Sequence[tuple[str, int]]) -> list[Float32Array]:
+        """Copies of the current values, float32[size] each; all partitions if `refs` is empty."""
+        pulled = []
+        for partition in [self._get(*ref) for ref in refs] if refs else list(self):
+            with partition.lock:
+                pulled.append(partition.values.copy())
+        return pulled
+
+    def apply_gradients(self, parts: Sequence[DensePart], *, learning_rate: float, global_step: int) -> None:
+        """One optimizer step per partition; `learning_rate` 0 takes the optimizer's own."""
+        for partition, grads in self._checked(parts, "gradients"):
+            rate = np.float32(learning_rate if learning_rate else partition.layout.learning_rate)
+            with partition.lock:
+                make_dense_step(partition.layout.kind)(
+                    address_of(partition.values),
+                    address_of(partition.state),
+                    address_of(grads),
+                    len(grads),
+                    address_of(partition.layout.parameters),
+                    rate,
+                    global_step,
+                )
+
+    def assign(self, parts: Sequence[DensePart]) -> None:
+        """Set values; optimizer state stays."""
+        for partition, values in self._checked(parts, "values"):
+            with partition.lock:
+                partition.values[:] = values
+
+    def export(self) -> list[VariableState]:
+        """Copies of all partitions, each as it is at one moment."""
+        states = []
+        for partition in self:
+            with partition.lock:
+                states.append(
+                    VariableState(
+                        partition.spec, partition.values.copy(), partition.state.copy(), partition.layout.slots
+                    )
+                )
+        return states
+
+    def replace(self, states: Sequence[VariableState]) -> None:
+        """Put partitions back as a checkpoint holds them, in the place of all that are there."""
+        made = {}
+        for each in states:
+            partition = _new_partition(each.spec, each.values)
+            if each.state.shape != partition.state.shape:
+                raise InvalidRequestError(
+                    f"variable {each.spec.name!r}: {each.state.size} words of optimizer state, "
+                    f"expected {partition.state.size}"
+                )
+            partition.state[:] = each.state
+            made[_key(each.spec)] = partition
+        with self._lock:
+            self._partitions = made
+
+    def _get(self, name: str, partition: int) -> Partition:
+        try:
+            return self._partitions[name, partition]
+        except KeyError:
+            known = sorted({known for known, _ in self._partitions})
+            raise UnknownVariableError(f"no variable {name!r} partition {partition}; this PS has {known}") from None
+
+    def _checked(self, parts: Sequence[DensePart], what: str) -> list[tuple[Partition, Float32Array]]:
+        """Partitions with arrays that fit them, all looked at before the first is changed."""
+        checked = []
+        for part in parts:
+            partition = self._get(part.name, part.partition)
+            if part.values.shape != partition.values.shape or part.values.dtype != np.float32:
+                raise InvalidRequestError(
+                    f"variable {part.name!r} partition {part.partition}: {what} are {part.values.dtype}"
+                    f"{list(part.values.shape)}, expected float32[{partition.values.size}]"
+                )
+            checked.append((partition, np.ascontiguousarray(part.values)))
+        return checked
+
+
+def _new_partition(spec: ps_pb2.VariableSpec, values: Float32Array) -> Partition:
+    if values.dtype != np.float32 or values.shape != (spec.size,):
+        raise InvalidRequestError(
+            f"variable {spec.name!r} partition {spec.partition}: initial values are {values.dtype}{list(values.shape)}, "
+            f"expected float32[{spec.size}]"
+        )
+    check_optimizer(f"variable {spec.name!r}", spec.optimizer, spec.size)
+    layout = OptimizerLayout.of(spec.optimizer, spec.size)
+    if layout.stochastic:
+        raise InvalidRequestError(f"variable {spec.name!r}: stochastic rounding is for embedding rows")
+    warm(make_dense_step(layout.kind))
+    return Partition(spec, layout, np.array(values, np.float32), layout.initial_state.copy())
+
+
+def _key(spec: ps_pb2.VariableSpec) -> tuple[str, int]:
+    return spec.name, spec.partition
+
+
+def _one_line(message: ps_pb2.VariableSpec) -> str:
+    return " ".join(str(message).split())
