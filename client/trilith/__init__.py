@@ -1,0 +1,28 @@
+"""Trilith: a parameter-server cluster for training and serving recommender models; this is what a trainer imports.
+
+Importing it is light: numba, torch and discovery backends are loaded when they are first needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from trilith.connect import connect
+from trilith.errors import TrilithError
+
+if TYPE_CHECKING:
+    from trilith import nn, tables
+    from trilith.client import Client, Table
+
+__all__ = ["Client", "Table", "TrilithError", "connect", "tables"]  # and `nn`, where torch is installed
+
+_LAZY = {"Client": "trilith.client", "Table": "trilith.client"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("nn", "tables"):
+        return importlib.import_module(f"trilith.{name}")
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

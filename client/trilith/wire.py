@@ -49,6 +49,7 @@ _M = TypeVar("_M", bound=Message)
 _Bytes = npt.NDArray[np.uint8]
 
 _PAYLOAD_TAG = 15 << 3 | 2
+_ALIGNMENT = 16
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 FLOAT16, FLOAT32 = np.dtype("<f2"), np.dtype("<f4")
@@ -97,32 +98,37 @@ def pack(header: Message, *arrays: npt.NDArray[Any]) -> bytes:
     return data
 
 
-def unpack(kind: type[_M], data: bytes) -> tuple[_M, _Bytes]:
+def unpack(kind: type[_M], data: bytes, *, owned: bool = False) -> tuple[_M, _Bytes]:
     """Split an encoded message into its header and its payload.
 
+    Args:
+        kind: The message's class.
+        data: Its encoding.
+        owned: Nobody else holds `data`, so the payload may be written to.
+
     Returns:
-        The message without its payload, and uint8[size], a read-only view of the payload in `data`.
+        The message without its payload, and uint8[size], a view of the payload in `data`, writable if `owned`.
 
     Raises:
         InvalidRequestError: `data` is not such a message.
     """
-    start, payload = _find_payload(data)
+    end, start = _find_payload(data)
     try:
-        if start < 0:
+        if end < 0:
             message = kind.FromString(data)
             loose = message.payload  # type: ignore[attr-defined]
             message.ClearField("payload")
             return message, np.frombuffer(loose, np.uint8)
-        return kind.FromString(data if start == len(data) else data[:start]), payload
+        message = kind.FromString(data if end == len(data) else data[:end])
     except DecodeError:
         raise InvalidRequestError(f"{len(data)} bytes are not a {kind.DESCRIPTOR.name}") from None
+    if start == len(data):
+        return message, np.empty(0, np.uint8)
+    return message, (writable_view(data)[start:] if owned else np.frombuffer(data, np.uint8, offset=start))
 
 
-_NOTHING: _Bytes = np.empty(0, np.uint8)
-
-
-def _find_payload(data: bytes) -> tuple[int, _Bytes]:
-    """Return where the header ends and the payload; -1 where only the library can tell."""
+def _find_payload(data: bytes) -> tuple[int, int]:
+    """Return where the header ends and where the payload begins; -1, -1 where only the library can tell."""
     position, end = 0, len(data)
     try:
         while position < end:
@@ -131,11 +137,9 @@ def _find_payload(data: bytes) -> tuple[int, _Bytes]:
             position += 1
             if tag == _PAYLOAD_TAG:
                 size, position = _read_varint(data, position)
-                if position + size != end:
-                    return -1, _NOTHING
-                return tag_start, np.frombuffer(data, np.uint8, size, position) if size else _NOTHING
+                return (tag_start, position) if position + size == end else (-1, -1)
             if tag & 0x80:  # a field number above 15: not ours, but legal
-                return -1, _NOTHING
+                return -1, -1
             wire_type = tag & 7
             if wire_type == _LENGTH:
                 size, position = _read_varint(data, position)
@@ -149,10 +153,10 @@ def _find_payload(data: bytes) -> tuple[int, _Bytes]:
             elif wire_type == _FIXED32:
                 position += 4
             else:
-                return -1, _NOTHING
+                return -1, -1
     except IndexError:
-        return -1, _NOTHING
-    return (end, _NOTHING) if position == end else (-1, _NOTHING)
+        return -1, -1
+    return (end, end) if position == end else (-1, -1)
 
 
 def _read_varint(data: bytes, position: int) -> tuple[int, int]:
@@ -234,6 +238,7 @@ def new_lookup_response(
     for part, dim in zip(parts, dims, strict=True):
         header.tables.add(table=part.table, rows=part.ids.size, dim=dim)
         size += part.ids.size * dim * dtype.itemsize
+    _align(header, size)
     data, payload = allocate(header, size)
     outs, offset = [], 0
     for part, dim in zip(parts, dims, strict=True):
@@ -243,13 +248,22 @@ def new_lookup_response(
     return data, outs
 
 
+def _align(header: ps_pb2.LookupResponse, size: int) -> None:
+    """Pad the header so that the payload starts at a multiple of 16 bytes; a bytes object's content does, too."""
+    missing = -(header.ByteSize() + 1 + len(_varint(size))) % _ALIGNMENT
+    if missing:
+        # Two bytes of padding are its own tag and length.
+        header.padding = bytes(missing - 2 if missing > 2 else missing - 2 + _ALIGNMENT)
+
+
 def unpack_lookup_response(data: bytes) -> tuple[int, list[FloatArray]]:
-    """Decode a LookupResponse.
+    """Decode a LookupResponse that nobody else holds.
 
     Returns:
-        The incarnation, and per table float32|float16 [n, dim], a read-only, possibly unaligned view of `data`.
+        The incarnation, and per table float32|float16 [n, dim], a view of `data`: aligned if the sender has padded
+        the message, as Trilith's does, and writable unless the message is laid out in an unusual way.
     """
-    header, payload = unpack(ps_pb2.LookupResponse, data)
+    header, payload = unpack(ps_pb2.LookupResponse, data, owned=True)
     cutter = _Cutter("LookupResponse", payload)
     dtype = _float_dtype(header.rows_type)
     rows = [cutter.cut(dtype, batch.rows * batch.dim).reshape(batch.rows, batch.dim) for batch in header.tables]

@@ -278,9 +278,12 @@ class LookupResponse(google.protobuf.message.Message):
     INCARNATION_FIELD_NUMBER: builtins.int
     TABLES_FIELD_NUMBER: builtins.int
     ROWS_TYPE_FIELD_NUMBER: builtins.int
+    PADDING_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
     incarnation: builtins.int
     rows_type: global___FloatType.ValueType
+    padding: builtins.bytes
+    """Ignored. Its length puts the payload at a multiple of 16 bytes, so that a reader may use the rows where they are."""
     payload: builtins.bytes
     """Table after table: float[n, dim] rows, row i answers id i."""
     @property
@@ -291,9 +294,10 @@ class LookupResponse(google.protobuf.message.Message):
         incarnation: builtins.int = ...,
         tables: collections.abc.Iterable[global___TableBatch] | None = ...,
         rows_type: global___FloatType.ValueType = ...,
+        padding: builtins.bytes = ...,
         payload: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "payload", b"payload", "rows_type", b"rows_type", "tables", b"tables"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "padding", b"padding", "payload", b"payload", "rows_type", b"rows_type", "tables", b"tables"]) -> None: ...
 
 global___LookupResponse = LookupResponse
 

@@ -1,0 +1,66 @@
+"""`trilith ps`: one parameter server."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+__all__ = ["register"]
+
+
+class LogFormat(StrEnum):
+    """How log lines look."""
+
+    text = "text"
+    json = "json"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command()(ps)
+
+
+def ps(
+    index: Annotated[int, typer.Option(help="This shard's index, from 0.", min=0)] = 0,
+    count: Annotated[int, typer.Option(help="Shards in the cluster.", min=1)] = 1,
+    listen: Annotated[str, typer.Option(help="host:port to serve on; port 0 takes a free one.")] = "0.0.0.0:7000",
+    checkpoint_dir: Annotated[
+        str | None, typer.Option(help="Directory or URL to restore from, and to write checkpoints to.")
+    ] = None,
+    checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints; 0: only at the end.")] = 0.0,
+    checkpoint_keep: Annotated[int, typer.Option(help="Complete checkpoints to keep.", min=1)] = 3,
+    memory_limit: Annotated[str, typer.Option(help="Memory for rows, such as 512M or 16G; 0: no limit.")] = "0",
+    threads: Annotated[int, typer.Option(help="Threads that work on rows; 0: one per core.", min=0)] = 0,
+    rpc_threads: Annotated[int, typer.Option(help="Calls worked on at once.", min=1)] = 8,
+    max_queue: Annotated[int, typer.Option(help="Calls that may wait; more are refused.", min=1)] = 128,
+    max_message: Annotated[str, typer.Option(help="Largest message, such as 256M.")] = "256M",
+    drain: Annotated[float, typer.Option(help="Seconds that calls get to finish after SIGTERM.", min=0.0)] = 10.0,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Serve Prometheus metrics on this port; 0 takes a free one.", min=0, max=65535)
+    ] = None,
+    log_format: Annotated[LogFormat, typer.Option(help="text (key=value) or json.")] = LogFormat.text,
+    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
+) -> None:
+    """Serve one shard until SIGTERM."""
+    from trilith.ops.memory import tune_allocator
+    from trilith_services.logs import setup_logging
+    from trilith_services.ps.server import ParameterServer, PsOptions
+    from trilith_services.ps.store import Store
+    from trilith_services.serve import Limits
+    from trilith_services.sizes import parse_bytes
+
+    setup_logging(log_format.value, level=log_level, role={"ps": index})
+    tune_allocator()
+    options = PsOptions(
+        limits=Limits(
+            threads=rpc_threads, max_queue=max_queue, max_message_bytes=parse_bytes(max_message), drain_s=drain
+        ),
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_every_s=checkpoint_every,
+        checkpoint_keep=checkpoint_keep,
+        metrics_port=metrics_port,
+    )
+    store = Store(index=index, count=count, memory_limit_bytes=parse_bytes(memory_limit), threads=threads or None)
+    raise typer.Exit(ParameterServer(store, options).run(listen))
