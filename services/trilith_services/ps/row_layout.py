@@ -1,5 +1,4 @@
-"""RowLayout: where the weights, the optimizer state and the initial values of a table's rows are, as its config
-says."""
+"""RowLayout: where a table's rows have their weights, optimizer state and initial values, by its config."""
 
 from __future__ import annotations
 

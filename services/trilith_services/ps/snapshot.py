@@ -60,7 +60,7 @@ def save_shard(store: Store, path: str, *, clock: Callable[[], float] = time.tim
         files.append(row_files.write_table(folder, name("rows", table_name), table))
         if isinstance(table.gate, SlidingFilter):  # the others remember nothing
             files.append(write_filter(folder, name("filter", table_name), table_name, table.gate))
-    files.append(variable_files.write(folder, name("variables"), store.variables))
+    files.append(variable_files.write(folder, name("variables"), store.variables.export()))
     response = ps_pb2.SaveResponse(
         incarnation=identity.incarnation,
         global_step=step,

@@ -415,8 +415,8 @@ class Table:
         expected = (len(found), self.layout.state_floats)
         if weights.shape != (len(found), self.dim) or (not self.layout.serving and state.shape != expected):
             raise InvalidRequestError(
-                f"table {self.name!r}: rows with {weights.shape[1:]} weights and {state.shape[1:]} state words do not fit "
-                f"dim={self.dim} and {self.layout.state_floats} state words"
+                f"table {self.name!r}: rows with {weights.shape[1:]} weights and {state.shape[1:]} state words "
+                f"do not fit dim={self.dim} and {self.layout.state_floats} state words"
             )
         times = np.ascontiguousarray(found.last_update, np.uint32)
         if self.layout.serving:
@@ -608,7 +608,7 @@ class Table:
         """Double the index of stripe `s`, whose lock is held; rows stay where they are."""
         if self._stripes[s, index.SIZE] >= self._arena_rows:
             raise MemoryLimitError(
-                f"table {self.name!r}: stripe {s} holds {self._arena_rows} rows, all that its address space has room for"
+                f"table {self.name!r}: stripe {s} holds {self._arena_rows} rows, all that its address space holds"
             )
         slots = int(self._stripes[s, index.MASK]) + 1
         larger = Mapping(32 * slots, plain_bytes=HUGE_PAGE)
@@ -734,14 +734,12 @@ def _stripe_of(ids: UInt64Array) -> npt.NDArray[np.int64]:
 
 
 def _max_load(s: int) -> float:
-    """Fill at which stripe `s` grows: spread over 0.5..0.75, so that the stripes of a table do not all grow in one
-    batch."""
+    """Fill at which stripe `s` grows: spread over 0.5..0.75, so that a table's stripes do not all grow in one batch."""
     return 0.5 + 0.25 * (s + 1) / STRIPES
 
 
 def _reserved_bytes_per_stripe() -> int:
-    """Address space for one stripe's rows: twice the machine's memory over all stripes, since a table cannot outgrow
-    that."""
+    """Address space for one stripe's rows: its share of twice the machine's memory, which no table can outgrow."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return -(-2 * memory // STRIPES // HUGE_PAGE) * HUGE_PAGE
 

@@ -68,13 +68,11 @@ class Variables:
                 known = self._partitions.get(_key(partition.spec))
                 if known is not None and known.spec != partition.spec:
                     raise TableExistsError(
-                        f"variable {partition.spec.name!r} partition {partition.spec.partition} exists with another config:\n"
+                        f"variable {partition.spec.name!r} partition {partition.spec.partition} exists "
+                        "with another config:\n"
                         f"here:  {_one_line(known.spec)}\nasked: {_one_line(partition.spec)}"
                     )
-            created = []
-            for partition in made:
-                created.append(self._partitions.setdefault(_key(partition.spec), partition) is partition)
-            return created
+            return [self._partitions.setdefault(_key(partition.spec), partition) is partition for partition in made]
 
     def pull(self, refs: Sequence[tuple[str, int]]) -> list[Float32Array]:
         """Copies of the current values, float32[size] each; all partitions if `refs` is empty."""
@@ -156,8 +154,8 @@ class Variables:
 def _new_partition(spec: ps_pb2.VariableSpec, values: Float32Array) -> Partition:
     if values.dtype != np.float32 or values.shape != (spec.size,):
         raise InvalidRequestError(
-            f"variable {spec.name!r} partition {spec.partition}: initial values are {values.dtype}{list(values.shape)}, "
-            f"expected float32[{spec.size}]"
+            f"variable {spec.name!r} partition {spec.partition}: initial values are "
+            f"{values.dtype}{list(values.shape)}, expected float32[{spec.size}]"
         )
     check_optimizer(f"variable {spec.name!r}", spec.optimizer, spec.size)
     layout = OptimizerLayout.of(spec.optimizer, spec.size)
