@@ -1,0 +1,1 @@
+"""One module per command of `trilith`; each adds itself with `register(app)`."""
