@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from trilith.data import movielens
-from trilith.data.clicks import ClickData, Ragged, fid
+from trilith.data.clicks import ClickData, Ragged, fid, split
 from trilith.data.movielens import MovieLensUnavailableError
 from trilith.errors import InvalidRequestError
 
@@ -146,7 +146,7 @@ def test_a_damaged_download_does_not_become_the_cache(tmp_path, monkeypatch):
 
 def test_the_split_is_fixed_by_its_seed_and_loses_nothing():
     data = ClickData(np.zeros(100, np.float32), {"a": Ragged.single(np.arange(100))})
-    one, two, other = movielens.split(data, 1), movielens.split(data, 1), movielens.split(data, 2)
+    one, two, other = split(data, 1), split(data, 1), split(data, 2)
     parts = [part.features["a"].values.tolist() for part in (one.train, one.validation, one.test)]
     assert [len(part) for part in parts] == [80, 10, 10]
     assert sorted(parts[0] + parts[1] + parts[2]) == list(range(100))

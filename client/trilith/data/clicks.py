@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
 
-__all__ = ["ClickData", "Ragged", "fid"]
+__all__ = ["ClickData", "Parts", "Ragged", "fid", "split"]
 
 UInt64Array = npt.NDArray[np.uint64]
 Int64Array = npt.NDArray[np.int64]
@@ -124,3 +124,19 @@ class ClickData:
     def vocabulary(self) -> dict[str, UInt64Array]:
         """Per feature the distinct ids, ascending."""
         return {name: np.unique(ragged.values) for name, ragged in self.features.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What is learned from, what settings are chosen on, and what is only looked at in the end."""
+
+    train: ClickData
+    validation: ClickData
+    test: ClickData
+
+
+def split(data: ClickData, seed: int) -> Parts:
+    """Cut into 80 % training, 10 % validation and 10 % test samples at random; `seed` decides."""
+    order = np.random.default_rng(seed).permutation(len(data))
+    eighty, ninety = len(data) * 8 // 10, len(data) * 9 // 10
+    return Parts(data.take(order[:eighty]), data.take(order[eighty:ninety]), data.take(order[ninety:]))

@@ -16,16 +16,15 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
-from trilith.data.clicks import ClickData, Ragged, fid
+from trilith.data.clicks import ClickData, Parts, Ragged, fid, split
 from trilith.errors import TrilithError
 
-__all__ = ["FEATURES", "MovieLens", "MovieLensUnavailableError", "cache_dir", "fetch", "is_cached", "load", "parse"]
+__all__ = ["FEATURES", "MovieLensUnavailableError", "cache_dir", "fetch", "is_cached", "load", "parse"]
 
 SITE = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
 SITE_TIMEOUT_S = 5.0
@@ -55,15 +54,6 @@ class MovieLensUnavailableError(TrilithError):
     status = "UNAVAILABLE"
 
 
-@dataclass(frozen=True, slots=True)
-class MovieLens:
-    """The three parts of the data; no sample is in two of them."""
-
-    train: ClickData
-    validation: ClickData
-    test: ClickData
-
-
 def cache_dir() -> Path:
     """Where downloads are kept: $TRILITH_CACHE, else ~/.cache/trilith."""
     return Path(os.environ.get("TRILITH_CACHE") or Path.home() / ".cache" / "trilith")
@@ -74,8 +64,8 @@ def is_cached(directory: Path | None = None) -> bool:
     return ((directory or cache_dir()) / ARCHIVE).is_file()
 
 
-def load(directory: Path | None = None, *, split_seed: int = 2024, report: Report | None = None) -> MovieLens:
-    """Return MovieLens-100k with label 1 for ratings of 4 and 5.
+def load(directory: Path | None = None, *, split_seed: int = 2024, report: Report | None = None) -> Parts:
+    """Return MovieLens-100k, 80/10/10, with label 1 for ratings of 4 and 5.
 
     Args:
         directory: Cache directory; `cache_dir()` if None.
@@ -85,17 +75,7 @@ def load(directory: Path | None = None, *, split_seed: int = 2024, report: Repor
     Raises:
         MovieLensUnavailableError: Neither cached nor fetchable; the message says what was tried.
     """
-    data = parse(fetch(directory, report=report))
-    return split(data, split_seed)
-
-
-def split(data: ClickData, seed: int) -> MovieLens:
-    """Cut into 80 % training, 10 % validation and 10 % test samples at random."""
-    order = np.random.default_rng(seed).permutation(len(data))
-    eighty, ninety = len(data) * 8 // 10, len(data) * 9 // 10
-    return MovieLens(
-        train=data.take(order[:eighty]), validation=data.take(order[eighty:ninety]), test=data.take(order[ninety:])
-    )
+    return split(parse(fetch(directory, report=report)), split_seed)
 
 
 def fetch(directory: Path | None = None, *, report: Report | None = None) -> Path:

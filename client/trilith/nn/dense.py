@@ -51,8 +51,13 @@ class DenseOnPs:
         self._client = client
         self._parameters = _named(module, prefix)
         self._bridge = Bridge(next(iter(self._parameters.values())).device)
-        client.create_variables(self._values(), optimizer=optimizer)
+        self._optimizer = optimizer
+        self.create()
         self.pull()
+
+    def create(self) -> None:
+        """Create the variables that the cluster lacks, with the module's present values; others keep theirs."""
+        self._client.create_variables(self._values(), optimizer=self._optimizer)
 
     def pull(self) -> int:
         """Take the current values over into the module; returns the global step."""

@@ -1,0 +1,60 @@
+"""Made-up clicks with something to learn in them: for tests and benchmarks, any size, no download."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith.data.clicks import ClickData, Ragged, fid
+from trilith.errors import InvalidRequestError
+
+__all__ = ["make_clicks", "zipf_ids"]
+
+
+def zipf_ids(
+    rng: np.random.Generator, shape: tuple[int, ...], vocabulary: int, exponent: float = 1.05
+) -> npt.NDArray[np.int64]:
+    """Draw ids 0..vocabulary-1 whose frequencies fall as rank ** -exponent; the rank of an id says nothing about it."""
+    weights = np.arange(1, vocabulary + 1, dtype=np.float64) ** -exponent
+    ranks = np.searchsorted(np.cumsum(weights) / weights.sum(), rng.random(shape))
+    return rng.permutation(vocabulary)[np.minimum(ranks, vocabulary - 1)]
+
+
+def make_clicks(
+    samples: int,
+    *,
+    features: int = 8,
+    vocabulary: int = 1000,
+    exponent: float = 1.05,
+    seed: int = 0,
+) -> ClickData:
+    """Draw samples whose click chance is a planted factorization machine over their ids.
+
+    Args:
+        samples: How many.
+        features: How many features; the last one is multi-valued, with 0 to 3 ids.
+        vocabulary: Distinct ids per feature.
+        exponent: Of the Zipf law that ids follow.
+        seed: Decides everything.
+    """
+    if samples < 1 or features < 2 or vocabulary < 1:
+        raise InvalidRequestError(f"samples={samples}, features={features}, vocabulary={vocabulary} are too few")
+    rng = np.random.default_rng(seed)
+    weights = rng.normal(0, 0.6, (features, vocabulary))
+    vectors = rng.normal(0, 0.4, (features, vocabulary, 3))
+    logits = np.zeros(samples)
+    summed = np.zeros((samples, 3))
+    columns: dict[str, Ragged] = {}
+    for index in range(features - 1):
+        ids = zipf_ids(rng, (samples,), vocabulary, exponent)
+        logits += weights[index, ids] + (summed * vectors[index, ids]).sum(1)
+        summed += vectors[index, ids]
+        columns[f"f{index}"] = Ragged.single(fid(index + 1, ids))
+    lengths = rng.integers(0, 4, samples)
+    splits = np.zeros(samples + 1, np.int64)
+    np.cumsum(lengths, out=splits[1:])
+    ids = zipf_ids(rng, (int(splits[-1]),), vocabulary, exponent)
+    np.add.at(logits, np.repeat(np.arange(samples), lengths), weights[-1, ids] / np.repeat(lengths, lengths))
+    columns[f"f{features - 1}"] = Ragged(fid(features, ids), splits)
+    labels = rng.random(samples) < 1 / (1 + np.exp(-logits))
+    return ClickData(labels.astype(np.float32), columns)

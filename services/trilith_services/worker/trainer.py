@@ -1,0 +1,333 @@
+"""Trainer: one worker's loop over its shard of the data, from the first batch to the last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import distributed
+from torch.nn import functional
+
+from trilith.checkpoint import checkpoint_name, prune
+from trilith.data.clicks import ClickData, Parts
+from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
+from trilith.nn import AllReduced, DenseOnPs, auc, pick_device
+from trilith_services.worker.events import Emit
+from trilith_services.worker.meter import Meter
+from trilith_services.worker.models import BATCH_SIZE, ModelSettings
+
+__all__ = ["Position", "Trainer", "WorkerConfig", "save_checkpoint"]
+
+log = logging.getLogger(__name__)
+
+STEP_EVERY = 8
+"""Steps of this worker between two advances of the cluster's counter: a call each would cost more than it tells."""
+
+KEEP_CHECKPOINTS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """What one worker does.
+
+    Attributes:
+        rank: This worker's number, from 0; decides its shard of the data. Rank 0 validates and saves.
+        world_size: Number of shards the data is cut into; an asynchronous run may have fewer or more workers at a time.
+        settings: The model.
+        batch_size: Samples per step.
+        epochs: Passes over the shard.
+        steps: Ends training after so many steps of this worker; 0 is no limit.
+        seed: Decides initial values and the order of samples.
+        dense: "ps": dense parameters on the PS, asynchronous; "allreduce": averaged every step, synchronous.
+        device: "cpu", "cuda" or "auto".
+        validate: Whether rank 0 scores the validation part after every epoch.
+        model_dir: Where checkpoints go; empty for none.
+        save_every: Steps of the cluster between two checkpoints by rank 0; 0: only at the start.
+        state_file: Remembers the position, so that a worker that is started again goes on there; empty for none.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    settings: ModelSettings
+    batch_size: int = BATCH_SIZE
+    epochs: int
+    steps: int = 0
+    seed: int = 0
+    dense: Literal["ps", "allreduce"] = "ps"
+    device: str = "cpu"
+    validate: bool = True
+    model_dir: str = ""
+    save_every: int = 0
+    state_file: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise InvalidRequestError(f"rank={self.rank} is outside 0..{self.world_size - 1}, world_size - 1")
+        for name, least in (("batch_size", 1), ("epochs", 1), ("steps", 0), ("save_every", 0)):
+            if getattr(self, name) < least:
+                raise InvalidRequestError(f"{name}={getattr(self, name)} is below {least}")
+        if self.save_every and not self.model_dir:
+            raise InvalidRequestError(f"save_every={self.save_every} needs a model directory")
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where in its shard a worker is: `batch` batches of epoch `epoch` are done, and `steps` in all."""
+
+    epoch: int = 0
+    batch: int = 0
+    steps: int = 0
+
+    @classmethod
+    def load(cls, path: str) -> Position:
+        """Read what `save` wrote; the start if there is no such file."""
+        try:
+            return cls(**json.loads(Path(path).read_text())) if path else cls()
+        except FileNotFoundError:
+            return cls()
+
+    def save(self, path: str) -> None:
+        """Write in one step."""
+        if path:
+            fresh = Path(f"{path}.{os.getpid()}")
+            fresh.write_text(json.dumps(asdict(self)))
+            fresh.replace(path)
+
+
+class Trainer:
+    """Trains until the epochs are done, `stop` says so, or the cluster cannot be reached.
+
+    Args:
+        config: What to do.
+        client: An open `trilith.Client`.
+        parts: The whole data; the trainer takes its shard of the training part.
+        emit: Is told how it goes.
+        clock: Source of Unix seconds, for checkpoint names.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        client: Any,
+        parts: Parts,
+        emit: Emit,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._client = client
+        self._emit = emit
+        self._clock = clock
+        self._shard = parts.train.shard(config.rank, config.world_size)
+        self._validation = parts.validation
+        self._device = pick_device(config.device)
+        self.model = config.settings.on_cluster(client, parts.train.features, seed=config.seed, device=self._device)
+        self._dense = self._make_dense()
+        self._meter = Meter()
+        self._samples_per_epoch = self._agree_on_samples()
+        self._position = Position.load(config.state_file)
+        self._uncounted = 0
+        self._cluster_step = 0
+        self._saved_step = 0
+
+    def _make_dense(self) -> DenseOnPs | AllReduced:
+        settings, head = self._config.settings, self.model.head
+        if self._config.dense == "ps":
+            return DenseOnPs(self._client, head, settings.dense_optimizer())
+        optimizer = settings.torch_optimizer(head.parameters(), dense=True)
+        return AllReduced(self._client, head, optimizer, stored_as=settings.dense_optimizer())
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Train; returns whether all was done rather than stopped before."""
+        config = self._config
+        self._cluster_step = self._saved_step = self._client.global_step()
+        self._emit(
+            {"event": "start", "rank": config.rank, "total_steps": self._total_steps(), **asdict(self._position)}
+        )
+        if config.rank == 0 and config.model_dir:
+            self._save()  # so that a PS that dies early has something to start from
+        finished = self._epochs(stop)
+        self._count_steps(flush=True)
+        if isinstance(self._dense, AllReduced):
+            self._dense.publish()
+        self._progress()
+        self._emit({"event": "done" if finished else "stopped", "rank": config.rank, "samples": self._meter.samples})
+        return finished
+
+    def _epochs(self, stop: Callable[[], bool]) -> bool:
+        config = self._config
+        while self._position.epoch < config.epochs:
+            for batch in self._batches():
+                if self._should_stop(stop):
+                    return False
+                if config.steps and self._position.steps >= config.steps:
+                    return True
+                self._guarded(partial(self._step, batch))
+                self._position = Position(self._position.epoch, self._position.batch + 1, self._position.steps + 1)
+                self._count_steps()
+                if self._meter.due():
+                    self._progress()
+                self._save_if_due()
+            self._position = Position(self._position.epoch + 1, 0, self._position.steps)
+            self._position.save(config.state_file)
+            if config.rank == 0 and config.validate and not stop():
+                self._guarded(self._validate)
+        return True
+
+    def _total_steps(self) -> int:
+        batches = -(-self._samples_per_epoch // self._config.batch_size)
+        total = batches * self._config.epochs
+        return min(total, self._config.steps) if self._config.steps else total
+
+    def _agree_on_samples(self) -> int:
+        """Samples per epoch: all-reduce needs as many steps from everyone, so there the smallest shard counts."""
+        size = len(self._shard)
+        return size if self._config.dense == "ps" else _all_reduced(size, distributed.ReduceOp.MIN)
+
+    def _should_stop(self, stop: Callable[[], bool]) -> bool:
+        """Whether to stop; with all-reduce everyone stops as soon as anyone must, or the rest would wait forever."""
+        wanted = stop()
+        return wanted if self._config.dense == "ps" else bool(_all_reduced(int(wanted), distributed.ReduceOp.MAX))
+
+    def _batches(self) -> Iterator[ClickData]:
+        """What is left of the present epoch; its order depends on seed, epoch and rank only."""
+        config, at = self._config, self._position
+        order: npt.NDArray[np.int64] = np.random.default_rng([config.seed, at.epoch, config.rank]).permutation(
+            len(self._shard)
+        )[: self._samples_per_epoch]
+        yield from self._shard.batches(config.batch_size, order=order[at.batch * config.batch_size :])
+
+    def _step(self, batch: ClickData) -> None:
+        """Forward, backward, and both kinds of parameters stepped."""
+        try:
+            self._dense.pull()
+            logits = self.model(batch.features)
+            labels = torch.from_numpy(batch.labels).to(logits.device)
+            loss = functional.binary_cross_entropy_with_logits(logits, labels)
+            loss.backward()  # the rows' gradients are applied here
+        except ShardRestartedError:
+            # The others wait in their all-reduce: take part, with nothing to say.
+            if isinstance(self._dense, AllReduced):
+                self._dense.zero_grad()
+                self._dense.step()
+            raise
+        self._dense.step()
+        self._meter.add(batch.labels, logits.detach().cpu().numpy(), loss.item())
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Run something; if a PS restarted meanwhile, accept its state and go on without repeating."""
+        try:
+            action()
+        except ShardRestartedError:
+            self._rejoin()
+
+    def _rejoin(self) -> None:
+        for shard in self._client.rejoin():
+            if shard.missing_variables and isinstance(self._dense, DenseOnPs):
+                self._dense.create()
+            back = max(shard.known_step - shard.restored_step, 0)
+            log.warning(
+                "PS %d restarted and went back %d steps; going on with the next batch",
+                shard.index,
+                back,
+                extra={
+                    "restored_from": shard.restored_from or "nothing",
+                    "restored_step": shard.restored_step,
+                    "known_step": shard.known_step,
+                },
+            )
+            self._emit(
+                {
+                    "event": "rejoined",
+                    "rank": self._config.rank,
+                    "shard": shard.index,
+                    "restored_from": shard.restored_from,
+                    "restored_step": shard.restored_step,
+                    "known_step": shard.known_step,
+                    "steps_back": back,
+                }
+            )
+
+    # ---- around the loop ---------------------------------------------------------------------------------------------
+
+    def _count_steps(self, *, flush: bool = False) -> None:
+        """Advance the cluster's step counter now and then."""
+        self._uncounted += not flush
+        if self._uncounted >= STEP_EVERY or (flush and self._uncounted):
+            count, self._uncounted = self._uncounted, 0
+            self._guarded(partial(self._advance, count))
+
+    def _advance(self, count: int) -> None:
+        self._cluster_step = self._client.global_step(advance=count)
+
+    def _progress(self) -> None:
+        self._position.save(self._config.state_file)
+        at = self._position
+        self._emit(
+            {
+                **self._meter.report(),
+                "event": "progress",
+                "rank": self._config.rank,
+                "epoch": at.epoch,
+                "steps": at.steps,
+            }
+        )
+
+    def _validate(self) -> None:
+        if isinstance(self._dense, DenseOnPs):
+            self._dense.pull()
+        score = auc(self._validation.labels, self.model.predict(self._validation))
+        self._emit({"event": "validation", "rank": 0, "epoch": self._position.epoch, "auc": score})
+        log.info("validated", extra={"epoch": self._position.epoch, "auc": f"{score:.4f}"})
+
+    def _save_if_due(self) -> None:
+        config = self._config
+        if config.rank or not config.save_every:
+            return
+        # The counter goes back when PS 0 does.
+        self._saved_step = min(self._saved_step, self._cluster_step)
+        if self._cluster_step - self._saved_step >= config.save_every:
+            self._save()
+
+    def _save(self) -> None:
+        """Write a checkpoint; one that fails is reported, and training goes on."""
+        if isinstance(self._dense, AllReduced):
+            self._dense.publish()
+        try:
+            path, step = save_checkpoint(self._client, self._config.model_dir, clock=self._clock)
+        except ShardRestartedError:
+            self._rejoin()
+            return
+        except TrilithError as error:
+            log.warning("checkpoint failed: %s", error)
+            self._emit({"event": "save_failed", "rank": self._config.rank, "error": str(error)})
+            return
+        self._cluster_step = self._saved_step = step
+        log.info("saved", extra={"path": path, "step": step})
+        self._emit({"event": "saved", "rank": self._config.rank, "path": path, "step": step})
+
+
+def _all_reduced(value: int, how: distributed.ReduceOp.RedOpType) -> int:
+    shared = torch.tensor([value])
+    distributed.all_reduce(shared, how)
+    return int(shared[0])
+
+
+def save_checkpoint(client: Any, model_dir: str, *, clock: Callable[[], float] = time.time) -> tuple[str, int]:
+    """Write the next numbered checkpoint below `model_dir` and drop old ones; returns its path and step."""
+    path = f"{model_dir.rstrip('/')}/{checkpoint_name(int(clock() * 1000))}"
+    step = int(client.save(path))
+    prune(model_dir, KEEP_CHECKPOINTS)
+    return path, step
