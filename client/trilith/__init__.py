@@ -12,7 +12,7 @@ from trilith.connect import connect
 from trilith.errors import TrilithError
 
 if TYPE_CHECKING:
-    from trilith import nn, tables
+    from trilith import tables
     from trilith.client import Client, Table
 
 __all__ = ["Client", "Table", "TrilithError", "connect", "tables"]  # and `nn`, where torch is installed
