@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError, MemoryLimitError, NonFiniteError
+from trilith.ops.dedup import FIRST, scatter_values, split_distinct
 from trilith.ops.jit import warm
 from trilith.ops.memory import address_of
 from trilith.shard import Float32Array, UInt64Array
@@ -717,13 +718,18 @@ def as_ids(ids: npt.NDArray[Any]) -> UInt64Array:
 
 def _sum_repeats(
     ids: UInt64Array, grads: Float32Array, counts: npt.NDArray[np.uint32] | None
-) -> tuple[UInt64Array, Float32Array, npt.NDArray[np.uint32]]:
-    distinct, inverse = np.unique(ids, return_inverse=True)
-    sums = np.zeros((len(distinct), grads.shape[1]), np.float32)
-    np.add.at(sums, inverse, grads)
-    totals = np.zeros(len(distinct), np.uint32)
-    np.add.at(totals, inverse, np.uint32(1) if counts is None else counts)
-    return distinct, sums, totals
+) -> tuple[UInt64Array, Float32Array, npt.NDArray[np.uint32] | None]:
+    """Each id once, its gradients added up in float32 in input order, and how many occurrences it stands for."""
+    split = split_distinct(ids, 1)
+    if split.positions is None:
+        return ids, grads, counts
+    sums = np.empty((len(split.ids), grads.shape[1]), np.float32)
+    scatter_values(split, grads, [sums])
+    if counts is None:
+        return split.ids, sums, split.counts
+    totals = np.zeros(len(split.ids), np.uint32)
+    np.add.at(totals, split.positions & ~np.uint32(FIRST), counts)
+    return split.ids, sums, totals
 
 
 def _stripe_of(ids: UInt64Array) -> npt.NDArray[np.int64]:
