@@ -247,6 +247,6 @@ def _load_filters(tables: Mapping[str, Table], folder: Folder, parts: list[Part]
             load_filter(folder, file.name, gate)
         else:
             log.warning(
-                "table %s: ids below their occurrence threshold are counted anew on this number of PS", file.table
+                "another number of PS: ids below their occurrence threshold are counted anew",
+                extra={"table": file.table},
             )
-            return

@@ -1,0 +1,394 @@
+"""Snapshots: what was saved comes back, on any number of PS; what is damaged is refused by name."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trilith import checkpoint
+from trilith.errors import CheckpointError, TableExistsError
+from trilith.routing import partition_owner, partition_sizes
+from trilith.shard import DensePart, IdPart, UpdatePart, Write
+from trilith.tables import Adagrad, Adam, RandomUniform, Sgd, table_config
+from trilith_proto import hash_table_pb2, ps_pb2
+from trilith_services.ps import snapshot, variable_files
+from trilith_services.ps.checkpointer import Checkpointer, restore_newest
+from trilith_services.ps.filters import SlidingFilter
+from trilith_services.ps.store import Store
+from trilith_services.ps.variables import VariableState
+
+IDS = np.array([0, 1, 2, 3, 5, 8, 2**63, 2**64 - 1, *range(1000, 1200)], np.uint64)
+CONFIGS = [
+    table_config("user", dim=3, optimizer=Adam(learning_rate=0.1), initializer=RandomUniform(-1, 1)).proto,
+    table_config("item/x:1", dim=2, optimizer=Sgd(learning_rate=0.1)).proto,
+    table_config(
+        "rare",
+        dim=1,
+        optimizer=Adagrad(learning_rate=0.1),
+        filter="sliding",
+        filter_capacity=100_000,
+        occurrence_threshold=2,
+    ).proto,
+]
+NOW = 1_700_000_000
+
+Make = Callable[..., Store]
+
+
+@pytest.fixture
+def make_store() -> Iterator[Make]:
+    stores = []
+
+    def make(index: int = 0, count: int = 1) -> Store:
+        stores.append(Store(index=index, count=count, threads=1))
+        return stores[-1]
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+def filled_cluster(make: Make, count: int, *, step: int = 41) -> list[Store]:
+    stores = [make(index, count) for index in range(count)]
+    rng = np.random.default_rng(1)
+    for store in stores:
+        store.create_tables(CONFIGS)
+        mine = IDS[IDS % np.uint64(count) == store.index]
+        for config, dim in zip(CONFIGS, (3, 2, 1), strict=True):
+            for _ in range(3 if config.name != "rare" else 1):
+                grads = rng.standard_normal((mine.size, dim)).astype(np.float32)
+                store.apply_gradients([UpdatePart(config.name, mine, grads)], Write(request_time=NOW, global_step=step))
+        spec = ps_pb2.VariableSpec(name="bias", size=4)
+        spec.optimizer.adam.learning_rate = 0.1
+        if partition_owner("bias", 0, count) == store.index:
+            store.create_variables([spec], [np.arange(4, dtype=np.float32)])
+            store.apply_dense_gradients([DensePart("bias", 0, np.ones(4, np.float32))], Write(global_step=step))
+    return stores
+
+
+def save_all(stores: list[Store], path: Path) -> str:
+    parts = [
+        checkpoint.part_of(store.index, store.count, store.save(str(path)), finished_unix_s=1.0) for store in stores
+    ]
+    checkpoint.write_manifest(str(path), parts)
+    return str(path)
+
+
+def restored_cluster(make: Make, path: str, count: int) -> list[Store]:
+    stores = [make(index, count) for index in range(count)]
+    for store in stores:
+        store.restore(path)
+    return stores
+
+
+def content(stores: list[Store]) -> dict[str, list[bytes]]:
+    """Per table the entry dump (weights, optimizer state, time) of every id, at its owner."""
+    return {
+        name: [
+            stores[int(i) % len(stores)].lookup_entries(IdPart(name, np.array([i], np.uint64)))[0] for i in IDS.tolist()
+        ]
+        for name in sorted(stores[0].tables)
+    }
+
+
+def dense(stores: list[Store], name: str) -> list[tuple[list[float], list[float]]]:
+    return [
+        (state.values.tolist(), state.state.tolist())
+        for store in stores
+        for state in store.variables.export()
+        if state.spec.name == name
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_checkpoint_of_two_ps_restores_row_for_row_into_any_number(make_store, tmp_path, count) -> None:
+    saved = filled_cluster(make_store, 2)
+    path = save_all(saved, tmp_path / "ckpt")
+    restored = restored_cluster(make_store, path, count)
+    assert content(restored) == content(saved)
+    for store in restored:
+        ids = np.concatenate(
+            [table.export_stripe(s).ids for table in store.tables.values() for s in range(table.stripes)]
+        )
+        assert np.all(ids % np.uint64(count) == store.index)
+        assert store.global_step() == 41
+    assert dense(restored, "bias") == dense(saved, "bias")
+
+
+def test_two_to_three_to_one_loses_nothing(make_store, tmp_path) -> None:
+    saved = filled_cluster(make_store, 2)
+    three = restored_cluster(make_store, save_all(saved, tmp_path / "two"), 3)
+    one = restored_cluster(make_store, save_all(three, tmp_path / "three"), 1)
+    assert content(one) == content(saved)
+    assert sum(len(table) for table in one[0].tables.values()) == 2 * IDS.size
+
+
+def test_training_goes_on_alike_after_a_restore(make_store, tmp_path) -> None:
+    (saved,) = filled_cluster(make_store, 1)
+    (restored,) = restored_cluster(make_store, save_all([saved], tmp_path / "ckpt"), 1)
+    ids = np.arange(900, 1300, dtype=np.uint64)
+    for store in (saved, restored):
+        for step in range(3):
+            grads = np.full((ids.size, 3), 0.1 * step, np.float32)
+            store.apply_gradients([UpdatePart("user", ids, grads)], Write(request_time=NOW + step))
+    part = [IdPart("user", ids)]
+    np.testing.assert_array_equal(saved.lookup(part)[0], restored.lookup(part)[0])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_ids_below_their_threshold_stay_counted_where_the_filter_can_follow(make_store, tmp_path, count) -> None:
+    saved = filled_cluster(make_store, 2)  # each id of "rare" was seen once and needs two more
+    restored = restored_cluster(make_store, save_all(saved, tmp_path / "ckpt"), count)
+    for store in restored:
+        mine = IDS[IDS % np.uint64(count) == store.index]
+        ones = np.ones((mine.size, 1), np.float32)
+        store.apply_gradients([UpdatePart("rare", mine, ones)], Write())
+        assert not store.contains(IdPart("rare", mine)).any()
+        store.apply_gradients([UpdatePart("rare", mine, ones)], Write())
+        assert store.contains(IdPart("rare", mine)).all()
+
+
+def test_counts_start_anew_where_the_filter_cannot_follow(make_store, tmp_path) -> None:
+    saved = filled_cluster(make_store, 2)
+    (one,) = restored_cluster(make_store, save_all(saved, tmp_path / "ckpt"), 1)
+    gate = one.table("rare").gate
+    assert isinstance(gate, SlidingFilter)
+    assert gate.elements == 0
+
+
+def test_expired_rows_are_not_saved(make_store, tmp_path) -> None:
+    store = make_store()
+    store.create_tables([table_config("t", dim=1, optimizer=Sgd(), ttl_days=1).proto])
+    old, new = np.array([1], np.uint64), np.array([2], np.uint64)
+    store.assign([UpdatePart("t", old, np.ones((1, 1), np.float32))], Write(request_time=NOW - 86_400))
+    store.assign([UpdatePart("t", new, np.ones((1, 1), np.float32))], Write(request_time=NOW))
+    (restored,) = restored_cluster(make_store, save_all([store], tmp_path / "ckpt"), 1)
+    assert restored.contains(IdPart("t", np.array([1, 2], np.uint64))).tolist() == [False, True]
+    assert len(store.table("t")) == 2
+
+
+def test_a_restore_replaces_what_was_there(make_store, tmp_path) -> None:
+    saved = filled_cluster(make_store, 1)
+    path = save_all(saved, tmp_path / "ckpt")
+    store = make_store()
+    store.create_tables([*CONFIGS, table_config("other", dim=1, optimizer=Sgd()).proto])
+    stray = np.array([77_777], np.uint64)
+    store.assign([UpdatePart("user", stray, np.ones((1, 3), np.float32))], Write())
+    store.restore(path)
+    assert content([store]) == content(saved)
+    assert not store.contains(IdPart("user", stray)).any()
+    assert sorted(store.tables) == sorted(config.name for config in CONFIGS)
+
+
+def test_a_table_of_another_config_is_refused_before_anything_changes(make_store, tmp_path) -> None:
+    path = save_all(filled_cluster(make_store, 1), tmp_path / "ckpt")
+    store = make_store()
+    store.create_tables([table_config("user", dim=5, optimizer=Sgd()).proto])
+    with pytest.raises(TableExistsError, match="table 'user' exists with another config than in"):
+        store.restore(path)
+    assert list(store.tables) == ["user"]
+
+
+def test_any_arrow_reader_understands_a_row_file(make_store, tmp_path) -> None:
+    (store,) = filled_cluster(make_store, 1)
+    save_all([store], tmp_path / "ckpt")
+    (name,) = (path for path in (tmp_path / "ckpt").iterdir() if path.name.startswith("table-user."))
+    with pa.memory_map(str(name)) as source:
+        reader = pa.ipc.open_file(source)
+        assert reader.num_record_batches == store.table("user").stripes
+        table = reader.read_all()
+    assert table.schema.names == ["id", "weights", "state", "last_update"]
+    assert table.schema.field("weights").type == pa.list_(pa.float32(), 3)
+    assert table.schema.field("state").type == pa.list_(pa.float32(), 8)
+    assert sorted(table["id"].to_pylist()) == sorted(IDS.tolist())
+    assert b"beta1_power" in table.schema.metadata[b"trilith.layout"]
+
+
+def test_serving_rows_have_no_state_and_come_back(make_store, tmp_path) -> None:
+    store = make_store()
+    store.create_tables([table_config("t", dim=2, optimizer=Sgd(), entry_type="serving").proto])
+    values = np.array([[1.5, -2.0]], np.float32)
+    ids = np.array([9], np.uint64)
+    store.assign([UpdatePart("t", ids, values)], Write())
+    (restored,) = restored_cluster(make_store, save_all([store], tmp_path / "ckpt"), 1)
+    np.testing.assert_array_equal(restored.lookup([IdPart("t", ids)])[0], values)
+
+
+@pytest.mark.parametrize("kind", ["table-user.", "variables.", "filter-rare."])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_file_is_refused_by_name_and_nothing_changes(make_store, tmp_path, kind, damage) -> None:
+    path = save_all(filled_cluster(make_store, 1), tmp_path / "ckpt")
+    (file,) = (file for file in (tmp_path / "ckpt").iterdir() if file.name.startswith(kind))
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[:-1])
+    else:
+        file.unlink()
+    said = {"flip": "damaged: CRC-32C is", "cut": "damaged: .* bytes; the manifest says", "remove": "missing"}[damage]
+    store = make_store()
+    store.create_tables(CONFIGS[:1])
+    with pytest.raises(CheckpointError, match=said) as caught:
+        store.restore(path)
+    assert file.name in str(caught.value)
+    assert list(store.tables) == ["user"]
+    problems = [problem for _, problem in snapshot.verify(path) if problem]
+    assert len(problems) == 1
+    assert file.name in problems[0]
+
+
+def test_a_whole_checkpoint_verifies(make_store, tmp_path) -> None:
+    path = save_all(filled_cluster(make_store, 2), tmp_path / "ckpt")
+    assert [problem for _, problem in snapshot.verify(path)] == [""] * 10  # 2 x (3 tables, a filter, the variables)
+
+
+def test_only_the_files_that_can_hold_its_ids_are_read(make_store, tmp_path) -> None:
+    path = save_all(filled_cluster(make_store, 4), tmp_path / "ckpt")
+    manifest = checkpoint.read_manifest(path)
+
+    def parts(index: int, count: int) -> list[int]:
+        return [part.shard_index for part in snapshot.parts_for(manifest, index, count)]
+
+    assert parts(2, 4) == [2]
+    assert parts(1, 2) == [1, 3]
+    assert parts(5, 8) == [1]
+    assert parts(1, 6) == [1, 3]
+    assert parts(0, 3) == [0, 1, 2, 3]
+
+
+def test_memory_is_a_path(make_store) -> None:
+    (saved,) = filled_cluster(make_store, 1)
+    path = "memory://test-snapshot/ckpt"
+    checkpoint.write_manifest(path, [checkpoint.part_of(0, 1, saved.save(path))])
+    assert content(restored_cluster(make_store, path, 2)) == content([saved])
+
+
+# ---- dense variables -------------------------------------------------------------------------------------------------
+
+
+@given(floats=st.sampled_from([1, 7, 2**20 + 5]), old=st.integers(1, 5), new=st.integers(1, 5))
+def test_variables_are_cut_as_a_cluster_of_the_new_size_cuts_them(floats: int, old: int, new: int) -> None:
+    values = np.arange(floats, dtype=np.float32)
+
+    def cut(count: int) -> list[VariableState]:
+        bounds = np.cumsum([0, *partition_sizes(floats, count)])
+        states = []
+        for partition, (start, stop) in enumerate(itertools.pairwise(bounds.tolist())):
+            spec = ps_pb2.VariableSpec(name="w", partition=partition, size=stop - start)
+            spec.optimizer.CopyFrom(hash_table_pb2.OptimizerConfig(adam=hash_table_pb2.AdamOptimizerConfig()))
+            piece = values[start:stop]
+            state = np.concatenate([piece + 1, piece + 2, np.array([0.9, 0.99], np.float32)])
+            slots = (("m", piece.size), ("v", piece.size), ("beta1_power", 1), ("beta2_power", 1))
+            states.append(VariableState(spec, piece, state, slots))
+        return states
+
+    found = {
+        state.spec.partition: (index, state)
+        for index in range(new)
+        for state in variable_files.place(cut(old), index, new)
+    }
+    wanted = cut(new)
+    assert sorted(found) == [state.spec.partition for state in wanted]
+    for want in wanted:
+        index, state = found[want.spec.partition]
+        assert index == partition_owner("w", want.spec.partition, new)
+        assert state.spec == want.spec
+        assert state.slots == want.slots
+        np.testing.assert_array_equal(state.values, want.values)
+        np.testing.assert_array_equal(state.state, want.state)
+
+
+def test_a_variable_with_a_hole_is_refused() -> None:
+    spec = ps_pb2.VariableSpec(name="w", partition=1, size=1)
+    state = VariableState(spec, np.zeros(1, np.float32), np.zeros(0, np.float32), ())
+    with pytest.raises(CheckpointError, match=r"dense variable 'w': the checkpoint holds partitions \[1\]"):
+        list(variable_files.place([state], 0, 1))
+
+
+# ---- the checkpointer ------------------------------------------------------------------------------------------------
+
+
+class Time:
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_last_ps_to_write_its_part_completes_the_checkpoint(make_store, tmp_path) -> None:
+    stores = filled_cluster(make_store, 2)
+    clock = Time(100.0)
+    writers = [Checkpointer(store, str(tmp_path), every_s=10, clock=clock) for store in stores]
+    assert writers[0].write(100_000)
+    assert checkpoint.newest_complete(str(tmp_path)) is None
+    assert stores[0].stats().last_checkpoint.endswith("ckpt-00000000000000100000")
+    assert restore_newest(make_store(), str(tmp_path)) is None
+    assert writers[1].write(100_000)
+    newest = checkpoint.newest_complete(str(tmp_path))
+    assert newest is not None
+    restored = make_store(1, 2)
+    assert restore_newest(restored, str(tmp_path)) == newest
+    assert restored.describe().restored_from == newest.path
+    assert restored.describe().restored_step == 41
+
+
+def test_every_ps_numbers_its_ticks_alike(make_store, tmp_path) -> None:
+    store = make_store()
+    early = Checkpointer(store, str(tmp_path), every_s=10, clock=Time(100.1))
+    late = Checkpointer(store, str(tmp_path), every_s=10, clock=Time(109.9))
+    for writer in (early, late):
+        writer.stop(final=True)
+    assert [info.number for info in checkpoint.list_checkpoints(str(tmp_path))] == [110_000]
+
+
+def test_old_checkpoints_go_when_a_new_one_is_complete(make_store, tmp_path) -> None:
+    writer = Checkpointer(make_store(), str(tmp_path), every_s=10, keep=2)
+    for number in (10, 20, 30):
+        writer.write(number)
+    assert [info.number for info in checkpoint.list_checkpoints(str(tmp_path))] == [20, 30]
+
+
+def test_writing_a_tick_again_replaces_the_part_and_keeps_the_checkpoint_whole(make_store, tmp_path) -> None:
+    (store,) = filled_cluster(make_store, 1)
+    writer = Checkpointer(store, str(tmp_path), every_s=10)
+    writer.write(10)
+    store.global_step(set_to=50)
+    writer.write(10)
+    (info,) = checkpoint.list_checkpoints(str(tmp_path))
+    assert checkpoint.read_manifest(info.path).global_step == 50
+    assert all(problem == "" for _, problem in snapshot.verify(info.path))
+
+
+def test_a_failed_save_is_reported_and_training_goes_on(make_store, tmp_path, caplog) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a directory")
+    seen = []
+    writer = Checkpointer(
+        make_store(), str(blocked / "ckpt"), every_s=10, observe=lambda seconds, size, good: seen.append((size, good))
+    )
+    assert not writer.write(10)
+    assert seen == [(0, False)]
+    assert "checkpoint failed" in caplog.text
+
+
+def test_the_thread_writes_at_ticks_and_stops(make_store, tmp_path) -> None:
+    (store,) = filled_cluster(make_store, 1)
+    done = []
+    writer = Checkpointer(store, str(tmp_path), every_s=0.05, observe=lambda *saved: done.append(saved))
+    writer.start()
+    from tests.unit.test_supervisor import eventually
+
+    eventually(lambda: len(done) >= 2)
+    writer.stop(final=False)
+    assert checkpoint.newest_complete(str(tmp_path)) is not None
+    assert all(good for _, _, good in done)
