@@ -12,8 +12,11 @@ import numpy.typing as npt
 from trilith_proto import ps_pb2
 
 __all__ = [
+    "ANY_WRITE",
     "DensePart",
+    "EntryPage",
     "Float32Array",
+    "FloatArray",
     "IdPart",
     "Shard",
     "UInt64Array",

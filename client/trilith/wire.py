@@ -33,6 +33,7 @@ __all__ = [
     "pack_lookup_request",
     "pack_pulled",
     "pack_statuses",
+    "pack_update_request",
     "plain_update",
     "unpack",
     "unpack_create_variables",
@@ -43,6 +44,7 @@ __all__ = [
     "unpack_pulled",
     "unpack_statuses",
     "unpack_update_request",
+    "write_id",
 ]
 
 _M = TypeVar("_M", bound=Message)

@@ -32,7 +32,17 @@ from rich.text import Text
 
 from trilith.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
 
-__all__ = ["Ended", "ProcessSpec", "PsCluster", "StopRequest", "Supervisor", "free_ports", "trilith_argv"]
+__all__ = [
+    "Ended",
+    "ProcessSpec",
+    "PsCluster",
+    "StopRequest",
+    "Supervisor",
+    "describe_status",
+    "free_ports",
+    "is_serving",
+    "trilith_argv",
+]
 
 Restart = Literal["never", "on-failure", "always"]
 

@@ -85,11 +85,12 @@ def test_every_error_is_exported_drawn_in_the_tree_and_says_what_it_was_told(cls
     assert str(cls("no table 'x'")) == "no table 'x'"
 
 
-def test_errors_are_defined_nowhere_else():
+def test_errors_that_may_cross_the_wire_are_defined_nowhere_else():
+    local = ROOT / "client/trilith/data"  # what goes wrong with data goes wrong in the reader's own process
     elsewhere = [
         f"{label(path)}: {node.name}"
         for path in sources()
-        if path.name != "errors.py"
+        if path.name != "errors.py" and not path.is_relative_to(local)
         for node in ast.walk(tree(path))
         if isinstance(node, ast.ClassDef) and any(ast.unparse(base) in errors.BY_NAME for base in node.bases)
     ]
@@ -106,6 +107,8 @@ def test_a_module_opens_with_a_docstring(path):
 
 @pytest.mark.parametrize("path", [path for path in sources() if assigned_all(tree(path)) is not None], ids=label)
 def test_a_modules_exports_are_complete(path):
+    if path.parent.name == "commands":
+        return  # a command is public on the command line; of its module, `register` is all
     module = tree(path)
     exported = assigned_all(module)
     assert len(set(exported)) == len(exported)

@@ -14,6 +14,7 @@ __all__ = [
     "create_file",
     "find_shard_files",
     "open_file",
+    "remove_other_sets",
     "shard_file_name",
     "shard_file_names",
     "validate_shard_files",

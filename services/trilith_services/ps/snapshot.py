@@ -30,7 +30,7 @@ from trilith_services.ps.table import Rows, Table
 if TYPE_CHECKING:
     from trilith_services.ps.store import Store
 
-__all__ = ["restore_shard", "save_shard", "verify"]
+__all__ = ["parts_for", "restore_shard", "save_shard", "verify"]
 
 log = logging.getLogger(__name__)
 

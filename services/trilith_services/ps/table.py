@@ -24,7 +24,7 @@ from trilith_services.ps.budget import MemoryBudget
 from trilith_services.ps.kernels import codecs, index, rows
 from trilith_services.ps.row_layout import RowLayout
 
-__all__ = ["OccurrenceGate", "Rows", "Table"]
+__all__ = ["OccurrenceGate", "Rows", "Table", "TableCounters", "as_ids"]
 
 STRIPE_BITS = 4
 STRIPES = 1 << STRIPE_BITS
