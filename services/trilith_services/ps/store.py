@@ -394,7 +394,8 @@ class Store:
             raise ClosedError(f"shard {self.index} was closed")
         if incarnation and incarnation != self.incarnation:
             raise ShardRestartedError(
-                f"shard {self.index} is incarnation {self.incarnation:#x}, the caller knew {incarnation:#x}: it restarted"
+                f"shard {self.index} is incarnation {self.incarnation:#x}, the caller knew {incarnation:#x}: it "
+                "restarted"
                 + (f" from {self.restored_from} at step {self.restored_step}" if self.restored_from else " empty")
                 + " and may lack earlier writes; nothing was done"
             )

@@ -526,7 +526,7 @@ class Table:
             return
         self._reserve(ids)
         batch = _SCRATCH.group(ids)
-        addresses = [0 if array is None else address_of(array) for array in (values, state, times)]
+        values_at, state_at, times_at = (0 if each is None else address_of(each) for each in (values, state, times))
         flags = 0 if existed is None else address_of(existed)
 
         def write(first: int, last: int, begin: int) -> int:
@@ -540,7 +540,9 @@ class Table:
                     self.layout.plan,
                     self.layout.segment_table,
                     mode,
-                    *addresses,
+                    values_at,
+                    state_at,
+                    times_at,
                     request_time & 0xFFFFFFFF,
                     flags,
                 )
