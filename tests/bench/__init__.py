@@ -1,0 +1,1 @@
+"""Benchmarks against references measured in the same run: `python -m tests.bench`."""

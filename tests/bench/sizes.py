@@ -1,0 +1,74 @@
+"""Sizes: how much each benchmark does, in full and as a smoke test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["FULL", "QUICK", "Sizes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Every number that a benchmark depends on; each is an option of the command line.
+
+    Attributes:
+        rows: Rows of the engine's tables and of the array that `take` reads.
+        batch: Ids per call.
+        batches: Timed batches per side of an engine figure.
+        thread_rounds: Rounds of the thread benchmarks.
+        thread_batches: Batches per thread and round there.
+        grow_runs: Tables grown from capacity 1; the best run counts.
+        rpc_rows: Rows of the table behind gRPC.
+        rpc_calls: Timed calls per side of an RPC figure.
+        flights: Rounds of the benchmark with four calls in flight.
+        flight_calls: Calls per thread and round there.
+        small_ids: Ids of a small lookup.
+        small_calls: Timed small calls per side.
+        zipf_exponent: Of the skewed batches.
+        train_rows: Distinct ids of the click model.
+        train_features: Features of a sample, one id each.
+        train_batch: Samples per step.
+        train_dim: Length of a latent vector.
+        train_seconds: Steady seconds measured, each side.
+        train_warm_seconds: Seconds before that.
+    """
+
+    rows: int = 10_000_000
+    batch: int = 65_536
+    batches: int = 60
+    thread_rounds: int = 50
+    thread_batches: int = 8
+    grow_runs: int = 3
+    rpc_rows: int = 1_000_000
+    rpc_calls: int = 150
+    flights: int = 50
+    flight_calls: int = 4
+    small_ids: int = 256
+    small_calls: int = 2000
+    zipf_exponent: float = 1.05
+    train_rows: int = 1_000_000
+    train_features: int = 26
+    train_batch: int = 512
+    train_dim: int = 16
+    train_seconds: float = 24.0
+    train_warm_seconds: float = 6.0
+
+
+FULL = Sizes()
+
+QUICK = Sizes(
+    rows=200_000,
+    batch=8192,
+    batches=6,
+    thread_rounds=4,
+    thread_batches=2,
+    grow_runs=1,
+    rpc_rows=50_000,
+    rpc_calls=8,
+    flights=4,
+    flight_calls=2,
+    small_calls=60,
+    train_rows=20_000,
+    train_seconds=2.0,
+    train_warm_seconds=1.0,
+)
