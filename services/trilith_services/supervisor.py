@@ -1,7 +1,8 @@
 """Local processes of one run: prefixed logs, restarts for what dies, and a clean end.
 
 with Supervisor(console, log_dir) as supervisor, StopRequest() as stop:
-    ps = PsCluster(supervisor, count=2, checkpoint_dir="ckpt").start()
+    cluster = PsCluster(supervisor, count=2, checkpoint_dir="ckpt")
+    cluster.start(cancelled=lambda: stop)
     supervisor.start(ProcessSpec(name="worker-0", argv=[...], restart="on-failure"))
     while supervisor.running(prefix="worker-") and not stop.wait(0.2):
         supervisor.poll()
@@ -159,6 +160,13 @@ class _Process:
         except (ProcessLookupError, PermissionError):
             pass
 
+    def kill(self) -> None:
+        """End it, and all it started, at once; nothing happens if it has ended."""
+        if self.popen.poll() is None:
+            self.signal(signal.SIGKILL, group=True)
+            self.popen.wait()
+        self.reap()
+
     def close(self) -> None:
         self._log.close()
 
@@ -281,8 +289,17 @@ class Supervisor:
         lines = [f"  {line}" for line in self.tail(name)[-15:]] or ["  (it printed nothing)"]
         return "\n".join([f"the end of {self.log_dir / name}.log:", *lines])
 
-    def wait_serving(self, names: Iterable[str] | None = None, *, timeout_s: float = 180.0) -> None:
+    def wait_serving(
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        timeout_s: float = 180.0,
+        cancelled: Callable[[], object] = lambda: False,
+    ) -> bool:
         """Wait until the named processes (all that have a health address) report SERVING.
+
+        Returns:
+            False if `cancelled` said so before.
 
         Raises:
             UnavailableError: One of them died instead.
@@ -293,6 +310,8 @@ class Supervisor:
         for name in wanted:
             process = self._process(name)
             while not is_serving(process.spec.health):
+                if cancelled():
+                    return False
                 for ended in self.poll():
                     if ended.name == name and not ended.restarted:
                         raise UnavailableError(f"{name} {ended.how} before it served\n{self._last_lines(name)}")
@@ -304,6 +323,7 @@ class Supervisor:
                         f"{name} is not serving on {process.spec.health} after {timeout_s:g} s\n"
                         f"{self._last_lines(name)}"
                     )
+        return True
 
     def stop(self, names: Iterable[str] | None = None) -> None:
         """End the named processes (all): SIGTERM at once to each, SIGKILL to what is left after the grace period."""
@@ -311,15 +331,19 @@ class Supervisor:
         for process in chosen:
             process.signal(signal.SIGTERM)
         deadline = time.monotonic() + self._grace_s
-        for process in chosen:
-            try:
-                process.popen.wait(max(deadline - time.monotonic(), 0.0))
-            except subprocess.TimeoutExpired:
-                self.say(f"{process.spec.name} did not stop within {self._grace_s:g} s; killing it", style="bold red")
-                process.signal(signal.SIGKILL, group=True)
-                process.popen.wait()
-            process.reap()
-            process.close()
+        try:
+            for process in chosen:
+                try:
+                    process.popen.wait(max(deadline - time.monotonic(), 0.0))
+                except subprocess.TimeoutExpired:
+                    self.say(
+                        f"{process.spec.name} did not stop within {self._grace_s:g} s; killing it", style="bold red"
+                    )
+                    process.kill()
+        finally:
+            for process in chosen:
+                process.kill()  # also when somebody has lost patience with this loop
+                process.close()
 
     def _process(self, name: str) -> _Process:
         if name not in self._processes:
@@ -364,16 +388,15 @@ class PsCluster:
         """Process names by shard index."""
         return [f"ps-{index}" for index in range(len(self.endpoints))]
 
-    def start(self, *, timeout_s: float = 180.0) -> Self:
-        """Start all and wait until they serve."""
+    def start(self, *, timeout_s: float = 180.0, cancelled: Callable[[], object] = lambda: False) -> bool:
+        """Start all and wait until they serve; False if `cancelled` said so before."""
         for index, (name, endpoint) in enumerate(zip(self.names, self.endpoints, strict=True)):
             argv = trilith_argv("ps", "--index", str(index), "--count", str(len(self.endpoints)), "--listen", endpoint)
             spec = ProcessSpec(
                 name=name, argv=[*argv, *self._arguments], env=self._env, restart=self._restart, health=endpoint
             )
             self._supervisor.start(spec)
-        self._supervisor.wait_serving(self.names, timeout_s=timeout_s)
-        return self
+        return self._supervisor.wait_serving(self.names, timeout_s=timeout_s, cancelled=cancelled)
 
 
 class StopRequest:
@@ -459,4 +482,4 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
 
 def trilith_argv(*arguments: str) -> list[str]:
     """The command line of this installation's `trilith`."""
-    return [sys.executable, "-m", "trilith_services.cli", *arguments]
+    return [sys.executable, "-m", "trilith_services", *arguments]

@@ -1,0 +1,187 @@
+"""`trilith top`: what the PS of a cluster are doing, live."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.text import Text
+
+from trilith_services.commands import output
+from trilith_services.commands.shards import Address, endpoints
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from trilith.remote import RemoteShard
+    from trilith_proto import ps_pb2
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the `top` command."""
+    app.command()(top)
+
+
+def top(
+    address: Address,
+    interval: Annotated[float, typer.Option(help="Seconds between looks; rates are over this time.", min=0.1)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one picture and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per look.")] = False,
+) -> None:
+    """Show the shards of a cluster: rows, memory, rates, queue, last checkpoint; by PS and by table.
+
+    A PS that does not answer is shown as such. Ctrl-C ends it. Exit status of --once: 1 if a PS did not answer.
+    """
+    hosts = endpoints(address)
+    looks = _looks(hosts, interval)
+    if as_json or once:
+        for look in looks:
+            if as_json:
+                typer.echo(json.dumps(look))
+            else:
+                output.console().print(_render(address, look))
+            if once:
+                raise typer.Exit(0 if all(shard["alive"] for shard in look["shards"]) else 1)
+        return
+    console = output.console()
+    try:
+        with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+            for look in looks:
+                live.update(_render(address, look), refresh=True)
+    except KeyboardInterrupt:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    at: float
+    stats: ps_pb2.StatsResponse | None
+    error: str = ""
+
+
+def _looks(hosts: Sequence[str], interval: float) -> Iterator[dict[str, Any]]:
+    """One description of the cluster per interval."""
+    from trilith.config import ClientConfig
+    from trilith.remote import RemoteShard
+
+    config = ClientConfig(timeout_s=min(interval, 2.0))
+    shards = [RemoteShard(partial(str, host), config, index=index) for index, host in enumerate(hosts)]
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        try:
+            before = list(pool.map(_ask, shards))
+            while True:
+                time.sleep(interval)
+                now = list(pool.map(_ask, shards))
+                yield _describe(hosts, before, now)
+                before = now
+        finally:
+            for shard in shards:
+                shard.close()
+
+
+def _ask(shard: RemoteShard) -> _Sample:
+    from trilith.errors import TrilithError
+
+    try:
+        # A restarted PS is no surprise to a spectator.
+        shard.adopt(0)
+        return _Sample(time.monotonic(), shard.stats())
+    except TrilithError as error:
+        return _Sample(time.monotonic(), None, str(error))
+
+
+def _describe(hosts: Sequence[str], before: Sequence[_Sample], now: Sequence[_Sample]) -> dict[str, Any]:
+    shards: list[dict[str, Any]] = []
+    tables: dict[str, dict[str, Any]] = {}
+    for index, (host, old, new) in enumerate(zip(hosts, before, now, strict=True)):
+        shard: dict[str, Any] = {"index": index, "address": host, "alive": new.stats is not None}
+        shards.append(shard)
+        if new.stats is None:
+            shard["error"] = new.error
+            continue
+        stats = new.stats
+        earlier = old.stats if old.stats is not None and old.stats.incarnation == stats.incarnation else None
+        seconds = new.at - old.at
+        shard |= {
+            "incarnation": f"{stats.incarnation:016x}",
+            "uptime_s": stats.uptime_seconds,
+            "global_step": stats.global_step,
+            "rows": sum(table.rows for table in stats.tables),
+            "memory_bytes": stats.memory_bytes,
+            "memory_limit_bytes": stats.memory_limit_bytes,
+            "resident_bytes": stats.resident_bytes,
+            "queued_requests": stats.queued_requests,
+            "requests_per_s": _rate(sum(stats.requests.values()), earlier and sum(earlier.requests.values()), seconds),
+            "last_checkpoint": stats.last_checkpoint,
+            "last_checkpoint_unix_s": stats.last_checkpoint_time,
+        }
+        known = {table.table: table for table in earlier.tables} if earlier is not None else {}
+        for table in stats.tables:
+            was = known.get(table.table)
+            entry = tables.setdefault(
+                table.table,
+                dict.fromkeys(
+                    ("rows", "bytes", "lookup_ids", "lookup_hits", "lookups_per_s", "updates_per_s", "filtered_ids"), 0
+                ),
+            )
+            entry["rows"] += table.rows
+            entry["bytes"] += table.bytes
+            entry["lookup_ids"] += table.lookup_ids
+            entry["lookup_hits"] += table.lookup_hits
+            entry["filtered_ids"] += table.filtered_ids
+            entry["lookups_per_s"] += _rate(table.lookup_ids, was and was.lookup_ids, seconds)
+            entry["updates_per_s"] += _rate(table.update_ids, was and was.update_ids, seconds)
+    return {"unix_s": time.time(), "shards": shards, "tables": dict(sorted(tables.items()))}
+
+
+def _rate(now: int, before: int | None, seconds: float) -> float:
+    return 0.0 if before is None or seconds <= 0 else max(now - before, 0) / seconds
+
+
+def _render(address: str, look: dict[str, Any]) -> RenderableType:
+    by_shard = output.grid(
+        "PS", "address", "up", ">step", ">rows", ">memory", ">limit", ">resident", ">queue", ">calls/s", "checkpoint"
+    )
+    for shard in look["shards"]:
+        if not shard["alive"]:
+            by_shard.add_row(str(shard["index"]), shard["address"], Text("no answer", style="bold red"))
+            continue
+        by_shard.add_row(
+            str(shard["index"]),
+            shard["address"],
+            Text(output.age(shard["uptime_s"]), style="green"),
+            output.count(shard["global_step"]),
+            output.count(shard["rows"]),
+            output.size(shard["memory_bytes"]),
+            output.size(shard["memory_limit_bytes"]) if shard["memory_limit_bytes"] else "none",
+            output.size(shard["resident_bytes"]),
+            output.count(shard["queued_requests"]),
+            output.count(shard["requests_per_s"]),
+            f"{output.age(look['unix_s'] - shard['last_checkpoint_unix_s'])} ago"
+            if shard["last_checkpoint_unix_s"]
+            else "none",
+        )
+    by_table = output.grid("table", ">rows", ">size", ">looked up/s", ">found", ">updated/s", ">filtered")
+    for name, table in look["tables"].items():
+        by_table.add_row(
+            name,
+            output.count(table["rows"]),
+            output.size(table["bytes"]),
+            output.count(table["lookups_per_s"]),
+            f"{100 * table['lookup_hits'] / table['lookup_ids']:.1f} %" if table["lookup_ids"] else "-",
+            output.count(table["updates_per_s"]),
+            output.count(table["filtered_ids"]),
+        )
+    alive = sum(shard["alive"] for shard in look["shards"])
+    title = Text.assemble((address, "bold"), f"  {alive} of {len(look['shards'])} PS answer")
+    return Group(title, Text(), by_shard, Text(), by_table if look["tables"] else Text("no tables", style="dim"))
