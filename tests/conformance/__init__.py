@@ -1,0 +1,1 @@
+"""Runs files of conformance vectors, inputs with the outputs of the reference system, against the real engine."""

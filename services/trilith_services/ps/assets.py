@@ -1,7 +1,7 @@
 """Where the tables and filters of a model checkpoint stand, in the reference system's layout.
 
-Beside `<prefix>-<step>` is the directory `<prefix>-<step>.assets` with the files of tables and filters, and the text file
-`ckpt.info-<step>` with row counts.
+Beside `<prefix>-<step>` is the directory `<prefix>-<step>.assets` with the files of tables and filters, and the text
+file `ckpt.info-<step>` with row counts.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ class EntryCodec:
             kind = hash_table_pb2.SingleOptimizerDump.DESCRIPTOR.fields_by_name[segment.kind]
             first, offset = len(fields), segment.state_offset
             for slot, floats in segment.slots:
+                assert kind.message_type is not None
                 number = kind.message_type.fields_by_name[slot].number
                 is_int = segment.kind in _INT_KINDS
                 fields.append((number << 3 | (_VARINT if is_int else _FIXED32), floats, offset, int(is_int)))
@@ -202,8 +203,8 @@ def _slot_values(dump: object, kind: str, slot: str, floats: int) -> npt.NDArray
 
 
 def _dumped(layout: RowLayout) -> list[SegmentLayout]:
-    """The segments that dump something: a moving average has no state and no message."""
-    return [segment for segment in layout.segments if segment.kind != "moving_average"]
+    """The segments that dump something: a moving average has no message, a serving row no optimizers."""
+    return [segment for segment in layout.segments if segment.kind not in {"", "moving_average"}]
 
 
 def encode_entries(layout: RowLayout, rows: Rows, *, with_id: bool = True) -> tuple[Bytes, Offsets]:
@@ -236,11 +237,11 @@ def extract_slot_from_entry(entries: Iterable[bytes], *, fid_v2: bool = True) ->
 def iterate_table_and_apply(
     table: Table, function: Callable[[list[bytes]], object], *, limit: int = 1000, nshards: int = 4
 ) -> None:
-    """Call `function` on every chunk of the table's rows, serialized with their ids.
+    """Call `function` on every chunk of the table's rows, serialized with their ids, until it returns False.
 
     Args:
         table: A training table.
-        function: Takes up to `limit` EntryDumps.
+        function: Takes up to `limit` EntryDumps, at least one.
         limit: Rows per chunk.
         nshards: Parts in which the table is walked.
     """
@@ -248,7 +249,7 @@ def iterate_table_and_apply(
         offset = 0
         while True:
             rows, offset = table.scan(part, nshards, limit, offset)
-            if rows.ids.size:
-                function(entry_list(table.layout, rows))
-            if rows.ids.size < limit:
+            if len(rows) and function(entry_list(table.layout, rows)) is False:
+                return
+            if len(rows) < limit:
                 break

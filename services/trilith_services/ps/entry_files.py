@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from trilith_services.ps.row_layout import RowLayout
     from trilith_services.ps.table import Rows, Table
 
-__all__ = ["feature_stat", "read_rows", "restore_table", "restore_tables", "save_table", "save_tables"]
+__all__ = ["feature_stat", "import_rows", "read_rows", "restore_table", "restore_tables", "save_table", "save_tables"]
 
 _log = logging.getLogger(__name__)
 
@@ -64,9 +64,9 @@ def save_table(table: Table, base: str, *, parallel: int = -1) -> int:
         with create_file(shard_file_name(base, index, total)) as file:
             writer = RecordWriter(file)
             for rows in _stripes(table, index, total):
-                kept = _select(rows, ~table.expired(rows, now))
+                kept = rows.take(~table.expired(rows, now))
                 writer.write(*codec.encode(kept))
-                written += kept.ids.size
+                written += len(kept)
             writer.close()
         return written
 
@@ -85,7 +85,7 @@ def restore_table(table: Table, base: str) -> int:
     table.clear()
 
     def read(index: int) -> int:
-        return sum(_import(table, rows) for rows in read_rows(table.layout, files[index]))
+        return sum(import_rows(table, rows) for rows in read_rows(table.layout, files[index]))
 
     return sum(_in_parallel(read, len(files)))
 
@@ -126,9 +126,9 @@ def save_tables(
             for name, (table, now, codec) in plans.items():
                 for rows in _stripes(table, index, total):
                     gone = table.expired(rows, now) if expire is None else _expired(expire, rows, now)
-                    kept = _select(rows, ~gone)
+                    kept = rows.take(~gone)
                     writer.write(*codec.encode(kept))
-                    counts[name] += kept.ids.size
+                    counts[name] += len(kept)
             writer.close()
         with create_file(shard_file_name(f"{base}.meta", index, total)) as file:
             meta = RecordWriter(file)
@@ -168,7 +168,7 @@ def restore_tables(tables: Mapping[str, Table], base: str) -> dict[str, int]:
                 for batch in batches.take(meta.num_entries):
                     if meta.table_name in tables:
                         rows = codecs[meta.table_name].decode(batch, name=f"{name}: table {meta.table_name!r}")
-                        _import(tables[meta.table_name], rows)
+                        import_rows(tables[meta.table_name], rows)
                 if meta.table_name in tables:
                     counts[meta.table_name] = counts.get(meta.table_name, 0) + meta.num_entries
             batches.finish()
@@ -226,15 +226,12 @@ def _read_meta(name: str) -> list[hash_table_pb2.MultiHashTableMetadata]:
         raise CheckpointError(f"{name}: a record is no MultiHashTableMetadata") from None
 
 
-def _import(table: Table, rows: Rows) -> int:
+def import_rows(table: Table, rows: Rows) -> int:
     """Write rows into the table as its kind of row takes them."""
-    if table.layout.serving:
-        # A serving row has no history: its time is 0.
-        rows.last_update[:] = 0
     if table.config.hash_table.skip_zero_embedding:
-        rows = _select(rows, ~almost_equal(norm_square(rows.weights), 0.0))
+        rows = rows.take(~almost_equal(norm_square(rows.weights), 0.0))
     table.import_rows(rows)
-    return int(rows.ids.size)
+    return len(rows)
 
 
 def _shards(rows: int, parallel: int) -> int:
@@ -243,16 +240,8 @@ def _shards(rows: int, parallel: int) -> int:
 
 def _stripes(table: Table, index: int, total: int) -> Iterator[Rows]:
     """Copies of the stripes that belong into file `index` of `total`."""
-    stripes = table.stripes()
-    for stripe in range(stripes * index // total, stripes * (index + 1) // total):
+    for stripe in range(table.stripes * index // total, table.stripes * (index + 1) // total):
         yield table.export_stripe(stripe)
-
-
-def _select(rows: Rows, keep: npt.NDArray[np.bool_]) -> Rows:
-    """The rows that `keep` marks."""
-    if keep.all():
-        return rows
-    return type(rows)(rows.ids[keep], rows.weights[keep], rows.state[keep], rows.last_update[keep])
 
 
 def _expired(config: hash_table_pb2.SlotExpireTimeConfig, rows: Rows, now: int) -> npt.NDArray[np.bool_]:
@@ -261,7 +250,8 @@ def _expired(config: hash_table_pb2.SlotExpireTimeConfig, rows: Rows, now: int) 
     for each in config.slot_expire_times:
         days[each.slot & 0x7FFF] = each.expire_time
     allowed = days[(rows.ids >> np.uint64(48)) & np.uint64(0x7FFF)] * _SECONDS_PER_DAY
-    return now - rows.last_update.astype(np.int64) >= allowed
+    marks: npt.NDArray[np.bool_] = now - rows.last_update.astype(np.int64) >= allowed
+    return marks
 
 
 def _in_parallel(work: Callable[[int], _T], count: int) -> list[_T]:

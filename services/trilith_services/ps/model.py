@@ -13,8 +13,8 @@ from trilith.errors import InvalidRequestError
 from trilith.tables import CuckooHashTable, Fp32, HashTableConfig, Segment, Sgd, Zeros
 from trilith.tables.spec import seed_of
 from trilith_proto import hash_table_pb2, ps_pb2
-from trilith_services.ps.filters import DummyFilter, OccurrenceFilter, Thresholds, create_hash_filters
-from trilith_services.ps.table import Table
+from trilith_services.ps.filters import DummyFilter, OccurrenceFilter, create_hash_filters
+from trilith_services.ps.table import OccurrenceGate, Table
 
 if TYPE_CHECKING:
     from trilith_services.ps.multi_table import MultiTable
@@ -44,7 +44,7 @@ class Model:
         self._names.add(name)
         return name
 
-    def make_table(self, name: str, config: HashTableConfig, occurrence_filter: OccurrenceFilter | None) -> Table:
+    def make_table(self, name: str, config: HashTableConfig, gate: OccurrenceGate | None) -> Table:
         """Build the rows behind one config."""
         proto = ps_pb2.TableConfig(name=name, seed=seed_of(name), hash_table=config.table_config)
         segments = proto.hash_table.entry_config.segments
@@ -56,9 +56,7 @@ class Model:
             )
         if self.exporting:
             proto.hash_table.entry_config.entry_type = hash_table_pb2.EntryConfig.SERVING
-        if isinstance(occurrence_filter, DummyFilter):
-            occurrence_filter = None
-        return Table(proto, gate=occurrence_filter)
+        return Table(proto, gate=None if isinstance(gate, DummyFilter) else gate)
 
     def hash_table(
         self,
@@ -116,12 +114,8 @@ class Model:
         CuckooHashTable().mutate_table(table_config)
         table_config.slot_expire_time_config.default_expire_time = expire_time
         table_config.entry_config.segments.append(Segment(dim, Zeros(), Sgd(), Fp32()).as_proto())
-        thresholds = Thresholds.constant(occurrence_threshold)
-        (hash_filter,) = create_hash_filters(
-            0,
-            enable_hash_filter,
-            hash_table_pb2.SlotOccurrenceThresholdConfig(default_occurrence_threshold=int(thresholds.values[0])),
-        )
+        thresholds = hash_table_pb2.SlotOccurrenceThresholdConfig(default_occurrence_threshold=occurrence_threshold)
+        (hash_filter,) = create_hash_filters(0, enable_hash_filter, thresholds)
         suffix = name_suffix if name_suffix is not None else f"test_{len(self._names)}"
         return self.hash_table(
             HashTableConfig(table_config, [learning_rate], extra_restore_names),

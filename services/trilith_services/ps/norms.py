@@ -14,7 +14,8 @@ _ULPS = 2
 
 def norm_square(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """float32[...]: the squared Euclidean norm over the last axis of float32[..., d]."""
-    return np.square(values).sum(axis=-1, dtype=np.float32)
+    squares: npt.NDArray[np.float32] = np.square(values).sum(axis=-1, dtype=np.float32)
+    return squares
 
 
 def almost_equal(x: npt.ArrayLike, y: npt.ArrayLike) -> npt.NDArray[np.bool_]:

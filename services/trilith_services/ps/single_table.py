@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
 from trilith_services.ps.assets import find_restore_base
+from trilith_services.ps.delay_compensation import delay_compensated
 from trilith_services.ps.entries import entry_list
 from trilith_services.ps.entry_files import restore_table, save_table
 
@@ -115,6 +116,37 @@ class SingleTable:
         )
         return self
 
+    def apply_delayed_gradients(
+        self,
+        ids: npt.ArrayLike,
+        grads: npt.ArrayLike,
+        latest: npt.ArrayLike,
+        *,
+        lambda_: float,
+        learning_rates: npt.ArrayLike | None = None,
+        global_step: int = 0,
+        req_time: int = 0,
+    ) -> SingleTable:
+        """Take steps by gradients that are compensated for what has happened since their worker read the rows.
+
+        Args:
+            ids: int64 or uint64[n], unique.
+            grads: float32[n, dim].
+            latest: float32[n, dim]: what the worker had read; zeros for a row that was missing.
+            lambda_: Strength of the compensation.
+            learning_rates: Instead of the config's.
+            global_step: For optimizers and readers that use it.
+            req_time: Becomes the rows' last update.
+        """
+        rows, gradients = as_ids(ids), self._values(grads)
+        present, found = self.table.export_rows(rows)
+        weights = np.zeros_like(gradients)
+        weights[present] = found.weights
+        compensated = delay_compensated(gradients, weights, self._values(latest), lambda_)
+        return self.apply_gradients(
+            rows, compensated, learning_rates=learning_rates, global_step=global_step, req_time=req_time
+        )
+
     def reinitialize(self, ids: npt.ArrayLike, *, request_time: int) -> npt.NDArray[np.int8]:
         """Reset rows; int8[n]: 1 existed, 0 was created."""
         return self.table.reinitialize(as_ids(ids), request_time=request_time)
@@ -134,7 +166,7 @@ class SingleTable:
         return self
 
     def restore_from_assets(self, directory: str) -> SingleTable:
-        """Replace the rows by those saved under the table's own name, or the first of its earlier ones that is there."""
+        """Replace the rows by those saved under the table's own name, or else under the first earlier one."""
         return self.restore(find_restore_base(directory, [self.name, *self.extra_restore_names]))
 
     def save_as_tensor(self, shard_idx: int, num_shards: int, limit: int, offset: int) -> tuple[int, list[bytes]]:

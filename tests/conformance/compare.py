@@ -1,0 +1,78 @@
+"""Compares what a vector gave with what it expects."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Partial", "mismatch", "plain"]
+
+_SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class Partial(dict[str, Any]):
+    """A result of which only the keys that are expected are compared."""
+
+
+def plain(value: Any) -> Any:
+    """Arrays and numpy scalars as lists and numbers."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Partial):
+        return Partial({key: plain(each) for key, each in value.items()})
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return value
+
+
+def mismatch(got: Any, expected: dict[str, Any]) -> str | None:
+    """What is wrong with `got`, None if nothing."""
+    got = plain(got)
+    for bound, wrong in (("min", lambda x: x < expected["min"]), ("max", lambda x: x > expected["max"])):
+        if bound in expected and (not _is_number(got) or math.isnan(got) or wrong(got)):
+            return f"{got} breaks {bound} {expected[bound]}"
+    if "value" not in expected:
+        return None
+    rel = expected.get("rel_tol", 0.0)
+    exact = bool(expected.get("exact"))
+    absolute = expected.get("abs_tol", 1e-12 if "rel_tol" in expected else 0.0)
+    return _differs(got, expected["value"], rel, absolute, exact)
+
+
+def _differs(got: Any, wanted: Any, rel: float, absolute: float, exact: bool) -> str | None:
+    if isinstance(wanted, dict):
+        if not isinstance(got, dict) or (not isinstance(got, Partial) and got.keys() != wanted.keys()):
+            return f"{got} is not {wanted}"
+        pairs = [(got.get(key), each) for key, each in wanted.items()]
+    elif isinstance(wanted, list):
+        if not isinstance(got, list) or len(got) != len(wanted):
+            return f"{got} is not {wanted}"
+        pairs = list(zip(got, wanted, strict=True))
+    else:
+        return None if _same(got, wanted, rel, absolute, exact) else f"{got!r} is not {wanted!r}"
+    wrong = (_differs(left, right, rel, absolute, exact) for left, right in pairs)
+    return next((each for each in wrong if each), None)
+
+
+def _same(got: Any, wanted: Any, rel: float, absolute: float, exact: bool) -> bool:
+    if isinstance(wanted, str) and wanted in _SPECIAL and _is_number(got):
+        wanted = _SPECIAL[wanted]
+    if isinstance(wanted, bool) or not _is_number(wanted) or not _is_number(got) or isinstance(got, bool):
+        return type(got) is type(wanted) and bool(got == wanted)
+    if math.isnan(wanted) or math.isinf(wanted):
+        return math.isnan(got) if math.isnan(wanted) else got == wanted
+    if exact:
+        return bool(got == wanted)
+    if rel == 0.0 and absolute == 0.0:
+        return bool(np.float32(got) == np.float32(wanted))
+    return bool(abs(got - wanted) <= rel * abs(wanted) + absolute)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

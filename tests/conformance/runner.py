@@ -1,0 +1,122 @@
+"""Runs one vector: its steps on an object of its kind, then its expectations."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.conformance.compare import mismatch
+from trilith.errors import TrilithError
+
+__all__ = ["Kind", "engine_failures", "failures_of", "run_file"]
+
+
+class Kind:
+    """Base of the kinds: a step `{"op": "x", ...}` calls `op_x(**rest)`, which may return a result.
+
+    Attributes:
+        config: The vector's.
+        folder: Where the files of this vector go.
+        attempt: Counts the tries of a vector whose outcome is drawn.
+    """
+
+    attempts = 1
+
+    def __init__(self, config: Mapping[str, Any], folder: Path, attempt: int = 0) -> None:
+        self.config = config
+        self.folder = folder
+        self.attempt = attempt
+
+    def path(self, name: str) -> str:
+        """Where a file that a vector names is."""
+        return str(self.folder / name)
+
+    def run(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
+        """Do the steps; results by label."""
+        results = {}
+        for step in steps:
+            arguments = {name: value for name, value in step.items() if name not in {"op", "out", "error"}}
+            operation = getattr(self, f"op_{step['op']}", None)
+            if operation is None:
+                raise NotImplementedError(f"no op {step['op']!r} in kind {type(self).__name__}")
+            if step.get("error"):
+                results[step.get("out")] = _raises(operation, arguments)
+                continue
+            result = operation(**arguments)
+            if "out" in step:
+                results[step["out"]] = result
+        return results
+
+
+def _raises(operation: Any, arguments: dict[str, Any]) -> bool:
+    try:
+        operation(**arguments)
+    except (TrilithError, ValueError, NotImplementedError):
+        return True
+    return False
+
+
+def failures_of(vector: Mapping[str, Any]) -> list[str]:
+    """What is wrong with one engine vector; an empty list if nothing."""
+    from tests.conformance.kinds import KINDS
+
+    kind = KINDS.get(vector.get("kind", ""))
+    if kind is None:
+        return [f"no kind {vector.get('kind')!r}"]
+    found: list[str] = []
+    for attempt in range(kind.attempts):
+        found = _attempt(kind, vector, attempt)
+        if not found:
+            break
+    return found
+
+
+def _attempt(kind: type[Kind], vector: Mapping[str, Any], attempt: int) -> list[str]:
+    with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
+        try:
+            results = kind(vector.get("config") or {}, Path(folder), attempt).run(vector["steps"])
+        except Exception as error:  # noqa: BLE001 - whatever a vector raises is its failure, the others go on
+            return [_one_line(f"{type(error).__name__}: {error}")]
+    found = []
+    for label, expected in vector["expected"].items():
+        wrong = "nothing was given out" if label not in results else mismatch(results[label], expected)
+        if wrong:
+            found.append(_one_line(f"{label}: {wrong}"))
+    return found
+
+
+def _one_line(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= 300 else f"{words[:297]}..."
+
+
+def engine_failures(vectors: list[dict[str, Any]], only: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Per vector whose name contains `only`, its name and what is wrong with it."""
+    for number, vector in enumerate(vectors):
+        name = str(vector.get("name", number))
+        if only in name:
+            yield name, failures_of(vector)
+
+
+def _unbuilt(vectors: Any) -> Iterator[tuple[str, list[str]]]:
+    """Every vector of a part that does not exist yet, as a failure."""
+    if isinstance(vectors, dict):
+        groups = vectors.get("vectors", vectors)
+        for group, cases in groups.items():
+            names = enumerate(cases) if isinstance(cases, list) else ((key, None) for key in cases)
+            for name, _ in names:
+                yield f"{group}.{name}", ["this part is not built"]
+    else:
+        for number, vector in enumerate(vectors):
+            yield f"{vector.get('op', 'vector')}.{number}", ["this part is not built"]
+
+
+def run_file(part: str, path: Path, only: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Run the vectors of a file of "engine", "worker_ops" or "data" vectors whose names contain `only`."""
+    vectors = json.loads(path.read_text())
+    if part == "engine":
+        return engine_failures(vectors, only)
+    return ((name, failures) for name, failures in _unbuilt(vectors) if only in name)
