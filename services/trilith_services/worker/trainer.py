@@ -18,7 +18,7 @@ import torch
 from torch import distributed
 from torch.nn import functional
 
-from trilith.checkpoint import checkpoint_name, prune
+from trilith.checkpoint import checkpoint_name, list_checkpoints, prune
 from trilith.data.clicks import ClickData, Parts
 from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
 from trilith.nn import AllReduced, DenseOnPs, auc, pick_device
@@ -153,11 +153,11 @@ class Trainer:
         """Train; returns whether all was done rather than stopped before."""
         config = self._config
         self._cluster_step = self._saved_step = self._client.global_step()
+        if config.rank == 0 and config.model_dir:
+            self._save()  # so that a PS that dies early has something to start from
         self._emit(
             {"event": "start", "rank": config.rank, "total_steps": self._total_steps(), **asdict(self._position)}
         )
-        if config.rank == 0 and config.model_dir:
-            self._save()  # so that a PS that dies early has something to start from
         finished = self._epochs(stop)
         self._count_steps(flush=True)
         if isinstance(self._dense, AllReduced):
@@ -327,7 +327,10 @@ def _all_reduced(value: int, how: distributed.ReduceOp.RedOpType) -> int:
 
 def save_checkpoint(client: Any, model_dir: str, *, clock: Callable[[], float] = time.time) -> tuple[str, int]:
     """Write the next numbered checkpoint below `model_dir` and drop old ones; returns its path and step."""
-    path = f"{model_dir.rstrip('/')}/{checkpoint_name(int(clock() * 1000))}"
+    there = list_checkpoints(model_dir)
+    # A PS that was stopped names its last checkpoint after the coming tick, which may lie ahead of now.
+    number = max(int(clock() * 1000), there[-1].number + 1 if there else 0)
+    path = f"{model_dir.rstrip('/')}/{checkpoint_name(number)}"
     step = int(client.save(path))
     prune(model_dir, KEEP_CHECKPOINTS)
     return path, step

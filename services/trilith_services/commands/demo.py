@@ -1,0 +1,326 @@
+"""`trilith demo`: trains a click model on MovieLens on a cluster of local processes, and the same model without one."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trilith_services.commands.worker import Model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trilith.data.clicks import Parts
+    from trilith_services.supervisor import PsCluster, StopRequest, Supervisor
+    from trilith_services.worker.models import ModelSettings
+    from trilith_services.worker.trainer import WorkerConfig
+
+__all__ = ["DemoOptions", "register", "run_demo"]
+
+SERVE_TIMEOUT_S = 600.0
+"""On a machine that has never run Trilith the PS compile their kernels first."""
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoOptions:
+    """What the demo does; `steps` counts those of all workers, 0 is no limit, `epochs` 0 the model's own number."""
+
+    num_ps: int
+    workers: int
+    model: str
+    data: str
+    model_dir: Path
+    epochs: int
+    steps: int
+    batch_size: int
+    save_every: int
+    seed: int
+    baseline: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Result:
+    """What a cluster run came to."""
+
+    auc: float
+    samples_per_s: float
+    rows: int
+    checkpoint: str
+
+
+class _InterruptedError(Exception):
+    """Somebody asked for the end."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command()(demo)
+
+
+def demo(
+    num_ps: Annotated[int, typer.Option(help="PS processes; 0: embedded, everything in one process.", min=0)] = 2,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes; 2, or 1 when embedded.", min=1, show_default=False)
+    ] = None,
+    model: Annotated[Model, typer.Option(help="Reference model.")] = Model.deepfm,
+    data: Annotated[str, typer.Option(help="movielens, or synthetic:SAMPLES.")] = "movielens",
+    model_dir: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoints and logs go here, and training starts from the newest checkpoint in it."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the data; 0: the model's own number.", min=0)] = 0,
+    steps: Annotated[int, typer.Option(help="End after so many steps of all workers; 0: no limit.", min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(help="Samples per step.", min=1)] = 512,
+    save_every: Annotated[int, typer.Option(help="Steps of all workers between checkpoints; 0: none.", min=0)] = 500,
+    seed: Annotated[int, typer.Option(help="Decides initial values and the order of samples.", min=0)] = 0,
+    baseline: Annotated[bool, typer.Option(help="Also train with plain torch, for comparison.")] = True,
+) -> None:
+    """Train a click model on MovieLens with PS and worker processes of this machine, and say how good it is."""
+    from trilith.data.movielens import cache_dir
+    from trilith.errors import InvalidRequestError
+
+    if num_ps == 0 and workers not in (None, 1):
+        raise InvalidRequestError(f"--workers {workers} with --num-ps 0: embedded, one process does everything")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    options = DemoOptions(
+        num_ps=num_ps,
+        workers=workers or (2 if num_ps else 1),
+        model=model.value,
+        data=data,
+        model_dir=(cache_dir() / "demo" / stamp if model_dir is None else model_dir).absolute(),
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        save_every=save_every,
+        seed=seed,
+        baseline=baseline,
+    )
+    raise typer.Exit(run_demo(options))
+
+
+def run_demo(options: DemoOptions, console: Console | None = None) -> int:
+    """Run it; returns the exit status.
+
+    Raises:
+        TrilithError: A process could not start or kept dying, or the data could not be had.
+    """
+    from trilith_services.commands import output
+    from trilith_services.supervisor import StopRequest
+    from trilith_services.worker.datasets import load_dataset
+    from trilith_services.worker.models import settings_of
+
+    console = console or output.console()
+    settings = settings_of(options.model, epochs=options.epochs or None)
+    with StopRequest() as stop:
+        parts = load_dataset(options.data, report=lambda line: console.print(line, highlight=False))
+        console.print(
+            f"{options.data}: {len(parts.train):,} samples to train on, {len(parts.validation):,} to validate, "
+            f"{len(parts.test):,} to test; {len(parts.train.features)} features; model {options.model}, "
+            f"{settings.epochs} epochs",
+            highlight=False,
+        )
+        try:
+            run = _Cluster(options, settings, parts, console, stop)
+            result = run.embedded() if options.num_ps == 0 else run.processes()
+            base = _baseline(options, settings, parts, console, stop) if options.baseline else None
+        except _InterruptedError:
+            console.print("stopped, as asked")
+            return INTERRUPTED
+    table = output.grid("", ">test auc", ">samples/s", ">rows", title="the same model, data, epochs and optimizer")
+    where = f"{options.num_ps} PS, {options.workers} workers" if options.num_ps else "embedded"
+    table.add_row(where, f"{result.auc:.4f}", f"{result.samples_per_s:,.0f}", f"{result.rows:,}")
+    if base is not None:
+        name = f"plain torch, 1 process, {base.threads} threads"
+        table.add_row(name, f"{base.auc:.4f}", f"{base.samples_per_s:,.0f}", f"{base.rows:,}")
+    console.print(table)
+    console.print(f"checkpoint: {result.checkpoint}", highlight=False, soft_wrap=True)
+    base_auc = f"{base.auc:.4f}" if base is not None else "nan"
+    base_rate = f"{base.samples_per_s:.0f}" if base is not None else "nan"
+    typer.echo(
+        f"demo: auc={result.auc:.4f} baseline_auc={base_auc} samples_per_s={result.samples_per_s:.0f} "
+        f"baseline_samples_per_s={base_rate} rows={result.rows} ps={options.num_ps} workers={options.workers}"
+    )
+    return 0
+
+
+def _baseline(options: DemoOptions, settings: ModelSettings, parts: Parts, console: Console, stop: StopRequest) -> Any:
+    from trilith_services.commands.training_view import TrainingView
+    from trilith_services.worker.baseline import train_locally
+
+    console.print("the same with plain torch.nn.EmbeddingBag, in one process:")
+    with TrainingView(console, ["torch"]) as view:
+        outcome = train_locally(
+            settings,
+            parts,
+            view,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            steps=options.steps,
+            stop=lambda: bool(stop),
+        )
+    if stop:
+        raise _InterruptedError
+    return outcome
+
+
+class _Cluster:
+    """The run on a cluster: of processes, or embedded."""
+
+    def __init__(
+        self, options: DemoOptions, settings: ModelSettings, parts: Parts, console: Console, stop: StopRequest
+    ) -> None:
+        self._options = options
+        self._settings = settings
+        self._parts = parts
+        self._console = console
+        self._stop = stop
+        self._run_dir = options.model_dir / "runs" / time.strftime("%Y%m%d-%H%M%S")
+
+    def processes(self) -> _Result:
+        """PS and workers as processes, watched until the workers are done."""
+        from rich.console import Console
+
+        from trilith.connect import connect
+        from trilith_services.commands.training_view import TrainingView
+        from trilith_services.supervisor import PsCluster, Supervisor
+
+        options, console = self._options, self._console
+        # What the processes log goes to files; the display shows what they report.
+        with Supervisor(Console(quiet=True), self._run_dir) as supervisor:
+            cluster = PsCluster(
+                supervisor,
+                options.num_ps,
+                checkpoint_dir=options.model_dir,
+                arguments=["--threads", str(_share(options.num_ps))],
+            )
+            console.print(f"starting {options.num_ps} PS and {options.workers} workers; logs in {self._run_dir}")
+            cluster.start(timeout_s=SERVE_TIMEOUT_S)
+            with TrainingView(console, [f"worker-{rank}" for rank in range(options.workers)]) as view:
+                self._start_workers(supervisor, cluster)
+                self._watch(supervisor, view)
+            with connect(cluster.address) as client:
+                return self._finish(client, view.samples_per_s)
+
+    def _start_workers(self, supervisor: Supervisor, cluster: PsCluster) -> None:
+        from trilith_services.supervisor import ProcessSpec, trilith_argv
+
+        options = self._options
+        for rank in range(options.workers):
+            argv = trilith_argv(
+                "worker",
+                *("--cluster", cluster.address, "--rank", str(rank), "--world-size", str(options.workers)),
+                *("--model", options.model, "--data", options.data, "--batch-size", str(options.batch_size)),
+                *("--epochs", str(self._settings.epochs), "--steps", str(-(-options.steps // options.workers))),
+                *("--seed", str(options.seed), "--model-dir", str(options.model_dir)),
+                *("--save-every", str(options.save_every), "--events", str(self._events(rank))),
+                *("--state", str(self._run_dir / f"worker-{rank}.state")),
+            )
+            supervisor.start(ProcessSpec(name=f"worker-{rank}", argv=argv, restart="on-failure"))
+
+    def _events(self, rank: int) -> Path:
+        return self._run_dir / f"worker-{rank}.jsonl"
+
+    def _watch(self, supervisor: Supervisor, view: Any) -> None:
+        from trilith_services.worker.events import Tail
+
+        tails = [Tail(self._events(rank)) for rank in range(self._options.workers)]
+        running = True
+        while running:
+            running = bool(supervisor.running(prefix="worker-"))
+            if self._stop.wait(0.1):
+                raise _InterruptedError
+            for ended in supervisor.poll():
+                if ended.restarted:
+                    running = True
+                    view.say(f"{ended.name} {ended.how}; starting it again")
+            for tail in tails:
+                for event in tail.read():
+                    view(event)
+
+    def embedded(self) -> _Result:
+        """PS and worker as two threads of this process."""
+        import torch
+
+        from trilith.connect import connect
+        from trilith_services.commands.training_view import TrainingView
+        from trilith_services.worker.trainer import Trainer
+
+        self._console.print("embedded: PS and worker in this process")
+        events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        failures: list[BaseException] = []
+        torch.set_num_threads(1)
+        with connect("local://") as client, TrainingView(self._console, ["embedded"]) as view:
+            self._restore(client)
+
+            def train() -> None:
+                try:
+                    trainer = Trainer(
+                        self._config(), client, self._parts, lambda event: events.put({"time": time.time(), **event})
+                    )
+                    trainer.run(lambda: bool(self._stop))
+                except BaseException as error:  # noqa: BLE001 - raised again below, in the main thread
+                    failures.append(error)
+
+            thread = threading.Thread(target=train, name="trainer")
+            thread.start()
+            while thread.is_alive() or not events.empty():
+                try:
+                    view(events.get(timeout=0.1))
+                except queue.Empty:
+                    continue
+            thread.join()
+            if failures:
+                raise failures[0]
+            if self._stop:
+                raise _InterruptedError
+            return self._finish(client, view.samples_per_s)
+
+    def _restore(self, client: Any) -> None:
+        """What a PS process does with its checkpoint directory."""
+        from trilith.checkpoint import newest_complete
+
+        newest = newest_complete(str(self._options.model_dir))
+        if newest is not None:
+            client.restore(newest.path)
+
+    def _config(self) -> WorkerConfig:
+        from trilith_services.worker.trainer import WorkerConfig
+
+        options = self._options
+        return WorkerConfig(
+            settings=self._settings,
+            epochs=self._settings.epochs,
+            batch_size=options.batch_size,
+            steps=options.steps,
+            seed=options.seed,
+            model_dir=str(options.model_dir),
+            save_every=options.save_every,
+        )
+
+    def _finish(self, client: Any, samples_per_s: float) -> _Result:
+        """Score the test part with what the cluster holds, and save it."""
+        from trilith.nn import DenseOnPs, auc
+        from trilith_services.worker.trainer import save_checkpoint
+
+        test, settings = self._parts.test, self._settings
+        model = settings.on_cluster(client, test.features, seed=self._options.seed)
+        DenseOnPs(client, model.head, settings.dense_optimizer())  # takes the trained values over
+        score = auc(test.labels, model.predict(test))
+        path, _ = save_checkpoint(client, str(self._options.model_dir))
+        rows = sum(table.rows for shard in client.stats() for table in shard.tables)
+        return _Result(auc=score, samples_per_s=samples_per_s, rows=rows, checkpoint=path)
+
+
+def _share(processes: int) -> int:
+    """Cores for each of so many processes."""
+    import os
+
+    return max(1, (os.cpu_count() or 1) // processes)

@@ -1,0 +1,108 @@
+"""The worker process: connects, joins the other workers if training is synchronous, trains, and stops on SIGTERM."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+
+import torch
+from torch import distributed
+
+from trilith.connect import connect
+from trilith.errors import InvalidRequestError
+from trilith_services.worker.datasets import load_dataset
+from trilith_services.worker.events import EventLog
+from trilith_services.worker.trainer import Trainer, WorkerConfig
+
+__all__ = ["WorkerOptions", "run_worker"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """Where a worker process finds what it needs.
+
+    Attributes:
+        cluster: Address of the cluster, as `trilith.connect` takes it.
+        data: Name of the data, as `load_dataset` takes it.
+        events: File that events are appended to; empty for none.
+        master: host:port where rank 0 meets the others, for all-reduce.
+        threads: torch threads; 0 shares the cores among the workers.
+        timeout_s: How long a call waits for a PS that is away.
+    """
+
+    cluster: str
+    data: str = "movielens"
+    events: str = ""
+    master: str = ""
+    threads: int = 0
+    timeout_s: float = 120.0
+
+
+def run_worker(options: WorkerOptions, config: WorkerConfig) -> int:
+    """Train; returns the exit status, 0 also when SIGTERM or SIGINT ended it early.
+
+    Raises:
+        TrilithError: The cluster, the data or the options are not usable.
+    """
+    if config.dense == "allreduce" and not options.master:
+        raise InvalidRequestError("all-reduce needs to know where rank 0 is: give --master host:port")
+    torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 1) // config.world_size))
+    with _stop_on_signal() as stop, _events(options.events) as emit:
+        parts = load_dataset(options.data, report=log.info)
+        with connect(options.cluster, timeout_s=options.timeout_s) as client, _group(options, config):
+            finished = Trainer(config, client, parts, emit).run(stop.is_set)
+    log.info("done" if finished else "stopped before the end, as asked")
+    return 0
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _events(path: str) -> Iterator[EventLog]:
+    events = EventLog(path or os.devnull)
+    try:
+        yield events
+    finally:
+        events.close()
+
+
+@contextmanager
+def _group(options: WorkerOptions, config: WorkerConfig) -> Iterator[None]:
+    """The process group of synchronous training."""
+    if config.dense != "allreduce":
+        yield
+        return
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"tcp://{options.master}",
+        rank=config.rank,
+        world_size=config.world_size,
+        timeout=timedelta(seconds=max(options.timeout_s, 60.0)),
+    )
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
