@@ -73,23 +73,28 @@ wheel-check: $(VENV)  ## build the wheel and check that it holds the three packa
 	sys.exit(tops != ["trilith", "trilith_proto", "trilith_services"])'
 
 conformance: $(VENV)  ## run the engine's vector file
-	$(BIN)/python -m tests.conformance engine tests/golden/engine.json
+	$(BIN)/python -m tests.conformance engine tests/golden/conformance/engine.json
 
 bench: $(VENV)  ## measure against references in the same run; writes build/bench.json (wants a quiet machine)
 	@mkdir -p build
 	$(BIN)/python -m tests.bench $(ARGS)
 
-up: $(VENV)  ## start a local cluster in the background (PS=2 WORKERS=0); its log is build/up.log
+up: $(VENV)  ## start a local cluster in the background (PS=2 WORKERS=0); make down stops it
 	@mkdir -p build
-	@if test -e build/up.pid && kill -0 "$$(cat build/up.pid)" 2>/dev/null; then echo "already up, pid $$(cat build/up.pid)"; exit 1; fi
-	@$(BIN)/trilith up --ps $(PS) --workers $(WORKERS) $(ARGS) >build/up.log 2>&1 & echo $$! >build/up.pid
-	@echo "starting $(PS) PS, pid $$(cat build/up.pid): see build/up.log; make down stops it"
+	@if test -e build/up.pid && kill -0 "$$(cat build/up.pid)" 2>/dev/null; then echo "already up: $$(cat build/up.address)"; exit 1; fi
+	@rm -f build/up.address
+	@$(BIN)/trilith up --ps $(PS) --workers $(WORKERS) --address-file build/up.address $(ARGS) >build/up.log 2>&1 </dev/null & echo $$! >build/up.pid
+	@while ! test -e build/up.address; do \
+	  kill -0 "$$(cat build/up.pid)" 2>/dev/null || { tail build/up.log; rm -f build/up.pid; exit 1; }; \
+	  sleep 0.2; \
+	done
+	@echo "up: $$(cat build/up.address) (log: build/up.log; make down stops it)"
 
 down:  ## stop what `make up` started
 	@if test -e build/up.pid && kill -TERM "$$(cat build/up.pid)" 2>/dev/null; then \
 	  while kill -0 "$$(cat build/up.pid)" 2>/dev/null; do sleep 0.2; done; echo stopped; \
 	else echo "nothing is up"; fi
-	@rm -f build/up.pid
+	@rm -f build/up.pid build/up.address
 
 clean:  ## remove environments, caches and build results
 	rm -rf .venv .venv-proto build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks
