@@ -247,16 +247,15 @@ class _Cluster:
 
     def embedded(self) -> _Result:
         """PS and worker as two threads of this process."""
-        import torch
-
         from trilith.connect import connect
         from trilith_services.commands.training_view import TrainingView
+        from trilith_services.worker.run import use_threads
         from trilith_services.worker.trainer import Trainer
 
         self._console.print("embedded: PS and worker in this process")
         events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         failures: list[BaseException] = []
-        torch.set_num_threads(1)
+        use_threads(1)
         with connect("local://") as client, TrainingView(self._console, ["embedded"]) as view:
             self._restore(client)
 

@@ -21,7 +21,7 @@ from trilith_services.worker.datasets import load_dataset
 from trilith_services.worker.events import EventLog
 from trilith_services.worker.trainer import Trainer, WorkerConfig
 
-__all__ = ["WorkerOptions", "run_worker"]
+__all__ = ["WorkerOptions", "run_worker", "use_threads"]
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +55,18 @@ def run_worker(options: WorkerOptions, config: WorkerConfig) -> int:
     """
     if config.dense == "allreduce" and not options.master:
         raise InvalidRequestError("all-reduce needs to know where rank 0 is: give --master host:port")
-    torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 1) // config.world_size))
+    use_threads(options.threads or max(1, (os.cpu_count() or 1) // config.world_size))
     with _stop_on_signal() as stop, _events(options.events) as emit:
         parts = load_dataset(options.data, report=log.info)
         with connect(options.cluster, timeout_s=options.timeout_s) as client, _group(options, config):
             finished = Trainer(config, client, parts, emit).run(stop.is_set)
     log.info("done" if finished else "stopped before the end, as asked")
     return 0
+
+
+def use_threads(count: int) -> None:
+    """How many threads torch computes with in this process."""
+    torch.set_num_threads(count)
 
 
 @contextmanager
