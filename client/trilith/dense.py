@@ -12,7 +12,7 @@ from trilith.arrays import as_values, refuse_non_finite
 from trilith.cluster import Cluster
 from trilith.errors import InvalidRequestError, UnknownVariableError
 from trilith.routing import partition_owner, partition_sizes
-from trilith.shard import DensePart, Float32Array
+from trilith.shard import DensePart, Float32Array, Shard
 from trilith_proto import hash_table_pb2, ps_pb2
 
 __all__ = ["Variables"]
@@ -70,7 +70,13 @@ class Variables:
         for name in wanted:
             for partition in range(len(self._sizes(name))):
                 refs.setdefault(partition_owner(name, partition, cluster.count), []).append((name, partition))
-        replies = cluster.fan_out(sorted(refs), lambda i, shard, left: shard.pull_variables(refs[i], timeout_s=left))
+
+        def call(index: int, shard: Shard, left: float) -> tuple[list[Float32Array], int]:
+            if not refs[index]:
+                return [], shard.global_step(timeout_s=left)
+            return shard.pull_variables(refs[index], timeout_s=left)
+
+        replies = cluster.fan_out(sorted(refs), call)
         found = {ref: value for s, asked in refs.items() for ref, value in zip(asked, replies[s][0], strict=True)}
         values = {}
         for name in wanted:

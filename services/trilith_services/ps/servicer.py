@@ -228,7 +228,7 @@ class ParameterServerServicer:
     def PullVariables(self, request: ps_pb2.PullVariablesRequest, context: grpc.ServicerContext) -> bytes:
         """Answer with values."""
         refs = [(ref.name, ref.partition) for ref in request.partitions]
-        values, step = self._shard.pull_variables(refs)
+        values, step = self._shard.pull_variables(refs) if refs else ([], self._shard.global_step())
         return wire.pack_pulled(self._incarnation, refs, values, step)
 
     @rpc

@@ -1,0 +1,76 @@
+"""Clusters inside the test process: embedded, or PS with real gRPC servers on free ports."""
+
+from __future__ import annotations
+
+import trilith
+from trilith.client import Client
+from trilith.cluster import Cluster
+from trilith.config import ClientConfig
+from trilith_services.ps.server import ParameterServer, PsOptions
+from trilith_services.ps.store import Store
+
+SHAPES = {"embedded": 0, "1-ps": 1, "3-ps": 3}
+
+
+class LocalCluster:
+    """A cluster of one of `SHAPES`; `connect` gives clients of it.
+
+    Args:
+        shape: Key of SHAPES.
+        wrap: Puts something in front of each Store.
+        limits: Of the servers.
+        **store_options: For every Store.
+    """
+
+    def __init__(self, shape, *, wrap=lambda store: store, limits=None, **store_options):
+        self.shape = shape
+        self._count = max(1, SHAPES[shape])
+        self._wrap = wrap
+        self._options = PsOptions(limits=limits) if limits else PsOptions()
+        self._store_options = store_options
+        self.stores = [self._store(i) for i in range(self._count)]
+        self.servers = []
+        self.ports = []
+        if self.remote:
+            for store in self.stores:
+                self.servers.append(ParameterServer(wrap(store), self._options))
+                self.ports.append(self.servers[-1].start())
+
+    @property
+    def remote(self):
+        return SHAPES[self.shape] > 0
+
+    @property
+    def address(self):
+        return "static://" + ",".join(f"127.0.0.1:{port}" for port in self.ports)
+
+    def _store(self, index, **options):
+        return Store(index=index, count=self._count, threads=1, **self._store_options | options)
+
+    def connect(self, **options):
+        if self.remote:
+            return trilith.connect(self.address, **options)
+        return Client(Cluster([self._wrap(self.stores[0])], ClientConfig(**options)))
+
+    def kill(self, index):
+        """End a PS without ceremony."""
+        self.servers[index].stop(0.0)
+
+    def restart(self, index, prepare=lambda store: None):
+        """Start an empty PS where one was killed; `prepare` may fill its store."""
+        self.stores[index] = self._store(index)
+        prepare(self.stores[index])
+        self.servers[index] = ParameterServer(self._wrap(self.stores[index]), self._options)
+        self.servers[index].start(f"127.0.0.1:{self.ports[index]}")
+
+    def close(self):
+        for server in self.servers:
+            server.stop(0.0)
+        for store in self.stores:
+            store.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.close()

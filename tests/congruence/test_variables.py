@@ -1,0 +1,157 @@
+"""Dense variables, the step counter and checkpoints through the public client, on every shape of cluster."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import trilith.routing
+from trilith.errors import InvalidRequestError, NonFiniteError, TableExistsError
+from trilith.tables import Adagrad, Adam, RandomUniform, Sgd
+from trilith_proto import hash_table_pb2
+
+
+def floats(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_variables_come_back_in_their_shapes(client, name):
+    values = {f"{name}_w": floats(3, 5), f"{name}_b": floats(5), f"{name}_s": np.float32(2.5)}
+    assert client.create_variables(values, optimizer=Sgd(learning_rate=0.1)) == dict.fromkeys(values, True)
+    pulled, _ = client.pull_variables(list(values))
+    assert list(pulled) == list(values)
+    for key, value in values.items():
+        np.testing.assert_array_equal(pulled[key], value)
+        assert pulled[key].shape == np.shape(value)
+        assert pulled[key].flags.writeable
+
+
+def test_creating_again_keeps_the_values(client, name):
+    client.create_variables({name: floats(4)}, optimizer=Sgd())
+    assert client.create_variables({name: floats(4, seed=1)}, optimizer=Sgd()) == {name: False}
+    np.testing.assert_array_equal(client.pull_variables([name])[0][name], floats(4))
+
+
+def test_another_size_or_optimizer_is_refused(client, name):
+    client.create_variables({name: floats(4)}, optimizer=Sgd())
+    with pytest.raises(TableExistsError, match=name):
+        client.create_variables({name: floats(5)}, optimizer=Sgd())
+    with pytest.raises(TableExistsError, match=name):
+        client.create_variables({name: floats(4)}, optimizer=Adagrad())
+
+
+@pytest.mark.parametrize("optimizer", [Sgd(learning_rate=0.5), Adagrad(learning_rate=0.5), Adam(learning_rate=0.5)])
+def test_a_variable_steps_as_a_row_of_its_width_would(client, name, optimizer):
+    client.create_variables({name: np.zeros((2, 3), np.float32)}, optimizer=optimizer)
+    table = client.table(f"{name}_t", dim=6, optimizer=optimizer, initializer=RandomUniform(0, 0))
+    for step in range(3):
+        grad = floats(2, 3, seed=step)
+        client.apply_dense_gradients({name: grad})
+        table.apply_gradients([1], grad.reshape(1, 6))
+    np.testing.assert_allclose(client.pull_variables([name])[0][name].reshape(-1), table.lookup([1])[0], rtol=1e-6)
+
+
+def test_one_rate_may_be_given_for_all(client, name):
+    client.create_variables({name: np.zeros(3, np.float32)}, optimizer=Sgd(learning_rate=0.5))
+    client.apply_dense_gradients({name: np.ones(3, np.float32)}, learning_rate=2.0)
+    np.testing.assert_array_equal(client.pull_variables([name])[0][name], [-2, -2, -2])
+
+
+def test_an_optimizer_may_be_a_message(client, name):
+    config = hash_table_pb2.OptimizerConfig(sgd=hash_table_pb2.SgdOptimizerConfig(learning_rate=1.0))
+    client.create_variables({name: np.zeros(3, np.float32)}, optimizer=config)
+    client.apply_dense_gradients({name: np.ones(3)})
+    np.testing.assert_array_equal(client.pull_variables([name])[0][name], [-1, -1, -1])
+
+
+def test_variables_may_be_set(client, name):
+    client.create_variables({name: floats(2, 2)}, optimizer=Sgd())
+    client.assign_variables({name: floats(2, 2, seed=1)})
+    np.testing.assert_array_equal(client.pull_variables([name])[0][name], floats(2, 2, seed=1))
+
+
+def test_a_large_variable_is_spread_over_the_ps(client, name, monkeypatch):
+    monkeypatch.setattr(trilith.routing, "MAX_PARTITION_FLOATS", 8)
+    values = {f"{name}_a": floats(5, 7), f"{name}_b": floats(3, 3)}
+    client.create_variables(values, optimizer=Sgd(learning_rate=1.0))
+    held = [{spec.name for spec in answer.variables} for answer in client.describe()]
+    assert all(f"{name}_a" in names for names in held)
+    grads = {key: floats(*value.shape, seed=2) for key, value in values.items()}
+    client.apply_dense_gradients(grads)
+    pulled, _ = client.pull_variables(list(values))
+    for key, value in values.items():
+        np.testing.assert_array_equal(pulled[key], value - grads[key])
+
+
+def test_wrong_values_are_refused_and_nothing_changes(client, name):
+    client.create_variables({name: floats(2, 3)}, optimizer=Sgd())
+    with pytest.raises(InvalidRequestError, match=r"shape \(3, 2\), the variable has \(2, 3\)"):
+        client.apply_dense_gradients({name: floats(3, 2)})
+    with pytest.raises(InvalidRequestError, match="floating-point"):
+        client.assign_variables({name: np.ones((2, 3), np.int32)})
+    bad = floats(2, 3)
+    bad[1, 1] = np.nan
+    with pytest.raises(NonFiniteError, match=r"\[1, 1\] is nan"):
+        client.apply_dense_gradients({name: bad})
+    with pytest.raises(NonFiniteError):
+        client.create_variables({f"{name}_x": np.array([np.inf])}, optimizer=Sgd())
+    with pytest.raises(InvalidRequestError, match="learning_rate"):
+        client.apply_dense_gradients({name: floats(2, 3)}, learning_rate=-1.0)
+    np.testing.assert_array_equal(client.pull_variables([name])[0][name], floats(2, 3))
+
+
+def test_no_variables_are_no_variables(client):
+    assert client.create_variables({}, optimizer=Sgd()) == {}
+    assert client.pull_variables([])[0] == {}
+    client.apply_dense_gradients({})
+    client.assign_variables({})
+
+
+def test_another_client_finds_variables_and_their_values(local, shape, name):
+    cluster = local(shape)
+    with cluster.connect() as one, cluster.connect() as other:
+        one.create_variables({"w": floats(2, 3), "b": floats(3)}, optimizer=Sgd(learning_rate=1.0))
+        one.global_step(set_to=12)
+        values, step = other.pull_variables()
+        assert step == 12
+        np.testing.assert_array_equal(values["w"], floats(6).reshape(-1))
+        other.apply_dense_gradients({"b": floats(3)})
+        np.testing.assert_array_equal(one.pull_variables(["b"])[0]["b"], np.zeros(3))
+
+
+def test_the_step_is_read_set_and_advanced(local, shape):
+    with local(shape).connect() as client:
+        assert client.global_step() == 0
+        assert client.global_step(advance=3) == 3
+        assert client.global_step(advance=0) == 3
+        assert client.global_step(set_to=100) == 100
+        assert client.global_step(advance=1) == 101
+        assert client.global_step() == 101
+        for wrong in ({"advance": -1}, {"set_to": -5}, {"advance": 1, "set_to": 2}):
+            with pytest.raises(InvalidRequestError):
+                client.global_step(**wrong)
+
+
+@pytest.mark.parametrize("target", ["embedded", "1-ps", "3-ps"])
+def test_a_checkpoint_is_restored_into_any_shape_of_cluster(local, shape, target, tmp_path):
+    options = {"dim": 4, "optimizer": Adagrad(learning_rate=0.1), "initializer": RandomUniform(-1, 1)}
+    ids = np.arange(200, dtype=np.uint64) * np.uint64(2**57 + 3)
+    with local(shape).connect() as client:
+        table = client.table("user", **options)
+        table.apply_gradients(ids, floats(200, 4), request_time=99)
+        client.create_variables({"w": floats(3, 4)}, optimizer=Adagrad(learning_rate=0.1))
+        client.apply_dense_gradients({"w": floats(3, 4, seed=1)})
+        client.global_step(set_to=77)
+        assert client.save(str(tmp_path / "one")) == 77
+        table.apply_gradients(ids, floats(200, 4, seed=2))
+        client.apply_dense_gradients({"w": floats(3, 4, seed=2)})
+        want = table.lookup(ids), client.pull_variables(["w"])[0]["w"]
+    with local(target).connect() as client:
+        assert client.restore(str(tmp_path / "one")) == 77
+        assert client.global_step() == 77
+        table = client.table("user", **options)
+        table.apply_gradients(ids, floats(200, 4, seed=2))
+        client.create_variables({"w": floats(3, 4)}, optimizer=Adagrad(learning_rate=0.1))
+        client.apply_dense_gradients({"w": floats(3, 4, seed=2)})
+        np.testing.assert_array_equal(table.lookup(ids), want[0])
+        np.testing.assert_array_equal(client.pull_variables(["w"])[0]["w"], want[1])
