@@ -38,6 +38,12 @@ class Keys:
         rows = self._rng.choice(self.ids.size, min(count, self.ids.size), replace=False)
         return rows, self.ids[rows]
 
+    def few(self, count: int) -> tuple[Rows, UInt64Array]:
+        """`count` different rows without a pass over all of them."""
+        rows = np.unique(self._rng.integers(0, self.ids.size, 2 * count))
+        chosen = self._rng.permutation(rows)[:count]
+        return chosen, self.ids[chosen]
+
 
 class Zipf:
     """Rows whose frequencies fall as rank ** -exponent; a row's rank says nothing about its number."""
