@@ -23,6 +23,7 @@ app = typer.Typer(
     name="trilith",
     help="A parameter-server cluster for training and serving recommender models.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # paragraphs flow
     add_completion=False,
     pretty_exceptions_enable=False,
 )
