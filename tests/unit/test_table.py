@@ -15,7 +15,7 @@ from trilith.errors import InvalidRequestError, MemoryLimitError, NonFiniteError
 from trilith.ops.jit import JIT_DISABLED
 from trilith_proto import ps_pb2
 from trilith_services.ps.budget import MemoryBudget
-from trilith_services.ps.kernels.index import COLUMNS, group_by_stripe
+from trilith_services.ps.kernels.index import group_by_stripe
 from trilith_services.ps.table import Rows, Table
 
 DIM = 3
@@ -272,11 +272,11 @@ def test_rates_must_be_finite() -> None:
 
 def test_a_batch_is_grouped_by_stripe_in_order() -> None:
     ids = np.random.default_rng(2).integers(0, 50, 500).astype(np.uint64)
-    hashes, grouped, positions = np.empty(500, np.uint64), np.empty(500, np.uint64), np.empty(500, np.int64)
-    starts = np.empty(17, np.int64)
-    group_by_stripe(ids.__array_interface__["data"][0], 500, 4, hashes, grouped, positions, starts)
+    starts, hashes, grouped, positions = (np.empty(500, np.uint64) for _ in range(4))
+    arrays = ids, hashes, grouped, positions, starts
+    where, *rest = (array.__array_interface__["data"][0] for array in arrays)
+    group_by_stripe(where, 500, 4, *rest)
     for s in range(16):
         want = [(naive.mix64(int(i)), int(i), k) for k, i in enumerate(ids) if naive.mix64(int(i)) >> 60 == s]
-        span = slice(starts[s], starts[s + 1])
+        span = slice(int(starts[s]), int(starts[s + 1]))
         assert want == list(zip(hashes[span].tolist(), grouped[span].tolist(), positions[span].tolist(), strict=True))
-    assert COLUMNS == 8

@@ -11,7 +11,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def delay_compensated(grads: Floats, weights: Floats, latest: Floats, lambda_: float) -> Floats:
-    """g + λ g⊙g⊙(w − w_latest) for float32[n, dim], a new array.
+    """G + λ g⊙g⊙(w − w_latest) for float32[n, dim], a new array.
 
     Args:
         grads: What the worker computed.

@@ -154,7 +154,9 @@ class RowLayout:
         if self.serving:
             # A row that is only added to starts from what its codec makes of zero.
             zeros = np.zeros(self.dim, np.float32)
-            rows.encode_row(self.plan, self.segment_table, address_of(self._image), address_of(zeros))
+            rows.encode_row(
+                address_of(self.plan), address_of(self.segment_table), address_of(self._image), address_of(zeros)
+            )
 
     def _segments(self, entry: hash_table_pb2.EntryConfig) -> list[SegmentLayout]:
         found: list[SegmentLayout] = []
@@ -207,6 +209,8 @@ class RowLayout:
         plan[rows.SEED] = np.array(seed, np.uint64).astype(np.int64)
         plan[rows.CODED] = any(segment.codec != codecs.RAW for segment in self.segments)
         plan[rows.SERVING] = self.serving
+        plan[rows.SEGMENTS] = len(self.segments)
+        plan[rows.READ_WORDS] = self.words if self.serving else self.dim
         table = np.zeros((len(self.segments), rows.SEGMENT_COLUMNS), np.int64)
         for k, segment in enumerate(self.segments):
             table[k, rows.SEG_DIM] = segment.dim

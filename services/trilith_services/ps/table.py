@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,19 +17,14 @@ from trilith.ops.jit import warm
 from trilith.ops.memory import address_of
 from trilith.shard import Float32Array, UInt64Array
 from trilith_proto import ps_pb2
-from trilith_services.ps.arena import HUGE_PAGE, Mapping
 from trilith_services.ps.budget import MemoryBudget
 from trilith_services.ps.kernels import codecs, index, rows
 from trilith_services.ps.row_layout import RowLayout
+from trilith_services.ps.stripes import STRIPES, Batch, Stripes, group, work_memory
 
 __all__ = ["OccurrenceGate", "Rows", "Table", "TableCounters", "as_ids"]
 
-STRIPE_BITS = 4
-STRIPES = 1 << STRIPE_BITS
-_SMALL = 2048  # up to here one kernel call under all locks beats one call per stripe (a call costs about 2 us)
-_PARALLEL = 16384  # from here a batch is worth two threads
 _SECONDS_PER_DAY = 86400
-_MAX_ROWS_PER_STRIPE = (1 << 32) - 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,35 +88,11 @@ class TableCounters:
     evicted_rows: int = 0
 
 
-class _Scratch(threading.local):
-    """One thread's arrays for grouping a batch, grown as needed."""
-
-    def __init__(self) -> None:
-        self.room = 0
-        self.starts = np.zeros(STRIPES + 1, np.int64)
-
-    def group(self, ids: UInt64Array) -> _Batch:
-        if len(ids) > self.room:
-            self.room = 1 << max(10, (len(ids) - 1).bit_length())
-            self.hashes = np.empty(self.room, np.uint64)
-            self.grouped = np.empty(self.room, np.uint64)
-            self.positions = np.empty(self.room, np.int64)
-        index.group_by_stripe(
-            address_of(ids), len(ids), STRIPE_BITS, self.hashes, self.grouped, self.positions, self.starts
-        )
-        return self.starts, self.hashes, self.grouped, self.positions
-
-
-_Batch = tuple[npt.NDArray[np.int64], UInt64Array, UInt64Array, npt.NDArray[np.int64]]
-_SCRATCH = _Scratch()
-
-
 class Table:
     """One embedding table of one shard.
 
-    Every 64-bit id has its own row. Each row changes atomically; a batch as a whole does not. A call takes the locks of
-    the stripes it is working on, one at a time for a large batch and in ascending order for a small one, so callers
-    never wait for each other in a circle and rarely at all.
+    Every 64-bit id has its own row. Each row changes atomically; a batch as a whole does not. Thread-safe: a call holds
+    the locks of the stripes it is working on, so callers rarely wait for each other.
     """
 
     def __init__(
@@ -151,30 +120,18 @@ class Table:
         self.max_update_time = 0
         self.counters = TableCounters()
         self._budget = budget if budget is not None else MemoryBudget(0)
-        self._pool = pool
         self._lifetimes = _lifetimes(config)
-        self._locks = [threading.Lock() for _ in range(STRIPES)]
         self._time_lock = threading.Lock()
-        self._stripes = np.zeros((STRIPES, index.COLUMNS), np.int64)
-        self._indexes: list[Mapping] = []
-        self._arenas: list[Mapping] = []
+        self._stripes = Stripes(self.layout, config.hash_table.initial_capacity, pool)
+        self._at = self._stripes.address
+        self._plan = address_of(self.layout.plan)
+        self._segments = address_of(self.layout.segment_table)
         self._apply = rows.make_apply(self.layout.structure) if self.layout.structure else None
-        per_stripe = -(-max(1, config.hash_table.initial_capacity) // STRIPES)
-        reserve = _reserved_bytes_per_stripe()
-        self._arena_rows = min(reserve // self.layout.stride, _MAX_ROWS_PER_STRIPE)
-        for s in range(STRIPES):
-            slots = 16
-            while slots * _max_load(s) < per_stripe:
-                slots *= 2
-            self._arenas.append(Mapping(reserve))
-            self._indexes.append(Mapping(16 * slots, plain_bytes=HUGE_PAGE))
-            self._stripes[s, index.ARENA] = self._arenas[s].address
-            self._set_index(s, slots)
         self._charged = 0
         self._charge()
 
     def __len__(self) -> int:
-        return int(self._stripes[:, index.SIZE].sum())
+        return len(self._stripes)
 
     @property
     def stripes(self) -> int:
@@ -184,8 +141,7 @@ class Table:
     @property
     def memory_bytes(self) -> int:
         """Bytes of rows and indexes in use."""
-        used = int(self._stripes[:, index.USED].sum()) * self.layout.stride
-        return used + 16 * int((self._stripes[:, index.MASK] + 1).sum())
+        return self._stripes.memory_bytes
 
     def compile(self) -> None:
         """Compile or load every kernel that serving this table may run."""
@@ -203,8 +159,7 @@ class Table:
             rows.export_rows,
             rows.widen_halves,
             rows.all_finite,
-            index.read_times,
-            index.stripes_of,
+            index.locate_rows,
         )
         if self._apply is not None:
             warm(self._apply)
@@ -229,13 +184,13 @@ class Table:
         if len(ids) == 0:
             return out
         kernel = rows.lookup_rows if out.dtype == np.float32 else rows.lookup_rows_half
-        batch = _SCRATCH.group(ids)
-        target = address_of(out)
+        target, row_bytes = address_of(out), self.dim * out.itemsize
 
-        def read(first: int, last: int) -> int:
-            return int(kernel(self._stripes, first, last, *batch, self.layout.plan, self.layout.segment_table, target))
+        def read(batch: Batch, offset: int, first: int, last: int) -> int:
+            work = work_memory(self.dim)
+            return kernel(self._at, first, last, *batch, self._plan, self._segments, work, target + offset * row_bytes)
 
-        hits = self._each_stripe(len(ids), read)
+        hits = self._stripes.read(ids, read)
         self.counters.lookup_ids += len(ids)
         self.counters.lookup_hits += hits
         return out
@@ -252,20 +207,20 @@ class Table:
             bool[n] which ids have a row, and the rows of those, in the order of `ids`.
         """
         ids = as_ids(ids)
-        with self._all_locks():
-            numbers = self._row_numbers(ids, locked=True)
+        with self._stripes.all_locks():
+            numbers = self._numbers_locked(ids)
             present = numbers != 0
-            found, at = ids[present], numbers[present]
-            stripe = _stripe_of(found)
-            addresses = self._stripes[stripe, index.ARENA] + (at - 1) * self.layout.stride
-            times = self._times(found)
+            found = ids[present]
+            addresses, times = np.empty(len(found), np.int64), np.empty(len(found), np.uint32)
+            if len(found):
+                batch, stride = group(found), self.layout.stride
+                index.locate_rows(self._at, stride, 0, STRIPES, *batch, address_of(addresses), address_of(times))
             return present, self._copy_rows(found, addresses, times)
 
     def export_stripe(self, s: int) -> Rows:
         """Copy all rows of stripe `s`, as they are at one moment."""
-        with self._locks[s]:
-            slots = int(self._stripes[s, index.MASK]) + 1
-            return self._scan_stripe(s, 0, slots, int(self._stripes[s, index.SIZE]))[0]
+        with self._stripes.lock(s):
+            return self._scan_stripe(s, 0, int(self._stripes.slots[s]), len(self))[0]
 
     def scan(self, part: int, parts: int, limit: int, offset: int = 0) -> tuple[Rows, int]:
         """Page through one of `parts` contiguous ranges of the storage.
@@ -283,15 +238,14 @@ class Table:
             raise InvalidRequestError(f"part={part} is outside 0..{parts - 1}")
         if limit < 1:
             raise InvalidRequestError(f"limit={limit} is below 1")
-        sizes = self._stripes[:, index.MASK] + 1
-        bounds = np.concatenate([[0], np.cumsum(sizes)])
+        bounds = np.concatenate([[0], np.cumsum(self._stripes.slots)])
         end = int(bounds[-1]) * (part + 1) // parts
         at = offset - 1 if offset else int(bounds[-1]) * part // parts
         pieces: list[Rows] = []
         room = limit
         while at < end and room > 0:
             s = int(np.searchsorted(bounds, at, "right")) - 1
-            with self._locks[s]:
+            with self._stripes.lock(s):
                 stop = min(end, int(bounds[s + 1])) - int(bounds[s])
                 piece, slot = self._scan_stripe(s, at - int(bounds[s]), stop, room)
             pieces.append(piece)
@@ -302,7 +256,7 @@ class Table:
     def expired(self, found: Rows, now: int) -> npt.NDArray[np.bool_]:
         """bool[n]: which copied-out rows have expired at `now`, Unix seconds."""
         marks = np.zeros(len(found), np.bool_)
-        index.mark_expired(self._lifetimes, found.last_update, found.ids, now, marks)
+        index.mark_expired(address_of(self._lifetimes), len(self._lifetimes), found.last_update, found.ids, now, marks)
         return marks
 
     # ---- writes ------------------------------------------------------------------------------------------------
@@ -343,29 +297,26 @@ class Table:
             return
         self._refresh_scales(global_step)
         self._reserve(ids)
-        batch = _SCRATCH.group(ids)
-        plan, segments = self.layout.plan, self.layout.segment_table
-        source, rate_address = address_of(grads), address_of(rates)
-        apply = self._apply
+        source, row_bytes = address_of(grads), 4 * self.dim
+        apply, rate_address, time = self._apply, address_of(rates), request_time & 0xFFFFFFFF
 
-        def step(first: int, last: int, begin: int) -> int:
-            return int(
-                apply(
-                    self._stripes,
-                    first,
-                    last,
-                    begin,
-                    *batch,
-                    plan,
-                    segments,
-                    source,
-                    rate_address,
-                    global_step,
-                    request_time & 0xFFFFFFFF,
-                )
+        def step(batch: Batch, offset: int, first: int, last: int, begin: int) -> int:
+            return apply(  # type: ignore[no-any-return]
+                self._at,
+                first,
+                last,
+                begin,
+                *batch,
+                self._plan,
+                self._segments,
+                work_memory(self.dim),
+                source + offset * row_bytes,
+                rate_address,
+                global_step,
+                time,
             )
 
-        self._write(batch, len(ids), step)
+        self._write(ids, step)
 
     def check_update(self, ids: UInt64Array, values: npt.NDArray[Any], learning_rates: npt.ArrayLike | None) -> None:
         """Raise what a write of these would raise for its shapes, dtypes or rates."""
@@ -430,32 +381,30 @@ class Table:
         ids = as_ids(ids)
         if len(ids) == 0:
             return 0
-        starts, hashes, grouped, _ = _SCRATCH.group(ids)
 
-        def erase(first: int, last: int) -> int:
-            return int(index.erase_rows(self._stripes, self.layout.stride, first, last, starts, hashes, grouped))
+        def erase(batch: Batch, offset: int, first: int, last: int) -> int:
+            return index.erase_rows(self._at, self.layout.stride, first, last, *batch[:3])
 
-        return self._each_stripe(len(ids), erase)
+        return self._stripes.read(ids, erase)
 
     def evict(self, now: int) -> int:
         """Delete rows whose age at `now` (Unix seconds) has reached their slot's lifetime; returns how many."""
         evicted = 0
         for s in range(STRIPES):
-            with self._locks[s]:
-                evicted += int(index.evict_rows(self._stripes, self.layout.stride, s, now, self._lifetimes))
+            with self._stripes.lock(s):
+                evicted += int(
+                    index.evict_rows(
+                        self._at, self.layout.stride, s, now, address_of(self._lifetimes), len(self._lifetimes)
+                    )
+                )
         self.counters.evicted_rows += evicted
         return evicted
 
     def clear(self) -> int:
         """Drop every row and give the memory back; returns how many rows there were."""
-        with self._all_locks():
+        with self._stripes.all_locks():
             dropped = len(self)
-            for s in range(STRIPES):
-                self._arenas[s] = Mapping(self._arenas[s].size)
-                self._indexes[s] = Mapping(16 * 16, plain_bytes=HUGE_PAGE)
-                self._stripes[s] = 0
-                self._stripes[s, index.ARENA] = self._arenas[s].address
-                self._set_index(s, 16)
+            self._stripes.clear()
         self._charge()
         return dropped
 
@@ -525,128 +474,51 @@ class Table:
         if len(ids) == 0:
             return
         self._reserve(ids)
-        batch = _SCRATCH.group(ids)
-        values_at, state_at, times_at = (0 if each is None else address_of(each) for each in (values, state, times))
-        flags = 0 if existed is None else address_of(existed)
+        times_at, existed_at = _address(times), _address(existed)
+        values_at, state_at, state_bytes = _address(values), _address(state), 4 * self.layout.state_floats
 
-        def write(first: int, last: int, begin: int) -> int:
-            return int(
-                rows.write_rows(
-                    self._stripes,
-                    first,
-                    last,
-                    begin,
-                    *batch,
-                    self.layout.plan,
-                    self.layout.segment_table,
-                    mode,
-                    values_at,
-                    state_at,
-                    times_at,
-                    request_time & 0xFFFFFFFF,
-                    flags,
-                )
+        def write(batch: Batch, offset: int, first: int, last: int, begin: int) -> int:
+            return rows.write_rows(
+                self._at,
+                first,
+                last,
+                begin,
+                *batch,
+                self._plan,
+                self._segments,
+                work_memory(self.dim),
+                mode,
+                values_at + offset * 4 * self.dim,
+                state_at + offset * state_bytes,
+                times_at + offset * 4,
+                request_time & 0xFFFFFFFF,
+                existed_at + offset if existed_at else 0,
             )
 
-        self._write(batch, len(ids), write)
+        self._write(ids, write)
 
-    def _write(self, batch: _Batch, size: int, work: Callable[[int, int, int], int]) -> None:
-        """Run a kernel that may ask for room over all stripes, then settle the memory account."""
-        starts = batch[0]
-
-        def write(first: int, last: int) -> int:
-            begin = 0
-            while (begin := work(first, last, begin)) >= 0:
-                self._grow(int(np.searchsorted(starts, begin, "right")) - 1)
-            return 0
-
+    def _write(self, ids: UInt64Array, work: Callable[[Batch, int, int, int, int], int]) -> None:
+        """Run a kernel that may add rows, then settle the memory account."""
         try:
-            self._each_stripe(size, write)
+            self._stripes.write(ids, work)
         finally:
             self._charge()
-
-    def _each_stripe(self, size: int, work: Callable[[int, int], int]) -> int:
-        """Run `work(first, last)` over all stripes under their locks and add up what it returns."""
-        if size <= _SMALL:
-            with self._all_locks():
-                return work(0, STRIPES)
-
-        def run(stripes: range) -> int:
-            total = 0
-            waiting: list[int] = []
-            for s in stripes:
-                # Pass by a stripe that somebody is in, and come back to it.
-                if self._locks[s].acquire(blocking=False):
-                    try:
-                        total += work(s, s + 1)
-                    finally:
-                        self._locks[s].release()
-                else:
-                    waiting.append(s)
-            for s in waiting:
-                with self._locks[s]:
-                    total += work(s, s + 1)
-            return total
-
-        if self._pool is None or size < _PARALLEL:
-            return run(range(STRIPES))
-        other = self._pool.submit(run, range(STRIPES // 2, STRIPES))
-        try:
-            mine = run(range(STRIPES // 2))
-        finally:
-            theirs = other.result()
-        return mine + theirs
-
-    @contextmanager
-    def _all_locks(self) -> Iterator[None]:
-        for lock in self._locks:
-            lock.acquire()
-        try:
-            yield
-        finally:
-            for lock in self._locks:
-                lock.release()
-
-    def _grow(self, s: int) -> None:
-        """Double the index of stripe `s`, whose lock is held; rows stay where they are."""
-        if self._stripes[s, index.SIZE] >= self._arena_rows:
-            raise MemoryLimitError(
-                f"table {self.name!r}: stripe {s} holds {self._arena_rows} rows, all that its address space holds"
-            )
-        slots = int(self._stripes[s, index.MASK]) + 1
-        larger = Mapping(32 * slots, plain_bytes=HUGE_PAGE)
-        index.rebuild_index(self._indexes[s].address, slots - 1, larger.address, 2 * slots - 1)
-        self._indexes[s] = larger
-        self._set_index(s, 2 * slots)
-
-    def _set_index(self, s: int, slots: int) -> None:
-        self._stripes[s, index.INDEX] = self._indexes[s].address
-        self._stripes[s, index.MASK] = slots - 1
-        self._stripes[s, index.LIMIT] = min(int(slots * _max_load(s)), self._arena_rows)
 
     def _reserve(self, ids: UInt64Array) -> None:
         """Make sure that a write of `ids` fits the budget, before any row changes; MemoryLimitError if it does not."""
         if self._budget.limit == 0:
             return
         stride = self.layout.stride
-        if self._budget.has_room(len(ids) * stride + self._growth_bytes(len(ids))):
+        if self._budget.has_room(len(ids) * stride + self._stripes.growth_bytes(len(ids))):
             return
         missing = len(np.unique(ids[self._row_numbers(ids) == 0]))
-        fresh = max(0, missing - int(self._stripes[:, index.FREED].sum()))
-        needed = fresh * stride + self._growth_bytes(missing)
+        fresh = max(0, missing - self._stripes.freed_rows)
+        needed = fresh * stride + self._stripes.growth_bytes(missing)
         if missing and not self._budget.has_room(needed):
             raise MemoryLimitError(
                 f"table {self.name!r}: {missing} new rows need {needed} bytes, but {self._budget.used} of the "
                 f"{self._budget.limit} bytes of this PS are in use; nothing was written"
             )
-
-    def _growth_bytes(self, new_rows: int) -> int:
-        """Index memory that `new_rows` more rows, evenly spread, will add."""
-        if new_rows == 0:
-            return 0
-        share = new_rows // STRIPES + 1
-        full = self._stripes[:, index.SIZE] + share > self._stripes[:, index.LIMIT]
-        return 16 * int((self._stripes[full, index.MASK] + 1).sum())
 
     def _charge(self) -> None:
         """Tell the budget what the table uses now."""
@@ -665,43 +537,40 @@ class Table:
         with self._time_lock:
             self.max_update_time = max(self.max_update_time, time)
 
-    def _row_numbers(self, ids: UInt64Array, *, locked: bool = False) -> npt.NDArray[np.int64]:
+    def _row_numbers(self, ids: UInt64Array) -> npt.NDArray[np.int64]:
+        """int64[n]: row numbers within their stripes, 0 where there is no row."""
         numbers = np.zeros(len(ids), np.int64)
         if len(ids) == 0:
             return numbers
-        batch = _SCRATCH.group(ids)
+        target = address_of(numbers)
 
-        def find(first: int, last: int) -> int:
-            return int(index.find_rows(self._stripes, first, last, *batch, numbers))
+        def find(batch: Batch, offset: int, first: int, last: int) -> int:
+            return index.find_rows(self._at, first, last, *batch, target + 8 * offset)
 
-        if locked:
-            find(0, STRIPES)
-        else:
-            self._each_stripe(len(ids), find)
+        self._stripes.read(ids, find)
         return numbers
 
-    def _times(self, ids: UInt64Array) -> npt.NDArray[np.uint32]:
-        """Last updates of ids that have rows; all locks are held."""
-        times = np.zeros(len(ids), np.uint32)
+    def _numbers_locked(self, ids: UInt64Array) -> npt.NDArray[np.int64]:
+        """As `_row_numbers`, with all locks held."""
+        numbers = np.zeros(len(ids), np.int64)
         if len(ids):
-            starts, hashes, grouped, positions = _SCRATCH.group(ids)
-            index.read_times(self._stripes, 0, STRIPES, starts, hashes, grouped, positions, times)
-        return times
+            index.find_rows(self._at, 0, STRIPES, *group(ids), address_of(numbers))
+        return numbers
 
     def _scan_stripe(self, s: int, begin: int, end: int, limit: int) -> tuple[Rows, int]:
         """Rows of the slots from `begin` on, at most `limit`, and the slot to go on from; the lock is held."""
-        room = max(1, min(limit, int(self._stripes[s, index.SIZE])))
+        room = max(1, min(limit, int(self._stripes.columns[s, index.SIZE])))
         ids, numbers, times = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.uint32)
-        packed = int(index.scan_index(self._stripes[s, index.INDEX], begin, end, room, ids, numbers, times))
+        packed = int(index.scan_index(self._stripes.columns[s, index.INDEX], begin, end, room, ids, numbers, times))
         slot, count = packed >> 32, packed & 0xFFFFFFFF
-        addresses = self._stripes[s, index.ARENA] + (numbers[:count] - 1) * self.layout.stride
+        addresses = self._stripes.columns[s, index.ARENA] + (numbers[:count] - 1) * self.layout.stride
         return self._copy_rows(ids[:count], addresses, times[:count]), slot
 
     def _copy_rows(self, ids: UInt64Array, addresses: npt.NDArray[np.int64], times: npt.NDArray[np.uint32]) -> Rows:
         weights = np.empty((len(ids), self.dim), np.float32)
         state = np.empty((len(ids), self.layout.state_floats), np.float32)
         rows.export_rows(
-            self.layout.plan, self.layout.segment_table, addresses, len(ids), address_of(weights), address_of(state)
+            self._plan, self._segments, address_of(addresses), len(ids), address_of(weights), address_of(state)
         )
         return Rows(ids, weights, state, times)
 
@@ -734,22 +603,8 @@ def _sum_repeats(
     return split.ids, sums, totals
 
 
-def _stripe_of(ids: UInt64Array) -> npt.NDArray[np.int64]:
-    stripes = np.empty(len(ids), np.int64)
-    if len(ids):
-        index.stripes_of(address_of(ids), len(ids), STRIPE_BITS, stripes)
-    return stripes
-
-
-def _max_load(s: int) -> float:
-    """Fill at which stripe `s` grows: spread over 0.5..0.75, so that a table's stripes do not all grow in one batch."""
-    return 0.5 + 0.25 * (s + 1) / STRIPES
-
-
-def _reserved_bytes_per_stripe() -> int:
-    """Address space for one stripe's rows: its share of twice the machine's memory, which no table can outgrow."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return -(-2 * memory // STRIPES // HUGE_PAGE) * HUGE_PAGE
+def _address(array: npt.NDArray[Any] | None) -> int:
+    return 0 if array is None else address_of(array)
 
 
 def _lifetimes(config: ps_pb2.TableConfig) -> npt.NDArray[np.int64]:

@@ -22,7 +22,6 @@ I64: TypeAlias = npt.NDArray[np.int64]
 U64: TypeAlias = npt.NDArray[np.uint64]
 U32: TypeAlias = npt.NDArray[np.uint32]
 Bools: TypeAlias = npt.NDArray[np.bool_]
-Matrix: TypeAlias = npt.NDArray[np.int64]
 
 INDEX = 0  # address of the slots
 MASK = 1  # slots - 1
@@ -41,41 +40,53 @@ _TIME_SHIFT = np.uint64(32)
 _NONE = np.uint64(0)
 
 
-@kernel("void(int64, int64, int64, uint64[::1], uint64[::1], int64[::1], int64[::1])")
-def group_by_stripe(ids: int, n: int, bits: int, hashes: U64, grouped: U64, positions: I64, starts: I64) -> None:
+@inlined
+def get(address: Any, column: Any) -> Any:
+    """int64 number `column` at `address`."""
+    return np.int64(load_u64(address, column))
+
+
+@inlined
+def put(address: Any, column: Any, value: Any) -> Any:
+    """Set int64 number `column` at `address`."""
+    store_u64(address, column, np.uint64(value))
+
+
+@kernel("void(int64, int64, int64, int64, int64, int64, int64)")
+def group_by_stripe(ids: int, n: int, bits: int, hashes: int, grouped: int, positions: int, starts: int) -> None:
     """Sort a batch by stripe, keeping the order of ids within each.
 
     Args:
         ids: Address of uint64[n].
         n: Number of ids.
         bits: log2 of the number of stripes S.
-        hashes: uint64[>= n], written: hash of grouped[j].
-        grouped: uint64[>= n], written: the ids, stripe after stripe.
-        positions: int64[>= n], written: where in the batch grouped[j] stood.
-        starts: int64[S + 1], written: stripe s is grouped[starts[s]:starts[s + 1]].
+        hashes: Address of uint64[>= n], written: hash of grouped[j].
+        grouped: Address of uint64[>= n], written: the ids, stripe after stripe.
+        positions: Address of int64[>= n], written: where in the batch grouped[j] stood.
+        starts: Address of int64[S + 1], written: stripe s is grouped[starts[s]:starts[s + 1]].
     """
     count = np.int64(1) << bits
     for s in range(count + 1):
-        starts[s] = 0
+        put(starts, s, 0)
     shift = np.uint64(64 - bits)
     for i in range(n):
         value = mix64(load_u64(ids, i))
         stripe = np.int64(value >> shift) if bits > 0 else np.int64(0)
-        starts[stripe + 1] += 1
+        put(starts, stripe + 1, get(starts, stripe + 1) + 1)
     for s in range(count):
-        starts[s + 1] += starts[s]
+        put(starts, s + 1, get(starts, s + 1) + get(starts, s))
     for i in range(n):
         key = load_u64(ids, i)
         value = mix64(key)
         stripe = np.int64(value >> shift) if bits > 0 else np.int64(0)
-        j = starts[stripe]
-        starts[stripe] = j + 1
-        grouped[j] = key
-        hashes[j] = value
-        positions[j] = i
+        j = get(starts, stripe)
+        put(starts, stripe, j + 1)
+        store_u64(grouped, j, key)
+        store_u64(hashes, j, value)
+        put(positions, j, i)
     for s in range(count, 0, -1):
-        starts[s] = starts[s - 1]
-    starts[0] = 0
+        put(starts, s, get(starts, s - 1))
+    put(starts, 0, 0)
 
 
 @inlined
@@ -113,35 +124,35 @@ def find_slot(index: Any, mask: Any, key: Any, value: Any) -> Any:
 
 
 @inlined
-def claim_row(stripes: Matrix, s: Any, stride: Any, slot: Any, key: Any, time: Any) -> Any:
+def claim_row(stripes: int, s: Any, stride: Any, slot: Any, key: Any, time: Any) -> Any:
     """Put `key` into an empty slot with a row of its own, freed ones first; returns the row's address."""
-    number = stripes[s, FREE]
+    number = get(stripes, s * COLUMNS + FREE)
     if number != 0:
-        address = stripes[s, ARENA] + (number - 1) * stride
-        stripes[s, FREE] = np.int64(load_u32(address, 0))
-        stripes[s, FREED] -= 1
+        address = get(stripes, s * COLUMNS + ARENA) + (number - 1) * stride
+        put(stripes, s * COLUMNS + FREE, np.int64(load_u32(address, 0)))
+        put(stripes, s * COLUMNS + FREED, get(stripes, s * COLUMNS + FREED) - 1)
     else:
-        number = stripes[s, USED] + 1
-        stripes[s, USED] = number
-        address = stripes[s, ARENA] + (number - 1) * stride
-    index = stripes[s, INDEX]
+        number = get(stripes, s * COLUMNS + USED) + 1
+        put(stripes, s * COLUMNS + USED, number)
+        address = get(stripes, s * COLUMNS + ARENA) + (number - 1) * stride
+    index = get(stripes, s * COLUMNS + INDEX)
     store_u64(index, 2 * slot, key)
     store_u64(index, 2 * slot + 1, pack_slot(number, time))
-    stripes[s, SIZE] += 1
+    put(stripes, s * COLUMNS + SIZE, get(stripes, s * COLUMNS + SIZE) + 1)
     return address
 
 
 @inlined
-def release_slot(stripes: Matrix, s: Any, stride: Any, slot: Any) -> Any:
+def release_slot(stripes: int, s: Any, stride: Any, slot: Any) -> Any:
     """Free the row of an occupied slot and close the gap, so that no probe meets a hole (Knuth 6.4, algorithm R)."""
-    index = stripes[s, INDEX]
-    mask = stripes[s, MASK]
+    index = get(stripes, s * COLUMNS + INDEX)
+    mask = get(stripes, s * COLUMNS + MASK)
     number = row_number(load_u64(index, 2 * slot + 1))
-    address = stripes[s, ARENA] + (number - 1) * stride
-    store_u32(address, 0, np.uint32(stripes[s, FREE]))
-    stripes[s, FREE] = number
-    stripes[s, FREED] += 1
-    stripes[s, SIZE] -= 1
+    address = get(stripes, s * COLUMNS + ARENA) + (number - 1) * stride
+    store_u32(address, 0, np.uint32(get(stripes, s * COLUMNS + FREE)))
+    put(stripes, s * COLUMNS + FREE, number)
+    put(stripes, s * COLUMNS + FREED, get(stripes, s * COLUMNS + FREED) + 1)
+    put(stripes, s * COLUMNS + SIZE, get(stripes, s * COLUMNS + SIZE) - 1)
     hole = slot
     probe = slot
     while True:
@@ -192,63 +203,64 @@ def rebuild_index(old: int, old_mask: int, new: int, new_mask: int) -> None:
             store_u64(new, 2 * target + 1, words[t])
 
 
-@kernel("int64(int64[:, ::1], int64, int64, int64[::1], uint64[::1], uint64[::1], int64[::1], int64[::1])")
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
 def find_rows(
-    stripes: Matrix, first: int, last: int, starts: I64, hashes: U64, grouped: U64, positions: I64, numbers: I64
+    stripes: int, first: int, last: int, starts: int, hashes: int, grouped: int, positions: int, numbers: int
 ) -> int:
     """Look up row numbers.
 
     Args:
-        stripes: int64[S, COLUMNS].
+        stripes: Address of int64[S, COLUMNS].
         first: First stripe.
         last: One past the last stripe.
-        starts: int64[S + 1], from `group_by_stripe`, as are the next three.
-        hashes: uint64[n].
-        grouped: uint64[n].
-        positions: int64[n].
-        numbers: int64[n], written: row number of batch position i, 0 if it has no row.
+        starts: Address of int64[S + 1], from `group_by_stripe`, as are the next three.
+        hashes: Address of uint64[n].
+        grouped: Address of uint64[n].
+        positions: Address of int64[n].
+        numbers: Address of int64[n], written: row number of batch position i, 0 if it has no row.
 
     Returns:
         How many have a row.
     """
     present = 0
     for s in range(first, last):
-        index = stripes[s, INDEX]
-        mask = stripes[s, MASK]
-        end = starts[s + 1]
-        for j0 in range(starts[s], end, GROUP):
+        index = get(stripes, s * COLUMNS + INDEX)
+        mask = get(stripes, s * COLUMNS + MASK)
+        end = get(starts, s + 1)
+        for j0 in range(get(starts, s), end, GROUP):
             m = min(GROUP, end - j0)
             for j in range(j0, j0 + m):
-                prefetch_slot(index, mask, hashes[j])
+                prefetch_slot(index, mask, load_u64(hashes, j))
             for j in range(j0, j0 + m):
-                number = row_number(load_u64(index, 2 * find_slot(index, mask, grouped[j], hashes[j]) + 1))
-                numbers[positions[j]] = number
+                slot = find_slot(index, mask, load_u64(grouped, j), load_u64(hashes, j))
+                number = row_number(load_u64(index, 2 * slot + 1))
+                put(numbers, get(positions, j), number)
                 if number != 0:
                     present += 1
     return present
 
 
-@kernel("int64(int64[:, ::1], int64, int64, int64, int64[::1], uint64[::1], uint64[::1])")
-def erase_rows(stripes: Matrix, stride: int, first: int, last: int, starts: I64, hashes: U64, grouped: U64) -> int:
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+def erase_rows(stripes: int, stride: int, first: int, last: int, starts: int, hashes: int, grouped: int) -> int:
     """Delete rows.
 
     Args:
-        stripes: int64[S, COLUMNS], written.
+        stripes: Address of int64[S, COLUMNS], written.
         stride: Bytes per row.
         first: First stripe.
         last: One past the last stripe.
-        starts: int64[S + 1], from `group_by_stripe`, as are the next two.
-        hashes: uint64[n].
-        grouped: uint64[n].
+        starts: Address of int64[S + 1], from `group_by_stripe`, as are the next two.
+        hashes: Address of uint64[n].
+        grouped: Address of uint64[n].
 
     Returns:
         How many rows there were.
     """
     erased = 0
     for s in range(first, last):
-        for j in range(starts[s], starts[s + 1]):
-            index = stripes[s, INDEX]
-            slot = find_slot(index, stripes[s, MASK], grouped[j], hashes[j])
+        for j in range(get(starts, s), get(starts, s + 1)):
+            index = get(stripes, s * COLUMNS + INDEX)
+            slot = find_slot(index, get(stripes, s * COLUMNS + MASK), load_u64(grouped, j), load_u64(hashes, j))
             if load_u64(index, 2 * slot + 1) != _NONE:
                 release_slot(stripes, s, stride, slot)
                 erased += 1
@@ -256,34 +268,33 @@ def erase_rows(stripes: Matrix, stride: int, first: int, last: int, starts: I64,
 
 
 @inlined
-def lifetime(lifetimes: I64, key: Any) -> Any:
+def lifetime(lifetimes: Any, slots: Any, key: Any) -> Any:
     """Seconds that a row of `key` lives without an update; slots by the v2 rule, whatever built the id."""
-    if lifetimes.size == 1:
-        return lifetimes[0]
-    return lifetimes[np.int64((key >> np.uint64(48)) & np.uint64(0x7FFF))]
+    return get(lifetimes, np.int64((key >> np.uint64(48)) & np.uint64(slots - 1)))
 
 
-@kernel("int64(int64[:, ::1], int64, int64, int64, int64[::1])")
-def evict_rows(stripes: Matrix, stride: int, s: int, now: int, lifetimes: I64) -> int:
+@kernel("int64(int64, int64, int64, int64, int64, int64)")
+def evict_rows(stripes: int, stride: int, s: int, now: int, lifetimes: int, slots: int) -> int:
     """Delete the expired rows of one stripe: those with now - last update >= lifetime.
 
     Args:
-        stripes: int64[S, COLUMNS], written.
+        stripes: Address of int64[S, COLUMNS], written.
         stride: Bytes per row.
         s: Stripe.
         now: Unix seconds to judge by.
-        lifetimes: int64[1] for all slots or int64[32768] by slot, seconds.
+        lifetimes: Address of int64[slots], seconds.
+        slots: 1, or 32768 for lifetimes by slot.
 
     Returns:
         How many rows were deleted.
     """
     evicted = 0
-    index = stripes[s, INDEX]
-    mask = stripes[s, MASK]
+    index = get(stripes, s * COLUMNS + INDEX)
+    mask = get(stripes, s * COLUMNS + MASK)
     slot = np.int64(0)
     while slot <= mask:
         word = load_u64(index, 2 * slot + 1)
-        if word != _NONE and now - slot_time(word) >= lifetime(lifetimes, load_u64(index, 2 * slot)):
+        if word != _NONE and now - slot_time(word) >= lifetime(lifetimes, slots, load_u64(index, 2 * slot)):
             # The slot may now hold a later entry of the cluster: look at it again.
             release_slot(stripes, s, stride, slot)
             evicted += 1
@@ -321,53 +332,55 @@ def scan_index(index: int, begin: int, end: int, limit: int, ids: U64, numbers: 
     return int((slot << 32) | found)
 
 
-@kernel("void(int64[::1], uint32[::1], uint64[::1], int64, boolean[::1])")
-def mark_expired(lifetimes: I64, times: U32, ids: U64, now: int, expired: Bools) -> None:
+@kernel("void(int64, int64, uint32[::1], uint64[::1], int64, boolean[::1])")
+def mark_expired(lifetimes: int, slots: int, times: U32, ids: U64, now: int, expired: Bools) -> None:
     """Judge rows that were copied out.
 
     Args:
-        lifetimes: int64[1] or int64[32768], seconds.
+        lifetimes: Address of int64[slots], seconds.
+        slots: 1, or 32768 for lifetimes by slot.
         times: uint32[n], last updates.
         ids: uint64[n].
         now: Unix seconds to judge by.
         expired: bool[n], written.
     """
     for i in range(ids.size):
-        expired[i] = now - np.int64(times[i]) >= lifetime(lifetimes, ids[i])
+        expired[i] = now - np.int64(times[i]) >= lifetime(lifetimes, slots, ids[i])
 
 
-@kernel("void(int64[:, ::1], int64, int64, int64[::1], uint64[::1], uint64[::1], int64[::1], uint32[::1])")
-def read_times(
-    stripes: Matrix, first: int, last: int, starts: I64, hashes: U64, grouped: U64, positions: I64, times: U32
+@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+def locate_rows(
+    stripes: int,
+    stride: int,
+    first: int,
+    last: int,
+    starts: int,
+    hashes: int,
+    grouped: int,
+    positions: int,
+    addresses: int,
+    times: int,
 ) -> None:
-    """Read last updates of ids that have rows.
+    """Find the addresses and last updates of ids that have rows.
 
     Args:
-        stripes: int64[S, COLUMNS].
+        stripes: Address of int64[S, COLUMNS].
+        stride: Bytes per row.
         first: First stripe.
         last: One past the last stripe.
-        starts: int64[S + 1], from `group_by_stripe`, as are the next three.
-        hashes: uint64[n].
-        grouped: uint64[n].
-        positions: int64[n].
-        times: uint32[n], written: Unix seconds.
+        starts: Address of int64[S + 1], from `group_by_stripe`, as are the next three.
+        hashes: Address of uint64[n].
+        grouped: Address of uint64[n].
+        positions: Address of int64[n].
+        addresses: Address of int64[n], written.
+        times: Address of uint32[n], written: Unix seconds.
     """
     for s in range(first, last):
-        for j in range(starts[s], starts[s + 1]):
-            index = stripes[s, INDEX]
-            slot = find_slot(index, stripes[s, MASK], grouped[j], hashes[j])
-            times[positions[j]] = np.uint32(slot_time(load_u64(index, 2 * slot + 1)))
-
-
-@kernel("void(int64, int64, int64, int64[::1])")
-def stripes_of(ids: int, n: int, bits: int, stripes: I64) -> None:
-    """Stripe of each id.
-
-    Args:
-        ids: Address of uint64[n].
-        n: Number of ids.
-        bits: log2 of the number of stripes, at least 1.
-        stripes: int64[n], written.
-    """
-    for i in range(n):
-        stripes[i] = np.int64(mix64(load_u64(ids, i)) >> np.uint64(64 - bits))
+        index = get(stripes, s * COLUMNS + INDEX)
+        mask = get(stripes, s * COLUMNS + MASK)
+        arena = get(stripes, s * COLUMNS + ARENA)
+        for j in range(get(starts, s), get(starts, s + 1)):
+            slot = find_slot(index, mask, load_u64(grouped, j), load_u64(hashes, j))
+            word = load_u64(index, 2 * slot + 1)
+            put(addresses, get(positions, j), arena + (row_number(word) - 1) * stride)
+            store_u32(times, get(positions, j), np.uint32(slot_time(word)))
