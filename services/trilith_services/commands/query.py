@@ -33,12 +33,14 @@ def query(
 
     Exit status 1 if one of them has no row.
     """
+    import numpy as np
+
     import trilith
 
     wanted = [_parse_id(text) for text in ids]
     hosts = endpoints(address)
     with trilith.connect(address, timeout_s=timeout) as client:
-        entries = client.table(table).lookup_entries(wanted)
+        entries = client.table(table).lookup_entries(np.array(wanted, np.uint64))
     found = [_describe(each, entry, hosts) for each, entry in zip(wanted, entries, strict=True)]
     if as_json:
         typer.echo(json.dumps(found, indent=1))

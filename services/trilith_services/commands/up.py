@@ -1,0 +1,126 @@
+"""`trilith up`: a whole cluster on this machine, supervised."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trilith_services.commands import output
+
+if TYPE_CHECKING:
+    from trilith_services.supervisor import Ended, PsCluster, StopRequest, Supervisor
+
+__all__ = ["register"]
+
+POLL_S = 0.1
+
+
+def register(app: typer.Typer) -> None:
+    """Add the `up` command."""
+    app.command()(up)
+
+
+def up(
+    worker_args: Annotated[
+        list[str] | None, typer.Argument(help="What every worker gets, after --.", metavar="WORKER_ARGS")
+    ] = None,
+    ps: Annotated[int, typer.Option("--ps", help="PS processes.", min=1)] = 2,
+    workers: Annotated[int, typer.Option(help="Worker processes; 0: only the PS, until Ctrl-C.", min=0)] = 0,
+    checkpoint_dir: Annotated[
+        str | None, typer.Option(help="Restore from here, write checkpoints here; a PS that dies comes back from them.")
+    ] = None,
+    checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints.", min=0.0)] = 60.0,
+    memory_limit: Annotated[str, typer.Option(help="Memory for rows of each PS, such as 4G; 0: no limit.")] = "0",
+    log_dir: Annotated[
+        Path | None, typer.Option(help="Where each process's log is kept; a temporary directory if left out.")
+    ] = None,
+    address_file: Annotated[
+        Path | None, typer.Option(help="Write the cluster's address here once it serves, for scripts.")
+    ] = None,
+    grace: Annotated[float, typer.Option(help="Seconds processes get to stop before they are killed.", min=0.0)] = 30.0,
+) -> None:
+    """Run a cluster on this machine until its workers are done, or until Ctrl-C.
+
+    Starts the PS on free ports, waits until they serve, then starts the workers: `trilith worker CLUSTER --rank I
+    --world-size M` with your WORKER_ARGS. Every line of output is shown with its process's name and kept in a log.
+
+    A PS that dies is started again on its port and restores its newest checkpoint; without --checkpoint-dir its rows
+    would be gone, so the run ends. A worker that fails is started again; one that ends well has left, and more may join
+    by hand. What dies three times within a minute ends the run, with the end of its log and exit status 2.
+    """
+    from trilith_services.supervisor import PsCluster, StopRequest, Supervisor
+
+    console = output.console(stderr=True)
+    if address_file is not None:
+        address_file.unlink(missing_ok=True)  # nobody shall read the last run's
+    with StopRequest() as stop, Supervisor(console, log_dir, grace_s=grace) as supervisor:
+        cluster = PsCluster(
+            supervisor,
+            ps,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every_s=checkpoint_every,
+            arguments=["--memory-limit", memory_limit],
+        )
+        supervisor.say(f"starting {ps} PS; logs are in {supervisor.log_dir}", style="")
+        if cluster.start(cancelled=lambda: bool(stop)):
+            _announce(supervisor, cluster, workers)
+            if address_file is not None:
+                _write_whole(address_file, cluster.address + "\n")
+            _start_workers(supervisor, cluster, workers, worker_args or [])
+            _watch(supervisor, stop, workers)
+        supervisor.say("stopping", style="")
+        # Workers first: they should not see their PS go.
+        supervisor.stop(supervisor.running(prefix="worker-"))
+        supervisor.stop()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that appears with its content."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
+def _announce(supervisor: Supervisor, cluster: PsCluster, workers: int) -> None:
+    supervisor.say(f"cluster: {cluster.address}", style="bold green")
+    supervisor.say(f"watch it:  trilith top {cluster.address}", style="")
+    if workers:
+        supervisor.say(f"join it:   trilith worker {cluster.address} …", style="")
+    else:
+        supervisor.say(f'use it:    trilith.connect("{cluster.address}")', style="")
+        supervisor.say("Ctrl-C stops it", style="")
+
+
+def _start_workers(supervisor: Supervisor, cluster: PsCluster, workers: int, arguments: list[str]) -> None:
+    from trilith_services.supervisor import ProcessSpec, trilith_argv
+
+    for rank in range(workers):
+        shard = ["--rank", str(rank), "--world-size", str(workers)]
+        argv = trilith_argv("worker", cluster.address, *shard, *arguments)
+        supervisor.start(ProcessSpec(name=f"worker-{rank}", argv=argv, restart="on-failure"))
+
+
+def _watch(supervisor: Supervisor, stop: StopRequest, workers: int) -> None:
+    """Supervise until all workers are done or somebody asks for the end."""
+    while not stop.wait(POLL_S):
+        for ended in supervisor.poll():
+            _judge(supervisor, ended)
+        if workers and not supervisor.running(prefix="worker-"):
+            supervisor.say("all workers are done")
+            return
+
+
+def _judge(supervisor: Supervisor, ended: Ended) -> None:
+    from trilith.errors import UnavailableError
+
+    if ended.restarted:
+        return
+    if ended.name.startswith("ps-"):
+        tail = "\n".join(f"  {line}" for line in ended.tail[-15:])
+        raise UnavailableError(
+            f"{ended.name} {ended.how}, and its rows are gone: run with --checkpoint-dir to survive that\n{tail}"
+        )
+    supervisor.say(f"{ended.name} has left", style="")
