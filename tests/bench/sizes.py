@@ -29,6 +29,7 @@ class Sizes:
         train_features: Features of a sample, one id each.
         train_batch: Samples per step.
         train_dim: Length of a latent vector.
+        train_batches: Batches of made-up data, gone through again and again.
         train_seconds: Steady seconds measured, each side.
         train_warm_seconds: Seconds before that.
     """
@@ -50,6 +51,7 @@ class Sizes:
     train_features: int = 26
     train_batch: int = 512
     train_dim: int = 16
+    train_batches: int = 400
     train_seconds: float = 24.0
     train_warm_seconds: float = 6.0
 
@@ -69,6 +71,7 @@ QUICK = Sizes(
     flight_calls=2,
     small_calls=60,
     train_rows=20_000,
+    train_batches=40,
     train_seconds=2.0,
     train_warm_seconds=1.0,
 )

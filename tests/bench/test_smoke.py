@@ -1,0 +1,61 @@
+"""The benchmark program runs, and its JSON has the form that is promised; what it measures is not looked at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FIGURES = {
+    "engine.lookup.d8": ("higher", 0.5),
+    "engine.lookup.d16": ("higher", 0.5),
+    "engine.lookup.d64": ("higher", 0.5),
+    "engine.adagrad.d16": ("higher", 0.25),
+    "engine.adam.d16": ("higher", 0.2),
+    "engine.threads.lookup": ("higher", 0.85),
+    "engine.threads.apply": ("higher", 0.85),
+    "engine.grow.stall": ("lower", 20),
+    "engine.grow.bytes": ("lower", 1.35),
+    "rpc.lookup.d16": ("higher", 0.45),
+    "rpc.lookup.d16.socket": ("higher", None),
+    "rpc.lookup.d16.x4": ("higher", 0.5),
+    "rpc.apply.d16": ("higher", 0.36),
+    "rpc.lookup.small": ("lower", 1.25),
+    "rpc.lookup.zipf": ("higher", 0.35),
+    "rpc.lookup.distinct": ("higher", 0.2),
+    "rpc.step.zipf": ("higher", 0.14),
+    "train.deepfm": ("higher", 0.3),
+    "train.deepfm.cpu": ("lower", None),
+}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.bench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.timeout(1200)
+def test_a_quick_run_measures_every_figure(tmp_path: Path) -> None:
+    output = tmp_path / "bench.json"
+    done = run("--quick", "--output", str(output))
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = json.loads(output.read_text())
+    assert [entry["name"] for entry in entries] == list(FIGURES)
+    for entry in entries:
+        assert list(entry) == ["name", "value", "unit", "reference", "ratio", "target", "better"]
+        assert (entry["better"], entry["target"]) == FIGURES[entry["name"]]
+        assert entry["value"] > 0
+        assert entry["reference"] > 0
+        assert entry["ratio"] == pytest.approx(entry["value"] / entry["reference"])
+        assert entry["name"] in done.stdout
+
+
+def test_figures_are_chosen_by_prefix() -> None:
+    listed = run("--list").stdout.split()
+    assert listed == list(FIGURES)
+    refused = run("engine.look")
+    assert refused.returncode == 2
+    assert "no such benchmark" in refused.stdout

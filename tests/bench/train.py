@@ -1,0 +1,112 @@
+"""Training: two PS and two workers as processes, against the same model in one process.
+
+All processes live through the whole benchmark; they train in turns of a few seconds, the cluster, then the single
+process with one torch thread, then with two, so that a machine that changes its pace does so for all of them.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from tests.bench.harness import Benchmark, Context, Entry, higher, lower
+from tests.bench.processes import Child, parameter_servers, python_module
+
+__all__ = ["BENCHMARKS"]
+
+_SERVERS = 2
+_WORKERS = 2
+_TURNS = 6
+
+
+@dataclass(slots=True)
+class _Total:
+    """What one side has done.
+
+    Attributes:
+        rates: Samples per second, turn by turn.
+        cpu_s: Processor seconds of all its processes.
+        samples: Trained in them.
+    """
+
+    rates: list[float]
+    cpu_s: float = 0.0
+    samples: int = 0
+
+    @property
+    def rate(self) -> float:
+        return sum(self.rates) / len(self.rates)
+
+    @property
+    def cpu_us(self) -> float:
+        """Processor microseconds per sample."""
+        return 1e6 * self.cpu_s / self.samples
+
+
+def _turn(trainees: list[Child], others: list[Child], seconds: float, threads: int) -> _Total:
+    """Let `trainees` train; `others` work for them."""
+    processes = [*trainees, *others]
+    before = sum(process.cpu_s() for process in processes)
+    for trainee in trainees:
+        trainee.tell(f"{seconds} {threads}")
+    reports = [trainee.wait_for(event="trained") for trainee in trainees]
+    spent = sum(process.cpu_s() for process in processes) - before
+    samples = sum(report["samples"] for report in reports)
+    return _Total([sum(report["samples"] / report["seconds"] for report in reports)], spent, samples)
+
+
+def deepfm(context: Context) -> list[Entry]:
+    """DeepFM on Zipf ids; the workers keep one torch thread each, the single process gets its better number."""
+    sizes = context.sizes
+    model = [
+        *("--features", str(sizes.train_features), "--rows", str(sizes.train_rows)),
+        *("--batch", str(sizes.train_batch), "--dim", str(sizes.train_dim)),
+        *("--batches", str(sizes.train_batches)),
+    ]
+    with ExitStack() as stack:
+
+        def start(*options: str) -> Child:
+            child = Child(python_module("tests.bench.trainee", *model, *options))
+            stack.callback(child.stop)
+            return child
+
+        context.progress("starting", 0, 1)
+        address, servers = stack.enter_context(parameter_servers(_SERVERS))
+        workers = []
+        for rank in range(_WORKERS):
+            # One after another: the first makes the tables.
+            workers.append(start("--cluster", address, "--rank", str(rank), "--world-size", str(_WORKERS)))
+            workers[-1].wait_for(event="ready")
+        local = start()
+        local.wait_for(event="ready")
+        sides: dict[str, tuple[list[Child], list[Child], int]] = {
+            "cluster": (workers, servers, 1),
+            "one process, 1 thread": ([local], [], 1),
+            "one process, 2 threads": ([local], [], 2),
+        }
+        totals = {name: _Total([]) for name in sides}
+        for turn in range(-1, _TURNS):
+            for name, (trainees, others, threads) in sides.items():
+                context.progress(f"{name} trains", max(turn, 0), _TURNS)
+                seconds = sizes.train_warm_seconds if turn < 0 else sizes.train_seconds / _TURNS
+                done = _turn(trainees, others, seconds, threads)
+                if turn >= 0:
+                    total = totals[name]
+                    total.rates += done.rates
+                    total.cpu_s += done.cpu_s
+                    total.samples += done.samples
+        context.progress("done", _TURNS, _TURNS)
+    cluster = totals.pop("cluster")
+    best_name, best = max(totals.items(), key=lambda item: item[1].rate)
+    context.note(
+        f"train.deepfm: the single process is fastest as {best_name} ({best.rate:.0f} samples/s; "
+        + ", ".join(f"{name}: {total.rate:.0f}" for name, total in totals.items())
+        + f"); processor time per sample {cluster.cpu_us:.0f} us in the cluster, {best.cpu_us:.0f} us in one process"
+    )
+    return [
+        higher("train.deepfm", cluster.rate, best.rate, "samples/s", 0.3),
+        lower("train.deepfm.cpu", cluster.cpu_us, best.cpu_us, "cpu us a sample", None),
+    ]
+
+
+BENCHMARKS = (Benchmark(("train.deepfm", "train.deepfm.cpu"), deepfm),)
