@@ -174,7 +174,7 @@ class RemoteShard:
         if code is grpc.StatusCode.CANCELLED:
             return UnavailableError(f"{where}: {details}")
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineExceededError(f"{where}: no answer within {timeout:g} s")
+            return DeadlineExceededError(f"{where}: no answer within {timeout:.3g} s")
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             return InvalidRequestError(f"{where}: {details}; send smaller batches or raise the limit on both sides")
         if code is grpc.StatusCode.UNAVAILABLE:

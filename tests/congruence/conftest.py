@@ -18,7 +18,8 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-    if "shape" in metafunc.fixturenames:
+    chosen = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "shape" in metafunc.fixturenames and "shape" not in chosen:
         given = metafunc.config.getoption("--cluster", default="")
         metafunc.parametrize("shape", [given] if given else list(SHAPES), scope="session")
 
@@ -60,11 +61,13 @@ def table(client, name):
 
 
 @pytest.fixture
-def local(request):
+def local():
     """Make local clusters of a shape; they end with the test."""
     clusters = []
 
     def make(shape, **options):
+        if shape not in SHAPES:
+            pytest.skip("needs a cluster of its own")
         clusters.append(LocalCluster(shape, **options))
         return clusters[-1]
 
