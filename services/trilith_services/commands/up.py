@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,8 +45,8 @@ def up(
 ) -> None:
     """Run a cluster on this machine until its workers are done, or until Ctrl-C.
 
-    Starts the PS on free ports, waits until they serve, then starts the workers: `trilith worker CLUSTER --rank I
-    --world-size M` with your WORKER_ARGS. Every line of output is shown with its process's name and kept in a log.
+    Starts the PS on free ports, waits until they serve, then starts the workers: `trilith worker --cluster
+    CLUSTER --rank I --world-size M` with your WORKER_ARGS. Every line of output is shown with its process's name and kept in a log.
 
     A PS that dies is started again on its port and restores its newest checkpoint; without --checkpoint-dir its rows
     would be gone, so the run ends. A worker that fails is started again; one that ends well has left, and more may join
@@ -69,11 +70,12 @@ def up(
             _announce(supervisor, cluster, workers)
             if address_file is not None:
                 _write_whole(address_file, cluster.address + "\n")
-            _start_workers(supervisor, cluster, workers, worker_args or [])
-            _watch(supervisor, stop, workers)
+            with TemporaryDirectory(prefix="trilith-up-") as positions:
+                _start_workers(supervisor, cluster, workers, positions, worker_args or [])
+                _watch(supervisor, stop, workers)
+                # Workers first: they should not see their PS go.
+                supervisor.stop(supervisor.running(prefix="worker-"))
         supervisor.say("stopping", style="")
-        # Workers first: they should not see their PS go.
-        supervisor.stop(supervisor.running(prefix="worker-"))
         supervisor.stop()
 
 
@@ -88,18 +90,21 @@ def _announce(supervisor: Supervisor, cluster: PsCluster, workers: int) -> None:
     supervisor.say(f"cluster: {cluster.address}", style="bold green")
     supervisor.say(f"watch it:  trilith top {cluster.address}", style="")
     if workers:
-        supervisor.say(f"join it:   trilith worker {cluster.address} …", style="")
+        supervisor.say(f"join it:   trilith worker --cluster {cluster.address}", style="")
     else:
         supervisor.say(f'use it:    trilith.connect("{cluster.address}")', style="")
         supervisor.say("Ctrl-C stops it", style="")
 
 
-def _start_workers(supervisor: Supervisor, cluster: PsCluster, workers: int, arguments: list[str]) -> None:
+def _start_workers(
+    supervisor: Supervisor, cluster: PsCluster, workers: int, positions: str, arguments: list[str]
+) -> None:
+    """Start workers that remember below `positions` how far they are, so that one started again goes on there."""
     from trilith_services.supervisor import ProcessSpec, trilith_argv
 
     for rank in range(workers):
-        shard = ["--rank", str(rank), "--world-size", str(workers)]
-        argv = trilith_argv("worker", cluster.address, *shard, *arguments)
+        shard = ["--rank", str(rank), "--world-size", str(workers), "--state", f"{positions}/worker-{rank}.json"]
+        argv = trilith_argv("worker", "--cluster", cluster.address, *shard, *arguments)
         supervisor.start(ProcessSpec(name=f"worker-{rank}", argv=argv, restart="on-failure"))
 
 

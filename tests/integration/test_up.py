@@ -1,0 +1,220 @@
+"""`trilith up` with real processes: start, stop, supervision."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+import trilith
+from trilith import checkpoint
+from trilith.errors import ShardRestartedError
+from trilith.tables import Adagrad, RandomUniform
+from trilith_services.supervisor import is_serving, trilith_argv
+
+IDS = np.arange(1000, dtype=np.uint64)
+USERS = {"dim": 4, "optimizer": Adagrad(learning_rate=0.1), "initializer": RandomUniform(-1.0, 1.0)}
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def eventually(condition: Callable[[], object], timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+class Up:
+    """A running `trilith up`."""
+
+    def __init__(self, directory: Path, *arguments: str) -> None:
+        self.log = directory / "up.log"
+        self.address_file = directory / "address"
+        command = trilith_argv("up", "--address-file", str(self.address_file), "--log-dir", str(directory), *arguments)
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def address(self) -> str:
+        eventually(lambda: self.address_file.exists() or self.process.poll() is not None)
+        assert self.address_file.exists(), self.output
+        return self.address_file.read_text().strip()
+
+    @property
+    def endpoints(self) -> list[str]:
+        return self.address.removeprefix("static://").split(",")
+
+    def child(self, *words: str) -> psutil.Process:
+        """The child whose command line has these words."""
+        for child in psutil.Process(self.process.pid).children():
+            line = child.cmdline()
+            if any(line[at : at + len(words)] == list(words) for at in range(len(line))):
+                return child
+        raise AssertionError(f"no child {words}; {self.output}")
+
+    def wait(self, timeout_s: float = 120.0) -> int:
+        return self.process.wait(timeout_s)
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Callable[..., Up]]:
+    started: list[Up] = []
+
+    def start(*arguments: str) -> Up:
+        directory = tmp_path / f"run-{len(started)}"
+        directory.mkdir(exist_ok=True)
+        started.append(Up(directory, *arguments))
+        return started[-1]
+
+    yield start
+    for run in started:
+        children = psutil.Process(run.process.pid).children(recursive=True) if run.process.poll() is None else []
+        run.process.terminate()
+        try:
+            run.wait(60)
+        except subprocess.TimeoutExpired:
+            run.process.kill()
+            run.wait()
+        for child in children:
+            assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+@contextmanager
+def no_child_survives(run: Up) -> Iterator[None]:
+    children = psutil.Process(run.process.pid).children(recursive=True)
+    assert children
+    yield
+    gone, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    assert len(gone) == len(children)
+
+
+def complete_rows(directory: Path) -> int:
+    """Rows in the newest complete checkpoint."""
+    newest = checkpoint.newest_complete(str(directory))
+    return 0 if newest is None else sum(checkpoint.read_manifest(newest.path).rows().values())
+
+
+def test_a_killed_ps_comes_back_from_its_checkpoint_at_the_same_address(up, tmp_path) -> None:
+    directory = tmp_path / "checkpoints"
+    run = up("--ps", "2", "--checkpoint-dir", str(directory), "--checkpoint-every", "0.5")
+    with trilith.connect(run.address, timeout_s=60.0) as client:
+        users = client.table("user", **USERS)
+        users.apply_gradients(IDS, np.ones((IDS.size, 4), np.float32))
+        client.global_step(set_to=10)
+        rows, entries = users.lookup(IDS), users.lookup_entries(IDS)
+        eventually(lambda: complete_rows(directory) == IDS.size)
+        before = len(checkpoint.list_checkpoints(str(directory)))
+        assert before
+        # Two ticks later every complete checkpoint has the step too.
+        started = time.time()
+        eventually(lambda: checkpoint.newest_complete(str(directory)).number > 1000 * started + 500)
+
+        run.child("--index", "1").kill()
+        eventually(lambda: "ps-1 was killed by SIGKILL; starting it again" in run.output)
+        eventually(lambda: is_serving(run.endpoints[1]))
+
+        with pytest.raises(ShardRestartedError):
+            users.apply_gradients(IDS, np.ones((IDS.size, 4), np.float32))
+        (back,) = client.rejoin()
+        assert (back.index, back.restored_step) == (1, 10)
+        assert str(directory) in back.restored_from
+        odd = IDS % 2 == 1  # those that PS 1 owns, which has nothing newer than its checkpoint
+        np.testing.assert_array_equal(users.lookup(IDS)[odd], rows[odd])
+        assert [e for e, mine in zip(users.lookup_entries(IDS), odd, strict=True) if mine] == [
+            e for e, mine in zip(entries, odd, strict=True) if mine
+        ]
+        users.apply_gradients(IDS, np.ones((IDS.size, 4), np.float32))
+    with no_child_survives(run):
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait() == 0
+
+
+def test_a_ps_that_keeps_dying_ends_the_run_with_the_end_of_its_log(up, tmp_path) -> None:
+    run = up("--ps", "1", "--checkpoint-dir", str(tmp_path / "checkpoints"))
+    assert run.address
+    killed: set[int] = set()
+    for _ in range(3):
+        child: list[psutil.Process] = []
+
+        def fresh(child: list[psutil.Process] = child) -> bool:
+            found = psutil.Process(run.process.pid).children()
+            child[:] = [each for each in found if each.pid not in killed]
+            return bool(child)
+
+        eventually(fresh)
+        killed.add(child[0].pid)
+        child[0].kill()
+    assert run.wait() == 2
+    assert "error: ps-0 keeps dying: 3 times within 60 s, at last it was killed by SIGKILL" in run.output
+    assert "the end of" in run.output.split("error: ")[1]
+
+
+def test_without_checkpoints_a_dead_ps_ends_the_run(up) -> None:
+    run = up("--ps", "2")
+    assert run.address
+    with no_child_survives(run):
+        run.child("--index", "0").kill()
+        assert run.wait() == 2
+    said = run.output.split("error: ")[1]
+    assert said.startswith(
+        "ps-0 was killed by SIGKILL, and its rows are gone: run with --checkpoint-dir to survive that"
+    )
+
+
+def test_sigterm_while_the_ps_start_ends_the_run_well(up) -> None:
+    run = up("--ps", "2")
+    eventually(lambda: "starting 2 PS" in run.output)
+    run.process.terminate()
+    assert run.wait() == 0
+    assert "stopping" in run.output
+
+
+def test_nothing_survives_the_supervisor(up) -> None:
+    run = up("--ps", "2")
+    assert run.address
+    with no_child_survives(run):
+        run.process.kill()
+        run.wait()
+
+
+def test_a_graceful_stop_writes_a_last_checkpoint_that_the_next_run_starts_from(up, tmp_path) -> None:
+    directory = str(tmp_path / "checkpoints")
+    first = up("--ps", "2", "--checkpoint-dir", directory, "--checkpoint-every", "3600")
+    with trilith.connect(first.address, timeout_s=60.0) as client:
+        users = client.table("user", **USERS)
+        users.apply_gradients(IDS, np.ones((IDS.size, 4), np.float32))
+        entries = users.lookup_entries(IDS)
+    first.process.terminate()
+    assert first.wait() == 0
+    second = up("--ps", "3", "--checkpoint-dir", directory, "--checkpoint-every", "3600")
+    with trilith.connect(second.address, timeout_s=60.0) as client:
+        assert client.table("user", **USERS).lookup_entries(IDS) == entries
+
+
+def test_a_stale_address_file_is_not_left_for_scripts_to_read(up, tmp_path) -> None:
+    (tmp_path / "run-0").mkdir()
+    (tmp_path / "run-0" / "address").write_text("static://127.0.0.1:1\n")
+    run = up("--ps", "1")
+    eventually(lambda: "starting 1 PS" in run.output)
+    eventually(lambda: not run.address_file.exists() or run.address_file.read_text() != "static://127.0.0.1:1\n")
+    assert run.address != "static://127.0.0.1:1"
+
+
+def test_worker_output_has_a_prefix_and_a_worker_that_refuses_ends_the_run(up) -> None:
+    run = up("--ps", "1", "--workers", "1", "--", "--no-such-option")
+    assert run.wait() == 2
+    assert "error: worker-0 refused to run (status 2)" in run.output
+    assert "worker-0 |" in run.output
