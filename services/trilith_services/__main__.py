@@ -1,4 +1,4 @@
-"""`python -m trilith_services` is `trilith`: how the supervisor starts processes of this installation."""
+"""`python -m trilith_services` is the `trilith` command."""
 
 from trilith_services.cli import main
 
