@@ -45,8 +45,9 @@ def up(
 ) -> None:
     """Run a cluster on this machine until its workers are done, or until Ctrl-C.
 
-    Starts the PS on free ports, waits until they serve, then starts the workers: `trilith worker --cluster
-    CLUSTER --rank I --world-size M` with your WORKER_ARGS. Every line of output is shown with its process's name and kept in a log.
+    Starts the PS on free ports, waits until they serve, then starts the workers: `trilith worker --cluster CLUSTER
+    --rank I --world-size M` with your WORKER_ARGS. Every line of output is shown with its process's name and kept in
+    a log.
 
     A PS that dies is started again on its port and restores its newest checkpoint; without --checkpoint-dir its rows
     would be gone, so the run ends. A worker that fails is started again; one that ends well has left, and more may join
