@@ -392,3 +392,13 @@ def test_the_thread_writes_at_ticks_and_stops(make_store, tmp_path) -> None:
     writer.stop(final=False)
     assert checkpoint.newest_complete(str(tmp_path)) is not None
     assert all(good for _, _, good in done)
+
+
+def test_creating_an_empty_table_again_keeps_it(make_store) -> None:
+    store = make_store()
+    store.create_tables(CONFIGS)
+    before = store.table("user")
+    store.create_tables(CONFIGS)
+    assert store.table("user") is before
+    with pytest.raises(TableExistsError, match="table 'user' exists with another config"):
+        store.create_tables([table_config("user", dim=5, optimizer=Sgd()).proto])

@@ -136,7 +136,8 @@ class Store:
         with self._creating:
             made: dict[str, Table] = {}
             for config in configs:
-                known = self._tables.get(config.name) or made.get(config.name)
+                # Not `or`: an empty table is false.
+                known = self._tables.get(config.name, made.get(config.name))
                 if known is not None:
                     if known.config != config:
                         raise TableExistsError(
