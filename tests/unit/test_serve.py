@@ -150,7 +150,7 @@ def test_calls_in_flight_finish_and_new_ones_are_refused_while_draining():
                         refused = error
                     else:
                         assert process.hear() == "entered"
-            # Cancelled: it reached the port just before the server let go of it. Clients take both for UnavailableError.
+            # Cancelled: it reached the port just before the server let go. Clients take both for UnavailableError.
             assert refused.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
             process.say("finish")
             assert call.result(timeout=10) == b"wait done"
