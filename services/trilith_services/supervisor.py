@@ -49,6 +49,9 @@ Restart = Literal["never", "on-failure", "always"]
 
 TAIL_LINES = 40
 REFUSED = 2  # exit status of a command that was given something it cannot work with: trying again cannot help
+_ASKED = frozenset(
+    {0, -signal.SIGTERM, 128 + signal.SIGTERM}
+)  # somebody told it to leave, maybe before it could listen
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_magenta", "bright_green")
 
 # Asks the kernel for SIGTERM when the supervisor dies, whatever kills it, then becomes the command. A tiny program
@@ -74,7 +77,8 @@ class ProcessSpec:
         name: Prefix of its log lines and name of its log file, such as "ps-0".
         argv: The command.
         env: Variables added to this process's own.
-        restart: When to start it again after it ended by itself. Exit status 2 is never retried.
+        restart: When to start it again after it ended by itself. Exit status 2 is never retried; 0 and death by SIGTERM
+            are no failure.
         health: host:port whose gRPC health service says SERVING when it is ready; empty if it has none.
     """
 
@@ -264,7 +268,7 @@ class Supervisor:
             status = process.reap()
             if status is None:
                 continue
-            again = process.spec.restart == "always" or (process.spec.restart == "on-failure" and status != 0)
+            again = process.spec.restart == "always" or (process.spec.restart == "on-failure" and status not in _ASKED)
             if again:
                 self._count_death(process, status)
                 self.say(f"{name} {describe_status(status)}; starting it again", style="bold yellow")

@@ -218,3 +218,28 @@ def test_worker_output_has_a_prefix_and_a_worker_that_refuses_ends_the_run(up) -
     assert run.wait() == 2
     assert "error: worker-0 refused to run (status 2)" in run.output
     assert "worker-0 |" in run.output
+
+
+def test_workers_outlive_a_ps_and_come_and_go(up, tmp_path) -> None:
+    pytest.importorskip("torch")
+    training = ["--data", "synthetic:20000", "--batch-size", "128", "--no-validate", "--threads", "1"]
+    checkpoints = ["--checkpoint-dir", str(tmp_path / "checkpoints"), "--checkpoint-every", "0.5"]
+    run = up("--ps", "2", "--workers", "2", *checkpoints, "--", *training, "--epochs", "1000")
+    assert run.address
+    eventually(lambda: complete_rows(tmp_path / "checkpoints") > 0)
+
+    run.child("--index", "1").kill()
+    eventually(lambda: run.output.count("PS 1 restarted and went back") == 2)  # said by both workers
+
+    joined = trilith_argv("worker", "--cluster", run.address, *training, "--steps", "20")
+    assert subprocess.run(joined, stderr=subprocess.DEVNULL, timeout=120, check=False).returncode == 0
+
+    run.child("--rank", "1").kill()
+    eventually(lambda: "worker-1 was killed by SIGKILL; starting it again" in run.output)
+    run.child("--rank", "0").terminate()
+    eventually(lambda: "worker-0 has left" in run.output)
+    assert run.process.poll() is None
+
+    run.child("--rank", "1").terminate()
+    assert run.wait() == 0, run.output
+    assert "all workers are done" in run.output

@@ -107,11 +107,12 @@ def test_a_refusal_is_not_retried(supervisor) -> None:
         eventually(lambda: supervisor.poll() and False)
 
 
-def test_a_worker_that_ends_well_has_left(supervisor) -> None:
-    supervisor.start(ProcessSpec(name="worker-0", argv=python("pass"), restart="on-failure"))
+@pytest.mark.parametrize(("code", "status"), [("pass", 0), ("import os; os.kill(os.getpid(), 15)", -15)])
+def test_a_worker_that_ends_well_or_was_told_to_has_left(supervisor, code, status) -> None:
+    supervisor.start(ProcessSpec(name="worker-0", argv=python(code), restart="on-failure"))
     ended = []
     eventually(lambda: ended.extend(supervisor.poll()) or ended)
-    assert (ended[0].status, ended[0].restarted) == (0, False)
+    assert (ended[0].status, ended[0].restarted) == (status, False)
 
 
 def test_wait_serving_returns_when_the_health_service_answers(supervisor) -> None:
