@@ -11,6 +11,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from trilith.errors import CheckpointError, InvalidRequestError
+from trilith.ops.jit import warm
 from trilith.ops.memory import address_of
 from trilith_proto import hash_table_pb2
 from trilith_services.ps.kernels import entries as kernels
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EntryCodec",
+    "compile_kernels",
     "decode_entries",
     "encode_entries",
     "entry_list",
@@ -205,6 +207,11 @@ def _slot_values(dump: object, kind: str, slot: str, floats: int) -> npt.NDArray
 def _dumped(layout: RowLayout) -> list[SegmentLayout]:
     """The segments that dump something: a moving average has no message, a serving row no optimizers."""
     return [segment for segment in layout.segments if segment.kind not in {"", "moving_average"}]
+
+
+def compile_kernels() -> None:
+    """Compile or load what dumping rows runs; a PS that serves reads none."""
+    warm(kernels.encode_entries)
 
 
 def encode_entries(layout: RowLayout, rows: Rows, *, with_id: bool = True) -> tuple[Bytes, Offsets]:

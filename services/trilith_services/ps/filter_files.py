@@ -28,6 +28,8 @@ __all__ = ["read_filter_meta", "restore_filter", "save_filter"]
 
 _CHUNK = 10_000
 _FILL = 1.2
+# An empty cell in a serialized HashFilterSplitDataDump: the tag of `data`, and 0.
+_EMPTY_CELL = b"\x10\x00"
 
 _M = TypeVar("_M", bound=Message)
 
@@ -52,9 +54,7 @@ def save_filter(sliding: SlidingFilter, base: str) -> None:
                 )
                 writer.write_all([meta.SerializeToString()])
                 for offset in range(0, cells.size, _CHUNK):
-                    data = cells[offset : offset + _CHUNK].tolist()
-                    chunk = hash_table_pb2.HashFilterSplitDataDump(offset=offset, data=data)
-                    writer.write_all([chunk.SerializeToString()])
+                    writer.write_all([_chunk(cells, offset)])
             writer.close()
 
 
@@ -69,7 +69,7 @@ def restore_filter(sliding: SlidingFilter, base: str) -> None:
         with open_file(name) as file:
             payloads = chain.from_iterable(batch.payloads() for batch in read_records(file, name=name))
             for block in range(split, sliding.blocks, sliding.split_num):
-                meta = _next(payloads, hash_table_pb2.HashFilterSplitMetaDump, name)
+                meta = _parse(next(payloads, None), hash_table_pb2.HashFilterSplitMetaDump, name)
                 _check_meta(sliding, meta, name)
                 _read_cells(payloads, cells[block], name)
                 shared = meta.sliding_hash_filter_meta
@@ -84,7 +84,7 @@ def read_filter_meta(name: str) -> hash_table_pb2.HashFilterSplitMetaDump:
     """The first record of one filter file."""
     with open_file(name) as file:
         payloads = chain.from_iterable(batch.payloads() for batch in read_records(file, name=name))
-        return _next(payloads, hash_table_pb2.HashFilterSplitMetaDump, name)
+        return _parse(next(payloads, None), hash_table_pb2.HashFilterSplitMetaDump, name)
 
 
 def _shared_meta(sliding: SlidingFilter) -> hash_table_pb2.SlidingHashFilterMetaDump:
@@ -98,6 +98,19 @@ def _shared_meta(sliding: SlidingFilter) -> hash_table_pb2.SlidingHashFilterMeta
         head_increment=int(state[kernels.MOVES]) & 0xFFFFFFFF,
         failure_count=int(state[kernels.SLIDING_FAILURES]),
     )
+
+
+def _chunk(cells: npt.NDArray[np.uint16], offset: int) -> bytes:
+    """A serialized HashFilterSplitDataDump of the cells from `offset` on."""
+    data = cells[offset : offset + _CHUNK]
+    if not data.any():
+        return _empty_chunk(offset, data.size)
+    return hash_table_pb2.HashFilterSplitDataDump(offset=offset, data=data.tolist()).SerializeToString()
+
+
+def _empty_chunk(offset: int, size: int) -> bytes:
+    """The same of `size` empty cells. Most of a large filter is such chunks, and most of the time went into them."""
+    return hash_table_pb2.HashFilterSplitDataDump(offset=offset).SerializeToString() + _EMPTY_CELL * size
 
 
 def _check_meta(sliding: SlidingFilter, meta: hash_table_pb2.HashFilterSplitMetaDump, name: str) -> None:
@@ -121,18 +134,21 @@ def _check_meta(sliding: SlidingFilter, meta: hash_table_pb2.HashFilterSplitMeta
 def _read_cells(payloads: Iterator[bytes], cells: npt.NDArray[np.uint16], name: str) -> None:
     at = 0
     while at < cells.size:
-        chunk = _next(payloads, hash_table_pb2.HashFilterSplitDataDump, name)
+        payload = next(payloads, None)
+        due = min(_CHUNK, cells.size - at)
+        # Empty cells are left alone: parsing takes time, and writing zeros commits memory.
+        if payload is not None and payload == _empty_chunk(at, due):
+            at += due
+            continue
+        chunk = _parse(payload, hash_table_pb2.HashFilterSplitDataDump, name)
         data = np.asarray(chunk.data, np.uint32)
         if chunk.offset != at or not data.size or at + data.size > cells.size or data.max() > 0xFFFF:
             raise CheckpointError(f"{name}: cells {chunk.offset} to {chunk.offset + data.size} where {at} was due")
-        # Writing zeros would commit memory that empty cells need not have.
-        if data.any():
-            cells[at : at + data.size] = data
+        cells[at : at + data.size] = data
         at += data.size
 
 
-def _next(payloads: Iterator[bytes], kind: type[_M], name: str) -> _M:
-    payload = next(payloads, None)
+def _parse(payload: bytes | None, kind: type[_M], name: str) -> _M:
     if payload is None:
         raise CheckpointError(f"{name}: ends before a {kind.__name__}")
     try:

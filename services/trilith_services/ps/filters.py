@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
+from trilith.ops.jit import warm
 from trilith.ops.memory import address_of
 from trilith_proto import hash_table_pb2, ps_pb2
 from trilith_services.ps.kernels import filters as kernels
@@ -107,6 +108,9 @@ class OccurrenceFilter(Protocol):
             bool[n], True where the id shall not get a row yet.
         """
 
+    def compile(self) -> None:
+        """Compile or load the kernels that deciding runs."""
+
     def save(self, base: str) -> None:
         """Write the filter's files, if it has state."""
 
@@ -128,6 +132,9 @@ class DummyFilter:
     ) -> Bools:
         """Pass every id."""
         return np.zeros(ids.size, np.bool_)
+
+    def compile(self) -> None:
+        """Do nothing: there is no kernel."""
 
     def save(self, base: str) -> None:
         """Write nothing: there is no state."""
@@ -172,6 +179,10 @@ class ProbabilisticFilter:
             address_of(out),
         )
         return out
+
+    def compile(self) -> None:
+        """Compile or load the kernels that deciding runs."""
+        warm(kernels.probabilistic_filter)
 
     def save(self, base: str) -> None:
         """Write nothing: there is no state."""
@@ -258,6 +269,10 @@ class CountingFilter:
         chosen_counts = None if counts is None else counts[counted]
         out[counted] = self.add(ids[counted], chosen_counts) < limit[counted]
         return out
+
+    def compile(self) -> None:
+        """Compile or load the kernels that deciding runs."""
+        warm(kernels.counting_add)
 
     def save(self, base: str) -> None:
         """Refuse: the file format is the sliding filter's."""
@@ -392,6 +407,10 @@ class SlidingFilter:
                 address_of(out),
             )
         return out
+
+    def compile(self) -> None:
+        """Compile or load the kernels that deciding runs."""
+        warm(kernels.sliding_filter)
 
     def save(self, base: str) -> None:
         """Write one file per split. Blocks are copied one by one, so ids counted meanwhile may or may not be in."""

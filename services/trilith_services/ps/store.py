@@ -360,8 +360,12 @@ class Store:
 
     def new_table(self, config: ps_pb2.TableConfig) -> Table:
         """A compiled table that shares this store's budget and threads but is not in it yet; for `snapshot`."""
-        table = Table(config, gate=filters.make_filter(config), budget=self.budget, pool=self._pool)
+        gate = filters.make_filter(config)
+        table = Table(config, gate=gate, budget=self.budget, pool=self._pool)
         table.compile()
+        entries.compile_kernels()
+        if gate is not None:
+            gate.compile()
         return table
 
     def replace_content(self, tables: Mapping[str, Table], variables: Sequence[VariableState], step: int) -> None:
