@@ -167,6 +167,7 @@ class _Load:
             for future in futures:
                 future.result()
             self._elapsed = time.perf_counter() - started
+            progress.update(task, completed=round(self.seconds))
 
     def _drive(self, table: Table, number: int, ready: threading.Barrier, stop: threading.Event) -> None:
         import numpy as np
@@ -284,6 +285,7 @@ def _show(result: dict[str, Any]) -> None:
     console = output.console()
     console.print(
         f"{result['cluster']}: {output.count(result['batch'])} of {output.count(result['ids'])} ids a call, {skew}, "
-        f"dim {result['dim']}, {result['threads']} in flight, {result['seconds']:.1f} s"
+        f"dim {result['dim']}, {result['threads']} in flight, {result['seconds']:.1f} s",
+        soft_wrap=True,
     )
     console.print(grid)
