@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from trilith.errors import InvalidRequestError, NonFiniteError
 from trilith.shard import Float32Array, FloatArray, UInt64Array
+
+_A = TypeVar("_A", bound=np.ndarray[Any, Any])
 
 __all__ = ["as_ids", "as_rows", "as_values", "refuse_non_finite"]
 
@@ -36,7 +38,7 @@ def as_ids(table: str, ids: Any) -> UInt64Array:
             raise InvalidRequestError(f"table {table!r}: ids are {array.dtype}, they must be integers")
     if array.size > MAX_IDS:
         raise InvalidRequestError(f"table {table!r}: {array.size} ids in one call are above {MAX_IDS}")
-    return np.require(array, np.uint64, ("C", "A"))
+    return _plain(array)
 
 
 def as_rows(table: str, what: str, rows: Any, count: int, dim: int) -> Float32Array:
@@ -54,7 +56,7 @@ def as_rows(table: str, what: str, rows: Any, count: int, dim: int) -> Float32Ar
             raise InvalidRequestError(f"table {table!r}: {what} are {array.dtype}, they must be floating-point")
         with np.errstate(over="ignore"):  # what becomes infinite is refused as such
             array = array.astype(np.float32)
-    return np.require(array, np.float32, ("C", "A"))
+    return _plain(array)
 
 
 def as_values(name: str, what: str, values: Any) -> Float32Array:
@@ -79,6 +81,12 @@ def refuse_non_finite(where: str, what: str, rows: FloatArray, *, float16: bool)
     else:
         value, over = f"the sum of {what} of a repeated id", " is not finite"
     raise NonFiniteError(f"{where}: {value}{over}; allow_non_finite=True sends it all the same")
+
+
+def _plain(array: _A) -> _A:
+    """The array itself, or a copy that is C-contiguous and aligned."""
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else np.require(array, requirements=("C", "A"))
 
 
 def _array(name: str, what: str, values: Any) -> np.ndarray[Any, Any]:

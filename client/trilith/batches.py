@@ -107,7 +107,7 @@ class Batches:
         float16 = self._cluster.float16
         limit = self._cluster.batch_bytes(index)
         widths = [max(8, (2 if float16 else 4) * dim) for dim in dims]
-        if sum(part.ids.size * width for part, width in zip(parts, widths, strict=True)) <= limit:
+        if sum([part.ids.size * width for part, width in zip(parts, widths, strict=True)]) <= limit:
             return shard.lookup(parts, float16=float16, timeout_s=left)
         deadline = time.monotonic() + left
         blocks: list[FloatArray] = []
@@ -231,6 +231,9 @@ def _no_rows(dim: int) -> Float32Array:
 
 
 def _concerned(splits: Sequence[dedup.Split], count: int) -> list[int]:
+    """Shards that own any of the ids."""
+    if count == 1:
+        return [0] if any(split.ids.size for split in splits) else []
     return [s for s in range(count) if any(split.bounds[s + 1] > split.bounds[s] for split in splits)]
 
 

@@ -69,7 +69,8 @@ class Client:
         if any(has) and not all(has):
             self._refuse_half_lost(config.name, has)
         cluster.everywhere(
-            lambda index, shard, left: shard.create_tables([config], incarnation=cluster.known(index), timeout_s=left)
+            lambda index, shard, left: shard.create_tables([config], incarnation=cluster.known(index), timeout_s=left),
+            timeout_s=cluster.config.create_timeout_s,
         )
 
     def _refuse_half_lost(self, name: str, has: Sequence[bool]) -> None:

@@ -131,7 +131,7 @@ class Cluster:
             lost = [table for table in tables if table.name in shard.missing_tables]
             if lost:
                 self.shards[shard.index].create_tables(
-                    lost, incarnation=self._known[shard.index], timeout_s=self.config.timeout_s
+                    lost, incarnation=self._known[shard.index], timeout_s=self.config.create_timeout_s
                 )
         return back
 

@@ -20,6 +20,7 @@ class ClientConfig:
 
     Attributes:
         timeout_s: Deadline of a call, retries included.
+        create_timeout_s: Deadline of creating a table, for which a PS may have to compile kernels.
         float16: Rows and gradients travel as float16. Halves the bytes; the tables themselves keep their precision.
         max_message_bytes: Largest message sent or accepted, at most what the PS accepts; a larger batch travels as
             several.
@@ -30,6 +31,7 @@ class ClientConfig:
     """
 
     timeout_s: float = 30.0
+    create_timeout_s: float = 180.0
     float16: bool = False
     max_message_bytes: int = MAX_MESSAGE_BYTES
     chunk_bytes: int | None = None
@@ -38,7 +40,7 @@ class ClientConfig:
     keepalive_s: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("timeout_s", "retry_first_s", "retry_max_s", "keepalive_s"):
+        for name in ("timeout_s", "create_timeout_s", "retry_first_s", "retry_max_s", "keepalive_s"):
             if not getattr(self, name) > 0:
                 raise InvalidRequestError(f"{name}={getattr(self, name)} is not above 0")
         if self.max_message_bytes < 2 * _HEADER_ROOM:

@@ -19,6 +19,7 @@ def connect(
     address: str,
     *,
     timeout_s: float = 30.0,
+    create_timeout_s: float = 180.0,
     float16: bool = False,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     chunk_bytes: int | None = None,
@@ -31,6 +32,7 @@ def connect(
     Args:
         address: "static://host:port,host:port" for PS processes, shard 0 first; "local://" for one in this process.
         timeout_s: Deadline of a call, retries included.
+        create_timeout_s: Deadline of creating a table, for which a PS may have to compile kernels.
         float16: Rows and gradients travel as float16.
         max_message_bytes: Largest message sent or accepted; larger batches travel as several.
         chunk_bytes: Cut batches into messages of at most this many bytes of arrays; None: as large as messages may be.
@@ -48,7 +50,11 @@ def connect(
     from trilith.cluster import Cluster
 
     config = ClientConfig(
-        timeout_s=timeout_s, float16=float16, max_message_bytes=max_message_bytes, chunk_bytes=chunk_bytes
+        timeout_s=timeout_s,
+        create_timeout_s=create_timeout_s,
+        float16=float16,
+        max_message_bytes=max_message_bytes,
+        chunk_bytes=chunk_bytes,
     )
     scheme, separator, rest = address.partition("://")
     if not separator:

@@ -7,7 +7,8 @@ The bytes are those the library itself would write; a message laid out in any ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,7 +24,6 @@ from trilith_proto import ps_pb2
 __all__ = [
     "UpdateFrame",
     "UpdateLayout",
-    "allocate",
     "new_lookup_response",
     "new_update_request",
     "pack",
@@ -70,63 +70,55 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def allocate(header: Message, size: int) -> tuple[bytes, _Bytes]:
-    """Make the encoding of `header` with a payload of `size` bytes that are still to be written.
+def _head(header: Message, size: int) -> bytes:
+    """Everything that comes before a payload of `size` bytes."""
+    return header.SerializeToString() + (bytes((_PAYLOAD_TAG,)) + _varint(size) if size else b"")
 
-    Args:
-        header: A message whose payload is not set.
-        size: Bytes of payload.
 
-    Returns:
-        The message, and uint8[size], a writable view of its payload.
-    """
-    head = header.SerializeToString()
-    if not size:
-        return head, np.empty(0, np.uint8)
-    head += bytes((_PAYLOAD_TAG,)) + _varint(size)
+def _allocate(head: bytes, size: int) -> tuple[bytes, _Bytes]:
+    """Make a message of which only the payload, uint8[size], is still to be written, through the second result."""
     data = new_bytes(len(head) + size)
     view = writable_view(data)
-    view[: len(head)] = np.frombuffer(head, np.uint8)
+    view.data[: len(head)] = head
     return data, view[len(head) :]
 
 
 def pack(header: Message, *arrays: npt.NDArray[Any]) -> bytes:
     """Encode `header` with the bytes of `arrays` (little-endian, C-contiguous), one after another, as its payload."""
-    data, payload = allocate(header, sum(array.nbytes for array in arrays))
-    offset = 0
-    for array in arrays:
-        payload[offset : offset + array.nbytes].view(array.dtype)[:] = array.reshape(-1)
-        offset += array.nbytes
-    return data
+    return b"".join((_head(header, sum(array.nbytes for array in arrays)), *(array.data for array in arrays)))
 
 
-def unpack(kind: type[_M], data: bytes, *, owned: bool = False) -> tuple[_M, _Bytes]:
+def unpack(kind: type[_M], data: bytes) -> tuple[_M, _Bytes]:
     """Split an encoded message into its header and its payload.
 
-    Args:
-        kind: The message's class.
-        data: Its encoding.
-        owned: Nobody else holds `data`, so the payload may be written to.
-
     Returns:
-        The message without its payload, and uint8[size], a view of the payload in `data`, writable if `owned`.
+        The message without its payload, and uint8[size], a read-only view of the payload in `data`.
 
     Raises:
         InvalidRequestError: `data` is not such a message.
     """
-    end, start = _find_payload(data)
+    head, payload = _split(kind, data)
+    return _parse(kind, head), payload
+
+
+def _parse(kind: type[_M], head: bytes) -> _M:
     try:
-        if end < 0:
-            message = kind.FromString(data)
-            loose = message.payload  # type: ignore[attr-defined]
-            message.ClearField("payload")
-            return message, np.frombuffer(loose, np.uint8)
-        message = kind.FromString(data if end == len(data) else data[:end])
+        return kind.FromString(head)
     except DecodeError:
-        raise InvalidRequestError(f"{len(data)} bytes are not a {kind.DESCRIPTOR.name}") from None
+        raise InvalidRequestError(f"{len(head)} bytes are not a {kind.DESCRIPTOR.name}") from None
+
+
+def _split(kind: type[Message], data: bytes, *, owned: bool = False) -> tuple[bytes, _Bytes]:
+    """Split an encoded message into the encoding of all else and the payload, writable if nobody else has `data`."""
+    end, start = _find_payload(data)
+    if end < 0:
+        message = _parse(kind, data)
+        loose = message.payload  # type: ignore[attr-defined]
+        message.ClearField("payload")
+        return message.SerializeToString(), np.frombuffer(loose, np.uint8)
     if start == len(data):
-        return message, np.empty(0, np.uint8)
-    return message, (writable_view(data)[start:] if owned else np.frombuffer(data, np.uint8, offset=start))
+        return data[:end], np.empty(0, np.uint8)
+    return data[:end], writable_view(data)[start:] if owned else np.frombuffer(data, np.uint8, offset=start)
 
 
 def _find_payload(data: bytes) -> tuple[int, int]:
@@ -172,26 +164,19 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
         shift += 7
 
 
-class _Cutter:
-    """Cuts typed arrays off the front of a payload; whoever cuts last checks that nothing is left."""
-
-    def __init__(self, what: str, payload: _Bytes) -> None:
-        self._what, self._payload, self._offset = what, payload, 0
-
-    def cut(self, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
-        start = self._offset
-        self._offset += count * dtype.itemsize
-        if self._offset > self._payload.size:
-            raise InvalidRequestError(
-                f"{self._what}: the payload has {self._payload.size} bytes, its header asks for more than {start}"
-            )
-        return self._payload[start : self._offset].view(dtype)
-
-    def done(self) -> None:
-        if self._offset != self._payload.size:
-            raise InvalidRequestError(
-                f"{self._what}: the payload has {self._payload.size} bytes, its header accounts for {self._offset}"
-            )
+def _cut(what: str, payload: _Bytes, arrays: Sequence[tuple[np.dtype[Any], int]]) -> list[npt.NDArray[Any]]:
+    """View a payload as one-dimensional arrays of the given types and lengths, which must fill it."""
+    size = sum([dtype.itemsize * count for dtype, count in arrays])
+    if size != payload.size:
+        raise InvalidRequestError(f"{what}: the payload has {payload.size} bytes, its header accounts for {size}")
+    if len(arrays) == 1:
+        return [payload.view(arrays[0][0])]
+    views, start = [], 0
+    for dtype, count in arrays:
+        end = start + dtype.itemsize * count
+        views.append(payload[start:end].view(dtype))
+        start = end
+    return views
 
 
 def _float_dtype(kind: int) -> np.dtype[Any]:
@@ -205,25 +190,66 @@ def _float_dtype(kind: int) -> np.dtype[Any]:
 # ---- lookup ----------------------------------------------------------------------------------------------------------
 
 
+# Training sends batches of the same tables, often of the same sizes, and a small lookup takes as long as its headers do:
+# they are kept, by everything they are made of.
+_KEPT_HEADERS = 1024
+
+_Sizes = tuple[tuple[str, int, int], ...]  # table, rows, dim
+
+
+@functools.lru_cache(_KEPT_HEADERS)
+def _lookup_request_head(sizes: _Sizes, float16: bool) -> bytes:
+    header = ps_pb2.LookupRequest(rows_type=ps_pb2.FLOAT16 if float16 else ps_pb2.FLOAT32)
+    for table, rows, dim in sizes:
+        header.tables.add(table=table, rows=rows, dim=dim)
+    return _head(header, sum(8 * rows for _, rows, _ in sizes))
+
+
+@functools.lru_cache(_KEPT_HEADERS)
+def _lookup_request_fields(head: bytes) -> tuple[_Sizes, bool]:
+    header = _parse(ps_pb2.LookupRequest, head)
+    sizes = tuple((batch.table, batch.rows, batch.dim) for batch in header.tables)
+    return sizes, _float_dtype(header.rows_type) is FLOAT16
+
+
+@functools.lru_cache(_KEPT_HEADERS)
+def _lookup_response_head(incarnation: int, sizes: _Sizes, float16: bool) -> tuple[bytes, int]:
+    header = ps_pb2.LookupResponse(incarnation=incarnation, rows_type=ps_pb2.FLOAT16 if float16 else ps_pb2.FLOAT32)
+    for table, rows, dim in sizes:
+        header.tables.add(table=table, rows=rows, dim=dim)
+    size = sum(rows * dim for _, rows, dim in sizes) * (2 if float16 else 4)
+    # The payload shall start at a multiple of 16 bytes, as the content of a bytes object does.
+    missing = -len(_head(header, size)) % _ALIGNMENT
+    if missing:
+        # Two bytes of padding are its own tag and length.
+        header.padding = bytes(missing - 2 if missing > 2 else missing - 2 + _ALIGNMENT)
+    return _head(header, size), size
+
+
+@functools.lru_cache(_KEPT_HEADERS)
+def _lookup_response_fields(head: bytes) -> tuple[int, _Sizes, np.dtype[Any]]:
+    header = _parse(ps_pb2.LookupResponse, head)
+    sizes = tuple((batch.table, batch.rows, batch.dim) for batch in header.tables)
+    return header.incarnation, sizes, _float_dtype(header.rows_type)
+
+
 def pack_lookup_request(parts: Sequence[IdPart], *, float16: bool = False) -> bytes:
     """Encode a LookupRequest."""
-    header = ps_pb2.LookupRequest(rows_type=ps_pb2.FLOAT16 if float16 else ps_pb2.FLOAT32)
-    for part in parts:
-        header.tables.add(table=part.table, rows=part.ids.size)
-    return pack(header, *(part.ids for part in parts))
+    head = _lookup_request_head(tuple((part.table, part.ids.size, 0) for part in parts), float16)
+    return b"".join((head, *[part.ids.data for part in parts]))
 
 
 def unpack_lookup_request(data: bytes) -> tuple[list[IdPart], list[int], bool]:
     """Decode a LookupRequest.
 
     Returns:
-        The parts (ids are views of `data`), per part the dim the caller expects (0: any), and whether it wants float16.
+        The parts (ids are views of `data`), per part the dim the caller expects (0: any), whether it wants float16.
     """
-    header, payload = unpack(ps_pb2.LookupRequest, data)
-    cutter = _Cutter("LookupRequest", payload)
-    parts = [IdPart(batch.table, cutter.cut(_UINT64, batch.rows)) for batch in header.tables]
-    cutter.done()
-    return parts, [batch.dim for batch in header.tables], _float_dtype(header.rows_type) is FLOAT16
+    head, payload = _split(ps_pb2.LookupRequest, data)
+    sizes, float16 = _lookup_request_fields(head)
+    arrays = _cut("LookupRequest", payload, [(_UINT64, rows) for _, rows, _ in sizes])
+    parts = [IdPart(table, ids) for (table, _, _), ids in zip(sizes, arrays, strict=True)]
+    return parts, [dim for _, _, dim in sizes], float16
 
 
 def new_lookup_response(
@@ -234,28 +260,10 @@ def new_lookup_response(
     Returns:
         The message, and per part float32|float16 [n, dim], a writable, possibly unaligned view of its rows.
     """
-    header = ps_pb2.LookupResponse(incarnation=incarnation, rows_type=ps_pb2.FLOAT16 if float16 else ps_pb2.FLOAT32)
-    dtype = FLOAT16 if float16 else FLOAT32
-    size = 0
-    for part, dim in zip(parts, dims, strict=True):
-        header.tables.add(table=part.table, rows=part.ids.size, dim=dim)
-        size += part.ids.size * dim * dtype.itemsize
-    _align(header, size)
-    data, payload = allocate(header, size)
-    outs, offset = [], 0
-    for part, dim in zip(parts, dims, strict=True):
-        end = offset + part.ids.size * dim * dtype.itemsize
-        outs.append(payload[offset:end].view(dtype).reshape(part.ids.size, dim))
-        offset = end
-    return data, outs
-
-
-def _align(header: ps_pb2.LookupResponse, size: int) -> None:
-    """Pad the header so that the payload starts at a multiple of 16 bytes; a bytes object's content does, too."""
-    missing = -(header.ByteSize() + 1 + len(_varint(size))) % _ALIGNMENT
-    if missing:
-        # Two bytes of padding are its own tag and length.
-        header.padding = bytes(missing - 2 if missing > 2 else missing - 2 + _ALIGNMENT)
+    sizes = tuple((part.table, part.ids.size, dim) for part, dim in zip(parts, dims, strict=True))
+    head, size = _lookup_response_head(incarnation, sizes, float16)
+    data, payload = _allocate(head, size)
+    return data, _cut_rows("LookupResponse", payload, sizes, FLOAT16 if float16 else FLOAT32)
 
 
 def unpack_lookup_response(data: bytes) -> tuple[int, list[FloatArray]]:
@@ -265,12 +273,14 @@ def unpack_lookup_response(data: bytes) -> tuple[int, list[FloatArray]]:
         The incarnation, and per table float32|float16 [n, dim], a view of `data`: aligned if the sender has padded
         the message, as Trilith's does, and writable unless the message is laid out in an unusual way.
     """
-    header, payload = unpack(ps_pb2.LookupResponse, data, owned=True)
-    cutter = _Cutter("LookupResponse", payload)
-    dtype = _float_dtype(header.rows_type)
-    rows = [cutter.cut(dtype, batch.rows * batch.dim).reshape(batch.rows, batch.dim) for batch in header.tables]
-    cutter.done()
-    return header.incarnation, rows
+    head, payload = _split(ps_pb2.LookupResponse, data, owned=True)
+    incarnation, sizes, dtype = _lookup_response_fields(head)
+    return incarnation, _cut_rows("LookupResponse", payload, sizes, dtype)
+
+
+def _cut_rows(what: str, payload: _Bytes, sizes: _Sizes, dtype: np.dtype[Any]) -> list[FloatArray]:
+    arrays = _cut(what, payload, [(dtype, rows * dim) for _, rows, dim in sizes])
+    return [array.reshape(rows, dim) for array, (_, rows, dim) in zip(arrays, sizes, strict=True)]
 
 
 # ---- updates ---------------------------------------------------------------------------------------------------------
@@ -342,15 +352,27 @@ def new_update_request(layouts: Sequence[UpdateLayout], write: Write, *, float16
             learning_rates=None if layout.learning_rates is None else layout.learning_rates.tolist(),
         )
         size += layout.rows * (8 + (4 if layout.counts else 0) + layout.dim * dtype.itemsize)
-    data, payload = allocate(header, size)
-    cutter = _Cutter("UpdateRequest", payload)
+    data, payload = _allocate(_head(header, size), size)
+    arrays = iter(_cut("UpdateRequest", payload, _update_arrays(layouts, dtype)))
     parts = []
     for layout in layouts:
-        ids = cutter.cut(_UINT64, layout.rows)
-        counts = cutter.cut(_UINT32, layout.rows) if layout.counts else None
-        values = cutter.cut(dtype, layout.rows * layout.dim).reshape(layout.rows, layout.dim)
+        ids = next(arrays)
+        counts = next(arrays) if layout.counts else None
+        values = next(arrays).reshape(layout.rows, layout.dim)
         parts.append(UpdatePart(layout.table, ids, values, counts, layout.learning_rates))
     return UpdateFrame(parts, write, data)
+
+
+def _update_arrays(
+    batches: Iterable[UpdateLayout | ps_pb2.TableBatch], dtype: np.dtype[Any]
+) -> list[tuple[np.dtype[Any], int]]:
+    arrays: list[tuple[np.dtype[Any], int]] = []
+    for batch in batches:
+        arrays.append((_UINT64, batch.rows))
+        if batch.counts:
+            arrays.append((_UINT32, batch.rows))
+        arrays.append((dtype, batch.rows * batch.dim))
+    return arrays
 
 
 def pack_update_request(parts: Sequence[UpdatePart], write: Write) -> bytes:
@@ -378,16 +400,14 @@ def pack_update_request(parts: Sequence[UpdatePart], write: Write) -> bytes:
 def unpack_update_request(data: bytes) -> tuple[list[UpdatePart], Write]:
     """Decode an UpdateRequest; arrays are read-only views of `data`."""
     header, payload = unpack(ps_pb2.UpdateRequest, data)
-    cutter = _Cutter("UpdateRequest", payload)
-    dtype = _float_dtype(header.rows_type)
+    arrays = iter(_cut("UpdateRequest", payload, _update_arrays(header.tables, _float_dtype(header.rows_type))))
     parts = []
     for batch in header.tables:
-        ids = cutter.cut(_UINT64, batch.rows)
-        counts = cutter.cut(_UINT32, batch.rows) if batch.counts else None
-        values = cutter.cut(dtype, batch.rows * batch.dim).reshape(batch.rows, batch.dim)
+        ids = next(arrays)
+        counts = next(arrays) if batch.counts else None
+        values = next(arrays).reshape(batch.rows, batch.dim)
         rates = np.array(batch.learning_rates, np.float32) if batch.learning_rates else None
         parts.append(UpdatePart(batch.table, ids, values, counts, rates))
-    cutter.done()
     write = Write(
         client_id=header.write.client_id,
         sequence=header.write.sequence,
@@ -457,10 +477,7 @@ def unpack_statuses(data: bytes) -> tuple[int, npt.NDArray[np.int8]]:
 
 
 def _cut_partitions(what: str, sizes: Sequence[int], payload: _Bytes) -> list[Float32Array]:
-    cutter = _Cutter(what, payload)
-    values = [cutter.cut(FLOAT32, size) for size in sizes]
-    cutter.done()
-    return values
+    return _cut(what, payload, [(FLOAT32, size) for size in sizes])
 
 
 def pack_create_variables(

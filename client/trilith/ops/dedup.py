@@ -7,8 +7,7 @@ Repeats are found with a hash table in one pass, not by sorting. A position in t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +47,7 @@ _GROUP = 64
 _AHEAD = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
+class Split(NamedTuple):
     """A batch of ids arranged for the shards that own them.
 
     Attributes:

@@ -5,11 +5,15 @@ Names end in their unit, counters in `_total`; labels are few and bounded: metho
 
 from __future__ import annotations
 
+import copy
+import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -25,29 +29,30 @@ __all__ = ["Metrics"]
 _BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
 
 
+class _Tally:
+    """What calls of one method added up to."""
+
+    __slots__ = ("buckets", "ids", "received", "seconds", "sent", "statuses")
+
+    def __init__(self) -> None:
+        self.statuses: dict[str, int] = {}
+        self.buckets = [0] * (len(_BUCKETS) + 1)
+        self.seconds = 0.0
+        self.ids = self.received = self.sent = 0
+
+
 class Metrics:
-    """Counts what a PS does; thread-safe. Implements `rpc.Observer`."""
+    """Counts what a PS does; thread-safe. Implements `rpc.Observer`.
+
+    What every call touches is counted in plain numbers under one lock and made into Prometheus samples when somebody
+    scrapes: half a dozen of the library's counters would cost a small lookup as much as its rows.
+    """
 
     def __init__(self) -> None:
         """Make an empty registry."""
         self.registry = CollectorRegistry()
-        self._requests = Counter(
-            "trilith_ps_requests_total", "Calls answered.", ["method", "status"], registry=self.registry
-        )
-        self._seconds = Histogram(
-            "trilith_ps_rpc_seconds",
-            "Time spent in a servicer method, queueing excluded.",
-            ["method"],
-            buckets=_BUCKETS,
-            registry=self.registry,
-        )
-        self._ids = Counter("trilith_ps_ids_total", "Ids in requests.", ["method"], registry=self.registry)
-        self._bytes = Counter(
-            "trilith_ps_message_bytes_total",
-            "Bytes of messages that carry arrays.",
-            ["method", "direction"],
-            registry=self.registry,
-        )
+        self._lock = threading.Lock()
+        self._tallies: dict[str, _Tally] = {}
         self._refused = Counter(
             "trilith_ps_refused_total", "Calls refused because the queue was full.", registry=self.registry
         )
@@ -65,35 +70,35 @@ class Metrics:
         )
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        # Children by label: prometheus_client looks them up under a lock, which shows in small calls.
-        self._request_children: dict[tuple[str, str], Counter] = {}
-        self._method_children: dict[str, tuple[Histogram, Counter, Counter, Counter]] = {}
+        self.registry.register(_CallCollector(self))
 
     def called(self, method: str, status: str, seconds: float) -> None:
         """See `rpc.Observer`."""
-        child = self._request_children.get((method, status))
-        if child is None:
-            child = self._request_children[method, status] = self._requests.labels(method, status)
-        child.inc()
-        self._of(method)[0].observe(seconds)
+        bucket = bisect_left(_BUCKETS, seconds)
+        with self._lock:
+            tally = self._tally(method)
+            tally.statuses[status] = tally.statuses.get(status, 0) + 1
+            tally.buckets[bucket] += 1
+            tally.seconds += seconds
 
     def carried(self, method: str, ids: int, received: int, sent: int) -> None:
         """A call of `method` carried so many ids, in a request of `received` bytes answered by `sent`."""
-        _, id_count, bytes_in, bytes_out = self._of(method)
-        id_count.inc(ids)
-        bytes_in.inc(received)
-        bytes_out.inc(sent)
+        with self._lock:
+            tally = self._tally(method)
+            tally.ids += ids
+            tally.received += received
+            tally.sent += sent
 
-    def _of(self, method: str) -> tuple[Histogram, Counter, Counter, Counter]:
-        children = self._method_children.get(method)
-        if children is None:
-            children = self._method_children[method] = (
-                self._seconds.labels(method),
-                self._ids.labels(method),
-                self._bytes.labels(method, "received"),
-                self._bytes.labels(method, "sent"),
-            )
-        return children
+    def _tally(self, method: str) -> _Tally:
+        tally = self._tallies.get(method)
+        if tally is None:
+            tally = self._tallies[method] = _Tally()
+        return tally
+
+    def tallies(self) -> dict[str, _Tally]:
+        """A copy of what calls added up to, by method."""
+        with self._lock:
+            return copy.deepcopy(self._tallies)
 
     def refused(self) -> None:
         """A call was refused because the queue was full."""
@@ -109,10 +114,8 @@ class Metrics:
 
     def requests(self) -> dict[str, int]:
         """Calls answered so far, by method."""
-        total: dict[str, int] = {}
-        for (method, _), child in list(self._request_children.items()):
-            total[method] = total.get(method, 0) + int(child._value.get())
-        return total
+        with self._lock:
+            return {method: sum(tally.statuses.values()) for method, tally in self._tallies.items()}
 
     def watch(self, stats: Callable[[], ps_pb2.StatsResponse]) -> None:
         """Export a shard's own numbers, read when somebody scrapes."""
@@ -150,6 +153,31 @@ _SHARD_GAUGES: Mapping[str, tuple[str, Callable[[ps_pb2.StatsResponse], float]]]
         lambda stats: stats.last_checkpoint_time,
     ),
 }
+
+
+class _CallCollector(Collector):
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        requests = CounterMetricFamily("trilith_ps_requests", "Calls answered.", labels=["method", "status"])
+        seconds = HistogramMetricFamily(
+            "trilith_ps_rpc_seconds", "Time spent in a servicer method, queueing excluded.", labels=["method"]
+        )
+        ids = CounterMetricFamily("trilith_ps_ids", "Ids in requests.", labels=["method"])
+        size = CounterMetricFamily(
+            "trilith_ps_message_bytes", "Bytes of messages that carry arrays.", labels=["method", "direction"]
+        )
+        edges = [*map(str, _BUCKETS), "+Inf"]
+        for method, tally in sorted(self._metrics.tallies().items()):
+            for status, calls in sorted(tally.statuses.items()):
+                requests.add_metric([method, status], calls)
+            cumulative = list(zip(edges, map(float, accumulate(tally.buckets)), strict=True))
+            seconds.add_metric([method], cumulative, tally.seconds)
+            ids.add_metric([method], tally.ids)
+            size.add_metric([method, "received"], tally.received)
+            size.add_metric([method, "sent"], tally.sent)
+        return [requests, seconds, ids, size]
 
 
 class _ShardCollector(Collector):
