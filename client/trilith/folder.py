@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from trilith.errors import InvalidRequestError
+
 __all__ = ["Folder", "absolute"]
 
 # Here a file appears whole when it is closed, and a rename would be a copy.
@@ -28,7 +30,10 @@ class Folder:
         import fsspec
 
         self.url = absolute(self.url)
-        self._fs, self._root = fsspec.core.url_to_fs(self.url)
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url)
+        except (ValueError, ImportError) as error:  # no such protocol, or its package is not installed
+            raise InvalidRequestError(f"{self.url!r} is no directory or URL that fsspec can open: {error}") from None
         protocol = self._fs.protocol
         self._protocol = protocol if isinstance(protocol, str) else protocol[0]
 

@@ -9,7 +9,7 @@ import pytest
 
 from trilith import checkpoint
 from trilith.checkpoint import FileRecord, Part
-from trilith.errors import CheckpointError
+from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.folder import Folder, absolute
 
 
@@ -154,6 +154,12 @@ def test_a_file_that_fails_halfway_leaves_nothing(tmp_path: Path) -> None:
 def test_table_names_become_safe_file_names() -> None:
     assert checkpoint.file_name("rows", "a/b:c", 1, 12, "00ff00ff") == "table-a%2Fb%3Ac.00001-of-00012.00ff00ff.arrow"
     assert checkpoint.file_name("variables", "", 0, 1, "00ff00ff") == "variables.00000-of-00001.00ff00ff.arrow"
+
+
+@pytest.mark.parametrize("url", ["nosuch://bucket/ckpt", "dropbox://folder/ckpt"])
+def test_a_url_that_cannot_be_opened_is_refused_in_words(url: str) -> None:
+    with pytest.raises(InvalidRequestError, match=r"is no directory or URL that fsspec can open"):
+        Folder(url)
 
 
 def test_local_paths_become_absolute_and_urls_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
