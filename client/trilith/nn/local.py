@@ -48,6 +48,11 @@ class LocalEmbeddings(nn.Module):
             self.bag.weight.uniform_(-init, init)
             self.bag.weight[0] = 0
 
+    def set_rows(self, rows: npt.NDArray[np.float32]) -> None:
+        """Take over float32[rows, dim] for the whole vocabulary, feature after feature."""
+        with torch.no_grad():
+            self.bag.weight[1:] = torch.from_numpy(rows)
+
     def encode(self, data: ClickData) -> ClickData:
         """The same samples with row numbers for ids."""
         features = {}

@@ -310,7 +310,7 @@ class Trainer:
         except ShardRestartedError:
             self._rejoin()
             return
-        except TrilithError as error:
+        except (TrilithError, OSError) as error:
             log.warning("checkpoint failed: %s", error)
             self._emit({"event": "save_failed", "rank": self._config.rank, "error": str(error)})
             return

@@ -1,0 +1,54 @@
+"""How good the trained model is on real data: three fixed seeds, a cluster of processes against plain torch."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from trilith.data import movielens
+from trilith.data.movielens import MovieLensUnavailableError
+from trilith_services.commands.demo import DemoOptions, run_demo
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data():
+    try:
+        movielens.fetch(report=lambda line: None)
+    except MovieLensUnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("model", ["deepfm", "ffm"])
+def test_the_cluster_is_as_good_as_plain_torch(model, tmp_path, capsys):
+    cluster, baseline = [], []
+    for seed in SEEDS:
+        options = DemoOptions(
+            num_ps=2,
+            workers=2,
+            model=model,
+            data="movielens",
+            model_dir=tmp_path / f"{model}-{seed}",
+            epochs=0,
+            steps=0,
+            batch_size=512,
+            save_every=500,
+            seed=seed,
+            baseline=True,
+        )
+        assert run_demo(options, Console(file=io.StringIO(), width=160)) == 0
+        line = capsys.readouterr().out.splitlines()[-1]
+        figures = dict(word.split("=") for word in line.removeprefix("demo: ").split())
+        cluster.append(float(figures["auc"]))
+        baseline.append(float(figures["baseline_auc"]))
+    print(
+        f"{model}: cluster {cluster} mean {np.mean(cluster):.4f}, plain torch {baseline} mean {np.mean(baseline):.4f}"
+    )
+    assert np.mean(baseline) >= 0.775
+    assert np.mean(cluster) >= np.mean(baseline) - 0.003

@@ -1,0 +1,266 @@
+"""The worker's parts: positions, events, figures, its loop over an embedded cluster, and going on after a restart."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import trilith
+from trilith.checkpoint import list_checkpoints, newest_complete
+from trilith.cluster import Rejoined
+from trilith.data.clicks import split
+from trilith.data.synthetic import make_clicks, zipf_ids
+from trilith.errors import InvalidRequestError, ShardRestartedError
+from trilith.nn import auc
+from trilith_services.commands.training_view import TrainingView
+from trilith_services.worker.baseline import train_locally
+from trilith_services.worker.datasets import load_dataset
+from trilith_services.worker.events import EventLog, Tail
+from trilith_services.worker.meter import Meter
+from trilith_services.worker.models import TABLE, settings_of
+from trilith_services.worker.trainer import Position, Trainer, WorkerConfig, save_checkpoint
+
+compiled_only = pytest.mark.skipif(
+    os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="trains for minutes with kernels in plain Python"
+)
+
+SMALL = settings_of("ffm", dim=2, epochs=2)
+
+
+@pytest.fixture
+def client():
+    with trilith.connect("local://") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return split(make_clicks(2000, features=4, vocabulary=60, seed=3), seed=0)
+
+
+def config(**changes) -> WorkerConfig:
+    return WorkerConfig(**{"settings": SMALL, "epochs": 2, "batch_size": 64, **changes})
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_made_up_clicks_are_decided_by_their_seed():
+    one, two, other = make_clicks(50, seed=1), make_clicks(50, seed=1), make_clicks(50, seed=2)
+    np.testing.assert_array_equal(one.labels, two.labels)
+    for name in one.features:
+        np.testing.assert_array_equal(one.features[name].values, two.features[name].values)
+    assert any((one.features[name].values != other.features[name].values).any() for name in ("f0", "f1"))
+    with pytest.raises(InvalidRequestError):
+        make_clicks(0)
+
+
+def test_zipf_ids_favour_few():
+    ids = zipf_ids(np.random.default_rng(0), (10_000,), 1000)
+    counts = np.sort(np.bincount(ids, minlength=1000))[::-1]
+    assert counts[:10].sum() > 10 * counts[500:510].sum()
+
+
+def test_data_and_models_are_named_or_refused():
+    assert len(load_dataset("synthetic:100").train) == 80
+    for name in ("synthetic:", "synthetic:3", "movielens:5", "imagenet"):
+        with pytest.raises(InvalidRequestError, match="movielens"):
+            load_dataset(name)
+    with pytest.raises(InvalidRequestError, match="deepfm"):
+        settings_of("mlp")
+
+
+# ---- position, events, figures ---------------------------------------------------------------------------------------
+
+
+def test_a_position_outlives_its_worker(tmp_path):
+    path = str(tmp_path / "state")
+    assert Position.load(path) == Position()
+    Position(1, 2, 3).save(path)
+    assert Position.load(path) == Position(1, 2, 3)
+    Position(9, 9, 9).save("")
+    assert Position.load("") == Position()
+
+
+def test_events_are_read_once_each_and_only_when_whole(tmp_path):
+    path = tmp_path / "deep" / "events.jsonl"
+    tail = Tail(path)
+    assert tail.read() == []
+    log = EventLog(path, clock=lambda: 5.0)
+    log({"event": "start"})
+    with path.open("a") as file:
+        file.write('{"event": "do')
+    assert tail.read() == [{"time": 5.0, "event": "start"}]
+    with path.open("a") as file:
+        file.write('ne"}\n')
+    assert tail.read() == [{"event": "done"}]
+    log.close()
+
+
+def test_the_meter_looks_back_on_the_newest_samples():
+    now = [0.0]
+    meter = Meter(clock=lambda: now[0])
+    assert meter.report() == {"samples": 0, "steps": 0, "samples_per_s": 0.0}
+    meter.add(np.array([0, 1], np.float32), np.array([0.9, 0.1], np.float32), 2.0)
+    now[0] = 2.0
+    assert meter.due()
+    assert meter.report() == {"samples": 2, "steps": 1, "samples_per_s": 1.0, "loss": 2.0, "auc": 0.0}
+    big = np.tile(np.array([0, 1], np.float32), 5000)
+    meter.add(big, big, 1.0)
+    assert meter.report()["auc"] == 1.0
+    assert meter.report()["loss"] == 1.0
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_view_shows_figures_with_and_without_a_terminal(terminal):
+    out = io.StringIO()
+    view = TrainingView(Console(file=out, force_terminal=terminal, width=160), ["worker-0", "worker-1"], every_s=0.0)
+    with view:
+        for rank in (0, 1):
+            view({"event": "start", "rank": rank, "total_steps": 10, "time": 100.0 + rank})
+            figures = {"steps": 5, "samples": 50, "samples_per_s": 10.0, "loss": 0.5, "auc": 0.7}
+            view({"event": "progress", "rank": rank, **figures})
+            view({"event": "done", "rank": rank, "samples": 50, "time": 110.0})
+        view({"event": "validation", "rank": 0, "epoch": 1, "auc": 0.75})
+        view({"event": "save_failed", "rank": 0, "error": "disk full"})
+        view(
+            {"event": "rejoined", "rank": 1, "shard": 1, "restored_from": "c", "restored_step": 3, "steps_back": 4}
+        )  # fmt: skip
+    assert view.samples_per_s == pytest.approx(10.0)
+    text = out.getvalue()
+    assert "0.7500 on the validation part" in text
+    assert "disk full" in text
+    assert "worker-1: PS 1 is back from c, 4 steps earlier" in text
+    assert "0.7000" in text
+    assert ("step 10 of 20" in text) is not terminal
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rank": 1}, {"rank": -1}, {"batch_size": 0}, {"epochs": 0}, {"steps": -1}, {"save_every": 5}],
+)
+def test_impossible_work_is_refused(changes):
+    with pytest.raises(InvalidRequestError, match=next(iter(changes))):
+        config(**changes)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@compiled_only
+def test_one_worker_on_a_cluster_learns_what_plain_torch_learns(client, parts):
+    """Same initial values, same order, same optimizer: the scores agree, not just their quality.
+
+    Every row exists beforehand: a cluster creates rows at their first step and looks up zeros until then.
+    """
+    trainer = Trainer(config(seed=4), client, parts, lambda event: None)
+    ids = np.concatenate(list(parts.train.vocabulary().values()))
+    client.assign_add({TABLE: (ids, np.zeros((ids.size, trainer.model.head.row_dim), np.float32))})
+    assert trainer.run()
+    events = []
+    outcome = train_locally(SMALL, parts, events.append, seed=4, batch_size=64, threads=1)
+    mine = auc(parts.test.labels, trainer.model.predict(parts.test))
+    assert mine == pytest.approx(outcome.auc, abs=2e-4)
+    assert outcome.rows == client.table(TABLE).size() == ids.size
+    assert [event["event"] for event in events if event["event"] != "progress"] == [
+        "start",
+        "validation",
+        "validation",
+        "done",
+    ]
+
+
+@compiled_only
+def test_the_baseline_ends_after_its_steps_and_picks_its_threads(parts):
+    events = []
+    outcome = train_locally(SMALL, parts, events.append, batch_size=64, steps=3)
+    assert events[-1]["samples"] == 3 * 64
+    assert outcome.threads >= 1
+
+
+@compiled_only
+def test_training_stops_when_asked_and_goes_on_where_it_was(client, parts, tmp_path):
+    state = str(tmp_path / "state")
+    asked = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) > 5
+
+    events: list[dict] = []
+    assert not Trainer(config(state_file=state), client, parts, events.append).run(stop)
+    assert events[-1]["event"] == "stopped"
+    assert Position.load(state) == Position(0, 5, 5)
+    assert client.global_step() == 5
+    assert Trainer(config(state_file=state), client, parts, events.append).run()
+    batches = -(-len(parts.train) // 64)
+    assert Position.load(state) == Position(2, 0, 2 * batches)
+    assert client.global_step() == 2 * batches
+
+
+@compiled_only
+def test_steps_limit_a_worker(client, parts):
+    events: list[dict] = []
+    assert Trainer(config(steps=7), client, parts, events.append).run()
+    assert events[0]["total_steps"] == 7
+    assert events[-1] == {"event": "done", "rank": 0, "samples": 7 * 64}
+
+
+@compiled_only
+def test_rank_0_saves_at_the_start_and_as_steps_go_by(client, parts, tmp_path):
+    events: list[dict] = []
+    directory = str(tmp_path / "model")
+    work = config(model_dir=directory, save_every=16, steps=40, validate=False)
+    Trainer(work, client, parts, events.append).run()
+    saved = [event["step"] for event in events if event["event"] == "saved"]
+    assert saved == [0, 16, 32]
+    assert len(list_checkpoints(directory)) == 3
+    newest = newest_complete(directory)
+    path, step = save_checkpoint(client, directory, clock=lambda: 0.0)
+    assert step == 40
+    assert path > newest.path, "a clock that went back must not make the newest checkpoint look old"
+
+
+@compiled_only
+def test_a_checkpoint_that_fails_does_not_end_training(client, parts, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("not a directory")
+    events: list[dict] = []
+    assert Trainer(config(model_dir=str(blocker), steps=2), client, parts, events.append).run()
+    assert "save_failed" in [event["event"] for event in events]
+
+
+@compiled_only
+def test_a_restarted_ps_costs_a_batch_and_is_told(client, parts):
+    """The restart itself is played: the third push finds another incarnation."""
+    events: list[dict] = []
+    trainer = Trainer(config(steps=6), client, parts, events.append)
+    real, calls = client.apply_gradients, []
+
+    def apply_gradients(updates):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ShardRestartedError("shard 0 restarted")
+        real(updates)
+
+    client.apply_gradients = apply_gradients
+    back = Rejoined(index=0, restored_from="ckpt", restored_step=8, known_step=30, missing_variables=("dense/bias",))
+    client.rejoin = lambda: [back]
+    assert trainer.run()
+    (told,) = [event for event in events if event["event"] == "rejoined"]
+    assert (told["shard"], told["steps_back"], told["restored_from"]) == (0, 22, "ckpt")
+    assert len(calls) == 6
+    assert events[-1]["samples"] == 5 * 64
+
+
+@compiled_only
+def test_both_models_train(client, parts):
+    settings = replace(settings_of("deepfm"), dim=4, hidden=(8,))
+    events: list[dict] = []
+    assert Trainer(config(settings=settings, steps=5), client, parts, events.append).run()
+    assert np.isfinite(events[-2]["loss"])
