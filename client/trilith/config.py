@@ -1,17 +1,29 @@
-"""How a client talks: deadlines, limits, retries."""
+"""How a client talks: deadlines, limits, retries, and how gRPC is set up before its first use."""
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 
 from trilith.errors import InvalidRequestError
 
-__all__ = ["MAX_MESSAGE_BYTES", "ClientConfig"]
+__all__ = ["MAX_MESSAGE_BYTES", "ClientConfig", "prefer_fast_grpc"]
 
 MAX_MESSAGE_BYTES = 256 << 20
 """Largest gRPC message that a PS and a client accept from each other."""
 
 _HEADER_ROOM = 1 << 20
+
+
+def prefer_fast_grpc() -> None:
+    """Choose gRPC's older I/O loop, unless GRPC_EXPERIMENTS is set or gRPC has been imported already.
+
+    Measured with grpcio 1.85: an empty call takes 0.37 ms instead of 0.75 ms, 4 MB up to a quarter less. gRPC reads the
+    variable when it is imported and ignores names it does not know.
+    """
+    if "grpc" not in sys.modules:
+        os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

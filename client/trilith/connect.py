@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from trilith.config import MAX_MESSAGE_BYTES, ClientConfig
+from trilith.config import MAX_MESSAGE_BYTES, ClientConfig, prefer_fast_grpc
 from trilith.errors import ClusterMismatchError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ def connect(
 ) -> Client:
     """Open a cluster, checking that every PS is who the address says it is.
 
+    The first call of a process sets GRPC_EXPERIMENTS (see `trilith.config`) unless it is set or gRPC is in use already.
+
     Args:
         address: "static://host:port,host:port" for PS processes, shard 0 first; "local://" for one in this process.
         timeout_s: Deadline of a call, retries included.
@@ -45,6 +47,7 @@ def connect(
         ClusterMismatchError: The list is in the wrong order, or not of the right length.
         UnavailableError: A PS cannot be reached within the deadline.
     """
+    prefer_fast_grpc()
     # Heavy imports wait until somebody connects: `import trilith` is light.
     from trilith.client import Client
     from trilith.cluster import Cluster

@@ -43,7 +43,7 @@ _FIRST = np.uint32(FIRST)
 _POSITION = np.uint32(FIRST - 1)
 _EMPTY = np.uint32(0)
 _ONE = np.uint32(1)
-_GROUP = 64
+_GROUP = 32
 _AHEAD = 16
 
 
@@ -88,7 +88,7 @@ def find_distinct(ids: int, n: int, slots: int, mask: int, uniques: int, positio
     Args:
         ids: Address of uint64[n].
         n: Number of ids, below 2^31.
-        slots: Address of uint32[mask + 1], written: scratch for the hash table, at least 2 n.
+        slots: Address of uint32[mask + 1], written: scratch for the hash table, more than n.
         mask: Slots minus one, a power of two minus one.
         uniques: Address of uint64[n], written: the distinct ids.
         positions: Address of uint32[n], written: per input the number of its id, plus FIRST where it occurs first.
@@ -292,7 +292,7 @@ def split_distinct(ids: UInt64Array, shards: int) -> Split:
     n = ids.size
     if n == 0:
         return Split(ids, [0] * (shards + 1), None, None)
-    slots = np.empty(1 << (2 * n - 1).bit_length(), np.uint32)
+    slots = np.empty(1 << (4 * n - 1).bit_length(), np.uint32)  # a quarter full: few ids collide
     uniques, positions, counts = np.empty(n, np.uint64), np.empty(n, np.uint32), np.empty(n, np.uint32)
     found = find_distinct(
         address_of(ids),
