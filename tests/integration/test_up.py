@@ -232,7 +232,8 @@ def test_workers_outlive_a_ps_and_come_and_go(up, tmp_path) -> None:
     eventually(lambda: run.output.count("PS 1 restarted and went back") == 2)  # said by both workers
 
     joined = trilith_argv("worker", "--cluster", run.address, *training, "--steps", "20")
-    assert subprocess.run(joined, stderr=subprocess.DEVNULL, timeout=120, check=False).returncode == 0
+    guest = subprocess.run(joined, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert guest.returncode == 0, guest.stderr
 
     run.child("--rank", "1").kill()
     eventually(lambda: "worker-1 was killed by SIGKILL; starting it again" in run.output)
