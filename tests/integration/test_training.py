@@ -37,7 +37,8 @@ class Run:
     def __init__(self, supervisor: Supervisor, directory: Path) -> None:
         self.supervisor = supervisor
         self.directory = directory
-        self.cluster = PsCluster(supervisor, 2, checkpoint_dir=directory / "model").start()
+        self.cluster = PsCluster(supervisor, 2, checkpoint_dir=directory / "model")
+        self.cluster.start()
         self.events: dict[str, list[dict]] = {}
         self._tails: dict[str, Tail] = {}
 

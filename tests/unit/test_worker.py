@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +16,7 @@ from trilith.data.clicks import split
 from trilith.data.synthetic import make_clicks, zipf_ids
 from trilith.errors import InvalidRequestError, ShardRestartedError
 from trilith.nn import auc
+from trilith.ops.jit import JIT_DISABLED
 from trilith_services.commands.training_view import TrainingView
 from trilith_services.worker.baseline import train_locally
 from trilith_services.worker.datasets import load_dataset
@@ -25,9 +25,7 @@ from trilith_services.worker.meter import Meter
 from trilith_services.worker.models import TABLE, settings_of
 from trilith_services.worker.trainer import Position, Trainer, WorkerConfig, save_checkpoint
 
-compiled_only = pytest.mark.skipif(
-    os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="trains for minutes with kernels in plain Python"
-)
+compiled_only = pytest.mark.skipif(JIT_DISABLED, reason="trains for minutes with kernels in plain Python")
 
 SMALL = settings_of("ffm", dim=2, epochs=2)
 

@@ -202,7 +202,8 @@ class _Cluster:
                 arguments=["--threads", str(_share(options.num_ps))],
             )
             console.print(f"starting {options.num_ps} PS and {options.workers} workers; logs in {self._run_dir}")
-            cluster.start(timeout_s=SERVE_TIMEOUT_S)
+            if not cluster.start(timeout_s=SERVE_TIMEOUT_S, cancelled=lambda: bool(self._stop)):
+                raise _InterruptedError
             with TrainingView(console, [f"worker-{rank}" for rank in range(options.workers)]) as view:
                 self._start_workers(supervisor, cluster)
                 self._watch(supervisor, view)
