@@ -190,7 +190,7 @@ def _float_dtype(kind: int) -> np.dtype[Any]:
 # ---- lookup ----------------------------------------------------------------------------------------------------------
 
 
-# Training sends batches of the same tables, often of the same sizes, and a small lookup takes as long as its headers do:
+# Training sends batches of the same tables, often of the same sizes, and a small lookup takes as long as its headers:
 # they are kept, by everything they are made of.
 _KEPT_HEADERS = 1024
 
