@@ -45,7 +45,7 @@ class LocalCluster:
         return "static://" + ",".join(f"127.0.0.1:{port}" for port in self.ports)
 
     def _store(self, index, **options):
-        return Store(index=index, count=self._count, threads=1, **self._store_options | options)
+        return Store(index=index, count=self._count, threads=2, **self._store_options | options)
 
     def connect(self, **options):
         if self.remote:

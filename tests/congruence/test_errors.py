@@ -207,14 +207,14 @@ def test_a_closed_client_refuses_everything(local, shape, name):
 
 
 def test_new_rows_beyond_the_memory_limit_are_refused_and_old_ones_served(local, shape, name):
-    cluster = local(shape, memory_limit_bytes=24 << 20)
+    cluster = local(shape, memory_limit_bytes=4 << 20)
     with cluster.connect() as client:
         table = client.table(name, dim=64, optimizer=Adagrad(learning_rate=0.1), initializer=Zeros())
-        rows = np.ones((4096, 64), np.float32)
+        rows = np.ones((512, 64), np.float32)
 
         def fill():
-            for start in range(0, 1 << 20, 4096):
-                table.assign(np.arange(start, start + 4096), rows)
+            for start in range(0, 1 << 17, 512):
+                table.assign(np.arange(start, start + 512), rows)
 
         with pytest.raises(MemoryLimitError, match=name):
             fill()
@@ -223,7 +223,7 @@ def test_new_rows_beyond_the_memory_limit_are_refused_and_old_ones_served(local,
         table.assign(np.arange(100), 2 * rows[:100])
         np.testing.assert_array_equal(table.lookup(np.arange(100)), 2 * rows[:100])
         with pytest.raises(MemoryLimitError):
-            table.assign(np.arange(1 << 30, (1 << 30) + 4096), rows)
+            table.assign(np.arange(1 << 30, (1 << 30) + 512), rows)
 
 
 def test_an_error_keeps_its_class_and_its_text_over_the_wire(local, shape, name):

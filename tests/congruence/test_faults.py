@@ -289,7 +289,7 @@ def test_a_call_ends_at_its_deadline(local, shape):
     with local(shape, wrap=wrap).connect() as client:
         table = sgd(client)
         started = time.monotonic()
-        with pytest.raises(DeadlineExceededError, match="no answer within 0.2"):
+        with pytest.raises(DeadlineExceededError, match="no answer within"):
             client.lookup({table.name: np.arange(9)}, timeout_s=0.2)
         assert time.monotonic() - started < 2
         for shard in shards:
