@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any, Protocol, cast
 
 import grpc
@@ -85,7 +87,9 @@ class ParameterServerServicer:
     @rpc
     def Describe(self, request: ps_pb2.DescribeRequest, context: grpc.ServicerContext) -> ps_pb2.DescribeResponse:
         """Say which shard this is."""
-        return self._shard.describe()
+        reply = self._shard.describe()
+        reply.version = _version()
+        return reply
 
     @rpc
     def Stats(self, request: ps_pb2.StatsRequest, context: grpc.ServicerContext) -> ps_pb2.StatsResponse:
@@ -275,6 +279,14 @@ _RAW = frozenset(
 _RAW_REPLY = frozenset({"Lookup", "Reinitialize", "Contains", "PullVariables"})
 # Few, but slow or needed when all else waits; on threads of their own.
 _CONTROL = frozenset({"Describe", "Stats", "CreateTables", "CreateVariables", "Save", "Restore", "Evict", "Clear"})
+
+
+@functools.cache
+def _version() -> str:
+    try:
+        return metadata.version("trilith")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return ""
 
 
 def _serialize(message: Any) -> bytes:
