@@ -117,7 +117,7 @@ def make_data(features: int, rows: int, samples: int) -> ClickData:
     columns = {}
     for index in range(features):
         ids = Zipf(rows, _EXPONENT, seed=index).draw(samples)
-        columns[f"f{index}"] = Ragged.single(fid(index + 1, ids))
+        columns[f"f{index}"] = Ragged.of_singles(fid(index + 1, ids))
     return ClickData((rng.random(samples) < 0.25).astype(np.float32), columns)
 
 

@@ -145,7 +145,7 @@ def test_a_damaged_download_does_not_become_the_cache(tmp_path, monkeypatch):
 
 
 def test_the_split_is_fixed_by_its_seed_and_loses_nothing():
-    data = ClickData(np.zeros(100, np.float32), {"a": Ragged.single(np.arange(100))})
+    data = ClickData(np.zeros(100, np.float32), {"a": Ragged.of_singles(np.arange(100))})
     one, two, other = split(data, 1), split(data, 1), split(data, 2)
     parts = [part.features["a"].values.tolist() for part in (one.train, one.validation, one.test)]
     assert [len(part) for part in parts] == [80, 10, 10]
@@ -181,6 +181,6 @@ def test_samples_are_taken_sharded_and_batched_with_their_lists():
 
 def test_inconsistent_samples_are_refused():
     with pytest.raises(InvalidRequestError, match="2 samples"):
-        ClickData(np.zeros(3, np.float32), {"a": Ragged.single([1, 2])})
+        ClickData(np.zeros(3, np.float32), {"a": Ragged.of_singles([1, 2])})
     with pytest.raises(InvalidRequestError, match="row_splits"):
         Ragged(np.zeros(3, np.uint64), np.array([0, 2]))

@@ -127,7 +127,7 @@ def test_every_form_of_ids_means_the_same():
         (np.array([1, 2]), {"lengths": np.array([2]), "offsets": np.array([0])}),
         (np.array([[1, 2]]), {"lengths": np.array([3])}),
         (np.array([[1, 2]]), {"offsets": np.array([0])}),
-        (Ragged.single([1]), {"offsets": np.array([0])}),
+        (Ragged.of_singles([1]), {"offsets": np.array([0])}),
     ],
 )
 def test_ids_that_are_no_bags_are_refused(ids, options):
@@ -192,7 +192,7 @@ def test_stacked_features_stand_in_order():
     client = filled()
     features = {name: Feature(client.table("t")) for name in ("x", "y")}
     modules = EmbeddingCollection(client, features)
-    batch = {"x": Ragged.single([1, 2, 3]), "y": ragged([0, 2, 1], 7)}
+    batch = {"x": Ragged.of_singles([1, 2, 3]), "y": ragged([0, 2, 1], 7)}
     stacked, apart = modules.stacked(batch), modules(batch)
     assert stacked.shape == (3, 2, DIM)
     torch.testing.assert_close(stacked[:, 1], apart["y"])
@@ -216,7 +216,7 @@ def test_accumulated_gradients_travel_as_one_step():
     bag = EmbeddingBag(client.table("t"), combiner="sum")
     with bag.accumulate():
         for _ in range(2):
-            bag(Ragged.single([4])).sum().backward()
+            bag(Ragged.of_singles([4])).sum().backward()
         torch.testing.assert_close(weights(client), before)
     assert client.calls.count("apply_gradients") == 1
     torch.testing.assert_close(weights(client)[4], before[4] - 2)
@@ -227,14 +227,14 @@ def test_nothing_is_sent_when_accumulation_ends_in_an_error():
     bag = EmbeddingBag(client.table("t"))
     with pytest.raises(ZeroDivisionError):  # noqa: PT012 - the error must come after the push
         with bag.accumulate():
-            bag(Ragged.single([4])).sum().backward()
+            bag(Ragged.of_singles([4])).sum().backward()
             raise ZeroDivisionError
     assert "apply_gradients" not in client.calls
 
 
 def test_an_error_of_the_cluster_surfaces_from_backward_with_its_class():
     client = filled()
-    out = EmbeddingBag(client.table("t"))(Ragged.single([1]))
+    out = EmbeddingBag(client.table("t"))(Ragged.of_singles([1]))
 
     def refuse(updates):
         raise NonFiniteError("row 0 is nan")
@@ -248,18 +248,18 @@ def test_without_gradients_nothing_is_pushed():
     client = filled()
     bag = EmbeddingBag(client.table("t"))
     with torch.no_grad():
-        assert not bag(Ragged.single([1])).requires_grad
+        assert not bag(Ragged.of_singles([1])).requires_grad
     bag.trainable = False
-    assert not bag(Ragged.single([1])).requires_grad
+    assert not bag(Ragged.of_singles([1])).requires_grad
     assert not list(bag.parameters())
 
 
 def test_missing_rows_are_created_before_the_first_lookup_answers():
     client = FakeClient({"t": DIM}, initial=0.5)
     bag = EmbeddingBag(client.table("t"), init_missing=True)
-    out = bag(Ragged.single([7, 7, 8]))
+    out = bag(Ragged.of_singles([7, 7, 8]))
     assert (out == 0.5).all()
-    bag(Ragged.single([7, 8]))
+    bag(Ragged.of_singles([7, 8]))
     assert client.calls == ["lookup", "assign_add", "lookup", "lookup"]
 
 

@@ -88,7 +88,7 @@ def clicks(samples: int = 40) -> ClickData:
     return ClickData(
         rng.integers(0, 2, samples).astype(np.float32),
         {
-            "a": Ragged.single(rng.integers(100, 105, samples)),
+            "a": Ragged.of_singles(rng.integers(100, 105, samples)),
             "b": Ragged(
                 rng.integers(200, 204, lengths.sum()).astype(np.uint64), np.cumsum([0, *lengths], dtype=np.int64)
             ),
@@ -129,7 +129,7 @@ def test_the_same_model_learns_the_same_from_a_cluster_and_from_local_memory(mak
 
 def only(data: ClickData, name: str, ids: np.ndarray) -> ClickData:
     features = {
-        other: Ragged.single(ids) if other == name else Ragged.single(np.zeros(ids.size, np.uint64))
+        other: Ragged.of_singles(ids) if other == name else Ragged.of_singles(np.zeros(ids.size, np.uint64))
         for other in data.features
     }
     return ClickData(np.zeros(ids.size, np.float32), features)

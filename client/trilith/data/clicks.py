@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -46,10 +46,12 @@ class Ragged:
     Attributes:
         values: uint64[total], sample after sample.
         row_splits: int64[n + 1]; sample i has values[row_splits[i]:row_splits[i + 1]], possibly none.
+        single: Whether every sample has exactly one id.
     """
 
     values: UInt64Array
     row_splits: Int64Array
+    single: bool = field(init=False)
 
     def __post_init__(self) -> None:
         splits = self.row_splits
@@ -57,24 +59,31 @@ class Ragged:
             raise InvalidRequestError(
                 f"row_splits must run from 0 to the number of values, {self.values.size}; got {splits!r}"
             )
+        single = self.values.size == len(self) and bool((splits[1:] - splits[:-1] == 1).all())
+        object.__setattr__(self, "single", single)
 
     def __len__(self) -> int:
         return self.row_splits.size - 1
 
+    @property
+    def lengths(self) -> Int64Array:
+        """int64[n]: ids per sample."""
+        return self.row_splits[1:] - self.row_splits[:-1]
+
     @classmethod
-    def single(cls, values: npt.ArrayLike) -> Ragged:
+    def of_singles(cls, values: npt.ArrayLike) -> Ragged:
         """One id per sample."""
         flat = np.ascontiguousarray(values, dtype=np.uint64).reshape(-1)
         return cls(flat, np.arange(flat.size + 1, dtype=np.int64))
 
     def take(self, rows: Int64Array) -> Ragged:
         """Return the samples `rows`, int64[m], in that order."""
+        if self.single:
+            return Ragged(self.values[rows], np.arange(rows.size + 1))
         starts = self.row_splits[rows]
         lengths = self.row_splits[rows + 1] - starts
         splits = np.zeros(rows.size + 1, np.int64)
         np.cumsum(lengths, out=splits[1:])
-        if self.values.size == len(self) and splits[-1] == rows.size and (lengths == 1).all():
-            return Ragged(self.values[starts], splits)
         # Position of every wanted value: its sample's start plus its place in the sample.
         where = np.arange(splits[-1]) - np.repeat(splits[:-1] - starts, lengths)
         return Ragged(self.values[where], splits)

@@ -229,7 +229,7 @@ def _assemble(ratings: list[list[str]], users: list[list[str]], items: list[Item
         if name == "genres":
             features[name] = Ragged(fid(slot, genres.values), genres.row_splits)
         else:
-            features[name] = Ragged.single(fid(slot, single[name]))
+            features[name] = Ragged.of_singles(fid(slot, single[name]))
     return ClickData((rating >= 4).astype(np.float32), features)
 
 

@@ -49,7 +49,7 @@ def make_clicks(
         ids = zipf_ids(rng, (samples,), vocabulary, exponent)
         logits += weights[index, ids] + (summed * vectors[index, ids]).sum(1)
         summed += vectors[index, ids]
-        columns[f"f{index}"] = Ragged.single(fid(index + 1, ids))
+        columns[f"f{index}"] = Ragged.of_singles(fid(index + 1, ids))
     lengths = rng.integers(0, 4, samples)
     splits = np.zeros(samples + 1, np.int64)
     np.cumsum(lengths, out=splits[1:])

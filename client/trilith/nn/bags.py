@@ -106,7 +106,7 @@ def as_bags(
     if isinstance(ids, Ragged):
         if given:
             raise InvalidRequestError(f"ragged ids carry their own splits; {given[0]} cannot be given too")
-        return Bags(ids.values, np.diff(ids.row_splits))
+        return Bags(ids.values, ids.lengths)
     flat = as_ids(ids)
     if flat.ndim == 2:
         return _padded(flat, given, lengths)
