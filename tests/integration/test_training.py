@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -187,3 +188,19 @@ def test_the_demo_refuses_several_embedded_workers():
     )
     assert done.returncode == 2
     assert "--workers 2" in done.stderr
+
+
+def test_ctrl_c_ends_the_demo_and_all_its_processes(tmp_path):
+    arguments = ("--data", DATA, "--model", "ffm", "--epochs", "1000", "--no-baseline", "--model-dir", str(tmp_path))
+    with subprocess.Popen(trilith_argv("demo", *arguments), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 4
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 130
+    assert "stopped, as asked" in rest
+    assert not psutil.wait_procs(children, timeout=10)[1]

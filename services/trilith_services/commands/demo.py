@@ -205,8 +205,12 @@ class _Cluster:
             if not cluster.start(timeout_s=SERVE_TIMEOUT_S, cancelled=lambda: bool(self._stop)):
                 raise _InterruptedError
             with TrainingView(console, [f"worker-{rank}" for rank in range(options.workers)]) as view:
-                self._start_workers(supervisor, cluster)
-                self._watch(supervisor, view)
+                try:
+                    self._start_workers(supervisor, cluster)
+                    self._watch(supervisor, view)
+                finally:
+                    # Before the PS: a worker whose PS is gone waits for it to come back.
+                    supervisor.stop(supervisor.running(prefix="worker-"))
             with connect(cluster.address) as client:
                 return self._finish(client, view.samples_per_s)
 
