@@ -48,10 +48,11 @@ __all__ = [
 Restart = Literal["never", "on-failure", "always"]
 
 TAIL_LINES = 40
-REFUSED = 2  # exit status of a command that was given something it cannot work with: trying again cannot help
-_ASKED = frozenset(
-    {0, -signal.SIGTERM, 128 + signal.SIGTERM}
-)  # somebody told it to leave, maybe before it could listen
+# Exit status of a command that ends with an error of its own. A server meets it before it serves, when it was given
+# something it cannot work with, such as a damaged checkpoint; for a worker it may just be a PS that was away.
+REFUSED = 2
+# Somebody told it to leave, maybe before it could listen.
+_ASKED = frozenset({0, -signal.SIGTERM, 128 + signal.SIGTERM})
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_magenta", "bright_green")
 
 # Asks the kernel for SIGTERM when the supervisor dies, whatever kills it, then becomes the command. A tiny program
@@ -77,8 +78,8 @@ class ProcessSpec:
         name: Prefix of its log lines and name of its log file, such as "ps-0".
         argv: The command.
         env: Variables added to this process's own.
-        restart: When to start it again after it ended by itself. Exit status 2 is never retried; 0 and death by SIGTERM
-            are no failure.
+        restart: When to start it again after it ended by itself; status 0 and death by SIGTERM are no failure. A
+            server (with `health`) that ends with status 2 refuses to run, and is not started again.
         health: host:port whose gRPC health service says SERVING when it is ready; empty if it has none.
     """
 
@@ -281,7 +282,7 @@ class Supervisor:
         process.deaths.append(now)
         while now - process.deaths[0] > self._death_window_s:
             process.deaths.popleft()
-        if status == REFUSED:
+        if status == REFUSED and process.spec.health:
             raise UnavailableError(f"{name} refused to run (status {REFUSED})\n{self._last_lines(name)}")
         if len(process.deaths) >= self._max_deaths:
             raise UnavailableError(
@@ -330,8 +331,15 @@ class Supervisor:
         return True
 
     def stop(self, names: Iterable[str] | None = None) -> None:
-        """End the named processes (all): SIGTERM at once to each, SIGKILL to what is left after the grace period."""
-        chosen = [self._process(name) for name in (list(self._processes) if names is None else names)]
+        """End the named processes: SIGTERM at once to each, SIGKILL to what is left after the grace period.
+
+        Without names, all of them: first those that are no servers, so that none sees its PS go.
+        """
+        if names is None:
+            for servers in (False, True):
+                self.stop([name for name, process in self._processes.items() if bool(process.spec.health) is servers])
+            return
+        chosen = [self._process(name) for name in names]
         for process in chosen:
             process.signal(signal.SIGTERM)
         deadline = time.monotonic() + self._grace_s

@@ -25,10 +25,11 @@ USERS = {"dim": 4, "optimizer": Adagrad(learning_rate=0.1), "initializer": Rando
 pytestmark = pytest.mark.timeout(300)
 
 
-def eventually(condition: Callable[[], object], timeout_s: float = 120.0) -> None:
+def eventually(condition: Callable[[], object], run: Up | None = None, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        late = "it did not happen in time" + ("" if run is None else f":\n{run.output}")
+        assert time.monotonic() < deadline, late
         time.sleep(0.02)
 
 
@@ -213,10 +214,10 @@ def test_a_stale_address_file_is_not_left_for_scripts_to_read(up, tmp_path) -> N
     assert run.address != "static://127.0.0.1:1"
 
 
-def test_worker_output_has_a_prefix_and_a_worker_that_refuses_ends_the_run(up) -> None:
+def test_worker_output_has_a_prefix_and_a_worker_that_keeps_failing_ends_the_run(up) -> None:
     run = up("--ps", "1", "--workers", "1", "--", "--no-such-option")
     assert run.wait() == 2
-    assert "error: worker-0 refused to run (status 2)" in run.output
+    assert "error: worker-0 keeps dying: 3 times within 60 s, at last it ended with status 2" in run.output
     assert "worker-0 |" in run.output
 
 
@@ -226,19 +227,19 @@ def test_workers_outlive_a_ps_and_come_and_go(up, tmp_path) -> None:
     checkpoints = ["--checkpoint-dir", str(tmp_path / "checkpoints"), "--checkpoint-every", "0.5"]
     run = up("--ps", "2", "--workers", "2", *checkpoints, "--", *training, "--epochs", "1000")
     assert run.address
-    eventually(lambda: complete_rows(tmp_path / "checkpoints") > 0)
+    eventually(lambda: complete_rows(tmp_path / "checkpoints") > 0, run)
 
     run.child("--index", "1").kill()
-    eventually(lambda: run.output.count("PS 1 restarted and went back") == 2)  # said by both workers
+    eventually(lambda: run.output.count("PS 1 restarted and went back") == 2, run)  # said by both workers
 
     joined = trilith_argv("worker", "--cluster", run.address, *training, "--steps", "20")
     guest = subprocess.run(joined, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     assert guest.returncode == 0, guest.stderr
 
     run.child("--rank", "1").kill()
-    eventually(lambda: "worker-1 was killed by SIGKILL; starting it again" in run.output)
+    eventually(lambda: "worker-1 was killed by SIGKILL; starting it again" in run.output, run)
     run.child("--rank", "0").terminate()
-    eventually(lambda: "worker-0 has left" in run.output)
+    eventually(lambda: "worker-0 has left" in run.output, run)
     assert run.process.poll() is None
 
     run.child("--rank", "1").terminate()

@@ -100,9 +100,9 @@ def test_deaths_far_apart_do_not_end_the_run(tmp_path: Path) -> None:
             now[0] += 61.0
 
 
-def test_a_refusal_is_not_retried(supervisor) -> None:
+def test_a_server_that_refuses_to_run_is_not_started_again(supervisor) -> None:
     code = "import sys; print('error: dim=0 is outside 1..4096'); sys.exit(2)"
-    supervisor.start(ProcessSpec(name="ps-0", argv=python(code), restart="always"))
+    supervisor.start(ProcessSpec(name="ps-0", argv=python(code), restart="always", health="127.0.0.1:1"))
     with pytest.raises(UnavailableError, match=r"ps-0 refused to run(.|\n)*dim=0 is outside"):
         eventually(lambda: supervisor.poll() and False)
 
@@ -159,6 +159,24 @@ def test_stop_kills_what_ignores_sigterm_after_the_grace_period(tmp_path: Path) 
         eventually(lambda: supervisor.tail("ps-0"))
     assert supervisor.status("ps-0") == -9
     assert "ps-0 did not stop within 0.2 s; killing it" in screen.getvalue()
+
+
+def test_servers_stop_after_those_who_use_them(tmp_path: Path) -> None:
+    order = tmp_path / "order"
+    note = f"""
+import signal, sys, time
+def stop(*_):
+    open({str(order)!r}, "a").write(sys.argv[1] + "\\n")
+    sys.exit(0)
+signal.signal(15, stop)
+print("up")
+time.sleep(600)
+"""
+    with Supervisor(Console(file=io.StringIO()), tmp_path) as supervisor:
+        supervisor.start(ProcessSpec(name="ps", argv=python(note, "ps"), health="127.0.0.1:1"))
+        supervisor.start(ProcessSpec(name="worker", argv=python(note, "worker")))
+        eventually(lambda: supervisor.tail("ps") and supervisor.tail("worker"))
+    assert order.read_text().split() == ["worker", "ps"]
 
 
 def test_children_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:

@@ -58,7 +58,11 @@ def up(
     console = output.console(stderr=True)
     if address_file is not None:
         address_file.unlink(missing_ok=True)  # nobody shall read the last run's
-    with StopRequest() as stop, Supervisor(console, log_dir, grace_s=grace) as supervisor:
+    with (
+        StopRequest() as stop,
+        TemporaryDirectory(prefix="trilith-up-") as positions,
+        Supervisor(console, log_dir, grace_s=grace) as supervisor,
+    ):
         cluster = PsCluster(
             supervisor,
             ps,
@@ -71,13 +75,9 @@ def up(
             _announce(supervisor, cluster, workers)
             if address_file is not None:
                 _write_whole(address_file, cluster.address + "\n")
-            with TemporaryDirectory(prefix="trilith-up-") as positions:
-                _start_workers(supervisor, cluster, workers, positions, worker_args or [])
-                _watch(supervisor, stop, workers)
-                # Workers first: they should not see their PS go.
-                supervisor.stop(supervisor.running(prefix="worker-"))
+            _start_workers(supervisor, cluster, workers, positions, worker_args or [])
+            _watch(supervisor, stop, workers)
         supervisor.say("stopping", style="")
-        supervisor.stop()
 
 
 def _write_whole(path: Path, text: str) -> None:
