@@ -223,7 +223,7 @@ def test_the_readmes_python_runs(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
     )
     assert done.returncode == 0, f"{program}\n{done.stderr}"
 
