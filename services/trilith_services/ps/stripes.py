@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 
@@ -15,19 +15,21 @@ from trilith.errors import MemoryLimitError
 from trilith.ops.memory import address_of
 from trilith.shard import UInt64Array
 from trilith_services.ps.arena import HUGE_PAGE, Mapping
-from trilith_services.ps.kernels import index, rows
+from trilith_services.ps.kernels import index
+from trilith_services.ps.rooms import two_rooms
 from trilith_services.ps.row_layout import RowLayout
 
-__all__ = ["STRIPES", "Batch", "Stripes", "group", "work_memory"]
+__all__ = ["BITS", "STRIPES", "Batch", "Stripes", "group", "work_memory"]
 
-_BITS = 5
-STRIPES = 1 << _BITS
+BITS = 5
+STRIPES = 1 << BITS
 _PER_LOCK = 4  # neighbouring stripes that share a lock, since a kernel call for fewer ids is mostly overhead
 _LOCKS = STRIPES // _PER_LOCK
 _SMALL = 1024  # up to here one kernel call under all locks is the fastest
-_PIECE_BYTES = 512 << 10  # a batch is worked on in pieces whose rows stay in the second-level cache
+_READ_PIECE = 16384  # ids read before writers get their turn: about a millisecond
+_PIECE_BYTES = 512 << 10  # a batch is written in pieces whose gradients stay in the second-level cache
 _PARALLEL = 16384  # from here a batch is worth two threads
-_HUGE_BYTES = 4 * HUGE_PAGE  # rows or slots of one stripe beyond which huge pages pay
+_HUGE_BYTES = 2 * HUGE_PAGE  # rows or slots of one stripe beyond which huge pages pay
 _FIRST_SLOTS = 16
 _MAX_ROWS = (1 << 32) - 2  # row numbers are 32 bits wide
 
@@ -57,27 +59,28 @@ def group(ids: UInt64Array) -> Batch:
         start, step = address_of(_SCRATCH.arrays), 8 * _SCRATCH.room
         _SCRATCH.batch = address_of(_SCRATCH.starts), start, start + step, start + 2 * step
     starts, hashes, grouped, positions = _SCRATCH.batch
-    index.group_by_stripe(address_of(ids), len(ids), _BITS, hashes, grouped, positions, starts)
+    index.group_by_stripe(address_of(ids), len(ids), BITS, hashes, grouped, positions, starts)
     return _SCRATCH.batch
 
 
-def work_memory(dim: int) -> int:
-    """Address of this thread's scratch memory for kernels over rows of `dim` weights."""
-    if _SCRATCH.work.size < rows.work_bytes(dim):
-        _SCRATCH.work = np.empty(rows.work_bytes(dim), np.uint8)
+def work_memory(size: int) -> int:
+    """Address of `size` bytes of this thread's scratch memory for kernels."""
+    if _SCRATCH.work.size < size:
+        _SCRATCH.work = np.empty(size, np.uint8)
     return address_of(_SCRATCH.work)
 
 
 class Stripes:
     """The rows of one table, spread over stripes by the high bits of the ids' hashes.
 
-    A stripe is an index and a range of the table's row arena. Neighbouring stripes share a lock; whoever needs several
-    locks takes them in ascending order. Rows never move: the arena's address space is reserved at the start, and only
-    an index is rebuilt as it grows, one stripe at a time.
+    A stripe is an index and a range of the table's row arena. Readers and writers take turns, piece by piece; readers
+    need nothing more, writers the locks of the stripes they change. Neighbouring stripes share a lock. Rows never move:
+    the arena's address space is reserved at the start, and only an index is rebuilt as it grows, one stripe at a time.
 
     Attributes:
         columns: int64[STRIPES, index.COLUMNS], what the kernels know of each stripe.
         address: Of `columns`.
+        reading: To be held while rows or indexes are read.
     """
 
     def __init__(self, layout: RowLayout, initial_rows: int, pool: Executor | None) -> None:
@@ -85,6 +88,7 @@ class Stripes:
         self._pool = pool
         self._piece = max(1024, min(16384, _PIECE_BYTES // (4 * layout.dim)))
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
+        self.reading, self._writing = two_rooms()
         self.columns = np.zeros((STRIPES, index.COLUMNS), np.int64)
         self.address = address_of(self.columns)
         self._reserved = _reserved_bytes()
@@ -120,79 +124,101 @@ class Stripes:
         return 16 * int(self.slots[full].sum())
 
     def clear(self) -> None:
-        """Drop every row and give the memory back; all locks are held."""
+        """Drop every row and give the memory back; the caller is `writing`."""
         self._reset(0)
 
     # ---- walking batches -----------------------------------------------------------------------------------------
 
-    def read(self, ids: UInt64Array, work: Callable[[Batch, int, int, int], int]) -> int:
-        """Run `work(batch, offset, first, last)` over all stripes under their locks; returns the sum of its results.
+    def read(self, ids: UInt64Array, work: Callable[[int, int, int], int]) -> int:
+        """Run `work(address, count, offset)` over pieces of the ids while nobody writes; returns the sum of its
+        results.
 
-        `batch` is a grouped piece of the ids, whose positions count from `offset` in the whole; the call shall handle
-        stripes first..last - 1. Large batches run on two threads, each with its own stripes, so that one id is always
-        in one.
+        `address` is that of uint64[count] ids, which stand at `offset` in the whole. Readers do not disturb each other.
+        Two threads share a large batch.
         """
-        if len(ids) <= _SMALL:
-            with self.all_locks():
-                return work(group(ids), 0, 0, STRIPES)
         if self._pool is None or len(ids) < _PARALLEL:
-            return self._walk(ids, work, 0, _LOCKS)
-        other = self._pool.submit(self._walk, ids, work, _LOCKS // 2, _LOCKS)
+            return self._read(ids, work, 0, len(ids))
+        half = len(ids) // 2
+        other = self._pool.submit(self._read, ids, work, half, len(ids))
         try:
-            mine = self._walk(ids, work, 0, _LOCKS // 2)
+            mine = self._read(ids, work, 0, half)
         finally:
             theirs = other.result()
         return mine + theirs
 
-    def write(self, ids: UInt64Array, work: Callable[[Batch, int, int, int, int], int]) -> None:
-        """As `read`, for kernels that may need a larger index: `work(batch, offset, first, last, begin)`.
-
-        It returns -1 when done, else the position in the grouped piece to begin from when that position's stripe has
-        grown.
-        """
-
-        def grow_as_needed(batch: Batch, offset: int, first: int, last: int) -> int:
-            begin = 0
-            while (begin := work(batch, offset, first, last, begin)) >= 0:
-                self._grow(int(np.searchsorted(_SCRATCH.starts, begin, "right")) - 1)
-            return 0
-
-        self.read(ids, grow_as_needed)
-
-    def _walk(self, ids: UInt64Array, work: Callable[[Batch, int, int, int], int], first: int, last: int) -> int:
-        """Work on the stripes of locks first..last - 1, piece by piece."""
+    def _read(self, ids: UInt64Array, work: Callable[[int, int, int], int], start: int, end: int) -> int:
         total = 0
-        for offset in range(0, len(ids), self._piece):
-            batch = group(ids[offset : offset + self._piece])
-            busy: list[int] = []
-            for number in range(first, last):
-                # Pass by stripes that somebody is in, and come back to them.
-                if not self._locks[number].acquire(blocking=False):
-                    busy.append(number)
-                    continue
-                try:
-                    total += work(batch, offset, number * _PER_LOCK, (number + 1) * _PER_LOCK)
-                finally:
-                    self._locks[number].release()
-            for number in busy:
-                with self._locks[number]:
-                    total += work(batch, offset, number * _PER_LOCK, (number + 1) * _PER_LOCK)
+        address = address_of(ids)
+        for offset in range(start, end, _READ_PIECE):
+            with self.reading:
+                total += work(address + 8 * offset, min(_READ_PIECE, end - offset), offset)
         return total
 
+    def write(self, ids: UInt64Array, work: Callable[[Batch, int, int, int, int], int]) -> None:
+        """Run `work(batch, offset, first, last, begin)` over all stripes under their locks, while nobody reads.
+
+        `batch` is a grouped piece of the ids, whose positions count from `offset` in the whole; the call shall handle
+        stripes first..last - 1, from grouped position `begin` on. It returns -1 when done, else the position to begin
+        from again when that position's stripe has grown. Large batches run on two threads, each with its own stripes,
+        so that one id is always in one and the order of its steps does not depend on threads.
+        """
+        if self._pool is None or len(ids) < _PARALLEL:
+            self._write(ids, work, 0, _LOCKS)
+            return
+        other = self._pool.submit(self._write, ids, work, _LOCKS // 2, _LOCKS)
+        try:
+            self._write(ids, work, 0, _LOCKS // 2)
+        finally:
+            other.result()
+
+    def _write(self, ids: UInt64Array, work: Callable[[Batch, int, int, int, int], int], first: int, last: int) -> None:
+        """Work on the stripes of locks first..last - 1, piece by piece."""
+        for offset in range(0, len(ids), self._piece):
+            batch = group(ids[offset : offset + self._piece])
+            with self._writing:
+                if len(ids) <= _SMALL:
+                    with self._locked(range(_LOCKS)):
+                        self._grow_as_needed(batch, offset, 0, STRIPES, work)
+                    return
+                busy: list[int] = []
+                for number in range(first, last):
+                    # Pass by stripes that somebody is in, and come back to them.
+                    if not self._locks[number].acquire(blocking=False):
+                        busy.append(number)
+                        continue
+                    try:
+                        self._grow_as_needed(batch, offset, number * _PER_LOCK, (number + 1) * _PER_LOCK, work)
+                    finally:
+                        self._locks[number].release()
+                for number in busy:
+                    with self._locks[number]:
+                        self._grow_as_needed(batch, offset, number * _PER_LOCK, (number + 1) * _PER_LOCK, work)
+
+    def _grow_as_needed(
+        self, batch: Batch, offset: int, first: int, last: int, work: Callable[[Batch, int, int, int, int], int]
+    ) -> None:
+        begin = 0
+        while (begin := work(batch, offset, first, last, begin)) >= 0:
+            self._grow(int(np.searchsorted(_SCRATCH.starts, begin, "right")) - 1)
+
     @contextmanager
-    def all_locks(self) -> Iterator[None]:
-        """Hold every lock."""
-        for lock in self._locks:
+    def writing(self, s: int | None = None) -> Iterator[None]:
+        """Be the only one to touch stripe `s`, or any stripe."""
+        numbers = range(_LOCKS) if s is None else [s // _PER_LOCK]
+        with self._writing, self._locked(numbers):
+            yield
+
+    @contextmanager
+    def _locked(self, numbers: Iterable[int]) -> Iterator[None]:
+        """Hold locks, taken in ascending order so that callers never wait for each other in a circle."""
+        held = [self._locks[number] for number in numbers]
+        for lock in held:
             lock.acquire()
         try:
             yield
         finally:
-            for lock in self._locks:
+            for lock in held:
                 lock.release()
-
-    def lock(self, s: int) -> threading.Lock:
-        """The lock over stripe `s`."""
-        return self._locks[s // _PER_LOCK]
 
     # ---- growth --------------------------------------------------------------------------------------------------
 
@@ -205,7 +231,7 @@ class Stripes:
             while slots * _max_load(s) < rows_per_stripe:
                 slots *= 2
             self.columns[s, index.ARENA] = self._arena.address + s * self._reserved
-            self._indexes.append(Mapping(16 * slots))
+            self._indexes.append(_new_index(slots))
             self._use_index(s, slots)
 
     def _grow(self, s: int) -> None:
@@ -213,9 +239,7 @@ class Stripes:
         if self.columns[s, index.SIZE] >= self._max_rows:
             raise MemoryLimitError(f"stripe {s} holds {self._max_rows} rows, all that its address space holds")
         slots = int(self.columns[s, index.MASK]) + 1
-        old, larger = self._indexes[s], Mapping(32 * slots)
-        if larger.size >= _HUGE_BYTES:
-            larger.advise_huge()
+        old, larger = self._indexes[s], _new_index(2 * slots)
         index.rebuild_index(old.address, slots - 1, larger.address, 2 * slots - 1)
         self._indexes[s] = larger
         self._use_index(s, 2 * slots)
@@ -225,10 +249,16 @@ class Stripes:
         self.columns[s, index.INDEX] = self._indexes[s].address
         self.columns[s, index.MASK] = slots - 1
         self.columns[s, index.LIMIT] = limit
-        # The rows that this index will take beyond those it has.
-        start, end = limit // 2 * self._layout.stride, limit * self._layout.stride
-        if end >= _HUGE_BYTES:
-            self._arena.advise_huge(s * self._reserved + start, end - start)
+        row_bytes = limit * self._layout.stride
+        if row_bytes >= _HUGE_BYTES:
+            self._arena.advise_huge(s * self._reserved, row_bytes)
+
+
+def _new_index(slots: int) -> Mapping:
+    mapping = Mapping(16 * slots)
+    if mapping.size >= _HUGE_BYTES:
+        mapping.advise_huge()
+    return mapping
 
 
 def _max_load(s: int) -> float:

@@ -20,7 +20,7 @@ from trilith_proto import ps_pb2
 from trilith_services.ps.budget import MemoryBudget
 from trilith_services.ps.kernels import codecs, index, rows
 from trilith_services.ps.row_layout import RowLayout
-from trilith_services.ps.stripes import STRIPES, Batch, Stripes, group, work_memory
+from trilith_services.ps.stripes import BITS, STRIPES, Batch, Stripes, work_memory
 
 __all__ = ["OccurrenceGate", "Rows", "Table", "TableCounters", "as_ids"]
 
@@ -124,6 +124,7 @@ class Table:
         self._time_lock = threading.Lock()
         self._stripes = Stripes(self.layout, config.hash_table.initial_capacity, pool)
         self._at = self._stripes.address
+        self._work_bytes = rows.work_bytes(self.dim)
         self._plan = address_of(self.layout.plan)
         self._segments = address_of(self.layout.segment_table)
         self._apply = rows.make_apply(self.layout.structure) if self.layout.structure else None
@@ -159,7 +160,6 @@ class Table:
             rows.export_rows,
             rows.widen_halves,
             rows.all_finite,
-            index.locate_rows,
         )
         if self._apply is not None:
             warm(self._apply)
@@ -185,10 +185,11 @@ class Table:
             return out
         kernel = rows.lookup_rows if out.dtype == np.float32 else rows.lookup_rows_half
         target, row_bytes = address_of(out), self.dim * out.itemsize
+        work = self._work_bytes
 
-        def read(batch: Batch, offset: int, first: int, last: int) -> int:
-            work = work_memory(self.dim)
-            return kernel(self._at, first, last, *batch, self._plan, self._segments, work, target + offset * row_bytes)
+        def read(address: int, count: int, offset: int) -> int:
+            to = target + offset * row_bytes
+            return kernel(self._at, BITS, address, count, self._plan, self._segments, work_memory(work), to)
 
         hits = self._stripes.read(ids, read)
         self.counters.lookup_ids += len(ids)
@@ -197,7 +198,7 @@ class Table:
 
     def contains(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """bool[n]: whether each id has a row."""
-        present: npt.NDArray[np.bool_] = self._row_numbers(as_ids(ids)) != 0
+        present: npt.NDArray[np.bool_] = self._row_addresses(as_ids(ids))[0] != 0
         return present
 
     def export_rows(self, ids: npt.NDArray[Any]) -> tuple[npt.NDArray[np.bool_], Rows]:
@@ -207,19 +208,14 @@ class Table:
             bool[n] which ids have a row, and the rows of those, in the order of `ids`.
         """
         ids = as_ids(ids)
-        with self._stripes.all_locks():
-            numbers = self._numbers_locked(ids)
-            present = numbers != 0
-            found = ids[present]
-            addresses, times = np.empty(len(found), np.int64), np.empty(len(found), np.uint32)
-            if len(found):
-                batch, stride = group(found), self.layout.stride
-                index.locate_rows(self._at, stride, 0, STRIPES, *batch, address_of(addresses), address_of(times))
-            return present, self._copy_rows(found, addresses, times)
+        with self._stripes.reading:
+            addresses, times = self._row_addresses(ids, inside=True)
+            present = addresses != 0
+            return present, self._copy_rows(ids[present], addresses[present], times[present])
 
     def export_stripe(self, s: int) -> Rows:
         """Copy all rows of stripe `s`, as they are at one moment."""
-        with self._stripes.lock(s):
+        with self._stripes.reading:
             return self._scan_stripe(s, 0, int(self._stripes.slots[s]), len(self))[0]
 
     def scan(self, part: int, parts: int, limit: int, offset: int = 0) -> tuple[Rows, int]:
@@ -245,7 +241,7 @@ class Table:
         room = limit
         while at < end and room > 0:
             s = int(np.searchsorted(bounds, at, "right")) - 1
-            with self._stripes.lock(s):
+            with self._stripes.reading:
                 stop = min(end, int(bounds[s + 1])) - int(bounds[s])
                 piece, slot = self._scan_stripe(s, at - int(bounds[s]), stop, room)
             pieces.append(piece)
@@ -309,7 +305,7 @@ class Table:
                 *batch,
                 self._plan,
                 self._segments,
-                work_memory(self.dim),
+                work_memory(self._work_bytes),
                 source + offset * row_bytes,
                 rate_address,
                 global_step,
@@ -382,16 +378,20 @@ class Table:
         if len(ids) == 0:
             return 0
 
-        def erase(batch: Batch, offset: int, first: int, last: int) -> int:
-            return index.erase_rows(self._at, self.layout.stride, first, last, *batch[:3])
+        erased: list[int] = []
 
-        return self._stripes.read(ids, erase)
+        def erase(batch: Batch, offset: int, first: int, last: int, begin: int) -> int:
+            erased.append(index.erase_rows(self._at, self.layout.stride, first, last, *batch[:3]))
+            return -1
+
+        self._stripes.write(ids, erase)
+        return sum(erased)
 
     def evict(self, now: int) -> int:
         """Delete rows whose age at `now` (Unix seconds) has reached their slot's lifetime; returns how many."""
         evicted = 0
         for s in range(STRIPES):
-            with self._stripes.lock(s):
+            with self._stripes.writing(s):
                 evicted += int(
                     index.evict_rows(
                         self._at, self.layout.stride, s, now, address_of(self._lifetimes), len(self._lifetimes)
@@ -402,7 +402,7 @@ class Table:
 
     def clear(self) -> int:
         """Drop every row and give the memory back; returns how many rows there were."""
-        with self._stripes.all_locks():
+        with self._stripes.writing():
             dropped = len(self)
             self._stripes.clear()
         self._charge()
@@ -486,7 +486,7 @@ class Table:
                 *batch,
                 self._plan,
                 self._segments,
-                work_memory(self.dim),
+                work_memory(self._work_bytes),
                 mode,
                 values_at + offset * 4 * self.dim,
                 state_at + offset * state_bytes,
@@ -511,7 +511,7 @@ class Table:
         stride = self.layout.stride
         if self._budget.has_room(len(ids) * stride + self._stripes.growth_bytes(len(ids))):
             return
-        missing = len(np.unique(ids[self._row_numbers(ids) == 0]))
+        missing = len(np.unique(ids[self._row_addresses(ids)[0] == 0]))
         fresh = max(0, missing - self._stripes.freed_rows)
         needed = fresh * stride + self._stripes.growth_bytes(missing)
         if missing and not self._budget.has_room(needed):
@@ -537,25 +537,27 @@ class Table:
         with self._time_lock:
             self.max_update_time = max(self.max_update_time, time)
 
-    def _row_numbers(self, ids: UInt64Array) -> npt.NDArray[np.int64]:
-        """int64[n]: row numbers within their stripes, 0 where there is no row."""
-        numbers = np.zeros(len(ids), np.int64)
-        if len(ids) == 0:
-            return numbers
-        target = address_of(numbers)
+    def _row_addresses(
+        self, ids: UInt64Array, *, inside: bool = False
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
+        """int64[n] addresses of rows, 0 where there is none, and uint32[n] last updates.
 
-        def find(batch: Batch, offset: int, first: int, last: int) -> int:
-            return index.find_rows(self._at, first, last, *batch, target + 8 * offset)
+        `inside`: the caller is reading already, and may go on to read the rows themselves.
+        """
+        addresses, times = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.uint32)
+        rows_at, times_at = address_of(addresses), address_of(times)
 
-        self._stripes.read(ids, find)
-        return numbers
+        def find(address: int, count: int, offset: int) -> int:
+            work, stride = work_memory(self._work_bytes), self.layout.stride
+            return index.find_rows(
+                self._at, BITS, stride, address, count, work, rows_at + 8 * offset, times_at + 4 * offset
+            )
 
-    def _numbers_locked(self, ids: UInt64Array) -> npt.NDArray[np.int64]:
-        """As `_row_numbers`, with all locks held."""
-        numbers = np.zeros(len(ids), np.int64)
-        if len(ids):
-            index.find_rows(self._at, 0, STRIPES, *group(ids), address_of(numbers))
-        return numbers
+        if inside:
+            find(address_of(ids), len(ids), 0)
+        elif len(ids):
+            self._stripes.read(ids, find)
+        return addresses, times
 
     def _scan_stripe(self, s: int, begin: int, end: int, limit: int) -> tuple[Rows, int]:
         """Rows of the slots from `begin` on, at most `limit`, and the slot to go on from; the lock is held."""

@@ -59,7 +59,7 @@ def group_by_stripe(ids: int, n: int, bits: int, hashes: int, grouped: int, posi
     Args:
         ids: Address of uint64[n].
         n: Number of ids.
-        bits: log2 of the number of stripes S.
+        bits: log2 of the number of stripes S, at least 1.
         hashes: Address of uint64[>= n], written: hash of grouped[j].
         grouped: Address of uint64[>= n], written: the ids, stripe after stripe.
         positions: Address of int64[>= n], written: where in the batch grouped[j] stood.
@@ -68,17 +68,16 @@ def group_by_stripe(ids: int, n: int, bits: int, hashes: int, grouped: int, posi
     count = np.int64(1) << bits
     for s in range(count + 1):
         put(starts, s, 0)
-    shift = np.uint64(64 - bits)
     for i in range(n):
         value = mix64(load_u64(ids, i))
-        stripe = np.int64(value >> shift) if bits > 0 else np.int64(0)
+        stripe = stripe_of(value, bits)
         put(starts, stripe + 1, get(starts, stripe + 1) + 1)
     for s in range(count):
         put(starts, s + 1, get(starts, s + 1) + get(starts, s))
     for i in range(n):
         key = load_u64(ids, i)
         value = mix64(key)
-        stripe = np.int64(value >> shift) if bits > 0 else np.int64(0)
+        stripe = stripe_of(value, bits)
         j = get(starts, stripe)
         put(starts, stripe, j + 1)
         store_u64(grouped, j, key)
@@ -87,6 +86,12 @@ def group_by_stripe(ids: int, n: int, bits: int, hashes: int, grouped: int, posi
     for s in range(count, 0, -1):
         put(starts, s, get(starts, s - 1))
     put(starts, 0, 0)
+
+
+@inlined
+def stripe_of(value: Any, bits: Any) -> Any:
+    """Stripe of an id with hash `value`: its highest bits, of which there is at least one."""
+    return np.int64(value >> np.uint64(64 - bits))
 
 
 @inlined
@@ -204,39 +209,44 @@ def rebuild_index(old: int, old_mask: int, new: int, new_mask: int) -> None:
 
 
 @kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
-def find_rows(
-    stripes: int, first: int, last: int, starts: int, hashes: int, grouped: int, positions: int, numbers: int
-) -> int:
-    """Look up row numbers.
+def find_rows(stripes: int, bits: int, stride: int, ids: int, n: int, work: int, addresses: int, times: int) -> int:
+    """Find where rows are.
 
     Args:
         stripes: Address of int64[S, COLUMNS].
-        first: First stripe.
-        last: One past the last stripe.
-        starts: Address of int64[S + 1], from `group_by_stripe`, as are the next three.
-        hashes: Address of uint64[n].
-        grouped: Address of uint64[n].
-        positions: Address of int64[n].
-        numbers: Address of int64[n], written: row number of batch position i, 0 if it has no row.
+        bits: log2 of S.
+        stride: Bytes per row.
+        ids: Address of uint64[n].
+        n: Number of ids.
+        work: Address of uint64[GROUP], scratch.
+        addresses: Address of int64[n], written: the row's address, 0 if there is none.
+        times: Address of uint32[n], written: the row's last update, Unix seconds; 0 to leave out.
 
     Returns:
-        How many have a row.
+        How many ids have a row.
     """
     present = 0
-    for s in range(first, last):
-        index = get(stripes, s * COLUMNS + INDEX)
-        mask = get(stripes, s * COLUMNS + MASK)
-        end = get(starts, s + 1)
-        for j0 in range(get(starts, s), end, GROUP):
-            m = min(GROUP, end - j0)
-            for j in range(j0, j0 + m):
-                prefetch_slot(index, mask, load_u64(hashes, j))
-            for j in range(j0, j0 + m):
-                slot = find_slot(index, mask, load_u64(grouped, j), load_u64(hashes, j))
-                number = row_number(load_u64(index, 2 * slot + 1))
-                put(numbers, get(positions, j), number)
-                if number != 0:
-                    present += 1
+    for first in range(0, n, GROUP):
+        count = min(GROUP, n - first)
+        for t in range(count):
+            value = mix64(load_u64(ids, first + t))
+            store_u64(work, t, value)
+            s = stripe_of(value, bits)
+            prefetch_slot(get(stripes, s * COLUMNS + INDEX), get(stripes, s * COLUMNS + MASK), value)
+        for t in range(count):
+            value = load_u64(work, t)
+            s = stripe_of(value, bits)
+            index = get(stripes, s * COLUMNS + INDEX)
+            slot = find_slot(index, get(stripes, s * COLUMNS + MASK), load_u64(ids, first + t), value)
+            word = load_u64(index, 2 * slot + 1)
+            number = row_number(word)
+            row = np.int64(0)
+            if number != 0:
+                row = get(stripes, s * COLUMNS + ARENA) + (number - 1) * stride
+                present += 1
+            put(addresses, first + t, row)
+            if times != 0:
+                store_u32(times, first + t, np.uint32(slot_time(word)))
     return present
 
 
@@ -346,41 +356,3 @@ def mark_expired(lifetimes: int, slots: int, times: U32, ids: U64, now: int, exp
     """
     for i in range(ids.size):
         expired[i] = now - np.int64(times[i]) >= lifetime(lifetimes, slots, ids[i])
-
-
-@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
-def locate_rows(
-    stripes: int,
-    stride: int,
-    first: int,
-    last: int,
-    starts: int,
-    hashes: int,
-    grouped: int,
-    positions: int,
-    addresses: int,
-    times: int,
-) -> None:
-    """Find the addresses and last updates of ids that have rows.
-
-    Args:
-        stripes: Address of int64[S, COLUMNS].
-        stride: Bytes per row.
-        first: First stripe.
-        last: One past the last stripe.
-        starts: Address of int64[S + 1], from `group_by_stripe`, as are the next three.
-        hashes: Address of uint64[n].
-        grouped: Address of uint64[n].
-        positions: Address of int64[n].
-        addresses: Address of int64[n], written.
-        times: Address of uint32[n], written: Unix seconds.
-    """
-    for s in range(first, last):
-        index = get(stripes, s * COLUMNS + INDEX)
-        mask = get(stripes, s * COLUMNS + MASK)
-        arena = get(stripes, s * COLUMNS + ARENA)
-        for j in range(get(starts, s), get(starts, s + 1)):
-            slot = find_slot(index, mask, load_u64(grouped, j), load_u64(hashes, j))
-            word = load_u64(index, 2 * slot + 1)
-            put(addresses, get(positions, j), arena + (row_number(word) - 1) * stride)
-            store_u32(times, get(positions, j), np.uint32(slot_time(word)))

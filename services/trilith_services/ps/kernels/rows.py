@@ -1,8 +1,9 @@
 """Kernels that read and write rows: lookup, apply, assign and their kin.
 
-All of them walk a batch grouped by stripe in groups of `GROUP` ids and three passes: request the index lines; probe,
-and request the rows' lines; then do the work. Those that may add rows return the position in the batch where the index
-has to grow first, or -1 when done; the caller grows that stripe and calls again with `begin` at that position.
+Lookups walk a batch in its own order, writes one grouped by stripe, both in groups of `GROUP` ids and three passes:
+request the index lines; probe, and request the rows' lines; then do the work. Kernels that may add rows return the
+position in the batch where the index has to grow first, or -1 when done; the caller grows that stripe and calls again
+with `begin` at that position.
 
 A table's constants travel as `plan` (int64, columns below) and `segments` (int64[k, columns below]). Everything is
 passed by address: an array handed to an inlined helper leaves atomic reference counting in the loop (measured: 190
@@ -47,6 +48,7 @@ from trilith_services.ps.kernels.index import (
     prefetch_slot,
     put,
     row_number,
+    stripe_of,
 )
 from trilith_services.ps.kernels.optimizers import STEPS, round_to_half
 
@@ -84,8 +86,8 @@ _BATCH = "int64, int64, int64, int64"  # starts, hashes, grouped, positions
 
 
 def work_bytes(dim: int) -> int:
-    """Scratch memory that the kernels below need: GROUP row addresses, then float32[dim]."""
-    return 8 * GROUP + 4 * dim
+    """Scratch memory that the kernels below need: GROUP row addresses, GROUP hashes, then float32[dim]."""
+    return 16 * GROUP + 4 * dim
 
 
 @inlined
@@ -157,50 +159,44 @@ def store_row(plan: int, segments: int, row: Any, source: Any) -> Any:
 
 
 @inlined
-def probe_group(
-    index: Any, mask: Any, arena: Any, stride: Any, size: Any, ids: Any, hashes: Any, count: Any, rows: Any
-) -> Any:
-    """Find the rows of ids[:count] and request `size` bytes of each: rows[t] is an address, 0 if there is none."""
+def probe_group(stripes: Any, bits: Any, ids: Any, count: Any, stride: Any, size: Any, rows: Any) -> Any:
+    """Find the rows of ids[:count] and request `size` bytes of each: rows[t] is an address, 0 if there is none.
+
+    The batch is walked in its own order: grouping it by stripe would scatter the writes to the output, which costs more
+    than the stripes' locality wins (measured).
+    """
+    hashes = rows + 8 * GROUP
     for t in range(count):
-        prefetch_slot(index, mask, load_u64(hashes, t))
+        value = mix64(load_u64(ids, t))
+        store_u64(hashes, t, value)
+        s = stripe_of(value, bits)
+        prefetch_slot(get(stripes, s * COLUMNS + INDEX), get(stripes, s * COLUMNS + MASK), value)
     for t in range(count):
-        slot = find_slot(index, mask, load_u64(ids, t), load_u64(hashes, t))
+        value = load_u64(hashes, t)
+        s = stripe_of(value, bits)
+        index = get(stripes, s * COLUMNS + INDEX)
+        slot = find_slot(index, get(stripes, s * COLUMNS + MASK), load_u64(ids, t), value)
         number = row_number(load_u64(index, 2 * slot + 1))
         row = np.int64(0)
         if number != 0:
-            row = arena + (number - 1) * stride
+            row = get(stripes, s * COLUMNS + ARENA) + (number - 1) * stride
             prefetch_row(row, size)
         put(rows, t, row)
 
 
-@kernel(f"int64(int64, int64, int64, {_BATCH}, int64, int64, int64, int64)")
-def lookup_rows(
-    stripes: int,
-    first: int,
-    last: int,
-    starts: int,
-    hashes: int,
-    grouped: int,
-    positions: int,
-    plan: int,
-    segments: int,
-    work: int,
-    out: int,
-) -> int:
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
+def lookup_rows(stripes: int, bits: int, ids: int, n: int, plan: int, segments: int, work: int, out: int) -> int:
     """Read rows; zeros for an id without one.
 
     Args:
         stripes: Address of int64[S, COLUMNS].
-        first: First stripe.
-        last: One past the last stripe.
-        starts: Address of int64[S + 1], from `group_by_stripe`, as are the next three.
-        hashes: Address of uint64[n].
-        grouped: Address of uint64[n].
-        positions: Address of int64[n].
+        bits: log2 of S.
+        ids: Address of uint64[n].
+        n: Number of ids.
         plan: Address of int64[PLAN_COLUMNS].
         segments: Address of int64[k, SEGMENT_COLUMNS].
         work: Address of scratch memory, see `work_bytes`.
-        out: Address of float32[n, dim], written at the batch's positions.
+        out: Address of float32[n, dim], written.
 
     Returns:
         How many ids had a row.
@@ -210,85 +206,60 @@ def lookup_rows(
     coded = get(plan, CODED) != 0
     size = 4 * get(plan, READ_WORDS)
     hits = 0
-    for s in range(first, last):
-        index = get(stripes, s * COLUMNS + INDEX)
-        mask = get(stripes, s * COLUMNS + MASK)
-        arena = get(stripes, s * COLUMNS + ARENA)
-        end = get(starts, s + 1)
-        for j0 in range(get(starts, s), end, GROUP):
-            count = min(GROUP, end - j0)
-            probe_group(index, mask, arena, stride, size, grouped + 8 * j0, hashes + 8 * j0, count, work)
-            for t in range(count):
-                row = get(work, t)
-                target = out + 4 * dim * get(positions, j0 + t)
-                if row == 0:
-                    for d in range(dim):
-                        store_f32(target, d, np.float32(0))
+    for first in range(0, n, GROUP):
+        count = min(GROUP, n - first)
+        probe_group(stripes, bits, ids + 8 * first, count, stride, size, work)
+        for t in range(count):
+            row = get(work, t)
+            target = out + 4 * dim * (first + t)
+            if row == 0:
+                for d in range(dim):
+                    store_f32(target, d, np.float32(0))
+            else:
+                hits += 1
+                if coded:
+                    read_row(plan, segments, row, target)
                 else:
-                    hits += 1
-                    if coded:
-                        read_row(plan, segments, row, target)
-                    else:
-                        copy_floats(target, row, dim)
+                    copy_floats(target, row, dim)
     return hits
 
 
-@kernel(f"int64(int64, int64, int64, {_BATCH}, int64, int64, int64, int64)")
-def lookup_rows_half(
-    stripes: int,
-    first: int,
-    last: int,
-    starts: int,
-    hashes: int,
-    grouped: int,
-    positions: int,
-    plan: int,
-    segments: int,
-    work: int,
-    out: int,
-) -> int:
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
+def lookup_rows_half(stripes: int, bits: int, ids: int, n: int, plan: int, segments: int, work: int, out: int) -> int:
     """Read rows as float16, rounded to nearest even; zeros for an id without one.
 
     Args:
         stripes: Address of int64[S, COLUMNS].
-        first: First stripe.
-        last: One past the last stripe.
-        starts: Address of int64[S + 1], from `group_by_stripe`, as are the next three.
-        hashes: Address of uint64[n].
-        grouped: Address of uint64[n].
-        positions: Address of int64[n].
+        bits: log2 of S.
+        ids: Address of uint64[n].
+        n: Number of ids.
         plan: Address of int64[PLAN_COLUMNS].
         segments: Address of int64[k, SEGMENT_COLUMNS].
         work: Address of scratch memory, see `work_bytes`.
-        out: Address of float16[n, dim], written at the batch's positions.
+        out: Address of float16[n, dim], written.
 
     Returns:
         How many ids had a row.
     """
     dim = get(plan, DIM)
     stride = get(plan, STRIDE)
-    scratch = work + 8 * GROUP
+    scratch = work + 16 * GROUP
     size = 4 * get(plan, READ_WORDS)
     hits = 0
-    for s in range(first, last):
-        index = get(stripes, s * COLUMNS + INDEX)
-        mask = get(stripes, s * COLUMNS + MASK)
-        arena = get(stripes, s * COLUMNS + ARENA)
-        end = get(starts, s + 1)
-        for j0 in range(get(starts, s), end, GROUP):
-            count = min(GROUP, end - j0)
-            probe_group(index, mask, arena, stride, size, grouped + 8 * j0, hashes + 8 * j0, count, work)
-            for t in range(count):
-                row = get(work, t)
-                target = out + 2 * dim * get(positions, j0 + t)
-                if row == 0:
-                    for d in range(dim):
-                        store_f16(target, d, np.float32(0))
-                else:
-                    hits += 1
-                    read_row(plan, segments, row, scratch)
-                    for d in range(dim):
-                        store_f16(target, d, load_f32(scratch, d))
+    for first in range(0, n, GROUP):
+        count = min(GROUP, n - first)
+        probe_group(stripes, bits, ids + 8 * first, count, stride, size, work)
+        for t in range(count):
+            row = get(work, t)
+            target = out + 2 * dim * (first + t)
+            if row == 0:
+                for d in range(dim):
+                    store_f16(target, d, np.float32(0))
+            else:
+                hits += 1
+                read_row(plan, segments, row, scratch)
+                for d in range(dim):
+                    store_f16(target, d, load_f32(scratch, d))
     return hits
 
 
@@ -338,7 +309,7 @@ def write_rows(
     """
     dim = get(plan, DIM)
     stride = get(plan, STRIDE)
-    scratch = work + 8 * GROUP
+    scratch = work + 16 * GROUP
     for s in range(first, last):
         for j in range(max(get(starts, s), begin), get(starts, s + 1)):
             index = get(stripes, s * COLUMNS + INDEX)
@@ -509,7 +480,7 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
         Returns:
             -1, or the position before which the stripe has to grow.
         """
-        scratch = work + 8 * GROUP
+        scratch = work + 16 * GROUP
         stride = get(plan, STRIDE)
         size = 4 * get(plan, WORDS)
         dim = get(plan, DIM)
@@ -524,6 +495,7 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
                 count = min(GROUP, end - j0)
                 for t in range(count):
                     prefetch_slot(index, mask, load_u64(hashes, j0 + t))
+                    prefetch_row(grads + 4 * dim * get(positions, j0 + t), 4 * dim + 63)
                 ready = count
                 for t in range(count):
                     key = load_u64(grouped, j0 + t)
