@@ -10,7 +10,6 @@ with Supervisor(console, log_dir) as supervisor, StopRequest() as stop:
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import socket
@@ -19,12 +18,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Literal, Self
+from typing import Self
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -32,6 +29,7 @@ from rich.console import Console
 from rich.text import Text
 
 from trilith.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
+from trilith_services.processes import Ended, Process, ProcessSpec, Restart, describe_status
 
 __all__ = [
     "Ended",
@@ -45,135 +43,12 @@ __all__ = [
     "trilith_argv",
 ]
 
-Restart = Literal["never", "on-failure", "always"]
-
-TAIL_LINES = 40
 # Exit status of a command that ends with an error of its own. A server meets it before it serves, when it was given
 # something it cannot work with, such as a damaged checkpoint; for a worker it may just be a PS that was away.
 REFUSED = 2
 # Somebody told it to leave, maybe before it could listen.
 _ASKED = frozenset({0, -signal.SIGTERM, 128 + signal.SIGTERM})
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_magenta", "bright_green")
-
-# Asks the kernel for SIGTERM when the supervisor dies, whatever kills it, then becomes the command. A tiny program
-# instead of a preexec_fn, which may deadlock in a process that has threads.
-_DIE_WITH_PARENT = """
-import ctypes, os, sys
-parent = int(sys.argv[1])
-try:
-    ctypes.CDLL(None).prctl(1, 15)
-except (OSError, AttributeError):
-    pass
-if os.getppid() != parent:
-    sys.exit(143)
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessSpec:
-    """One process to run.
-
-    Attributes:
-        name: Prefix of its log lines and name of its log file, such as "ps-0".
-        argv: The command.
-        env: Variables added to this process's own.
-        restart: When to start it again after it ended by itself; status 0 and death by SIGTERM are no failure. A
-            server (with `health`) that ends with status 2 refuses to run, and is not started again.
-        health: host:port whose gRPC health service says SERVING when it is ready; empty if it has none.
-    """
-
-    name: str
-    argv: Sequence[str]
-    env: Mapping[str, str] = field(default_factory=dict)
-    restart: Restart = "never"
-    health: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """A process ended by itself.
-
-    Attributes:
-        name: Its spec's name.
-        status: Exit status; minus the signal if one killed it.
-        restarted: Whether it has been started again.
-        tail: Its last lines.
-    """
-
-    name: str
-    status: int
-    restarted: bool
-    tail: tuple[str, ...]
-
-    @property
-    def how(self) -> str:
-        """In words."""
-        return describe_status(self.status)
-
-
-class _Process:
-    """A running process, the thread that copies its output, and when it died before."""
-
-    def __init__(self, spec: ProcessSpec, log: IO[bytes], show: Callable[[str], None]) -> None:
-        self.spec = spec
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self.deaths: deque[float] = deque()
-        self.status: int | None = None
-        self._log = log
-        self._show = show
-        self.start()
-
-    def start(self) -> None:
-        """Start or start again; later lines go to the same log."""
-        self.status = None
-        self.popen = subprocess.Popen(
-            [sys.executable, "-S", "-E", "-c", _DIE_WITH_PARENT, str(os.getpid()), *self.spec.argv],
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.spec.env},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C on the terminal reaches the supervisor only, which stops things in order
-        )
-        self._reader = threading.Thread(target=self._copy, args=(self.popen.stdout,), daemon=True)
-        self._reader.start()
-
-    def _copy(self, output: IO[bytes]) -> None:
-        with output:
-            for raw in output:
-                self._log.write(raw)
-                self._log.flush()
-                line = raw.decode(errors="replace").rstrip("\r\n")
-                self.tail.append(line)
-                self._show(line)
-
-    def reap(self) -> int | None:
-        """Exit status if it has ended, its output copied."""
-        if self.status is None and (status := self.popen.poll()) is not None:
-            # A grandchild may hold the pipe open; what the process itself wrote is there at once.
-            self._reader.join(timeout=1.0)
-            self.status = status
-        return self.status
-
-    def signal(self, number: int, *, group: bool = False) -> None:
-        """Send a signal to the process, or to all it started too."""
-        try:
-            if group:
-                os.killpg(self.popen.pid, number)
-            elif self.popen.poll() is None:
-                self.popen.send_signal(number)
-        except (ProcessLookupError, PermissionError):
-            pass
-
-    def kill(self) -> None:
-        """End it, and all it started, at once; nothing happens if it has ended."""
-        if self.popen.poll() is None:
-            self.signal(signal.SIGKILL, group=True)
-            self.popen.wait()
-        self.reap()
-
-    def close(self) -> None:
-        self._log.close()
 
 
 class Supervisor:
@@ -201,7 +76,7 @@ class Supervisor:
         self._max_deaths = max_deaths
         self._death_window_s = death_window_s
         self._clock = clock
-        self._processes: dict[str, _Process] = {}
+        self._processes: dict[str, Process] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -218,7 +93,7 @@ class Supervisor:
             old.close()
         colour = _COLOURS[len(self._processes) % len(_COLOURS)]
         log = (self.log_dir / f"{spec.name}.log").open("ab")
-        self._processes[spec.name] = _Process(spec, log, self._printer(spec.name, colour))
+        self._processes[spec.name] = Process(spec, log, self._printer(spec.name, colour))
 
     def _printer(self, name: str, colour: str) -> Callable[[str], None]:
         prefix = Text(f"{name:<9}| ", style=colour)
@@ -277,7 +152,7 @@ class Supervisor:
             ended.append(Ended(name=name, status=status, restarted=again, tail=tuple(process.tail)))
         return ended
 
-    def _count_death(self, process: _Process, status: int) -> None:
+    def _count_death(self, process: Process, status: int) -> None:
         name, now = process.spec.name, self._clock()
         process.deaths.append(now)
         while now - process.deaths[0] > self._death_window_s:
@@ -357,7 +232,7 @@ class Supervisor:
                 process.kill()  # also when somebody has lost patience with this loop
                 process.close()
 
-    def _process(self, name: str) -> _Process:
+    def _process(self, name: str) -> Process:
         if name not in self._processes:
             raise InvalidRequestError(f"no process {name!r}; there are {sorted(self._processes)}")
         return self._processes[name]
@@ -461,16 +336,6 @@ def is_serving(endpoint: str, *, timeout_s: float = 0.5) -> bool:
         except grpc.RpcError:
             return False
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
-
-
-def describe_status(status: int) -> str:
-    """An exit status in words."""
-    if status >= 0:
-        return f"ended with status {status}"
-    try:
-        return f"was killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was killed by signal {-status}"
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
