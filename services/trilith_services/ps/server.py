@@ -78,6 +78,7 @@ class ParameterServer:
         if options.metrics_port is not None:
             self._metrics_server = self.metrics.serve(options.metrics_port)
             log.info("metrics", extra={"port": self.metrics_port})
+        self._store.compile()
         if options.checkpoint_dir is not None:
             from trilith_services.ps.checkpointer import Checkpointer, restore_newest
 

@@ -32,7 +32,7 @@ from trilith_services.ps.budget import MemoryBudget
 from trilith_services.ps.kernels.rows import all_finite
 from trilith_services.ps.maintenance import Maintenance
 from trilith_services.ps.sequences import Sequences
-from trilith_services.ps.table import Table, as_ids
+from trilith_services.ps.table import Table, as_ids, compile_common_kernels
 from trilith_services.ps.variables import Variables, VariableState
 
 __all__ = ["OWNER_RULE", "Store"]
@@ -358,12 +358,17 @@ class Store:
         """See `Shard.restore`."""
         return snapshot.restore_shard(self, path)
 
+    def compile(self) -> None:
+        """Compile or load what no table's config has a say in; a table's own kernels follow when it is created."""
+        compile_common_kernels()
+        entries.compile_kernels()
+
     def new_table(self, config: ps_pb2.TableConfig) -> Table:
         """A compiled table that shares this store's budget and threads but is not in it yet; for `snapshot`."""
         gate = filters.make_filter(config)
         table = Table(config, gate=gate, budget=self.budget, pool=self._pool)
+        self.compile()
         table.compile()
-        entries.compile_kernels()
         if gate is not None:
             gate.compile()
         return table

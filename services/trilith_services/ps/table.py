@@ -22,7 +22,7 @@ from trilith_services.ps.kernels import codecs, index, rows
 from trilith_services.ps.row_layout import RowLayout
 from trilith_services.ps.stripes import BITS, STRIPES, Batch, Stripes, work_memory
 
-__all__ = ["OccurrenceGate", "Rows", "Table", "TableCounters", "as_ids"]
+__all__ = ["OccurrenceGate", "Rows", "Table", "TableCounters", "as_ids", "compile_common_kernels"]
 
 _SECONDS_PER_DAY = 86400
 
@@ -146,21 +146,7 @@ class Table:
 
     def compile(self) -> None:
         """Compile or load every kernel that serving this table may run."""
-        warm(
-            index.group_by_stripe,
-            index.rebuild_index,
-            index.find_rows,
-            index.erase_rows,
-            index.evict_rows,
-            index.scan_index,
-            index.mark_expired,
-            rows.lookup_rows,
-            rows.lookup_rows_half,
-            rows.write_rows,
-            rows.export_rows,
-            rows.widen_halves,
-            rows.all_finite,
-        )
+        compile_common_kernels()
         if self._apply is not None:
             warm(self._apply)
 
@@ -578,6 +564,25 @@ class Table:
 
     def _no_rows(self) -> Rows:
         return self._copy_rows(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.uint32))
+
+
+def compile_common_kernels() -> None:
+    """Compile or load the kernels that all tables share, whatever their optimizers."""
+    warm(
+        index.group_by_stripe,
+        index.rebuild_index,
+        index.find_rows,
+        index.erase_rows,
+        index.evict_rows,
+        index.scan_index,
+        index.mark_expired,
+        rows.lookup_rows,
+        rows.lookup_rows_half,
+        rows.write_rows,
+        rows.export_rows,
+        rows.widen_halves,
+        rows.all_finite,
+    )
 
 
 def as_ids(ids: npt.NDArray[Any]) -> UInt64Array:
