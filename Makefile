@@ -18,7 +18,8 @@ VENV := .venv/.stamp
 PROTO_BIN := .venv-proto/bin
 PROTO_VENV := .venv-proto/.stamp
 PYTEST := $(BIN)/python -m pytest
-TIERS := tests/unit tests/congruence tests/conformance tests/golden tests/integration
+# The files that take longest come first, so that no process is left with one at the end.
+TIERS := tests/integration tests/congruence tests/conformance tests/golden tests/unit
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
