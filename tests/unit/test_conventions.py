@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -217,10 +218,12 @@ def readme_programs() -> list[str]:
 
 def test_the_readmes_python_runs(tmp_path):
     program = "\n".join(readme_programs())
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_DISABLE_JIT"}  # as a reader's
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         check=False,
         cwd=tmp_path,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=280,
