@@ -230,7 +230,7 @@ def _load_rows(table: Table, folder: Folder, file: FileRecord, part: Part, index
             if part.shard_count != count:
                 rows = rows.take(rows.ids % np.uint64(count) == index)
             table.import_rows(rows)
-        table.restore_max_update_time(rows_file.max_update_time)
+        table.raise_max_update_time(rows_file.max_update_time)
 
 
 def _load_filters(tables: Mapping[str, Table], folder: Folder, parts: list[Part]) -> None:

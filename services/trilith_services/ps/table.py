@@ -273,7 +273,7 @@ class Table:
             raise InvalidRequestError(f"table {self.name!r}: global_step={global_step} is negative")
         if dedup:
             ids, grads, counts = _sum_repeats(ids, grads, counts)
-        self._raise_max_time(request_time)
+        self.raise_max_update_time(request_time)
         ids, grads = self._pass_gate(ids, grads, counts)
         if len(ids) == 0:
             return
@@ -319,7 +319,7 @@ class Table:
             last = len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]
             ids, values = ids[last], values[last]
             zero = np.einsum("nd,nd->n", values, values) < np.finfo(np.float32).tiny
-            self._raise_max_time(request_time)
+            self.raise_max_update_time(request_time)
             self.erase(ids[zero])
             ids, values = ids[~zero], values[~zero]
         self._write_values(rows.ASSIGN, ids, values, request_time)
@@ -356,7 +356,7 @@ class Table:
         if self.layout.serving:
             times = np.zeros_like(times)  # as upstream: a serving row's time stays 0
         self._write_rows(rows.IMPORT, as_ids(found.ids), 0, values=weights, state=state, times=times)
-        self._raise_max_time(int(times.max()))
+        self.raise_max_update_time(int(times.max()))
 
     def erase(self, ids: npt.NDArray[Any]) -> int:
         """Delete rows; returns how many there were."""
@@ -394,9 +394,10 @@ class Table:
         self._charge()
         return dropped
 
-    def restore_max_update_time(self, time: int) -> None:
-        """Raise the newest update to at least `time`, as a restored checkpoint says."""
-        self._raise_max_time(time)
+    def raise_max_update_time(self, time: int) -> None:
+        """Raise the newest update to at least `time`, Unix seconds, as every write and a restored checkpoint do."""
+        with self._time_lock:
+            self.max_update_time = max(self.max_update_time, time)
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
@@ -442,7 +443,7 @@ class Table:
                 segment.codec_parameters[1] = min(grown, one_bit.max_scale)
 
     def _write_values(self, mode: int, ids: UInt64Array, values: Float32Array, request_time: int) -> None:
-        self._raise_max_time(request_time)
+        self.raise_max_update_time(request_time)
         ids, values = self._pass_gate(ids, values, None)
         self._write_rows(mode, ids, request_time, values=values)
 
@@ -518,10 +519,6 @@ class Table:
         with self._time_lock:
             self._budget.add(-self._charged)
             self._charged = 0
-
-    def _raise_max_time(self, time: int) -> None:
-        with self._time_lock:
-            self.max_update_time = max(self.max_update_time, time)
 
     def _row_addresses(
         self, ids: UInt64Array, *, inside: bool = False
