@@ -119,4 +119,8 @@ def run_file(part: str, path: Path, only: str = "") -> Iterator[tuple[str, list[
     vectors = json.loads(path.read_text())
     if part == "engine":
         return engine_failures(vectors, only)
+    if part == "data":
+        from tests.conformance.data import data_failures
+
+        return data_failures(vectors["vectors"], path.parent, only)
     return ((name, failures) for name, failures in _unbuilt(vectors) if only in name)
