@@ -25,11 +25,8 @@ def data_failures(groups: dict[str, Any], folder: Path, only: str = "") -> Found
         if not any(only in f"{group}.{name}" for name in names):
             continue
         check = checks.get(group)
-        found = (
-            dict.fromkeys(names, ["nothing checks this group"])
-            if check is None
-            else _run(check, content, folder, names)
-        )
+        missing = ["nothing checks this group"]
+        found = _run(check, content, folder, names) if check else dict.fromkeys(names, missing)
         for name, failures in found.items():
             if only in f"{group}.{name}":
                 yield f"{group}.{name}", failures
@@ -38,8 +35,7 @@ def data_failures(groups: dict[str, Any], folder: Path, only: str = "") -> Found
 def _run(check: Check, content: Any, folder: Path, names: list[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {name: ["was not checked"] for name in names}
     try:
-        for name, failures in check(content, folder):
-            found[name] = failures
+        found.update(check(content, folder))
     except Exception as error:  # noqa: BLE001 - whatever a group raises is its failure, the others go on
         words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         found = {name: [words] if failures == ["was not checked"] else failures for name, failures in found.items()}
