@@ -26,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "ClosedError",
     "ClusterMismatchError",
+    "DataError",
     "DeadlineExceededError",
     "InternalError",
     "InvalidRequestError",
@@ -117,6 +118,12 @@ class DeadlineExceededError(TrilithError):
 
 class CheckpointError(TrilithError):
     """A checkpoint or dump is missing, incomplete, damaged or of another model."""
+
+    status = "DATA_LOSS"
+
+
+class DataError(TrilithError):
+    """A record, or a file of records, is damaged or not what it was read as; names file, record and byte."""
 
     status = "DATA_LOSS"
 
