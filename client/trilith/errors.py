@@ -13,6 +13,7 @@ TrilithError
 ├── UnavailableError                        the PS cannot be reached; worth retrying
 ├── DeadlineExceededError                   the answer did not come in time
 ├── CheckpointError                         a checkpoint is missing, incomplete or damaged
+├── DataError                               a record or file of records is damaged or not what it was read as
 ├── ClosedError                             the client or PS was closed
 └── InternalError                           a fault of Trilith's own
 """
