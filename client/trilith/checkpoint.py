@@ -4,6 +4,7 @@ What stands inside the row files is the PS's business (`trilith_services.ps.snap
 
     table-user.00000-of-00002.3f9c0a1b.arrow     rows of table "user" on PS 0 of 2 (and so on per table and PS)
     variables.00000-of-00002.3f9c0a1b.arrow      dense partitions of PS 0
+    queues.00000-of-00002.3f9c0a1b.json          string queues, where there are any (on PS 0)
     part.00000-of-00002.json                     what PS 0 wrote: names, sizes, CRC-32C; written after its files
     manifest.json                                all parts; written last, so a checkpoint is complete or absent
 
@@ -61,11 +62,11 @@ class FileRecord:
 
     Attributes:
         name: File name inside the directory.
-        kind: "rows", "filter" or "variables".
+        kind: "rows", "filter", "variables" or "queues".
         bytes: Size.
         crc32c: CRC-32C of the whole file.
-        table: Table name; empty for variables.
-        rows: Rows, or partitions of dense variables.
+        table: Table name; empty for variables and queues.
+        rows: Rows, or partitions of dense variables, or queues.
     """
 
     name: str

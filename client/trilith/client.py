@@ -14,6 +14,7 @@ from trilith.cluster import Cluster, Rejoined
 from trilith.dense import Variables
 from trilith.errors import InvalidRequestError, ShardRestartedError, UnknownTableError
 from trilith.ops.dedup import gather_values
+from trilith.queues import Queues
 from trilith.shard import Float32Array, Shard, Write
 from trilith_proto import ps_pb2
 
@@ -36,6 +37,7 @@ class Client:
         self._tables: dict[str, TableInfo] = {}
         self._batches = Batches(cluster, self._info)
         self._variables = Variables(cluster)
+        self.queues = Queues(cluster)
 
     # ---- tables ------------------------------------------------------------------------------------------------------
 

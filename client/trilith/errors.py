@@ -5,6 +5,8 @@ TrilithError
 │   └── NonFiniteError                      NaN or infinity where a gradient or weight was due
 ├── UnknownTableError (also KeyError)       no such table
 ├── UnknownVariableError (also KeyError)    no such dense variable
+├── UnknownQueueError (also KeyError)       no such string queue
+├── QueueFullError                          a string queue would hold more than its capacity
 ├── TableExistsError                        the name is taken by another config
 ├── ClusterMismatchError                    shards disagree with the caller about who they are
 ├── ShardRestartedError                     a PS came back without what this caller had written
@@ -34,10 +36,12 @@ __all__ = [
     "MemoryLimitError",
     "NonFiniteError",
     "OverloadedError",
+    "QueueFullError",
     "ShardRestartedError",
     "TableExistsError",
     "TrilithError",
     "UnavailableError",
+    "UnknownQueueError",
     "UnknownTableError",
     "UnknownVariableError",
 ]
@@ -73,6 +77,18 @@ class UnknownVariableError(TrilithError, KeyError):
     """The dense variable is not part of this cluster."""
 
     status = "NOT_FOUND"
+
+
+class UnknownQueueError(TrilithError, KeyError):
+    """The string queue is not part of this cluster."""
+
+    status = "NOT_FOUND"
+
+
+class QueueFullError(TrilithError):
+    """The elements would exceed the queue's capacity; none was enqueued."""
+
+    status = "RESOURCE_EXHAUSTED"
 
 
 class TableExistsError(TrilithError):

@@ -28,6 +28,7 @@ from trilith.errors import (
 from trilith.shard import (
     ANY_WRITE,
     DensePart,
+    Dequeued,
     EntryPage,
     Float32Array,
     FloatArray,
@@ -353,6 +354,74 @@ class RemoteShard:
         elif set_to is not None:
             request.set = set_to
         return self._ask("GlobalStep", request, ps_pb2.GlobalStepResponse, timeout_s).global_step
+
+    def create_queue(
+        self,
+        name: str,
+        elements: Sequence[str] = (),
+        *,
+        capacity: int = 0,
+        incarnation: int = 0,
+        timeout_s: float | None = None,
+    ) -> bool:
+        """See `Shard`."""
+        request = ps_pb2.CreateQueueRequest(name=name, elements=elements, capacity=capacity, incarnation=incarnation)
+        return self._ask("CreateQueue", request, ps_pb2.CreateQueueResponse, timeout_s).created
+
+    def enqueue(self, queue: str, elements: Sequence[str], write: Write, *, timeout_s: float | None = None) -> None:
+        """See `Shard`."""
+        request = ps_pb2.EnqueueRequest(
+            queue=queue, elements=elements, write=wire.write_id(write), incarnation=write.incarnation
+        )
+        self._ask("Enqueue", request, ps_pb2.EnqueueResponse, timeout_s)
+
+    def dequeue(
+        self,
+        queues: Sequence[str],
+        worker: str,
+        write: Write,
+        *,
+        lease_s: float,
+        claim: str = "",
+        timeout_s: float | None = None,
+    ) -> Dequeued:
+        """See `Shard`."""
+        request = ps_pb2.DequeueRequest(
+            queues=queues,
+            worker=worker,
+            lease_s=lease_s,
+            claim=claim,
+            write=wire.write_id(write),
+            incarnation=write.incarnation,
+        )
+        reply = self._ask("Dequeue", request, ps_pb2.DequeueResponse, timeout_s)
+        return Dequeued(reply.queue, reply.element, reply.lease, reply.exhausted)
+
+    def acknowledge(
+        self,
+        worker: str,
+        lease: int,
+        write: Write,
+        *,
+        queue: str = "",
+        elements: Sequence[str] = (),
+        timeout_s: float | None = None,
+    ) -> bool:
+        """See `Shard`."""
+        request = ps_pb2.AcknowledgeRequest(
+            worker=worker,
+            lease=lease,
+            queue=queue,
+            elements=elements,
+            write=wire.write_id(write),
+            incarnation=write.incarnation,
+        )
+        return self._ask("Acknowledge", request, ps_pb2.AcknowledgeResponse, timeout_s).held
+
+    def hold_leases(self, worker: str, lease_s: float, *, incarnation: int = 0, timeout_s: float | None = None) -> int:
+        """See `Shard`."""
+        request = ps_pb2.HoldLeasesRequest(worker=worker, lease_s=lease_s, incarnation=incarnation)
+        return self._ask("HoldLeases", request, ps_pb2.HoldLeasesResponse, timeout_s).leases
 
     def save(self, path: str, *, timeout_s: float | None = None) -> ps_pb2.SaveResponse:
         """See `Shard`."""

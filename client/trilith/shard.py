@@ -14,6 +14,7 @@ from trilith_proto import ps_pb2
 __all__ = [
     "ANY_WRITE",
     "DensePart",
+    "Dequeued",
     "EntryPage",
     "Float32Array",
     "FloatArray",
@@ -110,6 +111,28 @@ class EntryPage:
     offset: int = field(default=0)
 
 
+@dataclass(frozen=True, slots=True)
+class Dequeued:
+    """What asking queues for an element gave.
+
+    Attributes:
+        queue: Which queue gave it; empty if none did.
+        element: The element.
+        lease: To acknowledge it by; 0 if it was consumed at once.
+        exhausted: Nothing waits and nothing is leased: there will be no more. If nothing was given and this is false,
+            another worker holds elements that may come back.
+    """
+
+    queue: str = ""
+    element: str = ""
+    lease: int = 0
+    exhausted: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether an element was given."""
+        return self.queue != ""
+
+
 class Shard(Protocol):
     """One shard of every table: the ids that one PS owns.
 
@@ -204,6 +227,50 @@ class Shard(Protocol):
         timeout_s: float | None = None,
     ) -> int:
         """Read the step counter, after advancing or setting it."""
+
+    def create_queue(
+        self,
+        name: str,
+        elements: Sequence[str] = (),
+        *,
+        capacity: int = 0,
+        incarnation: int = 0,
+        timeout_s: float | None = None,
+    ) -> bool:
+        """Create a string queue of at most `capacity` elements (0: 100,000); False if it exists, which then stays."""
+
+    def enqueue(self, queue: str, elements: Sequence[str], write: Write, *, timeout_s: float | None = None) -> None:
+        """Append elements, all or, with QueueFullError, none."""
+
+    def dequeue(
+        self,
+        queues: Sequence[str],
+        worker: str,
+        write: Write,
+        *,
+        lease_s: float,
+        claim: str = "",
+        timeout_s: float | None = None,
+    ) -> Dequeued:
+        """Lease the next element of the first queue that has one, or the element `claim` if it is free.
+
+        It is handed out again after `lease_s` seconds unless acknowledged or held; 0 consumes it at once.
+        """
+
+    def acknowledge(
+        self,
+        worker: str,
+        lease: int,
+        write: Write,
+        *,
+        queue: str = "",
+        elements: Sequence[str] = (),
+        timeout_s: float | None = None,
+    ) -> bool:
+        """Say that a leased element is done and append `elements` to `queue`, at once; False if the lease was lost."""
+
+    def hold_leases(self, worker: str, lease_s: float, *, incarnation: int = 0, timeout_s: float | None = None) -> int:
+        """Prolong a worker's leases, or give them back if `lease_s` is 0; returns how many there are."""
 
     def save(self, path: str, *, timeout_s: float | None = None) -> ps_pb2.SaveResponse:
         """Write this shard's files of a checkpoint; the caller writes the manifest."""

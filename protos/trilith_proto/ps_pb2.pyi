@@ -908,6 +908,254 @@ class GlobalStepResponse(google.protobuf.message.Message):
 global___GlobalStepResponse = GlobalStepResponse
 
 @typing.final
+class CreateQueueRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ELEMENTS_FIELD_NUMBER: builtins.int
+    CAPACITY_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    capacity: builtins.int
+    """Most elements it may hold, leased ones included; 0 takes 100000."""
+    incarnation: builtins.int
+    @property
+    def elements(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        elements: collections.abc.Iterable[builtins.str] | None = ...,
+        capacity: builtins.int = ...,
+        incarnation: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "elements", b"elements", "incarnation", b"incarnation", "name", b"name"]) -> None: ...
+
+global___CreateQueueRequest = CreateQueueRequest
+
+@typing.final
+class CreateQueueResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: builtins.int
+    CREATED_FIELD_NUMBER: builtins.int
+    incarnation: builtins.int
+    created: builtins.bool
+    def __init__(
+        self,
+        *,
+        incarnation: builtins.int = ...,
+        created: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["created", b"created", "incarnation", b"incarnation"]) -> None: ...
+
+global___CreateQueueResponse = CreateQueueResponse
+
+@typing.final
+class EnqueueRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    QUEUE_FIELD_NUMBER: builtins.int
+    ELEMENTS_FIELD_NUMBER: builtins.int
+    WRITE_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    queue: builtins.str
+    incarnation: builtins.int
+    @property
+    def elements(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @property
+    def write(self) -> global___WriteId: ...
+    def __init__(
+        self,
+        *,
+        queue: builtins.str = ...,
+        elements: collections.abc.Iterable[builtins.str] | None = ...,
+        write: global___WriteId | None = ...,
+        incarnation: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["write", b"write"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["elements", b"elements", "incarnation", b"incarnation", "queue", b"queue", "write", b"write"]) -> None: ...
+
+global___EnqueueRequest = EnqueueRequest
+
+@typing.final
+class EnqueueResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: builtins.int
+    incarnation: builtins.int
+    def __init__(
+        self,
+        *,
+        incarnation: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation"]) -> None: ...
+
+global___EnqueueResponse = EnqueueResponse
+
+@typing.final
+class DequeueRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    QUEUES_FIELD_NUMBER: builtins.int
+    WORKER_FIELD_NUMBER: builtins.int
+    LEASE_S_FIELD_NUMBER: builtins.int
+    CLAIM_FIELD_NUMBER: builtins.int
+    WRITE_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    """Who leases it: any name that no other worker has."""
+    lease_s: builtins.float
+    """Seconds until the element is handed out again; 0: it is consumed at once and needs no acknowledgement."""
+    claim: builtins.str
+    """Take this very element, if nobody else has it or is done with it: what a worker had before it was restarted."""
+    incarnation: builtins.int
+    @property
+    def queues(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The first of them that has an element gives it."""
+
+    @property
+    def write(self) -> global___WriteId: ...
+    def __init__(
+        self,
+        *,
+        queues: collections.abc.Iterable[builtins.str] | None = ...,
+        worker: builtins.str = ...,
+        lease_s: builtins.float = ...,
+        claim: builtins.str = ...,
+        write: global___WriteId | None = ...,
+        incarnation: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["write", b"write"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["claim", b"claim", "incarnation", b"incarnation", "lease_s", b"lease_s", "queues", b"queues", "worker", b"worker", "write", b"write"]) -> None: ...
+
+global___DequeueRequest = DequeueRequest
+
+@typing.final
+class DequeueResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: builtins.int
+    QUEUE_FIELD_NUMBER: builtins.int
+    ELEMENT_FIELD_NUMBER: builtins.int
+    LEASE_FIELD_NUMBER: builtins.int
+    EXHAUSTED_FIELD_NUMBER: builtins.int
+    incarnation: builtins.int
+    queue: builtins.str
+    """Nothing was given if this is empty."""
+    element: builtins.str
+    lease: builtins.int
+    """To acknowledge it by; 0 if it was consumed at once."""
+    exhausted: builtins.bool
+    """Nothing waits in any of the queues and nothing is leased: there will be no more. Otherwise asking later may help."""
+    def __init__(
+        self,
+        *,
+        incarnation: builtins.int = ...,
+        queue: builtins.str = ...,
+        element: builtins.str = ...,
+        lease: builtins.int = ...,
+        exhausted: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["element", b"element", "exhausted", b"exhausted", "incarnation", b"incarnation", "lease", b"lease", "queue", b"queue"]) -> None: ...
+
+global___DequeueResponse = DequeueResponse
+
+@typing.final
+class AcknowledgeRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: builtins.int
+    LEASE_FIELD_NUMBER: builtins.int
+    QUEUE_FIELD_NUMBER: builtins.int
+    ELEMENTS_FIELD_NUMBER: builtins.int
+    WRITE_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    lease: builtins.int
+    queue: builtins.str
+    """What the element became, for this queue; both empty as a rule."""
+    incarnation: builtins.int
+    @property
+    def elements(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @property
+    def write(self) -> global___WriteId: ...
+    def __init__(
+        self,
+        *,
+        worker: builtins.str = ...,
+        lease: builtins.int = ...,
+        queue: builtins.str = ...,
+        elements: collections.abc.Iterable[builtins.str] | None = ...,
+        write: global___WriteId | None = ...,
+        incarnation: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["write", b"write"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["elements", b"elements", "incarnation", b"incarnation", "lease", b"lease", "queue", b"queue", "worker", b"worker", "write", b"write"]) -> None: ...
+
+global___AcknowledgeRequest = AcknowledgeRequest
+
+@typing.final
+class AcknowledgeResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: builtins.int
+    HELD_FIELD_NUMBER: builtins.int
+    incarnation: builtins.int
+    held: builtins.bool
+    """False: the lease had lapsed and the element is somebody else's by now; nothing was done."""
+    def __init__(
+        self,
+        *,
+        incarnation: builtins.int = ...,
+        held: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["held", b"held", "incarnation", b"incarnation"]) -> None: ...
+
+global___AcknowledgeResponse = AcknowledgeResponse
+
+@typing.final
+class HoldLeasesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: builtins.int
+    LEASE_S_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    lease_s: builtins.float
+    """Seconds from now; 0 gives them all back, which is what to say for a worker that died."""
+    incarnation: builtins.int
+    def __init__(
+        self,
+        *,
+        worker: builtins.str = ...,
+        lease_s: builtins.float = ...,
+        incarnation: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "lease_s", b"lease_s", "worker", b"worker"]) -> None: ...
+
+global___HoldLeasesRequest = HoldLeasesRequest
+
+@typing.final
+class HoldLeasesResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: builtins.int
+    LEASES_FIELD_NUMBER: builtins.int
+    incarnation: builtins.int
+    leases: builtins.int
+    """How many there are."""
+    def __init__(
+        self,
+        *,
+        incarnation: builtins.int = ...,
+        leases: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "leases", b"leases"]) -> None: ...
+
+global___HoldLeasesResponse = HoldLeasesResponse
+
+@typing.final
 class SaveRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

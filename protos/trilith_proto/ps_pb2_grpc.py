@@ -125,10 +125,55 @@ class ParameterServerStub(object):
                 request_serializer=trilith__proto_dot_ps__pb2.DenseUpdateRequest.SerializeToString,
                 response_deserializer=trilith__proto_dot_ps__pb2.UpdateResponse.FromString,
                 _registered_method=True)
+        self.LookupStream = channel.stream_stream(
+                '/trilith.ParameterServer/LookupStream',
+                request_serializer=trilith__proto_dot_ps__pb2.LookupRequest.SerializeToString,
+                response_deserializer=trilith__proto_dot_ps__pb2.LookupResponse.FromString,
+                _registered_method=True)
+        self.ApplyGradientsStream = channel.stream_stream(
+                '/trilith.ParameterServer/ApplyGradientsStream',
+                request_serializer=trilith__proto_dot_ps__pb2.UpdateRequest.SerializeToString,
+                response_deserializer=trilith__proto_dot_ps__pb2.UpdateResponse.FromString,
+                _registered_method=True)
+        self.PullVariablesStream = channel.stream_stream(
+                '/trilith.ParameterServer/PullVariablesStream',
+                request_serializer=trilith__proto_dot_ps__pb2.PullVariablesRequest.SerializeToString,
+                response_deserializer=trilith__proto_dot_ps__pb2.PullVariablesResponse.FromString,
+                _registered_method=True)
+        self.ApplyDenseGradientsStream = channel.stream_stream(
+                '/trilith.ParameterServer/ApplyDenseGradientsStream',
+                request_serializer=trilith__proto_dot_ps__pb2.DenseUpdateRequest.SerializeToString,
+                response_deserializer=trilith__proto_dot_ps__pb2.UpdateResponse.FromString,
+                _registered_method=True)
         self.GlobalStep = channel.unary_unary(
                 '/trilith.ParameterServer/GlobalStep',
                 request_serializer=trilith__proto_dot_ps__pb2.GlobalStepRequest.SerializeToString,
                 response_deserializer=trilith__proto_dot_ps__pb2.GlobalStepResponse.FromString,
+                _registered_method=True)
+        self.CreateQueue = channel.unary_unary(
+                '/trilith.ParameterServer/CreateQueue',
+                request_serializer=trilith__proto_dot_ps__pb2.CreateQueueRequest.SerializeToString,
+                response_deserializer=trilith__proto_dot_ps__pb2.CreateQueueResponse.FromString,
+                _registered_method=True)
+        self.Enqueue = channel.unary_unary(
+                '/trilith.ParameterServer/Enqueue',
+                request_serializer=trilith__proto_dot_ps__pb2.EnqueueRequest.SerializeToString,
+                response_deserializer=trilith__proto_dot_ps__pb2.EnqueueResponse.FromString,
+                _registered_method=True)
+        self.Dequeue = channel.unary_unary(
+                '/trilith.ParameterServer/Dequeue',
+                request_serializer=trilith__proto_dot_ps__pb2.DequeueRequest.SerializeToString,
+                response_deserializer=trilith__proto_dot_ps__pb2.DequeueResponse.FromString,
+                _registered_method=True)
+        self.Acknowledge = channel.unary_unary(
+                '/trilith.ParameterServer/Acknowledge',
+                request_serializer=trilith__proto_dot_ps__pb2.AcknowledgeRequest.SerializeToString,
+                response_deserializer=trilith__proto_dot_ps__pb2.AcknowledgeResponse.FromString,
+                _registered_method=True)
+        self.HoldLeases = channel.unary_unary(
+                '/trilith.ParameterServer/HoldLeases',
+                request_serializer=trilith__proto_dot_ps__pb2.HoldLeasesRequest.SerializeToString,
+                response_deserializer=trilith__proto_dot_ps__pb2.HoldLeasesResponse.FromString,
                 _registered_method=True)
         self.Save = channel.unary_unary(
                 '/trilith.ParameterServer/Save',
@@ -270,8 +315,70 @@ class ParameterServerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LookupStream(self, request_iterator, context):
+        """The methods of the same names, one after another on a stream that stays open: what a call costs beyond its bytes is
+        paid once. A stream has one request in flight; the first error ends it. A server that has no thread for one more
+        stream answers RESOURCE_EXHAUSTED with "trilith-streams" in its trailing metadata.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApplyGradientsStream(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PullVariablesStream(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApplyDenseGradientsStream(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GlobalStep(self, request, context):
         """Reads, sets or advances the model's step counter (kept on every PS; PS 0's counts).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateQueue(self, request, context):
+        """Creates a string queue with its first elements. Repeating it is fine and changes nothing. Queues live on PS 0.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Enqueue(self, request, context):
+        """Appends to a queue; RESOURCE_EXHAUSTED if it would hold more than its capacity.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Dequeue(self, request, context):
+        """Leases the next element to a worker; it is handed out again unless the worker acknowledges it or holds its lease.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Acknowledge(self, request, context):
+        """Says that a leased element is done, and enqueues what came of it, both at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HoldLeases(self, request, context):
+        """Prolongs all leases of a worker, or gives them back at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -384,10 +491,55 @@ def add_ParameterServerServicer_to_server(servicer, server):
                     request_deserializer=trilith__proto_dot_ps__pb2.DenseUpdateRequest.FromString,
                     response_serializer=trilith__proto_dot_ps__pb2.UpdateResponse.SerializeToString,
             ),
+            'LookupStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.LookupStream,
+                    request_deserializer=trilith__proto_dot_ps__pb2.LookupRequest.FromString,
+                    response_serializer=trilith__proto_dot_ps__pb2.LookupResponse.SerializeToString,
+            ),
+            'ApplyGradientsStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ApplyGradientsStream,
+                    request_deserializer=trilith__proto_dot_ps__pb2.UpdateRequest.FromString,
+                    response_serializer=trilith__proto_dot_ps__pb2.UpdateResponse.SerializeToString,
+            ),
+            'PullVariablesStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.PullVariablesStream,
+                    request_deserializer=trilith__proto_dot_ps__pb2.PullVariablesRequest.FromString,
+                    response_serializer=trilith__proto_dot_ps__pb2.PullVariablesResponse.SerializeToString,
+            ),
+            'ApplyDenseGradientsStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ApplyDenseGradientsStream,
+                    request_deserializer=trilith__proto_dot_ps__pb2.DenseUpdateRequest.FromString,
+                    response_serializer=trilith__proto_dot_ps__pb2.UpdateResponse.SerializeToString,
+            ),
             'GlobalStep': grpc.unary_unary_rpc_method_handler(
                     servicer.GlobalStep,
                     request_deserializer=trilith__proto_dot_ps__pb2.GlobalStepRequest.FromString,
                     response_serializer=trilith__proto_dot_ps__pb2.GlobalStepResponse.SerializeToString,
+            ),
+            'CreateQueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateQueue,
+                    request_deserializer=trilith__proto_dot_ps__pb2.CreateQueueRequest.FromString,
+                    response_serializer=trilith__proto_dot_ps__pb2.CreateQueueResponse.SerializeToString,
+            ),
+            'Enqueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.Enqueue,
+                    request_deserializer=trilith__proto_dot_ps__pb2.EnqueueRequest.FromString,
+                    response_serializer=trilith__proto_dot_ps__pb2.EnqueueResponse.SerializeToString,
+            ),
+            'Dequeue': grpc.unary_unary_rpc_method_handler(
+                    servicer.Dequeue,
+                    request_deserializer=trilith__proto_dot_ps__pb2.DequeueRequest.FromString,
+                    response_serializer=trilith__proto_dot_ps__pb2.DequeueResponse.SerializeToString,
+            ),
+            'Acknowledge': grpc.unary_unary_rpc_method_handler(
+                    servicer.Acknowledge,
+                    request_deserializer=trilith__proto_dot_ps__pb2.AcknowledgeRequest.FromString,
+                    response_serializer=trilith__proto_dot_ps__pb2.AcknowledgeResponse.SerializeToString,
+            ),
+            'HoldLeases': grpc.unary_unary_rpc_method_handler(
+                    servicer.HoldLeases,
+                    request_deserializer=trilith__proto_dot_ps__pb2.HoldLeasesRequest.FromString,
+                    response_serializer=trilith__proto_dot_ps__pb2.HoldLeasesResponse.SerializeToString,
             ),
             'Save': grpc.unary_unary_rpc_method_handler(
                     servicer.Save,
@@ -898,6 +1050,114 @@ class ParameterServer(object):
             _registered_method=True)
 
     @staticmethod
+    def LookupStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/trilith.ParameterServer/LookupStream',
+            trilith__proto_dot_ps__pb2.LookupRequest.SerializeToString,
+            trilith__proto_dot_ps__pb2.LookupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApplyGradientsStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/trilith.ParameterServer/ApplyGradientsStream',
+            trilith__proto_dot_ps__pb2.UpdateRequest.SerializeToString,
+            trilith__proto_dot_ps__pb2.UpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullVariablesStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/trilith.ParameterServer/PullVariablesStream',
+            trilith__proto_dot_ps__pb2.PullVariablesRequest.SerializeToString,
+            trilith__proto_dot_ps__pb2.PullVariablesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApplyDenseGradientsStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/trilith.ParameterServer/ApplyDenseGradientsStream',
+            trilith__proto_dot_ps__pb2.DenseUpdateRequest.SerializeToString,
+            trilith__proto_dot_ps__pb2.UpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GlobalStep(request,
             target,
             options=(),
@@ -914,6 +1174,141 @@ class ParameterServer(object):
             '/trilith.ParameterServer/GlobalStep',
             trilith__proto_dot_ps__pb2.GlobalStepRequest.SerializeToString,
             trilith__proto_dot_ps__pb2.GlobalStepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateQueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trilith.ParameterServer/CreateQueue',
+            trilith__proto_dot_ps__pb2.CreateQueueRequest.SerializeToString,
+            trilith__proto_dot_ps__pb2.CreateQueueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Enqueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trilith.ParameterServer/Enqueue',
+            trilith__proto_dot_ps__pb2.EnqueueRequest.SerializeToString,
+            trilith__proto_dot_ps__pb2.EnqueueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Dequeue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trilith.ParameterServer/Dequeue',
+            trilith__proto_dot_ps__pb2.DequeueRequest.SerializeToString,
+            trilith__proto_dot_ps__pb2.DequeueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Acknowledge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trilith.ParameterServer/Acknowledge',
+            trilith__proto_dot_ps__pb2.AcknowledgeRequest.SerializeToString,
+            trilith__proto_dot_ps__pb2.AcknowledgeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldLeases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trilith.ParameterServer/HoldLeases',
+            trilith__proto_dot_ps__pb2.HoldLeasesRequest.SerializeToString,
+            trilith__proto_dot_ps__pb2.HoldLeasesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -132,11 +132,65 @@ class ParameterServerStub:
         trilith_proto.ps_pb2.UpdateResponse,
     ]
 
+    LookupStream: grpc.StreamStreamMultiCallable[
+        trilith_proto.ps_pb2.LookupRequest,
+        trilith_proto.ps_pb2.LookupResponse,
+    ]
+    """The methods of the same names, one after another on a stream that stays open: what a call costs beyond its bytes is
+    paid once. A stream has one request in flight; the first error ends it. A server that has no thread for one more
+    stream answers RESOURCE_EXHAUSTED with "trilith-streams" in its trailing metadata.
+    """
+
+    ApplyGradientsStream: grpc.StreamStreamMultiCallable[
+        trilith_proto.ps_pb2.UpdateRequest,
+        trilith_proto.ps_pb2.UpdateResponse,
+    ]
+
+    PullVariablesStream: grpc.StreamStreamMultiCallable[
+        trilith_proto.ps_pb2.PullVariablesRequest,
+        trilith_proto.ps_pb2.PullVariablesResponse,
+    ]
+
+    ApplyDenseGradientsStream: grpc.StreamStreamMultiCallable[
+        trilith_proto.ps_pb2.DenseUpdateRequest,
+        trilith_proto.ps_pb2.UpdateResponse,
+    ]
+
     GlobalStep: grpc.UnaryUnaryMultiCallable[
         trilith_proto.ps_pb2.GlobalStepRequest,
         trilith_proto.ps_pb2.GlobalStepResponse,
     ]
     """Reads, sets or advances the model's step counter (kept on every PS; PS 0's counts)."""
+
+    CreateQueue: grpc.UnaryUnaryMultiCallable[
+        trilith_proto.ps_pb2.CreateQueueRequest,
+        trilith_proto.ps_pb2.CreateQueueResponse,
+    ]
+    """Creates a string queue with its first elements. Repeating it is fine and changes nothing. Queues live on PS 0."""
+
+    Enqueue: grpc.UnaryUnaryMultiCallable[
+        trilith_proto.ps_pb2.EnqueueRequest,
+        trilith_proto.ps_pb2.EnqueueResponse,
+    ]
+    """Appends to a queue; RESOURCE_EXHAUSTED if it would hold more than its capacity."""
+
+    Dequeue: grpc.UnaryUnaryMultiCallable[
+        trilith_proto.ps_pb2.DequeueRequest,
+        trilith_proto.ps_pb2.DequeueResponse,
+    ]
+    """Leases the next element to a worker; it is handed out again unless the worker acknowledges it or holds its lease."""
+
+    Acknowledge: grpc.UnaryUnaryMultiCallable[
+        trilith_proto.ps_pb2.AcknowledgeRequest,
+        trilith_proto.ps_pb2.AcknowledgeResponse,
+    ]
+    """Says that a leased element is done, and enqueues what came of it, both at once."""
+
+    HoldLeases: grpc.UnaryUnaryMultiCallable[
+        trilith_proto.ps_pb2.HoldLeasesRequest,
+        trilith_proto.ps_pb2.HoldLeasesResponse,
+    ]
+    """Prolongs all leases of a worker, or gives them back at once."""
 
     Save: grpc.UnaryUnaryMultiCallable[
         trilith_proto.ps_pb2.SaveRequest,
@@ -260,11 +314,65 @@ class ParameterServerAsyncStub:
         trilith_proto.ps_pb2.UpdateResponse,
     ]
 
+    LookupStream: grpc.aio.StreamStreamMultiCallable[
+        trilith_proto.ps_pb2.LookupRequest,
+        trilith_proto.ps_pb2.LookupResponse,
+    ]
+    """The methods of the same names, one after another on a stream that stays open: what a call costs beyond its bytes is
+    paid once. A stream has one request in flight; the first error ends it. A server that has no thread for one more
+    stream answers RESOURCE_EXHAUSTED with "trilith-streams" in its trailing metadata.
+    """
+
+    ApplyGradientsStream: grpc.aio.StreamStreamMultiCallable[
+        trilith_proto.ps_pb2.UpdateRequest,
+        trilith_proto.ps_pb2.UpdateResponse,
+    ]
+
+    PullVariablesStream: grpc.aio.StreamStreamMultiCallable[
+        trilith_proto.ps_pb2.PullVariablesRequest,
+        trilith_proto.ps_pb2.PullVariablesResponse,
+    ]
+
+    ApplyDenseGradientsStream: grpc.aio.StreamStreamMultiCallable[
+        trilith_proto.ps_pb2.DenseUpdateRequest,
+        trilith_proto.ps_pb2.UpdateResponse,
+    ]
+
     GlobalStep: grpc.aio.UnaryUnaryMultiCallable[
         trilith_proto.ps_pb2.GlobalStepRequest,
         trilith_proto.ps_pb2.GlobalStepResponse,
     ]
     """Reads, sets or advances the model's step counter (kept on every PS; PS 0's counts)."""
+
+    CreateQueue: grpc.aio.UnaryUnaryMultiCallable[
+        trilith_proto.ps_pb2.CreateQueueRequest,
+        trilith_proto.ps_pb2.CreateQueueResponse,
+    ]
+    """Creates a string queue with its first elements. Repeating it is fine and changes nothing. Queues live on PS 0."""
+
+    Enqueue: grpc.aio.UnaryUnaryMultiCallable[
+        trilith_proto.ps_pb2.EnqueueRequest,
+        trilith_proto.ps_pb2.EnqueueResponse,
+    ]
+    """Appends to a queue; RESOURCE_EXHAUSTED if it would hold more than its capacity."""
+
+    Dequeue: grpc.aio.UnaryUnaryMultiCallable[
+        trilith_proto.ps_pb2.DequeueRequest,
+        trilith_proto.ps_pb2.DequeueResponse,
+    ]
+    """Leases the next element to a worker; it is handed out again unless the worker acknowledges it or holds its lease."""
+
+    Acknowledge: grpc.aio.UnaryUnaryMultiCallable[
+        trilith_proto.ps_pb2.AcknowledgeRequest,
+        trilith_proto.ps_pb2.AcknowledgeResponse,
+    ]
+    """Says that a leased element is done, and enqueues what came of it, both at once."""
+
+    HoldLeases: grpc.aio.UnaryUnaryMultiCallable[
+        trilith_proto.ps_pb2.HoldLeasesRequest,
+        trilith_proto.ps_pb2.HoldLeasesResponse,
+    ]
+    """Prolongs all leases of a worker, or gives them back at once."""
 
     Save: grpc.aio.UnaryUnaryMultiCallable[
         trilith_proto.ps_pb2.SaveRequest,
@@ -425,12 +533,84 @@ class ParameterServerServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[trilith_proto.ps_pb2.UpdateResponse, collections.abc.Awaitable[trilith_proto.ps_pb2.UpdateResponse]]: ...
 
     @abc.abstractmethod
+    def LookupStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[trilith_proto.ps_pb2.LookupRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[trilith_proto.ps_pb2.LookupResponse], collections.abc.AsyncIterator[trilith_proto.ps_pb2.LookupResponse]]:
+        """The methods of the same names, one after another on a stream that stays open: what a call costs beyond its bytes is
+        paid once. A stream has one request in flight; the first error ends it. A server that has no thread for one more
+        stream answers RESOURCE_EXHAUSTED with "trilith-streams" in its trailing metadata.
+        """
+
+    @abc.abstractmethod
+    def ApplyGradientsStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[trilith_proto.ps_pb2.UpdateRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[trilith_proto.ps_pb2.UpdateResponse], collections.abc.AsyncIterator[trilith_proto.ps_pb2.UpdateResponse]]: ...
+
+    @abc.abstractmethod
+    def PullVariablesStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[trilith_proto.ps_pb2.PullVariablesRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[trilith_proto.ps_pb2.PullVariablesResponse], collections.abc.AsyncIterator[trilith_proto.ps_pb2.PullVariablesResponse]]: ...
+
+    @abc.abstractmethod
+    def ApplyDenseGradientsStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[trilith_proto.ps_pb2.DenseUpdateRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[trilith_proto.ps_pb2.UpdateResponse], collections.abc.AsyncIterator[trilith_proto.ps_pb2.UpdateResponse]]: ...
+
+    @abc.abstractmethod
     def GlobalStep(
         self,
         request: trilith_proto.ps_pb2.GlobalStepRequest,
         context: _ServicerContext,
     ) -> typing.Union[trilith_proto.ps_pb2.GlobalStepResponse, collections.abc.Awaitable[trilith_proto.ps_pb2.GlobalStepResponse]]:
         """Reads, sets or advances the model's step counter (kept on every PS; PS 0's counts)."""
+
+    @abc.abstractmethod
+    def CreateQueue(
+        self,
+        request: trilith_proto.ps_pb2.CreateQueueRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[trilith_proto.ps_pb2.CreateQueueResponse, collections.abc.Awaitable[trilith_proto.ps_pb2.CreateQueueResponse]]:
+        """Creates a string queue with its first elements. Repeating it is fine and changes nothing. Queues live on PS 0."""
+
+    @abc.abstractmethod
+    def Enqueue(
+        self,
+        request: trilith_proto.ps_pb2.EnqueueRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[trilith_proto.ps_pb2.EnqueueResponse, collections.abc.Awaitable[trilith_proto.ps_pb2.EnqueueResponse]]:
+        """Appends to a queue; RESOURCE_EXHAUSTED if it would hold more than its capacity."""
+
+    @abc.abstractmethod
+    def Dequeue(
+        self,
+        request: trilith_proto.ps_pb2.DequeueRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[trilith_proto.ps_pb2.DequeueResponse, collections.abc.Awaitable[trilith_proto.ps_pb2.DequeueResponse]]:
+        """Leases the next element to a worker; it is handed out again unless the worker acknowledges it or holds its lease."""
+
+    @abc.abstractmethod
+    def Acknowledge(
+        self,
+        request: trilith_proto.ps_pb2.AcknowledgeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[trilith_proto.ps_pb2.AcknowledgeResponse, collections.abc.Awaitable[trilith_proto.ps_pb2.AcknowledgeResponse]]:
+        """Says that a leased element is done, and enqueues what came of it, both at once."""
+
+    @abc.abstractmethod
+    def HoldLeases(
+        self,
+        request: trilith_proto.ps_pb2.HoldLeasesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[trilith_proto.ps_pb2.HoldLeasesResponse, collections.abc.Awaitable[trilith_proto.ps_pb2.HoldLeasesResponse]]:
+        """Prolongs all leases of a worker, or gives them back at once."""
 
     @abc.abstractmethod
     def Save(

@@ -260,6 +260,62 @@ class ParameterServerServicer:
         )
         return ps_pb2.GlobalStepResponse(incarnation=self._incarnation, global_step=step)
 
+    # ---- queues ------------------------------------------------------------------------------------------------------
+
+    @rpc
+    def CreateQueue(
+        self, request: ps_pb2.CreateQueueRequest, context: grpc.ServicerContext
+    ) -> ps_pb2.CreateQueueResponse:
+        """Create a queue."""
+        created = self._shard.create_queue(
+            request.name, request.elements, capacity=request.capacity, incarnation=request.incarnation
+        )
+        return ps_pb2.CreateQueueResponse(incarnation=self._incarnation, created=created)
+
+    @rpc
+    def Enqueue(self, request: ps_pb2.EnqueueRequest, context: grpc.ServicerContext) -> ps_pb2.EnqueueResponse:
+        """Append to a queue."""
+        self._shard.enqueue(request.queue, request.elements, _write(request.write, request.incarnation))
+        return ps_pb2.EnqueueResponse(incarnation=self._incarnation)
+
+    @rpc
+    def Dequeue(self, request: ps_pb2.DequeueRequest, context: grpc.ServicerContext) -> ps_pb2.DequeueResponse:
+        """Lease an element."""
+        given = self._shard.dequeue(
+            request.queues,
+            request.worker,
+            _write(request.write, request.incarnation),
+            lease_s=request.lease_s,
+            claim=request.claim,
+        )
+        return ps_pb2.DequeueResponse(
+            incarnation=self._incarnation,
+            queue=given.queue,
+            element=given.element,
+            lease=given.lease,
+            exhausted=given.exhausted,
+        )
+
+    @rpc
+    def Acknowledge(
+        self, request: ps_pb2.AcknowledgeRequest, context: grpc.ServicerContext
+    ) -> ps_pb2.AcknowledgeResponse:
+        """Take an element as done."""
+        held = self._shard.acknowledge(
+            request.worker,
+            request.lease,
+            _write(request.write, request.incarnation),
+            queue=request.queue,
+            elements=request.elements,
+        )
+        return ps_pb2.AcknowledgeResponse(incarnation=self._incarnation, held=held)
+
+    @rpc
+    def HoldLeases(self, request: ps_pb2.HoldLeasesRequest, context: grpc.ServicerContext) -> ps_pb2.HoldLeasesResponse:
+        """Prolong or end leases."""
+        leases = self._shard.hold_leases(request.worker, request.lease_s, incarnation=request.incarnation)
+        return ps_pb2.HoldLeasesResponse(incarnation=self._incarnation, leases=leases)
+
 
 _RAW = frozenset(
     {

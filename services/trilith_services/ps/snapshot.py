@@ -22,7 +22,7 @@ from trilith.checkpoint import FileRecord, Manifest, Part
 from trilith.errors import CheckpointError, TableExistsError
 from trilith.folder import Folder
 from trilith_proto import ps_pb2
-from trilith_services.ps import row_files, variable_files
+from trilith_services.ps import queue_files, row_files, variable_files
 from trilith_services.ps.filter_snapshot import load_filter, write_filter
 from trilith_services.ps.filters import SlidingFilter
 from trilith_services.ps.table import Rows, Table
@@ -61,6 +61,9 @@ def save_shard(store: Store, path: str, *, clock: Callable[[], float] = time.tim
         if isinstance(table.gate, SlidingFilter):  # the others remember nothing
             files.append(write_filter(folder, name("filter", table_name), table_name, table.gate))
     files.append(variable_files.write(folder, name("variables"), store.variables.export()))
+    queues = store.queues.export()
+    if queues:
+        files.append(queue_files.write(folder, checkpoint.file_name("queues", "", index, count, token, "json"), queues))
     response = ps_pb2.SaveResponse(
         incarnation=identity.incarnation,
         global_step=step,
@@ -101,6 +104,7 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
     parts = parts_for(manifest, index, count)
     _check_all(folder, _needed(manifest, parts, count))
     variables = variable_files.read_for(folder, manifest, index, count)
+    queues = queue_files.read_for(folder, manifest, index)
     tables = {name: store.new_table(config) for name, config in _table_configs(store, folder, parts).items()}
     try:
         for part in parts:
@@ -112,7 +116,7 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
         for table in tables.values():
             table.release()
         raise
-    store.replace_content(tables, variables, manifest.global_step)
+    store.replace_content(tables, variables, queues, manifest.global_step)
     rows = {name: len(table) for name, table in sorted(tables.items())}
     log.info(
         "restored",
@@ -167,6 +171,8 @@ def verify(path: str) -> Iterator[tuple[FileRecord, str]]:
                     _check_rows(folder, file, part)
                 elif file.kind == "variables":
                     variable_files.read(folder, file.name)
+                elif file.kind == "queues":
+                    queue_files.read(folder, file.name)
             except CheckpointError as error:
                 yield file, str(error)
             else:

@@ -25,12 +25,13 @@ from trilith.errors import (
     UnknownTableError,
 )
 from trilith.ops.memory import address_of
-from trilith.shard import ANY_WRITE, DensePart, EntryPage, Float32Array, FloatArray, IdPart, UpdatePart, Write
+from trilith.shard import ANY_WRITE, DensePart, Dequeued, EntryPage, Float32Array, FloatArray, IdPart, UpdatePart, Write
 from trilith_proto import ps_pb2
 from trilith_services.ps import entries, filters, snapshot
 from trilith_services.ps.budget import MemoryBudget
 from trilith_services.ps.kernels.rows import all_finite
 from trilith_services.ps.maintenance import Maintenance
+from trilith_services.ps.queues import Queues, QueueState
 from trilith_services.ps.sequences import Sequences
 from trilith_services.ps.table import Table, as_ids, compile_common_kernels
 from trilith_services.ps.variables import Variables, VariableState
@@ -79,6 +80,7 @@ class Store:
         self.count = count
         self.incarnation = incarnation if incarnation is not None else secrets.randbits(63) | 1
         self.variables = Variables()
+        self.queues = Queues()
         self.budget = MemoryBudget(memory_limit_bytes)
         self.restored_from = ""
         self.restored_step = 0
@@ -348,6 +350,56 @@ class Store:
 
         return self._once(write, work)
 
+    # ---- queues --------------------------------------------------------------------------------------------------
+
+    def create_queue(
+        self,
+        name: str,
+        elements: Sequence[str] = (),
+        *,
+        capacity: int = 0,
+        incarnation: int = 0,
+        timeout_s: float | None = None,
+    ) -> bool:
+        """See `Shard.create_queue`."""
+        self._check_incarnation(incarnation)
+        return self.queues.create(name, elements, capacity)
+
+    def enqueue(self, queue: str, elements: Sequence[str], write: Write, *, timeout_s: float | None = None) -> None:
+        """See `Shard.enqueue`."""
+        self._once(write, lambda: self.queues.enqueue(queue, elements))
+
+    def dequeue(
+        self,
+        queues: Sequence[str],
+        worker: str,
+        write: Write,
+        *,
+        lease_s: float,
+        claim: str = "",
+        timeout_s: float | None = None,
+    ) -> Dequeued:
+        """See `Shard.dequeue`."""
+        return self._once(write, lambda: self.queues.dequeue(queues, worker, lease_s, claim))
+
+    def acknowledge(
+        self,
+        worker: str,
+        lease: int,
+        write: Write,
+        *,
+        queue: str = "",
+        elements: Sequence[str] = (),
+        timeout_s: float | None = None,
+    ) -> bool:
+        """See `Shard.acknowledge`."""
+        return self._once(write, lambda: self.queues.acknowledge(worker, lease, queue, elements))
+
+    def hold_leases(self, worker: str, lease_s: float, *, incarnation: int = 0, timeout_s: float | None = None) -> int:
+        """See `Shard.hold_leases`."""
+        self._check_incarnation(incarnation)
+        return self.queues.hold(worker, lease_s)
+
     # ---- checkpoints and the end ---------------------------------------------------------------------------------
 
     def save(self, path: str, *, timeout_s: float | None = None) -> ps_pb2.SaveResponse:
@@ -373,10 +425,17 @@ class Store:
             gate.compile()
         return table
 
-    def replace_content(self, tables: Mapping[str, Table], variables: Sequence[VariableState], step: int) -> None:
+    def replace_content(
+        self,
+        tables: Mapping[str, Table],
+        variables: Sequence[VariableState],
+        queues: Sequence[QueueState],
+        step: int,
+    ) -> None:
         """Put what a checkpoint holds in the place of everything that is there, at once; for `snapshot`."""
         with self._creating:
             self.variables.replace(variables)
+            self.queues.replace(queues)
             old = list(self._tables.values())
             self._tables.clear()
             self._tables.update(tables)
