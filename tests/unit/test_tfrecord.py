@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import naive_files as naive
-from trilith.errors import CheckpointError
-from trilith_services.ps.tfrecord import SNAPPY_BLOCK, RecordWriter, concatenate, frame_records, read_records
+from trilith.data.tfrecord import SNAPPY_BLOCK, RecordWriter, concatenate, frame_records, read_records
+from trilith.errors import DataError
 
 RECORDS = st.lists(st.binary(max_size=40), max_size=12)
 
@@ -57,7 +57,7 @@ def test_walk_records_matches_naive_on_a_truncated_file(records, cut):
     try:
         for batch in read_records(io.BytesIO(data), name="a file", chunk=64):
             seen += batch.payloads()
-    except CheckpointError as error:
+    except DataError as error:
         failure = str(error)
     assert seen == whole
     assert (failure is not None) == bool(rest)
@@ -68,14 +68,14 @@ def test_walk_records_matches_naive_on_a_truncated_file(records, cut):
 def test_a_flipped_bit_is_found(records, at, bit):
     data = bytearray(write(records))
     data[at % len(data)] ^= 1 << bit
-    with pytest.raises(CheckpointError, match="a file"):
+    with pytest.raises(DataError, match="a file"):
         read(bytes(data))
 
 
 def test_a_length_that_reaches_beyond_the_file_is_a_truncation_not_an_allocation():
     for length in (10**12, 2**63, 2**64 - 1):
         head = struct.pack("<Q", length)
-        with pytest.raises(CheckpointError, match="inside record 0"):
+        with pytest.raises(DataError, match="inside record 0"):
             read(head + struct.pack("<I", naive.masked(head)) + b"x" * 100)
 
 
@@ -102,16 +102,16 @@ def test_snappy_blocks_are_big_endian_lengths_before_raw_blocks_of_at_most_256_k
 
 def test_damaged_snappy_streams_are_refused():
     data = write([b"some record" * 50], snappy=True)
-    with pytest.raises(CheckpointError, match="inside a snappy block"):
+    with pytest.raises(DataError, match="inside a snappy block"):
         read(data[:-1], snappy=True)
-    with pytest.raises(CheckpointError, match="snappy"):
+    with pytest.raises(DataError, match="snappy"):
         read(data[:10] + b"\xff\xff\xff" + data[13:], snappy=True)
-    with pytest.raises(CheckpointError, match="claims"):
+    with pytest.raises(DataError, match="claims"):
         read(b"\xff\xff\xff\xff" + data, snappy=True)
     huge = b"\xff\xff\xff\xff\x0f" + b"\x00" * 10
-    with pytest.raises(CheckpointError, match="more than"):
+    with pytest.raises(DataError, match="more than"):
         read(struct.pack(">I", len(huge)) + huge, snappy=True)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(DataError):
         read(write([b"plain"]), snappy=True)
 
 

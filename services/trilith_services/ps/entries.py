@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
+from trilith.data.tfrecord import RecordBatch, concatenate
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.ops.jit import warm
 from trilith.ops.memory import address_of
 from trilith_proto import hash_table_pb2
 from trilith_services.ps.kernels import entries as kernels
-from trilith_services.ps.tfrecord import RecordBatch, concatenate
 
 if TYPE_CHECKING:
     from trilith_services.ps.row_layout import RowLayout, SegmentLayout

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
+from trilith.data.tfrecord import RecordBatch, RecordWriter, read_records
 from trilith.errors import CheckpointError
 from trilith_proto import hash_table_pb2
 from trilith_services.ps.entries import EntryCodec
@@ -27,7 +28,6 @@ from trilith_services.ps.shard_files import (
     remove_other_sets,
     shard_file_name,
 )
-from trilith_services.ps.tfrecord import RecordBatch, RecordWriter, read_records
 
 if TYPE_CHECKING:
     from trilith_services.ps.row_layout import RowLayout
@@ -94,7 +94,7 @@ def read_rows(layout: RowLayout, name: str) -> Iterator[Rows]:
     """Read one file of one table in batches; CheckpointError names the record that is damaged or of another layout."""
     codec = EntryCodec.of(layout)
     with open_file(name) as file:
-        for batch in read_records(file, name=name):
+        for batch in read_records(file, name=name, error=CheckpointError):
             yield codec.decode(batch, name=name)
 
 
@@ -163,7 +163,7 @@ def restore_tables(tables: Mapping[str, Table], base: str) -> dict[str, int]:
         counts: dict[str, int] = {}
         name = files[index]
         with open_file(name) as file:
-            batches = _Cut(read_records(file, name=name, snappy=True), name)
+            batches = _Cut(read_records(file, name=name, snappy=True, error=CheckpointError), name)
             for meta in _read_meta(metas[index]):
                 for batch in batches.take(meta.num_entries):
                     if meta.table_name in tables:
@@ -219,7 +219,7 @@ def _read_meta(name: str) -> list[hash_table_pb2.MultiHashTableMetadata]:
         with open_file(name) as file:
             return [
                 hash_table_pb2.MultiHashTableMetadata.FromString(payload)
-                for batch in read_records(file, name=name)
+                for batch in read_records(file, name=name, error=CheckpointError)
                 for payload in batch.payloads()
             ]
     except DecodeError:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
+from trilith.data.tfrecord import RecordWriter, read_records
 from trilith.errors import CheckpointError
 from trilith_proto import hash_table_pb2
 from trilith_services.ps.kernels import filters as kernels
@@ -19,7 +20,6 @@ from trilith_services.ps.shard_files import (
     open_file,
     shard_file_name,
 )
-from trilith_services.ps.tfrecord import RecordWriter, read_records
 
 if TYPE_CHECKING:
     from trilith_services.ps.filters import SlidingFilter
@@ -67,7 +67,9 @@ def restore_filter(sliding: SlidingFilter, base: str) -> None:
     state = np.zeros(kernels.SLIDING_WORDS + sliding.blocks, np.int64)
     for split, name in enumerate(files):
         with open_file(name) as file:
-            payloads = chain.from_iterable(batch.payloads() for batch in read_records(file, name=name))
+            payloads = chain.from_iterable(
+                batch.payloads() for batch in read_records(file, name=name, error=CheckpointError)
+            )
             for block in range(split, sliding.blocks, sliding.split_num):
                 meta = _parse(next(payloads, None), hash_table_pb2.HashFilterSplitMetaDump, name)
                 _check_meta(sliding, meta, name)
@@ -83,7 +85,9 @@ def restore_filter(sliding: SlidingFilter, base: str) -> None:
 def read_filter_meta(name: str) -> hash_table_pb2.HashFilterSplitMetaDump:
     """The first record of one filter file."""
     with open_file(name) as file:
-        payloads = chain.from_iterable(batch.payloads() for batch in read_records(file, name=name))
+        payloads = chain.from_iterable(
+            batch.payloads() for batch in read_records(file, name=name, error=CheckpointError)
+        )
         return _parse(next(payloads, None), hash_table_pb2.HashFilterSplitMetaDump, name)
 
 

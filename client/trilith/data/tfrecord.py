@@ -14,9 +14,9 @@ import cramjam
 import numpy as np
 import numpy.typing as npt
 
-from trilith.errors import CheckpointError
+from trilith.errors import DataError, TrilithError
+from trilith.ops import framing as kernels
 from trilith.ops.memory import address_of
-from trilith_services.ps.kernels import framing as kernels
 
 __all__ = ["RecordBatch", "RecordWriter", "concatenate", "frame_records", "read_records"]
 
@@ -78,7 +78,7 @@ def frame_records(buffer: Bytes, offsets: Offsets) -> Bytes:
     """
     n = offsets.size - 1
     framed = np.empty(int(offsets[-1] - offsets[0]) + kernels.FRAME_BYTES * n, np.uint8)
-    kernels.frame_records(
+    kernels.frame_tfrecords(
         address_of(kernels.CRC_TABLES), address_of(buffer), address_of(offsets), n, address_of(framed)
     )
     return framed
@@ -118,7 +118,14 @@ class RecordWriter:
         del self._pending[:size]
 
 
-def read_records(file: IO[bytes], *, name: str, snappy: bool = False, chunk: int = _READ) -> Iterator[RecordBatch]:
+def read_records(
+    file: IO[bytes],
+    *,
+    name: str,
+    snappy: bool = False,
+    chunk: int = _READ,
+    error: type[TrilithError] = DataError,
+) -> Iterator[RecordBatch]:
     """Read a file's records in batches of about `chunk` bytes.
 
     Args:
@@ -126,18 +133,19 @@ def read_records(file: IO[bytes], *, name: str, snappy: bool = False, chunk: int
         name: Of the file, for messages.
         snappy: Whether the records are inside a snappy stream.
         chunk: Bytes to read at a time.
+        error: What to raise; a checkpoint's files raise CheckpointError.
 
     Raises:
-        CheckpointError: A checksum is wrong or the file ends inside a record; the message names the record.
+        DataError: Or `error`: a checksum is wrong or the file ends inside a record; the message names the record.
     """
     rest = b""
     seen = 0
-    for piece in _snappy_pieces(file, name, chunk) if snappy else iter(lambda: file.read(chunk), b""):
+    for piece in _snappy_pieces(file, name, chunk, error) if snappy else iter(lambda: file.read(chunk), b""):
         data = rest + piece if rest else piece
         buffer = np.frombuffer(data, np.uint8)
         at = 0
         while True:
-            batch, used = _walk(buffer[at:], name, seen)
+            batch, used = _walk(buffer[at:], name, seen, error)
             if not len(batch):
                 break
             seen += len(batch)
@@ -145,14 +153,14 @@ def read_records(file: IO[bytes], *, name: str, snappy: bool = False, chunk: int
             yield batch
         rest = data[at:]
     if rest:
-        raise CheckpointError(f"{name}: ends inside record {seen}: {len(rest)} bytes are left")
+        raise error(f"{name}: ends inside record {seen}: {len(rest)} bytes are left")
 
 
-def _walk(buffer: Bytes, name: str, first: int) -> tuple[RecordBatch, int]:
+def _walk(buffer: Bytes, name: str, first: int, error: type[TrilithError]) -> tuple[RecordBatch, int]:
     """The whole records at the start of `buffer` and how many bytes they take."""
     limit = max(_MIN_LIMIT, buffer.size // 64)
     starts, ends, result = np.empty(limit, np.int64), np.empty(limit, np.int64), np.empty(3, np.int64)
-    kernels.walk_records(
+    kernels.walk_tfrecords(
         address_of(kernels.CRC_TABLES),
         address_of(buffer),
         buffer.size,
@@ -164,11 +172,11 @@ def _walk(buffer: Bytes, name: str, first: int) -> tuple[RecordBatch, int]:
     found, used, status = result.tolist()
     if status != kernels.WHOLE and not found:
         part = "length" if status == kernels.BAD_LENGTH else "payload"
-        raise CheckpointError(f"{name}: record {first} is damaged: the checksum of its {part} does not match")
+        raise error(f"{name}: record {first} is damaged: the checksum of its {part} does not match")
     return RecordBatch(buffer, starts[:found], ends[:found], first), used
 
 
-def _snappy_pieces(file: IO[bytes], name: str, chunk: int) -> Iterator[bytes]:
+def _snappy_pieces(file: IO[bytes], name: str, chunk: int, error: type[TrilithError]) -> Iterator[bytes]:
     """The uncompressed stream, some blocks at a time."""
     rest = b""
     while data := file.read(chunk):
@@ -178,23 +186,23 @@ def _snappy_pieces(file: IO[bytes], name: str, chunk: int) -> Iterator[bytes]:
         while len(data) - at >= 4:
             (size,) = struct.unpack_from(">I", data, at)
             if size > 2 * SNAPPY_BLOCK:
-                raise CheckpointError(f"{name}: a snappy block claims {size} bytes; this is not such a stream")
+                raise error(f"{name}: a snappy block claims {size} bytes; this is not such a stream")
             if len(data) - at - 4 < size:
                 break
-            blocks.append(_uncompress(data[at + 4 : at + 4 + size], name))
+            blocks.append(_uncompress(data[at + 4 : at + 4 + size], name, error))
             at += 4 + size
         rest = data[at:]
         if blocks:
             yield b"".join(blocks)
     if rest:
-        raise CheckpointError(f"{name}: ends inside a snappy block: {len(rest)} bytes are left")
+        raise error(f"{name}: ends inside a snappy block: {len(rest)} bytes are left")
 
 
-def _uncompress(block: bytes, name: str) -> bytes:
+def _uncompress(block: bytes, name: str, error: type[TrilithError]) -> bytes:
     try:
         # The claimed size is checked first: a damaged one would ask for gigabytes.
         if cramjam.snappy.decompress_raw_len(block) > SNAPPY_BLOCK:
-            raise CheckpointError(f"{name}: a snappy block holds more than {SNAPPY_BLOCK} bytes")
+            raise error(f"{name}: a snappy block holds more than {SNAPPY_BLOCK} bytes")
         return bytes(cramjam.snappy.decompress_raw(block))
-    except cramjam.DecompressionError as error:
-        raise CheckpointError(f"{name}: a snappy block is damaged: {error}") from None
+    except cramjam.DecompressionError as damage:
+        raise error(f"{name}: a snappy block is damaged: {damage}") from None
