@@ -23,6 +23,7 @@ __all__ = [
     "POISON",
     "POISONED",
     "SORT_ID_TOO_LONG",
+    "TFRECORD_HEAD",
     "WHOLE",
     "find_frames",
     "frame_tfrecords",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 FRAME_BYTES = 16
+TFRECORD_HEAD = 12
+"""Bytes in front of a TFRecord's payload; four more follow it."""
 # What `walk_tfrecords` and `find_frames` found where they stopped.
 WHOLE, BAD_LENGTH, BAD_PAYLOAD, POISONED, PAYLOAD_TOO_LONG, SORT_ID_TOO_LONG = 0, 1, 2, 3, 4, 5
 POISON = 0xFEFEFEFE
@@ -190,8 +193,8 @@ def find_frames(
         lengths: Address of int64[capacity], written: bytes of each payload.
         keys: Address of uint32[capacity]; written with a lagrangex header, else left alone.
         types: Address of uint8[capacity]; written with a lagrangex header, else left alone.
-        result: Address of int64[4], written: records found, bytes they take, WHOLE or what is wrong with the record behind
-            them, and the bytes which that takes, as far as its header is there.
+        result: Address of int64[4], written: records found, bytes they take, WHOLE or what is wrong with the next record,
+            and the bytes that the next record takes, as far as its header is there.
     """
     start = _int64(0)
     found = _int64(0)
