@@ -1,0 +1,178 @@
+"""Ragged arrays: lists of different lengths as one flat array and where each row of it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ParseSteps", "Ragged", "contract", "expand"]
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ragged(Generic[_Scalar]):
+    """Lists of different lengths.
+
+    Attributes:
+        values: [m], the elements of all rows, row after row.
+        row_splits: int64[rows + 1]; row i is values[row_splits[i]:row_splits[i + 1]].
+    """
+
+    values: npt.NDArray[_Scalar]
+    row_splits: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[Any]], dtype: npt.DTypeLike = np.int64) -> Ragged[Any]:
+        """From a list of lists."""
+        lists = list(rows)
+        values = np.empty(sum(map(len, lists)), dtype)
+        values[:] = [value for row in lists for value in row]
+        return cls.of_lengths(values, np.fromiter(map(len, lists), np.int64, len(lists)))
+
+    @classmethod
+    def of_lengths(cls, values: npt.NDArray[_Scalar], lengths: npt.NDArray[np.int64]) -> Ragged[_Scalar]:
+        """From the elements and the length of each row."""
+        row_splits = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=row_splits[1:])
+        return cls(values, row_splits)
+
+    def __len__(self) -> int:
+        return self.row_splits.size - 1
+
+    def __getitem__(self, row: int) -> npt.NDArray[_Scalar]:
+        """One row, a view; negative numbers count from the end."""
+        at = range(len(self))[row]
+        return self.values[self.row_splits[at] : self.row_splits[at + 1]]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """int64[rows]: elements of each row."""
+        return np.diff(self.row_splits)
+
+    @property
+    def value_rowids(self) -> npt.NDArray[np.int64]:
+        """int64[m]: the row of each element."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def take(self, rows: npt.ArrayLike) -> Ragged[_Scalar]:
+        """Some rows, by index or bool mask, copied."""
+        chosen = np.asarray(rows)
+        chosen = np.flatnonzero(chosen) if chosen.dtype == np.bool_ else chosen.astype(np.int64)
+        lengths = self.lengths[chosen]
+        ends = np.cumsum(lengths)
+        count = int(ends[-1]) if ends.size else 0
+        at = np.arange(count) + np.repeat(self.row_splits[chosen] - ends + lengths, lengths)
+        return Ragged.of_lengths(self.values[at], lengths)
+
+    def tolist(self) -> list[list[Any]]:
+        """A list of lists."""
+        values = self.values.tolist()
+        bounds = self.row_splits.tolist()
+        return [values[start:stop] for start, stop in pairwise(bounds)]
+
+    def dense(self, dim: int, fill: Any = 0) -> npt.NDArray[_Scalar]:
+        """[rows, dim]: the first elements of each row, short rows filled up."""
+        rows = len(self)
+        starts, lengths = self.row_splits[:-1], self.lengths
+        if self.values.size == rows * dim and not (lengths != dim).any():
+            return self.values.reshape(rows, dim).copy()
+        out = np.full((rows, dim), fill, self.values.dtype)
+        if self.values.size:
+            there = np.arange(dim) < lengths[:, None]
+            out[there] = self.values[(starts[:, None] + np.arange(dim))[there]]
+        return out
+
+    def torch_offsets(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and the start of each row, as `torch.nn.EmbeddingBag` takes them; both share this memory."""
+        values, row_splits = self._tensors()
+        return values, row_splits[:-1]
+
+    def torch_nested(self) -> torch.Tensor:
+        """A jagged nested tensor [rows, *] that shares this memory."""
+        import torch
+
+        values, row_splits = self._tensors()
+        return torch.nested.nested_tensor_from_jagged(values, row_splits)
+
+    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        values = self.values.view(np.int64) if self.values.dtype == np.uint64 else self.values
+        return torch.from_numpy(values), torch.from_numpy(self.row_splits)
+
+
+# ---- ragged tensors taken apart, for code that knows plain arrays only ---------------------------------------------
+
+
+def expand(features: Mapping[str, Any], *, nrows: bool = True, value_rowids: bool = False) -> dict[str, Any]:
+    """Take every ragged array of a batch apart.
+
+    Args:
+        features: Arrays by name; those that are no `Ragged` stay as they are.
+        nrows: Add the number of rows.
+        value_rowids: Add the row of each element.
+
+    Returns:
+        Per ragged array {"values", "row_splits", "nrows", "value_rowids"}.
+    """
+    out: dict[str, Any] = {}
+    for name, value in features.items():
+        if isinstance(value, Ragged):
+            parts: dict[str, Any] = {"values": value.values, "row_splits": value.row_splits}
+            if nrows:
+                parts["nrows"] = np.int64(len(value))
+            if value_rowids:
+                parts["value_rowids"] = value.value_rowids
+            out[name] = parts
+        else:
+            out[name] = value
+    return out
+
+
+def contract(features: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `expand`; parts that disagree with each other are refused."""
+    out: dict[str, Any] = {}
+    for name, value in features.items():
+        if not (isinstance(value, Mapping) and {"values", "row_splits"} <= set(value)):
+            out[name] = value
+            continue
+        ragged: Ragged[Any] = Ragged(value["values"], value["row_splits"])
+        if "nrows" in value and int(value["nrows"]) != len(ragged):
+            raise InvalidRequestError(
+                f"{name!r}: nrows is {int(value['nrows'])}, but row_splits has {len(ragged) + 1} elements"
+            )
+        if "value_rowids" in value and not np.array_equal(value["value_rowids"], ragged.value_rowids):
+            raise InvalidRequestError(f"{name!r}: value_rowids and row_splits speak of different rows")
+        out[name] = ragged
+    return out
+
+
+class ParseSteps:
+    """Functions to apply to a parsed batch, first come first served; each runs once.
+
+    The object belongs to whoever parses: it is no global.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[dict[str, Any]], dict[str, Any]]] = []
+
+    def add(self, step: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Queue a function from features to features."""
+        self._steps.append(step)
+
+    def apply(self, features: dict[str, Any]) -> dict[str, Any]:
+        """Take the queued functions off and apply them in order."""
+        while self._steps:
+            features = self._steps.pop(0)(features)
+        return features

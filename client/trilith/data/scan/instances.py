@@ -1,0 +1,346 @@
+"""The scan of Instances: one pass over each record, features in their usual form without a second look."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trilith.data.scan.fields import (
+    append_bulk,
+    begin_row,
+    end_rows,
+    read_field,
+    read_line_id,
+    read_list,
+    read_list_field,
+    row_start,
+)
+from trilith.data.scan.plan import REPEATED, WANTED, Slot
+from trilith.data.scan.wire import (
+    BAD_PACKED,
+    BYTES,
+    FIXED32,
+    FIXED64,
+    VARINT,
+    VARINT32,
+    byte_at,
+    check_varints,
+    copy_bytes,
+    find_name,
+    i64_at,
+    put_i64,
+    read_length,
+    read_tag,
+    skip_field,
+    v1_to_v2,
+)
+from trilith.ops.jit import inlined, kernel
+from trilith.ops.memory import load_u8, load_u16, load_u64, store_u8, store_u64
+
+__all__: list[str] = []
+
+if TYPE_CHECKING:
+    _int64: Any
+    _uint64: Any
+    _uint8: Any
+else:
+    _int64 = np.int64
+    _uint64 = np.uint64
+    _uint8 = np.uint8
+
+_ROWS, _BUFFER, _OFFSETS, _LENGTHS = int(Slot.ROWS), int(Slot.BUFFER), int(Slot.OFFSETS), int(Slot.LENGTHS)
+_NAMES, _MASK, _NAME_COUNT, _MEMBERS = int(Slot.NAMES), int(Slot.MASK), int(Slot.NAME_COUNT), int(Slot.MEMBERS)
+_SLOTS, _CONVERT, _TOP, _SEEN = int(Slot.SLOTS), int(Slot.CONVERT), int(Slot.TOP), int(Slot.SEEN)
+_CURSORS, _CAPACITIES, _REGIONS = int(Slot.CURSORS), int(Slot.CAPACITIES), int(Slot.REGIONS)
+_STATUS, _PLACES, _EVERY_V2 = int(Slot.STATUS), int(Slot.PLACES), int(Slot.EVERY_V2)
+
+_NO_SLOT = 0xFFFF
+_MEMBER_COUNT = 17
+
+# Tags of fields that are read in a way of their own.
+_FID = 1 << 3 | 2
+_LINE_ID = 5 << 3 | 2
+_LABEL_TAG = 7 << 3 | 2
+_FEATURE = 9 << 3 | 2
+
+
+@inlined
+def _element(kind: int) -> int:
+    """How the values of a field of Feature are written; lists of lists by their elements."""
+    if kind in (2, 6):
+        return FIXED64
+    if kind in (3, 7):
+        return FIXED32
+    if kind in (4, 8):
+        return VARINT
+    return BYTES
+
+
+@inlined
+def _column_of(plan: int, number: int, kind: int) -> int:
+    """The entry of MEMBERS for a value of a named feature."""
+    return i64_at(i64_at(plan, _MEMBERS), number * _MEMBER_COUNT + kind)
+
+
+@kernel("void(int64, int64, int64)")
+def restart_values(number: int, row: int, plan: int) -> None:
+    """Forget what an earlier feature of the same name and row had, fids excepted: those add up.
+
+    Args:
+        number: Number of the name.
+        row: Number of the record.
+        plan: Address of the plan.
+    """
+    for kind in (3, 4, 5, 7, 8, 9):
+        entry = _column_of(plan, number, kind)
+        if entry >= 0:
+            put_i64(i64_at(plan, _CURSORS), entry >> 8, row_start(plan, row, entry >> 8))
+
+
+@inlined
+def _note(number: int, kind: int, row: int, plan: int) -> None:
+    """Mark a named feature as present in a row."""
+    at = row * i64_at(plan, _NAME_COUNT) + number
+    seen = i64_at(plan, _SEEN)
+    if load_u8(seen, at) != _uint8(0):
+        restart_values(number, row, plan)
+    store_u8(seen, at, _uint8(kind))
+
+
+@kernel("void(int64, int64, int64, int64, int64, int64, int64)")
+def _collect(p: int, end: int, kind: int, element: int, column: int, row: int, plan: int) -> None:
+    """Append one kind of value of a Feature that was checked before.
+
+    Args:
+        p: Where the Feature begins.
+        end: Where it ends.
+        kind: Number of the values' field.
+        element: How they are written.
+        column: Where they go.
+        row: Number of the record.
+        plan: Address of the plan.
+    """
+    entry = element | REPEATED | WANTED | column << 16
+    while p < end:
+        tag, p = read_tag(p, end)
+        if tag >> 3 != kind:
+            p = skip_field(tag, p, end, 1)
+        elif kind <= 5:
+            p = read_list_field(entry, tag, p, end, row, plan, 1)
+        elif tag & 7 == 2:
+            size, p = read_length(p, end)
+            p = read_list(element, column, p, p + size, plan, 2)
+        else:
+            p = skip_field(tag, p, end, 1)
+
+
+@kernel("int64(int64, int64, int64, int64)")
+def read_feature(p: int, end: int, row: int, plan: int) -> int:
+    """Read a Feature in any form: its name anywhere, lists in pieces, lists of lists.
+
+    Args:
+        p: Where it begins.
+        end: Where it ends.
+        row: Number of the record.
+        plan: Address of the plan.
+
+    Returns:
+        `end`, or a code.
+    """
+    start = p
+    name, name_size = p, 0
+    first = 255
+    while p < end:
+        tag, p = read_tag(p, end)
+        if p < 0:
+            return p
+        kind = tag >> 3
+        if tag == 10:
+            name_size, name = read_length(p, end)
+            p = name + name_size if name >= 0 else name
+        elif 2 <= kind <= 5:
+            p = read_list_field(_element(kind) | REPEATED, tag, p, end, row, plan, 1)
+            first = min(first, kind)
+        elif 6 <= kind <= 9 and tag & 7 == 2:
+            size, p = read_length(p, end)
+            if p >= 0:
+                p = read_list(_element(kind), -1, p, p + size, plan, 2)
+            first = min(first, kind)
+        else:
+            p = skip_field(tag, p, end, 1)
+        if p < 0:
+            return p
+    every = i64_at(plan, _EVERY_V2)
+    if every >= 0:
+        _collect(start, end, 2, FIXED64, every, row, plan)
+    number = find_name(name, name_size, i64_at(plan, _NAMES), i64_at(plan, _MASK))
+    if number < 0:
+        return end
+    _note(number, first, row, plan)
+    for kind in (2, 6, 3, 7, 4, 8, 5, 9):
+        entry = _column_of(plan, number, kind)
+        if entry >= 0:
+            _collect(start, end, kind, entry & 255, entry >> 8, row, plan)
+    return end
+
+
+@inlined
+def _plain_feature(p: int, end: int, row: int, plan: int) -> int:
+    """Read a Feature that is a name and one packed list; `end`, a code, or 0 if it has another form."""
+    name_size = byte_at(p + 1)
+    name = p + 2
+    p = name + name_size
+    if byte_at(name - 2) != 10 or name_size > 127 or end - p < 2:
+        return 0
+    tag = byte_at(p)
+    if tag != 18 and tag != 26 and tag != 34:
+        return 0
+    size, p = read_length(p + 1, end)
+    if p < 0 or size != end - p:
+        return 0
+    number = find_name(name, name_size, i64_at(plan, _NAMES), i64_at(plan, _MASK))
+    kind = tag >> 3
+    if kind == 2:
+        if size & 7:
+            return BAD_PACKED
+        every = i64_at(plan, _EVERY_V2)
+        if every >= 0:
+            append_bulk(every << 8 | FIXED64, p, end, plan)
+    if number >= 0:
+        _note(number, kind, row, plan)
+        entry = _column_of(plan, number, kind)
+        if entry >= 0:
+            if kind == 2:
+                cursors = i64_at(plan, _CURSORS)
+                column = entry >> 8
+                cursor = i64_at(cursors, column)
+                count = size >> 3
+                if count <= i64_at(i64_at(plan, _CAPACITIES), column) - cursor:
+                    copy_bytes(i64_at(i64_at(plan, _REGIONS), column) + 8 * cursor, p, size)
+                put_i64(cursors, column, cursor + count)
+                return end
+            return append_bulk(entry, p, end, plan)
+    if tag == 34:
+        return check_varints(p, end)
+    return BAD_PACKED if size & (7 if tag == 18 else 3) else end
+
+
+@inlined
+def _spread_fids(p: int, end: int, plan: int) -> int:
+    """Append flat v1 fids to the columns of their slots; `end`, or a code."""
+    if (end - p) & 7:
+        return BAD_PACKED
+    slots = i64_at(plan, _SLOTS)
+    convert = i64_at(plan, _CONVERT)
+    cursors = i64_at(plan, _CURSORS)
+    capacities = i64_at(plan, _CAPACITIES)
+    regions = i64_at(plan, _REGIONS)
+    while p < end:
+        # Fids of one slot mostly come together.
+        slot = _int64(load_u64(p, 0) >> _uint64(54))
+        column = _int64(load_u16(slots, slot))
+        if column == _NO_SLOT:
+            p += 8
+            while p < end and _int64(load_u64(p, 0) >> _uint64(54)) == slot:
+                p += 8
+            continue
+        cursor = i64_at(cursors, column)
+        region = i64_at(regions, column)
+        room = i64_at(capacities, column)
+        while True:
+            fid = load_u64(p, 0)
+            if cursor < room:
+                store_u64(region, cursor, v1_to_v2(fid) if convert else fid)
+            cursor += 1
+            p += 8
+            if p >= end or _int64(load_u64(p, 0) >> _uint64(54)) != slot:
+                break
+        put_i64(cursors, column, cursor)
+    return p
+
+
+@kernel("int64(int64, int64, int64, int64)")
+def check_label_tag(p: int, end: int, row: int, plan: int) -> int:
+    """Check a LabelTag, of which nothing is kept.
+
+    Args:
+        p: Where it begins.
+        end: Where it ends.
+        row: Number of the record.
+        plan: Address of the plan.
+
+    Returns:
+        `end`, or a code.
+    """
+    while p < end:
+        tag, p = read_tag(p, end)
+        if p >= 0:
+            p = read_field(VARINT32 if tag >> 3 == 1 else FIXED32, tag, p, end, row, plan, 1)
+        if p < 0:
+            return p
+    return p
+
+
+@inlined
+def _field(tag: int, p: int, end: int, row: int, plan: int) -> int:
+    """Read a field of an Instance; the position behind its value, or a code."""
+    if tag == _FEATURE:
+        size, p = read_length(p, end)
+        if p < 0:
+            return p
+        after = _plain_feature(p, p + size, row, plan)
+        return after if after else read_feature(p, p + size, row, plan)
+    number = tag >> 3
+    entry = i64_at(i64_at(plan, _TOP), number) if number < 128 else 0
+    if number == 1 and i64_at(plan, _SLOTS):
+        stop = p + 8
+        begin = p
+        if tag == _FID:
+            size, begin = read_length(p, end)
+            if begin < 0:
+                return begin
+            stop = begin + size
+        if tag & 7 <= 2 and tag & 7 and stop <= end:
+            after = _spread_fids(begin, stop, plan)
+            if after < 0:
+                return after
+    if tag == _LINE_ID:
+        size, p = read_length(p, end)
+        return read_line_id(p, p + size, row, plan, 1) if p >= 0 else p
+    if tag == _LABEL_TAG:
+        size, p = read_length(p, end)
+        return check_label_tag(p, p + size, row, plan) if p >= 0 else p
+    return read_field(entry, tag, p, end, row, plan, 0)
+
+
+@kernel("int64(int64)")
+def scan_instances(plan: int) -> int:
+    """Read the wanted fields of Instances into columns and cells.
+
+    Args:
+        plan: Address of the plan, int64[Slot.SIZE].
+
+    Returns:
+        How many records have a status other than 0.
+    """
+    rows = i64_at(plan, _ROWS)
+    buffer = i64_at(plan, _BUFFER)
+    troubled = 0
+    for row in range(rows):
+        begin_row(plan, row)
+        start = buffer + i64_at(i64_at(plan, _OFFSETS), row)
+        end = start + i64_at(i64_at(plan, _LENGTHS), row)
+        p = start
+        while p < end:
+            place = p
+            tag, p = read_tag(p, end)
+            if p >= 0:
+                p = _field(tag, p, end, row, plan)
+            if p < 0:
+                put_i64(i64_at(plan, _STATUS), row, p)
+                put_i64(i64_at(plan, _PLACES), row, place - start)
+                troubled += 1
+                break
+    end_rows(plan)
+    return troubled
