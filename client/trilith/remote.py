@@ -36,6 +36,7 @@ from trilith.shard import (
     UpdatePart,
     Write,
 )
+from trilith.streams import StreamedMethod
 from trilith_proto import ps_pb2
 
 __all__ = ["ERROR_KEY", "INCARNATION_KEY", "SERVICE", "RemoteShard"]
@@ -48,6 +49,7 @@ ERROR_KEY = "trilith-error"
 INCARNATION_KEY = "trilith-incarnation"
 """Trailing metadata of an error: the incarnation that raised it."""
 
+_STREAMED = frozenset({"Lookup", "ApplyGradients", "PullVariables", "ApplyDenseGradients"})
 _RETRIED = (UnavailableError, OverloadedError)
 _BY_CODE: Mapping[grpc.StatusCode, type[TrilithError]] = {
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
@@ -118,6 +120,8 @@ class RemoteShard:
                 self._address = address
             # Bytes in, bytes out: `wire` reads and writes the hot messages, the rest converts around the call.
             method: Any = self._channel.unary_unary(f"/{SERVICE}/{name}")
+            if name in _STREAMED:
+                method = StreamedMethod(method, self._channel.stream_stream(f"/{SERVICE}/{name}Stream"))
             self._methods[name] = method
             return method
 

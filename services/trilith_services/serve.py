@@ -33,6 +33,7 @@ from grpc_reflection.v1alpha import reflection
 from trilith.config import MAX_MESSAGE_BYTES
 from trilith.errors import OverloadedError, UnavailableError
 from trilith.remote import ERROR_KEY
+from trilith_services.streams import Streams
 
 __all__ = ["Limits", "Method", "Server", "serve"]
 
@@ -50,30 +51,34 @@ class Limits:
         threads: Calls worked on at once.
         max_queue: Calls that wait for a thread; one more is answered OverloadedError.
         max_message_bytes: Largest message accepted or sent.
+        streams: Streams open at once; each holds a thread.
         drain_s: Seconds that calls in flight get to finish after SIGTERM.
     """
 
     threads: int = 8
     max_queue: int = 128
     max_message_bytes: int = MAX_MESSAGE_BYTES
+    streams: int = 256
     drain_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """One unary method.
+    """One method.
 
     Attributes:
         call: Takes (request, context), returns the reply.
         parse: From bytes to request; None hands the bytes over.
         serialize: From reply to bytes; None takes bytes as they are.
         control: Runs on threads of its own, beside the queue: it answers also when the server is overloaded.
+        stream: Every request of a stream is answered in turn; otherwise a call is one request.
     """
 
     call: Callable[[Any, grpc.ServicerContext], Any]
     parse: Callable[[bytes], Any] | None = None
     serialize: Callable[[Any], bytes] | None = None
     control: bool = False
+    stream: bool = False
 
 
 class _Pool(ThreadPoolExecutor):
@@ -110,6 +115,7 @@ class _Dispatcher(grpc.GenericRpcHandler):
         service: str,
         methods: Mapping[str, Method],
         pools: tuple[_Pool, _Pool],
+        streams: Streams,
         max_queue: int,
         refused: Callable[[], None],
     ) -> None:
@@ -117,8 +123,14 @@ class _Dispatcher(grpc.GenericRpcHandler):
         self._max_queue, self._refused = max_queue, refused
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for name, method in methods.items():
-            self._handlers[f"/{service}/{name}"] = _handler(method, control if method.control else None)
-        self._queued = frozenset(f"/{service}/{name}" for name, method in methods.items() if not method.control)
+            if method.stream:
+                handler = streams.handler(method.call, method.parse, method.serialize)
+            else:
+                handler = _handler(method, control if method.control else None)
+            self._handlers[f"/{service}/{name}"] = handler
+        self._queued = frozenset(
+            f"/{service}/{name}" for name, method in methods.items() if not method.control and not method.stream
+        )
         # Refused on a control thread: the working ones are busy, or there would be no need to.
         self._overloaded = _handler(Method(call=self._refuse), control)
 
@@ -163,6 +175,9 @@ class Server:
         self._service = service
         self._work = _Pool(limits.threads, "rpc")
         self._control = _Pool(4, "rpc-control")
+        self._streams = Streams(
+            most=limits.streams, workers=limits.threads, max_queue=limits.max_queue, refused=refused
+        )
         self._health_pool = _Pool(2, "rpc-health")
         self._health = health.HealthServicer(experimental_non_blocking=True, experimental_thread_pool=self._health_pool)
         self._server = grpc.server(
@@ -175,10 +190,13 @@ class Server:
                 # Clients probe silent connections.
                 ("grpc.http2.min_ping_interval_without_data_ms", 1000),
                 ("grpc.keepalive_permit_without_calls", 1),
+                # A client that vanished must not keep its streams' threads.
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
             ],
         )
         self._server.add_generic_rpc_handlers(
-            (_Dispatcher(service, methods, (self._work, self._control), limits.max_queue, refused),)
+            (_Dispatcher(service, methods, (self._work, self._control), self._streams, limits.max_queue, refused),)
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
@@ -189,7 +207,7 @@ class Server:
     @property
     def queued(self) -> int:
         """Calls that wait for a thread."""
-        return self._work.waiting
+        return self._work.waiting + self._streams.waiting
 
     def listen(self, address: str) -> int:
         """Bind `address` (port 0: any free one) and answer; returns the port.
@@ -213,9 +231,12 @@ class Server:
     def stop(self, grace_s: float) -> None:
         """Refuse new calls, let those in flight finish for `grace_s` seconds, and end."""
         self._health.enter_graceful_shutdown()
-        self._server.stop(grace_s).wait()
+        stopped = self._server.stop(grace_s)
+        self._streams.drain()
+        stopped.wait()
         for pool in (self._work, self._control, self._health_pool):
             pool.shutdown(wait=False)
+        self._streams.close()
 
 
 def serve(

@@ -73,12 +73,13 @@ class ParameterServerServicer:
         """Every method of the service; those that carry arrays without the library's (de)serialisation."""
         found = {}
         for method in ps_pb2.DESCRIPTOR.services_by_name["ParameterServer"].methods:
-            raw = method.name in _RAW
+            name = method.name.removesuffix("Stream")
             found[method.name] = Method(
-                call=getattr(self, method.name),
-                parse=None if raw else getattr(ps_pb2, method.input_type.name).FromString,
-                serialize=None if method.name in _RAW_REPLY else _serialize,
-                control=method.name in _CONTROL,
+                call=getattr(self, name),
+                parse=None if name in _RAW else getattr(ps_pb2, method.input_type.name).FromString,
+                serialize=None if name in _RAW_REPLY else _serialize,
+                control=name in _CONTROL,
+                stream=method.name != name,
             )
         return found
 
