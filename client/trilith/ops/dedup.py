@@ -44,7 +44,6 @@ _POSITION = np.uint32(FIRST - 1)
 _EMPTY = np.uint32(0)
 _ONE = np.uint32(1)
 _GROUP = 32
-_AHEAD = 16
 
 
 class Split(NamedTuple):
@@ -200,31 +199,36 @@ def row_addresses(bounds: int, bases: int, shards: int, stride: int, addresses: 
             store_u64(addresses, row, base + np.uint64((row - start) * stride))
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64)")
-def gather(positions: int, n: int, addresses: int, dim: int, half: int, out: int) -> None:
+@inlined
+def _row_at(addresses: int, base: int, stride: int, place: int) -> int:
+    return _index(load_u64(addresses, place)) if addresses else base + stride * place
+
+
+@kernel("void(int64, int64, int64, int64, int64, int64, int64)")
+def gather(positions: int, n: int, addresses: int, base: int, dim: int, half: int, out: int) -> None:
     """Bring rows into input order.
 
     Args:
         positions: Address of uint32[n].
         n: Number of inputs.
-        addresses: Address of uint64[u]: address of each row.
+        addresses: Address of uint64[u]: address of each row; 0: they lie one after another.
+        base: Address of the first row, if `addresses` is 0.
         dim: Floats per row.
         half: Whether rows are float16 rather than float32.
         out: Address of float32[n, dim], written.
     """
+    stride = 2 * dim if half else 4 * dim
     for i in range(n):
-        if i + _AHEAD < n:
-            ahead = _index(load_u32(positions, i + _AHEAD) & _POSITION)
-            prefetch(_index(load_u64(addresses, ahead)))
-        row = _index(load_u64(addresses, _index(load_u32(positions, i) & _POSITION)))
+        # No prefetching: the rows of a reply were written a moment ago, and most are in the cache (measured).
+        row = _row_at(addresses, base, stride, _index(load_u32(positions, i) & _POSITION))
         if half:
             widen_floats(out + 4 * i * dim, row, dim)
         else:
             copy_floats(out + 4 * i * dim, row, dim)
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int32)")
-def sum_rows(positions: int, n: int, values: int, dim: int, addresses: int, limit: np.int32) -> int:
+@kernel("int64(int64, int64, int64, int64, int64, int64, int32)")
+def sum_rows(positions: int, n: int, values: int, dim: int, addresses: int, base: int, limit: np.int32) -> int:
     """Add the values of equal ids up in input order, in float32.
 
     Args:
@@ -232,23 +236,22 @@ def sum_rows(positions: int, n: int, values: int, dim: int, addresses: int, limi
         n: Number of inputs.
         values: Address of float32[n, dim].
         dim: Floats per row.
-        addresses: Address of uint64[u]: address of each row, float32[dim], written.
+        addresses: Address of uint64[u]: address of each row, float32[dim], written; 0: they lie one after another.
+        base: Address of the first row, if `addresses` is 0.
         limit: Magnitude, as a bit pattern, that a sum must stay below.
 
     Returns:
         Nonzero if a sum reached the limit.
     """
     high = 0
+    stride = 4 * dim
     for i in range(n):
-        if i + _AHEAD < n:
-            ahead = _index(load_u32(positions, i + _AHEAD) & _POSITION)
-            prefetch(_index(load_u64(addresses, ahead)))
         position = load_u32(positions, i)
-        row = _index(load_u64(addresses, _index(position & _POSITION)))
+        row = _row_at(addresses, base, stride, _index(position & _POSITION))
         if position & _FIRST:
-            high |= copy_floats_checked(row, values + 4 * i * dim, dim, limit)
+            high |= copy_floats_checked(row, values + stride * i, dim, limit)
         else:
-            high |= add_floats(row, values + 4 * i * dim, dim, limit)
+            high |= add_floats(row, values + stride * i, dim, limit)
     return high
 
 
@@ -292,7 +295,7 @@ def split_distinct(ids: UInt64Array, shards: int) -> Split:
     n = ids.size
     if n == 0:
         return Split(ids, [0] * (shards + 1), None, None)
-    slots = np.empty(1 << (4 * n - 1).bit_length(), np.uint32)  # a quarter full: few ids collide
+    slots = np.empty(1 << (2 * n - 1).bit_length(), np.uint32)  # at most half full, and small enough for the cache
     uniques, positions, counts = np.empty(n, np.uint64), np.empty(n, np.uint32), np.empty(n, np.uint32)
     found = find_distinct(
         address_of(ids),
@@ -337,13 +340,16 @@ def split_by_owner(ids: UInt64Array, shards: int) -> Split:
     return Split(grouped, bounds[: shards + 1].tolist(), places, None)
 
 
-def _addresses(split: Split, blocks: Sequence[FloatArray], dim: int) -> npt.NDArray[np.uint64]:
+def _places(split: Split, blocks: Sequence[FloatArray], dim: int) -> tuple[npt.NDArray[np.uint64] | None, int]:
+    """Where the rows of a split lie: the address of each, or, if one shard has them all, that of the first."""
+    if len(blocks) == 1:
+        return None, address_of(blocks[0])
     addresses = np.empty(split.ids.size, np.uint64)
     bounds = np.array(split.bounds, np.uint64)
     bases = np.array([address_of(block) for block in blocks], np.uint64)
     stride = dim * min(block.dtype.itemsize for block in blocks)
     row_addresses(address_of(bounds), address_of(bases), len(blocks), stride, address_of(addresses))
-    return addresses
+    return addresses, 0
 
 
 def gather_rows(split: Split, blocks: Sequence[FloatArray], n: int, dim: int) -> Float32Array:
@@ -369,8 +375,9 @@ def gather_rows(split: Split, blocks: Sequence[FloatArray], n: int, dim: int) ->
         convert(address_of(out), address_of(first), n * dim, 2 if half else 0, FINITE_F32)
         return out
     out = np.empty((n, dim), np.float32)
-    addresses = _addresses(split, blocks, dim)
-    gather(address_of(split.positions), n, address_of(addresses), dim, int(half), address_of(out))
+    addresses, base = _places(split, blocks, dim)
+    table = 0 if addresses is None else address_of(addresses)
+    gather(address_of(split.positions), n, table, base, dim, int(half), address_of(out))
     return out
 
 
@@ -404,8 +411,9 @@ def scatter_values(split: Split, values: Float32Array, blocks: Sequence[FloatArr
         return not high
     # Sums are made in float32 and narrowed once.
     targets = [np.empty(block.shape, np.float32) if block.dtype == np.float16 else block for block in blocks]
-    addresses = _addresses(split, targets, dim)
-    high = sum_rows(address_of(split.positions), n, address_of(values), dim, address_of(addresses), limit)
+    addresses, base = _places(split, targets, dim)
+    table = 0 if addresses is None else address_of(addresses)
+    high = sum_rows(address_of(split.positions), n, address_of(values), dim, table, base, limit)
     for block, target in zip(blocks, targets, strict=True):
         if block is not target:
             high |= convert(address_of(block), address_of(target), block.size, 1, limit)
