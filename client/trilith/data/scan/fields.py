@@ -24,7 +24,7 @@ from trilith.data.scan.wire import (
     varint,
     wire_type,
 )
-from trilith.ops.jit import inlined, kernel
+from trilith.ops.jit import part
 from trilith.ops.memory import copy_line, load_u32, load_u64, store_u8, store_u64
 
 __all__: list[str] = []
@@ -43,7 +43,7 @@ _CURSORS, _CAPACITIES, _REGIONS = int(Slot.CURSORS), int(Slot.CAPACITIES), int(S
 _COLUMNS, _SPLITS, _BLOCK = int(Slot.COLUMNS), int(Slot.SPLITS), int(Slot.BLOCK)
 
 
-@inlined
+@part()
 def set_cell(plan: int, cell: int, row: int, value: np.uint64) -> None:
     """Write a scalar of a row and mark it as present."""
     at = cell * i64_at(plan, _ROWS) + row
@@ -51,7 +51,7 @@ def set_cell(plan: int, cell: int, row: int, value: np.uint64) -> None:
     store_u8(i64_at(plan, _PRESENT), at, _uint8(1))
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+@part(inline=False)
 def read_list_field(entry: int, tag: int, p: int, end: int, row: int, plan: int, depth: int) -> int:
     """Read a field that is a list of scalars: packed, or one value of it.
 
@@ -113,7 +113,7 @@ def read_list_field(entry: int, tag: int, p: int, end: int, row: int, plan: int,
     return BAD_PACKED if (stop - p) % (4 if single == 5 else 8) else stop
 
 
-@inlined
+@part()
 def read_field(entry: int, tag: int, p: int, end: int, row: int, plan: int, depth: int) -> int:
     """Read a field by its entry in TOP or LINE; the position behind its value, or a code."""
     if entry & REPEATED:
@@ -146,7 +146,7 @@ def read_field(entry: int, tag: int, p: int, end: int, row: int, plan: int, dept
     return p + 4
 
 
-@kernel("int64(int64, int64, int64, int64, int64)")
+@part(inline=False)
 def read_line_id(p: int, end: int, row: int, plan: int, depth: int) -> int:
     """Read the fields of a LineId.
 
@@ -173,7 +173,7 @@ def read_line_id(p: int, end: int, row: int, plan: int, depth: int) -> int:
     return p
 
 
-@inlined
+@part()
 def append_bulk(entry: int, p: int, end: int, plan: int) -> int:
     """Append a run to the column of an entry of MEMBERS; `end`, or a code."""
     return append_run(
@@ -187,7 +187,7 @@ def append_bulk(entry: int, p: int, end: int, plan: int) -> int:
     )
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64)")
+@part(inline=False)
 def read_list(element: int, column: int, p: int, end: int, plan: int, depth: int) -> int:
     """Read a message whose field 1 is a list of scalars, such as FidList.
 
@@ -218,7 +218,7 @@ def read_list(element: int, column: int, p: int, end: int, plan: int, depth: int
     return p
 
 
-@kernel("int64(int64, int64, int64, int64, int64)")
+@part(inline=False)
 def check_lists(element: int, p: int, end: int, plan: int, depth: int) -> int:
     """Check a message whose field 1 is a list of lists, such as FidLists.
 
@@ -247,7 +247,7 @@ def check_lists(element: int, p: int, end: int, plan: int, depth: int) -> int:
     return p
 
 
-@kernel("void(int64, int64, int64)")
+@part(inline=False)
 def write_splits(plan: int, first: int, count: int) -> None:
     """Write the splits of some rows, column by column: whole lines at a time rather than one value per column.
 
@@ -266,7 +266,7 @@ def write_splits(plan: int, first: int, count: int) -> None:
             store_u64(target, r, load_u64(block, r * (columns + 8) + column))
 
 
-@inlined
+@part()
 def begin_row(plan: int, row: int) -> None:
     """Remember how many values each column has as a row begins."""
     slot = row % BLOCK_ROWS
@@ -279,14 +279,14 @@ def begin_row(plan: int, row: int) -> None:
         copy_line(block + 8 * c, cursors + 8 * c)
 
 
-@inlined
+@part()
 def row_start(plan: int, row: int, column: int) -> int:
     """How many values a column had as the row began."""
     columns = i64_at(plan, _COLUMNS)
     return i64_at(i64_at(plan, _BLOCK), (row % BLOCK_ROWS) * (columns + 8) + column)
 
 
-@inlined
+@part()
 def end_rows(plan: int) -> None:
     """Write the splits that are still in the block, and the last one."""
     rows = i64_at(plan, _ROWS)

@@ -35,7 +35,7 @@ from trilith.data.scan.wire import (
     skip_field,
     v1_to_v2,
 )
-from trilith.ops.jit import inlined, kernel
+from trilith.ops.jit import kernel, part
 from trilith.ops.memory import load_u8, load_u16, load_u64, store_u8, store_u64
 
 __all__: list[str] = []
@@ -65,7 +65,7 @@ _LABEL_TAG = 7 << 3 | 2
 _FEATURE = 9 << 3 | 2
 
 
-@inlined
+@part()
 def _element(kind: int) -> int:
     """How the values of a field of Feature are written; lists of lists by their elements."""
     if kind in (2, 6):
@@ -77,13 +77,13 @@ def _element(kind: int) -> int:
     return BYTES
 
 
-@inlined
+@part()
 def _column_of(plan: int, number: int, kind: int) -> int:
     """The entry of MEMBERS for a value of a named feature."""
     return i64_at(i64_at(plan, _MEMBERS), number * _MEMBER_COUNT + kind)
 
 
-@kernel("void(int64, int64, int64)")
+@part(inline=False)
 def restart_values(number: int, row: int, plan: int) -> None:
     """Forget what an earlier feature of the same name and row had, fids excepted: those add up.
 
@@ -98,7 +98,7 @@ def restart_values(number: int, row: int, plan: int) -> None:
             put_i64(i64_at(plan, _CURSORS), entry >> 8, row_start(plan, row, entry >> 8))
 
 
-@inlined
+@part()
 def _note(number: int, kind: int, row: int, plan: int) -> None:
     """Mark a named feature as present in a row."""
     at = row * i64_at(plan, _NAME_COUNT) + number
@@ -108,7 +108,7 @@ def _note(number: int, kind: int, row: int, plan: int) -> None:
     store_u8(seen, at, _uint8(kind))
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64, int64)")
+@part(inline=False)
 def _collect(p: int, end: int, kind: int, element: int, column: int, row: int, plan: int) -> None:
     """Append one kind of value of a Feature that was checked before.
 
@@ -135,7 +135,7 @@ def _collect(p: int, end: int, kind: int, element: int, column: int, row: int, p
             p = skip_field(tag, p, end, 1)
 
 
-@kernel("int64(int64, int64, int64, int64)")
+@part(inline=False)
 def read_feature(p: int, end: int, row: int, plan: int) -> int:
     """Read a Feature in any form: its name anywhere, lists in pieces, lists of lists.
 
@@ -185,7 +185,7 @@ def read_feature(p: int, end: int, row: int, plan: int) -> int:
     return end
 
 
-@inlined
+@part()
 def _plain_feature(p: int, end: int, row: int, plan: int) -> int:
     """Read a Feature that is a name and one packed list; `end`, a code, or 0 if it has another form."""
     name_size = byte_at(p + 1)
@@ -226,7 +226,7 @@ def _plain_feature(p: int, end: int, row: int, plan: int) -> int:
     return BAD_PACKED if size & (7 if tag == 18 else 3) else end
 
 
-@inlined
+@part()
 def _spread_fids(p: int, end: int, plan: int) -> int:
     """Append flat v1 fids to the columns of their slots; `end`, or a code."""
     if (end - p) & 7:
@@ -260,7 +260,7 @@ def _spread_fids(p: int, end: int, plan: int) -> int:
     return p
 
 
-@kernel("int64(int64, int64, int64, int64)")
+@part(inline=False)
 def check_label_tag(p: int, end: int, row: int, plan: int) -> int:
     """Check a LabelTag, of which nothing is kept.
 
@@ -282,7 +282,7 @@ def check_label_tag(p: int, end: int, row: int, plan: int) -> int:
     return p
 
 
-@inlined
+@part()
 def _field(tag: int, p: int, end: int, row: int, plan: int) -> int:
     """Read a field of an Instance; the position behind its value, or a code."""
     if tag == _FEATURE:

@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from trilith.ops.jit import JIT_DISABLED, inlined, kernel
+from trilith.ops.jit import JIT_DISABLED, part
 from trilith.ops.memory import copy_line, load_u8, load_u64, store_u64
 
 __all__ = [
@@ -86,25 +86,25 @@ _7F = _uint64(0x7F)
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-@inlined
+@part()
 def byte_at(p: int) -> int:
     """The byte at an address."""
     return _int64(load_u8(p, 0))  # type: ignore[no-any-return]
 
 
-@inlined
+@part()
 def i64_at(base: int, index: int) -> int:
     """Element of an int64 array."""
     return _int64(load_u64(base, index))  # type: ignore[no-any-return]
 
 
-@inlined
+@part()
 def put_i64(base: int, index: int, value: int) -> None:
     """Set an element of an int64 array."""
     store_u64(base, index, _uint64(value))
 
 
-@kernel("Tuple((uint64, int64))(int64, int64)")
+@part(inline=False)
 def long_varint(p: int, end: int) -> tuple[np.uint64, int]:
     """Read a varint of any length.
 
@@ -128,7 +128,7 @@ def long_varint(p: int, end: int) -> tuple[np.uint64, int]:
     return _uint64(0), BAD_VARINT
 
 
-@inlined
+@part()
 def varint(p: int, end: int) -> tuple[np.uint64, int]:
     """A varint, and the position behind it or a code."""
     if p < end and byte_at(p) < 128:
@@ -136,7 +136,7 @@ def varint(p: int, end: int) -> tuple[np.uint64, int]:
     return long_varint(p, end)
 
 
-@kernel("Tuple((int64, int64))(int64, int64)")
+@part(inline=False)
 def long_tag(p: int, end: int) -> tuple[int, int]:
     """Read a tag of any length.
 
@@ -158,7 +158,7 @@ def long_tag(p: int, end: int) -> tuple[int, int]:
     return tag, after
 
 
-@inlined
+@part()
 def read_tag(p: int, end: int) -> tuple[int, int]:
     """A tag (number << 3 | wire type), and the position behind it or a code."""
     if p < end:
@@ -172,7 +172,7 @@ def read_tag(p: int, end: int) -> tuple[int, int]:
     return long_tag(p, end)
 
 
-@kernel("Tuple((int64, int64))(int64, int64)")
+@part(inline=False)
 def long_length(p: int, end: int) -> tuple[int, int]:
     """Read the length of what follows, in an encoding of any length.
 
@@ -191,7 +191,7 @@ def long_length(p: int, end: int) -> tuple[int, int]:
     return _int64(value), after
 
 
-@inlined
+@part()
 def read_length(p: int, end: int) -> tuple[int, int]:
     """The length of what follows, and the position behind its encoding or a code."""
     if p < end:
@@ -209,7 +209,7 @@ def read_length(p: int, end: int) -> tuple[int, int]:
 # ---- skipping and checking -------------------------------------------------------------------------------------------
 
 
-@inlined
+@part()
 def skip_value(kind: int, p: int, end: int) -> int:
     """Go past a value of wire type 0, 1, 2 or 5; the position behind it, or a code."""
     if kind == 2:
@@ -222,7 +222,7 @@ def skip_value(kind: int, p: int, end: int) -> int:
     return p + size if end - p >= size else TRUNCATED
 
 
-@kernel("int64(int64, int64, int64, int64)")
+@part(inline=False)
 def skip_group(tag: int, p: int, end: int, depth: int) -> int:
     """Go past a group and all it holds.
 
@@ -259,7 +259,7 @@ def skip_group(tag: int, p: int, end: int, depth: int) -> int:
             return p
 
 
-@inlined
+@part()
 def skip_field(tag: int, p: int, end: int, depth: int) -> int:
     """Go past the value of a field that nothing is known about.
 
@@ -280,7 +280,7 @@ def skip_field(tag: int, p: int, end: int, depth: int) -> int:
     return skip_value(kind, p, end)
 
 
-@kernel("int64(int64, int64)")
+@part(inline=False)
 def check_varints(p: int, end: int) -> int:
     """Check a packed list of varints.
 
@@ -301,7 +301,7 @@ def check_varints(p: int, end: int) -> int:
     return p
 
 
-@kernel("int64(int64, int64)")
+@part(inline=False)
 def _check_utf8(p: int, end: int) -> int:
     """Check a string that is not plain ASCII.
 
@@ -346,13 +346,13 @@ def _check_utf8(p: int, end: int) -> int:
     return p
 
 
-@inlined
+@part()
 def low_bytes(word: np.uint64, count: int) -> np.uint64:
     """The first 1 to 8 bytes of a word, the others zero."""
     return word & (_uint64(0xFFFFFFFFFFFFFFFF) >> _uint64(64 - 8 * count))  # type: ignore[no-any-return]
 
 
-@inlined
+@part()
 def check_utf8(p: int, end: int) -> int:
     """Check a string; `end` or a code."""
     high = _uint64(0)
@@ -370,14 +370,14 @@ def check_utf8(p: int, end: int) -> int:
 # ---- runs of values --------------------------------------------------------------------------------------------------
 
 
-@inlined
+@part()
 def copy_bytes(target: int, source: int, count: int) -> None:
     """Copy bytes in lines of 64; up to 63 bytes behind the target may be overwritten."""
     for at in range(0, count, 64):
         copy_line(target + at, source + at)
 
 
-@inlined
+@part()
 def v1_to_v2(fid: np.uint64) -> np.uint64:
     """The v2 form of a v1 fid; the highest six bits of its signature are lost."""
     return ((fid >> _uint64(54)) << _uint64(48)) | (fid & _LOW48)  # type: ignore[no-any-return]
@@ -428,14 +428,14 @@ else:
         return types.void(types.int64, types.int64), generate
 
 
-@inlined
+@part()
 def convert_fids(target: int, source: int, count: int) -> None:
     """Turn v1 fids into v2; up to 56 bytes behind the target may be overwritten."""
     for at in range(0, 8 * count, 64):
         convert_line(target + at, source + at)
 
 
-@inlined
+@part()
 def decoded(value: np.uint64, element: int) -> np.uint64:
     """What a column keeps of a varint: 64 bits, signed ones extended."""
     if element == VARINT32:
@@ -449,7 +449,7 @@ def decoded(value: np.uint64, element: int) -> np.uint64:
     return value
 
 
-@inlined
+@part()
 def wire_type(element: int) -> int:
     """The wire type of a single value."""
     if element in (FIXED64, V1_TO_V2, DOUBLE_TO_FLOAT):
@@ -461,7 +461,7 @@ def wire_type(element: int) -> int:
     return 0
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+@part(inline=False)
 def append_run(element: int, column: int, p: int, end: int, cursors: int, capacities: int, regions: int) -> int:
     """Append values that lie one behind another, packed or a single one, to a column.
 
@@ -509,7 +509,7 @@ def append_run(element: int, column: int, p: int, end: int, cursors: int, capaci
     return end
 
 
-@inlined
+@part()
 def append_span(column: int, start: int, size: int, cursors: int, capacities: int, regions: int) -> None:
     """Append where a byte string lies: its offset and length, two int64."""
     cursor = i64_at(cursors, column)
@@ -520,7 +520,7 @@ def append_span(column: int, start: int, size: int, cursors: int, capacities: in
     put_i64(cursors, column, cursor + 1)
 
 
-@inlined
+@part()
 def name_hash(p: int, size: int) -> np.uint64:
     """Hash of a name; `schema.name_hash` is the same in Python."""
     value = _uint64(size) * _uint64(0x9E3779B97F4A7C15)
@@ -535,7 +535,7 @@ def name_hash(p: int, size: int) -> np.uint64:
     return value  # type: ignore[no-any-return]
 
 
-@inlined
+@part()
 def same_bytes(p: int, q: int, size: int) -> bool:
     """Whether two strings of one length are equal."""
     at = 0
@@ -546,7 +546,7 @@ def same_bytes(p: int, q: int, size: int) -> bool:
     return at == size or low_bytes(load_u64(p + at, 0) ^ load_u64(q + at, 0), size - at) == _uint64(0)
 
 
-@inlined
+@part()
 def find_name(p: int, size: int, table: int, mask: int) -> int:
     """Look a name up.
 
