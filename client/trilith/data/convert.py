@@ -1,0 +1,315 @@
+"""Conversions between the kinds of messages that records hold, one message at a time and whole chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from trilith.data.records import Kind, Records
+from trilith.errors import DataError, InvalidRequestError
+from trilith_proto import example_pb2, feature_pb2, proto_parser_pb2
+
+__all__ = [
+    "INSTANCE_WEIGHT",
+    "LABEL",
+    "LINE_ID",
+    "RESERVED",
+    "Message",
+    "Pruning",
+    "batch_to_examples",
+    "batch_to_instances",
+    "convert",
+    "example_to_instance",
+    "instance_to_example",
+    "message_of",
+    "messages",
+    "promote",
+    "prune",
+    "read_message",
+]
+
+LINE_ID = "__LINE_ID__"
+LABEL = "__LABEL__"
+INSTANCE_WEIGHT = "instance_weight"
+RESERVED = frozenset((LINE_ID, LABEL, INSTANCE_WEIGHT))
+"""Named features that carry the line id, the labels and the weight of an Example or of the rows of an ExampleBatch."""
+
+Message = proto_parser_pb2.Instance | example_pb2.Example | example_pb2.ExampleBatch
+
+_CLASSES: dict[Kind, type[Message]] = {
+    Kind.INSTANCE: proto_parser_pb2.Instance,
+    Kind.EXAMPLE: example_pb2.Example,
+    Kind.EXAMPLE_BATCH: example_pb2.ExampleBatch,
+}
+
+# Which list of an Example's feature each field of an Instance's feature becomes; the first that is filled counts.
+_FROM_INSTANCE = {
+    "fid": "fid_v2_list",
+    "float_value": "float_list",
+    "int64_value": "int64_list",
+    "bytes_value": "bytes_list",
+    "fid_list": "fid_v2_lists",
+    "float_list": "float_lists",
+    "int64_list": "int64_lists",
+    "bytes_list": "bytes_lists",
+}
+_TO_INSTANCE = {there: here for here, there in _FROM_INSTANCE.items()}
+
+
+class Pruning(IntEnum):
+    """What reading leaves out."""
+
+    AS_IS = 0
+    NAMED = 1
+    RAW = 2
+
+
+# ---- one message -----------------------------------------------------------------------------------------------------
+
+
+def promote(example: example_pb2.Example) -> None:
+    """Move what reserved features say into the fields of `example`, in place; the features stay.
+
+    Labels are appended, so a message is promoted once, when it is read.
+    """
+    seen = set()
+    for named in example.named_feature:
+        if named.name not in RESERVED:
+            continue
+        _set_reserved(example, named.name, named.feature)
+        seen.add(named.name)
+        if len(seen) == len(RESERVED):
+            return
+
+
+def _set_reserved(target: Any, name: str, feature: example_pb2.Feature) -> None:
+    """Put the content of a reserved feature into the field of an Example or Instance that it stands for."""
+    if name == LABEL:
+        target.label.extend(feature.float_list.value)
+    elif name == INSTANCE_WEIGHT:
+        values = feature.float_list.value
+        target.instance_weight = values[0] if values else 1.0
+    elif feature.bytes_list.value:
+        try:
+            target.line_id.ParseFromString(feature.bytes_list.value[0])
+        except DecodeError:
+            raise DataError(f"the feature {LINE_ID!r} holds no serialized LineId") from None
+
+
+def prune(message: Message, pruning: Pruning) -> None:
+    """Drop features of a message in place; the reserved features of an ExampleBatch stay."""
+    if isinstance(message, proto_parser_pb2.Instance):
+        return
+    if isinstance(message, example_pb2.Example):
+        if pruning is Pruning.NAMED:
+            del message.named_feature[:]
+        elif pruning is Pruning.RAW:
+            del message.named_raw_feature[:]
+    elif pruning is Pruning.NAMED:
+        kept = [each for each in message.named_feature_list if each.name in RESERVED]
+        del message.named_feature_list[:]
+        message.named_feature_list.extend(kept)
+    elif pruning is Pruning.RAW:
+        del message.named_raw_feature_list[:]
+
+
+def instance_to_example(instance: proto_parser_pb2.Instance) -> example_pb2.Example:
+    """The Example that says the same: flat fids become one feature `fc_slot_N` per slot, in order of first appearance."""
+    example = example_pb2.Example(
+        label=instance.label, instance_weight=instance.instance_weight if instance.HasField("instance_weight") else 1.0
+    )
+    if instance.HasField("line_id"):
+        example.line_id.CopyFrom(instance.line_id)
+    if instance.value:
+        _add(example, "value").float_list.value.extend(instance.value)
+    slots: dict[int, list[int]] = {}
+    for fid in instance.fid:
+        slots.setdefault(fid >> 54, []).append(fid)
+    for slot, fids in slots.items():
+        _add(example, f"fc_slot_{slot}").fid_v1_list.value.extend(fids)
+    for feature in instance.feature:
+        added = _add(example, feature.name)
+        for source, target in _FROM_INSTANCE.items():
+            values = getattr(feature, source)
+            if values:
+                _fill(getattr(added, target), values)
+                break
+    return example
+
+
+def _add(example: example_pb2.Example, name: str) -> example_pb2.Feature:
+    return example.named_feature.add(name=name, id=len(example.named_feature)).feature
+
+
+def _fill(target: Any, values: Any) -> None:
+    """Fill a list, or a list of lists, of an Example's feature with values of an Instance's feature."""
+    if target.DESCRIPTOR.fields_by_name.get("list") is None:
+        target.value.extend(values)
+    else:
+        for each in values:
+            target.list.add().value.extend(each.value)
+
+
+def example_to_instance(example: example_pb2.Example) -> proto_parser_pb2.Instance:
+    """The Instance with the named features of `example`.
+
+    Labels, line id and weight come from the reserved features alone; names of features of v1 fids are lost.
+    """
+    instance = proto_parser_pb2.Instance()
+    for named in example.named_feature:
+        _add_to_instance(instance, named.name, named.feature)
+    return instance
+
+
+def _add_to_instance(instance: proto_parser_pb2.Instance, name: str, feature: example_pb2.Feature) -> None:
+    kind = feature.WhichOneof("type")
+    if name in RESERVED:
+        _set_reserved(instance, name, feature)
+    elif kind == "fid_v1_list":
+        instance.fid.extend(feature.fid_v1_list.value)
+    elif kind is not None:
+        added = instance.feature.add(name=name)
+        if kind in _TO_INSTANCE:
+            _fill_instance(added, _TO_INSTANCE[kind], getattr(feature, kind))
+
+
+def _fill_instance(added: feature_pb2.Feature, target: str, source: Any) -> None:
+    if source.DESCRIPTOR.fields_by_name.get("list") is None:
+        getattr(added, target).extend(source.value)
+    else:
+        for each in source.list:
+            getattr(added, target).add().value.extend(each.value)
+
+
+def batch_to_examples(batch: example_pb2.ExampleBatch, pruning: Pruning = Pruning.RAW) -> Iterator[example_pb2.Example]:
+    """The rows of `batch` as Examples; reserved features become fields only."""
+    _check_batch(batch)
+    for row in range(batch.batch_size):
+        example = example_pb2.Example(data_source_key=batch.data_source_key)
+        for column in batch.named_feature_list:
+            feature = column.feature[_place(column, row)]
+            if column.name in RESERVED:
+                _set_reserved(example, column.name, feature)
+            elif pruning is not Pruning.NAMED:
+                example.named_feature.add(name=column.name, id=column.id).feature.CopyFrom(feature)
+        if pruning is not Pruning.RAW:
+            for raw in batch.named_raw_feature_list:
+                added = example.named_raw_feature.add(name=raw.name, id=raw.id)
+                added.raw_feature.CopyFrom(raw.raw_feature[_place(raw, row)])
+        yield example
+
+
+def batch_to_instances(
+    batch: example_pb2.ExampleBatch, pruning: Pruning = Pruning.RAW
+) -> Iterator[proto_parser_pb2.Instance]:
+    """The rows of `batch` as Instances."""
+    _check_batch(batch)
+    for row in range(batch.batch_size):
+        instance = proto_parser_pb2.Instance(data_source_key=batch.data_source_key)
+        for column in batch.named_feature_list:
+            if pruning is not Pruning.NAMED or column.name in RESERVED:
+                _add_to_instance(instance, column.name, column.feature[_place(column, row)])
+        yield instance
+
+
+def _place(column: Any, row: int) -> int:
+    return 0 if column.type == example_pb2.SHARED else row
+
+
+def _check_batch(batch: example_pb2.ExampleBatch) -> None:
+    """Refuse a batch whose columns do not have its rows, rather than ending the data there without a word."""
+    columns = [(each.name, each.type, len(each.feature)) for each in batch.named_feature_list]
+    columns += [(each.name, each.type, len(each.raw_feature)) for each in batch.named_raw_feature_list]
+    for name, kind, length in columns:
+        if kind == example_pb2.SHARED and not length:
+            raise DataError(f"the shared column {name!r} has no feature; it needs one")
+        if kind != example_pb2.SHARED and length != batch.batch_size:
+            raise DataError(f"column {name!r} has {length} features in a batch of {batch.batch_size} rows")
+
+
+# ---- chunks ----------------------------------------------------------------------------------------------------------
+
+
+def message_of(payload: bytes, kind: Kind) -> Message:
+    """A payload as a message, with nothing promoted.
+
+    Raises:
+        DataError: It is none of that kind.
+    """
+    if kind not in _CLASSES:
+        raise InvalidRequestError(f"records of kind {str(kind)!r} are no messages")
+    try:
+        return _CLASSES[kind].FromString(payload)
+    except DecodeError:
+        raise DataError(f"the payload is no {_CLASSES[kind].DESCRIPTOR.name}") from None
+
+
+def read_message(records: Records, index: int, *, pruning: Pruning = Pruning.AS_IS) -> Message:
+    """One record as a message, read as the reference reads it.
+
+    The data source key is that of the record's header whatever the payload says, and reserved features are promoted.
+    """
+    try:
+        message = message_of(records.payload(index), records.kind)
+        if isinstance(message, example_pb2.Example):
+            promote(message)
+    except DataError as error:
+        raise DataError(f"{records.where(index)}: {error}") from None
+    key = int(records.source_keys[index])
+    if message.data_source_key != key:  # setting a field of an Instance to its default would be written out
+        message.data_source_key = key
+    prune(message, pruning)
+    return message
+
+
+def messages(records: Records, *, pruning: Pruning = Pruning.AS_IS) -> Iterator[Message]:
+    """Every record as a message, as `read_message` reads it."""
+    return (read_message(records, index, pruning=pruning) for index in range(len(records)))
+
+
+def convert(records: Records, kind: Kind | str, *, pruning: Pruning = Pruning.RAW) -> Records:
+    """The records as another kind; where each came from stays known.
+
+    Records of the wanted kind are returned as they are, plaintext is the payload of anything, and an ExampleBatch
+    becomes one record per row.
+
+    Args:
+        records: Of any kind but plaintext.
+        kind: Wanted.
+        pruning: Features to leave out of what is converted.
+    """
+    kind = Kind(kind)
+    if kind is records.kind:
+        return records
+    if kind is Kind.PLAINTEXT:
+        return records.replace(buffer=records.buffer, offsets=records.offsets, lengths=records.lengths, kind=kind)
+    if records.kind is Kind.PLAINTEXT or kind is Kind.EXAMPLE_BATCH:
+        raise InvalidRequestError(f"records of kind {str(records.kind)!r} cannot be made into {str(kind)!r}")
+    payloads: list[bytes] = []
+    rows = np.empty(len(records), np.int64)
+    for index in range(len(records)):
+        before = len(payloads)
+        message = read_message(records, index, pruning=pruning)
+        try:
+            payloads.extend(each.SerializeToString() for each in _as(message, kind, pruning))
+        except DataError as error:
+            raise DataError(f"{records.where(index)}: {error}") from None
+        rows[index] = len(payloads) - before
+    made = Records.of(payloads, kind)
+    return records.take(np.repeat(np.arange(len(records)), rows)).replace(
+        buffer=made.buffer, offsets=made.offsets, lengths=made.lengths, kind=kind
+    )
+
+
+def _as(message: Message, kind: Kind, pruning: Pruning) -> Iterable[Message]:
+    if isinstance(message, proto_parser_pb2.Instance):
+        return (instance_to_example(message),)
+    if isinstance(message, example_pb2.Example):
+        return (example_to_instance(message),)
+    if kind is Kind.INSTANCE:
+        return batch_to_instances(message, pruning)
+    return batch_to_examples(message, pruning)
