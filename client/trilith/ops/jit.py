@@ -118,10 +118,10 @@ class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
 
 class _PartCompiler(Compiler):  # type: ignore[misc]
     def __init__(
-        self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any
+        self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals_: Any
     ) -> None:
         flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
-        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
+        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals_)
 
     def compile_extra(self, func: Callable[..., Any]) -> CompileResult:
         self.state.library = _PartLibrary(self.state.targetctx.codegen(), func.__qualname__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from trilith.data.records import PADDING, Kind, Records
+from trilith.data.scan.examples import scan_examples
 from trilith.data.scan.instances import scan_instances
 from trilith.data.scan.plan import BLOCK_ROWS, Slot
 from trilith.data.scan.schema import Fields, Schema
@@ -23,6 +24,7 @@ __all__ = ["OnError", "Scan", "Scanner", "scanner"]
 
 OnError: TypeAlias = Literal["raise", "skip"]
 
+_KERNELS: dict[Kind, Callable[[int], int]] = {Kind.INSTANCE: scan_instances, Kind.EXAMPLE: scan_examples}
 _MARGIN = 1.08
 _FIRST_GUESS = 4
 _MAX_LENGTH = 2**31 - 1
@@ -175,7 +177,7 @@ class Scanner:
             addresses = regions + address_of(memory)
             plan[Slot.CAPACITIES], plan[Slot.REGIONS] = address_of(capacities), address_of(addresses)
             plan[Slot.SEEN] = address_of(seen)
-            troubled = scan_instances(address_of(plan))
+            troubled = _KERNELS[schema.kind](address_of(plan))
             counts = cursors[:columns].copy()
             if not (counts > capacities).any():
                 break
