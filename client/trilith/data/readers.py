@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeAlias
 
 import numpy as np
@@ -26,7 +25,7 @@ from trilith.ops import framing as kernels
 from trilith.ops.memory import address_of
 
 if TYPE_CHECKING:
-    from trilith.data.parquet import Column
+    from trilith.data.columnar import Column
 
 __all__ = [
     "BLOCK_BYTES",
@@ -112,9 +111,7 @@ class RecordReader(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *exc: object) -> None: ...
 
     @property
     def position(self) -> Position:
@@ -226,7 +223,7 @@ class StreamReader:
         kind: Kind,
         framing: Framing | None,
         block_bytes: int = BLOCK_BYTES,
-        start: Position = Position(),
+        start: Position | None = None,
         on_error: OnError = "raise",
     ) -> None:
         if block_bytes < 1:
@@ -242,6 +239,7 @@ class StreamReader:
         self._pool: list[npt.NDArray[np.uint8]] = []
         self._buffer = np.empty(0, np.uint8)
         self._begin = self._end = 0
+        start = start or Position()
         self._records, self._offset = start.records, start.offset
         self._more = True
         self._damage: str | None = None
@@ -255,9 +253,7 @@ class StreamReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     @property

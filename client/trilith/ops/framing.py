@@ -193,8 +193,8 @@ def find_frames(
         lengths: Address of int64[capacity], written: bytes of each payload.
         keys: Address of uint32[capacity]; written with a lagrangex header, else left alone.
         types: Address of uint8[capacity]; written with a lagrangex header, else left alone.
-        result: Address of int64[4], written: records found, bytes they take, WHOLE or what is wrong with the next record,
-            and the bytes that the next record takes, as far as its header is there.
+        result: Address of int64[4], written: records found, bytes they take, WHOLE or why the next record is none, and
+            the bytes that it takes, as far as its header is there.
     """
     start = _int64(0)
     found = _int64(0)

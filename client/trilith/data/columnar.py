@@ -1,0 +1,342 @@
+"""Rows of named columns as Examples and ExampleBatches: what Parquet and CSV have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trilith.data.line_ids import line_fields
+from trilith.data.readers import Losses, OnError, Position
+from trilith.data.records import Kind, Records
+from trilith.errors import DataError, InvalidRequestError
+from trilith_proto import example_pb2
+
+__all__ = ["LABEL", "Column", "ColumnType", "ColumnarReader", "check_column", "column_of", "ragged_column"]
+
+LABEL = "__LABEL__"
+_FIRST_ID = 10_000
+
+Values = npt.NDArray[Any] | list[bytes]
+
+
+class ColumnType(StrEnum):
+    """What a column's values become."""
+
+    INT = "int"
+    FID_V1 = "fid_v1"
+    FID_V2 = "fid_v2"
+    FLOAT = "float"
+    BYTES = "bytes"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column to read.
+
+    Attributes:
+        name: Its name; of a nested column's path the first component.
+        type: What its values become.
+    """
+
+    name: str
+    type: ColumnType | str
+
+    def __post_init__(self) -> None:
+        if self.type not in set(ColumnType):
+            raise InvalidRequestError(
+                f"column {self.name!r}: type {self.type!r} is none of {[str(each) for each in ColumnType]}"
+            )
+
+
+_MEMBERS = {
+    ColumnType.INT: "int64_list",
+    ColumnType.FID_V1: "fid_v1_list",
+    ColumnType.FID_V2: "fid_v2_list",
+    ColumnType.FLOAT: "float_list",
+    ColumnType.BYTES: "bytes_list",
+}
+
+
+def column_of(name: str, stored: pa.DataType) -> Column:
+    """A column by the type it is stored as.
+
+    Raises:
+        InvalidRequestError: Nothing can be made of that type.
+    """
+    leaf = _leaf(stored)
+    if pa.types.is_integer(leaf) or pa.types.is_boolean(leaf):
+        return Column(name, ColumnType.INT)
+    if pa.types.is_floating(leaf):
+        return Column(name, ColumnType.FLOAT)
+    if _is_bytes(leaf):
+        return Column(name, ColumnType.BYTES)
+    raise InvalidRequestError(f"column {name!r} is stored as {stored}: only integers, floats and bytes can be read")
+
+
+def check_column(column: Column, stored: pa.DataType) -> None:
+    """Refuse what a stored type cannot become."""
+    leaf = _leaf(stored)
+    match column.type:
+        case ColumnType.FID_V1 | ColumnType.FID_V2:
+            fits = leaf in (pa.int64(), pa.uint64())
+        case ColumnType.INT:
+            fits = pa.types.is_integer(leaf) or pa.types.is_boolean(leaf)
+        case ColumnType.FLOAT:
+            fits = pa.types.is_floating(leaf)
+        case _:
+            fits = _is_bytes(leaf)
+    if not fits:
+        raise InvalidRequestError(f"column {column.name!r} is stored as {stored}: it cannot be read as {column.type}")
+
+
+def _is_bytes(leaf: pa.DataType) -> bool:
+    return any(
+        check(leaf)
+        for check in (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
+    )
+
+
+def _leaf(stored: pa.DataType) -> pa.DataType:
+    while True:
+        if pa.types.is_list(stored) or pa.types.is_large_list(stored) or pa.types.is_fixed_size_list(stored):
+            stored = stored.value_type
+        elif pa.types.is_struct(stored) and stored.num_fields == 1:
+            stored = stored.field(0).type
+        elif pa.types.is_dictionary(stored):
+            stored = stored.value_type
+        else:
+            return stored
+
+
+def ragged_column(array: pa.Array, column_type: ColumnType | str) -> tuple[Values, npt.NDArray[np.int64]]:
+    """A column's values and int64[n + 1] row splits; a null is no value, and lists of lists are one list."""
+    values, splits = _flattened(array)
+    match column_type:
+        case ColumnType.BYTES:
+            return values.cast(pa.large_binary()).to_pylist(), splits
+        case ColumnType.FLOAT:
+            return values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False), splits
+        case ColumnType.INT:
+            return values.cast(pa.int64(), safe=False).to_numpy(zero_copy_only=False), splits
+        case _:
+            return values.to_numpy(zero_copy_only=False).view(np.uint64), splits
+
+
+def _flattened(array: pa.Array) -> tuple[pa.Array, npt.NDArray[np.int64]]:
+    stored = array.type
+    if pa.types.is_dictionary(stored):
+        return _flattened(array.dictionary_decode())
+    if pa.types.is_struct(stored):
+        return _flattened(array.flatten()[0])
+    if pa.types.is_list(stored) or pa.types.is_large_list(stored) or pa.types.is_fixed_size_list(stored):
+        lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+        values, inner = _flattened(array.flatten())
+        return values, inner[_splits(lengths)]
+    present = array.is_valid().to_numpy(zero_copy_only=False)
+    return array.drop_null(), _splits(present)
+
+
+def _splits(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    splits = np.zeros(lengths.size + 1, np.int64)
+    np.cumsum(lengths, out=splits[1:])
+    return splits
+
+
+class ColumnarReader:
+    """Rows of columns as records; a subclass gives batches of columns by row number.
+
+    An Example takes `__LABEL__` as its label, and a column `__NAME__` whose inner name in lower case is a scalar of
+    LineId as that field, which takes exactly one value per row; all others are named features, their ids 10000 plus the
+    column's index. In an ExampleBatch every column is a list of features, its id the column's index.
+
+    Args:
+        name: Of the file, for messages.
+        kind: "example", "examplebatch", or "plaintext" for the bytes of ExampleBatches.
+        columns: What is read.
+        batch_size: Rows of an ExampleBatch.
+        drop_remainder: Whether a last ExampleBatch that is not full is dropped.
+        start: Row to begin with.
+        on_error: What to do about damage.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        kind: Kind,
+        columns: Sequence[Column],
+        batch_size: int,
+        drop_remainder: bool,
+        start: Position,
+        on_error: OnError,
+    ) -> None:
+        if kind is Kind.INSTANCE:
+            raise InvalidRequestError(f"{name}: columns become 'example' or 'examplebatch', not 'instance'")
+        if batch_size < 1:
+            raise InvalidRequestError(f"batch_size={batch_size}: a batch has at least one row")
+        names = [column.name for column in columns]
+        if twice := sorted({each for each in names if names.count(each) > 1}):
+            raise InvalidRequestError(f"{name}: column {twice[0]!r} is asked for twice")
+        self.kind: Kind = kind
+        self.losses = Losses()
+        self.columns = tuple(columns)
+        self._name = name
+        self._batch_size = batch_size
+        self._drop_remainder = drop_remainder
+        self._skip_damage = on_error == "skip"
+        self._rows = start.records
+        self._pending: pa.RecordBatch | None = None
+        self._batches = self._read(start.records)
+        self._fields = None if kind is not Kind.EXAMPLE else [_line_id_field(name, column) for column in columns]
+
+    def __iter__(self) -> Iterator[Records]:
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def position(self) -> Position:
+        """Behind the last chunk given out."""
+        return Position(self._rows)
+
+    def close(self) -> None:
+        """Close the file; harmless when repeated."""
+        self._batches = iter(())
+        self._pending = None
+
+    def _read(self, first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Batches of the columns in order from row `first`, each with the number of its first row."""
+        raise NotImplementedError
+
+    def _lost(self, row: int, count: int, reason: object) -> None:
+        """Raise, or count, the loss of rows."""
+        message = f"{self._name}: record {row}, byte 0: {reason}"
+        if not self._skip_damage:
+            raise DataError(message)
+        self.losses.add(message, 0)
+        self.losses.records += count - 1
+
+    def __next__(self) -> Records:
+        if self._fields is not None:
+            for first, batch in self._batches:
+                if batch.num_rows:
+                    self._rows = first + batch.num_rows
+                    return self._records(self._examples(first, batch, self._fields), first + np.arange(batch.num_rows))
+            raise StopIteration
+        payloads, firsts = [], []
+        for first, batch in self._batches:
+            whole = batch if self._pending is None else pa.concat_batches([self._pending, batch])
+            first = first + batch.num_rows - whole.num_rows
+            used = whole.num_rows - whole.num_rows % self._batch_size
+            for at in range(0, used, self._batch_size):
+                payloads.append(self._example_batch(whole.slice(at, self._batch_size)))
+                firsts.append(first + at)
+            self._pending = whole.slice(used)
+            if payloads:
+                self._rows = first + used
+                return self._records(payloads, np.array(firsts))
+        rest, self._pending = self._pending, None
+        if rest is None or not rest.num_rows or self._drop_remainder:
+            raise StopIteration
+        first, self._rows = self._rows, self._rows + rest.num_rows
+        return self._records([self._example_batch(rest)], np.array([first]))
+
+    def _records(self, payloads: list[bytes], numbers: npt.NDArray[Any]) -> Records:
+        made = Records.of(payloads, self.kind, source=self._name)
+        return Records(
+            kind=made.kind,
+            buffer=made.buffer,
+            offsets=made.offsets,
+            lengths=made.lengths,
+            source_keys=made.source_keys,
+            numbers=numbers.astype(np.int64),
+            positions=np.zeros(len(payloads), np.int64),
+            sources=made.sources,
+            source_index=made.source_index,
+        )
+
+    def _examples(self, first: int, batch: pa.RecordBatch, fields: Sequence[str | None]) -> list[bytes]:
+        examples = [example_pb2.Example() for _ in range(batch.num_rows)]
+        for index, (column, field) in enumerate(zip(self.columns, fields, strict=True)):
+            values, splits = ragged_column(batch.column(index), column.type)
+            plain: Any = values if isinstance(values, list) else values.tolist()
+            bounds = splits.tolist()
+            if field is not None:
+                self._fill_line_ids(first, examples, field, column, plain, bounds)
+                continue
+            member, number = _MEMBERS[ColumnType(column.type)], _FIRST_ID + index
+            for row, example in enumerate(examples):
+                part = plain[bounds[row] : bounds[row + 1]]
+                if column.name == LABEL:
+                    example.label.extend(part)
+                else:
+                    added = getattr(example.named_feature.add(name=column.name, id=number).feature, member)
+                    added.SetInParent()
+                    added.value.extend(part)
+        return [example.SerializeToString() for example in examples]
+
+    def _fill_line_ids(
+        self, first: int, examples: list[Any], field: str, column: Column, values: list[Any], bounds: list[int]
+    ) -> None:
+        dtype = line_fields()[field].dtype
+        for row, example in enumerate(examples):
+            part = values[bounds[row] : bounds[row + 1]]
+            if len(part) != 1:
+                where = f"{self._name}: record {first + row}, byte 0"
+                raise DataError(f"{where}: column {column.name!r} has {len(part)} values; line_id.{field} takes one")
+            value = part[0]
+            try:
+                if column.type == ColumnType.BYTES:
+                    value = value.decode()
+                elif dtype == np.uint64:
+                    value &= (1 << 64) - 1
+                elif dtype == np.bool_:
+                    value = bool(value)
+                setattr(example.line_id, field, value)
+            except ValueError as error:
+                where = f"{self._name}: record {first + row}, byte 0"
+                raise DataError(f"{where}: column {column.name!r}: {error}") from None
+
+    def _example_batch(self, rows: pa.RecordBatch) -> bytes:
+        batch = example_pb2.ExampleBatch(batch_size=rows.num_rows)
+        for index, column in enumerate(self.columns):
+            named = batch.named_feature_list.add(name=column.name, id=index)
+            values, splits = ragged_column(rows.column(index), column.type)
+            plain: Any = values if isinstance(values, list) else values.tolist()
+            bounds = splits.tolist()
+            member = _MEMBERS[ColumnType(column.type)]
+            for row in range(rows.num_rows):
+                added = getattr(named.feature.add(), member)
+                added.SetInParent()
+                added.value.extend(plain[bounds[row] : bounds[row + 1]])
+        return batch.SerializeToString()
+
+
+def _line_id_field(name: str, column: Column) -> str | None:
+    """The LineId field that a column fills; None for a label or feature."""
+    if column.name == LABEL:
+        if column.type not in (ColumnType.FLOAT, ColumnType.INT):
+            raise InvalidRequestError(f"{name}: column {LABEL!r} is the label: it is read as float, not {column.type}")
+        return None
+    if not (column.name.startswith("__") and column.name.endswith("__") and len(column.name) > 4):
+        return None
+    field = line_fields().get(column.name[2:-2].lower())
+    if field is None or field.repeated:
+        return None
+    expected = {"f": ColumnType.FLOAT, "O": ColumnType.BYTES}.get(field.dtype.kind, ColumnType.INT)
+    if column.type != expected:
+        raise InvalidRequestError(
+            f"{name}: column {column.name!r} fills line_id.{field.name}: read it as {expected}, not {column.type}"
+        )
+    return field.name
