@@ -46,7 +46,7 @@ _ROWS, _BUFFER, _OFFSETS, _LENGTHS = int(Slot.ROWS), int(Slot.BUFFER), int(Slot.
 _NAMES, _MASK, _NAME_COUNT, _MEMBERS = int(Slot.NAMES), int(Slot.MASK), int(Slot.NAME_COUNT), int(Slot.MEMBERS)
 _TOP, _SEEN, _CURSORS, _RESERVED = int(Slot.TOP), int(Slot.SEEN), int(Slot.CURSORS), int(Slot.RESERVED)
 _STATUS, _PLACES, _PROMOTE = int(Slot.STATUS), int(Slot.PLACES), int(Slot.PROMOTE)
-_LABEL, _WEIGHT = int(Slot.LABEL), int(Slot.WEIGHT)
+_LABEL, _WEIGHT, _LINE = int(Slot.LABEL), int(Slot.WEIGHT), int(Slot.LINE)
 
 _MEMBER_COUNT = 17
 _NAMED = 1 << 3 | 2
@@ -274,7 +274,11 @@ def scan_examples(plan: int) -> int:
         if p >= 0 and own >= 0:
             # Even one that a reserved feature replaces must be sound; what it set is set anew or taken back.
             place = own_place
-            p = read_line_id(own, own_end, row, plan, 1) if line < 0 else check_line_id(own, own_end, plan)
+            p = (
+                read_line_id(own, own_end, row, plan, 1)
+                if line < 0
+                else check_line_id(own, own_end, i64_at(plan, _LINE))
+            )
         if p >= 0 and line >= 0:
             place = line_place
             p = read_line_id(line, line_end, row, plan, 0)

@@ -174,25 +174,24 @@ def read_line_id(p: int, end: int, row: int, plan: int, depth: int) -> int:
 
 
 @part(inline=False)
-def check_line_id(p: int, end: int, plan: int) -> int:
+def check_line_id(p: int, end: int, table: int) -> int:
     """Check a LineId of which nothing is kept.
 
     Args:
         p: Where it begins.
         end: Where it ends.
-        plan: Address of the plan.
+        table: Address of the table of its fields.
 
     Returns:
         `end`, or a code.
     """
-    table = i64_at(plan, _LINE)
     while p < end:
         tag, p = read_tag(p, end)
         if p < 0:
             return p
         number = tag >> 3
         entry = i64_at(table, number) & ~WANTED if number < 256 else 0
-        p = read_field(entry, tag, p, end, 0, plan, 1)
+        p = read_field(entry, tag, p, end, 0, 0, 1)
         if p < 0:
             return p
     return p

@@ -20,7 +20,7 @@ from trilith.data.scan.wire import CODES
 from trilith.errors import DataError, InvalidRequestError
 from trilith.ops.memory import address_of
 
-__all__ = ["OnError", "Scan", "Scanner", "scanner"]
+__all__ = ["OnError", "Scan", "Scanner", "bounds_of", "byte_strings", "damage", "replace_payloads", "scanner"]
 
 OnError: TypeAlias = Literal["raise", "skip"]
 
@@ -101,11 +101,7 @@ class Scanner:
             bad = np.flatnonzero(status < 0)
             if bad.size:
                 if on_error == "raise":
-                    row = int(bad[0])
-                    raise DataError(
-                        f"{records.where(row)}: no sound {self.schema.kind}: {CODES[int(status[row])]}, at byte "
-                        f"{int(places[row])} of {int(records.lengths[row])}"
-                    )
+                    raise damage(records, int(bad[0]), status, places)
                 skipped += bad.size
                 keep = status >= 0
                 records, flags, status = records.take(keep), flags[keep], status[keep]
@@ -145,8 +141,7 @@ class Scanner:
         self, records: Records, flags: npt.NDArray[np.uint8]
     ) -> tuple[Scan, npt.NDArray[np.int64] | None, npt.NDArray[np.int64]]:
         schema, rows, columns = self.schema, len(records), len(self.schema.columns)
-        offsets, lengths = np.ascontiguousarray(records.offsets), np.ascontiguousarray(records.lengths)
-        _check_bounds(records, offsets, lengths)
+        offsets, lengths = bounds_of(records)
         cursors = np.zeros(columns + 8, np.int64)
         block = np.empty((BLOCK_ROWS, columns + 8), np.int64)
         splits = np.empty((columns, rows + 1), np.int64)
@@ -157,7 +152,7 @@ class Scanner:
         plan[Slot.ROWS] = rows
         plan[Slot.BUFFER] = address_of(records.buffer)
         plan[Slot.OFFSETS], plan[Slot.LENGTHS] = address_of(offsets), address_of(lengths)
-        plan[Slot.NAMES], plan[Slot.MASK] = address_of(schema.table), schema.mask
+        plan[Slot.NAMES], plan[Slot.MASK] = address_of(schema.lookup.table), schema.lookup.mask
         plan[Slot.NAME_COUNT], plan[Slot.RESERVED] = len(schema.names), schema.reserved
         plan[Slot.MEMBERS] = address_of(schema.members)
         plan[Slot.SLOTS] = address_of(schema.slot_table) if schema.slot_columns else 0
@@ -193,13 +188,15 @@ class Scanner:
         return scan, status if troubled else None, places
 
 
-def _check_bounds(records: Records, offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> None:
-    """Records are made by readers, but a kernel would read wherever they point."""
+def bounds_of(records: Records) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Offsets and lengths as kernels take them; a kernel would read wherever they point, so that is checked."""
+    offsets, lengths = np.ascontiguousarray(records.offsets), np.ascontiguousarray(records.lengths)
     if not offsets.size:
-        return
+        return offsets, lengths
     room = records.buffer.size - PADDING
     if int(offsets.min()) < 0 or int(lengths.min()) < 0 or bool((lengths > room - offsets).any()):
         raise InvalidRequestError(f"records point outside their buffer of {records.buffer.size} bytes with padding")
+    return offsets, lengths
 
 
 def _regions(
@@ -216,6 +213,14 @@ def _view(memory: npt.NDArray[np.uint8], start: int, count: int, dtype: np.dtype
     if dtype == np.object_:
         return memory[start : start + 16 * count].view(np.int64).reshape(count, 2)
     return memory[start : start + count * dtype.itemsize].view(dtype)
+
+
+def damage(records: Records, row: int, status: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> DataError:
+    """The error that says which record is damaged, where and how."""
+    return DataError(
+        f"{records.where(row)}: no sound {records.kind}: {CODES[int(status[row])]}, at byte {int(places[row])} of "
+        f"{int(records.lengths[row])}"
+    )
 
 
 def replace_payloads(records: Records, rows: npt.NDArray[np.int64], payloads: Sequence[bytes]) -> Records:

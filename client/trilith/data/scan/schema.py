@@ -17,7 +17,7 @@ from trilith.data.scan.plan import NOWHERE, REPEATED, WANTED
 from trilith.errors import InvalidRequestError
 from trilith.ops.memory import address_of
 
-__all__ = ["Element", "Fields", "Schema"]
+__all__ = ["LINE_NUMBERS", "V1_SLOTS", "Element", "Fields", "NameTable", "Schema", "line_table", "name_hash"]
 
 _T = TypeVar("_T")
 
@@ -26,6 +26,9 @@ _MEMBERS = 17
 _NO_SLOT = 0xFFFF
 _MAX_COLUMNS = 60_000
 V1_SLOTS = 1024
+"""Slots that a v1 fid can have."""
+LINE_NUMBERS = 256
+"""Numbers of LineId fields that the scanner knows, and more than producers use."""
 
 
 class Element(StrEnum):
@@ -111,6 +114,39 @@ def name_hash(name: bytes) -> int:
     return value
 
 
+def line_table() -> npt.NDArray[np.int64]:
+    """int64[256]: the table LINE where no field of LineId is wanted."""
+    table = np.zeros(LINE_NUMBERS, np.int64)
+    for field in line_fields().values():
+        if field.number < LINE_NUMBERS:
+            # Lists are checked even where nobody wants them, as the protobuf library does.
+            table[field.number] = int(field.wire) | (REPEATED if field.repeated else 0)
+    return table
+
+
+class NameTable:
+    """Names for `wire.find_name`.
+
+    Attributes:
+        table: int64[mask + 1, 3].
+        mask: Entries minus one.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [name.encode() for name in names]
+        starts = np.cumsum([0] + [len(name) + 8 for name in encoded]).tolist()
+        self._text = np.zeros(starts[-1] + 64, np.uint8)  # the table points into it
+        self.mask = (1 << max(4 * len(encoded) - 1, 1).bit_length()) - 1
+        self.table = np.zeros((self.mask + 1, 3), np.int64)
+        base = address_of(self._text)
+        for number, (name, start) in enumerate(zip(encoded, starts, strict=False)):
+            self._text[start : start + len(name)] = np.frombuffer(name, np.uint8)
+            bucket = name_hash(name) & self.mask
+            while self.table[bucket, 2]:
+                bucket = (bucket + 1) & self.mask
+            self.table[bucket] = base + start, len(name), number + 1
+
+
 class Schema:
     """Fields of one kind of message as the tables of the kernels.
 
@@ -139,7 +175,7 @@ class Schema:
         self.line_cells: dict[str, int] = {}
         self.label_column = self.fids_column = self.weight_cell = -1
         self.top = np.zeros(128, np.int64)
-        self.line = np.zeros(256, np.int64)
+        self.line = line_table()
         reserved = ("__LINE_ID__", "__LABEL__", "instance_weight") if kind is Kind.EXAMPLE else ()
         plain = dict.fromkeys(name for name, _ in fields.named if name not in reserved)
         self.reserved = len(plain)
@@ -158,7 +194,7 @@ class Schema:
             self.every = [self._column(np.uint64), self._column(np.uint64)]
         if len(self.columns) > _MAX_COLUMNS:
             raise InvalidRequestError(f"{len(self.columns)} columns are more than {_MAX_COLUMNS}")
-        self._build_names()
+        self.lookup = NameTable(self.names)
 
     def _column(self, dtype: npt.DTypeLike) -> int:
         self.columns.append(np.dtype(dtype))
@@ -195,13 +231,9 @@ class Schema:
             self.members[number, place] = column << 8 | how
 
     def _add_line_id(self) -> None:
-        for field in line_fields().values():
-            if field.number < self.line.size:
-                # Lists are checked even where nobody wants them, as the protobuf library does.
-                self.line[field.number] = int(field.wire) | (REPEATED if field.repeated else 0)
         for name in self.fields.line_id:
             field = line_field(name)
-            if field.number >= self.line.size:
+            if field.number >= LINE_NUMBERS:
                 raise InvalidRequestError(f"LineId.{name} has number {field.number}; numbers below 256 can be read")
             if field.repeated:
                 place = self.line_columns[name] = self._column(field.dtype)
@@ -234,23 +266,3 @@ class Schema:
             self.weight_cell = self.cells
             self.cells += 1
             self.top[weight] |= WANTED | self.weight_cell << 16
-
-    def _build_names(self) -> None:
-        encoded = [name.encode() for name in self.names]
-        if any(len(name) > 2**20 for name in encoded):
-            raise InvalidRequestError("a feature's name is longer than 1 MiB")
-        starts, used = [], 0
-        for name in encoded:
-            starts.append(used)
-            used += len(name) + 8
-        self.text = np.zeros(used + 64, np.uint8)
-        size = 1 << max(4 * len(encoded) - 1, 1).bit_length()
-        self.mask = size - 1
-        self.table = np.zeros((size, 3), np.int64)
-        base = address_of(self.text)
-        for number, (name, start) in enumerate(zip(encoded, starts, strict=True)):
-            self.text[start : start + len(name)] = np.frombuffer(name, np.uint8)
-            bucket = name_hash(name) & self.mask
-            while self.table[bucket, 2]:
-                bucket = (bucket + 1) & self.mask
-            self.table[bucket] = base + start, len(name), number + 1
