@@ -118,7 +118,7 @@ def prune(message: Message, pruning: Pruning) -> None:
 
 
 def instance_to_example(instance: proto_parser_pb2.Instance) -> example_pb2.Example:
-    """The Example that says the same: flat fids become one feature `fc_slot_N` per slot, in order of first appearance."""
+    """The Example that says the same; flat fids become a feature `fc_slot_N` per slot, in order of first appearance."""
     example = example_pb2.Example(
         label=instance.label, instance_weight=instance.instance_weight if instance.HasField("instance_weight") else 1.0
     )
@@ -187,7 +187,7 @@ def _fill_instance(added: feature_pb2.Feature, target: str, source: Any) -> None
 
 def batch_to_examples(batch: example_pb2.ExampleBatch, pruning: Pruning = Pruning.RAW) -> Iterator[example_pb2.Example]:
     """The rows of `batch` as Examples; reserved features become fields only."""
-    _check_batch(batch)
+    _check_batch(batch, raw=pruning is not Pruning.RAW)
     for row in range(batch.batch_size):
         example = example_pb2.Example(data_source_key=batch.data_source_key)
         for column in batch.named_feature_list:
@@ -207,7 +207,7 @@ def batch_to_instances(
     batch: example_pb2.ExampleBatch, pruning: Pruning = Pruning.RAW
 ) -> Iterator[proto_parser_pb2.Instance]:
     """The rows of `batch` as Instances."""
-    _check_batch(batch)
+    _check_batch(batch, raw=False)
     for row in range(batch.batch_size):
         instance = proto_parser_pb2.Instance(data_source_key=batch.data_source_key)
         for column in batch.named_feature_list:
@@ -220,10 +220,11 @@ def _place(column: Any, row: int) -> int:
     return 0 if column.type == example_pb2.SHARED else row
 
 
-def _check_batch(batch: example_pb2.ExampleBatch) -> None:
+def _check_batch(batch: example_pb2.ExampleBatch, *, raw: bool) -> None:
     """Refuse a batch whose columns do not have its rows, rather than ending the data there without a word."""
     columns = [(each.name, each.type, len(each.feature)) for each in batch.named_feature_list]
-    columns += [(each.name, each.type, len(each.raw_feature)) for each in batch.named_raw_feature_list]
+    if raw:
+        columns += [(each.name, each.type, len(each.raw_feature)) for each in batch.named_raw_feature_list]
     for name, kind, length in columns:
         if kind == example_pb2.SHARED and not length:
             raise DataError(f"the shared column {name!r} has no feature; it needs one")

@@ -1,0 +1,419 @@
+"""Ops that decide which samples stay: by fids, by LineId values, by feature values, by labels, by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith.data.line_ids import LineField, line_field
+from trilith.data.records import Kind
+from trilith.data.samples.chunk import Needs, SampleOp, Samples
+from trilith.data.samples.relations import Domain, Relation, check_operator, count_distinct, load_operands
+from trilith.data.samples.rows import INVALID_LABEL, Priorities, at, with_first
+from trilith.errors import InvalidRequestError
+
+__all__ = [
+    "FilterByFeatureValue",
+    "FilterByFids",
+    "FilterByLabel",
+    "FilterByValue",
+    "NegativeSample",
+    "SpecialStrategy",
+    "line_domain",
+    "relation_of_line_field",
+]
+
+BoolArray = npt.NDArray[np.bool_]
+_FEATURE_DOMAINS = {each.value: each for each in (Domain.INT64, Domain.FLOAT, Domain.DOUBLE, Domain.BYTES)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterByFids(SampleOp):
+    """Keep samples by the fids, slots and actions they have; every condition given must hold.
+
+    The fids of an Instance are its flat ones, those of an Example all of its v1 and v2 lists; the slots of an Instance
+    are also those of its features' fids.
+
+    Attributes:
+        filter_fids: None of these may be there.
+        has_fids: One of these must be.
+        select_fids: All of these must be.
+        select_slots: The sample must have a fid in every one of these.
+        has_actions: One of these must be among the actions.
+        req_time_min: Smallest request time; a negative one is always dropped by the default.
+    """
+
+    filter_fids: Sequence[int] = ()
+    has_fids: Sequence[int] = ()
+    select_fids: Sequence[int] = ()
+    select_slots: Sequence[int] = ()
+    has_actions: Sequence[int] = ()
+    req_time_min: int = 0
+
+    def __post_init__(self) -> None:
+        bounds = {"filter_fids": (0, 2**64), "has_fids": (0, 2**64), "select_fids": (0, 2**64)}
+        bounds |= {"select_slots": (1, 2**15), "has_actions": (-(2**31), 2**31)}
+        for name, (lowest, end) in bounds.items():
+            values = tuple(map(int, getattr(self, name)))
+            outside = [each for each in values if not lowest <= each < end]
+            if outside:
+                raise InvalidRequestError(f"{name} has {outside[0]}; it must be within {lowest}..{end - 1}")
+            object.__setattr__(self, name, values)
+
+    @property
+    def needs(self) -> Needs:
+        fids = bool(self.filter_fids or self.has_fids or self.select_fids)
+        line = {"req_time", "actions"} if self.has_actions else {"req_time"}
+        return Needs(fids=fids, slots=bool(self.select_slots), line_id=frozenset(line))
+
+    def apply(self, samples: Samples) -> BoolArray:
+        keep = samples.numbers("req_time") >= self.req_time_min
+        if self.filter_fids:
+            keep &= count_distinct(samples.fids, _sorted(self.filter_fids)) == 0
+        if self.has_fids:
+            keep &= count_distinct(samples.fids, _sorted(self.has_fids)) > 0
+        if self.select_fids:
+            wanted = _sorted(self.select_fids)
+            keep &= count_distinct(samples.fids, wanted) == wanted.size
+        if self.select_slots:
+            wanted = _sorted(self.select_slots)
+            keep &= count_distinct(samples.slots, wanted) == wanted.size
+        if self.has_actions:
+            keep &= count_distinct(samples.rows("actions"), _sorted(self.has_actions)) > 0
+        return keep
+
+
+def _sorted(values: Sequence[int]) -> npt.NDArray[np.uint64]:
+    return np.unique(np.array([each & 0xFFFFFFFFFFFFFFFF for each in values], np.uint64))
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Compared(SampleOp):
+    """What the two filters by value share: an operator with an operand, or with a file of operands.
+
+    Attributes:
+        field_name: What is compared.
+        op: One of `relations.OPERATORS`.
+        operand: A number, a string, or a sequence of them.
+        operand_filepath: A file with a serialized FilterValues instead, for in and not-in; read when first used.
+        keep_empty: What becomes of samples that have nothing to compare.
+    """
+
+    field_name: str
+    op: str
+    operand: Any = None
+    operand_filepath: str = field(default="", kw_only=True)
+    keep_empty: bool = field(default=False, kw_only=True)
+
+    def _check(self, domain: Domain, *, repeated: bool, files: bool) -> None:
+        if (self.operand is None) == (not self.operand_filepath):
+            given = "both are" if self.operand_filepath else "neither is"
+            raise InvalidRequestError(
+                f"{self.field_name!r} {self.op}: give operand or operand_filepath, one of them; {given} given"
+            )
+        if not self.operand_filepath:
+            _ = self.relation
+            return
+        check_operator(self.field_name, self.op, domain, repeated=repeated)
+        if self.op not in ("in", "not-in"):
+            raise InvalidRequestError(
+                f"op of {self.field_name!r} is {self.op!r}; operand_filepath is for in and not-in"
+            )
+        if not files:
+            raise InvalidRequestError(
+                f"operand_filepath of {self.field_name!r}: a {domain} has no list in FilterValues"
+            )
+
+    @property
+    def relation(self) -> Relation:
+        """The relation, with its operands read."""
+        raise NotImplementedError
+
+    def _loaded(self, domain: Domain) -> Relation:
+        operands = load_operands(self.operand_filepath, self.field_name, domain)
+        return Relation(operator=self.op, domain=domain, operands=operands)
+
+
+def line_domain(described: LineField) -> Domain:
+    """The type in which the values of a field of LineId are compared; bool fields are refused."""
+    if described.is_bool:
+        raise InvalidRequestError(f"field_name is {described.name!r}, a bool; relations compare numbers and strings")
+    if described.dtype.kind == "O":
+        return Domain.BYTES
+    if described.dtype.kind == "f":
+        return Domain.FLOAT if described.dtype == np.float32 else Domain.DOUBLE
+    return Domain.UINT64 if described.dtype == np.uint64 else Domain.INT64
+
+
+def relation_of_line_field(described: LineField, operator: str, operand: Any) -> Relation:
+    """The relation between a field of LineId and an operand as a user gives it."""
+    domain = line_domain(described)
+    # Upstream takes one operand for a list without options (special_strategies); a list does no harm.
+    return Relation.typed(described.name, operator, operand, domain, repeated=described.repeated)
+
+
+@dataclass(frozen=True)
+class FilterByValue(_Compared):
+    """Keep samples by a field of their LineId; unset scalars compare with their default.
+
+    Attributes:
+        field_name: Of LineId.
+        op: gt, ge, eq, lt, le, neq, between, in, not-in; for strings also startswith and endswith; for lists any, all
+            and diff, and no other.
+        operand: A number or string; a list for in, not-in and between, which is below its second operand. Floats are
+            compared as float32, uid and its like as unsigned, strings bytewise.
+        operand_filepath: See above.
+        keep_empty: Whether samples whose list is empty stay.
+    """
+
+    def __post_init__(self) -> None:
+        described = line_field(self.field_name)
+        self._check(line_domain(described), repeated=described.repeated, files=True)
+
+    @cached_property
+    def relation(self) -> Relation:
+        described = line_field(self.field_name)
+        if self.operand_filepath:
+            return self._loaded(line_domain(described))
+        return relation_of_line_field(described, self.op, self.operand)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(line_id=frozenset((self.field_name,)))
+
+    def apply(self, samples: Samples) -> BoolArray:
+        if not line_field(self.field_name).repeated:
+            return samples.relation(self.field_name, self.relation)
+        rows = samples.rows(self.field_name)
+        return np.where(rows.lengths > 0, self.relation.of_sets(rows), self.keep_empty)
+
+
+@dataclass(frozen=True)
+class FilterByFeatureValue(_Compared):
+    """Keep Examples by the value of a named feature, the last of that name.
+
+    A list of exactly one value of the given type is compared; any, all and diff take int64 lists of one value or more;
+    of everything else, and of Examples without the feature, `keep_empty` decides.
+
+    Attributes:
+        field_name: Of the feature.
+        op: As in `FilterByValue`; any, all and diff for int64.
+        operand: As in `FilterByValue`. A double compares with the operand as float32.
+        operand_filepath: See above; not for double.
+        field_type: "int64", "float", "double" or "bytes".
+        keep_empty: See above.
+    """
+
+    field_type: str = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.field_type not in _FEATURE_DOMAINS:
+            raise InvalidRequestError(f"field_type is {self.field_type!r}; it can be {', '.join(_FEATURE_DOMAINS)}")
+        if self._sets and self._domain is not Domain.INT64:
+            raise InvalidRequestError(f"op of {self.field_name!r} is {self.op!r}, which needs field_type int64")
+        self._check(self._domain, repeated=self._sets, files=self._domain is not Domain.DOUBLE)
+
+    @property
+    def _domain(self) -> Domain:
+        return _FEATURE_DOMAINS[self.field_type]
+
+    @property
+    def _sets(self) -> bool:
+        return self.op in ("any", "all", "diff")
+
+    @cached_property
+    def relation(self) -> Relation:
+        if self.operand_filepath:
+            return self._loaded(self._domain)
+        return Relation.typed(self.field_name, self.op, self.operand, self._domain, repeated=self._sets)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(features=frozenset(((self.field_name, self._domain),)))
+
+    def apply(self, samples: Samples) -> BoolArray:
+        if samples.kind is not Kind.EXAMPLE:
+            raise InvalidRequestError(f"features are filtered by value in Examples; these records are {samples.kind}s")
+        found = samples.feature(self.field_name, self._domain)
+        if self._sets:
+            return np.where(found.lengths > 0, found.sets(self.relation), self.keep_empty)
+        return np.where(found.lengths == 1, found.relation(self.relation), self.keep_empty)
+
+
+# ---- labels and chance -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FilterByLabel(SampleOp):
+    """Keep samples one of whose labels is above its threshold.
+
+    Attributes:
+        thresholds: One per label from the first; samples with fewer labels go.
+        filter_equal: Whether a label that equals its threshold is not enough.
+    """
+
+    thresholds: Sequence[float]
+    filter_equal: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "thresholds", tuple(map(float, self.thresholds)))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(labels=True)
+
+    def apply(self, samples: Samples) -> BoolArray:
+        labels = samples.labels
+        passes = np.zeros(len(samples), np.bool_)
+        compare = np.greater if self.filter_equal else np.greater_equal
+        for index, threshold in enumerate(self.thresholds):
+            passes |= compare(at(labels, index, np.nan), np.float32(threshold))
+        return passes & (labels.lengths >= len(self.thresholds))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegativeSample(SampleOp):
+    """Drop a share of the negatives.
+
+    A sample whose label is at or above the threshold stays. Another is dropped with the rate of its most-prior action
+    if that is listed, above 0 and has a rate, else with `drop_rate`. Rates count in thousandths.
+
+    Attributes:
+        drop_rate: Within [0, 1].
+        label_index: Of the label that decides; a sample without it is a negative.
+        threshold: See above.
+        action_priority: Actions such as "2,7,0", the first being the most prior.
+        per_action_drop_rate: Rates of actions such as "1:1.0,2:0.25"; takes effect together with `action_priority`.
+        seed: Of the draws.
+    """
+
+    drop_rate: float
+    label_index: int = 0
+    threshold: float = 0.0
+    action_priority: str = ""
+    per_action_drop_rate: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_rate("drop_rate", self.drop_rate)
+        if self.label_index < 0:
+            raise InvalidRequestError(f"label_index={self.label_index} is below 0")
+        _ = self._priorities, self._rates
+
+    @cached_property
+    def _priorities(self) -> Priorities:
+        return Priorities.parse(self.action_priority, "action_priority")
+
+    @cached_property
+    def _rates(self) -> dict[int, float]:
+        rates = {}
+        for part in _parts(self.per_action_drop_rate):
+            action, _, rate = part.partition(":")
+            try:
+                rates[int(action)] = float(rate)
+            except ValueError:
+                raise InvalidRequestError(f"per_action_drop_rate has {part!r}; it must be action:rate") from None
+            _check_rate("per_action_drop_rate", rates[int(action)])
+        return rates
+
+    @property
+    def _by_action(self) -> bool:
+        return bool(self.action_priority and self.per_action_drop_rate)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(labels=True, line_id=frozenset(("actions",)) if self._by_action else frozenset())
+
+    def apply(self, samples: Samples) -> BoolArray:
+        positive = at(samples.labels, self.label_index, INVALID_LABEL) >= np.float32(self.threshold)
+        rates = np.full(len(samples), self.drop_rate)
+        if self._by_action:
+            ranks, actions = self._priorities.best(samples.rows("actions"))
+            counts = (ranks < len(self._priorities)) & (actions > 0)
+            for action, rate in self._rates.items():
+                rates[counts & (actions == action)] = rate
+        return positive | (samples.draws(self.seed) % np.uint64(1000) >= np.round(rates * 1000).astype(np.uint64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialStrategy(SampleOp):
+    """Keep samples by their special strategies, perhaps with another first label.
+
+    The first listed strategy that a sample has decides: without a rate the sample stays, else with that probability;
+    where it has a label, a sample that stays gets it as its first. A sample whose strategies are all unlisted goes.
+
+    Attributes:
+        strategy_list: Strategies in order of preference.
+        strategy_conf: "strategy:rate" or "strategy:rate:label" with commas between them, all of one form.
+        keep_empty_strategy: Whether samples without strategies stay.
+        seed: Of the draws.
+    """
+
+    strategy_list: Sequence[int]
+    strategy_conf: str = ""
+    keep_empty_strategy: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strategy_list", tuple(map(int, self.strategy_list)))
+        _ = self._conf
+
+    @cached_property
+    def _conf(self) -> Mapping[int, tuple[float, float | None]]:
+        conf: dict[int, tuple[float, float | None]] = {}
+        widths = set()
+        for part in _parts(self.strategy_conf):
+            strategy, *rest = part.split(":")
+            try:
+                numbers = [float(each) for each in rest]
+                key = int(strategy)
+            except ValueError:
+                numbers, key = [], 0
+            if len(numbers) not in (1, 2):
+                raise InvalidRequestError(
+                    f"strategy_conf has {part!r}; it must be strategy:rate or strategy:rate:label"
+                )
+            _check_rate("strategy_conf", numbers[0])
+            widths.add(len(numbers))
+            conf[key] = (numbers[0], numbers[1] if len(numbers) == 2 else None)
+        if len(widths) > 1:
+            raise InvalidRequestError(f"strategy_conf is {self.strategy_conf!r}; either all parts have a label or none")
+        return conf
+
+    @property
+    def needs(self) -> Needs:
+        labels = any(label is not None for _, label in self._conf.values())
+        return Needs(labels=labels, line_id=frozenset(("special_strategies",)))
+
+    def apply(self, samples: Samples) -> BoolArray:
+        rows = samples.rows("special_strategies")
+        priorities = Priorities(self.strategy_list)
+        ranks, strategies = priorities.best(rows)
+        listed = ranks < len(priorities)
+        rates = np.ones(len(samples))
+        for strategy, (rate, _) in self._conf.items():
+            rates[strategies == strategy] = rate
+        keep = np.where(rows.lengths == 0, self.keep_empty_strategy, listed & (samples.uniform(self.seed) < rates))
+        for strategy, (_, label) in self._conf.items():
+            chosen = keep & listed & (strategies == strategy)
+            if label is not None and chosen.any():
+                labels = np.full(len(samples), label, np.float32)
+                samples.labels = with_first(samples.labels, labels, chosen)
+        return keep
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _check_rate(name: str, rate: float) -> None:
+    if not 0.0 <= rate <= 1.0:
+        raise InvalidRequestError(f"{name} has {rate}; a rate is within [0, 1]")
