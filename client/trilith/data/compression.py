@@ -273,15 +273,15 @@ class Sink(Protocol):
     def write(self, data: Any) -> object:
         """Take some bytes."""
 
-    def close(self) -> None:
-        """Write what is pending and close the file."""
+    def finish(self) -> None:
+        """Write what is pending; the file stays open."""
 
 
 def compressing(file: IO[bytes], compression: Compression) -> Sink:
-    """A sink that compresses into `file` and closes it at the end."""
+    """A sink that compresses into `file`."""
     match compression:
         case Compression.NONE:
-            return file
+            return _PlainSink(file)
         case Compression.SNAPPY:
             return _SnappySink(file)
         case Compression.ZSTD:
@@ -290,19 +290,28 @@ def compressing(file: IO[bytes], compression: Compression) -> Sink:
             return _DeflateSink(file, compression)
 
 
-class _SnappySink:
+class _PlainSink:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+
+    def write(self, data: Any) -> None:
+        self._file.write(data)
+
+    def finish(self) -> None:
+        pass
+
+
+class _SnappySink(_PlainSink):
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
         self._pending = bytearray()
 
     def write(self, data: Any) -> None:
         self._pending += data
-        whole = len(self._pending) - len(self._pending) % _SNAPPY_BLOCK
-        self._compress(whole)
+        self._compress(len(self._pending) - len(self._pending) % _SNAPPY_BLOCK)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         self._compress(len(self._pending))
-        self._file.close()
 
     def _compress(self, size: int) -> None:
         with memoryview(self._pending) as pending:
@@ -313,30 +322,41 @@ class _SnappySink:
         del self._pending[:size]
 
 
-class _DeflateSink:
+class _DeflateSink(_PlainSink):
     def __init__(self, file: IO[bytes], compression: Compression) -> None:
-        self._file = file
+        super().__init__(file)
         self._deflate = zlib.compressobj(wbits=31 if compression is Compression.GZIP else 15)
 
     def write(self, data: Any) -> None:
         self._file.write(self._deflate.compress(data))
 
-    def close(self) -> None:
+    def finish(self) -> None:
         self._file.write(self._deflate.flush())
-        self._file.close()
 
 
-class _ZstdSink:
+class _ZstdSink(_PlainSink):
     def __init__(self, file: IO[bytes]) -> None:
         import pyarrow as pa
 
-        self._file = file
-        self._stream = pa.CompressedOutputStream(pa.PythonFile(file, mode="w"), "zstd")
+        super().__init__(file)
+        # The compressor closes what it writes to, and this file is to stay open.
+        self._stream = pa.CompressedOutputStream(pa.PythonFile(_Unclosed(file), mode="w"), "zstd")
 
     def write(self, data: Any) -> None:
         self._stream.write(data)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         self._stream.close()
-        if not self._file.closed:
-            self._file.close()
+
+
+class _Unclosed:
+    """A file whose closing is somebody else's business."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.write = file.write
+        self.flush = file.flush
+
+    def close(self) -> None:
+        self.closed = True
