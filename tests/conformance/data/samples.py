@@ -472,7 +472,7 @@ def check_instance_reweight(content: list[Any], folder: Path) -> Found:
 
 
 def transform(expression: str) -> transforms.Transform:
-    made = eval(expression, {"__builtins__": {}}, TRANSFORMS)  # noqa: S307 - an expression of the vectors
+    made = eval(expression, {"__builtins__": {}}, TRANSFORMS)
     assert isinstance(made, transforms.Transform)
     return made
 

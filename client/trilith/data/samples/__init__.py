@@ -4,6 +4,7 @@ An op is called with records and returns records; a chain of them runs through `
 record once. `op.on(message)` is the same for one message.
 """
 
+from trilith.data.samples.chance import NegativeSample, SpecialStrategy
 from trilith.data.samples.chunk import Needs, SampleOp, Samples, apply_ops
 from trilith.data.samples.fid_ops import (
     FeatureHash,
@@ -19,17 +20,14 @@ from trilith.data.samples.filters import (
     FilterByFids,
     FilterByLabel,
     FilterByValue,
-    NegativeSample,
-    SpecialStrategy,
 )
+from trilith.data.samples.heads import MultiLabelGen, ScatterLabel
 from trilith.data.samples.labels import (
     AddAction,
     AddLabel,
     FillMultiRankOutput,
     LabelNormalization,
     LabelUpperBound,
-    MultiLabelGen,
-    ScatterLabel,
     UseFieldAsLabel,
 )
 from trilith.data.samples.relations import Relation, relate
