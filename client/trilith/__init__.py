@@ -12,16 +12,16 @@ from trilith.connect import connect
 from trilith.errors import TrilithError
 
 if TYPE_CHECKING:
-    from trilith import tables
+    from trilith import data, tables
     from trilith.client import Client, Table
 
-__all__ = ["Client", "Table", "TrilithError", "connect", "tables"]  # and `nn`, where torch is installed
+__all__ = ["Client", "Table", "TrilithError", "connect", "data", "tables"]  # and `nn`, where torch is installed
 
 _LAZY = {"Client": "trilith.client", "Table": "trilith.client"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("nn", "tables"):
+    if name in ("data", "nn", "tables"):
         return importlib.import_module(f"trilith.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,434 @@
+"""Dataset: a pipeline from files to batches, built by chaining, iterated any number of times."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+
+from trilith.data.nodes import (
+    Apply,
+    Batch,
+    Context,
+    Held,
+    Kept,
+    Merge,
+    Node,
+    Ops,
+    Prefetch,
+    Read,
+    Repeat,
+    Shuffle,
+    Span,
+    Stride,
+    open_nodes,
+)
+from trilith.data.positions import pack_state, unpack_state
+from trilith.data.queue import FileDealer, SharedFiles
+from trilith.data.readers import Losses, OnError, open_records
+from trilith.data.records import Kind, Records
+from trilith.data.samples.chunk import SampleOp
+from trilith.data.sources import Memory
+from trilith.data.stages import Stage
+from trilith.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from trilith.client import Client
+
+__all__ = ["Dataset", "DatasetIterator", "from_records", "read"]
+
+RecordsFunction: TypeAlias = Callable[[Records], Any]
+
+
+class Dataset:
+    """A description of a pipeline; immutable, so every method returns another dataset.
+
+    Records flow in chunks through filters and sample ops, which see a whole chunk at once. A parser is attached with
+    `parse` and runs once per batch, after shuffling and batching. Iterating gives the payload of each record (bytes)
+    before `batch`; behind it, `Records`, or what the parser makes of them.
+    """
+
+    def __init__(self, nodes: tuple[Node, ...], *, deferred: tuple[RecordsFunction, ...] = (), batched: bool = False):
+        """Use `read`, `from_records` or another source."""
+        self._nodes = nodes
+        self._deferred = deferred
+        self._batched = batched
+
+    def _then(self, node: Node) -> Dataset:
+        return Dataset((*self._nodes, node), deferred=self._deferred, batched=self._batched)
+
+    def _records_only(self, what: str) -> None:
+        if self._batched:
+            raise InvalidRequestError(f"{what} works on records: put it before batch")
+
+    # ---- what happens to records -------------------------------------------------------------------------------------
+
+    def filter(self, keep: Any) -> Dataset:
+        """Keep some of the records.
+
+        Args:
+            keep: A sample op or transform of `trilith.data`, or a function of a chunk of `Records` that returns a
+                bool[n] of those to keep.
+        """
+        self._records_only("filter")
+        if isinstance(keep, SampleOp):
+            return self.apply(keep)
+        return self._then(Apply(Kept(keep)))
+
+    def apply(self, function: Any) -> Dataset:
+        """Change, drop or repeat records.
+
+        Args:
+            function: A sample op, a transform, or a function from a chunk of `Records` to another one that depends on
+                the chunk alone.
+        """
+        self._records_only("apply")
+        if not callable(function):
+            raise InvalidRequestError(f"{function!r} is neither a sample op nor a function of Records")
+        last = self._nodes[-1]
+        if isinstance(function, SampleOp):
+            if isinstance(last, Ops):  # columns are read once for a chain of ops
+                nodes = (*self._nodes[:-1], Ops((*last.ops, function)))
+                return Dataset(nodes, deferred=self._deferred)
+            return self._then(Ops((function,)))
+        return self._then(Apply(function))
+
+    def transform(self, transform: Any) -> Dataset:
+        """Run a transform (`trilith.data.transforms`); records it rejects are dropped."""
+        return self.apply(transform)
+
+    def reweight(self, action_priority: str, reweight: str) -> Dataset:
+        """Repeat records by the weights of their actions; see `trilith.data.reweight`."""
+        from trilith.data.reweight import InstanceReweight
+
+        return self.apply(InstanceReweight(action_priority, reweight))
+
+    def negatives(self, config: Any = None, *, seed: int = 0, pool: Any = None, **options: Any) -> Dataset:
+        """Add sampled negatives in front of each positive; see `trilith.data.negatives.NegativeConfig`.
+
+        Args:
+            config: What to generate; or its attributes by keyword.
+            seed: Decides what is drawn.
+            pool: An `ItemPool` to use and to fill; one of its own for each iterator if None.
+            **options: Of the config.
+        """
+        from trilith.data.negatives import NegativeConfig, NegativesNode
+
+        self._records_only("negatives")
+        return self._then(NegativesNode(config or NegativeConfig(**options), seed, pool))
+
+    def convert(self, kind: Kind | str) -> Dataset:
+        """Make every record one of another kind; an ExampleBatch becomes as many as it has rows."""
+        wanted = Kind(kind)
+
+        def converted(records: Records) -> Records:
+            from trilith.data.convert import convert
+
+            return convert(records, wanted)
+
+        return self.apply(converted)
+
+    def shuffle(self, buffer_size: int, *, seed: int = 0) -> Dataset:
+        """Give records in a random order.
+
+        Args:
+            buffer_size: Records among which each next one is drawn.
+            seed: Decides the order, with the epoch.
+        """
+        self._records_only("shuffle")
+        _at_least("buffer_size", buffer_size, 1)
+        return self._then(Shuffle(buffer_size, seed))
+
+    # ---- shares and spans --------------------------------------------------------------------------------------------
+
+    def shard(self, index: int, count: int, *, by: Literal["files", "records"] = "files") -> Dataset:
+        """Take the share of one of several workers: every `count`-th file, or record, from the `index`-th on."""
+        if not 0 <= index < count:
+            raise InvalidRequestError(f"shard {index} of {count}: the index must be in 0..{count - 1}")
+        if by == "records":
+            self._records_only("shard by records")
+            return self._then(Stride(index, count))
+        source = self._nodes[0]
+        if not isinstance(source, Read) or by != "files":
+            raise InvalidRequestError(f"shard by={by!r}: 'records', or 'files' where files are read")
+        return self._with_source(dataclasses.replace(source, shares=(*source.shares, (index, count))))
+
+    def share(self, client: Client, name: str, *, worker: str = "", lease_s: float = 60.0) -> Dataset:
+        """Take files from a queue on PS 0, so that each goes to one of the workers that share it.
+
+        A worker that dies loses its lease, and its file is read by another one.
+
+        Args:
+            client: An open `trilith.Client`.
+            name: Of the queue; all workers that share it read the same patterns.
+            worker: A name of its own that this worker keeps when it is started again; random if empty.
+            lease_s: Seconds until the file of a silent worker is handed out again.
+        """
+        source = self._nodes[0]
+        if not isinstance(source, Read):
+            raise InvalidRequestError("share works where files are read")
+        patterns = source.patterns
+
+        def deal(epoch: int) -> FileDealer:
+            return SharedFiles(client, f"{name}/{epoch}", patterns, worker=worker, lease_s=lease_s)
+
+        return self._with_source(dataclasses.replace(source, deal=deal))
+
+    def _with_source(self, source: Node) -> Dataset:
+        return Dataset((source, *self._nodes[1:]), deferred=self._deferred, batched=self._batched)
+
+    def take(self, count: int) -> Dataset:
+        """The first `count` records, or behind `batch` batches."""
+        _at_least("count", count, 0)
+        return self._then(Span(0, count, not self._batched))
+
+    def skip(self, count: int) -> Dataset:
+        """What comes behind the first `count` records, or behind `batch` batches."""
+        _at_least("count", count, 0)
+        return self._then(Span(count, None, not self._batched))
+
+    def repeat(self, epochs: int | None = None) -> Dataset:
+        """All of it several times, without end if `epochs` is None; each time shuffled anew."""
+        if epochs is not None:
+            _at_least("epochs", epochs, 0)
+        return self._then(Repeat(epochs))
+
+    def merge(self, *others: Dataset, block_length: int = 1) -> Dataset:
+        """The records of this and other datasets in turns, `block_length` of each."""
+        for each in (self, *others):
+            each._records_only("merge")
+        return Dataset((Merge(tuple(each._nodes for each in (self, *others)), block_length),), deferred=self._deferred)
+
+    # ---- batches -----------------------------------------------------------------------------------------------------
+
+    def parse(self, spec: Any) -> Dataset:
+        """Make arrays of records, once per batch.
+
+        Args:
+            spec: A feature spec of `trilith.data`, or any function of `Records`.
+        """
+        function = getattr(spec, "parse", spec)
+        if not callable(function):
+            raise InvalidRequestError(f"{spec!r} is neither a feature spec nor a function of Records")
+        return self.map(function)
+
+    def map(self, function: Callable[[Any], Any]) -> Dataset:
+        """Run a function on every batch, or on what the parser made of it. It must depend on its argument alone."""
+        if self._batched:
+            return self._then(Apply(function))
+        return Dataset(self._nodes, deferred=(*self._deferred, function))
+
+    def batch(self, size: int, *, drop_remainder: bool = False) -> Dataset:
+        """Make batches of `size` records; the last may be smaller, or is dropped."""
+        self._records_only("batch")
+        _at_least("size", size, 1)
+        nodes = (*self._nodes, Batch(size, drop_remainder), *map(Apply, self._deferred))
+        return Dataset(nodes, batched=True)
+
+    def prefetch(self, depth: int = 2, *, threads: int = 1) -> Dataset:
+        """Make elements ahead, on threads of their own.
+
+        Args:
+            depth: Elements (batches, or chunks of records) that may wait for the consumer; bounds the memory used.
+            threads: How many; functions before it run on all of them, results stay in order.
+        """
+        _at_least("depth", depth, 1)
+        _at_least("threads", threads, 1)
+        return self._then(Prefetch(depth, threads))
+
+    def stage(self, node: Node) -> Dataset:
+        """Add a step of one's own."""
+        return self._then(node)
+
+    # ---- iterating ---------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> DatasetIterator:
+        """A new iterator, of epoch 0."""
+        return self.iterate()
+
+    def iterate(self, *, epoch: int = 0, state: Mapping[str, Any] | None = None) -> DatasetIterator:
+        """A new iterator.
+
+        Args:
+            epoch: Decides, with the seeds, the order and what is drawn.
+            state: Where to go on: what `DatasetIterator.state_dict` of an iterator of this dataset gave.
+        """
+        ready = self if self._batched or not self._deferred else self.batch(1)
+        iterator = DatasetIterator(ready._nodes, epoch, payloads=not ready._batched)
+        if state is not None:
+            iterator.load_state_dict(state)
+        return iterator
+
+    def chunks(self, *, epoch: int = 0) -> DatasetIterator:
+        """A new iterator whose elements are chunks of `Records`, as they flow."""
+        self._records_only("chunks")
+        return DatasetIterator(self._nodes, epoch, payloads=False)
+
+    def torch(self, *, epoch: int = 0) -> Any:
+        """An `IterableDataset` for a torch DataLoader (with `batch_size=None`); its workers share the data.
+
+        Workers take every n-th file, or record if there are fewer files than workers.
+        """
+        from torch.utils.data import IterableDataset
+
+        dataset = self
+
+        class Iterable(IterableDataset):  # type: ignore[type-arg]
+            def __iter__(self) -> Iterator[Any]:
+                return dataset.iterate(epoch=epoch)
+
+        return Iterable()
+
+
+class DatasetIterator:
+    """One pass over a dataset. A context manager; abandoning it also ends its threads."""
+
+    def __init__(self, nodes: tuple[Node, ...], epoch: int, *, payloads: bool) -> None:
+        """Use `Dataset.iterate`."""
+        self._mark = zlib.crc32("|".join(node.mark for node in nodes if node.mark).encode())
+        self._epoch = epoch
+        self._payloads = payloads
+        self._losses = Losses()
+        self._nodes = nodes
+        self._stage = self._open()
+        self._begun = False
+        self._chunk: Records | None = None
+        self._at = 0
+
+    def _open(self) -> Stage:
+        stage = open_nodes(self._nodes, Context(epoch=self._epoch, worker=_torch_worker(), losses=self._losses))
+        weakref.finalize(self, stage.close)
+        return stage
+
+    @property
+    def losses(self) -> Losses:
+        """What was skipped as damaged so far."""
+        return self._losses
+
+    def __iter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __next__(self) -> Any:
+        """The next payload, batch, or whatever the last function makes."""
+        self._begun = True
+        if not self._payloads:
+            return next(self._stage)
+        while self._chunk is None or self._at == len(self._chunk):
+            self._chunk, self._at = next(self._stage), 0
+        self._at += 1
+        return self._chunk.payload(self._at - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is behind the last element given out: None, numbers, strings, bytes, lists and dicts.
+
+        It holds what shuffle buffers and the like hold. `trilith.data.to_json` makes a line of text of it.
+        """
+        rest = None
+        if self._chunk is not None and self._at < len(self._chunk):
+            rest = self._chunk.take(slice(self._at, None))
+        return {
+            "version": 1,
+            "pipeline": self._mark,
+            "epoch": self._epoch,
+            "rest": pack_state(rest),
+            "stage": pack_state(self._stage.state()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go where another iterator of the same dataset was."""
+        if self._begun:
+            raise InvalidRequestError("this iterator has begun; load the position into a new one")
+        if state.get("version") != 1:
+            raise InvalidRequestError(f"a position of version {state.get('version')!r}; this program reads version 1")
+        if state["pipeline"] != self._mark:
+            raise InvalidRequestError("the position is of an iterator of another pipeline")
+        if state["epoch"] != self._epoch:
+            self._stage.close()
+            self._epoch = state["epoch"]
+            self._stage = self._open()
+        self._chunk, self._at = unpack_state(state["rest"]), 0
+        self._stage.restore(unpack_state(state["stage"]))
+
+    def close(self) -> None:
+        """Let go of files and threads; there will be no more elements."""
+        self._begun = True
+        self._chunk = None
+        self._stage.close()
+        self._stage = Memory(Records.of([], Kind.PLAINTEXT))
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+def read(
+    files: str | Sequence[str],
+    *,
+    cycle_length: int = 1,
+    block_length: int = 1,
+    exclude: Callable[[str], bool] | None = None,
+    on_error: OnError = "raise",
+    **options: Any,
+) -> Dataset:
+    """A dataset of the records of files, in the order of their sorted names.
+
+    Args:
+        files: A path or glob, or several, on disk or at any URL that fsspec knows; the empty string is standard input.
+        cycle_length: Files read at a time, in turns.
+        block_length: Records of one file before it is the next one's turn.
+        exclude: Says of a file name whether to leave it out.
+        on_error: "raise" at damaged records, or "skip" them, counted in `DatasetIterator.losses`.
+        **options: What the files are, as for `open_records`: kind, format, framing, compression, columns, ...
+    """
+    _at_least("cycle_length", cycle_length, 1)
+    _at_least("block_length", block_length, 1)
+    known = (open_records.__kwdefaults__ or {}).keys() - {"start", "on_error"}
+    if unknown := options.keys() - known:
+        raise InvalidRequestError(f"unknown options {sorted(unknown)}; there are {sorted(known)}")
+    patterns = (files,) if isinstance(files, str) else tuple(files)
+    return Dataset(
+        (
+            Read(
+                patterns=patterns,
+                options=options,
+                cycle_length=cycle_length,
+                block_length=block_length,
+                exclude=exclude,
+                on_error=on_error,
+            ),
+        )
+    )
+
+
+def from_records(records: Records | Sequence[bytes], kind: Kind | str = Kind.INSTANCE) -> Dataset:
+    """A dataset of records in memory: `Records`, or payloads of the given kind."""
+    return Dataset((Held(records if isinstance(records, Records) else Records.of(records, kind)),))
+
+
+def _torch_worker() -> tuple[int, int]:
+    """This process's index among the workers of a torch DataLoader, and their number; (0, 1) outside of one."""
+    if "torch" not in sys.modules:
+        return 0, 1
+    from torch.utils.data import get_worker_info
+
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise InvalidRequestError(f"{name}={value} is below {least}")

@@ -1,0 +1,305 @@
+"""The steps of a dataset's description; each makes its stage when an iterator is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from trilith.data.files import match_files, shard_files
+from trilith.data.prefetch import Helpers, Overlapping, Prefetching
+from trilith.data.queue import FileDealer
+from trilith.data.readers import Losses, OnError, Position, RecordReader, open_records
+from trilith.data.records import Records
+from trilith.data.samples.chunk import SampleOp, apply_ops
+from trilith.data.shuffle import Shuffling
+from trilith.data.sources import ListedFiles, Memory, Merging, Reading
+from trilith.data.stages import Batching, Repeating, Replayed, Skipping, Stage, Stepping, Striding, Taking
+from trilith.errors import InvalidRequestError
+
+__all__ = [
+    "Apply",
+    "Batch",
+    "Context",
+    "Held",
+    "Kept",
+    "Merge",
+    "Node",
+    "Ops",
+    "Prefetch",
+    "Read",
+    "Repeat",
+    "Shuffle",
+    "Span",
+    "Stride",
+    "mapped",
+    "open_nodes",
+]
+
+_EPOCH_SEEDS = 0x9E3779B97F4A7C15  # far apart, so that no epoch repeats another seed's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What an iterator hands down to its stages when they are made.
+
+    Attributes:
+        epoch: Which pass over the data.
+        worker: This process's index among those that share an iterator's data, and how many there are.
+        helpers: Threads for functions; None runs them where they are asked for.
+        losses: Adds up what readers skip.
+    """
+
+    epoch: int = 0
+    worker: tuple[int, int] = (0, 1)
+    helpers: Helpers | None = None
+    losses: Losses = field(default_factory=Losses)
+
+
+class Node:
+    """One step of a pipeline's description: makes its stage behind the one before it."""
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """Make the stage.
+
+        Args:
+            upstream: Makes the stage in front of this one.
+            context: Of this one.
+        """
+        raise NotImplementedError
+
+    @property
+    def mark(self) -> str:
+        """What a saved position must agree with; empty if this step has no part in one."""
+        return type(self).__name__
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read(Node):
+    """Records of files."""
+
+    patterns: tuple[str, ...]
+    options: Mapping[str, Any]
+    cycle_length: int
+    block_length: int
+    exclude: Callable[[str], bool] | None
+    on_error: OnError
+    shares: tuple[tuple[int, int], ...] = ()
+    deal: Callable[[int], FileDealer] | None = None
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`."""
+        index, count = context.worker
+        dealer: FileDealer
+        if self.deal is not None:
+            dealer, stride = self.deal(context.epoch), False
+        else:
+            names = list(self.patterns) if self.patterns == ("",) else match_files(self.patterns, exclude=self.exclude)
+            for share in self.shares:
+                names = shard_files(names, *share)
+            stride = len(names) < count
+            dealer = ListedFiles(names if stride else shard_files(names, index, count))
+
+        def opener(name: str, start: Position) -> RecordReader:
+            return open_records(name, start=start, on_error=self.on_error, **self.options)
+
+        stage = Reading(dealer, opener, context.losses, cycle_length=self.cycle_length, block_length=self.block_length)
+        return Striding(stage, index, count) if stride else stage
+
+
+@dataclass(frozen=True, slots=True)
+class Held(Node):
+    """Records in memory."""
+
+    records: Records
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`."""
+        stage = Memory(self.records)
+        return Striding(stage, *context.worker) if context.worker[1] > 1 else stage
+
+
+@dataclass(frozen=True, slots=True)
+class Merge(Node):
+    """Records of several pipelines in turns."""
+
+    pipelines: tuple[tuple[Node, ...], ...]
+    block_length: int
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`."""
+        return Merging([open_nodes(each, context) for each in self.pipelines], self.block_length)
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def open_nodes(nodes: tuple[Node, ...], context: Context) -> Stage:
+    """Make the stages of a pipeline; the last one."""
+    return nodes[-1].open(lambda changed: open_nodes(nodes[:-1], changed), context)
+
+
+def mapped(upstream: Stage, function: Callable[[Any], Any], context: Context) -> Stage:
+    """A stage that runs a function, on helping threads where there are any."""
+    if context.helpers is None or context.helpers.count == 0:
+        return Stepping(upstream, function)
+    return Overlapping(upstream, function, context.helpers)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A filter by a function: the records where it is true."""
+
+    keep: Callable[[Records], Any]
+
+    def __call__(self, records: Records) -> Records:
+        """The records that stay."""
+        kept = self.keep(records)
+        if isinstance(kept, Records):
+            return kept
+        mask = np.asarray(kept)
+        if mask.dtype != np.bool_ or mask.shape != (len(records),):
+            raise InvalidRequestError(
+                f"a filter gave {mask.dtype}{list(mask.shape)}; bool[{len(records)}] is needed for as many records"
+            )
+        return records if mask.all() else records.take(mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Apply(Node):
+    """A function of each element."""
+
+    function: Callable[[Any], Any]
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`."""
+        return mapped(upstream(context), self.function, context)
+
+
+@dataclass(frozen=True, slots=True)
+class Ops(Node):
+    """Sample ops in a row, which read their columns once."""
+
+    ops: tuple[SampleOp, ...]
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`."""
+        return mapped(upstream(context), lambda records: apply_ops(self.ops, records), context)
+
+
+@dataclass(frozen=True, slots=True)
+class Shuffle(Node):
+    """Records in a random order."""
+
+    size: int
+    seed: int
+
+    @property
+    def mark(self) -> str:
+        """See `Node`."""
+        return repr(self)
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`."""
+        seed = self.seed + _EPOCH_SEEDS * context.epoch
+        return Replayed(Shuffling(upstream(context), self.size, seed), every=max(self.size, 4096))
+
+
+@dataclass(frozen=True, slots=True)
+class Stride(Node):
+    """Every n-th record."""
+
+    index: int
+    count: int
+
+    @property
+    def mark(self) -> str:
+        """See `Node`."""
+        return repr(self)
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`."""
+        return Striding(upstream(context), self.index, self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class Span(Node):
+    """All but the first elements, or only the first."""
+
+    skipped: int
+    limit: int | None
+    records: bool
+
+    @property
+    def mark(self) -> str:
+        """See `Node`."""
+        return repr(self)
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`."""
+        stage = upstream(context)
+        if self.limit is None:
+            return Skipping(stage, self.skipped, records=self.records)
+        return Taking(stage, self.limit, records=self.records)
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat(Node):
+    """All before it, again and again."""
+
+    epochs: int | None
+
+    @property
+    def mark(self) -> str:
+        """See `Node`."""
+        return repr(self)
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`."""
+        first = context.epoch
+
+        def make(epoch: int) -> Stage:
+            return upstream(dataclasses.replace(context, epoch=first + epoch))
+
+        return Repeating(make, self.epochs)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Node):
+    """Chunks into batches."""
+
+    size: int
+    drop_remainder: bool
+
+    @property
+    def mark(self) -> str:
+        """See `Node`."""
+        return repr(self)
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`."""
+        return Batching(upstream(context), self.size, drop_remainder=self.drop_remainder)
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetch(Node):
+    """What is before it, on threads of its own."""
+
+    depth: int
+    threads: int
+
+    @property
+    def mark(self) -> str:
+        """See `Node`: with other threads or none, a position means the same."""
+        return ""
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`."""
+        helpers = Helpers(self.threads - 1)
+        return Prefetching(upstream(dataclasses.replace(context, helpers=helpers)), helpers, self.depth)

@@ -1,0 +1,335 @@
+"""Pipelines: what they give, in which order, from any position, on any number of threads."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import trilith.data
+from trilith.data.dataset import from_records, read
+from trilith.data.positions import from_json, to_json
+from trilith.data.records import Kind, Records
+from trilith.errors import DataError, InvalidRequestError
+
+
+def write(path, numbers, pad=0):
+    """A file of records "0", "1", ... as plain text, framed by their length."""
+    with path.open("wb") as out:
+        for number in numbers:
+            payload = str(number).encode() + b" " * pad
+            out.write(len(payload).to_bytes(8, "little") + payload)
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Five files of 10, 20, ... 50 records; record r of file f is 100 f + r."""
+    for index in range(5):
+        write(tmp_path / f"part-{index}", range(100 * index, 100 * index + 10 * (index + 1)))
+    return str(tmp_path / "part-*")
+
+
+def ints(elements):
+    return [int(element) for element in elements]
+
+
+def batches(dataset):
+    return [ints(records.payloads()) for records in dataset]
+
+
+def numbers_of(records):
+    """int64[n]: what the payloads say."""
+    return np.array(ints(records.payloads()))
+
+
+def even(records):
+    return numbers_of(records) % 2 == 0
+
+
+ALL = [100 * f + r for f in range(5) for r in range(10 * (f + 1))]
+
+
+def small(pattern, **options):
+    """Chunks of very few records, so that every boundary is met."""
+    return read(pattern, kind="plaintext", block_bytes=40, **options)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_read_in_the_order_of_their_names(files):
+    assert ints(small(files)) == ALL
+    assert ints(small(files).chunks().__next__().payloads()) == ALL[: len(next(small(files).chunks()))]
+
+
+def test_files_are_read_in_turns(files):
+    found = ints(small(files, cycle_length=2, block_length=3))
+    assert sorted(found) == ALL
+    assert found[:9] == [0, 1, 2, 100, 101, 102, 3, 4, 5]
+    # The third file takes the place of the first, when that has ended.
+    assert found[18:26] == [9, 109, 110, 111, 200, 201, 202, 112]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_by_file_and_by_record_are_a_partition(files, count):
+    for by in ("files", "records"):
+        shares = (
+            [ints(small(files).shard(index, count, by=by)) for index in range(count)]
+            if by == "records" or (count <= 5)
+            else []
+        )
+        if shares:
+            assert sorted(itertools.chain(*shares)) == ALL
+    if count <= 5:
+        assert ints(small(files).shard(1 % count, count))[:3] == ints(small(files).shard(1 % count, count).take(3))
+
+
+def test_what_matches_nothing_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"no file matches .*nothing"):
+        list(read(str(tmp_path / "nothing*")))
+
+
+def test_a_damaged_file_is_an_error_that_names_it_or_is_counted(tmp_path):
+    path = write(tmp_path / "cut", range(10))
+    with open(path, "r+b") as file:
+        file.truncate(60)
+    good = write(tmp_path / "cut2", range(10, 12))
+    found = []
+    with pytest.raises(DataError, match=r"cut: record 6, byte 54"):
+        found.extend(small([path, good]).prefetch(2))
+    iterator = iter(small([path, good], on_error="skip").batch(4).prefetch(2, threads=2))
+    assert [ints(each.payloads()) for each in iterator] == [[0, 1, 2, 3], [4, 5, 10, 11]]
+    assert iterator.losses.records == 1
+    assert "cut: record 6" in iterator.losses.messages[0]
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_filters_see_chunks_and_batches_are_full(files):
+    found = batches(small(files).filter(even).batch(16))
+    assert list(itertools.chain(*found)) == [number for number in ALL if number % 2 == 0]
+    assert [len(batch) for batch in found] == [16, 16, 16, 16, 11]
+    assert [len(batch) for batch in batches(small(files).filter(even).batch(16, drop_remainder=True))] == [16] * 4
+
+
+def test_a_filter_of_the_wrong_shape_is_refused(files):
+    with pytest.raises(InvalidRequestError, match=r"a filter gave int64\[1\]"):
+        list(small(files).filter(lambda records: np.zeros(1, np.int64)))
+
+
+def test_the_parser_runs_once_per_batch_wherever_it_is_named(files):
+    calls = []
+
+    def parse(records):
+        calls.append(len(records))
+        return {"x": numbers_of(records)}
+
+    for dataset in (
+        small(files).parse(parse).shuffle(8, seed=1).batch(32),
+        small(files).shuffle(8, seed=1).batch(32).parse(parse),
+    ):
+        calls.clear()
+        found = [batch["x"] for batch in dataset]
+        assert calls == [32] * 4 + [22]
+        assert sorted(np.concatenate(found)) == ALL
+    assert [element["x"].tolist() for element in small(files).parse(parse).take(2)] == [[0], [1]]
+
+
+def test_shuffling_depends_on_seed_and_epoch_only(files):
+    dataset = small(files).shuffle(20, seed=3)
+    first = ints(dataset)
+    assert sorted(first) == ALL
+    assert first != ALL
+    assert max(abs(place - first.index(number)) for place, number in enumerate(ALL[:30])) > 5
+    assert ints(dataset) == first
+    assert ints(read(files, kind="plaintext").shuffle(20, seed=3)) == first  # in chunks of any size
+    assert ints(dataset.iterate(epoch=1)) != first
+    assert ints(small(files).shuffle(20, seed=4)) != first
+    two = ints(dataset.repeat(2))
+    assert two == first + ints(dataset.iterate(epoch=1))
+
+
+def test_a_whole_shuffle_is_fair():
+    counts = np.zeros((4, 4))
+    for seed in range(600):
+        for place, number in enumerate(ints(from_records([b"0", b"1", b"2", b"3"]).shuffle(4, seed=seed))):
+            counts[place, number] += 1
+    assert (np.abs(counts - 150) < 60).all()
+
+
+def test_spans_count_records_before_batching_and_batches_behind_it(files):
+    assert ints(small(files).skip(5).take(7)) == ALL[5:12]
+    assert batches(small(files).batch(10).skip(1).take(2)) == [ALL[10:20], ALL[20:30]]
+    assert ints(small(files).take(0)) == []
+
+
+def test_repeating_nothing_without_end_ends():
+    assert list(from_records([]).repeat()) == []
+    assert len(ints(from_records([b"1"]).repeat(3))) == 3
+    assert ints(from_records([b"1", b"2"]).repeat().take(5)) == [1, 2, 1, 2, 1]
+
+
+def test_merging_takes_turns_until_all_have_ended():
+    left, right = from_records([b"1", b"2", b"3", b"4", b"5"]), from_records([b"10", b"20"])
+    assert ints(left.merge(right)) == [1, 10, 2, 20, 3, 4, 5]
+    assert ints(left.merge(right, block_length=2)) == [1, 2, 10, 20, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (lambda: from_records([]).batch(0), "size=0"),
+        (lambda: from_records([]).batch(2).shuffle(2), "before batch"),
+        (lambda: from_records([]).batch(2).filter(even), "before batch"),
+        (lambda: from_records([]).shuffle(0), "buffer_size=0"),
+        (lambda: from_records([]).prefetch(0), "depth=0"),
+        (lambda: from_records([]).shard(2, 2), "index must be in"),
+        (lambda: from_records([]).shard(0, 2), "where files are read"),
+        (lambda: from_records([]).parse(3), "neither a feature spec"),
+        (lambda: read("x", colour="red"), "unknown options"),
+    ],
+)
+def test_pipelines_that_make_no_sense_are_refused_when_they_are_built(wrong, match):
+    with pytest.raises(InvalidRequestError, match=match):
+        wrong()
+
+
+# ---- positions -------------------------------------------------------------------------------------------------------
+
+PIPELINES = {
+    "plain": small,
+    "turns": lambda files: small(files, cycle_length=3, block_length=2).filter(even),
+    "shuffled": lambda files: small(files).shuffle(30, seed=5).batch(7),
+    "repeated": lambda files: small(files).shuffle(16, seed=2).repeat(2).batch(9),
+    "threads": lambda files: small(files).filter(even).parse(numbers_of).shuffle(10).batch(4).prefetch(3, threads=3),
+    "twice prefetched": lambda files: small(files).prefetch(2).filter(even).batch(5).parse(numbers_of).prefetch(2),
+    "merged": lambda files: small(files).skip(3).merge(small(files).shuffle(9), block_length=4).take(100).batch(3),
+    "share": lambda files: small(files).shard(1, 3, by="records").batch(4).skip(2),
+}
+
+
+def plain(element):
+    if isinstance(element, Records):
+        return element.payloads()
+    return element.tolist() if isinstance(element, np.ndarray) else element
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_an_iterator_goes_on_from_every_position_exactly(files, name):
+    dataset = PIPELINES[name](files)
+    with dataset.iterate() as iterator:
+        states, whole = [iterator.state_dict()], []
+        for element in iterator:
+            whole.append(plain(element))
+            states.append(iterator.state_dict())
+    assert len(whole) > 5
+    for done in [*range(0, len(states), max(1, len(states) // 12)), len(states) - 1]:
+        with dataset.iterate(state=from_json(to_json(states[done]))) as again:
+            first = again.state_dict()
+            assert [plain(element) for element in again] == whole[done:]
+        with dataset.iterate(state=first) as again:
+            assert [plain(element) for element in again] == whole[done:]
+
+
+def test_a_position_of_another_pipeline_is_refused(files):
+    state = small(files).batch(3).iterate().state_dict()
+    with pytest.raises(InvalidRequestError, match="another pipeline"):
+        small(files).batch(4).iterate(state=state)
+    with pytest.raises(InvalidRequestError, match="another list of files"):
+        small(files.replace("*", "[12]")).batch(3).iterate(state=state)
+    iterator = small(files).batch(3).iterate()
+    next(iterator)
+    with pytest.raises(InvalidRequestError, match="has begun"):
+        iterator.load_state_dict(state)
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+def ours():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("trilith-")]
+
+
+def gone(deadline_s=20.0):
+    deadline = time.monotonic() + deadline_s
+    while ours() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return not ours()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_results_are_in_order_on_any_number_of_threads(files, threads):
+    dataset = small(files).filter(even).batch(4).parse(numbers_of)
+    want = [element.tolist() for element in dataset]
+    assert [element.tolist() for element in dataset.prefetch(3, threads=threads)] == want
+    assert gone()
+
+
+def test_no_more_is_made_ahead_than_was_asked_for(files):
+    made = []
+    iterator = iter(small(files).batch(1).map(lambda records: made.append(1)).prefetch(3))
+    next(iterator)
+    deadline = time.monotonic() + 10
+    while len(made) < 5 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    threading.Event().wait(0.05)
+    assert len(made) == 5  # one given out, three that wait, one in the hand of the thread
+    iterator.close()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_end_when_an_iterator_is_abandoned_or_closed(files, threads):
+    dataset = small(files).filter(even).batch(1).parse(numbers_of).prefetch(1, threads=threads)
+    iterator = iter(dataset)
+    next(iterator)
+    assert ours()
+    del iterator
+    gc.collect()
+    assert gone()
+    iterator = iter(dataset)
+    next(iterator)
+    iterator.close()
+    assert not ours()
+    assert list(iterator) == []
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_a_thread_raises_is_raised_where_the_element_was_due(files, threads):
+    def parse(records):
+        numbers = numbers_of(records)
+        if 115 in numbers:
+            raise ZeroDivisionError("in the parser")
+        return numbers
+
+    iterator = iter(small(files).batch(4).parse(parse).prefetch(2, threads=threads))
+    found = []
+    with pytest.raises(ZeroDivisionError, match="in the parser"):
+        found.extend(number for element in iterator for number in element.tolist())
+    assert found == ALL[: ALL.index(115) // 4 * 4]
+    assert list(iterator) == []
+    assert gone()
+
+
+# ---- torch -----------------------------------------------------------------------------------------------------------
+
+
+def test_workers_of_a_torch_data_loader_share_the_files_or_the_records(files):
+    loader = pytest.importorskip("torch.utils.data").DataLoader
+    for pattern in (files, files.replace("*", "3")):
+        dataset = small(pattern).parse(numbers_of).batch(4)
+        found = [loader(dataset.torch(), batch_size=None, num_workers=workers) for workers in (0, 2)]
+        one, two = ([number for batch in each for number in batch.tolist()] for each in found)
+        assert sorted(two) == sorted(one)
+        assert two != one
+
+
+def test_the_package_says_what_it_offers():
+    for name in trilith.data.__all__:
+        assert getattr(trilith.data, name) is not None
+    assert Kind("instance") is trilith.data.Kind.INSTANCE
