@@ -25,6 +25,11 @@ class Sizes:
         small_ids: Ids of a small lookup.
         small_calls: Timed small calls per side.
         zipf_exponent: Of the skewed batches.
+        op_ids: Ids of the worker's map and reorder.
+        op_features: Vectors of its gather.
+        op_batch: Rows of its layouts.
+        op_vocabulary: Distinct ids of a layout's feature.
+        op_rounds: Timed rounds per side of its figures.
         train_rows: Distinct ids of the click model.
         train_features: Features of a sample, one id each.
         train_batch: Samples per step.
@@ -47,6 +52,11 @@ class Sizes:
     small_ids: int = 256
     small_calls: int = 2000
     zipf_exponent: float = 1.05
+    op_ids: int = 1_000_000
+    op_features: int = 100_000
+    op_batch: int = 4096
+    op_vocabulary: int = 100_000
+    op_rounds: int = 15
     train_rows: int = 1_000_000
     train_features: int = 26
     train_batch: int = 512
@@ -70,6 +80,11 @@ QUICK = Sizes(
     flights=4,
     flight_calls=2,
     small_calls=60,
+    op_ids=20_000,
+    op_features=2000,
+    op_batch=256,
+    op_vocabulary=2000,
+    op_rounds=3,
     train_rows=20_000,
     train_batches=40,
     train_seconds=2.0,

@@ -101,19 +101,6 @@ def engine_failures(vectors: list[dict[str, Any]], only: str = "") -> Iterator[t
             yield name, failures_of(vector)
 
 
-def _unbuilt(vectors: Any) -> Iterator[tuple[str, list[str]]]:
-    """Every vector of a part that does not exist yet, as a failure."""
-    if isinstance(vectors, dict):
-        groups = vectors.get("vectors", vectors)
-        for group, cases in groups.items():
-            names = enumerate(cases) if isinstance(cases, list) else ((key, None) for key in cases)
-            for name, _ in names:
-                yield f"{group}.{name}", ["this part is not built"]
-    else:
-        for number, vector in enumerate(vectors):
-            yield f"{vector.get('op', 'vector')}.{number}", ["this part is not built"]
-
-
 def run_file(part: str, path: Path, only: str = "") -> Iterator[tuple[str, list[str]]]:
     """Run the vectors of a file of "engine", "worker_ops" or "data" vectors whose names contain `only`."""
     vectors = json.loads(path.read_text())
@@ -123,4 +110,6 @@ def run_file(part: str, path: Path, only: str = "") -> Iterator[tuple[str, list[
         from tests.conformance.data import data_failures
 
         return data_failures(vectors["vectors"], path.parent, only)
-    return ((name, failures) for name, failures in _unbuilt(vectors) if only in name)
+    from tests.conformance.worker_ops import worker_failures
+
+    return worker_failures(vectors, only)

@@ -1,0 +1,499 @@
+"""The worker's primitive ops against their naive twins, and what they refuse; on arrays and on tensors."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import naive_ops
+from trilith.errors import InvalidRequestError
+from trilith.ops import (
+    embedding_map,
+    fused_gather,
+    packing,
+    ragged,
+    reduce,
+    reorder,
+    shared_buffer,
+    split,
+    threads,
+    torch_gather,
+    torch_packing,
+    torch_reduce,
+    torch_split,
+)
+from trilith.ops.unique import unique_first_occurrence
+
+SEEDS = st.integers(0, 2**32 - 1)
+DIMS = st.sampled_from([1, 2, 3, 4, 7, 16, 21, 35])
+NATIVE = pytest.mark.parametrize("native", [False, True], ids=["kernels", "torch"])
+
+
+def floats(rng, *shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def tensors(arrays):
+    return [torch.from_numpy(np.asarray(each)) for each in arrays]
+
+
+def leaf(array):
+    return torch.from_numpy(array.copy()).requires_grad_()
+
+
+# ---- split -----------------------------------------------------------------------------------------------------------
+
+
+@given(seed=SEEDS, n=st.integers(0, 60), splits=st.integers(1, 5), dim=DIMS, whole=st.booleans())
+def test_split_keeps_the_order_of_rows(seed, n, splits, dim, whole):
+    rng = np.random.default_rng(seed)
+    indices, rows = rng.integers(0, splits, n), rng.integers(-9, 9, (n, dim)) if whole else floats(rng, n, dim)
+    got = split.split_by_indices(indices, rows, splits)
+    want = naive_ops.split_by_indices(indices, rows, splits)
+    assert [len(each) for each in got] == [len(each) for each in want]
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_array_equal(ours, np.array(theirs, rows.dtype).reshape(-1, dim))
+        assert ours.dtype == rows.dtype
+
+
+@NATIVE
+@settings(max_examples=40)
+@given(seed=SEEDS, n=st.integers(0, 40), splits=st.integers(1, 4), dim=DIMS)
+def test_the_gradient_of_a_split_brings_rows_back(native, seed, n, splits, dim):
+    rng = np.random.default_rng(seed)
+    indices, rows = rng.integers(0, splits, n), floats(rng, n, dim)
+    pieces = split.split_by_indices(indices, rows, splits)
+    np.testing.assert_array_equal(split.split_by_indices_gradient(indices, pieces, splits), rows)
+    tensor = leaf(rows)
+    got = torch_split.split_by_indices(torch.from_numpy(indices), tensor, splits, native=native)
+    for ours, theirs in zip(got, pieces, strict=True):
+        np.testing.assert_array_equal(ours.detach(), theirs)
+    weights = floats(rng, n, dim)
+    sum(
+        (piece * weight).sum()
+        for piece, weight in zip(got, tensors(split.split_by_indices(indices, weights, splits)), strict=True)
+    ).backward()
+    np.testing.assert_array_equal(tensor.grad, weights)
+
+
+def test_no_rows_split_into_nothing_and_their_gradient_is_empty():
+    assert [each.shape for each in split.split_by_indices([], np.empty((0, 3), np.float32), 2)] == [(0, 3), (0, 3)]
+    assert split.split_by_indices_gradient([], [[], []], 2).shape == (0,)
+
+
+def test_a_ragged_split_keeps_all_rows_and_says_where_values_were():
+    values, positions = split.ragged_split_by_indices([0, 1, 0, 1], [4, 3, 2, 1], [0, 0, 3, 4], 2)
+    assert [each.values.tolist() for each in values] == [[4, 2], [3, 1]]
+    assert [each.row_splits.tolist() for each in values] == [[0, 0, 2, 2], [0, 0, 1, 2]]
+    assert [each.values.tolist() for each in positions] == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("bad", [-1, 2, 2**40])
+@NATIVE
+def test_a_split_refuses_an_index_outside(bad, native):
+    for call in (
+        lambda: split.split_by_indices([0, bad], np.zeros(2, np.float32), 2),
+        lambda: split.split_by_indices_gradient([0, bad], [[1.0], [2.0]], 2),
+        lambda: split.ragged_split_by_indices([0, bad], [1, 2], [0, 2], 2),
+        lambda: torch_split.split_by_indices(torch.tensor([0, bad]), torch.zeros(2), 2, native=native),
+    ):
+        with pytest.raises(InvalidRequestError, match=str(bad)):
+            call()
+
+
+def test_a_ragged_split_refuses_splits_and_indices_that_do_not_fit():
+    with pytest.raises(InvalidRequestError, match="number of values"):
+        split.ragged_split_by_indices([0, 1], [1, 2], [0, 1], 2)
+    with pytest.raises(InvalidRequestError, match="indices"):
+        split.ragged_split_by_indices([0], [1, 2], [0, 2], 2)
+
+
+# ---- reorder, unique -------------------------------------------------------------------------------------------------
+
+
+@given(seed=SEEDS, n=st.integers(0, 60), shards=st.integers(1, 5))
+def test_reorder_matches_naive(seed, n, shards):
+    rng = np.random.default_rng(seed)
+    keys, owners = rng.integers(-9, 9, n), rng.integers(0, shards, n)
+    output, sizes = reorder.reorder_by_indices(keys, owners, shards)
+    assert (output.tolist(), sizes.tolist()) == naive_ops.reorder_by_indices(keys.tolist(), owners.tolist(), shards)
+    wide, _ = reorder.reorder_by_indices(np.stack([keys, np.arange(n)], 1), owners, shards)
+    assert wide[:, 0].tolist() == output.tolist()
+    assert all(keys.tolist().index(key) == place for key, place in wide.tolist())
+
+
+@given(
+    lists=st.lists(st.lists(st.integers(0, 12) | st.integers(0, 2**62), max_size=30), max_size=5),
+    shards=st.sampled_from([1, 2, 3, 4, 5, 7]),
+    empty=st.booleans(),
+    workers=st.integers(1, 3),
+)
+def test_fused_reorder_matches_naive(lists, shards, empty, workers):
+    dims = [1 + k % 3 for k in range(len(lists))]
+    found = reorder.fused_reorder_by_indices(lists, shards, dims, rank0_empty=empty, threads=workers)
+    want = naive_ops.fused_reorder(lists, shards, dims, empty)
+    assert [each.tolist() for each in found] == list(want)
+    assert [each.size for each in found.offsets()] == [len(each) for each in lists] or not lists
+
+
+def test_reorder_refuses_what_has_no_shard():
+    with pytest.raises(InvalidRequestError, match="-3"):
+        reorder.fused_reorder_by_indices([[1], [2, -3]], 2, [1, 1])
+    with pytest.raises(InvalidRequestError, match="outside 0..1"):
+        reorder.reorder_by_indices([1, 2], [0, 2], 2)
+    with pytest.raises(InvalidRequestError, match="int32"):
+        reorder.fused_reorder_by_indices([[0, 1]], 1, [1 << 30])
+
+
+@given(st.lists(st.integers(-5, 5) | st.integers(-(2**63), 2**63 - 1), max_size=50))
+def test_unique_keeps_the_order_of_first_occurrence(ids):
+    values, numbers = unique_first_occurrence(np.array(ids, np.int64))
+    assert values.tolist() == list(dict.fromkeys(ids))
+    assert values[numbers].tolist() == ids
+
+
+@given(rows=st.lists(st.lists(st.integers(0, 6), max_size=9), min_size=1, max_size=4), seed=SEEDS)
+def test_a_buffer_filled_by_parts_holds_every_occurrence_and_its_gradient_sums_them(rows, seed):
+    rng = np.random.default_rng(seed)
+    dims = [1 + k * 5 for k in range(len(rows))]
+    flat, splits = [each for row in rows for each in row], np.cumsum([0, *map(len, rows)])
+    keys = shared_buffer.unique_key_with_value_and_offset(flat, splits, dims)
+    want = naive_ops.unique_rows(rows, dims)
+    assert keys.unique_key.tolist() == [each for places in want for each in places]
+    assert keys.unique_key_split.tolist() == np.cumsum([0, *map(len, want)]).tolist()
+    offsets = np.split(keys.value_offset, keys.value_offset_split[1:-1]) if keys.unique_key.size else []
+    assert [each.tolist() for each in offsets] == [each for places in want for each in places.values()]
+    vectors = {(j, each): floats(rng, dims[j]) for j, places in enumerate(want) for each in places}
+    _, positions = split.ragged_split_by_indices(keys.unique_key % 2, keys.unique_key, keys.unique_key_split, 2)
+    grad = floats(rng, keys.size)
+    handles = []
+    for part in positions:
+        chosen = [
+            (int(np.searchsorted(keys.unique_key_split, p, "right")) - 1, int(keys.unique_key[p])) for p in part.values
+        ]
+        value = np.concatenate([np.empty(0, np.float32), *(vectors[each] for each in chosen)])
+        handles.append(shared_buffer.fill_with_offset_map(part.values, part.row_splits, value, keys))
+        summed = shared_buffer.fill_with_offset_map_gradient(part.values, part.row_splits, grad, keys)
+        sums = [sum(grad[o : o + dims[j]] for o in want[j][each]) for j, each in chosen]
+        np.testing.assert_allclose(summed, np.concatenate([np.empty(0), *sums]), rtol=1e-5, atol=1e-5)
+    buffer = shared_buffer.finalize_shared_tensor(handles)
+    np.testing.assert_array_equal(
+        buffer,
+        np.concatenate([np.empty(0, np.float32), *(vectors[j, each] for j, row in enumerate(rows) for each in row)]),
+    )
+    with pytest.raises(InvalidRequestError, match="finalized before"):
+        shared_buffer.finalize_shared_tensor(handles)
+
+
+def test_fills_refuse_what_does_not_fit():
+    keys = shared_buffer.unique_key_with_value_and_offset([0, 1, 2, 1, 0, 0, 1, 0], [0, 0, 5, 8, 8], [1, 2, 3, 4])
+    pos, splits = [0, 1, 2, 3, 4], [0, 0, 3, 5, 5]
+    with pytest.raises(InvalidRequestError, match="expected 12 .* actual 10"):
+        shared_buffer.fill_with_offset_map(pos, splits, np.arange(10.0), keys)
+    with pytest.raises(InvalidRequestError, match=r"pos\[4\]=5"):
+        shared_buffer.fill_with_offset_map([0, 1, 2, 3, 5], splits, np.arange(12.0), keys)
+    with pytest.raises(InvalidRequestError, match="4 dims"):
+        shared_buffer.fill_with_offset_map(pos, [0, 5], np.arange(12.0), keys)
+    with pytest.raises(InvalidRequestError, match="another table"):
+        shared_buffer.fill_with_offset_map([3], [0, 0, 0, 0, 1], np.arange(4.0), keys)
+    with pytest.raises(InvalidRequestError, match="2 dims"):
+        shared_buffer.unique_key_with_value_and_offset([1], [0, 1], [1, 2])
+    bare = shared_buffer.unique_key_with_value_and_offset([1], [0, 1], [1], generate_buffer=False)
+    with pytest.raises(InvalidRequestError, match="generate_buffer"):
+        shared_buffer.fill_with_offset_map([0], [0, 1], [1.0], bare)
+
+
+# ---- map and gather --------------------------------------------------------------------------------------------------
+
+
+@NATIVE
+@settings(max_examples=40)
+@given(seed=SEEDS, lists=st.integers(1, 4), n=st.integers(0, 60), dim=DIMS, workers=st.integers(1, 3))
+def test_map_brings_rows_to_ids_and_gradients_back(native, seed, lists, n, dim, workers):
+    rng = np.random.default_rng(seed)
+    ids = [rng.integers(-20, 20, rng.integers(1, 15)) for _ in range(lists)]
+    blocks = [floats(rng, each.size, dim) for each in ids]
+    wanted = rng.choice(np.concatenate(ids), n)
+    want = naive_ops.map_rows([each.tolist() for each in ids], blocks, wanted.tolist()).reshape(-1, dim)
+    np.testing.assert_array_equal(embedding_map.map_id_to_embedding(ids, blocks, wanted, threads=workers), want)
+    grads = floats(rng, n, dim)
+    back = naive_ops.map_gradient([each.tolist() for each in ids], wanted.tolist(), grads)
+    got = embedding_map.map_id_to_embedding_gradient_back_prop(ids, wanted, grads)
+    leaves = [leaf(each) for each in blocks]
+    rows = torch_gather.map_id_to_embedding(tensors(ids), leaves, torch.from_numpy(wanted), native=native)
+    np.testing.assert_array_equal(rows.detach(), want)
+    (rows * torch.from_numpy(grads)).sum().backward()
+    for ours, tensor, theirs in zip(got, leaves, back, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(tensor.grad, theirs, rtol=1e-5, atol=1e-5)
+
+
+@NATIVE
+def test_gather_by_input_gives_rows_of_any_shape_and_their_numbers(native):
+    ids, rows = np.array([5, 7, 5, 9]), np.arange(8, dtype=np.float32).reshape(4, 2)
+    wanted = np.array([[9, 5], [7, 9]])
+    got, mapping = embedding_map.gather_embeddings_by_input(ids, rows, wanted)
+    assert mapping.tolist() == [[3, 0], [1, 3]]
+    np.testing.assert_array_equal(got, rows[mapping])
+    grads = np.ones((2, 2, 2), np.float32)
+    back = embedding_map.gather_embeddings_by_ids_gradient_back_prop(ids, grads, mapping)
+    assert back.tolist() == [[1, 1], [1, 1], [0, 0], [2, 2]]
+    tensor = leaf(rows)
+    ours, places = torch_gather.gather_embeddings_by_input(
+        *tensors([ids]), tensor, torch.from_numpy(wanted), native=native
+    )
+    ours.sum().backward()
+    assert places.tolist() == mapping.tolist()
+    np.testing.assert_array_equal(tensor.grad, back)
+
+
+@NATIVE
+def test_an_unknown_id_is_refused_by_name(native):
+    for call in (
+        lambda: embedding_map.map_id_to_embedding([[1], [2]], [[[1.0]], [[2.0]]], [2, 31]),
+        lambda: embedding_map.map_id_to_embedding_gradient_back_prop([[1], [2]], [31], [[1.0]]),
+        lambda: embedding_map.gather_embeddings_by_input([1], [[1.0]], [31]),
+        lambda: torch_gather.map_id_to_embedding(
+            tensors([[1], [2]]), [torch.ones(1, 1)] * 2, torch.tensor([31]), native=native
+        ),
+        lambda: torch_gather.gather_embeddings_by_input(
+            torch.empty(0, dtype=torch.int64), torch.ones(0, 1), torch.tensor([31]), native=native
+        ),
+    ):
+        with pytest.raises(InvalidRequestError, match="31"):
+            call()
+
+
+def test_lists_that_do_not_fit_their_embeddings_are_refused():
+    for ids, rows in (([[1]], [[[1.0]], [[1.0]]]), ([[1, 2]], [[[1.0]]]), ([[1], [2]], [[[1.0]], [[1.0, 2.0]]])):
+        with pytest.raises(ValueError, match="embeddings"):
+            embedding_map.map_id_to_embedding(ids, rows, [1])
+    with pytest.raises(ValueError, match="grads"):
+        embedding_map.map_id_to_embedding_gradient_back_prop([[1]], [1, 1], [[1.0]])
+
+
+@NATIVE
+@settings(max_examples=40)
+@given(seed=SEEDS, n=st.integers(0, 40), dims=st.lists(DIMS, min_size=1, max_size=3), workers=st.integers(1, 3))
+def test_fused_gather_reads_at_offsets_and_its_gradient_adds_there(native, seed, n, dims, workers):
+    rng = np.random.default_rng(seed)
+    fused = floats(rng, 80)
+    offsets = [rng.integers(0, 80 - dim + 1, n).astype(np.int32) for dim in dims]
+    want = [
+        np.array([fused[o : o + dim] for o in each], np.float32).reshape(-1, dim)
+        for each, dim in zip(offsets, dims, strict=True)
+    ]
+    grads = [floats(rng, n, dim) for dim in dims]
+    back = np.zeros(80, np.float32)
+    for each, dim, grad in zip(offsets, dims, grads, strict=True):
+        for offset, row in zip(each, grad, strict=True):
+            back[offset : offset + dim] += np.float32(0.5) * row
+    got = fused_gather.fused_gather_embeddings_by_input(fused, offsets, dims, threads=workers)
+    tensor = leaf(fused)
+    rows = torch_gather.fused_gather_embeddings_by_input(tensor, tensors(offsets), dims, scale=0.5, native=native)
+    for ours, theirs, reference in zip(got, rows, want, strict=True):
+        np.testing.assert_array_equal(ours, reference)
+        np.testing.assert_array_equal(theirs.detach(), reference)
+    sum((row * torch.from_numpy(grad)).sum() for row, grad in zip(rows, grads, strict=True)).backward()
+    summed = fused_gather.fused_gather_embeddings_by_input_gradient(80, grads, offsets, dims, scale=0.5)
+    np.testing.assert_allclose(summed, back, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(tensor.grad, back, rtol=1e-5, atol=1e-5)
+
+
+@NATIVE
+@pytest.mark.parametrize("bad", [-1, 4])
+def test_fused_gather_refuses_vectors_that_leave_the_buffer(native, bad):
+    with pytest.raises(InvalidRequestError, match=str(bad)):
+        fused_gather.fused_gather_embeddings_by_input(np.zeros(5), [[0, bad]], [2])
+    with pytest.raises(InvalidRequestError, match=str(bad)):
+        fused_gather.fused_gather_embeddings_by_input_gradient(5, [np.zeros((1, 2))], [[bad]], [2])
+    with pytest.raises(InvalidRequestError, match=str(bad)):
+        torch_gather.fused_gather_embeddings_by_input(torch.zeros(5), [torch.tensor([bad])], [2], native=native)
+
+
+# ---- reductions ------------------------------------------------------------------------------------------------------
+
+REDUCTIONS = {
+    "sum": (reduce.reduce_sum, torch_reduce.reduce_sum, lambda bag: bag.sum(0)),
+    "mean": (
+        reduce.reduce_mean,
+        torch_reduce.reduce_mean,
+        lambda bag: bag.mean(0) if len(bag) else np.full(bag.shape[1], np.nan),
+    ),
+    "sqrtn": (reduce.reduce_sqrtn, torch_reduce.reduce_sqrtn, lambda bag: np.sqrt((bag**2).sum(0))),
+}
+
+
+@NATIVE
+@pytest.mark.parametrize("kind", REDUCTIONS)
+@settings(max_examples=40)
+@given(seed=SEEDS, n=st.integers(0, 40), rows=st.integers(1, 12), dim=DIMS)
+def test_reductions_and_their_gradients_match_naive(native, kind, seed, n, rows, dim):
+    rng = np.random.default_rng(seed)
+    op, torch_op, of_bag = REDUCTIONS[kind]
+    places, values = rng.integers(0, rows, n), floats(rng, n, dim)
+    want = np.stack([of_bag(bag) for bag in naive_ops.bags(places, values, rows)])
+    np.testing.assert_allclose(op(places[:, None], values, rows), want, rtol=1e-4, atol=1e-5)
+    grads = floats(rng, rows, dim)
+    if kind == "sum":
+        back = reduce.reduce_sum_gradient(places, grads)
+        expected = grads[places]
+    elif kind == "mean":
+        back = reduce.reduce_mean_gradient(places, grads)
+        expected = grads[places] / np.bincount(places, minlength=rows)[places][:, None]
+    else:
+        back = reduce.reduce_sqrtn_gradient(places, values, grads)
+        expected = grads[places] * values / want[places]
+    np.testing.assert_allclose(back, expected, rtol=1e-3, atol=1e-4)
+    tensor = leaf(values)
+    got = torch_op(torch.from_numpy(places), tensor, rows, native=native)
+    np.testing.assert_allclose(got.detach(), want, rtol=1e-4, atol=1e-5)
+    got.backward(torch.from_numpy(grads))
+    np.testing.assert_allclose(tensor.grad, expected, rtol=1e-3, atol=1e-4)
+
+
+@NATIVE
+def test_the_gradient_of_a_norm_of_zero_is_zero(native):
+    assert reduce.reduce_sqrtn_gradient([0, 0], np.zeros((2, 3)), np.ones((1, 3))).tolist() == np.zeros((2, 3)).tolist()
+    tensor = leaf(np.zeros((2, 3), np.float32))
+    torch_reduce.reduce_sqrtn(torch.tensor([0, 0]), tensor, 1, native=native).sum().backward()
+    np.testing.assert_array_equal(tensor.grad, np.zeros((2, 3)))
+
+
+@NATIVE
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_reductions_refuse_rows_outside(native, bad):
+    for op, torch_op, _ in REDUCTIONS.values():
+        with pytest.raises((InvalidRequestError, ValueError), match=str(bad)):
+            op([0, bad], np.ones((2, 2)), 3)
+        with pytest.raises((InvalidRequestError, ValueError), match=str(bad)):
+            torch_op(torch.tensor([0, bad]), torch.ones(2, 2), 3, native=native)
+
+
+@NATIVE
+@settings(max_examples=40)
+@given(seed=SEEDS, batch=st.integers(1, 6), dims=st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_fused_reduce_and_split_sums_bags_and_cuts_columns(native, seed, batch, dims):
+    rng = np.random.default_rng(seed)
+    splits = [np.concatenate([[0], np.cumsum(rng.integers(0, 4, batch))]) for _ in range(2)]
+    rows = [floats(rng, each[-1], sum(dims)) for each in splits]
+    want = []
+    for cuts, values in zip(splits, rows, strict=True):
+        sums = np.stack([values[a:b].sum(0) for a, b in itertools.pairwise(cuts)])
+        want += np.split(sums, np.cumsum(dims)[:-1], axis=1)
+    got = reduce.fused_reduce_and_split(splits, rows, [dims, dims])
+    leaves = [leaf(each) for each in rows]
+    ours = torch_reduce.fused_reduce_and_split(tensors(splits), leaves, [dims, dims], native=native)
+    for each, tensor, reference in zip(got, ours, want, strict=True):
+        np.testing.assert_allclose(each, reference, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(tensor.detach(), reference, rtol=1e-5, atol=1e-5)
+    grads = [floats(rng, *each.shape) for each in want]
+    sum((tensor * torch.from_numpy(grad)).sum() for tensor, grad in zip(ours, grads, strict=True)).backward()
+    for each, tensor in zip(reduce.fused_reduce_and_split_gradient(splits, grads, [dims, dims]), leaves, strict=True):
+        np.testing.assert_allclose(tensor.grad, each, rtol=1e-5, atol=1e-5)
+
+
+@NATIVE
+def test_segment_sums_leave_zeros_and_refuse_disorder(native):
+    values = np.arange(6, dtype=np.float32).reshape(3, 2)
+    want = np.array([[2, 4], [0, 0], [4, 5], [0, 0]])
+    np.testing.assert_array_equal(reduce.fused_sorted_segment_sum([[0, 0, 2]], [values], [[4, 2]])[0], want)
+    tensor = leaf(values)
+    (got,) = torch_reduce.fused_sorted_segment_sum([torch.tensor([0, 0, 2])], [tensor], [[4, 2]], native=native)
+    np.testing.assert_array_equal(got.detach(), want)
+    got.backward(torch.arange(8.0).view(4, 2))
+    back = reduce.fused_sorted_segment_sum_gradient([[0, 0, 2]], [np.arange(8.0).reshape(4, 2)])[0]
+    assert tensor.grad.tolist() == back.tolist() == [[0, 1], [0, 1], [4, 5]]
+    for places, rows in (([1, 0, 2], values), ([0, 0, 4], values), ([], values), ([0], np.empty((0, 2), np.float32))):
+        with pytest.raises(InvalidRequestError):
+            reduce.fused_sorted_segment_sum([places], [rows], [[4, 2]])
+        with pytest.raises(InvalidRequestError):
+            torch_reduce.fused_sorted_segment_sum(
+                [torch.tensor(places, dtype=torch.int64)], [torch.from_numpy(rows)], [[4, 2]], native=native
+            )
+
+
+def test_a_reduction_of_other_widths_or_batches_is_refused():
+    with pytest.raises(InvalidRequestError, match="shape"):
+        reduce.fused_reduce_sum_and_split([0], np.ones((1, 3)), 1, [1, 1])
+    with pytest.raises(InvalidRequestError, match="2 rows"):
+        reduce.fused_reduce_and_split([[0, 1], [0, 1, 1]], [np.ones((1, 1))] * 2, [[1], [1]])
+
+
+# ---- ragged, packing, threads ----------------------------------------------------------------------------------------
+
+
+def test_row_ids_and_glued_splits():
+    assert ragged.value_rowids([0, 4, 4, 7, 8, 8]).tolist() == [0, 0, 0, 0, 2, 2, 2, 3]
+    glued = ragged.normalize_merged_split([0, 2, 5, 5, 9, 0, 0, 3, 4], [5, 4])
+    assert glued.tolist() == [0, 2, 5, 5, 9, 9, 12, 13]
+    for sizes in ([5, 3], [9, 0], []):
+        with pytest.raises(InvalidRequestError):
+            ragged.normalize_merged_split([0, 2, 5, 5, 9, 0, 0, 3, 4], sizes)
+    with pytest.raises(InvalidRequestError):
+        ragged.value_rowids([0, 3, 2])
+
+
+@given(shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), max_size=5), align=st.sampled_from([1, 4, 8, 16]))
+def test_aligned_concat_and_split_undo_each_other(shapes, align):
+    arrays = [np.full(shape, i + 1, np.float32) for i, shape in enumerate(shapes)]
+    flat = packing.aligned_flat_concat(arrays, 0.5, align=align)
+    back = packing.aligned_flat_split(arrays, flat, align=align)
+    ours = torch_packing.aligned_flat_concat(tensors(arrays), 0.5, align=align)
+    np.testing.assert_array_equal(ours, flat)
+    assert flat.size % align == 0
+    assert flat.sum() == sum(each.sum() for each in arrays) / 2
+    for each, piece, tensor in zip(
+        arrays, back, torch_packing.aligned_flat_split(tensors(arrays), ours, align=align), strict=True
+    ):
+        np.testing.assert_array_equal(piece, each * np.float32(0.5))
+        np.testing.assert_array_equal(tensor, piece)
+        assert np.shares_memory(piece, flat) or not piece.size
+
+
+def test_packing_refuses_what_it_cannot_undo():
+    with pytest.raises(InvalidRequestError, match="1023"):
+        packing.aligned_flat_concat([np.zeros(1)] * 1024)
+    with pytest.raises(InvalidRequestError, match="power of two"):
+        packing.aligned_flat_concat([np.zeros(1)], align=3)
+    with pytest.raises(InvalidRequestError, match="packed into one"):
+        packing.pack_tensors({"a": np.zeros(1, np.float32), "b": np.zeros(1, np.int64)})
+    packed = packing.pack_typed_keyed_tensors([{"a": np.arange(6)}])
+    assert packing.unpack_packed_tensors([{"a": [2, None]}], packed)[0]["a"].shape == (2, 3)
+    with pytest.raises(InvalidRequestError, match="were packed as"):
+        packing.unpack_packed_tensors([{"a": [6], "b": [1]}], packed)
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "message"),
+    [([6], None, "rank"), ([6], [None, None], "unknown"), ([6], [4, None], "divided"), ([6], [5], "values")],
+)
+def test_static_reshape_refuses(shape, target, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        packing.static_reshape([np.zeros(shape)], [target])
+
+
+def test_an_unknown_dimension_beside_zero_becomes_zero():
+    arrays, sizes = packing.static_reshape([np.zeros((0, 3))], [[0, None]])
+    assert arrays[0].shape == (0, 0)
+    assert sizes.tolist() == [0]
+
+
+def test_parts_cover_all_work_and_their_first_error_is_raised():
+    seen = []
+    threads.in_parts(lambda start, stop: seen.append((start, stop)), 10, 3)
+    assert sorted(seen) == [(0, 3), (3, 6), (6, 10)]
+
+    def fail(start, stop):
+        if start:
+            raise InvalidRequestError(f"{start}..{stop}")
+
+    with pytest.raises(InvalidRequestError, match=r"3\.\.6"):
+        threads.in_parts(fail, 10, 3)
+    with pytest.raises(InvalidRequestError, match="below 1"):
+        threads.thread_count(0, 1)
