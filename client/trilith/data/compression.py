@@ -314,11 +314,10 @@ class _SnappySink(_PlainSink):
         self._compress(len(self._pending))
 
     def _compress(self, size: int) -> None:
-        with memoryview(self._pending) as pending:
-            for start in range(0, size, _SNAPPY_BLOCK):
-                plain = pending[start : min(start + _SNAPPY_BLOCK, size)]
-                chunk = bytes(cramjam.snappy.compress_raw(plain))
-                self._file.write(struct.pack(">II", len(plain), len(chunk)) + chunk)
+        for start in range(0, size, _SNAPPY_BLOCK):
+            plain = bytes(self._pending[start : min(start + _SNAPPY_BLOCK, size)])
+            chunk = bytes(cramjam.snappy.compress_raw(plain))
+            self._file.write(struct.pack(">II", len(plain), len(chunk)) + chunk)
         del self._pending[:size]
 
 

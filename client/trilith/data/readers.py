@@ -227,6 +227,7 @@ class StreamReader:
         on_error: OnError = "raise",
     ) -> None:
         if block_bytes < 1:
+            stream.close()
             raise InvalidRequestError(f"block_bytes={block_bytes}: a buffer holds at least one byte")
         self.kind = kind
         self.losses = Losses()
@@ -286,6 +287,7 @@ class StreamReader:
                 need = max(self._scratch.need, self._end - self._begin + 1)
                 if not self._more:
                     self._finish()
+                    self._stream.close()
                     raise StopIteration
             self._fill(need)
 

@@ -213,11 +213,13 @@ def find_frames(
         elif flags:
             aggregate = _ZERO
             if flags & 2:
-                if size - at < 16:  # eight may do, but a length follows in any case
-                    need = _int64(16)
+                if size - at < 8:
                     break
                 aggregate = load_u64(data + at, 0)
                 at += 8 if aggregate != _ZERO else 16
+                if at > size:
+                    need = _int64(16)
+                    break
             if flags & 4:
                 sort_size = aggregate
                 if aggregate == _ZERO:
