@@ -20,6 +20,7 @@ MAX_COPIES = 1_000_000
 """More copies of one sample are taken for a mistake in the weights."""
 
 _UNLISTED, _EMPTY = 1000, 2000
+_BOUND = 1e15
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,14 @@ class InstanceReweight(SampleOp):
         copies = np.where(wins, now.count, 0)
         copies = np.where(both & differ, now.count + before.count, copies)
         copies = np.where(both & ~differ, np.abs(now.count - before.count), copies)
+        # Products at the bound are not exact, so neither is their difference.
+        copies = np.where(wins & (np.maximum(now.count, both * before.count) >= _BOUND), _BOUND, copies)
         idle = (now.priority == _EMPTY) & (before.priority == _EMPTY) & (labels.lengths > 0)
         copies = np.where(idle, 1, copies)
         if copies.size and copies.max() > MAX_COPIES:
             row = int(copies.argmax())
-            raise InvalidRequestError(
-                f"{samples.where(row)}: reweight asks for {copies[row]:g} copies; at most {MAX_COPIES} are made"
-            )
+            asked = f"{samples.where(row)}: reweight asks for {copies[row]:.0f} copies or more"
+            raise InvalidRequestError(f"{asked}; at most {MAX_COPIES} are made")
         samples.labels = with_first(labels, first, wins)
         return copies.astype(np.int64)
 
@@ -123,7 +125,7 @@ class InstanceReweight(SampleOp):
         if filled.size:
             starts = (actions.row_splits[:-1] - actions.row_splits[0])[filled]
             with np.errstate(over="ignore", invalid="ignore"):
-                products = np.multiply.reduceat(factors, starts)
+                products = np.minimum(np.multiply.reduceat(factors, starts), _BOUND)
             counts[filled] = np.where(np.minimum.reduceat(factors, starts) == 0, 0.0, products)
         return counts
 
