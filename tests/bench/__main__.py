@@ -10,11 +10,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.bench import engine, ops, rpc, train
+from tests.bench import data_read, engine, ops, rpc, train
 from tests.bench.harness import Benchmark, run_all, show, write_json
 from tests.bench.sizes import FULL, QUICK, Sizes
 
-BENCHMARKS: tuple[Benchmark, ...] = (*engine.BENCHMARKS, *ops.BENCHMARKS, *rpc.BENCHMARKS, *train.BENCHMARKS)
+BENCHMARKS: tuple[Benchmark, ...] = (
+    *data_read.BENCHMARKS,
+    *engine.BENCHMARKS,
+    *ops.BENCHMARKS,
+    *rpc.BENCHMARKS,
+    *train.BENCHMARKS,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,8 @@ class Sizes:
     """Every number that a benchmark depends on; each is an option of the command line.
 
     Attributes:
+        data_records: Records of about a kilobyte in the file that is read.
+        data_rounds: Timed rounds per side of that figure.
         rows: Rows of the engine's tables and of the array that `take` reads.
         batch: Ids per call.
         batches: Timed batches per side of an engine figure.
@@ -39,6 +41,8 @@ class Sizes:
         train_warm_seconds: Seconds before that.
     """
 
+    data_records: int = 262_144
+    data_rounds: int = 30
     rows: int = 10_000_000
     batch: int = 65_536
     batches: int = 60
@@ -69,6 +73,8 @@ class Sizes:
 FULL = Sizes()
 
 QUICK = Sizes(
+    data_records=4096,
+    data_rounds=3,
     rows=200_000,
     batch=8192,
     batches=6,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 FIGURES = {
+    "data.read": ("higher", 0.5),
     "engine.lookup.d8": ("higher", 0.5),
     "engine.lookup.d16": ("higher", 0.5),
     "engine.lookup.d64": ("higher", 0.5),
