@@ -12,6 +12,7 @@ import numpy as np
 from trilith import wire
 from trilith.arrays import as_ids, as_rows, refuse_non_finite
 from trilith.cluster import Cluster
+from trilith.errors import InvalidRequestError
 from trilith.ops import dedup
 from trilith.shard import Float32Array, FloatArray, IdPart, Shard, UInt64Array, UpdatePart, Write
 from trilith_proto import ps_pb2
@@ -71,10 +72,17 @@ class _Rows:
 class Batches:
     """The verbs that carry many ids, over one cluster. Stateless, hence thread-safe."""
 
-    def __init__(self, cluster: Cluster, info: Callable[[str], TableInfo]) -> None:
-        """Use `cluster`; `info` looks a table up or raises UnknownTableError."""
+    def __init__(self, cluster: Cluster, info: Callable[[str], TableInfo], *, float16: bool | None = None) -> None:
+        """Use `cluster`; `info` looks a table up or raises UnknownTableError.
+
+        Args:
+            cluster: The shards.
+            info: By table name.
+            float16: Whether rows travel as float16, where there is a wire; None: as the cluster was opened.
+        """
         self._cluster = cluster
         self._info = info
+        self._float16 = cluster.float16 if float16 is None else float16 and cluster.remote
         dedup.warm_kernels()
 
     # ---- reading -----------------------------------------------------------------------------------------------------
@@ -104,7 +112,7 @@ class Batches:
     def _lookup_on(
         self, index: int, shard: Shard, parts: list[IdPart], dims: list[int], left: float
     ) -> list[FloatArray]:
-        float16 = self._cluster.float16
+        float16 = self._float16
         limit = self._cluster.batch_bytes(index)
         widths = [max(8, (2 if float16 else 4) * dim) for dim in dims]
         if sum([part.ids.size * width for part, width in zip(parts, widths, strict=True)]) <= limit:
@@ -118,6 +126,41 @@ class Batches:
             ]
             blocks.append(np.concatenate(pieces) if pieces else _no_rows(dim))
         return blocks
+
+    def lookup_owned(
+        self, ids: Sequence[Mapping[str, UInt64Array]], timeout_s: float | None
+    ) -> list[dict[str, Float32Array]]:
+        """Read rows of ids that are arranged by owner already, without looking for repeats.
+
+        Args:
+            ids: Per shard and table uint64[n].
+            timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
+
+        Returns:
+            Per shard and table float32[n, dim].
+        """
+        concerned = self._owners_of(ids, {index: dict(tables) for index, tables in enumerate(ids)})
+
+        def call(index: int, shard: Shard, left: float) -> list[FloatArray]:
+            parts = [IdPart(name, each) for name, each in ids[index].items()]
+            return self._lookup_on(index, shard, parts, [self._info(name).dim for name in ids[index]], left)
+
+        replies = self._cluster.fan_out(concerned, call, timeout_s=timeout_s)
+        return [
+            {
+                name: np.ascontiguousarray(replies[index][place], np.float32)
+                if index in replies
+                else _no_rows(self._info(name).dim)
+                for place, name in enumerate(tables)
+            }
+            for index, tables in enumerate(ids)
+        ]
+
+    def _owners_of(self, given: Sequence[Any], ids: Mapping[int, Mapping[str, UInt64Array]]) -> list[int]:
+        """Shards that have something to do."""
+        if len(given) != self._cluster.count:
+            raise InvalidRequestError(f"{len(given)} parts of a batch for {self._cluster.count} shards")
+        return [index for index, tables in ids.items() if any(each.size for each in tables.values())]
 
     def per_id(
         self, table: str, ids: Any, call: Callable[[int, Shard, IdPart, float], _T]
@@ -161,14 +204,57 @@ class Batches:
         for place, rows in enumerate(batch):
             dim = rows.values.shape[1]
             blocks = [frames[s][place].values if s in frames else _no_rows(dim) for s in range(cluster.count)]
-            finite = dedup.scatter_values(rows.split, rows.values, blocks, float16=cluster.float16)
+            finite = dedup.scatter_values(rows.split, rows.values, blocks, float16=self._float16)
             if not finite and not terms.allow_non_finite:
-                refuse_non_finite(f"table {rows.name!r}", _WHAT[verb], rows.values, float16=cluster.float16)
+                refuse_non_finite(f"table {rows.name!r}", _WHAT[verb], rows.values, float16=self._float16)
         cluster.fan_out(
             concerned,
             lambda index, shard, left: self._send(verb, index, shard, frames[index], terms, left),
             timeout_s=terms.timeout_s,
         )
+
+    def update_owned(
+        self, verb: Verb, updates: Sequence[Mapping[str, tuple[UInt64Array, Float32Array]]], terms: Terms
+    ) -> None:
+        """Write rows of ids that are arranged by owner already; repeats are applied one after another.
+
+        Args:
+            verb: Which write.
+            updates: Per shard and table uint64[n] and float32[n, dim].
+            terms: What goes with it.
+        """
+        names = {name for tables in updates for name in tables}
+        rates = {name: self._rates(verb, self._info(name), terms) for name in sorted(names)}
+        frames = {}
+        concerned = self._owners_of(
+            updates, {index: {name: ids for name, (ids, _) in tables.items()} for index, tables in enumerate(updates)}
+        )
+        for index in concerned:
+            layouts = [
+                wire.UpdateLayout(name, ids.size, self._info(name).dim, False, rates[name])
+                for name, (ids, _) in updates[index].items()
+            ]
+            frames[index] = frame = self._room(index, layouts, terms)
+            for part, (ids, values) in zip(frame, updates[index].values(), strict=True):
+                part.ids[:] = ids
+                rows = as_rows(part.table, _WHAT[verb], values, ids.size, part.values.shape[1])
+                split = dedup.Split(part.ids, (0, ids.size), None, None)
+                finite = dedup.scatter_values(split, rows, [part.values], float16=self._float16)
+                if not finite and not terms.allow_non_finite:
+                    refuse_non_finite(f"table {part.table!r}", _WHAT[verb], rows, float16=self._float16)
+        self._cluster.fan_out(
+            concerned,
+            lambda index, shard, left: self._send(verb, index, shard, frames[index], terms, left),
+            timeout_s=terms.timeout_s,
+        )
+
+    def _rates(self, verb: Verb, info: TableInfo, terms: Terms) -> Float32Array | None:
+        """The rates that travel with an update, evaluated once for all shards."""
+        if verb != "apply_gradients" or info.rates is None:
+            return None
+        from trilith.tables.schedules import rates_at
+
+        return rates_at(info.rates, terms.step)
 
     def _prepare(self, verb: Verb, name: str, ids: Any, values: Any, terms: Terms) -> _Rows:
         info = self._info(name)
@@ -176,31 +262,27 @@ class Batches:
         rows = as_rows(name, _WHAT[verb], values, array.size, info.dim)
         if verb != "apply_gradients":
             return _Rows(name, rows, dedup.split_by_owner(array, self._cluster.count), None)
-        rates = None
-        if info.rates is not None:
-            from trilith.tables.schedules import rates_at
-
-            rates = rates_at(info.rates, terms.step)
+        rates = self._rates(verb, info, terms)
         return _Rows(name, rows, dedup.split_distinct(array, self._cluster.count), rates)
 
     def _frame(self, index: int, batch: Sequence[_Rows], terms: Terms) -> wire.UpdateFrame:
         """Make room for a shard's part of an update: in the message itself, unless one message will not do."""
         layouts = []
-        size = 0
         for rows in batch:
             n, dim = rows.split.owned(index).size, rows.values.shape[1]
             layouts.append(wire.UpdateLayout(rows.name, n, dim, rows.split.counts is not None, rows.rates))
-            size += n * _row_bytes(dim)
-        if size > self._cluster.batch_bytes(index):
-            frame = wire.plain_update(layouts, Write())
-        else:
-            make = getattr(self._cluster.shards[index], "new_update", wire.plain_update)
-            frame = make(layouts, self.write(index, terms), float16=self._cluster.float16)
+        frame = self._room(index, layouts, terms)
         for part, rows in zip(frame, batch, strict=True):
             part.ids[:] = rows.split.owned(index)
             if part.counts is not None and rows.split.counts is not None:
                 part.counts[:] = rows.split.counts[rows.split.bounds[index] : rows.split.bounds[index + 1]]
         return frame
+
+    def _room(self, index: int, layouts: Sequence[wire.UpdateLayout], terms: Terms) -> wire.UpdateFrame:
+        if sum(each.rows * _row_bytes(each.dim) for each in layouts) > self._cluster.batch_bytes(index):
+            return wire.plain_update(layouts, Write())
+        make: Callable[..., wire.UpdateFrame] = getattr(self._cluster.shards[index], "new_update", wire.plain_update)
+        return make(layouts, self.write(index, terms), float16=self._float16)
 
     def _send(self, verb: Verb, index: int, shard: Shard, frame: wire.UpdateFrame, terms: Terms, left: float) -> None:
         call = getattr(shard, verb)
@@ -215,7 +297,7 @@ class Batches:
             for start in range(0, part.ids.size, step):
                 piece = slice(start, start + step)
                 values = part.values[piece]
-                if self._cluster.float16:
+                if self._float16:
                     with np.errstate(over="ignore"):  # refused before, or allowed
                         values = values.astype(np.float16)
                 counts = None if part.counts is None else part.counts[piece]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from trilith.ops.dedup import gather_values
 from trilith.queues import Queues
 from trilith.shard import Float32Array, Shard, Write
 from trilith_proto import ps_pb2
+
+if TYPE_CHECKING:
+    from trilith.tables.spec import TableSpec
 
 __all__ = ["Client", "Table"]
 
@@ -58,20 +61,46 @@ class Client:
             return Table(self, name)
         from trilith.tables import table_config
 
-        spec = table_config(name, **config)
-        self._create(spec.proto)
-        self._tables[name] = TableInfo(spec.proto, _dim(spec.proto), tuple(spec.learning_rates))
-        return Table(self, name)
+        return self.create_tables([table_config(name, **config)])[name]
 
-    def _create(self, config: ps_pb2.TableConfig) -> None:
+    def create_tables(self, specs: Sequence[TableSpec]) -> dict[str, Table]:
+        """Handles by name on several tables, created together if the cluster does not have them; see `table`."""
+        names = [spec.name for spec in specs]
+        if len(set(names)) < len(names):
+            raise InvalidRequestError(f"tables {names}: each needs a name of its own")
+        self._create([spec.proto for spec in specs])
+        for spec in specs:
+            self._tables[spec.name] = TableInfo(spec.proto, spec.dim, tuple(spec.learning_rates))
+        return {name: Table(self, name) for name in names}
+
+    def batches(self, *, float16: bool | None = None) -> Batches:
+        """What moves this client's batches, for those that route ids themselves; `trilith.tables` stands on it.
+
+        Args:
+            float16: Whether rows travel as float16, where there is a wire; None: as the client was opened.
+        """
+        return self._batches if float16 is None else Batches(self._cluster, self._info, float16=float16)
+
+    @property
+    def shards(self) -> int:
+        """How many shards there are."""
+        return self._cluster.count
+
+    @property
+    def known_step(self) -> int:
+        """The model's step as this client last heard it."""
+        return self._cluster.step
+
+    def _create(self, configs: Sequence[ps_pb2.TableConfig]) -> None:
         cluster = self._cluster
         answers = cluster.describe()
         cluster.check_incarnations(answers)
-        has = [any(table.name == config.name for table in answer.tables) for answer in answers]
-        if any(has) and not all(has):
-            self._refuse_half_lost(config.name, has)
+        for config in configs:
+            has = [any(table.name == config.name for table in answer.tables) for answer in answers]
+            if any(has) and not all(has):
+                self._refuse_half_lost(config.name, has)
         cluster.everywhere(
-            lambda index, shard, left: shard.create_tables([config], incarnation=cluster.known(index), timeout_s=left),
+            lambda index, shard, left: shard.create_tables(configs, incarnation=cluster.known(index), timeout_s=left),
             timeout_s=cluster.config.create_timeout_s,
         )
 
@@ -170,12 +199,15 @@ class Client:
         )
         return gather_values(split, pieces, np.bool_)
 
-    def reinitialize(self, table: str, ids: Any) -> npt.NDArray[np.int8]:
+    def reinitialize(self, table: str, ids: Any, *, request_time: int | None = None) -> npt.NDArray[np.int8]:
         """Reset rows to their initial state, creating missing ones; int8[n]: 1 existed, 0 was created."""
+        terms = Terms(self._cluster.step, request_time)
         split, pieces = self._batches.per_id(
             table,
             ids,
-            lambda index, shard, part, left: shard.reinitialize(part, self._write(index), timeout_s=left),
+            lambda index, shard, part, left: shard.reinitialize(
+                part, self._batches.write(index, terms), timeout_s=left
+            ),
         )
         return gather_values(split, pieces, np.int8)
 

@@ -63,7 +63,8 @@ class Cluster:
         self.shards = tuple(shards)
         self.count = len(self.shards)
         self.config = config
-        self.float16 = config.float16 and all(isinstance(shard, RemoteShard) for shard in shards)
+        self.remote = all(isinstance(shard, RemoteShard) for shard in shards)
+        self.float16 = config.float16 and self.remote
         self.step = 0
         self._client_id = secrets.randbits(63) | 1
         self._sequences = [itertools.count(1) for _ in self.shards]

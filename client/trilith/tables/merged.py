@@ -157,34 +157,34 @@ class MergedTables(QueueHooks):
         auxiliary.update(sizes)
         return (result, auxiliary) if auxiliary else result
 
-    def assign(self, updates: Mapping[str, Update], req_time: int = 0) -> MergedTables:
+    def assign(self, updates: Mapping[str, Update], req_time: int | None = None) -> MergedTables:
         """Set weights; of features that share rows the last in sorted order wins."""
-        self.inner.assign(self._merge(updates), req_time)
+        self.inner.assign(self._merge(updates), **_given(req_time=req_time))
         return self
 
-    def assign_add(self, updates: Mapping[str, Update], req_time: int = 0) -> MergedTables:
+    def assign_add(self, updates: Mapping[str, Update], req_time: int | None = None) -> MergedTables:
         """Add to weights."""
-        self.inner.assign_add(self._merge(updates), req_time)
+        self.inner.assign_add(self._merge(updates), **_given(req_time=req_time))
         return self
 
     def apply_gradients(
         self,
         updates: Mapping[str, Any],
         *,
-        global_step: int = 0,
-        req_time: int = 0,
+        global_step: int | None = None,
+        req_time: int | None = None,
         skip_merge_id: bool = False,
     ) -> MergedTables:
-        """Take a step per occurrence of an id.
+        """Take optimizer steps, of repeated ids as the inner tables do.
 
         Args:
             updates: (ids, gradients) by feature; gradients alone if `skip_merge_id`.
-            global_step: For optimizers and readers that use it.
-            req_time: Becomes the rows' last update.
+            global_step: For schedules, optimizers and readers that use it; None takes the inner tables' default.
+            req_time: Becomes the rows' last update; None takes the inner tables' default.
             skip_merge_id: Pass on gradients by inner table, whose ids the inner tables have.
         """
         merged = self._merge_values(updates) if skip_merge_id else self._merge(updates)
-        self.inner.apply_gradients(merged, global_step=global_step, req_time=req_time)
+        self.inner.apply_gradients(merged, **_given(global_step=global_step, req_time=req_time))
         return self
 
     def reinitialize(self, name: str, ids: npt.ArrayLike, *, request_time: int) -> npt.NDArray[np.int8]:
@@ -218,6 +218,10 @@ class MergedTables(QueueHooks):
             inner: _concatenate([values[name] for name in names], np.float32)
             for inner, names in self._groups(values).items()
         }
+
+
+def _given(**options: int | None) -> dict[str, int]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _concatenate(pieces: Sequence[npt.ArrayLike], dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from trilith.errors import InvalidRequestError
 from trilith.tables.checks import MAX_COUNTED, check_table_config
 from trilith.tables.compressors import CompressorLike, Fp32
-from trilith.tables.config import CuckooHashTable, Segment, default_learning_rate
+from trilith.tables.config import CuckooHashTable, HashTableConfig, Segment, default_learning_rate
 from trilith.tables.initializers import InitializerLike, RandomUniform
 from trilith.tables.optimizers import Adagrad, OptimizerLike
 from trilith.tables.schedules import LearningRate, check_rate, rates_at
@@ -70,6 +70,34 @@ class TableSpec:
             copy,
             tuple(default_learning_rate(each.opt_config) if each.HasField("opt_config") else 0.0 for each in segments),
         )
+
+    @classmethod
+    def of_config(
+        cls,
+        name: str,
+        config: HashTableConfig,
+        *,
+        seed: int | None = None,
+        occurrence_threshold: int | None = None,
+        slot_occurrence_thresholds: Mapping[int, int] | None = None,
+        filter: FilterName | None = None,
+        filter_capacity: int | None = None,
+        filter_splits: int | None = None,
+    ) -> TableSpec:
+        """The spec of a table whose rows and rates `config` describes; keywords as for `table_config`."""
+        proto = TableConfig(name=name, hash_table=config.table_config, seed=seed_of(name) if seed is None else seed)
+        if not proto.hash_table.HasField("cuckoo"):
+            proto.hash_table.cuckoo.SetInParent()
+        _set_filter(
+            f"table {name!r}",
+            proto,
+            occurrence_threshold,
+            slot_occurrence_thresholds or {},
+            filter,
+            filter_capacity,
+            filter_splits,
+        )
+        return cls(proto, tuple(config.learning_rate_fns))
 
     @property
     def name(self) -> str:
@@ -158,11 +186,9 @@ def table_config(
             slot=_whole(owner, "slot_ttl_days: slot", slot, 2**32 - 1),
             expire_time=_whole(owner, "slot_ttl_days: days", days, 2**32 - 1),
         )
-    _set_filter(owner, proto, occurrence_threshold, slot_occurrence_thresholds or {}, filter)
-    if filter_capacity is not None:
-        proto.filter_capacity = _whole(owner, "filter_capacity", filter_capacity, 2**64 - 1)
-    if filter_splits is not None:
-        proto.filter_splits = _whole(owner, "filter_splits", filter_splits, 2**32 - 1)
+    _set_filter(
+        owner, proto, occurrence_threshold, slot_occurrence_thresholds or {}, filter, filter_capacity, filter_splits
+    )
     return TableSpec(proto, _learning_rates(owner, learning_rate, parts))
 
 
@@ -221,8 +247,18 @@ def _own_rate(segment: Segment) -> LearningRate:
 
 
 def _set_filter(
-    owner: str, proto: TableConfig, threshold: int | None, by_slot: Mapping[int, int], filter: FilterName | None
+    owner: str,
+    proto: TableConfig,
+    threshold: int | None,
+    by_slot: Mapping[int, int],
+    filter: FilterName | None,
+    capacity: int | None,
+    splits: int | None,
 ) -> None:
+    if capacity is not None:
+        proto.filter_capacity = _whole(owner, "filter_capacity", capacity, 2**64 - 1)
+    if splits is not None:
+        proto.filter_splits = _whole(owner, "filter_splits", splits, 2**32 - 1)
     thresholds = proto.occurrence_thresholds
     if threshold is not None:
         thresholds.default_occurrence_threshold = _whole(owner, "occurrence_threshold", threshold, 2**32 - 1)

@@ -1,0 +1,233 @@
+"""Named tables spread over a cluster: what a model's features are looked up in, one request per PS and step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith.batches import Terms
+from trilith.errors import InvalidRequestError
+from trilith.tables.config import HashTableConfig
+from trilith.tables.merged import QueueHooks
+from trilith.tables.spec import TableSpec
+
+if TYPE_CHECKING:
+    from trilith.client import Client
+
+__all__ = ["DistributedTable", "DistributedTables", "SeparateTables", "TableLike", "as_specs"]
+
+Floats = npt.NDArray[np.float32]
+TableLike = HashTableConfig | TableSpec
+"""A config, or a spec that adds a seed, thresholds and a filter to it."""
+
+
+def as_specs(configs: Mapping[str, TableLike], *, prefix: str = "") -> dict[str, TableSpec]:
+    """Specs by sorted name; the tables of a cluster are called `prefix` and the name."""
+    specs = {}
+    for name in sorted(configs):
+        config = configs[name]
+        if isinstance(config, HashTableConfig):
+            specs[name] = TableSpec.of_config(prefix + name, config)
+        elif config.name == prefix + name:
+            specs[name] = config
+        else:
+            raise InvalidRequestError(f"the spec of table {prefix + name!r} is called {config.name!r}")
+    return specs
+
+
+class DistributedTables(QueueHooks):
+    """Tables by name, each spread over all PS by the owner of its ids.
+
+    A lookup is one request per PS, whatever the number of tables, and so is a write. Each id travels once: gradients of
+    repeated ids are added up, in float32, and rows are handed out to all places that asked. Learning rates are
+    evaluated once per update, at its step. Results do not depend on the number of PS.
+
+    Args:
+        client: An open cluster; `local://` keeps the tables in this process.
+        configs: By name.
+        prefix: Goes before the names to make them those of the cluster's tables.
+        transfer_float16: Whether rows and gradients travel as float16; None: as the client was opened.
+        timeout_s: Deadline of a call; None takes the client's.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        configs: Mapping[str, TableLike],
+        *,
+        prefix: str = "",
+        transfer_float16: bool | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        super().__init__()
+        if not configs:
+            raise InvalidRequestError("tables by name need at least one name")
+        self._client = client
+        self._specs = as_specs(configs, prefix=prefix)
+        client.create_tables(list(self._specs.values()))
+        self._batches = client.batches(float16=transfer_float16)
+        self._timeout_s = timeout_s
+
+    @property
+    def names(self) -> list[str]:
+        """Sorted."""
+        return list(self._specs)
+
+    @property
+    def dims(self) -> list[int]:
+        """Floats per row, by sorted name."""
+        return [spec.dim for spec in self._specs.values()]
+
+    def lookup(self, ids: Mapping[str, Any]) -> dict[str, Floats]:
+        """float32[n, dim] for each requested name: row i for ids[i], zeros where an id has no row."""
+        found = self._batches.lookup({self._known(name): each for name, each in ids.items()}, self._timeout_s)
+        return dict(zip(ids, found.values(), strict=True))
+
+    def assign(self, updates: Mapping[str, Any], req_time: int | None = None) -> DistributedTables:
+        """Set weights, (ids, rows) by name; of a repeated id the last row stays."""
+        self._batches.update("assign", self._named(updates), self._terms(None, req_time))
+        return self
+
+    def assign_add(self, updates: Mapping[str, Any], req_time: int | None = None) -> DistributedTables:
+        """Add to weights, (ids, rows) by name; every repeat adds."""
+        self._batches.update("assign_add", self._named(updates), self._terms(None, req_time))
+        return self
+
+    def apply_gradients(
+        self, updates: Mapping[str, Any], *, global_step: int | None = None, req_time: int | None = None
+    ) -> DistributedTables:
+        """One optimizer step per distinct id.
+
+        Args:
+            updates: (ids, gradients) by name.
+            global_step: At which schedules are evaluated; None takes the step the client knows.
+            req_time: Becomes the rows' last update; None is now.
+        """
+        self._batches.update("apply_gradients", self._named(updates), self._terms(global_step, req_time))
+        return self
+
+    def reinitialize(self, name: str, ids: npt.ArrayLike, *, request_time: int | None = None) -> npt.NDArray[np.int8]:
+        """Reset rows; int8[n] in the order of `ids`: 1 existed, 0 was created, -1 for all if there is no such table."""
+        if name not in self._specs:
+            return np.full(np.asarray(ids).size, -1, np.int8)
+        return self._client.reinitialize(self._specs[name].name, ids, request_time=request_time)
+
+    def _terms(self, global_step: int | None, req_time: int | None) -> Terms:
+        step = self._client.known_step if global_step is None else int(global_step)
+        return Terms(step, req_time, timeout_s=self._timeout_s)
+
+    def _named(self, updates: Mapping[str, Any]) -> dict[str, Any]:
+        return {self._known(name): update for name, update in updates.items()}
+
+    def _known(self, name: str) -> str:
+        if name not in self._specs:
+            raise InvalidRequestError(f"no table {name!r}; there are {self.names}")
+        return self._specs[name].name
+
+
+class DistributedTable(QueueHooks):
+    """One table over all PS; `DistributedTables` says how.
+
+    Args:
+        client: An open cluster.
+        name: Of the table in the cluster.
+        config: Its rows and rates.
+        **options: As for `DistributedTables`.
+    """
+
+    def __init__(self, client: Client, name: str, config: TableLike, **options: Any) -> None:
+        super().__init__()
+        self.name = name
+        self._tables = DistributedTables(client, {name: config}, **options)
+
+    @property
+    def dim(self) -> int:
+        """Floats per row."""
+        return self._tables.dims[0]
+
+    def lookup(self, ids: Any) -> Floats:
+        """float32[n, dim]."""
+        return self._tables.lookup({self.name: ids})[self.name]
+
+    def assign(self, ids: Any, values: Any, req_time: int | None = None) -> DistributedTable:
+        """Set weights."""
+        self._tables.assign({self.name: (ids, values)}, req_time)
+        return self
+
+    def assign_add(self, ids: Any, values: Any, req_time: int | None = None) -> DistributedTable:
+        """Add to weights."""
+        self._tables.assign_add({self.name: (ids, values)}, req_time)
+        return self
+
+    def apply_gradients(
+        self, ids: Any, grads: Any, *, global_step: int | None = None, req_time: int | None = None
+    ) -> DistributedTable:
+        """One optimizer step per distinct id."""
+        self._tables.apply_gradients({self.name: (ids, grads)}, global_step=global_step, req_time=req_time)
+        return self
+
+    def reinitialize(self, ids: npt.ArrayLike, *, request_time: int | None = None) -> npt.NDArray[np.int8]:
+        """Reset rows; int8[n]: 1 existed, 0 was created."""
+        return self._tables.reinitialize(self.name, ids, request_time=request_time)
+
+
+class SeparateTables(QueueHooks):
+    """Tables by name that know nothing of each other: a request per PS for each of them. For comparison.
+
+    Args:
+        names: Of the tables.
+        factory: Makes the table of a name.
+    """
+
+    def __init__(self, names: Iterable[str], factory: Callable[[str], DistributedTable]) -> None:
+        super().__init__()
+        self._tables = {name: factory(name) for name in sorted(names)}
+
+    @property
+    def names(self) -> list[str]:
+        """Sorted."""
+        return list(self._tables)
+
+    @property
+    def dims(self) -> Sequence[int]:
+        """Floats per row, by sorted name."""
+        return [table.dim for table in self._tables.values()]
+
+    def lookup(self, ids: Mapping[str, Any]) -> dict[str, Floats]:
+        """float32[n, dim] for each requested name."""
+        return {name: self._table(name).lookup(each) for name, each in ids.items()}
+
+    def assign(self, updates: Mapping[str, Any], req_time: int | None = None) -> SeparateTables:
+        """Set weights."""
+        for name, (ids, values) in updates.items():
+            self._table(name).assign(ids, values, req_time)
+        return self
+
+    def assign_add(self, updates: Mapping[str, Any], req_time: int | None = None) -> SeparateTables:
+        """Add to weights."""
+        for name, (ids, values) in updates.items():
+            self._table(name).assign_add(ids, values, req_time)
+        return self
+
+    def apply_gradients(
+        self, updates: Mapping[str, Any], *, global_step: int | None = None, req_time: int | None = None
+    ) -> SeparateTables:
+        """One optimizer step per distinct id of each table."""
+        for name, (ids, grads) in updates.items():
+            self._table(name).apply_gradients(ids, grads, global_step=global_step, req_time=req_time)
+        return self
+
+    def get_queue_hooks(self) -> list[Any]:
+        """Own hooks, then those of the tables."""
+        return [
+            *super().get_queue_hooks(),
+            *(hook for table in self._tables.values() for hook in table.get_queue_hooks()),
+        ]
+
+    def _table(self, name: str) -> DistributedTable:
+        if name not in self._tables:
+            raise InvalidRequestError(f"no table {name!r}; there are {self.names}")
+        return self._tables[name]

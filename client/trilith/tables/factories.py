@@ -1,0 +1,59 @@
+"""The ways to put a model's tables together, each by one function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from trilith.tables.config import HashTableConfig
+from trilith.tables.distributed import DistributedTable, DistributedTables, SeparateTables, TableLike
+from trilith.tables.merged import MergedTables
+from trilith.tables.spec import TableSpec
+
+if TYPE_CHECKING:
+    from trilith.client import Client
+
+__all__ = ["create_merged_tables", "create_tables"]
+
+
+def create_tables(client: Client, configs: Mapping[str, TableLike], **options: Any) -> DistributedTables:
+    """A table for each name.
+
+    Args:
+        client: An open cluster; with `local://` the tables are in this process.
+        configs: By name.
+        **options: As for `DistributedTables`.
+    """
+    return DistributedTables(client, configs, **options)
+
+
+def create_merged_tables(
+    client: Client,
+    configs: Mapping[str, HashTableConfig],
+    *,
+    reduce_network_packets: bool = True,
+    spec_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> MergedTables:
+    """One table for all features of equal config.
+
+    Args:
+        client: An open cluster.
+        configs: By feature.
+        reduce_network_packets: Whether all tables share a request per PS; without, each sends its own.
+        spec_options: What the tables' specs have beyond their configs: thresholds, filter, seed; see
+            `TableSpec.of_config`.
+        **options: As for `DistributedTables`.
+    """
+
+    def make(inner: Mapping[str, HashTableConfig]) -> DistributedTables | SeparateTables:
+        prefix = options.get("prefix", "")
+        specs = {
+            name: TableSpec.of_config(prefix + name, config, **(spec_options or {})) for name, config in inner.items()
+        }
+        if reduce_network_packets:
+            return DistributedTables(client, specs, **options)
+        rest = {name: value for name, value in options.items() if name != "prefix"}
+        return SeparateTables(specs, lambda name: DistributedTable(client, specs[name].name, specs[name], **rest))
+
+    return MergedTables(configs, make)
