@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tests.conformance.data.parsing import _arguments, _compare
 from trilith.data import convert, transforms
 from trilith.data.columns import Fields, extract
 from trilith.data.framing import Framing
 from trilith.data.label_conf import label_conf, tasks_of
+from trilith.data.parse import parse_example_batch, parse_examples, parse_instances
 from trilith.data.ragged import Ragged
 from trilith.data.readers import open_records
 from trilith.data.records import Kind, Records
@@ -103,6 +105,15 @@ def as_ragged(rows: Ragged[Any]) -> dict[str, Any]:
     return {"values": rows.values.tolist(), "row_splits": rows.row_splits.tolist()}
 
 
+def parsed_as(records: Records, case: dict[str, Any]) -> list[str]:
+    """How the batch that parsing gives differs from what a case expects."""
+    arguments = _arguments(case)
+    if records.kind is Kind.EXAMPLE_BATCH:
+        return _compare(parse_example_batch(records.payload(0), **arguments), case["expected"])
+    parse = parse_instances if records.kind is Kind.INSTANCE else parse_examples
+    return _compare(parse(records, **arguments), case["expected"])
+
+
 # ---- conversions -----------------------------------------------------------------------------------------------------
 
 
@@ -163,8 +174,6 @@ def records_of(path: Path, case: Mapping[str, Any], kind: str) -> Records:
 
 
 def check_pb_dataset(content: list[Any], folder: Path) -> Found:
-    from tests.conformance.data.parsing import compare_parse
-
     for number, case in enumerate(content):
         records = records_of(folder / case["file"], case, case["input_pb_type"])
         made = convert.convert(records, case["output_pb_type"])
@@ -175,7 +184,7 @@ def check_pb_dataset(content: list[Any], folder: Path) -> Found:
             found += differ("keys", made.source_keys.tolist(), case["data_source_keys"])
             found += differ("messages", [e.data_source_key for e in convert.messages(made)], case["data_source_keys"])
         if "parse" in case:
-            found += compare_parse(made, case["parse"])
+            found += parsed_as(made, case["parse"])
         yield str(number), found
 
 
@@ -444,9 +453,7 @@ def check_switch_slot_batch(content: dict[str, Any], folder: Path) -> Found:
     made = op(Records.of([bytes.fromhex(content["input_hex"])], cls.DESCRIPTOR.name.lower()))
 
     def parsed(case: dict[str, Any]) -> list[str]:
-        from tests.conformance.data.parsing import compare_parse
-
-        return compare_parse(made, case)
+        return parsed_as(made, case)
 
     def message(wanted: str) -> list[str]:
         return differ("message", cls.FromString(made.payload(0)), cls.FromString(bytes.fromhex(wanted)))

@@ -101,7 +101,7 @@ def i64_at(base: int, index: int) -> int:
 @part()
 def put_i64(base: int, index: int, value: int) -> None:
     """Set an element of an int64 array."""
-    store_u64(base, index, _uint64(value))
+    store_u64(base, index, _uint64(_int64(value)))
 
 
 @part(inline=False)
