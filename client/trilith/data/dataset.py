@@ -25,6 +25,7 @@ from trilith.data.nodes import (
     Shuffle,
     Span,
     Stride,
+    Topics,
     open_nodes,
 )
 from trilith.data.positions import pack_state, unpack_state
@@ -39,7 +40,7 @@ from trilith.errors import InvalidRequestError
 if TYPE_CHECKING:
     from trilith.client import Client
 
-__all__ = ["Dataset", "DatasetIterator", "from_records", "read"]
+__all__ = ["Dataset", "DatasetIterator", "from_records", "read", "read_kafka"]
 
 RecordsFunction: TypeAlias = Callable[[Records], Any]
 
@@ -57,6 +58,11 @@ class Dataset:
         self._nodes = nodes
         self._deferred = deferred
         self._batched = batched
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The steps, from the source on."""
+        return self._nodes
 
     def _then(self, node: Node) -> Dataset:
         return Dataset((*self._nodes, node), deferred=self._deferred, batched=self._batched)
@@ -173,10 +179,17 @@ class Dataset:
             raise InvalidRequestError("share works where files are read")
         patterns = source.patterns
 
-        def deal(epoch: int) -> FileDealer:
+        def dealer(epoch: int) -> FileDealer:
             return SharedFiles(client, f"{name}/{epoch}", patterns, worker=worker, lease_s=lease_s)
 
-        return self._with_source(dataclasses.replace(source, deal=deal))
+        return self.deal(dealer)
+
+    def deal(self, dealer: Callable[[int], FileDealer]) -> Dataset:
+        """Take files from what `dealer` makes for an epoch, in place of the files named."""
+        source = self._nodes[0]
+        if not isinstance(source, Read):
+            raise InvalidRequestError("deal works where files are read")
+        return self._with_source(dataclasses.replace(source, deal=dealer))
 
     def _with_source(self, source: Node) -> Dataset:
         return Dataset((source, *self._nodes[1:]), deferred=self._deferred, batched=self._batched)
@@ -197,8 +210,24 @@ class Dataset:
             _at_least("epochs", epochs, 0)
         return self._then(Repeat(epochs))
 
+    def split(
+        self, names: Sequence[str], *, max_queue_size: int = 1024, unknown: Literal["raise", "drop"] = "raise"
+    ) -> dict[str, Dataset]:
+        """The records of each data source, by the key of their header, as datasets by name; they share one reader.
+
+        Args:
+            names: Of the data sources.
+            max_queue_size: Records that may wait for a flow while another one is read; that one then waits, too.
+            unknown: "raise" at a record of another source, or "drop" it.
+        """
+        from trilith.data.flows import Flow, FlowSplitter
+
+        self._records_only("split")
+        splitter = FlowSplitter(self._nodes, names, max_queue_size=max_queue_size, unknown=unknown)
+        return {name: Dataset((Flow(splitter, flow),), deferred=self._deferred) for flow, name in enumerate(names)}
+
     def merge(self, *others: Dataset, block_length: int = 1) -> Dataset:
-        """The records of this and other datasets in turns, `block_length` of each."""
+        """The records of this and other datasets in turns, `block_length` of each, until all have ended."""
         for each in (self, *others):
             each._records_only("merge")
         return Dataset((Merge(tuple(each._nodes for each in (self, *others)), block_length),), deferred=self._deferred)
@@ -209,11 +238,16 @@ class Dataset:
         """Make arrays of records, once per batch.
 
         Args:
-            spec: A feature spec of `trilith.data`, or any function of `Records`.
+            spec: Feature specs by name (`Sparse`, `Dense`, `Label`, ... of `trilith.data`), a `ParseSpec`, or any function
+                of `Records`.
         """
+        if isinstance(spec, Mapping):
+            from trilith.data.parsers import ParseSpec
+
+            spec = ParseSpec(spec)
         function = getattr(spec, "parse", spec)
         if not callable(function):
-            raise InvalidRequestError(f"{spec!r} is neither a feature spec nor a function of Records")
+            raise InvalidRequestError(f"{spec!r} is neither feature specs nor a function of Records")
         return self.map(function)
 
     def map(self, function: Callable[[Any], Any]) -> Dataset:
@@ -412,6 +446,16 @@ def read(
             ),
         )
     )
+
+
+def read_kafka(topics: str | Sequence[str], **options: Any) -> Dataset:
+    """A dataset of the records of Kafka topics; connects when it is iterated.
+
+    Args:
+        topics: One or several.
+        **options: Of `trilith.data.kafka.KafkaReader`: group_id, servers, kind, framing, stream_timeout, ...
+    """
+    return Dataset((Topics((topics,) if isinstance(topics, str) else tuple(topics), options),))
 
 
 def from_records(records: Records | Sequence[bytes], kind: Kind | str = Kind.INSTANCE) -> Dataset:

@@ -16,7 +16,7 @@ from trilith.data.readers import Losses, OnError, Position, RecordReader, open_r
 from trilith.data.records import Records
 from trilith.data.samples.chunk import SampleOp, apply_ops
 from trilith.data.shuffle import Shuffling
-from trilith.data.sources import ListedFiles, Memory, Merging, Reading
+from trilith.data.sources import ListedFiles, Memory, Merging, Reading, Streaming
 from trilith.data.stages import Batching, Repeating, Replayed, Skipping, Stage, Stepping, Striding, Taking
 from trilith.errors import InvalidRequestError
 
@@ -35,6 +35,7 @@ __all__ = [
     "Shuffle",
     "Span",
     "Stride",
+    "Topics",
     "mapped",
     "open_nodes",
 ]
@@ -111,6 +112,20 @@ class Read(Node):
 
         stage = Reading(dealer, opener, context.losses, cycle_length=self.cycle_length, block_length=self.block_length)
         return Striding(stage, index, count) if stride else stage
+
+
+@dataclass(frozen=True, slots=True)
+class Topics(Node):
+    """Records of Kafka topics."""
+
+    topics: tuple[str, ...]
+    options: Mapping[str, Any]
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`; several workers are members of one group, which divides the partitions."""
+        from trilith.data.kafka import KafkaReader
+
+        return Streaming(lambda start: KafkaReader(self.topics, start=start, **self.options), context.losses)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from trilith.data.item_pool import PoolSnapshot
 from trilith.data.records import PADDING, Kind, Records
 from trilith.errors import InvalidRequestError
 
@@ -31,6 +32,8 @@ def pack_state(state: Any) -> Any:
                 **{name: getattr(whole, name).tobytes() for name in _ARRAYS},
             }
         }
+    if isinstance(state, PoolSnapshot):
+        return state.export()
     if isinstance(state, tuple):
         return {_TUPLE: [pack_state(each) for each in state]}
     if isinstance(state, list):

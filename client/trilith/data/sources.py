@@ -15,7 +15,7 @@ from trilith.data.records import Records
 from trilith.data.stages import Stage, State
 from trilith.errors import InvalidRequestError
 
-__all__ = ["Cursor", "ListedFiles", "Memory", "Merging", "Reading", "take_in_turns"]
+__all__ = ["Cursor", "ListedFiles", "Memory", "Merging", "Reading", "Streaming", "add_losses", "take_in_turns"]
 
 OpenFile: TypeAlias = Callable[[str, Position], RecordReader]
 
@@ -161,15 +161,9 @@ class Reading:
 
     def _end(self, number: int, file: _File) -> None:
         self._slots[number] = None
-        self._count_losses(file)
+        add_losses(self._losses, file.reader.losses)
         file.reader.close()
         self._files.finish(file.name)
-
-    def _count_losses(self, file: _File) -> None:
-        lost = file.reader.losses
-        self._losses.records += lost.records
-        self._losses.bytes += lost.bytes
-        self._losses.messages += lost.messages[: 10 - len(self._losses.messages)]
 
     def state(self) -> State:
         """See `Stage`."""
@@ -200,7 +194,7 @@ class Reading:
         """See `Stage`."""
         for file in self._slots:
             if file is not None:
-                self._count_losses(file)
+                add_losses(self._losses, file.reader.losses)
                 file.reader.close()
         self._slots = [None] * len(self._slots)
         self._more = False
@@ -228,6 +222,54 @@ def take_in_turns(cursors: Sequence[Cursor], block: int) -> Records:
             parts.append(each.take(min(wanted, each.left)))
             wanted -= len(parts[-1])
     return Records.concatenate(parts)
+
+
+class Streaming:
+    """Chunks of a reader that knows its own position.
+
+    Args:
+        opener: Opens it at a position, or where it begins.
+        losses: Where what was skipped is added up.
+    """
+
+    def __init__(self, opener: Callable[[Position | None], RecordReader], losses: Losses) -> None:
+        self._open = opener
+        self._losses = losses
+        self._start: Position | None = None
+        self._reader: RecordReader | None = None
+
+    def __next__(self) -> Records:
+        if self._reader is None:
+            self._reader = self._open(self._start)
+        return next(self._reader)
+
+    def state(self) -> State:
+        """See `Stage`."""
+        at = self._start if self._reader is None else self._reader.position
+        return {"at": None if at is None else (at.records, at.offset, at.partitions)}
+
+    def restore(self, state: State) -> None:
+        """See `Stage`."""
+        at = state["at"]
+        self._start = None if at is None else Position(at[0], at[1], at[2])
+
+    def close(self) -> None:
+        """See `Stage`."""
+        if self._reader is not None:
+            add_losses(self._losses, self._reader.losses)
+            self._reader.close()
+            self._reader, self._open = None, _nothing
+
+
+def _nothing(start: Position | None) -> RecordReader:
+    raise StopIteration
+
+
+def add_losses(total: Losses, more: Losses) -> None:
+    """Add what one reader skipped to what all did."""
+    total.records += more.records
+    total.bytes += more.bytes
+    total.messages += more.messages[: 10 - len(total.messages)]
 
 
 class Memory:
