@@ -12,6 +12,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from trilith.data.records import PADDING, Kind, Records
+from trilith.data.scan.batches import measure_batch, scan_batch, scan_line_ids
 from trilith.data.scan.examples import scan_examples
 from trilith.data.scan.instances import scan_instances
 from trilith.data.scan.plan import BLOCK_ROWS, Slot
@@ -19,15 +20,43 @@ from trilith.data.scan.schema import Fields, Schema
 from trilith.data.scan.wire import CODES
 from trilith.errors import DataError, InvalidRequestError
 from trilith.ops.memory import address_of
+from trilith_proto import example_pb2
 
-__all__ = ["OnError", "Scan", "Scanner", "bounds_of", "byte_strings", "damage", "replace_payloads", "scanner"]
+__all__ = [
+    "BatchScan",
+    "BatchScanner",
+    "LineIdScanner",
+    "OnError",
+    "Scan",
+    "Scanner",
+    "bounds_of",
+    "byte_strings",
+    "damage",
+    "replace_payloads",
+    "scanner",
+]
 
 OnError: TypeAlias = Literal["raise", "skip"]
 
 _KERNELS: dict[Kind, Callable[[int], int]] = {Kind.INSTANCE: scan_instances, Kind.EXAMPLE: scan_examples}
+_SCALARS = [
+    Slot.ROWS,
+    Slot.MASK,
+    Slot.NAME_COUNT,
+    Slot.RESERVED,
+    Slot.CONVERT,
+    Slot.COLUMNS,
+    Slot.LABEL,
+    Slot.WEIGHT,
+    Slot.EVERY_V1,
+    Slot.EVERY_V2,
+]
+_ARRAYS = [
+    Slot.BUFFER, Slot.OFFSETS, Slot.LENGTHS, Slot.NAMES, Slot.MEMBERS, Slot.SLOTS, Slot.TOP, Slot.LINE, Slot.CURSORS,
+    Slot.CELLS, Slot.PRESENT, Slot.SEEN, Slot.SPLITS, Slot.BLOCK, Slot.STATUS, Slot.PLACES, Slot.PROMOTE, Slot.LISTS,
+]  # fmt: skip
 _MARGIN = 1.08
 _FIRST_GUESS = 4
-_MAX_LENGTH = 2**31 - 1
 
 
 @dataclass(slots=True, eq=False)
@@ -77,6 +106,7 @@ class Scanner:
 
     def __init__(self, kind: Kind, fields: Fields) -> None:
         self.schema = Schema(kind, fields)
+        self._kernel = _KERNELS.get(kind, scan_batch)
         self._mean = np.full(len(self.schema.columns), float(_FIRST_GUESS))
 
     def scan(self, records: Records, *, on_error: OnError = "raise", promote: bool = True) -> Scan:
@@ -140,52 +170,144 @@ class Scanner:
     def _once(
         self, records: Records, flags: npt.NDArray[np.uint8]
     ) -> tuple[Scan, npt.NDArray[np.int64] | None, npt.NDArray[np.int64]]:
-        schema, rows, columns = self.schema, len(records), len(self.schema.columns)
-        offsets, lengths = bounds_of(records)
-        cursors = np.zeros(columns + 8, np.int64)
-        block = np.empty((BLOCK_ROWS, columns + 8), np.int64)
-        splits = np.empty((columns, rows + 1), np.int64)
-        cells = np.zeros((schema.cells, rows), np.uint64)
-        present = np.zeros((schema.cells, rows), np.uint8)
-        status, places = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
-        plan = np.zeros(Slot.SIZE, np.int64)
-        plan[Slot.ROWS] = rows
-        plan[Slot.BUFFER] = address_of(records.buffer)
-        plan[Slot.OFFSETS], plan[Slot.LENGTHS] = address_of(offsets), address_of(lengths)
-        plan[Slot.NAMES], plan[Slot.MASK] = address_of(schema.lookup.table), schema.lookup.mask
-        plan[Slot.NAME_COUNT], plan[Slot.RESERVED] = len(schema.names), schema.reserved
-        plan[Slot.MEMBERS] = address_of(schema.members)
-        plan[Slot.SLOTS] = address_of(schema.slot_table) if schema.slot_columns else 0
-        plan[Slot.CONVERT] = int(schema.fields.slots_as_v2)
-        plan[Slot.TOP], plan[Slot.LINE] = address_of(schema.top), address_of(schema.line)
-        plan[Slot.COLUMNS], plan[Slot.CURSORS] = columns, address_of(cursors)
-        plan[Slot.CELLS], plan[Slot.PRESENT] = address_of(cells), address_of(present)
-        plan[Slot.SPLITS], plan[Slot.BLOCK] = address_of(splits), address_of(block)
-        plan[Slot.STATUS], plan[Slot.PLACES] = address_of(status), address_of(places)
-        plan[Slot.PROMOTE] = address_of(flags)
-        plan[Slot.LABEL], plan[Slot.WEIGHT] = schema.label_column, schema.weight_cell
-        plan[Slot.EVERY_V1], plan[Slot.EVERY_V2] = schema.every
-        capacities = np.ceil(self._mean * rows * _MARGIN).astype(np.int64) + 8
+        found = run_kernel(self._kernel, self.schema, records, len(records), flags, self._mean)
+        return found.scan, found.status if found.troubled else None, found.places
+
+
+class LineIdScanner(Scanner):
+    """Reads records that are bare LineIds; their kind says instance, the smallest message with a LineId inside."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(Kind.INSTANCE, Fields(line_id=tuple(names)))
+        self._kernel = scan_line_ids
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    scan: Scan
+    troubled: int
+    status: npt.NDArray[np.int64]
+    places: npt.NDArray[np.int64]
+    lists: npt.NDArray[np.int64]
+
+
+def run_kernel(
+    kernel: Callable[[int], int],
+    schema: Schema,
+    records: Records,
+    rows: int,
+    flags: npt.NDArray[np.uint8],
+    mean: npt.NDArray[np.float64],
+) -> _Run:
+    """Scan once, and once more if a column turned out longer than expected.
+
+    Args:
+        kernel: Which.
+        schema: What to read.
+        records: The records.
+        rows: Rows to make room for.
+        flags: uint8[records]: whether to promote reserved features.
+        mean: float64[columns], values per row to expect; written with what was found.
+    """
+    columns, n = len(schema.columns), len(records)
+    offsets, lengths = bounds_of(records)
+    cursors = np.zeros(columns + 8, np.int64)
+    block = np.empty((BLOCK_ROWS, columns + 8), np.int64)
+    splits = np.zeros((columns, rows + 1), np.int64)
+    cells = np.zeros((schema.cells, rows), np.uint64)
+    present = np.zeros((schema.cells, rows), np.uint8)
+    seen = np.zeros((rows, len(schema.names)), np.uint8)
+    lists = np.full((max(len(schema.names), 1), 3), -1, np.int64)
+    status, places = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    plan = np.zeros(Slot.SIZE, np.int64)
+    plan[_SCALARS] = (
+        rows,
+        schema.lookup.mask,
+        len(schema.names),
+        schema.reserved,
+        int(schema.fields.slots_as_v2),
+        columns,
+        schema.label_column,
+        schema.weight_cell,
+        *schema.every,
+    )
+    arrays = (
+        records.buffer, offsets, lengths, schema.lookup.table, schema.members, schema.slot_table, schema.top,
+        schema.line, cursors, cells, present, seen, splits, block, status, places, flags, lists,
+    )  # fmt: skip
+    plan[_ARRAYS] = list(map(address_of, arrays))
+    if not schema.slot_columns:
+        plan[Slot.SLOTS] = 0
+    # No value takes less than a byte, whatever the last chunk was like.
+    capacities = np.minimum(mean * (rows * _MARGIN), float(lengths.sum())).astype(np.int64) + 8
+    while True:
+        memory, regions = _regions(schema.columns, capacities)
+        addresses = regions + address_of(memory)
+        plan[Slot.CAPACITIES], plan[Slot.REGIONS] = address_of(capacities), address_of(addresses)
+        troubled = kernel(address_of(plan))
+        counts = cursors[:columns].copy()
+        if not (counts > capacities).any():
+            break
+        capacities = np.maximum(counts, capacities)
+        for array in (cursors, present, status, seen, splits):
+            array[...] = 0
+        lists[...] = -1
+    if rows:
+        np.divide(counts, rows, out=mean)
+    values = [
+        _view(memory, start, count, dtype)
+        for start, count, dtype in zip(regions.tolist(), counts.tolist(), schema.columns, strict=True)
+    ]
+    return _Run(Scan(records, 0, splits, values, cells, present, seen), troubled, status, places, lists)
+
+
+class BatchScanner:
+    """Reads ExampleBatches, one at a time, into columns."""
+
+    def __init__(self, fields: Fields) -> None:
+        self.schema = Schema(Kind.EXAMPLE_BATCH, fields)
+        self._mean = np.full(len(self.schema.columns), float(_FIRST_GUESS))
+
+    def scan(self, records: Records, row: int = 0) -> BatchScan:
+        """Read one ExampleBatch.
+
+        Args:
+            records: Of kind examplebatch.
+            row: Which of them.
+        """
+        if records.kind is not Kind.EXAMPLE_BATCH:
+            raise InvalidRequestError(f"records of kind {records.kind} are no ExampleBatches")
+        records = records.take([row])
         while True:
-            memory, regions = _regions(schema.columns, capacities)
-            seen = np.zeros((rows, len(schema.names)), np.uint8)
-            addresses = regions + address_of(memory)
-            plan[Slot.CAPACITIES], plan[Slot.REGIONS] = address_of(capacities), address_of(addresses)
-            plan[Slot.SEEN] = address_of(seen)
-            troubled = _KERNELS[schema.kind](address_of(plan))
-            counts = cursors[:columns].copy()
-            if not (counts > capacities).any():
-                break
-            capacities = np.maximum(counts, capacities)
-            cursors[:], present[:], status[:] = 0, 0, 0
-        if rows:
-            np.divide(counts, rows, out=self._mean)
-        values = [
-            _view(memory, int(start), int(count), dtype)
-            for start, count, dtype in zip(regions, counts, schema.columns, strict=True)
-        ]
-        scan = Scan(records, 0, splits, values, cells, present, seen)
-        return scan, status if troubled else None, places
+            offsets, lengths = bounds_of(records)
+            sizes = np.zeros(3, np.int64)
+            start = address_of(records.buffer) + int(offsets[0])
+            code = measure_batch(start, start + int(lengths[0]), address_of(sizes))
+            if code:
+                raise damage(records, 0, np.array([code]), sizes[2:])
+            batch_size, rows = max(int(sizes[0]), 0), int(sizes[1])
+            found = run_kernel(scan_batch, self.schema, records, rows, np.ones(1, np.uint8), self._mean)
+            if found.status[0] < 0:
+                raise damage(records, 0, found.status, found.places)
+            if not found.status[0]:
+                return BatchScan(found.scan, batch_size, found.lists)
+            payload = example_pb2.ExampleBatch.FromString(records.payload(0)).SerializeToString(deterministic=True)
+            records = replace_payloads(records, np.zeros(1, np.int64), [payload])
+
+
+@dataclass(slots=True, eq=False)
+class BatchScan:
+    """What was found in an ExampleBatch.
+
+    Attributes:
+        scan: Columns; rows are features of a list, and a list may have fewer than the scan has rows.
+        batch_size: Rows of the batch.
+        lists: int64[names, 3]: features in the list of each name, -1 without one; its type (1 is SHARED); its id.
+    """
+
+    scan: Scan
+    batch_size: int
+    lists: npt.NDArray[np.int64]
 
 
 def bounds_of(records: Records) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -1,0 +1,140 @@
+"""What a model wants of a batch: typed feature specs, and the parsers that `Dataset.parse` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith.data.line_ids import line_field
+from trilith.errors import InvalidRequestError
+
+__all__ = [
+    "INVALID_LABEL",
+    "Dense",
+    "Extra",
+    "FeatureSpec",
+    "Features",
+    "InstanceWeight",
+    "Label",
+    "Slot",
+    "Sparse",
+    "check_specs",
+]
+
+INVALID_LABEL = np.finfo(np.float32).min
+"""What a label is where there is none."""
+
+Features: TypeAlias = dict[str, Any]
+"""A parsed batch: `Ragged` int64 fids, and arrays [rows, dim] of float32, int64 or bytes objects, by name."""
+
+_DTYPES = {"float32": np.dtype(np.float32), "int64": np.dtype(np.int64), "string": np.dtype(np.object_)}
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """Fids of a named feature, as a `Ragged` of int64.
+
+    Attributes:
+        feature: Name of the feature in the records; the output's name by default.
+    """
+
+    feature: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Fids of one slot among an Instance's flat v1 fids, as a `Ragged` of int64.
+
+    Attributes:
+        slot: 0 to 1023.
+    """
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Numbers or strings of a named feature, as an array [rows, dim].
+
+    Attributes:
+        dim: Elements per row.
+        dtype: "float32", "int64" or "string" (bytes objects).
+        feature: Name of the feature in the records; the output's name by default.
+    """
+
+    dim: int = 1
+    dtype: str = "float32"
+    feature: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise InvalidRequestError(f"dim={self.dim} of a dense feature is not positive")
+        dense_dtype(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """The labels, as float32[rows, dim]."""
+
+    dim: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise InvalidRequestError(f"dim={self.dim} of the labels is not positive")
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceWeight:
+    """The weight of each row, as float32[rows, dim]; columns but the first are zero."""
+
+    dim: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """A field of LineId: int64 for every integer, float32, or bytes objects, as an array [rows, dim].
+
+    Attributes:
+        dim: Elements per row; a scalar fills the first.
+        field: Name of the field; the output's name by default.
+    """
+
+    dim: int = 1
+    field: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise InvalidRequestError(f"dim={self.dim} of a LineId field is not positive")
+        if self.field is not None:
+            _ = line_field(self.field).batch_dtype
+
+
+FeatureSpec: TypeAlias = Sparse | Slot | Dense | Label | InstanceWeight | Extra
+"""What one output of a parser is."""
+
+
+def dense_dtype(dtype: Any) -> np.dtype[Any]:
+    """The array dtype for a name or NumPy dtype of a dense feature."""
+    name = dtype if isinstance(dtype, str) else None
+    if name is None:
+        kind: npt.DTypeLike = dtype
+        found = np.dtype(kind)
+        name = "string" if found.kind in "OSU" else found.name
+    if name not in _DTYPES:
+        raise InvalidRequestError(f"dtype {dtype!r} of a dense feature is not one of {sorted(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def check_specs(specs: Mapping[str, FeatureSpec]) -> None:
+    """Refuse outputs that no parser could give."""
+    if not specs:
+        raise InvalidRequestError("no features are asked for")
+    for name, spec in specs.items():
+        if not isinstance(spec, Sparse | Slot | Dense | Label | InstanceWeight | Extra):
+            raise InvalidRequestError(f"{name!r}: {spec!r} is no feature spec")
+        if isinstance(spec, Extra):
+            _ = line_field(spec.field or name).batch_dtype
