@@ -211,37 +211,48 @@ def tune_allocator() -> None:
     mallopt(_M_TOP_PAD, 64 << 20)
 
 
-if JIT_DISABLED:
+def _copier(floats: int) -> Any:
+    """Make `copy(target, source)`: that many float32 between addresses that do not overlap.
 
-    def copy_line(target: int, source: int) -> None:
-        """Copy 64 bytes between addresses that do not overlap."""
-        ctypes.memmove(int(target), int(source), 64)
+    One wide load and store: LLVM turns a memcpy of constant size into `rep movsb` on processors that call it fast,
+    which is several times slower for scattered rows (measured), and cannot vectorise a loop whose pointers may alias.
+    """
+    if JIT_DISABLED:
 
-else:
+        def twin(target: int, source: int) -> None:
+            ctypes.memmove(int(target), int(source), 4 * floats)
+
+        return twin
 
     @intrinsic
-    def copy_line(typingctx: Any, target: Any, source: Any) -> Any:
-        """Copy 64 bytes between addresses that do not overlap.
-
-        One wide load and store: LLVM turns a memcpy of constant size into `rep movsb` on processors that call it fast,
-        which is several times slower for scattered rows (measured), and cannot vectorise a loop whose pointers may
-        alias.
-        """
-
+    def copy(typingctx: Any, target: Any, source: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            line = ir.VectorType(ir.FloatType(), 16)
-            to, origin = (builder.inttoptr(arg, line.as_pointer()) for arg in args)
-            builder.store(builder.load(origin, align=1, typ=line), to, align=1)
+            vector = ir.VectorType(ir.FloatType(), floats)
+            to, origin = (builder.inttoptr(arg, vector.as_pointer()) for arg in args)
+            builder.store(builder.load(origin, align=1, typ=vector), to, align=1)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), generate
+
+    return copy
+
+
+copy_line, _copy8, _copy4 = _copier(16), _copier(8), _copier(4)
 
 
 @inlined
 def copy_floats(target: int, source: int, count: int) -> None:
     """Copy `count` float32 between addresses that do not overlap."""
-    lines = count // 16
-    for line in range(lines):
-        copy_line(target + 64 * line, source + 64 * line)
-    for i in range(16 * lines, count):
+    i = 0
+    while i + 16 <= count:
+        copy_line(target + 4 * i, source + 4 * i)
+        i += 16
+    if i + 8 <= count:
+        _copy8(target + 4 * i, source + 4 * i)
+        i += 8
+    if i + 4 <= count:
+        _copy4(target + 4 * i, source + 4 * i)
+        i += 4
+    while i < count:
         store_f32(target, i, load_f32(source, i))
+        i += 1

@@ -262,8 +262,8 @@ def _new_index(slots: int) -> Mapping:
 
 
 def _max_load(s: int) -> float:
-    """Fill at which stripe `s` grows: spread over 0.5..0.75, so that a table's stripes do not all grow in one batch."""
-    return 0.5 + 0.25 * (s + 1) / STRIPES
+    """Fill at which stripe `s` grows: spread over 0.6..0.8, so that a table's stripes do not all grow in one batch."""
+    return 0.6 + 0.2 * (s + 1) / STRIPES
 
 
 def _reserved_bytes() -> int:

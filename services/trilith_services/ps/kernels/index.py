@@ -3,6 +3,7 @@
 A slot is 16 bytes: the id, and a word with the row's last update (Unix seconds, high 32 bits) over its number (low 32
 bits, from 1). Number 0 is an empty slot, so fresh zero pages are an empty index and every id, 0 and 2^64-1 included, is
 usable. The time lives here because a step dirties this line anyway, and because eviction then scans the index alone.
+A probe begins at the first slot of a cache line and looks at whole lines.
 
 Stripes are described by rows of an int64 matrix `stripes[s, column]`; kernels update it, under the stripe's lock.
 """
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from trilith.ops.hashing import mix64
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import load_u32, load_u64, prefetch, store_u32, store_u64
+from trilith_services.ps.kernels.slots import SLOTS_PER_LINE, probe_line
 
 I64: TypeAlias = npt.NDArray[np.int64]
 U64: TypeAlias = npt.NDArray[np.uint64]
@@ -113,19 +115,26 @@ def slot_time(word: Any) -> Any:
 
 
 @inlined
+def home_of(value: Any, mask: Any) -> Any:
+    """Where the probe for hash `value` starts: the first slot of a line."""
+    return np.int64(value & np.uint64(mask)) & -SLOTS_PER_LINE
+
+
+@inlined
 def prefetch_slot(index: Any, mask: Any, value: Any) -> Any:
     """Request the line where the probe for hash `value` starts."""
-    prefetch(index + 16 * np.int64(value & np.uint64(mask)))
+    prefetch(index + 16 * home_of(value, mask))
 
 
 @inlined
 def find_slot(index: Any, mask: Any, key: Any, value: Any) -> Any:
     """Slot number of `key` with hash `value`, or that of the empty slot where it belongs."""
-    slot = np.int64(value & np.uint64(mask))
+    line = home_of(value, mask)
     while True:
-        if load_u64(index, 2 * slot + 1) == _NONE or load_u64(index, 2 * slot) == key:
-            return slot
-        slot = (slot + 1) & mask
+        slot = probe_line(index + 16 * line, key)
+        if slot >= 0:
+            return line + slot
+        line = (line + SLOTS_PER_LINE) & mask
 
 
 @inlined
@@ -166,7 +175,7 @@ def release_slot(stripes: int, s: Any, stride: Any, slot: Any) -> Any:
         if word == _NONE:
             break
         key = load_u64(index, 2 * probe)
-        home = np.int64(mix64(key) & np.uint64(mask))
+        home = home_of(mix64(key), mask)
         # The entry may move back only if its home is not inside (hole, probe].
         if ((probe - home) & mask) >= ((probe - hole) & mask):
             store_u64(index, 2 * hole, key)
@@ -201,7 +210,7 @@ def rebuild_index(old: int, old_mask: int, new: int, new_mask: int) -> None:
                 m += 1
             slot += 1
         for t in range(m):
-            target = np.int64(hashes[t] & np.uint64(new_mask))
+            target = home_of(hashes[t], new_mask)
             while load_u64(new, 2 * target + 1) != _NONE:
                 target = (target + 1) & new_mask
             store_u64(new, 2 * target, keys[t])

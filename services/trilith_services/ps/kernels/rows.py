@@ -44,6 +44,7 @@ from trilith_services.ps.kernels.index import (
     claim_row,
     find_slot,
     get,
+    home_of,
     pack_slot,
     prefetch_slot,
     put,
@@ -51,6 +52,7 @@ from trilith_services.ps.kernels.index import (
     stripe_of,
 )
 from trilith_services.ps.kernels.optimizers import STEPS, round_to_half
+from trilith_services.ps.kernels.slots import probe_line
 
 # plan
 STRIDE = 0  # bytes from row to row
@@ -86,7 +88,7 @@ _BATCH = "int64, int64, int64, int64"  # starts, hashes, grouped, positions
 
 
 def work_bytes(dim: int) -> int:
-    """Scratch memory that the kernels below need: GROUP row addresses, GROUP hashes, then float32[dim]."""
+    """Scratch memory that the kernels below need: GROUP row addresses, GROUP line addresses, then float32[dim]."""
     return 16 * GROUP + 4 * dim
 
 
@@ -165,18 +167,23 @@ def probe_group(stripes: Any, bits: Any, ids: Any, count: Any, stride: Any, size
     The batch is walked in its own order: grouping it by stripe would scatter the writes to the output, which costs more
     than the stripes' locality wins (measured).
     """
-    hashes = rows + 8 * GROUP
+    lines = rows + 8 * GROUP
     for t in range(count):
         value = mix64(load_u64(ids, t))
-        store_u64(hashes, t, value)
         s = stripe_of(value, bits)
-        prefetch_slot(get(stripes, s * COLUMNS + INDEX), get(stripes, s * COLUMNS + MASK), value)
+        line = get(stripes, s * COLUMNS + INDEX) + 16 * home_of(value, get(stripes, s * COLUMNS + MASK))
+        prefetch(line)
+        put(lines, t, line)
+        put(rows, t, s)
     for t in range(count):
-        value = load_u64(hashes, t)
-        s = stripe_of(value, bits)
-        index = get(stripes, s * COLUMNS + INDEX)
-        slot = find_slot(index, get(stripes, s * COLUMNS + MASK), load_u64(ids, t), value)
-        number = row_number(load_u64(index, 2 * slot + 1))
+        s = get(rows, t)
+        key = load_u64(ids, t)
+        line = get(lines, t)
+        slot = probe_line(line, key)
+        if slot < 0:  # a full line without it
+            line = get(stripes, s * COLUMNS + INDEX)
+            slot = find_slot(line, get(stripes, s * COLUMNS + MASK), key, mix64(key))
+        number = row_number(load_u64(line, 2 * slot + 1))
         row = np.int64(0)
         if number != 0:
             row = get(stripes, s * COLUMNS + ARENA) + (number - 1) * stride
