@@ -57,6 +57,8 @@ class _Worker:
             batch_size=arguments.batch,
             epochs=_ENDLESS,
             validate=False,
+            prefetch=arguments.prefetch,
+            async_push=arguments.async_push,
         )
         client = trilith.connect(arguments.cluster, timeout_s=120.0)
         self.samples = 0
@@ -127,6 +129,8 @@ def main() -> int:
     parser.add_argument("--cluster", default="", help="address; none trains in this process alone")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--world-size", type=int, default=1)
+    for name in ("prefetch", "async-push"):
+        parser.add_argument(f"--{name}", type=int, default=0)
     for name in ("features", "rows", "batch", "batches", "dim"):
         parser.add_argument(f"--{name}", type=int, required=True)
     arguments = parser.parse_args()

@@ -6,7 +6,7 @@ from trilith.nn.bridge import Bridge, pick_device
 from trilith.nn.click_model import ClickModel
 from trilith.nn.deepfm import DeepFM
 from trilith.nn.dense import AllReduced, DenseOnPs
-from trilith.nn.embedding import Embedding, EmbeddingBag, EmbeddingCollection, Feature
+from trilith.nn.embedding import Embedding, EmbeddingBag, EmbeddingCollection, Feature, FetchedRows
 from trilith.nn.ffm import FFM
 from trilith.nn.local import LocalEmbeddings
 
@@ -23,6 +23,7 @@ __all__ = [
     "EmbeddingBag",
     "EmbeddingCollection",
     "Feature",
+    "FetchedRows",
     "FirstN",
     "LocalEmbeddings",
     "as_bags",

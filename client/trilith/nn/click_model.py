@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trilith.data.clicks import ClickData
 from trilith.nn.bags import IdsLike
+from trilith.nn.embedding import FetchedRows
 
 __all__ = ["ClickModel", "StackedEmbeddings"]
 
@@ -19,8 +20,8 @@ __all__ = ["ClickModel", "StackedEmbeddings"]
 class StackedEmbeddings(Protocol):
     """`EmbeddingCollection`, `LocalEmbeddings`, or anything else that embeds a batch."""
 
-    def stacked(self, batch: Mapping[str, IdsLike]) -> Tensor:
-        """float32[b, F, dim]."""
+    def stacked(self, batch: Any) -> Tensor:
+        """float32[b, F, dim], for ids by feature or whatever else the embeddings take."""
 
 
 class ClickModel(nn.Module):
@@ -36,7 +37,7 @@ class ClickModel(nn.Module):
         self.embeddings = embeddings
         self.head = head
 
-    def forward(self, batch: Mapping[str, IdsLike]) -> Tensor:
+    def forward(self, batch: Mapping[str, IdsLike] | FetchedRows) -> Tensor:
         """Return logits float32[b]."""
         logits: Tensor = self.head(self.embeddings.stacked(batch))
         return logits

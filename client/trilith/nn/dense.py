@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 
 from trilith.errors import InvalidRequestError
 from trilith.nn.bridge import Bridge
+from trilith.pipelining import Ahead, Pusher
 
 __all__ = ["AllReduced", "DenseOnPs", "VariableClient"]
 
@@ -40,15 +41,31 @@ class DenseOnPs:
     Call `pull` before a forward pass and `step` after the backward pass. A gradient may be as many steps old as other
     workers have taken in between. Buffers, such as running means, stay with the module.
 
+    With `prefetch` a pull gives the values that were read during the step before, with `async_push` a step does not
+    wait for its gradients to be applied: a pull then lacks at most this worker's last `1 + async_push` steps.
+
     Args:
         client: The cluster.
         module: Its trainable parameters become variables, or take the values that the cluster has.
         optimizer: One of `trilith.tables`; runs on the PS.
         prefix: Goes before the parameters' names.
+        prefetch: Whether values are read one step ahead.
+        async_push: How many steps may be on their way; 0 waits for each. `drain` waits for all.
     """
 
-    def __init__(self, client: VariableClient, module: nn.Module, optimizer: Any, *, prefix: str = "dense/") -> None:
+    def __init__(
+        self,
+        client: VariableClient,
+        module: nn.Module,
+        optimizer: Any,
+        *,
+        prefix: str = "dense/",
+        prefetch: bool = False,
+        async_push: int = 0,
+    ) -> None:
         self._client = client
+        self._ahead = Ahead(self._read) if prefetch else None
+        self._pusher = Pusher(async_push)
         self._parameters = _named(module, prefix)
         self._bridge = Bridge(next(iter(self._parameters.values())).device)
         self._optimizer = optimizer
@@ -61,7 +78,7 @@ class DenseOnPs:
 
     def pull(self) -> int:
         """Take the current values over into the module; returns the global step."""
-        values, step = self._client.pull_variables(list(self._parameters))
+        values, step = self._read() if self._ahead is None else self._ahead.take()
         _copy_into(self._parameters, values, self._bridge)
         return step
 
@@ -73,8 +90,21 @@ class DenseOnPs:
             if parameter.grad is not None
         }
         if gradients:
-            self._client.apply_dense_gradients(gradients, learning_rate=learning_rate)
+            self._pusher.push(lambda: self._client.apply_dense_gradients(gradients, learning_rate=learning_rate))
         self.zero_grad()
+
+    def drain(self) -> None:
+        """Wait until all gradients have been applied; the next pull reads the present values."""
+        self._pusher.drain()
+        if self._ahead is not None:
+            self._ahead.forget()
+
+    def close(self) -> None:
+        """End the thread that pushes; drain first to lose nothing."""
+        self._pusher.close()
+
+    def _read(self) -> tuple[Mapping[str, Float32Array], int]:
+        return self._client.pull_variables(list(self._parameters))
 
     def zero_grad(self) -> None:
         """Forget gradients."""
@@ -124,6 +154,12 @@ class AllReduced:
 
     def pull(self) -> None:
         """Nothing to do: the values are here."""
+
+    def drain(self) -> None:
+        """Nothing to do: every step is taken at once."""
+
+    def close(self) -> None:
+        """Nothing to do: the process group is the caller's."""
 
     def step(self, *, learning_rate: float | None = None) -> None:
         """Average the gradients over all workers, in one collective, and take one step."""

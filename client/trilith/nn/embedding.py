@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,11 @@ from trilith.nn.bags import Bags, Combiner, FirstN, IdsLike, as_bags, as_ids, ch
 from trilith.nn.bridge import Bridge, pick_device
 from trilith.nn.exchange import Exchange, RowClient
 from trilith.nn.pooling import FirstRows, Pooled, make_pooling
+from trilith.pipelining import Prefetcher
 
-__all__ = ["Embedding", "EmbeddingBag", "EmbeddingCollection", "Feature", "TableLike"]
+__all__ = ["Embedding", "EmbeddingBag", "EmbeddingCollection", "Feature", "FetchedRows", "TableLike"]
+
+_T = TypeVar("_T")
 
 
 class TableLike(Protocol):
@@ -68,14 +71,36 @@ class _Step:
     ids: dict[str, npt.NDArray[np.uint64]]
     outputs: list[_Output]
 
+    def fetch(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Look all tables up in one call: per table the float32[n, dim] rows of its ids."""
+        return self.exchange.lookup(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedRows:
+    """A batch whose rows have been looked up: what `EmbeddingCollection.fetch` gives and its `forward` takes.
+
+    Attributes:
+        step: What was looked up.
+        rows: What was found, per table float32[n, dim].
+        groups: Per output its features.
+        samples: Number of samples.
+    """
+
+    step: _Step
+    rows: dict[str, npt.NDArray[np.float32]]
+    groups: list[list[str]]
+    samples: int
+
 
 class _Lookup(torch.autograd.Function):
     """One graph node for all tables of a step, so that autograd calls back once, with every gradient at hand."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, step: _Step) -> tuple[Tensor, ...]:
-        """Look all tables up in one call and combine."""
-        found = step.exchange.lookup(step.ids)
+    def forward(
+        ctx: Any, anchor: Tensor, step: _Step, found: Mapping[str, npt.NDArray[np.float32]]
+    ) -> tuple[Tensor, ...]:
+        """Combine the rows of all tables."""
         rows = {table: step.bridge.to_device(found[table]) for table in step.ids}
         ctx.step = step
         ctx.set_materialize_grads(False)
@@ -83,7 +108,7 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None]:
         """Apply the gradients of all tables in one call."""
         step: _Step = ctx.step
         parts: dict[str, list[tuple[_Output, Tensor]]] = {}
@@ -96,7 +121,7 @@ class _Lookup(torch.autograd.Function):
             values = torch.cat([grad for _, grad in pieces]) if len(pieces) > 1 else pieces[0][1]
             updates[table] = (np.concatenate(ids) if len(ids) > 1 else ids[0], step.bridge.to_host(values))
         step.exchange.push(updates)
-        return None, None
+        return None, None, None
 
 
 class _ClusterModule(nn.Module):
@@ -109,9 +134,10 @@ class _ClusterModule(nn.Module):
         device: str | torch.device | None = "cpu",
         init_missing: bool = False,
         bridge: Bridge | None = None,
+        async_push: int = 0,
     ) -> None:
         super().__init__()
-        self.exchange = Exchange(client, init_missing=init_missing)
+        self.exchange = Exchange(client, init_missing=init_missing, async_push=async_push)
         self.bridge = Bridge(pick_device(device)) if bridge is None else bridge
         self.trainable = True
 
@@ -119,10 +145,19 @@ class _ClusterModule(nn.Module):
         """Sum the gradients of every backward pass inside into one step, sent at the end."""
         return self.exchange.accumulate()
 
-    def _run(self, step: _Step) -> tuple[Tensor, ...]:
+    def drain(self) -> None:
+        """Wait until all gradients have been applied; raises what a push in the background ended with."""
+        self.exchange.pusher.drain()
+
+    def close(self) -> None:
+        """End the thread that pushes; drain first to lose nothing."""
+        self.exchange.pusher.close()
+
+    def _run(self, step: _Step, rows: Mapping[str, npt.NDArray[np.float32]] | None = None) -> tuple[Tensor, ...]:
+        rows = step.fetch() if rows is None else rows
         # The graph needs an input that wants a gradient; it is not a parameter, which optimizers would find.
         anchor = torch.empty(0, requires_grad=self.trainable)
-        outputs: tuple[Tensor, ...] = _Lookup.apply(anchor, step)  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, ...] = _Lookup.apply(anchor, step, rows)  # type: ignore[no-untyped-call]
         return outputs
 
 
@@ -211,12 +246,17 @@ class EmbeddingBag(_ClusterModule):
 class EmbeddingCollection(_ClusterModule):
     """All features of a model: one lookup per forward and one push per backward, however many tables there are.
 
+    Lookup and push can overlap with the model's computation: `prefetch` goes over batches whose rows it has looked up
+    already, and with `async_push` the backward pass does not wait for its gradients to be applied. `trilith.pipelining`
+    says what staleness that costs. Without both, every step sees all steps before it.
+
     Args:
         client: The cluster that holds the tables.
         features: By name; several may share a table.
         device: Where the vectors shall be; "auto" takes CUDA where there is one.
         init_missing: Create rows of unknown ids at their first lookup rather than at their first step.
         bridge: Takes the place of the one that `device` would make.
+        async_push: How many updates may be on their way; 0 waits for each. `drain` waits for all.
     """
 
     def __init__(
@@ -227,8 +267,9 @@ class EmbeddingCollection(_ClusterModule):
         device: str | torch.device | None = "cpu",
         init_missing: bool = False,
         bridge: Bridge | None = None,
+        async_push: int = 0,
     ) -> None:
-        super().__init__(client, device=device, init_missing=init_missing, bridge=bridge)
+        super().__init__(client, device=device, init_missing=init_missing, bridge=bridge, async_push=async_push)
         if not features:
             raise InvalidRequestError("a collection needs at least one feature")
         self.features = dict(features)
@@ -238,18 +279,39 @@ class EmbeddingCollection(_ClusterModule):
             pooled, first = self._by_table.setdefault(feature.table.name, ([], []))
             (first if isinstance(feature.combiner, FirstN) else pooled).append(name)
 
-    def forward(self, batch: Mapping[str, IdsLike]) -> dict[str, Tensor]:
-        """Return per feature float32[b, dim], with FirstN(n) float32[b, n, dim].
+    def fetch(self, batch: Mapping[str, IdsLike]) -> FetchedRows:
+        """Look a batch up now, to go through the model later; may be called in another thread.
 
         Args:
             batch: Ids of every feature, in any form of `as_bags` that stands alone; one number of samples for all.
+        """
+        step, groups, samples = self._plan(batch)
+        return FetchedRows(step, step.fetch(), groups, samples)
+
+    def prefetch(
+        self, batches: Iterable[_T], depth: int, *, ids: Callable[[_T], Mapping[str, IdsLike]]
+    ) -> Prefetcher[_T, FetchedRows]:
+        """Go over batches with their rows looked up, `depth` of them ahead.
+
+        Args:
+            batches: Anything.
+            depth: 0 looks every batch up when it is taken.
+            ids: Gives the ids of a batch.
+        """
+        return Prefetcher(batches, lambda batch: self.fetch(ids(batch)), depth)
+
+    def forward(self, batch: Mapping[str, IdsLike] | FetchedRows) -> dict[str, Tensor]:
+        """Return per feature float32[b, dim], with FirstN(n) float32[b, n, dim].
+
+        Args:
+            batch: Ids as for `fetch`, or what `fetch` made of them.
         """
         vectors: dict[str, Tensor] = {}
         for names, output in self._look_up(batch):
             vectors.update(zip(names, output, strict=True))
         return {name: vectors[name] for name in self.features}
 
-    def stacked(self, batch: Mapping[str, IdsLike]) -> Tensor:
+    def stacked(self, batch: Mapping[str, IdsLike] | FetchedRows) -> Tensor:
         """Return float32[b, F, dim], the features in order; all must be pooled and of one dim."""
         groups = list(self._look_up(batch))
         if len(groups) == 1 and groups[0][0] == list(self.features) and groups[0][1].ndim == 3:
@@ -260,8 +322,17 @@ class EmbeddingCollection(_ClusterModule):
             raise InvalidRequestError(f"these features cannot be stacked: {shapes}")
         return torch.stack([vectors[name] for name in self.features], 1)
 
-    def _look_up(self, batch: Mapping[str, IdsLike]) -> list[tuple[list[str], Tensor]]:
+    def _look_up(self, batch: Mapping[str, IdsLike] | FetchedRows) -> list[tuple[list[str], Tensor]]:
         """Per run of features their names and their vectors, [features, b, ...]."""
+        fetched = batch if isinstance(batch, FetchedRows) else self.fetch(batch)
+        outputs = self._run(fetched.step, fetched.rows)
+        return [
+            (names, output.view(len(names), fetched.samples, *output.shape[1:]))
+            for names, output in zip(fetched.groups, outputs, strict=True)
+        ]
+
+    def _plan(self, batch: Mapping[str, IdsLike]) -> tuple[_Step, list[list[str]], int]:
+        """What to look up, the features of each output, and the number of samples."""
         bags = self._bags(batch)
         samples = len(next(iter(bags.values())))
         step = _Step(self.exchange, self.bridge, {}, [])
@@ -278,11 +349,7 @@ class EmbeddingCollection(_ClusterModule):
                 start = stop
             parts = [bags[name].ids for names in runs for name in names]
             step.ids[table] = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        outputs = self._run(step)
-        return [
-            (names, output.view(len(names), samples, *output.shape[1:]))
-            for names, output in zip(groups, outputs, strict=True)
-        ]
+        return step, groups, samples
 
     def _bags(self, batch: Mapping[str, IdsLike]) -> dict[str, Bags]:
         if batch.keys() != self.features.keys():

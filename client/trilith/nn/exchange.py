@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
+from trilith.pipelining import Pusher
 
 __all__ = ["Exchange", "RowClient"]
 
@@ -31,18 +32,20 @@ class RowClient(Protocol):
 
 
 class Exchange:
-    """Lookups and pushes of one module. Not thread-safe.
+    """Lookups and pushes of one module. Lookups may come from another thread than pushes.
 
     Args:
         client: The cluster.
         init_missing: A lookup answers zeros for an id that has no row yet; with this, such rows are created first, with
             their initial values, as a table that exists in full from the start would have them. Costs a call in
             steps that meet new ids.
+        async_push: How many pushes may be on their way while training goes on; see `trilith.pipelining`.
     """
 
-    def __init__(self, client: RowClient, *, init_missing: bool = False) -> None:
+    def __init__(self, client: RowClient, *, init_missing: bool = False, async_push: int = 0) -> None:
         self.client = client
         self.init_missing = init_missing
+        self.pusher = Pusher(async_push)
         self._held: dict[str, list[tuple[UInt64Array, Float32Array]]] | None = None
 
     def lookup(self, ids: Mapping[str, UInt64Array]) -> dict[str, Float32Array]:
@@ -77,7 +80,7 @@ class Exchange:
             for table, update in updates.items():
                 self._held.setdefault(table, []).append(update)
         elif updates:
-            self.client.apply_gradients(updates)
+            self.pusher.push(lambda: self.client.apply_gradients(updates))
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:

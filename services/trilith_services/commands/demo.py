@@ -44,6 +44,8 @@ class DemoOptions:
     save_every: int
     seed: int
     baseline: bool
+    prefetch: int = 0
+    async_push: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +83,8 @@ def demo(
     batch_size: Annotated[int, typer.Option(help="Samples per step.", min=1)] = 512,
     save_every: Annotated[int, typer.Option(help="Steps of all workers between checkpoints; 0: none.", min=0)] = 500,
     seed: Annotated[int, typer.Option(help="Decides initial values and the order of samples.", min=0)] = 0,
+    prefetch: Annotated[int, typer.Option(help="Batches looked up ahead; 0: exact order.", min=0)] = 0,
+    async_push: Annotated[int, typer.Option(help="Updates that may be on their way; 0: wait for each.", min=0)] = 0,
     baseline: Annotated[bool, typer.Option(help="Also train with plain torch, for comparison.")] = True,
 ) -> None:
     """Train a click model on MovieLens with PS and worker processes of this machine, and say how good it is."""
@@ -102,6 +106,8 @@ def demo(
         save_every=save_every,
         seed=seed,
         baseline=baseline,
+        prefetch=prefetch,
+        async_push=async_push,
     )
     raise typer.Exit(run_demo(options))
 
@@ -227,6 +233,7 @@ class _Cluster:
                 *("--seed", str(options.seed), "--model-dir", str(options.model_dir)),
                 *("--save-every", str(options.save_every), "--events", str(self._events(rank))),
                 *("--state", str(self._run_dir / f"worker-{rank}.state")),
+                *("--prefetch", str(options.prefetch), "--async-push", str(options.async_push)),
             )
             supervisor.start(ProcessSpec(name=f"worker-{rank}", argv=argv, restart="on-failure"))
 
@@ -307,6 +314,8 @@ class _Cluster:
             seed=options.seed,
             model_dir=str(options.model_dir),
             save_every=options.save_every,
+            prefetch=options.prefetch,
+            async_push=options.async_push,
         )
 
     def _finish(self, client: Any, samples_per_s: float) -> _Result:

@@ -47,6 +47,8 @@ def worker(
     threads: Annotated[int, typer.Option(help="torch threads; 0: the cores shared by the workers.", min=0)] = 0,
     model_dir: Annotated[str, typer.Option(help="Directory or URL for rank 0's checkpoints.")] = "",
     save_every: Annotated[int, typer.Option(help="Steps of all workers between checkpoints; 0: none.", min=0)] = 0,
+    prefetch: Annotated[int, typer.Option(help="Batches looked up ahead; 0: exact order.", min=0)] = 0,
+    async_push: Annotated[int, typer.Option(help="Updates that may be on their way; 0: wait for each.", min=0)] = 0,
     validate: Annotated[bool, typer.Option(help="Rank 0 scores the validation part after every epoch.")] = True,
     events: Annotated[str, typer.Option(help="File that progress is appended to, a JSON object per line.")] = "",
     state: Annotated[str, typer.Option(help="File that remembers the position, to go on there.")] = "",
@@ -75,6 +77,8 @@ def worker(
         model_dir=model_dir,
         save_every=save_every,
         state_file=state,
+        prefetch=prefetch,
+        async_push=async_push,
     )
     options = WorkerOptions(
         cluster=cluster, data=data, events=events, master=master, threads=threads, timeout_s=timeout

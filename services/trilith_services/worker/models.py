@@ -69,6 +69,7 @@ class ModelSettings:
         *,
         seed: int,
         device: torch.device | str = "cpu",
+        async_push: int = 0,
     ) -> ClickModel:
         """The model with its embeddings in a cluster; creates the table if need be.
 
@@ -77,11 +78,15 @@ class ModelSettings:
             features: Names of the features.
             seed: Decides all initial values.
             device: Where the model computes.
+            async_push: How many updates of the embeddings may be on their way; 0 waits for each.
         """
         names = list(features)
         head = self.head(len(names), seed=seed).to(device)
         table = client.table(TABLE, **self._table(head.row_dim, seed))
-        return ClickModel(EmbeddingCollection(client, {name: Feature(table) for name in names}, device=device), head)
+        embeddings = EmbeddingCollection(
+            client, {name: Feature(table) for name in names}, device=device, async_push=async_push
+        )
+        return ClickModel(embeddings, head)
 
     def _table(self, dim: int, seed: int) -> dict[str, Any]:
         return {

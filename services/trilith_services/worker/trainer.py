@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,9 @@ from torch.nn import functional
 from trilith.checkpoint import checkpoint_name, list_checkpoints, prune
 from trilith.data.clicks import ClickData, Parts
 from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
-from trilith.nn import AllReduced, DenseOnPs, auc, pick_device
+from trilith.nn import AllReduced, DenseOnPs, EmbeddingCollection, FetchedRows, auc, pick_device
+from trilith.nn.bags import IdsLike
+from trilith.pipelining import Fetch
 from trilith_services.worker.events import Emit
 from trilith_services.worker.meter import Meter
 from trilith_services.worker.models import BATCH_SIZE, ModelSettings
@@ -54,6 +56,9 @@ class WorkerConfig:
         model_dir: Where checkpoints go; empty for none.
         save_every: Steps of the cluster between two checkpoints by rank 0; 0: only at the start.
         state_file: Remembers the position, so that a worker that is started again goes on there; empty for none.
+        prefetch: Batches whose rows are looked up ahead; dense values are then read one step ahead.
+        async_push: Updates that may be on their way, of embeddings and of dense values; 0 waits for each. What the two
+            cost in staleness is written in `trilith.pipelining`; with both 0 every step sees all steps before it.
     """
 
     rank: int = 0
@@ -69,11 +74,20 @@ class WorkerConfig:
     model_dir: str = ""
     save_every: int = 0
     state_file: str = ""
+    prefetch: int = 0
+    async_push: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise InvalidRequestError(f"rank={self.rank} is outside 0..{self.world_size - 1}, world_size - 1")
-        for name, least in (("batch_size", 1), ("epochs", 1), ("steps", 0), ("save_every", 0)):
+        for name, least in (
+            ("batch_size", 1),
+            ("epochs", 1),
+            ("steps", 0),
+            ("save_every", 0),
+            ("prefetch", 0),
+            ("async_push", 0),
+        ):
             if getattr(self, name) < least:
                 raise InvalidRequestError(f"{name}={getattr(self, name)} is below {least}")
         if self.save_every and not self.model_dir:
@@ -131,7 +145,11 @@ class Trainer:
         self._shard = parts.train.shard(config.rank, config.world_size)
         self._validation = parts.validation
         self._device = pick_device(config.device)
-        self.model = config.settings.on_cluster(client, parts.train.features, seed=config.seed, device=self._device)
+        self.model = config.settings.on_cluster(
+            client, parts.train.features, seed=config.seed, device=self._device, async_push=config.async_push
+        )
+        assert isinstance(self.model.embeddings, EmbeddingCollection)
+        self._embeddings = self.model.embeddings
         self._dense = self._make_dense()
         self._meter = Meter()
         self._samples_per_epoch = self._agree_on_samples()
@@ -143,7 +161,13 @@ class Trainer:
     def _make_dense(self) -> DenseOnPs | AllReduced:
         settings, head = self._config.settings, self.model.head
         if self._config.dense == "ps":
-            return DenseOnPs(self._client, head, settings.dense_optimizer())
+            return DenseOnPs(
+                self._client,
+                head,
+                settings.dense_optimizer(),
+                prefetch=self._config.prefetch > 0,
+                async_push=self._config.async_push,
+            )
         optimizer = settings.torch_optimizer(head.parameters(), dense=True)
         return AllReduced(self._client, head, optimizer, stored_as=settings.dense_optimizer())
 
@@ -158,7 +182,12 @@ class Trainer:
         self._emit(
             {"event": "start", "rank": config.rank, "total_steps": self._total_steps(), **asdict(self._position)}
         )
-        finished = self._epochs(stop)
+        try:
+            finished = self._epochs(stop)
+            self._drain()
+        finally:
+            self._embeddings.close()
+            self._dense.close()
         self._count_steps(flush=True)
         if isinstance(self._dense, AllReduced):
             self._dense.publish()
@@ -169,18 +198,20 @@ class Trainer:
     def _epochs(self, stop: Callable[[], bool]) -> bool:
         config = self._config
         while self._position.epoch < config.epochs:
-            for batch in self._batches():
-                if self._should_stop(stop):
-                    return False
-                if config.steps and self._position.steps >= config.steps:
-                    return True
-                self._guarded(partial(self._step, batch))
-                self._position = Position(self._position.epoch, self._position.batch + 1, self._position.steps + 1)
-                self._count_steps()
-                if self._meter.due():
-                    self._progress()
-                self._save_if_due()
+            with self._embeddings.prefetch(self._batches(), config.prefetch, ids=_ids) as batches:
+                for batch, fetched in batches:
+                    if self._should_stop(stop):
+                        return False
+                    if config.steps and self._position.steps >= config.steps:
+                        return True
+                    self._guarded(partial(self._step, batch, fetched))
+                    self._position = Position(self._position.epoch, self._position.batch + 1, self._position.steps + 1)
+                    self._count_steps()
+                    if self._meter.due():
+                        self._progress()
+                    self._save_if_due()
             self._position = Position(self._position.epoch + 1, 0, self._position.steps)
+            self._drain()
             self._position.save(config.state_file)
             if config.rank == 0 and config.validate and not stop():
                 self._guarded(self._validate)
@@ -209,11 +240,16 @@ class Trainer:
         )[: self._samples_per_epoch]
         yield from self._shard.batches(config.batch_size, order=order[at.batch * config.batch_size :])
 
-    def _step(self, batch: ClickData) -> None:
+    def _drain(self) -> None:
+        """Wait for all updates that are on their way."""
+        self._guarded(self._embeddings.drain)
+        self._guarded(self._dense.drain)
+
+    def _step(self, batch: ClickData, fetched: Fetch[FetchedRows]) -> None:
         """Forward, backward, and both kinds of parameters stepped."""
         try:
             self._dense.pull()
-            logits = self.model(batch.features)
+            logits = self.model(fetched.result())
             labels = torch.from_numpy(batch.labels).to(logits.device)
             loss = functional.binary_cross_entropy_with_logits(logits, labels)
             loss.backward()  # the rows' gradients are applied here
@@ -303,6 +339,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint; one that fails is reported, and training goes on."""
+        self._drain()
         if isinstance(self._dense, AllReduced):
             self._dense.publish()
         try:
@@ -317,6 +354,10 @@ class Trainer:
         self._cluster_step = self._saved_step = step
         log.info("saved", extra={"path": path, "step": step})
         self._emit({"event": "saved", "rank": self._config.rank, "path": path, "step": step})
+
+
+def _ids(batch: ClickData) -> Mapping[str, IdsLike]:
+    return batch.features
 
 
 def _all_reduced(value: int, how: distributed.ReduceOp.RedOpType) -> int:

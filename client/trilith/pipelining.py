@@ -1,0 +1,272 @@
+"""Overlap of a training step with its communication: batches fetched ahead, updates sent behind, values read one ahead.
+
+What it costs is staleness, which is bounded. With `prefetch` batches fetched ahead and at most `async_push` updates on
+their way, the rows of a batch lack at most the last `prefetch + async_push` updates of this worker; those of other
+workers are never ordered. Values read by `Ahead` lack at most the last `1 + async_push`. Depth 0 is the exact order, in
+the caller's thread.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Generic, TypeVar
+
+from trilith.errors import InvalidRequestError
+
+__all__ = ["Ahead", "Fetch", "Prefetcher", "Pusher"]
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+_POLL_S = 0.1
+
+
+class Fetch(Generic[_R]):
+    """The outcome of a fetch: its value, or the error that it ended with."""
+
+    __slots__ = ("_error", "_value")
+
+    def __init__(self, call: Callable[[], _R]) -> None:
+        """Do it now."""
+        self._value: _R | None = None
+        self._error: BaseException | None = None
+        try:
+            self._value = call()
+        except BaseException as error:  # noqa: BLE001 - raised where the value is asked for
+            self._error = error
+
+    def result(self) -> _R:
+        """The value; raises what the fetch raised."""
+        if self._error is not None:
+            raise self._error
+        return self._value  # type: ignore[return-value]
+
+
+class Prefetcher(Generic[_T, _R]):
+    """Goes over items, each with what `fetch` gave for it, fetched up to `depth` items ahead by one thread.
+
+    An item's fetch begins when the item `depth` places before it is taken, not earlier. Used as a context manager or
+    closed, so that its thread ends when the loop is left early.
+
+    Args:
+        items: Read by the thread.
+        fetch: Called with each item, in order.
+        depth: 0 fetches in the caller's thread, when the item is taken.
+        background: Without, the fetches are made in the caller's thread, `depth` ahead all the same: the staleness is
+            then not the most there can be but exact, and runs are reproducible.
+    """
+
+    def __init__(self, items: Iterable[_T], fetch: Callable[[_T], _R], depth: int, *, background: bool = True) -> None:
+        _check_depth("prefetch", depth)
+        self._items = iter(items)
+        self._fetch = fetch
+        self._depth = depth
+        self._ready: queue.SimpleQueue[tuple[_T, Fetch[_R]] | BaseException | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(depth)
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        if depth and background:
+            self._thread = threading.Thread(target=self._run, name="trilith-prefetch", daemon=True)
+            self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[_T, Fetch[_R]]]:
+        """Items in order, with their fetches; an error of `items` is raised in its place."""
+        if self._thread is None:
+            yield from self._in_this_thread()
+            return
+        while not self._closed.is_set():
+            found = self._ready.get()
+            if found is None:
+                return
+            if isinstance(found, BaseException):
+                raise found
+            self._room.release()
+            yield found
+
+    def _in_this_thread(self) -> Iterator[tuple[_T, Fetch[_R]]]:
+        ahead: deque[tuple[_T, Fetch[_R]]] = deque()
+        for item in self._items:
+            if self._closed.is_set():
+                return
+            ahead.append((item, Fetch(lambda item=item: self._fetch(item))))  # type: ignore[misc]
+            if len(ahead) > self._depth:
+                yield ahead.popleft()
+        yield from ahead
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                # How many fetches there are depends on how many items were taken, not on when the end comes: fetches
+                # in which several processes take part need that.
+                while not self._room.acquire(timeout=_POLL_S):
+                    if self._closed.is_set():
+                        return
+                self._ready.put((item, Fetch(lambda item=item: self._fetch(item))))  # type: ignore[misc]
+            self._ready.put(None)
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that reads
+            self._ready.put(error)
+
+    def close(self) -> None:
+        """End the thread, when it is `depth` ahead; what it has fetched is forgotten."""
+        self._closed.set()
+        self._ready.put(None)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> Prefetcher[_T, _R]:
+        """Return the prefetcher itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+class Pusher:
+    """Makes calls one after another in a thread of its own, with at most `depth` not finished.
+
+    An error is raised, as it was, by the next `push` or `drain`. What was pushed after the call that failed is dropped.
+
+    Args:
+        depth: 0 makes every call at once, in the caller's thread.
+        background: Without, calls wait until `depth` more were pushed and are then made in the caller's thread: they
+            are then late by exactly that much, and runs are reproducible.
+    """
+
+    def __init__(self, depth: int = 0, *, background: bool = True) -> None:
+        _check_depth("async_push", depth)
+        self.depth = depth
+        self._background = background
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._changed = threading.Condition()
+        self._unfinished = 0
+        self._error: BaseException | None = None
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def push(self, call: Callable[[], object]) -> None:
+        """Have `call` made; waits while `depth` are not finished."""
+        if self.depth == 0:
+            call()
+        elif self._background:
+            self._push(call)
+        else:
+            self._waiting.append(call)
+            while len(self._waiting) > self.depth:
+                self._call_oldest()
+
+    def _push(self, call: Callable[[], object]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._unfinished < self.depth or self._error is not None)
+            self._raise()
+            self._waiting.append(call)
+            self._unfinished += 1
+            self._changed.notify_all()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="trilith-push", daemon=True)
+                self._thread.start()
+
+    def drain(self) -> None:
+        """Wait until every call is finished."""
+        if self.depth and not self._background:
+            while self._waiting:
+                self._call_oldest()
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: self._unfinished == 0 or self._error is not None)
+            self._raise()
+
+    def close(self) -> None:
+        """End the thread after the call that it makes; what waits is dropped. A later push begins anew."""
+        with self._changed:
+            self._closed = True
+            self._waiting.clear()
+            self._unfinished = 0
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, self._error, self._closed = None, None, False
+
+    def _call_oldest(self) -> None:
+        try:
+            self._waiting.popleft()()
+        except BaseException:
+            self._waiting.clear()
+            raise
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                call = self._waiting.popleft()
+            outcome = Fetch(call)
+            with self._changed:
+                if self._closed:
+                    return
+                self._unfinished -= 1
+                try:
+                    outcome.result()
+                except BaseException as error:  # noqa: BLE001 - raised in the thread that pushes
+                    self._error = error
+                    self._unfinished -= len(self._waiting)
+                    self._waiting.clear()
+                self._changed.notify_all()
+
+
+class Ahead(Generic[_R]):
+    """A value that is read during one step for the next; the first step reads its own.
+
+    Args:
+        read: Gives the present value.
+        background: Without, the value for the next step is read in the caller's thread, when the present one is taken.
+    """
+
+    def __init__(self, read: Callable[[], _R], *, background: bool = True) -> None:
+        self._read = read
+        self._background = background
+        self._next: Fetch[_R] | None = None
+        self._thread: threading.Thread | None = None
+
+    def take(self) -> _R:
+        """The value that was read during the last step; begins to read the next one."""
+        self._join()
+        if self._next is None:
+            self._next = Fetch(self._read)
+        now, self._next = self._next, None
+        if self._background:
+            self._thread = threading.Thread(target=self._begin, name="trilith-ahead", daemon=True)
+            self._thread.start()
+        else:
+            self._begin()
+        return now.result()
+
+    def forget(self) -> None:
+        """Read anew at the next `take`."""
+        self._join()
+        self._next = None
+
+    def _begin(self) -> None:
+        self._next = Fetch(self._read)
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+
+def _check_depth(name: str, depth: int) -> None:
+    if depth < 0:
+        raise InvalidRequestError(f"{name}={depth} is below 0")

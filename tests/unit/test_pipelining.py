@@ -1,0 +1,251 @@
+"""Prefetching and asynchronous pushing: order, bounds, errors, ends; and what they do to training on a cluster."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import trilith
+from tests.unit.nn_fakes import FakeClient
+from trilith.data.clicks import Ragged, split
+from trilith.data.synthetic import make_clicks
+from trilith.errors import InvalidRequestError, UnavailableError
+from trilith.nn import EmbeddingCollection, Feature
+from trilith.ops.jit import JIT_DISABLED
+from trilith.pipelining import Ahead, Prefetcher, Pusher
+from trilith_services.worker.models import TABLE, settings_of
+from trilith_services.worker.trainer import Trainer, WorkerConfig
+
+compiled_only = pytest.mark.skipif(JIT_DISABLED, reason="trains for minutes with kernels in plain Python")
+
+WAIT_S = 20.0
+
+
+# ---- fetching ahead --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("background", [False, True])
+def test_items_come_in_order_with_what_was_fetched_for_them(depth, background):
+    with Prefetcher(range(20), lambda item: item * item, depth, background=background) as ahead:
+        assert [(item, fetched.result()) for item, fetched in ahead] == [(i, i * i) for i in range(20)]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_fetch_begins_when_the_item_depth_places_before_is_taken(background):
+    """The first `depth` items are fetched at once, each further one when an item is taken, and none earlier."""
+    fetched = []
+    reached = threading.Condition()
+
+    def fetch(item):
+        with reached:
+            fetched.append(item)
+            reached.notify_all()
+
+    with Prefetcher(range(10), fetch, 2, background=background) as ahead:
+        for item, result in ahead:
+            result.result()
+            most = min(item + 3, 10)
+            with reached:
+                assert reached.wait_for(lambda most=most: len(fetched) >= most, WAIT_S)
+                assert fetched == list(range(most))
+
+
+def test_errors_of_a_fetch_belong_to_its_item_and_those_of_the_source_come_in_their_place():
+    def source():
+        yield from (1, 0, 2)
+        raise KeyError("source")
+
+    with Prefetcher(source(), lambda item: 1 / item, 2) as prefetcher:
+        ahead = iter(prefetcher)
+        one, zero, two = (next(ahead)[1] for _ in range(3))
+        assert (one.result(), two.result()) == (1.0, 0.5)
+        with pytest.raises(ZeroDivisionError):
+            zero.result()
+        with pytest.raises(KeyError):
+            next(ahead)
+
+
+def test_a_prefetcher_that_is_left_early_ends_its_thread_and_has_fetched_depth_ahead():
+    fetched = []
+    with Prefetcher(iter(range(1000)), fetched.append, 3) as ahead:
+        for item, _ in ahead:
+            if item == 4:
+                break
+        thread = ahead._thread
+    assert not thread.is_alive()
+    assert fetched == list(range(8))
+
+
+def test_depths_below_zero_are_refused():
+    for make in (lambda: Prefetcher([], str, -1), lambda: Pusher(-1)):
+        with pytest.raises(InvalidRequestError, match="-1 is below 0"):
+            make()
+
+
+# ---- pushing behind --------------------------------------------------------------------------------------------------
+
+
+def test_depth_zero_pushes_in_the_callers_thread():
+    threads = []
+    Pusher().push(lambda: threads.append(threading.current_thread()))
+    assert threads == [threading.current_thread()]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_pushes_keep_their_order_and_draining_leaves_none(background):
+    pusher, done = Pusher(3, background=background), []
+    for i in range(50):
+        pusher.push(lambda i=i: done.append(i))
+    pusher.drain()
+    assert done == list(range(50))
+    pusher.close()
+
+
+def test_at_most_depth_pushes_are_unfinished():
+    pusher, go, done = Pusher(2), threading.Semaphore(0), []
+
+    def call():
+        assert go.acquire(timeout=WAIT_S)
+        done.append(1)
+
+    pusher.push(call)
+    pusher.push(call)
+    third = threading.Thread(target=lambda: pusher.push(call))
+    third.start()
+    third.join(0.05)
+    assert third.is_alive()
+    assert not done
+    go.release()
+    third.join(WAIT_S)
+    assert not third.is_alive()
+    assert len(done) == 1
+    go.release(2)
+    pusher.drain()
+    assert len(done) == 3
+    pusher.close()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_error_of_a_push_is_raised_as_it_was_and_those_behind_it_are_dropped(background):
+    pusher, entered, fail, done = Pusher(2, background=background), threading.Event(), threading.Event(), []
+    cause = UnavailableError("PS 1 is gone")
+
+    def broken():
+        entered.set()
+        assert not background or fail.wait(WAIT_S)
+        raise cause
+
+    pusher.push(broken)
+    pusher.push(lambda: done.append(1))
+    fail.set()
+    with pytest.raises(UnavailableError) as caught:
+        pusher.drain()
+    assert caught.value is cause
+    pusher.drain()
+    assert not done
+    pusher.push(lambda: done.append(2))  # it may be used on
+    pusher.drain()
+    assert done == [2]
+    pusher.close()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_values_are_read_one_step_ahead(background):
+    now = [5.0]
+    value = Ahead(lambda: now[0], background=background)
+    seen = []
+    for _ in range(3):
+        seen.append(value.take())
+        value._join()
+        now[0] -= 1
+    assert seen == [5.0, 5.0, 4.0]
+    value.forget()
+    assert value.take() == 2.0
+    value._join()
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prefetch", "push"), [(0, 0), (2, 0), (0, 1), (1, 2), (3, 2)])
+def test_rows_lack_exactly_the_updates_that_are_stated_at_worst(prefetch, push):
+    """With every delay at its longest, a row that is stepped by -1 each time lacks prefetch + push steps."""
+    client = FakeClient({"t": 1})
+    collection = EmbeddingCollection(client, {"f": Feature(client.table("t"), "sum")})
+    collection.exchange.pusher = Pusher(push, background=False)
+    batches = [{"f": Ragged.of_singles([7])} for _ in range(12)]
+    seen = []
+    for _, fetched in Prefetcher(batches, collection.fetch, prefetch, background=False):
+        rows = collection(fetched.result())["f"]
+        seen.append(-rows.item())
+        rows.sum().backward()
+    assert seen == [max(0.0, step - prefetch - push) for step in range(12)]
+    collection.drain()
+    assert client.rows["t", 7] == -12
+
+
+def train(**changes):
+    parts = split(make_clicks(1200, features=4, vocabulary=60, seed=3), seed=0)
+    settings = settings_of("ffm", dim=2, epochs=1)
+    torch.manual_seed(0)
+    with trilith.connect("local://", threads=1) as client:
+        config = WorkerConfig(settings=settings, epochs=1, batch_size=64, validate=False, **changes)
+        trainer = Trainer(config, client, parts, lambda event: None)
+        assert trainer.run()
+        ids = np.concatenate(list(parts.train.vocabulary().values()))
+        rows = client.table(TABLE).lookup(ids)
+        return rows, client.pull_variables()[0], client.global_step()
+
+
+@compiled_only
+def test_depth_zero_is_the_synchronous_result_and_depth_changes_little():
+    rows, dense, steps = train()
+    again, dense_again, _ = train(prefetch=0, async_push=0)
+    assert np.array_equal(rows, again)
+    assert all(np.array_equal(dense[name], dense_again[name]) for name in dense)
+    piped, _, piped_steps = train(prefetch=2, async_push=2)
+    assert piped_steps == steps
+    assert not np.array_equal(rows, piped)
+    assert np.corrcoef(rows.ravel(), piped.ravel())[0, 1] > 0.98
+
+
+@compiled_only
+@pytest.mark.parametrize("verb", ["apply_gradients", "apply_dense_gradients"])
+def test_an_error_of_a_push_in_the_background_stops_training_with_its_cause(verb, monkeypatch):
+    cause = UnavailableError("PS 1 is gone")
+    from trilith.client import Client
+
+    calls = []
+
+    def broken(self, *args, **kwargs):
+        calls.append(1)
+        raise cause
+
+    monkeypatch.setattr(Client, verb, broken)
+    with pytest.raises(UnavailableError) as caught:
+        train(prefetch=1, async_push=2)
+    assert caught.value is cause
+    assert len(calls) == 1
+    assert not [thread for thread in threading.enumerate() if thread.name == "trilith-push"]
+
+
+@compiled_only
+def test_what_is_on_its_way_arrives_before_a_run_ends_that_was_stopped():
+    parts = split(make_clicks(1200, features=4, vocabulary=60, seed=3), seed=0)
+    with trilith.connect("local://", threads=1) as client:
+        config = WorkerConfig(
+            settings=settings_of("ffm", dim=2), epochs=5, batch_size=64, validate=False, prefetch=2, async_push=2
+        )
+        trainer = Trainer(config, client, parts, lambda event: None)
+        pushed = []
+        push = trainer._embeddings.exchange.push
+        trainer._embeddings.exchange.push = lambda updates: (pushed.append(1), push(updates))
+        applied = []
+        apply = client.apply_gradients
+        client.apply_gradients = lambda updates: (apply(updates), applied.append(1))
+        assert not trainer.run(lambda: len(pushed) >= 5)
+        assert len(applied) == len(pushed) == 5
