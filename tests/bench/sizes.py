@@ -14,6 +14,9 @@ class Sizes:
     Attributes:
         data_records: Records of about a kilobyte in the file that is read.
         data_rounds: Timed rounds per side of that figure.
+        pipeline_records: Records of 2 to 4 KB of a pipeline that is timed.
+        pipeline_rounds: Timed rounds per side of that figure.
+        pipeline_megabytes: Size of the file that streams through while memory is watched.
         rows: Rows of the engine's tables and of the array that `take` reads.
         batch: Ids per call.
         batches: Timed batches per side of an engine figure.
@@ -43,6 +46,9 @@ class Sizes:
 
     data_records: int = 262_144
     data_rounds: int = 30
+    pipeline_records: int = 32_768
+    pipeline_rounds: int = 15
+    pipeline_megabytes: int = 2048
     rows: int = 10_000_000
     batch: int = 65_536
     batches: int = 60
@@ -75,6 +81,9 @@ FULL = Sizes()
 QUICK = Sizes(
     data_records=4096,
     data_rounds=3,
+    pipeline_records=2048,
+    pipeline_rounds=3,
+    pipeline_megabytes=32,
     rows=200_000,
     batch=8192,
     batches=6,

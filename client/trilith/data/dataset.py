@@ -238,8 +238,8 @@ class Dataset:
         """Make arrays of records, once per batch.
 
         Args:
-            spec: Feature specs by name (`Sparse`, `Dense`, `Label`, ... of `trilith.data`), a `ParseSpec`, or any function
-                of `Records`.
+            spec: Feature specs by name (`Sparse`, `Dense`, `Label`, ... of `trilith.data`), a `ParseSpec`, or any
+                function of `Records`.
         """
         if isinstance(spec, Mapping):
             from trilith.data.parsers import ParseSpec

@@ -248,7 +248,7 @@ class Prefetching:
         element, state, error = self._channel.get()
         if error is not None:
             self._error = error
-            thread.wait()
+            self._join(thread)
             raise error
         self._state = state
         return element
@@ -282,4 +282,8 @@ class Prefetching:
             self._upstream.close()
             self._helpers.close()
         if self._thread is not None:
-            self._thread.wait()
+            self._join(self._thread)
+
+    def _join(self, thread: _Thread) -> None:
+        thread.wait()
+        self._helpers.close()

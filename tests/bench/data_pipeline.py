@@ -1,0 +1,144 @@
+"""A whole pipeline: what a second thread is worth, and the memory it takes while a large file streams through."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from tests.bench.harness import Benchmark, Context, Entry, higher, interleave, lower
+from trilith.data.dataset import Dataset, read
+from trilith.data.framing import Framing, frame_records
+from trilith.data.parsers import ParseSpec
+from trilith.data.records import Kind, Records
+from trilith.data.samples.filters import FilterByValue
+from trilith.data.specs import Dense, Extra, Label, Slot, Sparse
+from trilith_proto.proto_parser_pb2 import Instance
+
+__all__ = ["BENCHMARKS"]
+
+_FRAMING = Framing(has_sort_id=True)
+_MEGABYTE = 1 << 20
+_DISTINCT = 512
+_BATCH = 512
+# Growth is given in units of what is allowed, so that the ratio's bound is 1.
+_ALLOWED_MB = 300.0
+
+
+def _records() -> Records:
+    """Instances of 2 to 4 KB: 20 slots of flat fids, 20 named features of up to 20 fids, dense features, a LineId."""
+    random = np.random.default_rng(0)
+    payloads = []
+    for row in range(_DISTINCT):
+        instance = Instance(label=[float(row % 2), 0.5], instance_weight=1.0)
+        for slot in range(1, 21):
+            ids = random.integers(0, 1 << 48, int(random.integers(1, 8)))
+            instance.fid.extend((ids | (slot << 54)).tolist())
+        for number in range(20):
+            ids = random.integers(0, 1 << 48, int(random.integers(1, 21)))
+            instance.feature.add(name=f"feature_{number}", fid=(ids | ((100 + number) << 48)).tolist())
+        for number in range(3):
+            instance.feature.add(name=f"dense_{number}", float_value=random.random(8).tolist())
+        line = instance.line_id
+        line.uid, line.req_time, line.item_id = row, 1_700_000_000 + row, 7 * row
+        line.actions.extend([1, 2 + row % 3])
+        payloads.append(instance.SerializeToString())
+    return Records.of(payloads, Kind.INSTANCE)
+
+
+def _spec() -> ParseSpec:
+    slots: dict[str, object] = {f"slot_{slot}": Slot(slot) for slot in range(1, 21)}
+    named: dict[str, object] = {f"feature_{number}": Sparse() for number in range(20)}
+    dense: dict[str, object] = {f"dense_{number}": Dense(8) for number in range(3)}
+    return ParseSpec(
+        {**slots, **named, **dense, "label": Label(2), "uid": Extra(), "actions": Extra(2)}  # type: ignore[dict-item]
+    )
+
+
+def _pipeline(path: str, threads: int | None = None) -> Dataset:
+    """Read, filter, parse, batch, prefetch; with the defaults if `threads` is None."""
+    dataset = (
+        read(path, kind=Kind.INSTANCE, framing=_FRAMING)
+        .filter(FilterByValue("uid", "ge", _DISTINCT // 8))
+        .parse(_spec())
+        .batch(_BATCH)
+    )
+    return dataset.prefetch() if threads is None else dataset.prefetch(4, threads=threads)
+
+
+def threads(context: Context) -> list[Entry]:
+    """Records per second with two threads, against one."""
+    sizes = context.sizes
+    records = _records()
+    framed = frame_records(records, _FRAMING).tobytes()
+    copies = max(1, sizes.pipeline_records // _DISTINCT)
+    with tempfile.TemporaryDirectory(prefix="trilith-bench-") as folder:
+        path = Path(folder) / "instances.pb"
+        path.write_bytes(framed * copies)
+
+        def side(count: int) -> Callable[[], Callable[[], object]]:
+            def fresh() -> Callable[[], object]:
+                iterator = iter(_pipeline(str(path), count))
+
+                def work() -> None:
+                    rows = sum(len(batch["label"]) for batch in iterator)
+                    if rows != copies * (_DISTINCT - _DISTINCT // 8):
+                        raise AssertionError(f"{rows} rows of {copies} x {_DISTINCT} records")
+
+                return work
+
+            return fresh
+
+        two, one = interleave(context, "threads", sizes.pipeline_rounds, side(2), side(1))
+    rates = [copies * _DISTINCT / float(np.median(each)) for each in (two, one)]
+    return [higher("data.pipeline.threads", *rates, "records/s", 1.5)]
+
+
+def memory(context: Context) -> list[Entry]:
+    """Resident growth while a file streams through, behind the first batches; the file is a pipe, never on disk."""
+    records = _records()
+    framed = frame_records(records, _FRAMING).tobytes()
+    copies = context.sizes.pipeline_megabytes * _MEGABYTE // len(framed) + 1
+    process = psutil.Process()
+    with _piped(framed, copies) as path:
+        with iter(_pipeline(path)) as batches:
+            for _ in range(2):  # kernels are compiled and loaded
+                next(batches)
+            before = highest = process.memory_info().rss
+            for number, batch in enumerate(batches):
+                highest = max(highest, process.memory_info().rss)
+                if number % 64 == 0:
+                    context.progress("memory", number * _BATCH, copies * _DISTINCT)
+                del batch
+    grown = (highest - before) / _MEGABYTE
+    return [lower("data.pipeline.memory", max(grown, 0.1), _ALLOWED_MB, "MB", 1.0)]
+
+
+@contextmanager
+def _piped(block: bytes, copies: int) -> Iterator[str]:
+    """The path of a named pipe into which a thread writes a block again and again."""
+    with tempfile.TemporaryDirectory(prefix="trilith-bench-") as folder:
+        path = str(Path(folder) / "instances.pb")
+        os.mkfifo(path)
+
+        def write() -> None:
+            try:
+                with open(path, "wb", buffering=0) as sink:
+                    for _ in range(copies):
+                        sink.write(block)
+            except BrokenPipeError:
+                pass  # the reader failed and says so itself
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        yield path
+        writer.join(timeout=60)
+
+
+BENCHMARKS = (Benchmark(("data.pipeline.threads",), threads), Benchmark(("data.pipeline.memory",), memory))
