@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
 
 import trilith
+from trilith.data.dataset import read
 from trilith.errors import InvalidRequestError, QueueFullError, UnknownQueueError
 from trilith.shard import Dequeued
 
@@ -166,3 +168,53 @@ def test_a_queue_survives_in_embedded_mode_without_tables():
     with trilith.connect("local://") as client:
         client.queues.create("q", ["a"])
         assert drain(client, "q") == ["a"]
+
+
+# ---- files dealt from the queue --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Six files of five records each; record r of file f is 10 f + r."""
+    for part in range(6):
+        payloads = [str(10 * part + row).encode() for row in range(5)]
+        (tmp_path / f"part-{part}").write_bytes(b"".join(len(each).to_bytes(8, "little") + each for each in payloads))
+    return str(tmp_path / "part-*")
+
+
+ALL = [10 * part + row for part in range(6) for row in range(5)]
+
+
+def shared(client, name, parts, worker):
+    dataset = read(parts, kind="plaintext", block_bytes=16)
+    return dataset.share(client, name, worker=f"{worker}-{name}", lease_s=LEASE)
+
+
+def test_workers_that_share_a_queue_read_every_file_once(client, name, parts):
+    found = [[], []]
+    threads = [
+        threading.Thread(target=lambda i=i: found[i].extend(int(each) for each in shared(client, name, parts, i)))
+        for i in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(found[0] + found[1]) == ALL
+
+
+def test_what_a_worker_leaves_unfinished_is_read_by_another(client, name, parts):
+    with iter(shared(client, name, parts, "first")) as leaving:
+        assert [int(next(leaving)) for _ in range(7)] == ALL[:7]
+    assert [int(each) for each in shared(client, name, parts, "second")] == ALL[5:]
+
+
+def test_a_worker_goes_on_in_the_file_it_had(client, name, parts):
+    dataset = shared(client, name, parts, "worker").batch(3)
+    with iter(dataset) as before:
+        first = [int(each) for _ in range(3) for each in next(before).payloads()]
+        state = before.state_dict()
+    with dataset.iterate(state=state) as after:
+        rest = [int(each) for records in after for each in records.payloads()]
+    assert first + rest == ALL
+    assert client.queues.release_leases(f"worker-{name}") == 0

@@ -58,32 +58,40 @@ class FlowSplitter:
         self._lock = threading.Condition()
         self._queues: list[deque[Records]] = [deque() for _ in names]
         self._waiting = [0] * len(keys)
-        self._open = [0] * len(keys)
+        self._open = [False] * len(keys)
+        self._joined: set[int] = set()
         self._upstream: Stage | None = None
         self._ended: BaseException | None = None
         self._reading = False
 
     def join(self, flow: int, context: Context) -> None:
-        """Begin to read a flow; a flow has one reader at a time."""
+        """Begin to read a flow; one that was read before begins another pass over all of them."""
         with self._lock:
-            if self._open[flow]:
-                raise InvalidRequestError(f"flow {self._names[flow]!r} is being read already")
-            if not any(self._open) and not any(self._queues):
+            if flow in self._joined and any(self._open):
+                reading = [name for name, open_ in zip(self._names, self._open, strict=True) if open_]
+                raise InvalidRequestError(
+                    f"flow {self._names[flow]!r} was begun before, and flows {reading} are still being read"
+                )
+            if flow in self._joined:
+                self._reset()
+            if not self._joined:
                 self._upstream, self._ended = open_nodes(self._nodes, context), None
-            self._open[flow] = 1
+            self._joined.add(flow)
+            self._open[flow] = True
 
     def leave(self, flow: int) -> None:
-        """Stop reading a flow; what is left for it is dropped once nobody reads any flow."""
+        """Stop reading a flow; what waits for flows that nobody has read yet stays."""
         with self._lock:
-            self._open[flow] = 0
-            if any(self._open):
-                self._lock.notify_all()
-                return
-            if self._ended is not None or not any(self._queues):
+            self._open[flow] = False
+            self._queues[flow].clear()
+            self._waiting[flow] = 0
+            if len(self._joined) == len(self._names) and not any(self._open):
                 self._reset()
+            self._lock.notify_all()
 
     def _reset(self) -> None:
         upstream, self._upstream = self._upstream, None
+        self._joined.clear()
         for number, queue in enumerate(self._queues):
             queue.clear()
             self._waiting[number] = 0
@@ -137,6 +145,8 @@ class FlowSplitter:
             return StopIteration()
         try:
             records: Records = next(upstream)
+        except StopIteration:
+            return StopIteration()  # the one caught would keep the frames of whoever reads
         except BaseException as error:  # noqa: BLE001 - raised in every flow
             return error
         return records
@@ -152,7 +162,7 @@ class FlowSplitter:
                 records = records.take(slice(0, row))
         for flow, key in enumerate(self._keys):
             mine = records.take(records.source_keys == key)
-            if len(mine):
+            if len(mine) and (self._open[flow] or flow not in self._joined):
                 self._queues[flow].append(mine.compact())
                 self._waiting[flow] += len(mine)
 
