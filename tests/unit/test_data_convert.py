@@ -149,6 +149,26 @@ def test_pruning_says_which_features_of_a_batch_are_left_out(pruning, named, raw
     assert [list(each.label) for each in made] == [[0.0], [1.0]]
 
 
+def test_records_of_the_wanted_kind_are_pruned_when_asked():
+    example = reserved(Example())
+    example.named_raw_feature.add(name="r")
+    records = Records.of([example.SerializeToString()], "example")
+    named = Example.FromString(convert.convert(records, "example", pruning=Pruning.NAMED).payload(0))
+    assert (list(named.label), len(named.named_feature), len(named.named_raw_feature)) == ([1.0, 2.0], 0, 1)
+    raw = Example.FromString(convert.convert(records, "example", pruning=Pruning.RAW).payload(0))
+    assert (list(raw.label), len(raw.named_feature), len(raw.named_raw_feature)) == ([], 3, 0)
+
+
+def test_damaged_records_are_left_out_and_counted_when_asked():
+    short = batch()
+    del short.named_feature_list[1].feature[1]
+    payloads = [batch().SerializeToString(), short.SerializeToString(), b"\xff", batch().SerializeToString()]
+    lost: list[int] = []
+    records = Records.of(payloads, "examplebatch")
+    assert convert.convert(records, "example", on_error="skip", lost=lost.append).numbers.tolist() == [0, 0, 3, 3]
+    assert lost == [2]
+
+
 def test_a_pruned_example_keeps_what_was_promoted():
     example = reserved(Example())
     example.named_raw_feature.add(name="r")

@@ -450,8 +450,9 @@ def test_a_damaged_record_is_named_or_left_out():
     records = Records.of(payloads, "instance", source="part-0")
     with pytest.raises(DataError, match="part-0: record 1"):
         FilterByLabel([0.0])(records)
-    made = apply_ops([FilterByLabel([2.5])], records, np.arange(3), on_error="skip")
-    assert made.numbers.tolist() == [2]
+    lost: list[int] = []
+    made = apply_ops([FilterByLabel([2.5])], records, np.arange(3), on_error="skip", lost=lost.append)
+    assert (made.numbers.tolist(), lost) == ([2], [1])
 
 
 def test_each_record_needs_an_ordinal():

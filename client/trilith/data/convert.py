@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -133,11 +133,10 @@ def instance_to_example(instance: proto_parser_pb2.Instance) -> example_pb2.Exam
         _add(example, f"fc_slot_{slot}").fid_v1_list.value.extend(fids)
     for feature in instance.feature:
         added = _add(example, feature.name)
-        for source, target in _FROM_INSTANCE.items():
-            values = getattr(feature, source)
-            if values:
-                _fill(getattr(added, target), values)
-                break
+        filled = feature.ListFields()  # in the order of numbers: the name first, if there is one
+        field, values = next((each for each in filled if each[0].name != "name"), (None, None))
+        if field is not None:
+            _fill(getattr(added, _FROM_INSTANCE[field.name]), values)
     return example
 
 
@@ -272,38 +271,73 @@ def messages(records: Records, *, pruning: Pruning = Pruning.AS_IS) -> Iterator[
     return (read_message(records, index, pruning=pruning) for index in range(len(records)))
 
 
-def convert(records: Records, kind: Kind | str, *, pruning: Pruning = Pruning.RAW) -> Records:
+def convert(
+    records: Records,
+    kind: Kind | str,
+    *,
+    pruning: Pruning | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    lost: Callable[[int], None] | None = None,
+) -> Records:
     """The records as another kind; where each came from stays known.
 
-    Records of the wanted kind are returned as they are, plaintext is the payload of anything, and an ExampleBatch
-    becomes one record per row.
+    Plaintext is the payload of anything, and an ExampleBatch becomes one record per row.
 
     Args:
         records: Of any kind but plaintext.
         kind: Wanted.
-        pruning: Features to leave out of what is converted.
+        pruning: Features to leave out; by default raw features, but nothing of records that have the wanted kind.
+        on_error: Raise `DataError` for the first damaged record, or leave damaged records out.
+        lost: Called with how many records were left out, if any.
     """
     kind = Kind(kind)
-    if kind is records.kind:
-        return records
     if kind is Kind.PLAINTEXT:
         return records.replace(buffer=records.buffer, offsets=records.offsets, lengths=records.lengths, kind=kind)
-    if records.kind is Kind.PLAINTEXT or kind is Kind.EXAMPLE_BATCH:
+    same = kind is records.kind
+    if same and pruning in (None, Pruning.AS_IS):
+        return records
+    if not same and (records.kind is Kind.PLAINTEXT or kind is Kind.EXAMPLE_BATCH):
         raise InvalidRequestError(f"records of kind {str(records.kind)!r} cannot be made into {str(kind)!r}")
+    pruning = Pruning.RAW if pruning is None else Pruning(pruning)
     payloads: list[bytes] = []
-    rows = np.empty(len(records), np.int64)
+    rows = np.zeros(len(records), np.int64)
+    damaged = 0
     for index in range(len(records)):
-        before = len(payloads)
-        message = read_message(records, index, pruning=pruning)
         try:
-            payloads.extend(each.SerializeToString() for each in _as(message, kind, pruning))
-        except DataError as error:
-            raise DataError(f"{records.where(index)}: {error}") from None
-        rows[index] = len(payloads) - before
-    made = Records.of(payloads, kind)
+            made = [_pruned(records, index, pruning)] if same else _converted(records, index, kind, pruning)
+        except DataError:
+            if on_error == "raise":
+                raise
+            damaged += 1
+            continue
+        payloads += made
+        rows[index] = len(made)
+    if damaged and lost is not None:
+        lost(damaged)
+    written = Records.of(payloads, kind)
     return records.take(np.repeat(np.arange(len(records)), rows)).replace(
-        buffer=made.buffer, offsets=made.offsets, lengths=made.lengths, kind=kind
+        buffer=written.buffer, offsets=written.offsets, lengths=written.lengths, kind=kind
     )
+
+
+def _converted(records: Records, index: int, kind: Kind, pruning: Pruning) -> list[bytes]:
+    message = read_message(records, index, pruning=pruning)
+    try:
+        return [each.SerializeToString() for each in _as(message, kind, pruning)]
+    except DataError as error:
+        raise DataError(f"{records.where(index)}: {error}") from None
+
+
+def _pruned(records: Records, index: int, pruning: Pruning) -> bytes:
+    """One record without some features. It is promoted only where the reserved features go, or it would be twice."""
+    if pruning is Pruning.NAMED:
+        return read_message(records, index, pruning=pruning).SerializeToString()
+    try:
+        message = message_of(records.payload(index), records.kind)
+    except DataError as error:
+        raise DataError(f"{records.where(index)}: {error}") from None
+    prune(message, pruning)
+    return message.SerializeToString()
 
 
 def _as(message: Message, kind: Kind, pruning: Pruning) -> Iterable[Message]:

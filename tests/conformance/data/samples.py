@@ -169,14 +169,20 @@ def check_conversions(content: dict[str, Any], folder: Path) -> Found:
 
 def records_of(path: Path, case: Mapping[str, Any], kind: str) -> Records:
     framing = Framing(**{name: bool(case.get(name, False)) for name in FRAMES})
-    with open_records(str(path), kind=kind, framing=framing) as reader:
+    compression = case.get("compression_type", case.get("compression"))
+    with open_records(
+        str(path), kind=kind, framing=framing, compression=compression, use_snappy=case.get("use_snappy")
+    ) as reader:
         return Records.concatenate(list(reader))
 
 
 def check_pb_dataset(content: list[Any], folder: Path) -> Found:
     for number, case in enumerate(content):
         records = records_of(folder / case["file"], case, case["input_pb_type"])
-        made = convert.convert(records, case["output_pb_type"])
+        pruning = case.get("feature_pruning_type")
+        made = convert.convert(
+            records, case["output_pb_type"], pruning=None if pruning is None else convert.Pruning(pruning)
+        )
         found = differ("n", len(made), case["n"])
         if "payload_hex" in case:
             found += differ("payloads", [each.hex() for each in made.payloads()], case["payload_hex"])
@@ -321,7 +327,7 @@ LABEL_OPS: dict[str, Callable[[dict[str, Any]], SampleOp]] = {
 
 def check_label_ops(content: list[Any], folder: Path) -> Found:
     for number, case in enumerate(content):
-        op = LABEL_OPS[case["op"]](case["params"])
+        op = LABEL_OPS[case["op"]]({name: value for name, value in case["params"].items() if name != "variant_type"})
         found = []
         for one in case["cases"]:
             message = instance(one["instance_hex"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,13 +18,12 @@ import numpy.typing as npt
 
 from trilith.data.columns import member_of, ragged_of, scalars_of
 from trilith.data.convert import Message
-from trilith.data.fids import slot_of_v1, slot_of_v2
+from trilith.data.fids import MAX_SLOTS
 from trilith.data.line_ids import line_field
 from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.data.rewrite import rewrite
-from trilith.data.samples.relations import Domain, Relation, Strings
-from trilith.data.samples.rows import joined
+from trilith.data.samples.relations import Bits, Domain, Relation, Strings
 from trilith.data.scan.scanner import OnError, scanner
 from trilith.data.scan.schema import Element, Fields
 from trilith.errors import InvalidRequestError
@@ -33,6 +32,7 @@ __all__ = ["Feature", "Needs", "SampleOp", "Samples", "apply_ops", "default_ordi
 
 _M = TypeVar("_M", bound=Message)
 
+_MASK64 = 2**64 - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 # Per type the list of an Example's feature that has it: its field number, and how the scanner calls its values.
 _LISTS = {
@@ -111,6 +111,7 @@ def apply_ops(
     ordinals: npt.NDArray[np.int64] | None = None,
     *,
     on_error: OnError = "raise",
+    lost: Callable[[int], None] | None = None,
     promote: bool = True,
 ) -> Records:
     """Run ops over records, in order; a record dropped by one is gone.
@@ -121,6 +122,7 @@ def apply_ops(
         ordinals: int64[n], what the draws of each record depend on besides the seed of an op, such as the number of
             records seen before; by default the record's file and number, so that every pass draws the same.
         on_error: Raise `DataError` for the first damaged record, or leave damaged records out.
+        lost: Called with how many records were left out, if any.
         promote: Let reserved features of Examples stand for the fields they name.
     """
     if records.kind not in (Kind.INSTANCE, Kind.EXAMPLE):
@@ -131,6 +133,8 @@ def apply_ops(
     for op in ops[1:]:
         needs |= op.needs
     samples = Samples(records, needs, ordinals, on_error=on_error, promote=promote)
+    if lost is not None and samples.skipped:
+        lost(samples.skipped)
     copies: npt.NDArray[Any] | None = None
     for op in ops:
         stays = op.apply(samples)
@@ -240,23 +244,20 @@ class Samples:
         return relation.of_strings(Strings(self._scan.records.buffer, starts, sizes))
 
     @property
-    def fids(self) -> Ragged[np.uint64]:
+    def fids(self) -> list[Bits]:
         """Of an Instance the flat fids, of an Example those of all v1 and v2 lists."""
-        if self.kind is Kind.INSTANCE:
-            return self._column(self._reader.schema.fids_column)
-        return joined(*map(self._column, self._reader.schema.every))
+        schema = self._reader.schema
+        columns = (schema.fids_column,) if self.kind is Kind.INSTANCE else schema.every
+        return [Bits(self._column(each)) for each in columns]
 
     @property
-    def slots(self) -> Ragged[np.uint64]:
+    def slots(self) -> list[Bits]:
         """Slots of the fids, and of the fids of an Instance's features."""
         schema = self._reader.schema
-        first, second = schema.every
-        v1 = self._column(schema.fids_column if self.kind is Kind.INSTANCE else first)
-        v2 = self._column(second)
-        return joined(
-            Ragged(slot_of_v1(v1.values), v1.row_splits),
-            Ragged(slot_of_v2(v2.values), v2.row_splits),
-        )
+        v1, v2 = schema.every
+        if self.kind is Kind.INSTANCE:
+            v1 = schema.fids_column
+        return [Bits(self._column(v1), 54), Bits(self._column(v2), 48, MAX_SLOTS - 1)]
 
     def feature(self, name: str, domain: Domain) -> Feature:
         """The last feature of that name in each Example, where it holds a list of that type."""
@@ -281,7 +282,7 @@ class Samples:
         """uint64[n], uniform: the same for the same seed, salt and ordinal."""
         if self._ordinals is None:
             self._ordinals = default_ordinals(self._records)
-        stream = _mixed(np.array([seed, salt], np.int64).view(np.uint64))
+        stream = _mixed(np.array([seed & _MASK64, salt], np.uint64))
         with np.errstate(over="ignore"):
             start = _mixed(stream[:1] + stream[1:] * _GOLDEN)
             return _mixed(start + (self._ordinals.view(np.uint64) + np.uint64(1)) * _GOLDEN)

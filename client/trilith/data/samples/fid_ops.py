@@ -15,7 +15,7 @@ from trilith.data.convert import Message, message_of
 from trilith.data.fids import city_hash64, make_fid_v1, make_fid_v2, reslot_v1, reslot_v2
 from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
-from trilith.data.samples.relations import count_distinct
+from trilith.data.samples.relations import Bits, count_distinct
 from trilith.errors import DataError, InvalidRequestError
 from trilith_proto import example_pb2
 
@@ -78,7 +78,7 @@ def _high_half(left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]) -> npt
 
 def gen_fid_mask(fids: Ragged[Any], fid: int) -> npt.NDArray[np.float32]:
     """float32[n]: 1 for rows that contain a fid, given unsigned or as the int64 of the same bits."""
-    return (count_distinct(fids, np.array([fid & 0xFFFFFFFFFFFFFFFF], np.uint64)) > 0).astype(np.float32)
+    return (count_distinct(np.array([fid & 0xFFFFFFFFFFFFFFFF], np.uint64), Bits(fids)) > 0).astype(np.float32)
 
 
 @overload

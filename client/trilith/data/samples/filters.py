@@ -13,7 +13,7 @@ import numpy.typing as npt
 from trilith.data.line_ids import LineField, line_field
 from trilith.data.records import Kind
 from trilith.data.samples.chunk import Needs, SampleOp, Samples
-from trilith.data.samples.relations import Domain, Relation, check_operator, count_distinct, load_operands
+from trilith.data.samples.relations import Bits, Domain, Relation, check_operator, count_distinct, load_operands
 from trilith.data.samples.rows import at
 from trilith.errors import InvalidRequestError
 
@@ -72,17 +72,17 @@ class FilterByFids(SampleOp):
     def apply(self, samples: Samples) -> BoolArray:
         keep = samples.numbers("req_time") >= self.req_time_min
         if self.filter_fids:
-            keep &= count_distinct(samples.fids, _sorted(self.filter_fids)) == 0
+            keep &= count_distinct(_sorted(self.filter_fids), *samples.fids) == 0
         if self.has_fids:
-            keep &= count_distinct(samples.fids, _sorted(self.has_fids)) > 0
+            keep &= count_distinct(_sorted(self.has_fids), *samples.fids) > 0
         if self.select_fids:
             wanted = _sorted(self.select_fids)
-            keep &= count_distinct(samples.fids, wanted) == wanted.size
+            keep &= count_distinct(wanted, *samples.fids) == wanted.size
         if self.select_slots:
             wanted = _sorted(self.select_slots)
-            keep &= count_distinct(samples.slots, wanted) == wanted.size
+            keep &= count_distinct(wanted, *samples.slots) == wanted.size
         if self.has_actions:
-            keep &= count_distinct(samples.rows("actions"), _sorted(self.has_actions)) > 0
+            keep &= count_distinct(_sorted(self.has_actions), Bits(samples.rows("actions"))) > 0
         return keep
 
 

@@ -22,6 +22,8 @@ _int64 = cast("type[int]", np.int64)
 @inlined
 def _find(wanted: int, m: int, value: np.uint64) -> int:
     """Index of `value` in the ascending uint64[m] at `wanted`, -1 if it is not there."""
+    if m == 0 or value < load_u64(wanted, 0) or value > load_u64(wanted, m - 1):
+        return -1
     low, high = 0, m
     while low < high:
         middle = (low + high) // 2
@@ -29,18 +31,17 @@ def _find(wanted: int, m: int, value: np.uint64) -> int:
             low = middle + 1
         else:
             high = middle
-    if low < m and load_u64(wanted, low) == value:
-        return low
-    return -1
+    return low if load_u64(wanted, low) == value else -1
 
 
 @kernel("void(int64, int64, int64, int64, int64, int64, int64)")
-def count_matches(values: int, splits: int, rows: int, wanted: int, m: int, seen: int, counts: int) -> None:
-    """Count how many distinct wanted ids each row holds.
+def count_matches(columns: int, k: int, rows: int, wanted: int, m: int, seen: int, counts: int) -> None:
+    """Count how many distinct wanted ids each row holds, in all its columns together.
 
     Args:
-        values: Address of uint64[splits[rows]].
-        splits: Address of int64[rows + 1].
+        columns: Address of uint64[k, 4], per column the address of its values (uint64), that of its splits
+            (int64[rows + 1]), and which bits of a value are the id: (value >> shift) & mask.
+        k: Number of columns.
         rows: Number of rows.
         wanted: Address of uint64[m], ascending and unique.
         m: Number of wanted ids.
@@ -49,11 +50,15 @@ def count_matches(values: int, splits: int, rows: int, wanted: int, m: int, seen
     """
     for row in range(rows):
         count = 0
-        for i in range(_int64(load_u64(splits, row)), _int64(load_u64(splits, row + 1))):
-            place = _find(wanted, m, load_u64(values, i))
-            if place >= 0 and _int64(load_u64(seen, place)) != row + 1:
-                store_u64(seen, place, np.uint64(row + 1))
-                count += 1
+        for column in range(k):
+            values = _int64(load_u64(columns, 4 * column))
+            splits = _int64(load_u64(columns, 4 * column + 1))
+            shift, mask = load_u64(columns, 4 * column + 2), load_u64(columns, 4 * column + 3)
+            for i in range(_int64(load_u64(splits, row)), _int64(load_u64(splits, row + 1))):
+                place = _find(wanted, m, (load_u64(values, i) >> shift) & mask)
+                if place >= 0 and _int64(load_u64(seen, place)) != row + 1:
+                    store_u64(seen, place, np.uint64(row + 1))
+                    count += 1
         store_u64(counts, row, np.uint64(count))
 
 

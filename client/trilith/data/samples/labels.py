@@ -15,7 +15,7 @@ from trilith.data.line_ids import line_field, line_fields
 from trilith.data.ragged import Ragged
 from trilith.data.samples.chunk import Needs, SampleOp, Samples
 from trilith.data.samples.filters import line_domain, relation_of_line_field
-from trilith.data.samples.relations import Domain, Relation, count_distinct
+from trilith.data.samples.relations import Bits, Domain, Relation, count_distinct
 from trilith.data.samples.rows import INVALID_LABEL, appended, at, with_first
 from trilith.errors import InvalidRequestError
 
@@ -126,7 +126,7 @@ class AddLabel(SampleOp):
 
 
 def _hits(actions: Ragged[Any], wanted: Sequence[int]) -> npt.NDArray[np.bool_]:
-    return count_distinct(actions, np.unique(np.array(wanted, np.int64).view(np.uint64))) > 0
+    return count_distinct(np.unique(np.array(wanted, np.int64).view(np.uint64)), Bits(actions)) > 0
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from trilith_proto import example_pb2
 __all__ = [
     "OPERATORS",
     "SINGLE",
+    "Bits",
     "Domain",
     "Relation",
     "Strings",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 BoolArray = npt.NDArray[np.bool_]
+
+_MASK64 = 2**64 - 1
 
 SINGLE = ("gt", "ge", "eq", "lt", "le", "neq")
 _MEMBERSHIP = ("in", "not-in")
@@ -181,7 +184,7 @@ class Relation:
             rows: int64 or uint64 rows.
         """
         wanted = self._set
-        counts = count_distinct(rows, wanted)
+        counts = count_distinct(wanted, Bits(rows))
         found: BoolArray
         if self.operator == "any":
             found = counts > 0
@@ -200,7 +203,7 @@ class Relation:
     @cached_property
     def _numbers(self) -> npt.NDArray[Any]:
         if self.domain is Domain.UINT64:
-            return np.array([each & 0xFFFFFFFFFFFFFFFF for each in self.operands], np.uint64)
+            return np.array([each & _MASK64 for each in self.operands], np.uint64)
         kind = {Domain.INT64: "int64", Domain.FLOAT: "float32"}.get(self.domain, "float64")
         with np.errstate(over="ignore"):
             return np.array([np.float32(each) if self.domain in _FLOATS else each for each in self.operands], kind)
@@ -212,7 +215,7 @@ class Relation:
 
     @cached_property
     def _set(self) -> npt.NDArray[np.uint64]:
-        return np.unique(np.array([each & 0xFFFFFFFFFFFFFFFF for each in self.operands], np.uint64))
+        return np.unique(np.array([each & _MASK64 for each in self.operands], np.uint64))
 
     @cached_property
     def _strings(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -222,19 +225,40 @@ class Relation:
         return np.frombuffer(b"".join(ordered) + bytes(1), np.uint8), bounds
 
 
-def count_distinct(rows: Ragged[Any], wanted: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """int64[n]: how many distinct ids of `wanted` each of n rows holds.
+@dataclass(frozen=True, slots=True, eq=False)
+class Bits:
+    """Some bits of every value of ragged rows.
+
+    Attributes:
+        rows: n rows of uint64 or int64.
+        shift: Lowest of the bits.
+        mask: Which of them, after shifting.
+    """
+
+    rows: Ragged[Any]
+    shift: int = 0
+    mask: int = _MASK64
+
+
+def count_distinct(wanted: npt.NDArray[np.uint64], *columns: Bits) -> npt.NDArray[np.int64]:
+    """int64[n]: how many distinct ids of `wanted` each of n rows holds in all columns together.
 
     Args:
-        rows: int64 or uint64 rows; other integers are widened.
         wanted: uint64[m], ascending and unique.
+        *columns: At least one; all of n rows.
     """
-    n = len(rows.row_splits) - 1
-    kind = np.uint64 if rows.values.dtype == np.uint64 else np.int64
-    values, splits = _addressable(rows.values, kind), _addressable(rows.row_splits, np.int64)
+    n = len(columns[0].rows)
+    plan = np.empty((len(columns), 4), np.uint64)
+    kept = []
+    for place, column in enumerate(columns):
+        values = column.rows.values
+        values = _addressable(values, np.uint64 if values.dtype == np.uint64 else np.int64)
+        splits = _addressable(column.rows.row_splits, np.int64)
+        kept += [values, splits]
+        plan[place] = address_of(values), address_of(splits), column.shift, column.mask
     seen, counts = np.zeros(wanted.size, np.int64), np.empty(n, np.int64)
     count_matches(
-        address_of(values), address_of(splits), n, address_of(wanted), wanted.size, address_of(seen), address_of(counts)
+        address_of(plan), len(columns), n, address_of(wanted), wanted.size, address_of(seen), address_of(counts)
     )
     return counts
 
