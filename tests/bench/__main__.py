@@ -10,12 +10,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.bench import data_pipeline, data_read, engine, ops, rpc, train
+from tests.bench import data_parse, data_pipeline, data_read, engine, ops, rpc, train
 from tests.bench.harness import Benchmark, run_all, show, write_json
 from tests.bench.sizes import FULL, QUICK, Sizes
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     *data_read.BENCHMARKS,
+    *data_parse.BENCHMARKS,
     *data_pipeline.BENCHMARKS,
     *engine.BENCHMARKS,
     *ops.BENCHMARKS,

@@ -74,6 +74,8 @@ class Sizes:
     train_batches: int = 400
     train_seconds: float = 24.0
     train_warm_seconds: float = 6.0
+    parse_records: int = 4096
+    parse_rounds: int = 15
 
 
 FULL = Sizes()
@@ -104,4 +106,6 @@ QUICK = Sizes(
     train_batches=40,
     train_seconds=2.0,
     train_warm_seconds=1.0,
+    parse_records=128,
+    parse_rounds=3,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,7 @@ _WIRES = {
     FieldDescriptor.TYPE_BYTES: Wire.BYTES,
 }
 
-_STORED = {
+_STORED: dict[int, np.dtype[Any]] = {
     FieldDescriptor.TYPE_DOUBLE: np.dtype(np.float64),
     FieldDescriptor.TYPE_FLOAT: np.dtype(np.float32),
     FieldDescriptor.TYPE_FIXED64: np.dtype(np.uint64),
@@ -80,7 +81,7 @@ class LineField:
     name: str
     number: int
     wire: Wire
-    dtype: np.dtype[np.generic]
+    dtype: np.dtype[Any]
     repeated: bool
     packed: bool
     marked: bool
@@ -116,7 +117,7 @@ def line_field(name: str) -> LineField:
 
 
 def _describe(field: FieldDescriptor) -> LineField:
-    dtype: np.dtype[np.generic] = _STORED.get(field.type, np.dtype(np.int64))
+    dtype = _STORED.get(field.type, np.dtype(np.int64))
     repeated = isinstance(field.default_value, list)
     default = np.zeros(1, dtype)[0].item() if repeated else field.default_value
     if not default and dtype.kind == "O":

@@ -39,15 +39,14 @@ Samples: TypeAlias = Records | Sequence[bytes] | Sequence[Any]
 _LOW48 = np.uint64(2**48 - 1)
 
 
-def _records(samples: Samples | bytes, kind: Kind) -> tuple[Records, bool]:
+def _records(samples: Any, kind: Kind) -> tuple[Records, bool]:
     """As records; and whether they are serialized, so that reserved features were not read yet."""
     if isinstance(samples, Records):
         return samples, True
-    if isinstance(samples, bytes) or not isinstance(samples, Sequence):
-        samples = [samples]
-    if all(isinstance(each, bytes) for each in samples):
-        return Records.of(samples, kind), True
-    return Records.of([each.SerializeToString() for each in samples], kind), False
+    given: list[Any] = [samples] if isinstance(samples, bytes) or not isinstance(samples, Sequence) else list(samples)
+    if all(isinstance(each, bytes) for each in given):
+        return Records.of(given, kind), True
+    return Records.of([each.SerializeToString() for each in given], kind), False
 
 
 @functools.lru_cache(maxsize=128)
@@ -240,18 +239,18 @@ def parse_instances2(
         for name, dim in zip(members, dims, strict=True):
             request.add(name, Dense(int(dim), dtype))
     misc = (
-        (np.float32, misc_float_features, misc_float_dims),
-        (np.int64, misc_int64_features, misc_int64_dims),
-        (np.object_, misc_string_features, misc_string_dims),
+        (np.dtype(np.float32), misc_float_features, misc_float_dims),
+        (np.dtype(np.int64), misc_int64_features, misc_int64_dims),
+        (np.dtype(np.object_), misc_string_features, misc_string_dims),
     )
-    for dtype, members, dims in misc:
+    for wanted, members, dims in misc:
         _same_length("misc features", members, dims)
         for name, dim in zip(members, dims, strict=True):
-            if dtype is np.float32 and name in ("label", "instance_weight"):
+            if wanted == np.float32 and name in ("label", "instance_weight"):
                 request.add_dense(name, int(dim), None)
                 continue
-            if np.dtype(line_field(name).batch_dtype) != dtype:
-                raise InvalidRequestError(f"LineId.{name} is no {np.dtype(dtype).name} field")
+            if np.dtype(line_field(name).batch_dtype) != wanted:
+                raise InvalidRequestError(f"LineId.{name} is no {wanted} field")
             request.add(name, Extra(int(dim)))
     records, _ = _records(samples, Kind.INSTANCE)
     return request.parser(InstanceParser, on_error).parse(records)
@@ -428,7 +427,7 @@ def parse_example_batch(
     _add_common(
         request, dense_features, dense_feature_shapes, dense_feature_types, extra_features, extra_feature_shapes
     )
-    records, _ = _records(batch, Kind.EXAMPLE_BATCH)  # type: ignore[arg-type]
+    records, _ = _records(batch, Kind.EXAMPLE_BATCH)
     return request.parser(BatchParser, on_error).parse(records)
 
 

@@ -340,7 +340,7 @@ class BatchParser(Parser):
         if extras:
             named[_LINE_ID, Element.BYTES] = None
         self._scanner = BatchScanner(Fields(named=tuple(named)))
-        self._line_ids = LineIdScanner(dict.fromkeys(about.name for about in self._line_fields().values()))
+        self._line_ids = LineIdScanner(list(dict.fromkeys(about.name for about in self._line_fields().values())))
 
     def parse(self, records: Records, *, promote: bool = True) -> Features:
         """Read one or more ExampleBatches; the rows of several come one behind another."""

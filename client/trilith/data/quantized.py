@@ -25,7 +25,8 @@ def dequantize(data: bytes) -> npt.NDArray[np.float32]:
         return _halves(np.frombuffer(payload, "<f2"))
     low, high = _clamped(np.frombuffer(payload[:4], "<f2"))
     steps = np.frombuffer(payload, np.uint8, offset=4).astype(np.float32)
-    return low + steps * ((high - low) / np.float32(255))
+    vector: npt.NDArray[np.float32] = low + steps * ((high - low) / np.float32(255))
+    return vector
 
 
 def dequantize_rows(payloads: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

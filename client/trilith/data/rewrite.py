@@ -193,7 +193,9 @@ def _copy(
         edit[Edit.NAMES], edit[Edit.MASK] = address_of(names.table), names.mask
         edit[Edit.LINE_NAME] = 0 if line_number else -1
     edit[Edit.LINE_TABLE], edit[Edit.SCRATCH] = address_of(table), address_of(scratch)
-    edit[Edit.OUT], edit[Edit.OUT_OFFSETS], edit[Edit.OUT_LENGTHS] = map(address_of, (out, out_offsets, out_lengths))
+    edit[Edit.OUT], edit[Edit.OUT_OFFSETS], edit[Edit.OUT_LENGTHS] = (
+        address_of(array) for array in (out, out_offsets, out_lengths)
+    )
     edit[Edit.STATUS], edit[Edit.PLACES] = address_of(status), address_of(places)
     edit[Edit.PROMOTE] = address_of(flags)
     rewrite_records(address_of(edit))

@@ -31,7 +31,11 @@ INVALID_LABEL = np.finfo(np.float32).min
 Features: TypeAlias = dict[str, Any]
 """A parsed batch: `Ragged` int64 fids, and arrays [rows, dim] of float32, int64 or bytes objects, by name."""
 
-_DTYPES = {"float32": np.dtype(np.float32), "int64": np.dtype(np.int64), "string": np.dtype(np.object_)}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "int64": np.dtype(np.int64),
+    "string": np.dtype(np.object_),
+}
 
 
 @dataclass(frozen=True, slots=True)

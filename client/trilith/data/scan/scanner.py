@@ -235,7 +235,7 @@ def run_kernel(
         records.buffer, offsets, lengths, schema.lookup.table, schema.members, schema.slot_table, schema.top,
         schema.line, cursors, cells, present, seen, splits, block, status, places, flags, lists,
     )  # fmt: skip
-    plan[_ARRAYS] = list(map(address_of, arrays))
+    plan[_ARRAYS] = [address_of(array) for array in arrays]
     if not schema.slot_columns:
         plan[Slot.SLOTS] = 0
     # No value takes less than a byte, whatever the last chunk was like.

@@ -443,9 +443,9 @@ def decoded(value: np.uint64, element: int) -> np.uint64:
     if element == BOOL:
         return _uint64(value != _uint64(0))  # type: ignore[no-any-return]
     if element == ZIGZAG:
-        return (value >> _uint64(1)) ^ (_uint64(0) - (value & _uint64(1)))
+        return (value >> _uint64(1)) ^ (_uint64(0) - (value & _uint64(1)))  # type: ignore[no-any-return]
     if element == UNSIGNED32:
-        return value & _uint64(0xFFFFFFFF)
+        return value & _uint64(0xFFFFFFFF)  # type: ignore[no-any-return]
     return value
 
 
