@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from trilith.errors import InvalidRequestError
+from trilith.errors import CheckpointError, InvalidRequestError
 
 __all__ = ["Folder", "absolute"]
 
@@ -88,12 +88,16 @@ class Folder:
 
     @contextmanager
     def create(self, name: str) -> Iterator[IO[bytes]]:
-        """Write the file: under a temporary name, synced, then renamed; gone if the body raises."""
-        self._fs.makedirs(self._root, exist_ok=True)
+        """Write the file: under a temporary name, synced, then renamed; gone if the body raises.
+
+        Raises:
+            CheckpointError: The file system does not let it be written.
+        """
         final = f"{self._root}/{name}"
         whole = self._protocol in _WHOLE_ON_CLOSE
         temporary = final if whole else f"{final}.tmp-{secrets.token_hex(4)}"
         try:
+            self._fs.makedirs(self._root, exist_ok=True)
             with self._fs.open(temporary, "wb") as handle:
                 yield handle
                 if self.local:
@@ -104,9 +108,11 @@ class Folder:
                 self._sync_directory()
             elif not whole:
                 self._fs.mv(temporary, final)
-        except BaseException:
+        except BaseException as error:
             with suppress(Exception):
                 self._fs.rm(temporary)
+            if isinstance(error, OSError):
+                raise CheckpointError(f"{self.path(name)} cannot be written: {error}") from error
             raise
 
     def write(self, name: str, content: bytes) -> None:

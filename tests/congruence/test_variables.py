@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import trilith.routing
-from trilith.errors import InvalidRequestError, NonFiniteError, TableExistsError
+from trilith.errors import CheckpointError, InvalidRequestError, NonFiniteError, TableExistsError
 from trilith.tables import Adagrad, Adam, RandomUniform, Sgd
 from trilith_proto import hash_table_pb2
 
@@ -155,3 +155,11 @@ def test_a_checkpoint_is_restored_into_any_shape_of_cluster(local, shape, target
         client.apply_dense_gradients({"w": floats(3, 4, seed=2)})
         np.testing.assert_array_equal(table.lookup(ids), want[0])
         np.testing.assert_array_equal(client.pull_variables(["w"])[0]["w"], want[1])
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_with_its_path(client, name, tmp_path):
+    client.create_variables({name: np.ones(4, np.float32)})
+    blocked = tmp_path / "file"
+    blocked.write_text("no directory")
+    with pytest.raises(CheckpointError, match="file.*cannot be written"):
+        client.save(str(blocked / "ckpt"))
