@@ -115,10 +115,11 @@ $(PROTO_VENV): Makefile
 	$(PROTO_BIN)/python -m pip install --quiet grpcio-tools==1.68.1 mypy-protobuf==3.6.0
 	@touch $@
 
-# $(call generate,DIR): messages for every .proto, services for the one that has any.
+# $(call generate,DIR): messages for every .proto, services for those that have any.
 define generate
 PATH="$(CURDIR)/$(PROTO_BIN):$$PATH" $(PROTO_BIN)/python -m grpc_tools.protoc -I protos \
   --python_out=$(1) --mypy_out=quiet:$(1) protos/trilith_proto/*.proto && \
 PATH="$(CURDIR)/$(PROTO_BIN):$$PATH" $(PROTO_BIN)/python -m grpc_tools.protoc -I protos \
-  --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) protos/trilith_proto/ps.proto
+  --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) \
+  protos/trilith_proto/ps.proto protos/trilith_proto/parameter_sync.proto
 endef

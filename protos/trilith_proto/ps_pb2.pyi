@@ -622,6 +622,92 @@ class TableStats(google.protobuf.message.Message):
 global___TableStats = TableStats
 
 @typing.final
+class SyncTargetStats(google.protobuf.message.Message):
+    """One serving replica that a PS keeps fresh."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
+    LAG_SECONDS_FIELD_NUMBER: builtins.int
+    LAG_ROWS_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
+    ERASED_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    PUSHES_FIELD_NUMBER: builtins.int
+    FAILURES_FIELD_NUMBER: builtins.int
+    COPYING_FIELD_NUMBER: builtins.int
+    COPIES_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    address: builtins.str
+    lag_seconds: builtins.float
+    """Age of the oldest change that is not there yet; 0: all are."""
+    lag_rows: builtins.int
+    """Rows not there yet, those of a full copy included."""
+    rows: builtins.int
+    """Rows, deletions and bytes that the replica has acknowledged."""
+    erased: builtins.int
+    bytes: builtins.int
+    pushes: builtins.int
+    failures: builtins.int
+    copying: builtins.bool
+    """Whether a full copy is under way."""
+    copies: builtins.int
+    """Full copies begun."""
+    error: builtins.str
+    """Why the last push failed; empty once one has succeeded."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        address: builtins.str = ...,
+        lag_seconds: builtins.float = ...,
+        lag_rows: builtins.int = ...,
+        rows: builtins.int = ...,
+        erased: builtins.int = ...,
+        bytes: builtins.int = ...,
+        pushes: builtins.int = ...,
+        failures: builtins.int = ...,
+        copying: builtins.bool = ...,
+        copies: builtins.int = ...,
+        error: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "bytes", b"bytes", "copies", b"copies", "copying", b"copying", "erased", b"erased", "error", b"error", "failures", b"failures", "lag_rows", b"lag_rows", "lag_seconds", b"lag_seconds", "name", b"name", "pushes", b"pushes", "rows", b"rows"]) -> None: ...
+
+global___SyncTargetStats = SyncTargetStats
+
+@typing.final
+class ReplicaStats(google.protobuf.message.Message):
+    """What a serving replica has been sent."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AS_OF_FIELD_NUMBER: builtins.int
+    PUSHES_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
+    ERASED_FIELD_NUMBER: builtins.int
+    COPYING_FIELD_NUMBER: builtins.int
+    as_of: builtins.float
+    """It holds everything that training had acknowledged at this time, in Unix seconds; 0: its first full copy is not complete."""
+    pushes: builtins.int
+    rows: builtins.int
+    erased: builtins.int
+    copying: builtins.bool
+    def __init__(
+        self,
+        *,
+        as_of: builtins.float = ...,
+        pushes: builtins.int = ...,
+        rows: builtins.int = ...,
+        erased: builtins.int = ...,
+        copying: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["as_of", b"as_of", "copying", b"copying", "erased", b"erased", "pushes", b"pushes", "rows", b"rows"]) -> None: ...
+
+global___ReplicaStats = ReplicaStats
+
+@typing.final
 class StatsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -652,6 +738,8 @@ class StatsResponse(google.protobuf.message.Message):
     QUEUED_REQUESTS_FIELD_NUMBER: builtins.int
     LAST_CHECKPOINT_FIELD_NUMBER: builtins.int
     LAST_CHECKPOINT_TIME_FIELD_NUMBER: builtins.int
+    SYNC_TARGETS_FIELD_NUMBER: builtins.int
+    REPLICA_FIELD_NUMBER: builtins.int
     incarnation: builtins.int
     memory_bytes: builtins.int
     memory_limit_bytes: builtins.int
@@ -667,6 +755,12 @@ class StatsResponse(google.protobuf.message.Message):
     def tables(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TableStats]: ...
     @property
     def requests(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
+    @property
+    def sync_targets(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SyncTargetStats]: ...
+    @property
+    def replica(self) -> global___ReplicaStats:
+        """Serving replicas only."""
+
     def __init__(
         self,
         *,
@@ -681,8 +775,11 @@ class StatsResponse(google.protobuf.message.Message):
         queued_requests: builtins.int = ...,
         last_checkpoint: builtins.str = ...,
         last_checkpoint_time: builtins.float = ...,
+        sync_targets: collections.abc.Iterable[global___SyncTargetStats] | None = ...,
+        replica: global___ReplicaStats | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["global_step", b"global_step", "incarnation", b"incarnation", "last_checkpoint", b"last_checkpoint", "last_checkpoint_time", b"last_checkpoint_time", "memory_bytes", b"memory_bytes", "memory_limit_bytes", b"memory_limit_bytes", "queued_requests", b"queued_requests", "requests", b"requests", "resident_bytes", b"resident_bytes", "tables", b"tables", "uptime_seconds", b"uptime_seconds"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["replica", b"replica"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["global_step", b"global_step", "incarnation", b"incarnation", "last_checkpoint", b"last_checkpoint", "last_checkpoint_time", b"last_checkpoint_time", "memory_bytes", b"memory_bytes", "memory_limit_bytes", b"memory_limit_bytes", "queued_requests", b"queued_requests", "replica", b"replica", "requests", b"requests", "resident_bytes", b"resident_bytes", "sync_targets", b"sync_targets", "tables", b"tables", "uptime_seconds", b"uptime_seconds"]) -> None: ...
 
 global___StatsResponse = StatsResponse
 

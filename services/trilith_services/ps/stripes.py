@@ -18,6 +18,7 @@ from trilith_services.ps.arena import HUGE_PAGE, Mapping
 from trilith_services.ps.kernels import index
 from trilith_services.ps.rooms import two_rooms
 from trilith_services.ps.row_layout import RowLayout
+from trilith_services.ps.touched import Touched
 
 __all__ = ["BITS", "STRIPES", "Batch", "Stripes", "group", "work_memory"]
 
@@ -81,11 +82,13 @@ class Stripes:
         columns: int64[STRIPES, index.COLUMNS], what the kernels know of each stripe.
         address: Of `columns`.
         reading: To be held while rows or indexes are read.
+        touched: Is told which ids were written to, once they have been; None while nobody wants to know.
     """
 
     def __init__(self, layout: RowLayout, initial_rows: int, pool: Executor | None) -> None:
         self._layout = layout
         self._pool = pool
+        self.touched: Touched | None = None
         self._piece = max(1024, min(16384, _PIECE_BYTES // (4 * layout.dim)))
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
         self.reading, self._writing = two_rooms()
@@ -126,6 +129,8 @@ class Stripes:
     def clear(self) -> None:
         """Drop every row and give the memory back; the caller is `writing`."""
         self._reset(0)
+        if self.touched is not None:
+            self.touched.add_all()
 
     # ---- walking batches -----------------------------------------------------------------------------------------
 
@@ -162,14 +167,19 @@ class Stripes:
         from again when that position's stripe has grown. Large batches run on two threads, each with its own stripes,
         so that one id is always in one and the order of its steps does not depend on threads.
         """
-        if self._pool is None or len(ids) < _PARALLEL:
-            self._write(ids, work, 0, _LOCKS)
-            return
-        other = self._pool.submit(self._write, ids, work, _LOCKS // 2, _LOCKS)
         try:
-            self._write(ids, work, 0, _LOCKS // 2)
+            if self._pool is None or len(ids) < _PARALLEL:
+                self._write(ids, work, 0, _LOCKS)
+                return
+            other = self._pool.submit(self._write, ids, work, _LOCKS // 2, _LOCKS)
+            try:
+                self._write(ids, work, 0, _LOCKS // 2)
+            finally:
+                other.result()
         finally:
-            other.result()
+            # After the rows have changed and before the caller answers, also if only some of them did.
+            if self.touched is not None:
+                self.touched.add(ids)
 
     def _write(self, ids: UInt64Array, work: Callable[[Batch, int, int, int, int], int], first: int, last: int) -> None:
         """Work on the stripes of locks first..last - 1, piece by piece."""

@@ -18,13 +18,15 @@ from trilith.ops.memory import address_of
 from trilith.shard import Float32Array, UInt64Array
 from trilith_proto import ps_pb2
 from trilith_services.ps.budget import MemoryBudget
-from trilith_services.ps.kernels import codecs, index, rows
+from trilith_services.ps.kernels import codecs, gather, index, rows
 from trilith_services.ps.row_layout import RowLayout
 from trilith_services.ps.stripes import BITS, STRIPES, Batch, Stripes, work_memory
+from trilith_services.ps.touched import Touched
 
 __all__ = ["OccurrenceGate", "Rows", "Table", "TableCounters", "as_ids", "compile_common_kernels"]
 
 _SECONDS_PER_DAY = 86400
+_GATHERED = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,43 @@ class Table:
         with self._stripes.reading:
             return self._scan_stripe(s, 0, int(self._stripes.slots[s]), len(self))[0]
 
+    def stripe_ids(self, s: int) -> UInt64Array:
+        """uint64[n]: the ids of stripe `s`, as they are at one moment."""
+        with self._stripes.reading:
+            room = int(self._stripes.columns[s, index.SIZE])
+            ids, numbers, times = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.uint32)
+            if room:
+                start, end = self._stripes.columns[s, index.INDEX], int(self._stripes.slots[s])
+                index.scan_index(start, 0, end, room, ids, numbers, times)
+        return ids
+
+    def gather(self, ids: npt.NDArray[Any]) -> tuple[UInt64Array, Float32Array, UInt64Array]:
+        """Read raw weights.
+
+        Returns:
+            uint64[m] ids that have a row, in the order of `ids`, their float32[m, dim], and uint64[n - m] the others.
+        """
+        ids = as_ids(ids)
+        found, missing = np.empty(len(ids), np.uint64), np.empty(len(ids), np.uint64)
+        weights = np.empty((len(ids), self.dim), np.float32)
+        present = 0
+        for start in range(0, len(ids), _GATHERED):  # in pieces, so that writers get their turn
+            count = min(_GATHERED, len(ids) - start)
+            with self._stripes.reading:
+                present += gather.gather_rows(
+                    self._at,
+                    BITS,
+                    address_of(ids) + 8 * start,
+                    count,
+                    self._plan,
+                    self._segments,
+                    work_memory(self._work_bytes),
+                    address_of(found) + 8 * present,
+                    address_of(weights) + 4 * self.dim * present,
+                    address_of(missing) + 8 * (start - present),
+                )
+        return found[:present], weights[:present], missing[: len(ids) - present]
+
     def scan(self, part: int, parts: int, limit: int, offset: int = 0) -> tuple[Rows, int]:
         """Page through one of `parts` contiguous ranges of the storage.
 
@@ -240,6 +279,17 @@ class Table:
         marks = np.zeros(len(found), np.bool_)
         index.mark_expired(address_of(self._lifetimes), len(self._lifetimes), found.last_update, found.ids, now, marks)
         return marks
+
+    # ---- who wants to know ---------------------------------------------------------------------------------------
+
+    @property
+    def touched(self) -> Touched | None:
+        """The ids written to, erased or evicted since it was set; None: they are not kept."""
+        return self._stripes.touched
+
+    @touched.setter
+    def touched(self, touched: Touched | None) -> None:
+        self._stripes.touched = touched
 
     # ---- writes ------------------------------------------------------------------------------------------------
 
@@ -375,15 +425,30 @@ class Table:
 
     def evict(self, now: int) -> int:
         """Delete rows whose age at `now` (Unix seconds) has reached their slot's lifetime; returns how many."""
+        evicted = self._evict(now, self._lifetimes)
+        self.counters.evicted_rows += evicted
+        return evicted
+
+    def erase_before(self, time: int) -> int:
+        """Delete rows whose last update lies before `time` (Unix seconds); returns how many."""
+        return self._evict(time, np.ones(1, np.int64))
+
+    def _evict(self, now: int, lifetimes: npt.NDArray[np.int64]) -> int:
         evicted = 0
         for s in range(STRIPES):
             with self._stripes.writing(s):
-                evicted += int(
+                touched = self._stripes.touched
+                room = int(self._stripes.columns[s, index.SIZE]) if touched is not None else 0
+                ids = np.empty(room, np.uint64)
+                ids_at = address_of(ids) if room else 0
+                gone = int(
                     index.evict_rows(
-                        self._at, self.layout.stride, s, now, address_of(self._lifetimes), len(self._lifetimes)
+                        self._at, self.layout.stride, s, now, address_of(lifetimes), len(lifetimes), ids_at
                     )
                 )
-        self.counters.evicted_rows += evicted
+                if touched is not None:
+                    touched.add(ids[:gone])
+                evicted += gone
         return evicted
 
     def clear(self) -> int:
@@ -573,6 +638,7 @@ def compile_common_kernels() -> None:
         index.evict_rows,
         index.scan_index,
         index.mark_expired,
+        gather.gather_rows,
         rows.lookup_rows,
         rows.lookup_rows_half,
         rows.write_rows,

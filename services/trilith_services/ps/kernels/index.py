@@ -292,8 +292,8 @@ def lifetime(lifetimes: Any, slots: Any, key: Any) -> Any:
     return get(lifetimes, np.int64((key >> np.uint64(48)) & np.uint64(slots - 1)))
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64)")
-def evict_rows(stripes: int, stride: int, s: int, now: int, lifetimes: int, slots: int) -> int:
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+def evict_rows(stripes: int, stride: int, s: int, now: int, lifetimes: int, slots: int, evicted_ids: int) -> int:
     """Delete the expired rows of one stripe: those with now - last update >= lifetime.
 
     Args:
@@ -303,6 +303,7 @@ def evict_rows(stripes: int, stride: int, s: int, now: int, lifetimes: int, slot
         now: Unix seconds to judge by.
         lifetimes: Address of int64[slots], seconds.
         slots: 1, or 32768 for lifetimes by slot.
+        evicted_ids: Address of uint64[rows of the stripe], written: the ids deleted; 0 to leave out.
 
     Returns:
         How many rows were deleted.
@@ -314,6 +315,8 @@ def evict_rows(stripes: int, stride: int, s: int, now: int, lifetimes: int, slot
     while slot <= mask:
         word = load_u64(index, 2 * slot + 1)
         if word != _NONE and now - slot_time(word) >= lifetime(lifetimes, slots, load_u64(index, 2 * slot)):
+            if evicted_ids != 0:
+                store_u64(evicted_ids, evicted, load_u64(index, 2 * slot))
             # The slot may now hold a later entry of the cluster: look at it again.
             release_slot(stripes, s, stride, slot)
             evicted += 1

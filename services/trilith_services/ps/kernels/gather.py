@@ -1,0 +1,137 @@
+"""Kernels of parameter sync: rows gathered by id, and ids as the varints of a packed protobuf field."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+
+from trilith.ops.jit import inlined, kernel
+from trilith.ops.memory import copy_floats, load_u8, load_u64, store_u8, store_u64
+from trilith_services.ps.kernels.index import GROUP, get
+from trilith_services.ps.kernels.rows import DIM, READ_WORDS, SERVING, STRIDE, probe_group, read_row
+
+__all__ = ["gather_rows", "pack_ids", "unpack_ids"]
+
+_SEVEN = np.uint64(7)
+_LOW = np.uint64(0x7F)
+_MORE = np.uint64(0x80)
+_MOST = 10  # bytes of a varint
+# What np.int64 is inside a kernel, for the type checker: an int.
+_int64 = cast("type[int]", np.int64)
+
+
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+def gather_rows(
+    stripes: int,
+    bits: int,
+    ids: int,
+    n: int,
+    plan: int,
+    segments: int,
+    work: int,
+    found: int,
+    weights: int,
+    missing: int,
+) -> int:
+    """Read the raw weights of the ids that have rows, one after another without gaps.
+
+    Args:
+        stripes: Address of int64[S, COLUMNS].
+        bits: log2 of S.
+        ids: Address of uint64[n].
+        n: Number of ids.
+        plan: Address of int64[PLAN_COLUMNS].
+        segments: Address of int64[k, SEGMENT_COLUMNS].
+        work: Address of scratch memory, see `rows.work_bytes`.
+        found: Address of uint64[n], written: ids that have a row.
+        weights: Address of float32[n, dim], written: their weights, decoded where the table stores them compressed.
+        missing: Address of uint64[n], written: ids that have none.
+
+    Returns:
+        How many ids have a row.
+    """
+    dim = get(plan, DIM)
+    stride = get(plan, STRIDE)
+    serving = get(plan, SERVING) != 0
+    size = 4 * get(plan, READ_WORDS)
+    present = 0
+    absent = 0
+    for first in range(0, n, GROUP):
+        count = min(GROUP, n - first)
+        probe_group(stripes, bits, ids + 8 * first, count, stride, size, work)
+        for t in range(count):
+            row = get(work, t)
+            key = load_u64(ids, first + t)
+            if row == 0:
+                store_u64(missing, absent, key)
+                absent += 1
+            else:
+                store_u64(found, present, key)
+                if serving:
+                    read_row(plan, segments, row, weights + 4 * dim * present)
+                else:
+                    copy_floats(weights + 4 * dim * present, row, dim)
+                present += 1
+    return present
+
+
+@inlined
+def _put_varint(at: int, value: np.uint64) -> int:
+    while value >= _MORE:
+        store_u8(at, 0, np.uint8((value & _LOW) | _MORE))
+        value = value >> _SEVEN
+        at += 1
+    store_u8(at, 0, np.uint8(value))
+    return at + 1
+
+
+@kernel("int64(int64, int64, int64)")
+def pack_ids(ids: int, n: int, out: int) -> int:
+    """Write ids as varints.
+
+    Args:
+        ids: Address of uint64[n].
+        n: Number of ids.
+        out: Address of uint8[10 * n], written.
+
+    Returns:
+        How many bytes were written.
+    """
+    at = out
+    for i in range(n):
+        at = _put_varint(at, load_u64(ids, i))
+    return at - out
+
+
+@kernel("int64(int64, int64, int64)")
+def unpack_ids(data: int, size: int, ids: int) -> int:
+    """Read varints.
+
+    Args:
+        data: Address of uint8[size].
+        size: Bytes to read.
+        ids: Address of uint64[size], written.
+
+    Returns:
+        How many there were; -1 if one is cut off or too long.
+    """
+    count = _int64(0)
+    value = np.uint64(0)
+    shift = np.uint64(0)
+    length = 0
+    for i in range(size):
+        byte = np.uint64(load_u8(data, i))
+        value |= (byte & _LOW) << shift
+        length += 1
+        if byte < _MORE:
+            store_u64(ids, count, value)
+            count += 1
+            value = np.uint64(0)
+            shift = np.uint64(0)
+            length = 0
+        else:
+            if length == _MOST:
+                return -1
+            shift += _SEVEN
+    return -1 if length else count
