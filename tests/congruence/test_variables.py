@@ -158,7 +158,7 @@ def test_a_checkpoint_is_restored_into_any_shape_of_cluster(local, shape, target
 
 
 def test_a_checkpoint_that_cannot_be_written_is_refused_with_its_path(client, name, tmp_path):
-    client.create_variables({name: np.ones(4, np.float32)})
+    client.create_variables({name: np.ones(4, np.float32)}, optimizer=Sgd())
     blocked = tmp_path / "file"
     blocked.write_text("no directory")
     with pytest.raises(CheckpointError, match="file.*cannot be written"):
