@@ -12,6 +12,7 @@ from rich.console import Console
 import trilith
 from trilith.checkpoint import list_checkpoints, newest_complete
 from trilith.cluster import Rejoined
+from trilith.data.click_files import store_clicks
 from trilith.data.clicks import split
 from trilith.data.synthetic import make_clicks, zipf_ids
 from trilith.errors import InvalidRequestError, ShardRestartedError
@@ -71,6 +72,30 @@ def test_data_and_models_are_named_or_refused():
             load_dataset(name)
     with pytest.raises(InvalidRequestError, match="deepfm"):
         settings_of("mlp")
+
+
+def test_training_from_files_sees_every_sample_once_per_epoch_in_an_order_of_its_own(parts, tmp_path):
+    files = store_clicks(parts.train, tmp_path)
+    assert len(files) == len(parts.train)
+    assert store_clicks(parts.train, tmp_path) == files
+
+    def seen(share, **options):
+        batches = list(share.epoch(64, seed=1, **{"epoch": 0, **options}))
+        assert all(len(batch) == 64 for batch in batches[:-1])
+        return np.concatenate([batch.features["f0"].values for batch in batches])
+
+    want = parts.train.features["f0"].values
+    np.testing.assert_array_equal(np.sort(seen(files)), np.sort(want))
+    assert (seen(files) != seen(files, epoch=1)).any()
+    np.testing.assert_array_equal(seen(files, skip=3), seen(files)[3 * 64 :])
+    np.testing.assert_array_equal(seen(files, samples=100), seen(files)[:100])
+    shares = [files.shard(rank, 3) for rank in range(3)]
+    assert [len(share) for share in shares] == [len(seen(share)) for share in shares]
+    np.testing.assert_array_equal(np.sort(np.concatenate([seen(share) for share in shares])), np.sort(want))
+    batch = next(files.epoch(1 << 20, seed=0, epoch=0))
+    for name, ragged in parts.train.features.items():
+        assert batch.features[name].values.size == ragged.values.size
+    assert batch.labels.sum() == parts.train.labels.sum()
 
 
 # ---- position, events, figures ---------------------------------------------------------------------------------------

@@ -130,6 +130,21 @@ class ClickData:
         for start in range(0, rows.size, batch_size):
             yield self.take(rows[start : start + batch_size])
 
+    def epoch(
+        self, batch_size: int, *, seed: int, epoch: int, samples: int | None = None, skip: int = 0
+    ) -> Iterator[ClickData]:
+        """Batches of one pass, in an order that seed and epoch decide.
+
+        Args:
+            batch_size: Samples per batch; the last may be smaller.
+            seed: Decides the order ...
+            epoch: ... with the pass.
+            samples: How many samples; all if None.
+            skip: Batches to leave out at the beginning.
+        """
+        order = np.random.default_rng([seed, epoch]).permutation(len(self))[:samples]
+        yield from self.batches(batch_size, order=order[skip * batch_size :])
+
     def vocabulary(self) -> dict[str, UInt64Array]:
         """Per feature the distinct ids, ascending."""
         return {name: np.unique(ragged.values) for name, ragged in self.features.items()}

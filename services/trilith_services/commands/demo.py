@@ -261,6 +261,7 @@ class _Cluster:
         """PS and worker as two threads of this process."""
         from trilith.connect import connect
         from trilith_services.commands.training_view import TrainingView
+        from trilith_services.worker.datasets import training_files
         from trilith_services.worker.run import use_threads
         from trilith_services.worker.trainer import Trainer
 
@@ -274,7 +275,11 @@ class _Cluster:
             def train() -> None:
                 try:
                     trainer = Trainer(
-                        self._config(), client, self._parts, lambda event: events.put({"time": time.time(), **event})
+                        self._config(),
+                        client,
+                        self._parts,
+                        lambda event: events.put({"time": time.time(), **event}),
+                        samples=training_files(self._parts),
                     )
                     trainer.run(lambda: bool(self._stop))
                 except BaseException as error:  # noqa: BLE001 - raised again below, in the main thread

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from trilith.data import movielens
+from trilith.data.click_files import ClickFiles, store_clicks
 from trilith.data.clicks import Parts, split
 from trilith.data.synthetic import make_clicks
 from trilith.errors import InvalidRequestError
 
-__all__ = ["load_dataset"]
+__all__ = ["load_dataset", "training_files"]
 
 
 def load_dataset(name: str, *, report: Callable[[str], None] | None = None) -> Parts:
@@ -25,3 +26,8 @@ def load_dataset(name: str, *, report: Callable[[str], None] | None = None) -> P
     if kind == "synthetic" and size.isdigit() and int(size) >= 10:
         return split(make_clicks(int(size)), seed=0)
     raise InvalidRequestError(f"data {name!r} is neither 'movielens' nor 'synthetic:SAMPLES' with at least 10 samples")
+
+
+def training_files(parts: Parts) -> ClickFiles:
+    """The training samples as files of Examples in the cache, written if they are not there."""
+    return store_clicks(parts.train, movielens.cache_dir() / "samples")

@@ -17,7 +17,7 @@ from torch import distributed
 
 from trilith.connect import connect
 from trilith.errors import InvalidRequestError
-from trilith_services.worker.datasets import load_dataset
+from trilith_services.worker.datasets import load_dataset, training_files
 from trilith_services.worker.events import EventLog
 from trilith_services.worker.trainer import Trainer, WorkerConfig
 
@@ -58,8 +58,9 @@ def run_worker(options: WorkerOptions, config: WorkerConfig) -> int:
     use_threads(options.threads or max(1, (os.cpu_count() or 1) // config.world_size))
     with _stop_on_signal() as stop, _events(options.events) as emit:
         parts = load_dataset(options.data, report=log.info)
+        samples = training_files(parts)
         with connect(options.cluster, timeout_s=options.timeout_s) as client, _group(options, config):
-            finished = Trainer(config, client, parts, emit).run(stop.is_set)
+            finished = Trainer(config, client, parts, emit, samples=samples).run(stop.is_set)
     log.info("done" if finished else "stopped before the end, as asked")
     return 0
 

@@ -12,13 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import distributed
 from torch.nn import functional
 
 from trilith.checkpoint import checkpoint_name, list_checkpoints, prune
+from trilith.data.click_files import ClickFiles
 from trilith.data.clicks import ClickData, Parts
 from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
 from trilith.nn import AllReduced, DenseOnPs, EmbeddingCollection, FetchedRows, auc, pick_device
@@ -126,6 +125,7 @@ class Trainer:
         client: An open `trilith.Client`.
         parts: The whole data; the trainer takes its shard of the training part.
         emit: Is told how it goes.
+        samples: Files of the training part, which are then read instead of it.
         clock: Source of Unix seconds, for checkpoint names.
     """
 
@@ -136,17 +136,19 @@ class Trainer:
         parts: Parts,
         emit: Emit,
         *,
+        samples: ClickFiles | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
         self._client = client
         self._emit = emit
         self._clock = clock
-        self._shard = parts.train.shard(config.rank, config.world_size)
+        train = parts.train if samples is None else samples
+        self._shard = train.shard(config.rank, config.world_size)
         self._validation = parts.validation
         self._device = pick_device(config.device)
         self.model = config.settings.on_cluster(
-            client, parts.train.features, seed=config.seed, device=self._device, async_push=config.async_push
+            client, train.features, seed=config.seed, device=self._device, async_push=config.async_push
         )
         assert isinstance(self.model.embeddings, EmbeddingCollection)
         self._embeddings = self.model.embeddings
@@ -235,10 +237,9 @@ class Trainer:
     def _batches(self) -> Iterator[ClickData]:
         """What is left of the present epoch; its order depends on seed, epoch and rank only."""
         config, at = self._config, self._position
-        order: npt.NDArray[np.int64] = np.random.default_rng([config.seed, at.epoch, config.rank]).permutation(
-            len(self._shard)
-        )[: self._samples_per_epoch]
-        yield from self._shard.batches(config.batch_size, order=order[at.batch * config.batch_size :])
+        return self._shard.epoch(
+            config.batch_size, seed=config.seed, epoch=at.epoch, samples=self._samples_per_epoch, skip=at.batch
+        )
 
     def _drain(self) -> None:
         """Wait for all updates that are on their way."""
