@@ -12,6 +12,8 @@ import numpy.typing as npt
 from trilith.batches import Batches, TableInfo, Terms
 from trilith.cluster import Cluster, Rejoined
 from trilith.dense import Variables
+from trilith.discovery import Directory
+from trilith.discovery.record import ClusterRecord, RecordKeeper
 from trilith.errors import InvalidRequestError, ShardRestartedError, UnknownTableError
 from trilith.ops.dedup import gather_values
 from trilith.queues import Queues
@@ -33,10 +35,10 @@ class Client:
     shard may have succeeded on another. Arrays are checked before anything is sent.
     """
 
-    def __init__(self, cluster: Cluster, *, on_close: Callable[[], None] | None = None) -> None:
+    def __init__(self, cluster: Cluster, *, directory: Directory | None = None) -> None:
         """Use `trilith.connect`."""
         self._cluster = cluster
-        self._on_close = on_close
+        self.directory = directory
         self._tables: dict[str, TableInfo] = {}
         self._batches = Batches(cluster, self._info)
         self._variables = Variables(cluster)
@@ -52,7 +54,7 @@ class Client:
             **config: Keywords of `trilith.tables.table_config`. Without any, the table must exist.
 
         Raises:
-            TableExistsError: The table exists with another config.
+            TableExistsError: The table exists with another config; TableMismatchError if the cluster's record says so.
             UnknownTableError: No config was given and there is no such table.
             ShardRestartedError: Some shard has lost the table while others hold rows of it.
         """
@@ -93,6 +95,7 @@ class Client:
 
     def _create(self, configs: Sequence[ps_pb2.TableConfig]) -> None:
         cluster = self._cluster
+        self._check_record(configs)
         answers = cluster.describe()
         cluster.check_incarnations(answers)
         for config in configs:
@@ -103,6 +106,24 @@ class Client:
             lambda index, shard, left: shard.create_tables(configs, incarnation=cluster.known(index), timeout_s=left),
             timeout_s=cluster.config.create_timeout_s,
         )
+
+    def _check_record(self, configs: Sequence[ps_pb2.TableConfig]) -> None:
+        """Refuse a config that the cluster's record has otherwise: a PS that came back empty would take it."""
+        if isinstance(self.directory, RecordKeeper) and (record := self.directory.read_record()) is not None:
+            tables = {config.name: config for config in configs}
+            record.check(ClusterRecord(num_ps=self._cluster.count, tables=tables), "this client")
+
+    def record_features(self, tables: Mapping[str, str]) -> None:
+        """Put the table of each feature into the cluster's record, where there is one.
+
+        Args:
+            tables: Name of its table by feature.
+
+        Raises:
+            ClusterMismatchError: A feature is recorded as of another table.
+        """
+        if isinstance(self.directory, RecordKeeper):
+            self.directory.agree(ClusterRecord(num_ps=self._cluster.count, features=dict(tables)), "this client")
 
     def _refuse_half_lost(self, name: str, has: Sequence[bool]) -> None:
         """A table with rows on one shard was once on all of them: where it is missing, rows were lost."""
@@ -387,8 +408,8 @@ class Client:
     def close(self) -> None:
         """Release connections; further calls raise ClosedError."""
         self._cluster.close()
-        if self._on_close is not None:
-            self._on_close()
+        if self.directory is not None:
+            self.directory.close()
 
     def __enter__(self) -> Client:
         """Return the client itself."""

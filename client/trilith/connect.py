@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 from trilith.config import MAX_MESSAGE_BYTES, ClientConfig, prefer_fast_grpc
-from trilith.errors import ClusterMismatchError, InvalidRequestError
+from trilith.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from trilith.client import Client
     from trilith.discovery import Directory
+    from trilith.remote import RemoteShard
 
 __all__ = ["connect"]
 
@@ -18,6 +21,7 @@ __all__ = ["connect"]
 def connect(
     address: str,
     *,
+    num_ps: int | None = None,
     timeout_s: float = 30.0,
     create_timeout_s: float = 180.0,
     float16: bool = False,
@@ -32,7 +36,10 @@ def connect(
     The first call of a process sets GRPC_EXPERIMENTS (see `trilith.config`) unless it is set or gRPC is in use already.
 
     Args:
-        address: "static://host:port,host:port" for PS processes, shard 0 first; "local://" for one in this process.
+        address: "static://host:port,host:port" for PS processes, shard 0 first; "local://" for one in this process;
+            "zk://host:2181/path", "hosts:///directory", "tf-config://" or "mlp://" for a directory where they are
+            found, and followed when they move (see `trilith.discovery.urls`).
+        num_ps: How many PS the cluster has, if known; a cluster of another number is refused. ZooKeeper knows.
         timeout_s: Deadline of a call, retries included.
         create_timeout_s: Deadline of creating a table, for which a PS may have to compile kernels.
         float16: Rows and gradients travel as float16.
@@ -44,8 +51,9 @@ def connect(
         memory_limit_bytes: "local://" only: the engine's hard limit; 0 is none.
 
     Raises:
-        ClusterMismatchError: The list is in the wrong order, or not of the right length.
-        UnavailableError: A PS cannot be reached within the deadline.
+        ClusterMismatchError: The list is in the wrong order, or not of the right length; or the cluster's record in
+            ZooKeeper says something else.
+        UnavailableError: A PS, or the directory, cannot be reached within the deadline.
     """
     prefer_fast_grpc()
     # Heavy imports wait until somebody connects: `import trilith` is light.
@@ -59,51 +67,51 @@ def connect(
         max_message_bytes=max_message_bytes,
         chunk_bytes=chunk_bytes,
     )
-    scheme, separator, rest = address.partition("://")
-    if not separator:
-        raise InvalidRequestError(f"{address!r} is no cluster address; write static://host:port,… or local://")
-    if scheme == "local":
-        if rest:
+    if address.startswith("local://"):
+        if address != "local://":
             raise InvalidRequestError(f"{address!r}: local:// takes nothing after it")
+        if num_ps not in (None, 1):
+            raise InvalidRequestError(f"num_ps={num_ps}: local:// is one shard")
         from trilith_services.ps.store import Store
 
         return Client(Cluster([Store(threads=threads, memory_limit_bytes=memory_limit_bytes)], config))
-    if scheme != "static":
-        raise InvalidRequestError(f"{address!r}: unknown scheme {scheme!r}; there are static:// and local://")
-    from trilith.discovery.static import StaticDirectory
+    from trilith.discovery.urls import open_directory
     from trilith.ops import memory
 
     if tune_allocator:
         memory.tune_allocator()
-    return _open(StaticDirectory.parse(rest), config)
+    started = time.monotonic()
+    directory = open_directory(address, timeout_s=timeout_s)
+    try:
+        return _open(directory, config, num_ps, max(timeout_s - (time.monotonic() - started), 0.1))
+    except BaseException:
+        directory.close()
+        raise
 
 
-def _open(directory: Directory, config: ClientConfig) -> Client:
+def _open(directory: Directory, config: ClientConfig, num_ps: int | None, timeout_s: float) -> Client:
     from trilith.client import Client
     from trilith.cluster import Cluster
     from trilith.discovery import PS
+    from trilith.discovery.members import count_ps, resolve_ps, wait_for_ps
     from trilith.remote import RemoteShard
 
-    found = directory.query(PS)
-    if sorted(found) != list(range(len(found))):
-        raise ClusterMismatchError(f"the directory lists PS {sorted(found)}, which is not 0 up to their number")
-
-    shards = [RemoteShard(partial(_address, directory, index), config, index=index) for index in range(len(found))]
+    deadline = time.monotonic() + timeout_s
+    count = count_ps(directory, num_ps=num_ps, timeout_s=timeout_s)
+    wait_for_ps(directory, count, timeout_s=max(deadline - time.monotonic(), 0.1))
+    shards = [RemoteShard(partial(resolve_ps, directory, index), config, index=index) for index in range(count)]
     try:
         cluster = Cluster(shards, config)
     except BaseException:
         for shard in shards:
             shard.close()
-        directory.close()
         raise
-    return Client(cluster, on_close=directory.close)
+    # A call that hangs at an address where the PS no longer is would otherwise do so until its deadline.
+    directory.watch(PS, partial(_follow, shards))
+    return Client(cluster, directory=directory)
 
 
-def _address(directory: Directory, index: int) -> str:
-    from trilith.discovery import PS
-    from trilith.errors import UnavailableError
-
-    found = directory.query(PS).get(index)
-    if found is None:
-        raise UnavailableError(f"no PS {index} in the directory at the moment")
-    return found
+def _follow(shards: list[RemoteShard], members: Mapping[int, str]) -> None:
+    for index, shard in enumerate(shards):
+        if index in members:
+            shard.follow()

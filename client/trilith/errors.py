@@ -8,7 +8,9 @@ TrilithError
 ├── UnknownQueueError (also KeyError)       no such string queue
 ├── QueueFullError                          a string queue would hold more than its capacity
 ├── TableExistsError                        the name is taken by another config
+│   └── TableMismatchError                  another config than the cluster's record has
 ├── ClusterMismatchError                    shards disagree with the caller about who they are
+│   └── TableMismatchError                  the same: it is both
 ├── ShardRestartedError                     a PS came back without what this caller had written
 ├── MemoryLimitError                        the PS refuses new rows
 ├── OverloadedError                         the PS's queue is full; worth retrying
@@ -39,6 +41,7 @@ __all__ = [
     "QueueFullError",
     "ShardRestartedError",
     "TableExistsError",
+    "TableMismatchError",
     "TrilithError",
     "UnavailableError",
     "UnknownQueueError",
@@ -101,6 +104,10 @@ class ClusterMismatchError(TrilithError):
     """Shards disagree with the caller about order, count or owner rule."""
 
     status = "FAILED_PRECONDITION"
+
+
+class TableMismatchError(TableExistsError, ClusterMismatchError):
+    """The cluster's record has the table with another config; nothing was created."""
 
 
 class ShardRestartedError(TrilithError):

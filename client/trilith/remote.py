@@ -128,19 +128,22 @@ class RemoteShard:
     def _call(self, name: str, request: bytes, timeout_s: float | None) -> bytes:
         timeout = self._config.timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout
+        raised: TrilithError
         pause = self._config.retry_first_s
         attempts = 0
         while True:
             attempts += 1
             try:
                 return self._method(name)(request, timeout=max(deadline - time.monotonic(), 0.001))  # type: ignore[no-any-return]
+            except UnavailableError as error:
+                raised = error  # discovery does not know the shard at the moment
             except grpc.RpcError as error:
                 raised = self._error(name, error, timeout, attempts)
             except ValueError:
                 # What grpc raises on a closed channel: ours was closed, or replaced because the shard moved.
                 if self._closed:
                     raise ClosedError(f"the connection to shard {self._index} was closed") from None
-                raised = UnavailableError(f"shard {self._index} moved from {self._address}")
+                raised = UnavailableError(f"shard {self._index} has moved")
             if not isinstance(raised, _RETRIED):
                 raise raised
             rest = deadline - time.monotonic()
@@ -151,17 +154,19 @@ class RemoteShard:
             time.sleep(wait)
             pause = min(2 * pause, self._config.retry_max_s)
             if isinstance(raised, UnavailableError):
-                self._follow()
+                self.follow()
 
-    def _follow(self) -> None:
-        """Look the address up again, and drop the channel if the shard has moved."""
+    def follow(self) -> None:
+        """Look the address up again; if the shard has moved, calls in flight are sent anew to where it is now."""
         try:
             address = self._resolve()
         except TrilithError:
             return  # discovery may be catching up
-        if address != self._address:
-            with self._lock:
-                self._methods = {}
+        with self._lock:
+            if self._channel is None or address == self._address:
+                return
+            channel, self._channel, self._methods = self._channel, None, {}
+        channel.close()
 
     def _error(self, name: str, error: grpc.RpcError, timeout: float, attempts: int) -> TrilithError:
         """Turn what gRPC raised into the error that the PS raised, or that describes what happened on the way."""

@@ -245,6 +245,7 @@ def serve(
     *,
     prepare: Callable[[], None],
     bound: Callable[[int], None] = lambda port: None,
+    draining: Callable[[], None] = lambda: None,
     drained: Callable[[], None] = lambda: None,
 ) -> int:
     """Serve until SIGTERM or SIGINT; to be called in the main thread.
@@ -257,6 +258,7 @@ def serve(
         listen: host:port.
         prepare: Gets everything ready, on a thread of its own.
         bound: Told the port before `prepare` begins.
+        draining: Called when the server is to stop, while it still takes calls.
         drained: Called after the last call, for final work.
 
     Returns:
@@ -295,6 +297,7 @@ def serve(
         log.info("serving", extra={"port": port})
         stopping.wait()
         log.info("draining")
+        draining()
         server.set_serving(False)
         server.stop(server.limits.drain_s)
         drained()

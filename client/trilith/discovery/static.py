@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from trilith.discovery import PS
+from trilith.discovery.addresses import check_address
 from trilith.errors import InvalidRequestError
 
 __all__ = ["StaticDirectory"]
@@ -18,9 +19,7 @@ class StaticDirectory:
         if not addresses:
             raise InvalidRequestError("the list of PS is empty; write static://host:port,host:port")
         for address in addresses:
-            host, colon, port = address.rpartition(":")
-            if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
-                raise InvalidRequestError(f"{address!r} is not host:port")
+            check_address(address)
         if len(set(addresses)) < len(addresses):
             raise InvalidRequestError(f"the list of PS names an address twice: {','.join(addresses)}")
         self._ps = dict(enumerate(addresses))

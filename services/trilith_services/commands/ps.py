@@ -23,9 +23,21 @@ def register(app: typer.Typer) -> None:
 
 
 def ps(
-    index: Annotated[int, typer.Option(help="This shard's index, from 0.", min=0)] = 0,
-    count: Annotated[int, typer.Option(help="Shards in the cluster.", min=1)] = 1,
+    index: Annotated[
+        int | None, typer.Option(help="This shard's index, from 0; left out: what the scheduler says, else 0.", min=0)
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Shards in the cluster; left out: what the scheduler says, else 1.", min=1)
+    ] = None,
     listen: Annotated[str, typer.Option(help="host:port to serve on; port 0 takes a free one.")] = "0.0.0.0:7000",
+    discovery: Annotated[
+        str | None,
+        typer.Option(help="Directory to register in, such as zk://host:2181/trilith/demo; ZK_AUTH=user:password."),
+    ] = None,
+    advertise: Annotated[
+        str,
+        typer.Option(help="host:port to register, port 0 for the one served on; left out: this machine's address."),
+    ] = "",
     checkpoint_dir: Annotated[
         str | None, typer.Option(help="Directory or URL to restore from, and to write checkpoints to.")
     ] = None,
@@ -51,6 +63,9 @@ def ps(
     from trilith_services.serve import Limits
     from trilith_services.sizes import parse_bytes
 
+    if discovery is not None and (index is None or count is None):
+        index, count = _placed(discovery, index, count)
+    index, count = index or 0, count or 1
     setup_logging(log_format.value, level=log_level, role={"ps": index})
     tune_allocator()
     options = PsOptions(
@@ -61,6 +76,26 @@ def ps(
         checkpoint_every_s=checkpoint_every,
         checkpoint_keep=checkpoint_keep,
         metrics_port=metrics_port,
+        discovery=discovery,
+        advertise=advertise,
     )
     store = Store(index=index, count=count, memory_limit_bytes=parse_bytes(memory_limit), threads=threads or None)
     raise typer.Exit(ParameterServer(store, options).run(listen))
+
+
+def _placed(discovery: str, index: int | None, count: int | None) -> tuple[int | None, int | None]:
+    """Index and count as a scheduler has put them into the environment, where none were given."""
+    from trilith.discovery import PS
+    from trilith.discovery.mlp import MlpDirectory
+    from trilith.discovery.tf_config import TfConfigDirectory
+    from trilith.discovery.urls import open_directory
+    from trilith.errors import InvalidRequestError
+
+    if discovery.partition("://")[0] not in ("tf-config", "mlp"):
+        return index, count
+    directory = open_directory(discovery)
+    if not isinstance(directory, TfConfigDirectory | MlpDirectory):
+        return index, count
+    if directory.server_type != PS:
+        raise InvalidRequestError(f"{discovery} has this process as {directory.server_type or 'nobody'!r}, not as a PS")
+    return directory.index if index is None else index, len(directory.query(PS)) if count is None else count

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from trilith.discovery.addresses import advertised
 from trilith.errors import InvalidRequestError
 from trilith.remote import SERVICE
 from trilith_services.ps.metrics import Metrics
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from wsgiref.simple_server import WSGIServer
 
     from trilith_services.ps.checkpointer import Checkpointer
+    from trilith_services.ps.membership import Membership
     from trilith_services.ps.store import Store
 
 __all__ = ["ParameterServer", "PsOptions"]
@@ -35,6 +37,9 @@ class PsOptions:
         checkpoint_every_s: Seconds between checkpoints; 0: only one at the end.
         checkpoint_keep: Complete checkpoints to keep.
         metrics_port: Port of GET /metrics; None: not served, 0: any free one.
+        discovery: URL of the directory to register in; None: none.
+        advertise: host:port to register, port 0 for the one served on; empty: the host listened on, or this machine's
+            if that is every interface.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -42,6 +47,8 @@ class PsOptions:
     checkpoint_every_s: float = 0.0
     checkpoint_keep: int = 3
     metrics_port: int | None = None
+    discovery: str | None = None
+    advertise: str = ""
 
     def __post_init__(self) -> None:
         if self.checkpoint_every_s < 0:
@@ -63,6 +70,8 @@ class ParameterServer:
             SERVICE, self.servicer.methods(), limits=self._options.limits, refused=self.metrics.refused
         )
         self._checkpointer: Checkpointer | None = None
+        self._membership: Membership | None = None
+        self._listening = ("", 0)
         self._metrics_server: WSGIServer | None = None
 
     @property
@@ -71,13 +80,18 @@ class ParameterServer:
         return self._metrics_server.server_port if self._metrics_server else None
 
     def prepare(self) -> None:
-        """Restore, compile, begin to write checkpoints; afterwards calls are answered."""
+        """Restore, compile, begin to write checkpoints, register; afterwards calls are answered."""
         options = self._options
         started = time.perf_counter()
         self.metrics.watch(self.servicer.stats)
         if options.metrics_port is not None:
             self._metrics_server = self.metrics.serve(options.metrics_port)
             log.info("metrics", extra={"port": self.metrics_port})
+        if options.discovery is not None:
+            from trilith_services.ps.membership import Membership
+
+            self._membership = Membership(options.discovery, self._store)
+            self._membership.join()  # first: a shard that does not fit need not restore
         self._store.compile()
         if options.checkpoint_dir is not None:
             from trilith_services.ps.checkpointer import Checkpointer, restore_newest
@@ -93,25 +107,43 @@ class ParameterServer:
         if self._checkpointer is not None:
             self._checkpointer.start()
         self.servicer.ready = True
+        if self._membership is not None:
+            self._membership.announce(advertised(*self._listening, options.advertise))
         log.info("prepared", extra={"seconds": round(time.perf_counter() - started, 3)})
 
     def run(self, listen: str, *, bound: Callable[[int], None] = lambda port: None) -> int:
         """Serve until SIGTERM; returns the exit status."""
-        return serve(self._server, listen, prepare=self.prepare, bound=bound, drained=self._finish)
+
+        def listening(port: int) -> None:
+            self._listening = (listen, port)
+            bound(port)
+
+        return serve(
+            self._server, listen, prepare=self.prepare, bound=listening, draining=self._leave, drained=self._finish
+        )
 
     def start(self, listen: str = "127.0.0.1:0") -> int:
         """Prepare and serve on background threads; returns the port."""
         port = self._server.listen(listen)
+        self._listening = (listen, port)
         self.prepare()
         self._server.set_serving(True)
         return port
 
     def stop(self, grace_s: float = 0.0) -> None:
         """End what `start` began; calls in flight get `grace_s` seconds."""
+        self._leave()
         self._server.stop(grace_s)
         self._finish()
 
+    def _leave(self) -> None:
+        if self._membership is not None:
+            self._membership.leave()
+
     def _finish(self) -> None:
+        if self._membership is not None:
+            self._membership.close()
+            self._membership = None
         if self._checkpointer is not None:
             self._checkpointer.stop(final=True)
         if self._metrics_server is not None:

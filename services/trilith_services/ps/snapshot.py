@@ -112,11 +112,11 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
                 if file.kind == "rows":
                     _load_rows(tables[file.table], folder, file, part, index, count)
         _load_filters(tables, folder, parts)
+        store.replace_content(tables, variables, queues, manifest.global_step)
     except BaseException:
         for table in tables.values():
             table.release()
         raise
-    store.replace_content(tables, variables, queues, manifest.global_step)
     rows = {name: len(table) for name, table in sorted(tables.items())}
     log.info(
         "restored",

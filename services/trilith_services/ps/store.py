@@ -87,6 +87,8 @@ class Store:
         self.last_checkpoint = ""
         self.last_checkpoint_time = 0.0
         self._clock = clock
+        self.admit_tables: Callable[[Sequence[ps_pb2.TableConfig]], None] = lambda configs: None
+        """Told of tables before they appear, created or restored; what it raises, the caller gets, and none appears."""
         self._tables: dict[str, Table] = {}
         self._creating = threading.Lock()
         self._sequences = Sequences()
@@ -148,6 +150,13 @@ class Store:
                         )
                     continue
                 made[config.name] = self.new_table(config)
+            if made:
+                try:
+                    self.admit_tables([table.config for table in made.values()])
+                except BaseException:
+                    for table in made.values():
+                        table.release()
+                    raise
             self._tables.update(made)
         for name, table in made.items():
             _LOG.info("table %s created: dim %d, %d bytes per row", name, table.dim, table.layout.stride)
@@ -434,6 +443,7 @@ class Store:
     ) -> None:
         """Put what a checkpoint holds in the place of everything that is there, at once; for `snapshot`."""
         with self._creating:
+            self.admit_tables([table.config for table in tables.values()])
             self.variables.replace(variables)
             self.queues.replace(queues)
             old = list(self._tables.values())

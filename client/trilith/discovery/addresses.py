@@ -1,0 +1,82 @@
+"""host:port, with IPv6 hosts in brackets; and which address of this machine others reach it by."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+
+from trilith.errors import InvalidRequestError
+
+__all__ = ["advertised", "check_address", "join_address", "own_host", "split_address"]
+
+_EVERY_INTERFACE = frozenset({"", "0.0.0.0", "::", "*"})
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host, without brackets, and port.
+
+    Raises:
+        InvalidRequestError: It is not host:port.
+    """
+    host, colon, port = address.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if (
+        not colon
+        or not bare
+        or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)
+        or (":" in bare and bare == host)
+        or any(mark.isspace() or mark in "/@,[]" for mark in bare)
+    ):
+        raise InvalidRequestError(f"{address!r} is not host:port (an IPv6 host stands in brackets: [::1]:7000)")
+    return bare, int(port)
+
+
+def check_address(address: str) -> str:
+    """The address itself, if it is host:port."""
+    split_address(address)
+    return address
+
+
+def join_address(host: str, port: int) -> str:
+    """host:port, the host in brackets if it is IPv6."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def own_host(environ: Mapping[str, str] | None = None) -> str:
+    """By which host others reach this one.
+
+    The first item of CLOUDNATIVE_INET_ADDR (a comma list), else YARN_INET_ADDR, else the address that packets to other
+    machines leave from, else 127.0.0.1.
+    """
+    environ = os.environ if environ is None else environ
+    for name in ("CLOUDNATIVE_INET_ADDR", "YARN_INET_ADDR"):
+        first = environ.get(name, "").split(",")[0].strip()
+        if first:
+            return first
+    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((elsewhere, 9))  # only looks a route up: nothing is sent
+                return str(probe.getsockname()[0])
+        except OSError:
+            continue
+    return "127.0.0.1"
+
+
+def advertised(listen: str, port: int, wanted: str = "") -> str:
+    """What a server announces.
+
+    Args:
+        listen: host:port it was told to listen on.
+        port: The port it is bound to.
+        wanted: host:port it was told to announce, port 0 for `port`, or a host alone; empty: the host of `listen`, or
+            `own_host` if it listens on every interface.
+    """
+    if wanted:
+        host, colon, given = wanted.rpartition(":")
+        if not colon or wanted.endswith("]"):
+            return check_address(join_address(wanted.strip("[]"), port))
+        return check_address(f"{host}:{port}" if given == "0" else wanted)
+    host = listen.rpartition(":")[0].strip("[]")
+    return check_address(join_address(own_host() if host in _EVERY_INTERFACE else host, port))

@@ -1,0 +1,216 @@
+"""Serving replicas in ZooKeeper: nodes `<root>/service/<base name>/[<idc>:<cluster>/]<type>:<index>/<replica>`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+
+from trilith.discovery.zookeeper import ZooKeeper
+from trilith.errors import InvalidRequestError
+
+__all__ = ["ModelState", "Replica", "ReplicaMeta", "ReplicaPath", "Replicas"]
+
+log = logging.getLogger(__name__)
+
+_NAME = r"[-_0-9A-Za-z]+"
+_PATH = re.compile(
+    rf"/(?P<bzid>{_NAME})/service/(?P<base_name>{_NAME})"
+    rf"(/(?P<idc>{_NAME}):(?P<cluster>{_NAME}))?"
+    r"/(?P<server_type>\w+):(?P<index>\d+)"
+    r"(/(?P<replica>\d+))?",
+    re.ASCII,
+)
+_ENTRY_DIGITS = 11
+
+
+class ModelState(IntEnum):
+    """What a server says of the model it has."""
+
+    UNKNOWN = 0
+    START = 10
+    LOADING = 20
+    AVAILABLE = 30
+    UNLOADING = 40
+    END = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaMeta:
+    """The body of a replica's node; the fields in the order they are written in.
+
+    Attributes:
+        address: IPv4 host:port; one that begins 0.0.0.0 counts as missing.
+        address_ipv6: The same for IPv6, [::] counts as missing.
+        stat: A ModelState.
+        model_name: Name of the model it serves.
+        server_type: "ps", "entry" or "dense".
+        task: Index of the sub-model.
+        replica: Number of the replica.
+        archon_address: A second address; kept for those who read it.
+        archon_address_ipv6: The same for IPv6.
+    """
+
+    address: str | None = None
+    address_ipv6: str | None = None
+    stat: int = ModelState.UNKNOWN
+    model_name: str | None = None
+    server_type: str | None = None
+    task: int = -1
+    replica: int = -1
+    archon_address: str | None = None
+    archon_address_ipv6: str | None = None
+
+    def to_json(self) -> bytes:
+        """The body, nulls included."""
+        return json.dumps({**asdict(self), "stat": int(self.stat)}).encode()
+
+    @classmethod
+    def from_json(cls, body: bytes) -> ReplicaMeta:
+        """Read a body; fields this version does not know are left out.
+
+        Raises:
+            InvalidRequestError: It is no JSON object.
+        """
+        try:
+            content = json.loads(body)
+            return cls(**{name: content[name] for name in cls.__slots__ if name in content})
+        except (ValueError, TypeError, KeyError):
+            raise InvalidRequestError(f"{body[:200]!r} does not describe a replica") from None
+
+    def reachable_at(self, *, ipv6: bool = False) -> str | None:
+        """The address of the family that is asked for, else of the other."""
+        v4 = None if self.address and self.address.startswith("0.0.0.0") else self.address or None
+        v6 = None if self.address_ipv6 and self.address_ipv6.startswith("[::]") else self.address_ipv6 or None
+        return (v6 or v4) if ipv6 else (v4 or v6)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaPath:
+    """The path of a replica's node, or of the node above it if `replica` is None.
+
+    Attributes:
+        bzid: Serving namespace; here the path of the zk:// URL stands for it.
+        base_name: Serving model.
+        server_type: "ps", "entry" or "dense".
+        index: Index of the sub-model.
+        replica: Number of the replica.
+        idc: Data centre, where paths name it.
+        cluster: Cluster within it.
+    """
+
+    bzid: str
+    base_name: str
+    server_type: str
+    index: int
+    replica: int | None = None
+    idc: str | None = None
+    cluster: str | None = None
+
+    @classmethod
+    def parse(cls, path: str) -> ReplicaPath | None:
+        """Read a path; None if it is not of this form."""
+        found = _PATH.fullmatch(path)
+        if found is None:
+            return None
+        return cls(
+            bzid=found["bzid"],
+            base_name=found["base_name"],
+            server_type=found["server_type"],
+            index=int(found["index"]),
+            replica=None if found["replica"] is None else int(found["replica"]),
+            idc=found["idc"],
+            cluster=found["cluster"],
+        )
+
+    @property
+    def task(self) -> str:
+        """Type and index."""
+        return f"{self.server_type}:{self.index}"
+
+    @property
+    def location(self) -> str | None:
+        """Data centre and cluster, where paths name them."""
+        return None if self.idc is None else f"{self.idc}:{self.cluster}"
+
+    def ship_in(self, idc: str | None, cluster: str | None) -> bool:
+        """Whether it is in that data centre and cluster; always, if either is None."""
+        return idc is None or cluster is None or (self.idc, self.cluster) == (idc, cluster)
+
+    def below(self, service: str) -> str:
+        """The absolute path, `service` being the node that holds all models."""
+        parts = [service, self.base_name, self.location, self.task]
+        if self.replica is not None:
+            parts.append(str(self.replica).zfill(_ENTRY_DIGITS if self.server_type == "entry" else 0))
+        return "/".join(part for part in parts if part is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """A replica that is registered."""
+
+    path: ReplicaPath
+    meta: ReplicaMeta
+
+
+class Replicas:
+    """The replicas of one serving model, in the data centres and clusters it runs in."""
+
+    def __init__(self, zookeeper: ZooKeeper, base_name: str) -> None:
+        """Use a session; its URL's path is the namespace.
+
+        Args:
+            zookeeper: The session, such as `ZooKeeperDirectory.zookeeper`.
+            base_name: Serving model.
+        """
+        if not re.fullmatch(_NAME, base_name):
+            raise InvalidRequestError(f"{base_name!r} is no name of a serving model; letters, digits, - and _ are")
+        self._zookeeper = zookeeper
+        self._service = f"{zookeeper.url.root}/service"
+        self.base_name = base_name
+
+    def path(
+        self, server_type: str, index: int, replica: int, *, idc: str | None = None, cluster: str | None = None
+    ) -> ReplicaPath:
+        """Where a replica of this model belongs."""
+        made = ReplicaPath(
+            bzid="-",
+            base_name=self.base_name,
+            server_type=server_type,
+            index=index,
+            replica=replica,
+            idc=idc,
+            cluster=cluster,
+        )
+        if (idc is None) is not (cluster is None) or ReplicaPath.parse(made.below("/-/service")) != made:
+            raise InvalidRequestError(f"no replica can be at {made.below(self._service)}")
+        return made
+
+    def register(self, path: ReplicaPath, meta: ReplicaMeta) -> None:
+        """Announce a replica, or its new state; its node is kept until it is deregistered or the session closed."""
+        self._zookeeper.hold(path.below(self._service), meta.to_json())
+
+    def deregister(self, path: ReplicaPath) -> None:
+        """Take the announcement back."""
+        self._zookeeper.release(path.below(self._service))
+
+    def watch(self, changed: Callable[[list[Replica]], None]) -> Callable[[], None]:
+        """Call `changed` with all replicas, whatever their state, now and after every change, until told to stop."""
+
+        def on_nodes(nodes: Mapping[str, bytes]) -> None:
+            changed([found for below in sorted(nodes) if (found := self._replica(below, nodes[below]))])
+
+        return self._zookeeper.watch_tree(f"{self._service}/{self.base_name}", on_nodes, depth=3)
+
+    def _replica(self, below: str, body: bytes) -> Replica | None:
+        path = ReplicaPath.parse(f"/-/service/{self.base_name}/{below}")
+        if path is None or path.replica is None:
+            return None
+        try:
+            return Replica(path=path, meta=ReplicaMeta.from_json(body))
+        except InvalidRequestError as error:
+            log.warning("%s/%s/%s: %s", self._service, self.base_name, below, error)
+            return None

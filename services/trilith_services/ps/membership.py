@@ -1,0 +1,84 @@
+"""A PS's place in a directory: it agrees with the cluster's record, announces itself, and takes leave."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from trilith.discovery import PS
+from trilith.discovery.record import ClusterRecord, RecordKeeper
+from trilith.discovery.zk_url import redact
+from trilith.errors import TrilithError
+from trilith_services.ps.store import OWNER_RULE
+
+if TYPE_CHECKING:
+    from trilith.discovery import Directory
+    from trilith_proto import ps_pb2
+    from trilith_services.ps.store import Store
+
+__all__ = ["Membership"]
+
+log = logging.getLogger(__name__)
+
+
+class Membership:
+    """Binds a store to a directory: no table appears in it that contradicts the cluster's record."""
+
+    def __init__(self, url: str, store: Store, *, timeout_s: float = 60.0) -> None:
+        """Remember where; `join` connects.
+
+        Args:
+            url: As `open_directory` takes it.
+            store: The shard.
+            timeout_s: How long to wait for the directory.
+        """
+        self._url = url
+        self._store = store
+        self._timeout_s = timeout_s
+        self._directory: Directory | None = None
+        self._address = ""
+
+    def join(self) -> None:
+        """Open the directory and see whether this shard fits the cluster; nobody is told of it yet.
+
+        Raises:
+            ClusterMismatchError: The record says something else than this shard.
+            UnavailableError: The directory cannot be reached.
+        """
+        from trilith.discovery.urls import open_directory
+
+        log.info("joining", extra={"directory": redact(self._url)})
+        self._directory = open_directory(self._url, timeout_s=self._timeout_s)
+        self._admit([table.config for table in self._store.tables.values()])
+        self._store.admit_tables = self._admit
+
+    def announce(self, address: str) -> None:
+        """Tell everybody where the shard serves."""
+        if self._directory is not None:
+            self._address = address
+            self._directory.register(PS, self._store.index, address)
+            log.info("registered", extra={"directory": redact(self._url), "address": address})
+
+    def leave(self) -> None:
+        """Take the announcement back; the directory may be out of reach."""
+        if self._directory is None or not self._address:
+            return
+        address, self._address = self._address, ""
+        try:
+            self._directory.deregister(PS, self._store.index, address)
+        except TrilithError as error:
+            log.warning("could not deregister: %s", error)
+
+    def close(self) -> None:
+        """Leave, and let the directory go."""
+        directory, self._directory = self._directory, None
+        if directory is not None:
+            directory.close()
+
+    def _admit(self, configs: Sequence[ps_pb2.TableConfig]) -> None:
+        store = self._store
+        if isinstance(self._directory, RecordKeeper):
+            tables = {config.name: config for config in configs}
+            ours = ClusterRecord(num_ps=store.count, owner_rule=OWNER_RULE, tables=tables)
+            self._directory.agree(ours, f"PS {store.index}")
