@@ -169,6 +169,22 @@ def test_damaged_records_are_left_out_and_counted_when_asked():
     assert lost == [2]
 
 
+def test_names_and_ids_of_any_size_survive():
+    made = ExampleBatch(batch_size=1)
+    for name, number in (("n" * 300, -1), ("", 300), ("é", 0)):
+        made.named_feature_list.add(name=name, id=number).feature.add().float_list.value.extend([0.5] * 100)
+    (example,) = convert.batch_to_examples(made)
+    assert [(each.name, each.id) for each in example.named_feature] == [("n" * 300, -1), ("", 300), ("é", 0)]
+    assert list(example.named_feature[2].feature.float_list.value) == [0.5] * 100
+
+
+def test_a_batch_without_rows_has_none():
+    made = ExampleBatch()
+    made.named_feature_list.add(name="u", type=SHARED).feature.add()
+    made.named_feature_list.add(name="__LABEL__", type=SHARED).feature.add()
+    assert list(convert.batch_to_examples(made)) == list(convert.batch_to_instances(made)) == []
+
+
 def test_a_pruned_example_keeps_what_was_promoted():
     example = reserved(Example())
     example.named_raw_feature.add(name="r")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import naive_samples as naive
@@ -99,6 +99,7 @@ def kept(op: SampleOp, messages) -> list[bool]:
 # ---- fids ------------------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=60)
 @given(
     messages=CHUNKS,
     fids=st.fixed_dictionaries(
@@ -163,6 +164,7 @@ def listed(operand, domain) -> list:
     return [each.encode() if isinstance(each, str) else each for each in operands]
 
 
+@settings(max_examples=60)
 @given(messages=CHUNKS, field_and_relation=SCALARS)
 def test_filter_by_a_scalar_matches_naive(messages, field_and_relation):
     field, (op, operand) = field_and_relation
@@ -174,6 +176,7 @@ def test_filter_by_a_scalar_matches_naive(messages, field_and_relation):
     assert kept(FilterByValue(field, op, operand), messages) == wanted
 
 
+@settings(max_examples=60)
 @given(
     messages=CHUNKS,
     field=st.sampled_from(["actions", "pre_actions", "special_strategies"]),
@@ -261,6 +264,7 @@ FEATURE_RELATIONS = st.one_of(
 )
 
 
+@settings(max_examples=60)
 @given(
     messages=st.lists(examples(), min_size=1, max_size=6),
     name=st.sampled_from(["f", "g"]),
@@ -361,6 +365,7 @@ def test_rates_of_nothing_and_everything_are_exact(rate, share):
 STRATEGIES = st.dictionaries(st.integers(-2, 4), st.tuples(st.sampled_from([0.0, 1.0]), st.just(9.0)), max_size=3)
 
 
+@settings(max_examples=60)
 @given(messages=CHUNKS, listed_=st.lists(SMALL, max_size=3), conf=STRATEGIES, keep_empty=st.booleans())
 def test_special_strategy_matches_naive(messages, listed_, conf, keep_empty):
     text = ",".join(f"{strategy}:{rate}:{label}" for strategy, (rate, label) in conf.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from typing import Any, Literal
 
@@ -186,20 +186,54 @@ def _fill_instance(added: feature_pb2.Feature, target: str, source: Any) -> None
 
 def batch_to_examples(batch: example_pb2.ExampleBatch, pruning: Pruning = Pruning.RAW) -> Iterator[example_pb2.Example]:
     """The rows of `batch` as Examples; reserved features become fields only."""
+    return map(example_pb2.Example.FromString, _example_rows(batch, pruning))
+
+
+def _example_rows(batch: example_pb2.ExampleBatch, pruning: Pruning) -> list[bytes]:
+    """The rows of `batch` as serialized Examples.
+
+    Features go from message to message as bytes: measured on 40 columns of 10 fids, 2.5 times the speed of copying.
+    """
     _check_batch(batch, raw=pruning is not Pruning.RAW)
-    for row in range(batch.batch_size):
-        example = example_pb2.Example(data_source_key=batch.data_source_key)
-        for column in batch.named_feature_list:
-            feature = column.feature[_place(column, row)]
-            if column.name in RESERVED:
+    rest = [example_pb2.Example(data_source_key=batch.data_source_key) for _ in range(batch.batch_size)]
+    columns = []
+    for column in batch.named_feature_list:
+        if column.name in RESERVED:
+            for example, feature in zip(rest, _spread(column, column.feature, batch.batch_size), strict=True):
                 _set_reserved(example, column.name, feature)
-            elif pruning is not Pruning.NAMED:
-                example.named_feature.add(name=column.name, id=column.id).feature.CopyFrom(feature)
-        if pruning is not Pruning.RAW:
-            for raw in batch.named_raw_feature_list:
-                added = example.named_raw_feature.add(name=raw.name, id=raw.id)
-                added.raw_feature.CopyFrom(raw.raw_feature[_place(raw, row)])
-        yield example
+        elif pruning is not Pruning.NAMED:
+            columns.append(_spread(column, _wrapped(1, column, column.feature), batch.batch_size))
+    if pruning is not Pruning.RAW:
+        columns += [
+            _spread(raw, _wrapped(2, raw, raw.raw_feature), batch.batch_size) for raw in batch.named_raw_feature_list
+        ]
+    columns.append([example.SerializeToString() for example in rest])
+    return [b"".join(parts) for parts in zip(*columns, strict=True)]
+
+
+def _spread(column: Any, values: Sequence[Any], rows: int) -> list[Any]:
+    """One value per row; a shared column has the same one in all."""
+    return [values[0]] * rows if column.type == example_pb2.SHARED else list(values)
+
+
+def _wrapped(number: int, column: Any, features: Any) -> list[bytes]:
+    """Each feature of a column as field `number` of an Example: a message of its name, the feature and its id."""
+    name = _delimited(1, column.name.encode())
+    end = b"\x18" + _varint(column.id & (2**64 - 1)) if column.id else b""
+    return [_delimited(number, name + _delimited(2, each.SerializeToString()) + end) for each in features]
+
+
+def _delimited(number: int, content: bytes) -> bytes:
+    return bytes((number << 3 | 2,)) + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
 
 
 def batch_to_instances(
@@ -207,16 +241,16 @@ def batch_to_instances(
 ) -> Iterator[proto_parser_pb2.Instance]:
     """The rows of `batch` as Instances."""
     _check_batch(batch, raw=False)
+    columns = [
+        (column.name, _spread(column, column.feature, batch.batch_size))
+        for column in batch.named_feature_list
+        if pruning is not Pruning.NAMED or column.name in RESERVED
+    ]
     for row in range(batch.batch_size):
         instance = proto_parser_pb2.Instance(data_source_key=batch.data_source_key)
-        for column in batch.named_feature_list:
-            if pruning is not Pruning.NAMED or column.name in RESERVED:
-                _add_to_instance(instance, column.name, column.feature[_place(column, row)])
+        for name, features in columns:
+            _add_to_instance(instance, name, features[row])
         yield instance
-
-
-def _place(column: Any, row: int) -> int:
-    return 0 if column.type == example_pb2.SHARED else row
 
 
 def _check_batch(batch: example_pb2.ExampleBatch, *, raw: bool) -> None:
@@ -323,7 +357,13 @@ def convert(
 def _converted(records: Records, index: int, kind: Kind, pruning: Pruning) -> list[bytes]:
     message = read_message(records, index, pruning=pruning)
     try:
-        return [each.SerializeToString() for each in _as(message, kind, pruning)]
+        if isinstance(message, proto_parser_pb2.Instance):
+            return [instance_to_example(message).SerializeToString()]
+        if isinstance(message, example_pb2.Example):
+            return [example_to_instance(message).SerializeToString()]
+        if kind is Kind.EXAMPLE:
+            return _example_rows(message, pruning)
+        return [each.SerializeToString() for each in batch_to_instances(message, pruning)]
     except DataError as error:
         raise DataError(f"{records.where(index)}: {error}") from None
 
@@ -338,13 +378,3 @@ def _pruned(records: Records, index: int, pruning: Pruning) -> bytes:
         raise DataError(f"{records.where(index)}: {error}") from None
     prune(message, pruning)
     return message.SerializeToString()
-
-
-def _as(message: Message, kind: Kind, pruning: Pruning) -> Iterable[Message]:
-    if isinstance(message, proto_parser_pb2.Instance):
-        return (instance_to_example(message),)
-    if isinstance(message, example_pb2.Example):
-        return (example_to_instance(message),)
-    if kind is Kind.INSTANCE:
-        return batch_to_instances(message, pruning)
-    return batch_to_examples(message, pruning)
