@@ -83,7 +83,10 @@ def table_of(config: Json) -> hash_table_pb2.EmbeddingHashTableConfig:
 
 def rate_of(rate: float | Json) -> LearningRate:
     """A number or a schedule."""
-    return rate if isinstance(rate, (int, float)) else PolynomialDecay(**rate["polynomial_decay"])
+    if isinstance(rate, (int, float)):
+        return rate
+    decay = rate["polynomial_decay"]
+    return PolynomialDecay(**decay) if isinstance(decay, dict) else PolynomialDecay(*decay)
 
 
 def hash_table_config(config: Json) -> HashTableConfig:

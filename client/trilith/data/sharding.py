@@ -180,7 +180,8 @@ def shard_ragged(features: Mapping[str, FeatureFids], config: ShardingConfig, ba
     - batch_size: int32, in version 5 of shape [1]; there also nfl_size, feature_size and fid_size.
 
     Version 4 has one fid_list for all, shard after shard and in a shard table after table, with its pieces in
-    fid_list_row_length (per shard, table and feature), fid_list_table_row_length (per shard and table) and
+    fid_list_row_length (per shard, table and feature; fid_list_row_splits has them as row splits, from 0 again for each
+    table), fid_list_table_row_length and, in floats, fid_list_emb_row_length (per shard and table), and
     fid_list_shard_row_length (per shard).
     """
     shards, version = config.shards, config.version
@@ -237,20 +238,26 @@ def shard_ragged(features: Mapping[str, FeatureFids], config: ShardingConfig, ba
         for what, of in (("nfl_size", "nfl_offset"), ("feature_size", "feature_offset"), ("fid_size", "fid_offset")):
             out[what] = np.array([out[of].size], np.int32)
     else:
-        del out["emb_size"], out["fid_list_row_splits_size"]
+        del out["fid_list_row_splits_size"]
+    if version == 4:
+        return _together(out, tables, shards)
+    if version != 5:
+        del out["emb_size"]
     if version == 1:
         del out["fid_list_row_splits"]
-    return _together(out, tables, shards) if version == 4 else out
+    return out
 
 
 def _together(out: dict[str, Any], tables: Mapping[str, list[str]], shards: int) -> dict[str, Any]:
     """Version 4: all lists in one."""
     keys = [f"{table}:{shard}" for shard in range(shards) for table in tables]
-    lists, splits = out.pop("fid_list"), out.pop("fid_list_row_splits")
+    lists, splits, floats = out.pop("fid_list"), out.pop("fid_list_row_splits"), out.pop("emb_size")
     lengths = np.array([lists[key].size for key in keys], np.int64)
     return {
         "fid_list": np.concatenate([lists[key] for key in keys]),
         "fid_list_row_length": np.concatenate([np.diff(splits[key]) for key in keys]),
+        "fid_list_row_splits": np.concatenate([splits[key] for key in keys]),
+        "fid_list_emb_row_length": np.concatenate([floats[key] for key in keys]),
         "fid_list_table_row_length": lengths,
         "fid_list_shard_row_length": lengths.reshape(shards, len(tables)).sum(axis=1),
         **out,

@@ -13,7 +13,7 @@ __all__ = ["worker_failures", "worker_vector_failures"]
 
 Run = Callable[[Mapping[str, Any]], Any]
 
-_MODULES = ("primitives", "layouts", "sharding", "features", "updates", "tables")
+_MODULES = ("primitives", "layouts", "sharding", "features", "updates", "tables", "exchange")
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-5
 
 

@@ -1,3 +1,91 @@
-"""Not here yet."""
+"""Vectors of features: combiners, slices, slots, rates."""
 
-OPS = {}
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tests.conformance.configs import floats, optimizer_of, rate_of
+from trilith.features import (
+    FeatureSlot,
+    FeatureSlotConfig,
+    SlotSegment,
+    combine,
+    combiner_of,
+    create_embedding_slices,
+    dummy_lookup_shape,
+    merge_slices,
+    row_mask,
+)
+from trilith.tables import Fp32, PolynomialDecay, Zeros
+
+__all__ = ["OPS"]
+
+Json = Mapping[str, Any]
+
+
+def rows(values: Any) -> np.ndarray:
+    array = np.asarray(floats(values), np.float32)
+    return array if array.ndim == 2 else array.reshape(len(array), -1 if array.size else 0)
+
+
+def create_slices(inputs: Json) -> Any:
+    features = inputs["features"]
+    return create_embedding_slices(
+        {name: rows(each["embedding"]) for name, each in features.items()},
+        {name: each["row_splits"] for name, each in features.items()},
+        {name: combiner_of(each["combiner"]) for name, each in features.items()},
+        {name: each["slice_dims"] for name, each in features.items()},
+    )
+
+
+def merge(inputs: Json) -> Any:
+    segments = [
+        SlotSegment(
+            dim=each["dim"],
+            initializer=Zeros(),
+            optimizer=optimizer_of(each["opt"]),
+            compressor=Fp32(),
+            learning_rate=rate_of(each["learning_rate_fn"]) if "learning_rate_fn" in each else None,
+        )
+        for each in inputs["slices"]
+    ]
+    merged, rates = merge_slices(segments)
+    return {
+        "merged_dims": [each.dim_size for each in merged],
+        "unmerged_dims": [each.dim for each in segments],
+        "learning_rates": [rate_as_json(each) for each in rates],
+    }
+
+
+def rate_as_json(rate: Any) -> Any:
+    if not isinstance(rate, PolynomialDecay):
+        return rate
+    return {"polynomial_decay": [rate.initial_learning_rate, rate.decay_steps, rate.end_learning_rate]}
+
+
+def feature_slot_slices(inputs: Json) -> Any:
+    slot = FeatureSlot(FeatureSlotConfig(name="slot", has_bias=inputs.get("has_bias", False)))
+    for dim in inputs["dims"]:
+        slot.add_feature_slice(dim)
+    return [[each.start, each.end] for each in slot.slices]
+
+
+def polynomial_decay(inputs: Json) -> Any:
+    decay = PolynomialDecay(*inputs["params"])
+    return [decay(step) for step in inputs["steps"]]
+
+
+OPS = {
+    "combine": lambda inputs: combine(combiner_of(inputs["combiner"]), inputs["row_splits"], rows(inputs["embedding"])),
+    "create_embedding_slices": create_slices,
+    "dummy_embedding_lookup_shape": lambda inputs: dummy_lookup_shape(
+        inputs["batch_size"], inputs["start"], inputs["end"], inputs.get("seq_length") or 0
+    ),
+    "feature_slot_slices": feature_slot_slices,
+    "merge_slices": merge,
+    "polynomial_decay": polynomial_decay,
+    "row_mask": lambda inputs: row_mask(inputs["seq_length"], inputs["row_lengths"]),
+}
