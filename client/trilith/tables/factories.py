@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 from trilith.tables.config import HashTableConfig
 from trilith.tables.distributed import DistributedTable, DistributedTables, SeparateTables, TableLike
 from trilith.tables.merged import MergedTables
+from trilith.tables.partitioned import PartitionedFeature, PartitionedTables
 from trilith.tables.spec import TableSpec
 
 if TYPE_CHECKING:
     from trilith.client import Client
+    from trilith.ops.layout_config import OutConfig
 
-__all__ = ["create_merged_tables", "create_tables"]
+__all__ = ["create_merged_tables", "create_partitioned_tables", "create_tables"]
 
 
 def create_tables(client: Client, configs: Mapping[str, TableLike], **options: Any) -> DistributedTables:
@@ -57,3 +59,32 @@ def create_merged_tables(
         return SeparateTables(specs, lambda name: DistributedTable(client, specs[name].name, specs[name], **rest))
 
     return MergedTables(configs, make)
+
+
+def create_partitioned_tables(
+    client: Client,
+    features: Mapping[str, PartitionedFeature],
+    layouts: Mapping[str, OutConfig],
+    *,
+    native: bool = True,
+    transfer_float16: bool | None = None,
+    **options: Any,
+) -> PartitionedTables:
+    """The tables of features that become fused layouts.
+
+    Args:
+        client: An open cluster.
+        features: By name.
+        layouts: By name.
+        native: A table for each feature, unless rows travel as float16; otherwise features of equal config share one.
+        transfer_float16: Whether rows and gradients travel as float16; None: as the client was opened.
+        **options: As for `PartitionedTables`.
+    """
+    return PartitionedTables(
+        client,
+        features,
+        layouts,
+        merge=not native or bool(transfer_float16),
+        transfer_float16=transfer_float16,
+        **options,
+    )

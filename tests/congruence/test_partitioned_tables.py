@@ -1,0 +1,178 @@
+"""Fused layouts over a cluster: the worked example of the specification, request counts, and steps per feature."""
+
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+import pytest
+
+from tests.congruence.clusters import SHAPES, LocalCluster
+from tests.congruence.test_distributed_tables import Counting, config, requests
+from trilith.client import Client
+from trilith.cluster import Cluster
+from trilith.config import ClientConfig
+from trilith.data.ragged import Ragged
+from trilith.data.sharding import FeatureFids
+from trilith.errors import InvalidRequestError, UnavailableError
+from trilith.ops.layout_config import OutConfig, OutType, PoolingType, SliceConfig
+from trilith.tables import Adagrad, PolynomialDecay, RandomUniform
+from trilith.tables.factories import create_partitioned_tables
+from trilith.tables.partitioned import PartitionedFeature
+from trilith_services.ps.store import Store
+
+BATCH = {
+    "a": FeatureFids(Ragged.of([[4, 5, 4], [7]])),
+    "b": FeatureFids(Ragged.of([[5, 6]]), shared=True),
+    "c": FeatureFids(Ragged.of([[8, 9, 10], []])),
+}
+LAYOUTS = {
+    "bias": OutConfig(slices=(SliceConfig("a", 0, 1), SliceConfig("b", 0, 1)), out_type=OutType.ADDN),
+    "vec": OutConfig(slices=(SliceConfig("b", 1, 3), SliceConfig("a", 1, 3)), out_type=OutType.CONCAT),
+    "st": OutConfig(slices=(SliceConfig("a", 1, 3), SliceConfig("b", 1, 3)), out_type=OutType.STACK),
+    "seq": OutConfig(slices=(SliceConfig("c", 0, 2),), out_type=OutType.NONE),
+}
+
+
+def features(**options):
+    two = config(1, 2, **options)
+    return {
+        "a": PartitionedFeature(config=two, slice_dims=(1, 2)),
+        "b": PartitionedFeature(config=two, slice_dims=(1, 2), pooling=PoolingType.MEAN),
+        "c": PartitionedFeature(config=config(2), slice_dims=(2,), pooling=PoolingType.FIRSTN, max_sequence_length=2),
+    }
+
+
+def make(client, prefix="", **options):
+    return create_partitioned_tables(client, features(), LAYOUTS, prefix=prefix, **options)
+
+
+def fill(tables, shards):
+    """Element j of id x becomes x + 0.1 j."""
+    ids = np.arange(4, 11)
+    parts = []
+    for shard in range(shards):
+        mine = ids[ids % shards == shard]
+        parts.append(
+            {
+                table: (mine, (mine[:, None] + 0.1 * np.arange(dim)).astype(np.float32))
+                for table, dim in zip(tables.table_names, tables.dims, strict=True)
+            }
+        )
+    tables.assign(parts)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_worked_example_gives_its_layouts(client, native):
+    tables = make(client, f"t{secrets.token_hex(6)}/", native=native)
+    fill(tables, client.shards)
+    found = tables.lookup(BATCH, 2)
+    np.testing.assert_allclose(found["bias"], [[18.5], [12.5]], rtol=1e-6)
+    np.testing.assert_allclose(found["vec"], [[5.6, 5.7, 13.3, 13.6], [5.6, 5.7, 7.1, 7.2]], rtol=1e-6)
+    np.testing.assert_allclose(found["st"], [[[13.3, 13.6], [5.6, 5.7]], [[7.1, 7.2], [5.6, 5.7]]], rtol=1e-6)
+    np.testing.assert_allclose(found["seq"][0], [[[8, 8.1], [9, 9.1]], [[0, 0], [0, 0]]], rtol=1e-6)
+
+
+@pytest.fixture
+def counted():
+    shards = [Counting(Store(index=index, count=2, threads=1)) for index in range(2)]
+    with Client(Cluster(shards, ClientConfig())) as client:
+        yield client, shards
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_step_is_one_lookup_and_one_update_per_ps(counted, native):
+    client, shards = counted
+    asked = []
+    made = features(rates=[lambda: asked.append(1) or 1.0, 1.0])
+    tables = create_partitioned_tables(client, made, LAYOUTS, native=native)
+    fetched = tables.fetch(tables.shard(BATCH, 2))
+    tensors = tables.lay_out(fetched)
+    tables.apply_gradients(fetched, [np.ones_like(each) for each in tensors])
+    assert requests(shards) == [{"lookup": 1, "apply_gradients": 1}] * 2
+    assert len(asked) == (2 if native else 1)  # once per table, whatever the number of PS
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_gradients_of_the_worked_example_arrive_at_their_rows(counted, native):
+    client, _ = counted
+    tables = make(client, native=native)
+    fetched = tables.fetch(tables.shard(BATCH, 2))
+    tensors = tables.lay_out(fetched)
+    tables.apply_gradients(fetched, [np.ones_like(each) for each in tensors], scale=2.0)
+    rows = tables.lookup_raw(
+        [
+            {tables.table_of["a"]: np.array([4, 6], np.uint64), tables.table_of["c"]: np.array([8, 10], np.uint64)},
+            {tables.table_of["b"]: np.array([5, 7], np.uint64), tables.table_of["c"]: np.array([9], np.uint64)},
+        ]
+    )
+    # An id that two features of one table have is stepped by each.
+    five = [-2 * each for each in ([1, 2, 2] if native else [2, 4, 4])]
+    six = [0, 0, 0] if native else [-2, -4, -4]
+    seven = [0, 0, 0] if native else [-2, -4, -4]
+    assert rows[0][tables.table_of["a"]].tolist() == [[-4, -8, -8], six]
+    assert rows[1][tables.table_of["b"]].tolist() == [five, seven]
+    assert rows[0][tables.table_of["c"]].tolist() == [[-2, -2], [0, 0]]
+    assert rows[1][tables.table_of["c"]].tolist() == [[-2, -2]]
+
+
+def test_tensors_without_a_gradient_leave_rows_alone(counted):
+    client, _ = counted
+    tables = make(client)
+    fetched = tables.fetch(tables.shard(BATCH, 2))
+    tables.lay_out(fetched)
+    tables.apply_gradients(fetched, [None] * 3 + [np.ones((2, 4), np.float32)])
+    assert tables.lookup(BATCH, 2)["bias"].tolist() == [[0], [0]]
+    with pytest.raises(InvalidRequestError, match="3 gradients for 4"):
+        tables.apply_gradients(fetched, [None] * 3)
+
+
+def test_ids_of_another_shard_are_refused(counted):
+    client, _ = counted
+    with pytest.raises(InvalidRequestError, match="id 5 belongs to shard 1"):
+        make(client).assign([{"c": ([5], [[1.0, 1.0]])}, {}])
+
+
+def test_a_late_update_keeps_its_step_and_its_error(counted, monkeypatch):
+    client, _ = counted
+    made = features(rates=[PolynomialDecay(1.0, 10, 11.0), 1.0])
+    tables = create_partitioned_tables(client, made, LAYOUTS, async_push=1)
+    fetched = tables.fetch(tables.shard(BATCH, 2))
+    ones = [np.ones_like(each) for each in tables.lay_out(fetched)]
+    tables.apply_gradients(fetched, ones, global_step=2)
+    tables.drain()
+    assert tables.lookup_raw([{"a": np.array([4], np.uint64)}, {}])[0]["a"][0, 0] == -6  # two occurrences at rate 3
+    cause = UnavailableError("gone")
+
+    def broken(*arguments, **options):
+        raise cause
+
+    monkeypatch.setattr(tables._batches, "update_owned", broken)
+    tables.apply_gradients(fetched, ones)
+    with pytest.raises(UnavailableError) as caught:
+        tables.drain()
+    assert caught.value is cause
+    tables.pusher.close()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_all_shapes_give_the_same_bits(native):
+    found = {}
+    for shape in SHAPES:
+        with LocalCluster(shape) as cluster, cluster.connect() as client:
+            made = features(optimizer=Adagrad(learning_rate=0.1), initializer=RandomUniform(-1.0, 1.0))
+            tables = create_partitioned_tables(client, made, LAYOUTS, native=native)
+            rng = np.random.default_rng(3)
+            for step in range(4):
+                batch = {
+                    name: FeatureFids(Ragged.of([rng.zipf(1.5, rng.integers(0, 5)).tolist() for _ in range(6)]))
+                    for name in made
+                }
+                fetched = tables.fetch(tables.shard(batch, 6), req_time=[1, 2])
+                grads = [rng.standard_normal(each.shape).astype(np.float32) for each in tables.lay_out(fetched)]
+                tables.apply_gradients(fetched, grads, global_step=step)
+            found[shape] = tables.lay_out(tables.fetch(tables.shard(batch, 6)))
+    for tensors in found.values():
+        for one, two in zip(found["embedded"], tensors, strict=True):
+            assert np.array_equal(one, two)
+            assert one.any()
