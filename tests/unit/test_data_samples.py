@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import naive_samples as naive
+from trilith.data.convert import read_message
 from trilith.data.fids import make_fid_v1, make_fid_v2
 from trilith.data.records import Kind, Records
 from trilith.data.samples import (
+    AddAction,
+    AddLabel,
     FilterByFeatureValue,
     FilterByFids,
     FilterByLabel,
@@ -436,6 +439,35 @@ def test_ops_in_a_chain_see_what_those_before_them_kept_and_changed():
     made = apply_ops(ops, chunk(messages))
     assert made.numbers.tolist() == [1, 2]
     assert [list(Instance.FromString(each).label) for each in made.payloads()] == [[7.0], [7.0]]
+
+
+def test_an_action_that_one_op_adds_is_seen_by_the_next():
+    ops = [AddAction("chnid", "eq", 1, 9), FilterByFids(has_actions=[9]), FilterByValue("actions", "all", [9])]
+    messages = [Instance(line_id=LineId(chnid=each)) for each in (0, 1)]
+    assert apply_ops(ops, chunk(messages)).numbers.tolist() == [1]
+
+
+def test_one_chain_may_read_a_feature_as_floats_and_as_doubles():
+    messages = [Example(), Example()]
+    messages[0].named_feature.add(name="f").feature.float_list.value.append(1.0)
+    messages[1].named_feature.add(name="f").feature.double_list.value.append(1.0)
+    ops = [
+        FilterByFeatureValue("f", "eq", 1.0, field_type="float", keep_empty=True),
+        FilterByFeatureValue("f", "neq", 1.0, field_type="double", keep_empty=True),
+    ]
+    assert apply_ops(ops, chunk(messages)).numbers.tolist() == [0]
+
+
+def test_what_reserved_features_say_is_written_once():
+    example = Example(label=[5.0])
+    example.named_feature.add(name="__LABEL__").feature.float_list.value.append(2.0)
+    line_id = LineId(uid=7, actions=[1], user_id="u")
+    example.named_feature.add(name="__LINE_ID__").feature.bytes_list.value.append(line_id.SerializeToString())
+    made = AddLabel("1::1", 0.0, 0.5)(chunk([example]))
+    read = read_message(made, 0)
+    assert list(read.label) == [5.0, 2.0, 1.0]
+    line_id.sample_rate = 0.5
+    assert read.line_id == line_id
 
 
 def test_no_ops_and_no_records_change_nothing():

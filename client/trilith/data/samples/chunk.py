@@ -262,15 +262,18 @@ class Samples:
     def feature(self, name: str, domain: Domain) -> Feature:
         """The last feature of that name in each Example, where it holds a list of that type."""
         number, element = _LISTS[domain]
-        schema = self._reader.schema
+        schema, scan = self._reader.schema, self._scan
+        if (name, element) not in schema.named_columns:
+            reader = scanner(self.kind, Fields(named=((name, element),)))
+            schema, scan = reader.schema, reader.scan(self._records, promote=self._promote)
         column = schema.named_columns[name, element]
-        splits = self._scan.splits[column]
-        held = member_of(schema, self._scan, name) == number
+        splits = scan.splits[column]
+        held = member_of(schema, scan, name) == number
         return Feature(
             lengths=np.where(held, np.diff(splits), 0),
             starts=splits[:-1],
-            values=self._scan.values[column],
-            buffer=self._scan.records.buffer,
+            values=scan.values[column],
+            buffer=scan.records.buffer,
         )
 
     def _column(self, column: int) -> Ragged[Any]:
@@ -351,12 +354,14 @@ class Feature:
 
 def _fields(kind: Kind, needs: Needs) -> Fields:
     instance = kind is Kind.INSTANCE
+    # One scan reads a feature as floats or as doubles; who wants both gets the doubles from a scan of their own.
+    features = {each for each in needs.features if (each[0], Domain.FLOAT) not in needs.features or each[1] != "double"}
     return Fields(
         label=needs.labels,
         line_id=tuple(sorted(needs.line_id)),
         fids=instance and (needs.fids or needs.slots),
         every_fid=needs.slots or (needs.fids and not instance),
-        named=tuple(sorted({(name, _LISTS[domain][1]) for name, domain in needs.features})),
+        named=tuple(sorted({(name, _LISTS[domain][1]) for name, domain in features})),
     )
 
 
