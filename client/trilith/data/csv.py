@@ -54,9 +54,6 @@ class CsvReader(ColumnarReader):
         for column in columns:
             if column.name not in schema.names:
                 raise InvalidRequestError(f"{path}: no column {column.name!r}; there are {schema.names}")
-        self._handle: Any = open_file(path)
-        self._size = self._handle.seek(0, 2)
-        self._handle.seek(0)
         super().__init__(
             path,
             kind=kind,
@@ -66,6 +63,9 @@ class CsvReader(ColumnarReader):
             start=start or Position(),
             on_error=on_error,
         )
+        self._handle: Any = open_file(path)
+        self._size = self._handle.seek(0, 2)
+        self._handle.seek(0)
 
     @property
     def progress(self) -> tuple[int, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pyarrow as pa
@@ -37,30 +38,31 @@ class ParquetReader(ColumnarReader):
         start: Position | None = None,
         on_error: OnError = "raise",
     ) -> None:
-        self._handle = open_file(path)
-        try:
-            self._file = pq.ParquetFile(self._handle, page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
-            self._handle.close()
-            raise DataError(f"{path}: record 0, byte 0: no Parquet file: {error}") from None
-        schema = self._file.schema_arrow
-        if columns is None:
-            columns = [column_of(field.name, field.type) for field in schema]
-        for column in columns:
-            if column.name not in schema.names:
-                raise InvalidRequestError(f"{path}: no column {column.name!r}; there are {schema.names}")
-            check_column(column, schema.field(column.name).type)
-        self._total = self._file.metadata.num_rows
-        self._taken = 0
-        super().__init__(
-            path,
-            kind=kind,
-            columns=columns,
-            batch_size=batch_size,
-            drop_remainder=drop_remainder,
-            start=start or Position(),
-            on_error=on_error,
-        )
+        with ExitStack() as undo:
+            self._handle = undo.enter_context(open_file(path))
+            try:
+                self._file = pq.ParquetFile(self._handle, page_checksum_verification=True)
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{path}: record 0, byte 0: no Parquet file: {error}") from None
+            schema = self._file.schema_arrow
+            if columns is None:
+                columns = [column_of(field.name, field.type) for field in schema]
+            for column in columns:
+                if column.name not in schema.names:
+                    raise InvalidRequestError(f"{path}: no column {column.name!r}; there are {schema.names}")
+                check_column(column, schema.field(column.name).type)
+            self._total = self._file.metadata.num_rows
+            self._taken = 0
+            super().__init__(
+                path,
+                kind=kind,
+                columns=columns,
+                batch_size=batch_size,
+                drop_remainder=drop_remainder,
+                start=start or Position(),
+                on_error=on_error,
+            )
+            undo.pop_all()
 
     @property
     def progress(self) -> tuple[int, int | None]:
