@@ -28,6 +28,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.text import Text
 
+from trilith.discovery.zk_url import AUTH_VARIABLE, ZkUrl
 from trilith.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
 from trilith_services.processes import Ended, Process, ProcessSpec, Restart, describe_status
 
@@ -251,13 +252,18 @@ class PsCluster:
         arguments: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         host: str = "127.0.0.1",
+        discovery: str | None = None,
     ) -> None:
         if count < 1:
             raise InvalidRequestError(f"a cluster of {count} PS; at least 1 is needed")
         self.endpoints = [f"{host}:{port}" for port in free_ports(count, host)]
+        self.env = dict(env or {})
         self._supervisor = supervisor
-        self._env = dict(env or {})
         self._arguments = [*arguments]
+        self._discovery = discovery
+        if discovery is not None:
+            self._discovery = self._without_credentials(discovery)
+            self._arguments += ["--discovery", self._discovery]
         if checkpoint_dir is not None:
             self._arguments += ["--checkpoint-dir", str(checkpoint_dir)]
             if checkpoint_every_s is not None:
@@ -267,8 +273,17 @@ class PsCluster:
 
     @property
     def address(self) -> str:
-        """What `trilith.connect` takes."""
-        return "static://" + ",".join(self.endpoints)
+        """What `trilith.connect` takes, in a process that has `env`."""
+        return self._discovery or "static://" + ",".join(self.endpoints)
+
+    def _without_credentials(self, discovery: str) -> str:
+        """The URL for command lines, which anybody may read; what nobody may is put into `env`."""
+        if discovery.startswith("hosts://"):
+            return discovery
+        url = ZkUrl.parse(discovery)
+        if url.credentials is not None:
+            self.env[AUTH_VARIABLE] = url.credentials
+        return str(url.public)
 
     @property
     def names(self) -> list[str]:
@@ -280,7 +295,7 @@ class PsCluster:
         for index, (name, endpoint) in enumerate(zip(self.names, self.endpoints, strict=True)):
             argv = trilith_argv("ps", "--index", str(index), "--count", str(len(self.endpoints)), "--listen", endpoint)
             spec = ProcessSpec(
-                name=name, argv=[*argv, *self._arguments], env=self._env, restart=self._restart, health=endpoint
+                name=name, argv=[*argv, *self._arguments], env=self.env, restart=self._restart, health=endpoint
             )
             self._supervisor.start(spec)
         return self._supervisor.wait_serving(self.names, timeout_s=timeout_s, cancelled=cancelled)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trilith.discovery.zk_url import redact
 from trilith_services.commands import output
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def bench(
             load.check_all(table, progress)
         finally:
             load.remove(client, table, progress)
-    result = {"cluster": address, **load.result()}
+    result = {"cluster": redact(address), **load.result()}
     if as_json:
         typer.echo(json.dumps(result))
     else:

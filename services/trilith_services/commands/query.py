@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trilith_services.commands import output
-from trilith_services.commands.shards import Address, endpoints
+from trilith_services.commands.shards import Address, Members
 
 if TYPE_CHECKING:
     from trilith_proto import hash_table_pb2
@@ -38,9 +38,9 @@ def query(
     import trilith
 
     wanted = [_parse_id(text) for text in ids]
-    hosts = endpoints(address)
-    with trilith.connect(address, timeout_s=timeout) as client:
+    with Members(address, timeout_s=timeout) as members, trilith.connect(address, timeout_s=timeout) as client:
         entries = client.table(table).lookup_entries(np.array(wanted, np.uint64))
+        hosts = members.addresses()
     found = [_describe(each, entry, hosts) for each, entry in zip(wanted, entries, strict=True)]
     if as_json:
         typer.echo(json.dumps(found, indent=1))

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,8 +14,9 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from trilith.discovery.zk_url import redact
 from trilith_services.commands import output
-from trilith_services.commands.shards import Address, endpoints
+from trilith_services.commands.shards import Address, Members
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,8 +42,12 @@ def top(
 
     A PS that does not answer is shown as such. Ctrl-C ends it. Exit status of --once: 1 if a PS did not answer.
     """
-    hosts = endpoints(address)
-    looks = _looks(hosts, interval)
+    with Members(address) as members:
+        _show(address, members, interval, once=once, as_json=as_json)
+
+
+def _show(address: str, members: Members, interval: float, *, once: bool, as_json: bool) -> None:
+    looks = _looks(members, interval)
     if as_json or once:
         for look in looks:
             if as_json:
@@ -69,20 +73,18 @@ class _Sample:
     error: str = ""
 
 
-def _looks(hosts: Sequence[str], interval: float) -> Iterator[dict[str, Any]]:
+def _looks(members: Members, interval: float) -> Iterator[dict[str, Any]]:
     """One description of the cluster per interval."""
     from trilith.config import ClientConfig
-    from trilith.remote import RemoteShard
 
-    config = ClientConfig(timeout_s=min(interval, 2.0))
-    shards = [RemoteShard(partial(str, host), config, index=index) for index, host in enumerate(hosts)]
-    with ThreadPoolExecutor(len(hosts)) as pool:
+    shards = members.shards(ClientConfig(timeout_s=min(interval, 2.0)))
+    with ThreadPoolExecutor(len(shards)) as pool:
         try:
             before = list(pool.map(_ask, shards))
             while True:
                 time.sleep(interval)
                 now = list(pool.map(_ask, shards))
-                yield _describe(hosts, before, now)
+                yield _describe(members.addresses(), before, now)
                 before = now
         finally:
             for shard in shards:
@@ -183,5 +185,5 @@ def _render(address: str, look: dict[str, Any]) -> RenderableType:
             output.count(table["filtered_ids"]),
         )
     alive = sum(shard["alive"] for shard in look["shards"])
-    title = Text.assemble((address, "bold"), f"  {alive} of {len(look['shards'])} PS answer")
+    title = Text.assemble((redact(address), "bold"), f"  {alive} of {len(look['shards'])} PS answer")
     return Group(title, Text(), by_shard, Text(), by_table if look["tables"] else Text("no tables", style="dim"))

@@ -30,6 +30,10 @@ def up(
     ] = None,
     ps: Annotated[int, typer.Option("--ps", help="PS processes.", min=1)] = 2,
     workers: Annotated[int, typer.Option(help="Worker processes; 0: only the PS, until Ctrl-C.", min=0)] = 0,
+    discovery: Annotated[
+        str | None,
+        typer.Option(help="Directory to register the PS in, such as zk://host:2181/trilith/demo; else a static list."),
+    ] = None,
     checkpoint_dir: Annotated[
         str | None, typer.Option(help="Restore from here, write checkpoints here; a PS that dies comes back from them.")
     ] = None,
@@ -69,6 +73,7 @@ def up(
             checkpoint_dir=checkpoint_dir,
             checkpoint_every_s=checkpoint_every,
             arguments=["--memory-limit", memory_limit],
+            discovery=discovery,
         )
         supervisor.say(f"starting {ps} PS; logs are in {supervisor.log_dir}", style="")
         if cluster.start(cancelled=lambda: bool(stop)):
@@ -106,7 +111,7 @@ def _start_workers(
     for rank in range(workers):
         shard = ["--rank", str(rank), "--world-size", str(workers), "--state", f"{positions}/worker-{rank}.json"]
         argv = trilith_argv("worker", "--cluster", cluster.address, *shard, *arguments)
-        supervisor.start(ProcessSpec(name=f"worker-{rank}", argv=argv, restart="on-failure"))
+        supervisor.start(ProcessSpec(name=f"worker-{rank}", argv=argv, env=cluster.env, restart="on-failure"))
 
 
 def _watch(supervisor: Supervisor, stop: StopRequest, workers: int) -> None:

@@ -1,0 +1,91 @@
+"""`trilith discovery`: what a directory knows of a cluster."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trilith_services.commands import output
+from trilith_services.commands.shards import Address
+
+if TYPE_CHECKING:
+    from trilith.discovery import Directory
+    from trilith.discovery.record import ClusterRecord
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the `discovery` commands."""
+    group = typer.Typer(help="Show or clear what a directory knows of a cluster.", no_args_is_help=True)
+    group.command()(show)
+    group.command()(forget)
+    app.add_typer(group, name="discovery")
+
+
+def show(
+    address: Address,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the directory.", min=0.1)] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Show the members, and the record that every PS and client must agree with."""
+    from trilith.discovery import PS, WORKER
+    from trilith.discovery.urls import open_directory
+
+    directory = open_directory(address, timeout_s=timeout)
+    try:
+        members = {role: dict(directory.query(role)) for role in (PS, WORKER)}
+        record = _record(directory)
+    finally:
+        directory.close()
+    if as_json:
+        shown: dict[str, Any] = {"members": members, "record": record and json.loads(record.to_json())}
+        typer.echo(json.dumps(shown, indent=1))
+        return
+    console = output.console()
+    grid = output.grid("role", ">index", "address")
+    for role, found in members.items():
+        for index, where in found.items():
+            grid.add_row(role, str(index), where)
+    console.print(grid if grid.rows else "no members")
+    if record is not None:
+        console.print(f"recorded: {record.num_ps} PS, owner rule {record.owner_rule!r}", highlight=False)
+        tables = output.grid("table", ">dim", "features")
+        for name, config in sorted(record.tables.items()):
+            dim = sum(segment.dim_size for segment in config.hash_table.entry_config.segments)
+            features = sorted(feature for feature, table in record.features.items() if table == name)
+            tables.add_row(name, str(dim), ", ".join(features))
+        console.print(tables if tables.rows else "no tables are recorded")
+
+
+def forget(
+    address: Address,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the directory.", min=0.1)] = 10.0,
+    force: Annotated[bool, typer.Option("--force", help="Also while PS are registered.")] = False,
+) -> None:
+    """Clear a cluster's record, so that it may come back with another number of PS or other tables."""
+    from trilith.discovery import PS
+    from trilith.discovery.urls import open_directory
+    from trilith.discovery.zk_directory import ZooKeeperDirectory
+    from trilith.discovery.zk_url import redact
+    from trilith.errors import ClusterMismatchError, InvalidRequestError
+
+    directory = open_directory(address, timeout_s=timeout)
+    try:
+        if not isinstance(directory, ZooKeeperDirectory):
+            raise InvalidRequestError(f"{redact(address)!r} keeps no record; only zk:// does")
+        registered = dict(directory.query(PS))
+        if registered and not force:
+            raise ClusterMismatchError(f"PS {registered} are registered: stop them first, or add --force")
+        directory.forget()
+    finally:
+        directory.close()
+    typer.echo("forgotten")
+
+
+def _record(directory: Directory) -> ClusterRecord | None:
+    from trilith.discovery.record import RecordKeeper
+
+    return directory.read_record() if isinstance(directory, RecordKeeper) else None
