@@ -133,10 +133,10 @@ def instance_to_example(instance: proto_parser_pb2.Instance) -> example_pb2.Exam
         _add(example, f"fc_slot_{slot}").fid_v1_list.value.extend(fids)
     for feature in instance.feature:
         added = _add(example, feature.name)
-        filled = feature.ListFields()  # in the order of numbers: the name first, if there is one
-        field, values = next((each for each in filled if each[0].name != "name"), (None, None))
-        if field is not None:
-            _fill(getattr(added, _FROM_INSTANCE[field.name]), values)
+        for field, values in feature.ListFields():  # in the order of numbers
+            if field.name != "name":
+                _fill(added, _FROM_INSTANCE[field.name], values)
+                break
     return example
 
 
@@ -144,13 +144,14 @@ def _add(example: example_pb2.Example, name: str) -> example_pb2.Feature:
     return example.named_feature.add(name=name, id=len(example.named_feature)).feature
 
 
-def _fill(target: Any, values: Any) -> None:
+def _fill(added: example_pb2.Feature, target: str, values: Any) -> None:
     """Fill a list, or a list of lists, of an Example's feature with values of an Instance's feature."""
-    if target.DESCRIPTOR.fields_by_name.get("list") is None:
-        target.value.extend(values)
-    else:
+    if target.endswith("_lists"):
+        lists = getattr(added, target).list
         for each in values:
-            target.list.add().value.extend(each.value)
+            lists.add().value.extend(each.value)
+    else:
+        getattr(added, target).value.extend(values)
 
 
 def example_to_instance(example: example_pb2.Example) -> proto_parser_pb2.Instance:
@@ -177,11 +178,12 @@ def _add_to_instance(instance: proto_parser_pb2.Instance, name: str, feature: ex
 
 
 def _fill_instance(added: feature_pb2.Feature, target: str, source: Any) -> None:
-    if source.DESCRIPTOR.fields_by_name.get("list") is None:
-        getattr(added, target).extend(source.value)
-    else:
+    if target.endswith("_list"):
+        lists = getattr(added, target)
         for each in source.list:
-            getattr(added, target).add().value.extend(each.value)
+            lists.add().value.extend(each.value)
+    else:
+        getattr(added, target).extend(source.value)
 
 
 def batch_to_examples(batch: example_pb2.ExampleBatch, pruning: Pruning = Pruning.RAW) -> Iterator[example_pb2.Example]:
