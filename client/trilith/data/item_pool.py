@@ -18,7 +18,7 @@ from trilith.errors import DataError, InvalidRequestError
 from trilith.folder import Folder
 from trilith_proto import example_pb2
 
-__all__ = ["ChannelPool", "ItemPool", "PooledItem", "pool_path", "worker_identity"]
+__all__ = ["ChannelPool", "ItemPool", "PoolSnapshot", "PooledItem", "pool_path", "worker_identity"]
 
 _SIGN, _WORD = 1 << 63, 1 << 64
 _FILE = re.compile(r"(?:model\.ckpt-(?P<step>\d+)_)?item_pool_(?P<worker>\d+)_(?P<shard>\d+)_(?P<workers>\d+)")
