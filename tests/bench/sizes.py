@@ -42,6 +42,8 @@ class Sizes:
         train_batches: Batches of made-up data, gone through again and again.
         train_seconds: Steady seconds measured, each side.
         train_warm_seconds: Seconds before that.
+        parse_records: Records that the parsers read.
+        parse_rounds: Times they do.
     """
 
     data_records: int = 262_144

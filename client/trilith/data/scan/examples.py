@@ -20,9 +20,10 @@ from trilith.data.scan.fields import (
 from trilith.data.scan.plan import Slot
 from trilith.data.scan.wire import (
     FIXED32,
+    append_fids,
     byte_at,
     check_utf8,
-    find_name,
+    find_next_name,
     i64_at,
     put_i64,
     read_length,
@@ -46,6 +47,8 @@ _ROWS, _BUFFER, _OFFSETS, _LENGTHS = int(Slot.ROWS), int(Slot.BUFFER), int(Slot.
 _NAMES, _MASK, _NAME_COUNT, _MEMBERS = int(Slot.NAMES), int(Slot.MASK), int(Slot.NAME_COUNT), int(Slot.MEMBERS)
 _TOP, _SEEN, _CURSORS, _RESERVED = int(Slot.TOP), int(Slot.SEEN), int(Slot.CURSORS), int(Slot.RESERVED)
 _STATUS, _PLACES, _PROMOTE = int(Slot.STATUS), int(Slot.PLACES), int(Slot.PROMOTE)
+_TEXTS, _FOLLOWERS, _EVERY_V1 = int(Slot.TEXTS), int(Slot.FOLLOWERS), int(Slot.EVERY_V1)
+_CAPACITIES, _REGIONS = int(Slot.CAPACITIES), int(Slot.REGIONS)
 _LABEL, _WEIGHT, _LINE = int(Slot.LABEL), int(Slot.WEIGHT), int(Slot.LINE)
 
 _MEMBER_COUNT = 17
@@ -190,9 +193,13 @@ def scan_examples(plan: int) -> int:
     names, mask = i64_at(plan, _NAMES), i64_at(plan, _MASK)
     reserved = i64_at(plan, _RESERVED)
     top = i64_at(plan, _TOP)
+    texts, followers, members = i64_at(plan, _TEXTS), i64_at(plan, _FOLLOWERS), i64_at(plan, _MEMBERS)
+    cursors, capacities, regions = i64_at(plan, _CURSORS), i64_at(plan, _CAPACITIES), i64_at(plan, _REGIONS)
+    only_columns = i64_at(plan, _EVERY_V1) < 0
     troubled = 0
     for row in range(rows):
         begin_row(plan, row)
+        previous = -1
         start = buffer + i64_at(i64_at(plan, _OFFSETS), row)
         end = start + i64_at(i64_at(plan, _LENGTHS), row)
         promote = load_u8(i64_at(plan, _PROMOTE), row) != _uint8(0)
@@ -217,13 +224,27 @@ def scan_examples(plan: int) -> int:
                 odd = 0
                 if kind == 0:
                     odd, name, name_size, kind, value, value_end = read_named(p, stop, 2, 1)
-                    p = odd if odd < 0 else stop
+                    if odd < 0:
+                        p = odd
+                        break
+                p = stop
+                number = find_next_name(previous, name, name_size, names, mask, texts, followers)
+                if number < 0:
+                    checked = check_utf8(name, name + name_size)
+                    if checked < 0:
+                        p = checked
+                        break
                 else:
-                    p = stop if check_utf8(name, name + name_size) >= 0 else check_utf8(name, name + name_size)
-                if p < 0:
-                    break
-                number = find_name(name, name_size, names, mask)
-                if number >= 0:
+                    previous = number
+                    if kind <= 2 and number < reserved and only_columns and odd == 0 and byte_at(value) == 10:
+                        # By far the most frequent case: a feature with one packed list of fids.
+                        size, run = read_length(value + 1, value_end)
+                        if run >= 0 and run + size == value_end and size & 7 == 0 and value < value_end:
+                            _note(number, kind, row, plan)
+                            entry = i64_at(members, number * _MEMBER_COUNT + kind)
+                            if entry >= 0:
+                                append_fids(entry & 255, entry >> 8, run, size, cursors, capacities, regions)
+                            continue
                     fresh = _note(number, kind, row, plan)
                     if odd:
                         status = ODD

@@ -24,10 +24,11 @@ from trilith.data.scan.wire import (
     FIXED64,
     VARINT,
     VARINT32,
+    append_fids,
     byte_at,
     check_varints,
-    copy_bytes,
     find_name,
+    find_next_name,
     i64_at,
     put_i64,
     read_length,
@@ -51,6 +52,7 @@ else:
 
 _ROWS, _BUFFER, _OFFSETS, _LENGTHS = int(Slot.ROWS), int(Slot.BUFFER), int(Slot.OFFSETS), int(Slot.LENGTHS)
 _NAMES, _MASK, _NAME_COUNT, _MEMBERS = int(Slot.NAMES), int(Slot.MASK), int(Slot.NAME_COUNT), int(Slot.MEMBERS)
+_TEXTS, _FOLLOWERS = int(Slot.TEXTS), int(Slot.FOLLOWERS)
 _SLOTS, _CONVERT, _TOP, _SEEN = int(Slot.SLOTS), int(Slot.CONVERT), int(Slot.TOP), int(Slot.SEEN)
 _CURSORS, _CAPACITIES, _REGIONS = int(Slot.CURSORS), int(Slot.CAPACITIES), int(Slot.REGIONS)
 _STATUS, _PLACES, _EVERY_V2 = int(Slot.STATUS), int(Slot.PLACES), int(Slot.EVERY_V2)
@@ -186,44 +188,52 @@ def read_feature(p: int, end: int, row: int, plan: int) -> int:
 
 
 @part()
-def _plain_feature(p: int, end: int, row: int, plan: int) -> int:
-    """Read a Feature that is a name and one packed list; `end`, a code, or 0 if it has another form."""
+def _plain_feature(
+    p: int, end: int, previous: int, row: int, plan: int, cursors: int, capacities: int, regions: int, every: int
+) -> tuple[int, int]:
+    """Read a Feature that is a name and one packed list.
+
+    Returns:
+        `end`, a code, or 0 if the Feature has another form; the number of its name, or `previous` if nobody wants it.
+    """
     name_size = byte_at(p + 1)
     name = p + 2
-    p = name + name_size
-    if byte_at(name - 2) != 10 or name_size > 127 or end - p < 2:
-        return 0
-    tag = byte_at(p)
-    if tag != 18 and tag != 26 and tag != 34:
-        return 0
-    size, p = read_length(p + 1, end)
-    if p < 0 or size != end - p:
-        return 0
-    number = find_name(name, name_size, i64_at(plan, _NAMES), i64_at(plan, _MASK))
+    q = name + name_size
+    tag = byte_at(q)
+    if byte_at(p) != 10 or name_size > 127 or end - q < 2 or (tag != 18 and tag != 26 and tag != 34):
+        return 0, previous
+    size, q = read_length(q + 1, end)
+    if q < 0 or size != end - q:
+        return 0, previous
+    number = find_next_name(
+        previous,
+        name,
+        name_size,
+        i64_at(plan, _NAMES),
+        i64_at(plan, _MASK),
+        i64_at(plan, _TEXTS),
+        i64_at(plan, _FOLLOWERS),
+    )
     kind = tag >> 3
     if kind == 2:
         if size & 7:
-            return BAD_PACKED
-        every = i64_at(plan, _EVERY_V2)
+            return BAD_PACKED, previous
         if every >= 0:
-            append_bulk(every << 8 | FIXED64, p, end, plan)
+            append_fids(FIXED64, every, q, size, cursors, capacities, regions)
     if number >= 0:
         _note(number, kind, row, plan)
         entry = _column_of(plan, number, kind)
         if entry >= 0:
             if kind == 2:
-                cursors = i64_at(plan, _CURSORS)
-                column = entry >> 8
-                cursor = i64_at(cursors, column)
-                count = size >> 3
-                if count <= i64_at(i64_at(plan, _CAPACITIES), column) - cursor:
-                    copy_bytes(i64_at(i64_at(plan, _REGIONS), column) + 8 * cursor, p, size)
-                put_i64(cursors, column, cursor + count)
-                return end
-            return append_bulk(entry, p, end, plan)
-    if tag == 34:
-        return check_varints(p, end)
-    return BAD_PACKED if size & (7 if tag == 18 else 3) else end
+                append_fids(FIXED64, entry >> 8, q, size, cursors, capacities, regions)
+                return end, number
+            return append_bulk(entry, q, end, plan), number
+        previous = number
+    if kind == 4:
+        return check_varints(q, end), previous
+    if kind == 3 and size & 3:
+        return BAD_PACKED, previous
+    return end, previous
 
 
 @part()
@@ -282,15 +292,12 @@ def check_label_tag(p: int, end: int, row: int, plan: int) -> int:
     return p
 
 
-@part()
-def _field(tag: int, p: int, end: int, row: int, plan: int) -> int:
-    """Read a field of an Instance; the position behind its value, or a code."""
-    if tag == _FEATURE:
+@part(inline=False)
+def read_other(tag: int, p: int, end: int, row: int, plan: int) -> int:
+    """Read any field of an Instance but a feature; the position behind its value, or a code."""
+    if tag == _LINE_ID:
         size, p = read_length(p, end)
-        if p < 0:
-            return p
-        after = _plain_feature(p, p + size, row, plan)
-        return after if after else read_feature(p, p + size, row, plan)
+        return read_line_id(p, p + size, row, plan, 1) if p >= 0 else p
     number = tag >> 3
     entry = i64_at(i64_at(plan, _TOP), number) if number < 128 else 0
     if number == 1 and i64_at(plan, _SLOTS):
@@ -303,11 +310,8 @@ def _field(tag: int, p: int, end: int, row: int, plan: int) -> int:
             stop = begin + size
         if tag & 7 <= 2 and tag & 7 and stop <= end:
             after = _spread_fids(begin, stop, plan)
-            if after < 0:
+            if after < 0 or not entry & WANTED:
                 return after
-    if tag == _LINE_ID:
-        size, p = read_length(p, end)
-        return read_line_id(p, p + size, row, plan, 1) if p >= 0 else p
     if tag == _LABEL_TAG:
         size, p = read_length(p, end)
         return check_label_tag(p, p + size, row, plan) if p >= 0 else p
@@ -326,17 +330,26 @@ def scan_instances(plan: int) -> int:
     """
     rows = i64_at(plan, _ROWS)
     buffer = i64_at(plan, _BUFFER)
+    cursors, capacities, regions = i64_at(plan, _CURSORS), i64_at(plan, _CAPACITIES), i64_at(plan, _REGIONS)
+    every = i64_at(plan, _EVERY_V2)
     troubled = 0
     for row in range(rows):
         begin_row(plan, row)
+        previous = -1
         start = buffer + i64_at(i64_at(plan, _OFFSETS), row)
         end = start + i64_at(i64_at(plan, _LENGTHS), row)
         p = start
         while p < end:
             place = p
             tag, p = read_tag(p, end)
-            if p >= 0:
-                p = _field(tag, p, end, row, plan)
+            if tag == _FEATURE and p >= 0:
+                size, p = read_length(p, end)
+                if p >= 0:
+                    stop = p + size
+                    after, previous = _plain_feature(p, stop, previous, row, plan, cursors, capacities, regions, every)
+                    p = after if after else read_feature(p, stop, row, plan)
+            elif p >= 0:
+                p = read_other(tag, p, end, row, plan)
             if p < 0:
                 put_i64(i64_at(plan, _STATUS), row, p)
                 put_i64(i64_at(plan, _PLACES), row, place - start)

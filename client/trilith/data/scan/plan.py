@@ -69,7 +69,11 @@ class Slot(IntEnum):
     """Column of the v1 fids of all features of an Example, -1 if not wanted."""
     EVERY_V2 = 29
     """Column of the v2 fids of all features, -1 if not wanted."""
-    SIZE = 30
+    TEXTS = 30
+    """int64[names or 1, 2]: address and length of each name."""
+    FOLLOWERS = 31
+    """int64[names + 1], zeros, written: which wanted name came last behind each, behind none in the first place."""
+    SIZE = 32
 
 
 BLOCK_ROWS = 64

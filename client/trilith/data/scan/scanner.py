@@ -54,6 +54,7 @@ _SCALARS = [
 _ARRAYS = [
     Slot.BUFFER, Slot.OFFSETS, Slot.LENGTHS, Slot.NAMES, Slot.MEMBERS, Slot.SLOTS, Slot.TOP, Slot.LINE, Slot.CURSORS,
     Slot.CELLS, Slot.PRESENT, Slot.SEEN, Slot.SPLITS, Slot.BLOCK, Slot.STATUS, Slot.PLACES, Slot.PROMOTE, Slot.LISTS,
+    Slot.TEXTS, Slot.FOLLOWERS,
 ]  # fmt: skip
 _MARGIN = 1.08
 _FIRST_GUESS = 4
@@ -219,6 +220,7 @@ def run_kernel(
     seen = np.zeros((rows, len(schema.names)), np.uint8)
     lists = np.full((max(len(schema.names), 1), 3), -1, np.int64)
     status, places = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    followers = np.zeros(len(schema.names) + 1, np.int64)
     plan = np.zeros(Slot.SIZE, np.int64)
     plan[_SCALARS] = (
         rows,
@@ -234,6 +236,7 @@ def run_kernel(
     arrays = (
         records.buffer, offsets, lengths, schema.lookup.table, schema.members, schema.slot_table, schema.top,
         schema.line, cursors, cells, present, seen, splits, block, status, places, flags, lists,
+        schema.lookup.texts, followers,
     )  # fmt: skip
     plan[_ARRAYS] = [address_of(array) for array in arrays]
     if not schema.slot_columns:

@@ -130,6 +130,7 @@ class NameTable:
     Attributes:
         table: int64[mask + 1, 3].
         mask: Entries minus one.
+        texts: int64[names or 1, 2]: address and length of each name.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -138,9 +139,11 @@ class NameTable:
         self._text = np.zeros(starts[-1] + 64, np.uint8)  # the table points into it
         self.mask = (1 << max(4 * len(encoded) - 1, 1).bit_length()) - 1
         self.table = np.zeros((self.mask + 1, 3), np.int64)
+        self.texts = np.full((max(len(encoded), 1), 2), -1, np.int64)
         base = address_of(self._text)
         for number, (name, start) in enumerate(zip(encoded, starts, strict=False)):
             self._text[start : start + len(name)] = np.frombuffer(name, np.uint8)
+            self.texts[number] = base + start, len(name)
             bucket = name_hash(name) & self.mask
             while self.table[bucket, 2]:
                 bucket = (bucket + 1) & self.mask

@@ -510,6 +510,20 @@ def append_run(element: int, column: int, p: int, end: int, cursors: int, capaci
 
 
 @part()
+def append_fids(element: int, column: int, p: int, size: int, cursors: int, capacities: int, regions: int) -> None:
+    """Append a packed run of fids of whole length to a column, as they are or (V1_TO_V2) converted."""
+    cursor = i64_at(cursors, column)
+    count = size >> 3
+    if count <= i64_at(capacities, column) - cursor:
+        target = i64_at(regions, column) + 8 * cursor
+        if element == V1_TO_V2:
+            convert_fids(target, p, count)
+        else:
+            copy_bytes(target, p, size)
+    put_i64(cursors, column, cursor + count)
+
+
+@part()
 def append_span(column: int, start: int, size: int, cursors: int, capacities: int, regions: int) -> None:
     """Append where a byte string lies: its offset and length, two int64."""
     cursor = i64_at(cursors, column)
@@ -547,6 +561,31 @@ def same_bytes(p: int, q: int, size: int) -> bool:
 
 
 @part()
+def find_next_name(previous: int, p: int, size: int, table: int, mask: int, texts: int, followers: int) -> int:
+    """Look a name up where the names before it are known: records of one producer have their features in one order.
+
+    Args:
+        previous: Number of the wanted name before it, -1 for none.
+        p: Where it begins.
+        size: Its length.
+        table: As for `find_name`.
+        mask: As for `find_name`.
+        texts: Address of int64[names, 2]: address and length of each name.
+        followers: Address of int64[names + 1], written: the name that came behind each.
+
+    Returns:
+        The name's number, or -1.
+    """
+    guess = i64_at(followers, previous + 1)
+    if i64_at(texts, 2 * guess + 1) == size and same_bytes(p, i64_at(texts, 2 * guess), size):
+        return guess
+    number = find_name(p, size, table, mask)
+    if number >= 0:
+        put_i64(followers, previous + 1, number)
+    return number
+
+
+@part(inline=False)
 def find_name(p: int, size: int, table: int, mask: int) -> int:
     """Look a name up.
 
