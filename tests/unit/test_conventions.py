@@ -20,7 +20,7 @@ from trilith import errors
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {"client/trilith": "trilith", "services/trilith_services": "trilith_services"}
 HEAVY = ["kazoo", "numba", "pyarrow", "torch", "trilith_services"]
-KERNEL_IMPORTS = {"numpy", "numba", "trilith.ops.jit", "trilith.ops.memory", "trilith.ops.hashing"}
+KERNEL_IMPORTS = {"numpy", "numba", "trilith.ops.jit", "trilith.ops.memory", "trilith.ops.hashing", "trilith.ops.slots"}
 
 
 def sources() -> list[Path]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from trilith.ops.hashing import mix64
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import load_u32, load_u64, prefetch, store_u32, store_u64
-from trilith_services.ps.kernels.slots import SLOTS_PER_LINE, probe_line
+from trilith.ops.slots import SLOTS_PER_LINE, probe_line
 
 I64: TypeAlias = npt.NDArray[np.int64]
 U64: TypeAlias = npt.NDArray[np.uint64]

@@ -52,7 +52,7 @@ from trilith_services.ps.kernels.index import (
     stripe_of,
 )
 from trilith_services.ps.kernels.optimizers import STEPS, round_to_half
-from trilith_services.ps.kernels.slots import probe_line
+from trilith.ops.slots import probe_line
 
 # plan
 STRIDE = 0  # bytes from row to row
