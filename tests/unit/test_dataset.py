@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 import threading
 import time
 
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 
 import trilith.data
-from trilith.data.dataset import from_records, read
+from trilith.data.dataset import from_records, read, read_kafka
 from trilith.data.positions import from_json, to_json
+from trilith.data.readers import Position
 from trilith.data.records import Kind, Records
+from trilith.data.writers import open_writer
 from trilith.errors import DataError, InvalidRequestError
+from trilith_proto.example_pb2 import Example
 
 
 def write(path, numbers, pad=0):
@@ -235,6 +239,70 @@ def test_an_iterator_goes_on_from_every_position_exactly(files, name):
             assert [plain(element) for element in again] == whole[done:]
         with dataset.iterate(state=first) as again:
             assert [plain(element) for element in again] == whole[done:]
+
+
+def examples(count):
+    payloads = []
+    for number in range(count):
+        example = Example(label=[number])
+        example.named_feature.add(name="n").feature.int64_list.value.append(number)
+        payloads.append(example.SerializeToString())
+    return Records.of(payloads, "example")
+
+
+@pytest.mark.parametrize(
+    ("form", "compression"),
+    [
+        ("records", None),
+        ("records", "snappy"),
+        ("records", "zstd"),
+        ("records", "gzip"),
+        ("tfrecord", None),
+        ("parquet", None),
+    ],
+)
+def test_files_of_every_format_are_gone_on_with_in_the_middle(tmp_path, form, compression):
+    for part in range(3):
+        where = str(tmp_path / f"part-{part}")
+        with open_writer(where, format=form, **({} if form == "parquet" else {"compression": compression})) as out:
+            out.write(examples(40))
+    options = {} if form == "parquet" else {"compression": compression}
+    dataset = read(str(tmp_path / "part-*"), kind="example", format=form, block_bytes=300, **options)
+    dataset = dataset.map(lambda records: [Example.FromString(each).label[0] for each in records.payloads()]).batch(7)
+    with dataset.iterate() as iterator:
+        states, whole = [iterator.state_dict()], []
+        for batch in iterator:
+            whole.append(batch)
+            states.append(iterator.state_dict())
+    assert [number for batch in whole for number in batch] == [*range(40)] * 3
+    for done in range(0, len(states), 4):
+        assert list(dataset.iterate(state=states[done])) == whole[done:]
+
+
+def test_a_kafka_topic_is_gone_on_with_behind_the_last_element():
+    producer_of = pytest.importorskip("confluent_kafka").Producer
+    producer = producer_of({"test.mock.num.brokers": 1, "logger": logging.getLogger("mock")})
+    (broker,) = producer.list_topics(timeout=10).brokers.values()
+    for number in range(20):
+        payload = str(number).encode()
+        producer.produce("t", len(payload).to_bytes(8, "little") + payload, partition=0)
+    assert producer.flush(10) == 0
+    dataset = read_kafka(
+        "t",
+        servers=f"{broker.host}:{broker.port}",
+        kind="plaintext",
+        group_id="g",
+        poll_batch_size=3,
+        message_poll_timeout=300,
+        stream_timeout=300,
+        start=Position(0, 0, (("t", 0, 0),)),
+    ).batch(4)
+    with dataset.iterate() as iterator:
+        found = [ints(next(iterator).payloads()) for _ in range(2)]
+        state = iterator.state_dict()
+    with dataset.iterate(state=state) as iterator:
+        found += [ints(records.payloads()) for records in iterator]
+    assert list(itertools.chain(*found)) == list(range(20))
 
 
 def test_a_position_of_another_pipeline_is_refused(files):

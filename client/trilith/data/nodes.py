@@ -125,7 +125,10 @@ class Topics(Node):
         """See `Node`; several workers are members of one group, which divides the partitions."""
         from trilith.data.kafka import KafkaReader
 
-        return Streaming(lambda start: KafkaReader(self.topics, start=start, **self.options), context.losses)
+        def opener(at: Position | None) -> RecordReader:
+            return KafkaReader(self.topics, **{**self.options, "start": at or self.options.get("start")})
+
+        return Streaming(opener, context.losses)
 
 
 @dataclass(frozen=True, slots=True)
