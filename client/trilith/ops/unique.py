@@ -113,12 +113,14 @@ def distinct_in_rows(values: Int64Array, row_splits: Int64Array) -> Distinct:
     return Distinct(uniques[:found], splits, numbers, counts[:found])
 
 
-def unique_first_occurrence(fids: npt.ArrayLike) -> tuple[Int64Array, Int64Array]:
+def unique_first_occurrence(fids: npt.ArrayLike) -> tuple[npt.NDArray[Any], Int64Array]:
     """Distinct ids in order of first occurrence, and per input id its number among them.
 
     Args:
-        fids: int64 or uint64[n].
+        fids: int64 or uint64[n]; the distinct ones are of the same type.
     """
-    flat = as_integers("fids", fids, shape=(-1,))
+    given = np.asarray(fids)
+    flat = as_integers("fids", given, shape=(-1,))
     found = distinct_in_rows(flat, as_splits("row_splits", [0, flat.size], flat.size))
-    return found.values, (found.numbers & _POSITION).astype(np.int64)
+    values = found.values.view(np.uint64) if given.dtype == np.uint64 else found.values
+    return values, (found.numbers & _POSITION).astype(np.int64)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.conformance.configs import floats, optimizer_of, rate_of
+from tests.conformance.configs import floats, rate_of, table_of
 from trilith.features import (
     FeatureSlot,
     FeatureSlotConfig,
@@ -19,7 +19,7 @@ from trilith.features import (
     merge_slices,
     row_mask,
 )
-from trilith.tables import Fp32, PolynomialDecay, Zeros
+from trilith.tables import Fp32, PolynomialDecay
 
 __all__ = ["OPS"]
 
@@ -41,17 +41,19 @@ def create_slices(inputs: Json) -> Any:
     )
 
 
+def _segment(given: Json) -> SlotSegment:
+    proto = table_of({"segments": [given]}).entry_config.segments[0]
+    return SlotSegment(
+        dim=given["dim"],
+        initializer=proto.init_config,
+        optimizer=proto.opt_config,
+        compressor=proto.comp_config if proto.HasField("comp_config") else Fp32(),
+        learning_rate=rate_of(given["learning_rate_fn"]) if "learning_rate_fn" in given else None,
+    )
+
+
 def merge(inputs: Json) -> Any:
-    segments = [
-        SlotSegment(
-            dim=each["dim"],
-            initializer=Zeros(),
-            optimizer=optimizer_of(each["opt"]),
-            compressor=Fp32(),
-            learning_rate=rate_of(each["learning_rate_fn"]) if "learning_rate_fn" in each else None,
-        )
-        for each in inputs["slices"]
-    ]
+    segments = [_segment(each) for each in inputs["slices"]]
     merged, rates = merge_slices(segments)
     return {
         "merged_dims": [each.dim_size for each in merged],

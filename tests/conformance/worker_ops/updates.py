@@ -86,7 +86,7 @@ def cached_variable(inputs: Json) -> Any:
             read.append(cached)
         elif name in ("read", "read_direct"):
             read.append(value[0])
-        elif name == "add":
+        elif name in ("add", "assign_add"):
             value[0] += arguments[0]
         elif name in ("fetch", "fetch_and_assign", "assign"):
             fetched = fetched if name == "assign" else value[0]
