@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from enum import IntEnum
+from typing import Any
 
 from trilith.discovery.zookeeper import ZooKeeper
 from trilith.errors import InvalidRequestError
@@ -76,9 +77,9 @@ class ReplicaMeta:
             InvalidRequestError: It is no JSON object.
         """
         try:
-            content = json.loads(body)
-            return cls(**{name: content[name] for name in cls.__slots__ if name in content})
-        except (ValueError, TypeError, KeyError):
+            content: dict[str, Any] = json.loads(body)
+            return cls(**{name: value for name, value in content.items() if name in cls.__slots__})
+        except (ValueError, TypeError, AttributeError):
             raise InvalidRequestError(f"{body[:200]!r} does not describe a replica") from None
 
     def reachable_at(self, *, ipv6: bool = False) -> str | None:

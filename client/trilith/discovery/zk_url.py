@@ -68,7 +68,7 @@ class ZkUrl:
         for host in self.hosts:
             check_address(host)
         parts = self.root.split("/")
-        if self.root == "/" or parts[0] or any(part in {"", ".", ".."} for part in parts[1:]):
+        if len(parts) < 2 or parts[0] or any(part in {"", ".", ".."} for part in parts[1:]):
             raise InvalidRequestError(
                 f"{self.root!r} is no path for a cluster; write one below the top, such as zk://host:2181/trilith/demo"
             )
