@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 
 import trilith.data
+from trilith.data import transforms
 from trilith.data.dataset import from_records, read, read_kafka
 from trilith.data.positions import from_json, to_json
 from trilith.data.readers import Position
 from trilith.data.records import Kind, Records
+from trilith.data.samples import FilterByLabel
+from trilith.data.specs import Label
 from trilith.data.writers import open_writer
 from trilith.errors import DataError, InvalidRequestError
 from trilith_proto.example_pb2 import Example
@@ -110,6 +113,32 @@ def test_a_damaged_file_is_an_error_that_names_it_or_is_counted(tmp_path):
     assert [ints(each.payloads()) for each in iterator] == [[0, 1, 2, 3], [4, 5, 10, 11]]
     assert iterator.losses.records == 1
     assert "cut: record 6" in iterator.losses.messages[0]
+
+
+def test_damaged_payloads_are_errors_or_left_out_by_every_step(tmp_path):
+    payloads = [each if number % 10 else b"\xff\xff\xff" for number, each in enumerate(examples(50).payloads())]
+    with open_writer(str(tmp_path / "odd")) as out:
+        out.write(Records.of(payloads, "example"))
+
+    def steps(on_error):
+        dataset = read(str(tmp_path / "odd"), kind="example", on_error=on_error)
+        specs = {"label": Label()}
+        return {
+            "op": dataset.filter(FilterByLabel([-1])).parse(specs),
+            "transform": dataset.transform(transforms.FilterByLabel([-1])).parse(specs),
+            "convert": dataset.convert("instance").parse(specs),
+            "negatives": dataset.negatives(neg_num=1).parse(specs),
+            "parse": dataset.parse(specs),
+        }
+
+    for name, dataset in steps("raise").items():
+        with pytest.raises(DataError, match="record 0"):
+            list(dataset.batch(9).prefetch(2, threads=2))
+        iterator = iter(steps("skip")[name].batch(9).prefetch(2, threads=2))
+        labels = [label for batch in iterator for label in batch["label"][:, 0].tolist()]
+        assert len(labels) == 45
+        assert name == "convert" or labels == [number for number in range(50) if number % 10]
+        assert iterator.losses.records == 5
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------

@@ -8,17 +8,19 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from trilith.data.nodes import (
     Apply,
     Batch,
     Context,
+    Convert,
     Held,
     Kept,
     Merge,
     Node,
     Ops,
+    Parse,
     Prefetch,
     Read,
     Repeat,
@@ -34,6 +36,7 @@ from trilith.data.readers import Losses, OnError, open_records
 from trilith.data.records import Kind, Records
 from trilith.data.samples.chunk import SampleOp
 from trilith.data.sources import Memory
+from trilith.data.specs import check_specs
 from trilith.data.stages import Stage
 from trilith.errors import InvalidRequestError
 
@@ -41,8 +44,6 @@ if TYPE_CHECKING:
     from trilith.client import Client
 
 __all__ = ["Dataset", "DatasetIterator", "from_records", "read", "read_kafka"]
-
-RecordsFunction: TypeAlias = Callable[[Records], Any]
 
 
 class Dataset:
@@ -53,7 +54,7 @@ class Dataset:
     before `batch`; behind it, `Records`, or what the parser makes of them.
     """
 
-    def __init__(self, nodes: tuple[Node, ...], *, deferred: tuple[RecordsFunction, ...] = (), batched: bool = False):
+    def __init__(self, nodes: tuple[Node, ...], *, deferred: tuple[Node, ...] = (), batched: bool = False):
         """Use `read`, `from_records` or another source."""
         self._nodes = nodes
         self._deferred = deferred
@@ -83,6 +84,8 @@ class Dataset:
         self._records_only("filter")
         if isinstance(keep, SampleOp):
             return self.apply(keep)
+        if hasattr(keep, "as_proto"):
+            return self.transform(keep)
         return self._then(Apply(Kept(keep)))
 
     def apply(self, function: Any) -> Dataset:
@@ -105,7 +108,14 @@ class Dataset:
 
     def transform(self, transform: Any) -> Dataset:
         """Run a transform (`trilith.data.transforms`); records it rejects are dropped."""
-        return self.apply(transform)
+        from trilith.data.transforms import Transform, ops_of
+
+        if not isinstance(transform, Transform):
+            raise InvalidRequestError(f"{transform!r} is no transform of trilith.data.transforms")
+        dataset = self
+        for op in ops_of(transform.as_proto()):
+            dataset = dataset.apply(op)
+        return dataset
 
     def reweight(self, action_priority: str, reweight: str) -> Dataset:
         """Repeat records by the weights of their actions; see `trilith.data.reweight`."""
@@ -129,14 +139,8 @@ class Dataset:
 
     def convert(self, kind: Kind | str) -> Dataset:
         """Make every record one of another kind; an ExampleBatch becomes as many as it has rows."""
-        wanted = Kind(kind)
-
-        def converted(records: Records) -> Records:
-            from trilith.data.convert import convert
-
-            return convert(records, wanted)
-
-        return self.apply(converted)
+        self._records_only("convert")
+        return self._then(Convert(Kind(kind)))
 
     def shuffle(self, buffer_size: int, *, seed: int = 0) -> Dataset:
         """Give records in a random order.
@@ -224,7 +228,10 @@ class Dataset:
 
         self._records_only("split")
         splitter = FlowSplitter(self._nodes, names, max_queue_size=max_queue_size, unknown=unknown)
-        return {name: Dataset((Flow(splitter, flow),), deferred=self._deferred) for flow, name in enumerate(names)}
+        on_error = _on_error(self._nodes)
+        return {
+            name: Dataset((Flow(splitter, flow, on_error),), deferred=self._deferred) for flow, name in enumerate(names)
+        }
 
     def merge(self, *others: Dataset, block_length: int = 1) -> Dataset:
         """The records of this and other datasets in turns, `block_length` of each, until all have ended."""
@@ -242,9 +249,8 @@ class Dataset:
                 function of `Records`.
         """
         if isinstance(spec, Mapping):
-            from trilith.data.parsers import ParseSpec
-
-            spec = ParseSpec(spec)
+            check_specs(spec)
+            return self._on_batches(Parse(dict(spec)))
         function = getattr(spec, "parse", spec)
         if not callable(function):
             raise InvalidRequestError(f"{spec!r} is neither feature specs nor a function of Records")
@@ -252,15 +258,18 @@ class Dataset:
 
     def map(self, function: Callable[[Any], Any]) -> Dataset:
         """Run a function on every batch, or on what the parser made of it. It must depend on its argument alone."""
+        return self._on_batches(Apply(function))
+
+    def _on_batches(self, node: Node) -> Dataset:
         if self._batched:
-            return self._then(Apply(function))
-        return Dataset(self._nodes, deferred=(*self._deferred, function))
+            return self._then(node)
+        return Dataset(self._nodes, deferred=(*self._deferred, node))
 
     def batch(self, size: int, *, drop_remainder: bool = False) -> Dataset:
         """Make batches of `size` records; the last may be smaller, or is dropped."""
         self._records_only("batch")
         _at_least("size", size, 1)
-        nodes = (*self._nodes, Batch(size, drop_remainder), *map(Apply, self._deferred))
+        nodes = (*self._nodes, Batch(size, drop_remainder), *self._deferred)
         return Dataset(nodes, batched=True)
 
     def prefetch(self, depth: int = 2, *, threads: int = 1) -> Dataset:
@@ -334,7 +343,10 @@ class DatasetIterator:
         self._at = 0
 
     def _open(self) -> Stage:
-        stage = open_nodes(self._nodes, Context(epoch=self._epoch, worker=_torch_worker(), losses=self._losses))
+        context = Context(
+            epoch=self._epoch, worker=_torch_worker(), losses=self._losses, on_error=_on_error(self._nodes)
+        )
+        stage = open_nodes(self._nodes, context)
         weakref.finalize(self, stage.close)
         return stage
 
@@ -425,7 +437,8 @@ def read(
         cycle_length: Files read at a time, in turns.
         block_length: Records of one file before it is the next one's turn.
         exclude: Says of a file name whether to leave it out.
-        on_error: "raise" at damaged records, or "skip" them, counted in `DatasetIterator.losses`.
+        on_error: "raise" at damaged records, or "skip" them, in sample ops and parsers of feature specs, too; they are
+            counted in `DatasetIterator.losses`.
         **options: What the files are, as for `open_records`: kind, format, framing, compression, columns, ...
     """
     _at_least("cycle_length", cycle_length, 1)
@@ -461,6 +474,17 @@ def read_kafka(topics: str | Sequence[str], **options: Any) -> Dataset:
 def from_records(records: Records | Sequence[bytes], kind: Kind | str = Kind.INSTANCE) -> Dataset:
     """A dataset of records in memory: `Records`, or payloads of the given kind."""
     return Dataset((Held(records if isinstance(records, Records) else Records.of(records, kind)),))
+
+
+def _on_error(nodes: tuple[Node, ...]) -> OnError:
+    """What steps do about damage: as their source does, or all of them."""
+    source = nodes[0]
+    if isinstance(source, Merge):
+        return "skip" if all(_on_error(each) == "skip" for each in source.pipelines) else "raise"
+    found: OnError = (
+        source.options.get("on_error", "raise") if isinstance(source, Topics) else getattr(source, "on_error", "raise")
+    )
+    return found
 
 
 def _torch_worker() -> tuple[int, int]:

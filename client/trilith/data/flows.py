@@ -12,6 +12,7 @@ import numpy as np
 
 from trilith.data.fids import data_source_key
 from trilith.data.nodes import Context, Node, open_nodes
+from trilith.data.readers import OnError
 from trilith.data.records import Kind, Records
 from trilith.data.rewrite import rewrite
 from trilith.data.stages import Stage, State
@@ -198,6 +199,7 @@ class Flow(Node):
 
     splitter: FlowSplitter
     flow: int
+    on_error: OnError = "raise"
 
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """See `Node`."""

@@ -181,10 +181,19 @@ class NegativeSampler:
         config: What to make.
         pool: Where items are kept.
         seed: Decides the draws.
+        lost: Damaged records are left out, and this is called with their number; without it they are errors.
     """
 
-    def __init__(self, config: NegativeConfig, pool: ItemPool | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: NegativeConfig,
+        pool: ItemPool | None = None,
+        *,
+        seed: int = 0,
+        lost: Callable[[int], None] | None = None,
+    ) -> None:
         self.config = config
+        self._lost = lost
         self.pool = pool if pool is not None else ItemPool(config.start_num, config.max_item_num)
         self.drawn = 0
         self._seed = seed & _MASK
@@ -202,7 +211,13 @@ class NegativeSampler:
         came_from: list[int] = []
         for index in range(len(records)):
             before = len(payloads)
-            message = _read(records, index)
+            try:
+                message = _read(records, index)
+            except DataError:
+                if self._lost is None:
+                    raise
+                self._lost(1)
+                continue
             self._row(rows, message, payloads)
             came_from += [index] * (len(payloads) - before)
         made = Records.of(payloads, records.kind)
@@ -337,7 +352,8 @@ class NegativesNode(Node):
 
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """See `Node`."""
-        sampler = NegativeSampler(self.config, self.pool, seed=self.seed + context.epoch)
+        lost = context.lost if context.on_error == "skip" else None
+        sampler = NegativeSampler(self.config, self.pool, seed=self.seed + context.epoch, lost=lost)
         return Replayed(_Sampling(upstream(context), sampler), every=_SNAPSHOT_EVERY)
 
 

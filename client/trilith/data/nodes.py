@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +14,11 @@ from trilith.data.files import match_files, shard_files
 from trilith.data.prefetch import Helpers, Overlapping, Prefetching
 from trilith.data.queue import FileDealer
 from trilith.data.readers import Losses, OnError, Position, RecordReader, open_records
-from trilith.data.records import Records
+from trilith.data.records import Kind, Records
 from trilith.data.samples.chunk import SampleOp, apply_ops
 from trilith.data.shuffle import Shuffling
 from trilith.data.sources import ListedFiles, Memory, Merging, Reading, Streaming
+from trilith.data.specs import Features, FeatureSpec
 from trilith.data.stages import Batching, Repeating, Replayed, Skipping, Stage, Stepping, Striding, Taking
 from trilith.errors import InvalidRequestError
 
@@ -24,11 +26,13 @@ __all__ = [
     "Apply",
     "Batch",
     "Context",
+    "Convert",
     "Held",
     "Kept",
     "Merge",
     "Node",
     "Ops",
+    "Parse",
     "Prefetch",
     "Read",
     "Repeat",
@@ -40,6 +44,7 @@ __all__ = [
     "open_nodes",
 ]
 
+_COUNTING = threading.Lock()
 _EPOCH_SEEDS = 0x9E3779B97F4A7C15  # far apart, so that no epoch repeats another seed's
 
 
@@ -51,13 +56,21 @@ class Context:
         epoch: Which pass over the data.
         worker: This process's index among those that share an iterator's data, and how many there are.
         helpers: Threads for functions; None runs them where they are asked for.
-        losses: Adds up what readers skip.
+        losses: Adds up what is skipped.
+        on_error: Whether steps raise at damaged records or leave them out.
     """
 
     epoch: int = 0
     worker: tuple[int, int] = (0, 1)
     helpers: Helpers | None = None
     losses: Losses = field(default_factory=Losses)
+    on_error: OnError = "raise"
+
+    def lost(self, records: int) -> None:
+        """Count records that a step left out as damaged."""
+        with _COUNTING:
+            self.losses.add(f"{records} damaged records were left out", 0)
+            self.losses.records += records - 1
 
 
 class Node:
@@ -208,7 +221,51 @@ class Ops(Node):
 
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """See `Node`."""
-        return mapped(upstream(context), lambda records: apply_ops(self.ops, records), context)
+
+        def apply(records: Records) -> Records:
+            return apply_ops(self.ops, records, on_error=context.on_error, lost=context.lost)
+
+        return mapped(upstream(context), apply, context)
+
+
+@dataclass(frozen=True, slots=True)
+class Convert(Node):
+    """Records of another kind."""
+
+    kind: Kind
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`."""
+
+        def converted(records: Records) -> Records:
+            from trilith.data.convert import convert
+
+            return convert(records, self.kind, on_error=context.on_error, lost=context.lost)
+
+        return mapped(upstream(context), converted, context)
+
+
+@dataclass(frozen=True, slots=True)
+class Parse(Node):
+    """Arrays by name of batches."""
+
+    features: Mapping[str, FeatureSpec]
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`."""
+        from trilith.data.parsers import ParseSpec
+
+        spec = ParseSpec(self.features, on_error=context.on_error)
+        counted = [0]
+
+        def parse(records: Records) -> Features:
+            batch = spec.parse(records)
+            if spec.skipped > counted[0]:
+                fresh, counted[0] = spec.skipped - counted[0], spec.skipped
+                context.lost(fresh)
+            return batch
+
+        return mapped(upstream(context), parse, context)
 
 
 @dataclass(frozen=True, slots=True)
