@@ -13,6 +13,7 @@ TrilithError
 │   └── TableMismatchError                  the same: it is both
 ├── ShardRestartedError                     a PS came back without what this caller had written
 ├── MemoryLimitError                        the PS refuses new rows
+├── ReadOnlyError                           a write was sent to a serving replica
 ├── OverloadedError                         the PS's queue is full; worth retrying
 ├── UnavailableError                        the PS cannot be reached; worth retrying
 ├── DeadlineExceededError                   the answer did not come in time
@@ -39,6 +40,7 @@ __all__ = [
     "NonFiniteError",
     "OverloadedError",
     "QueueFullError",
+    "ReadOnlyError",
     "ShardRestartedError",
     "TableExistsError",
     "TableMismatchError",
@@ -120,6 +122,12 @@ class MemoryLimitError(TrilithError):
     """The PS is at its memory limit and refuses new rows; rows it holds go on being served."""
 
     status = "RESOURCE_EXHAUSTED"
+
+
+class ReadOnlyError(TrilithError):
+    """A write was sent to a serving replica, whose rows change on the training PS only."""
+
+    status = "FAILED_PRECONDITION"
 
 
 class OverloadedError(TrilithError):

@@ -13,7 +13,7 @@ from trilith.errors import TrilithError
 
 __all__ = ["app", "main"]
 
-COMMANDS = ("ps", "worker", "up", "demo", "query", "top", "discovery", "checkpoint", "data", "bench")
+COMMANDS = ("ps", "serving", "worker", "up", "demo", "query", "top", "discovery", "checkpoint", "data", "bench")
 
 app = typer.Typer(
     name="trilith",

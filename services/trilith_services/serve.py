@@ -160,19 +160,29 @@ def _handler(method: Method, pool: ThreadPoolExecutor | None) -> grpc.RpcMethodH
 
 
 class Server:
-    """A gRPC server of one service, with health and reflection. Starts NOT_SERVING."""
+    """A gRPC server of one or more services, with health and reflection. Starts NOT_SERVING."""
 
     def __init__(
         self,
         service: str,
         methods: Mapping[str, Method],
         *,
+        beside: Mapping[str, Mapping[str, Method]] | None = None,
         limits: Limits | None = None,
         refused: Callable[[], None] = lambda: None,
     ) -> None:
-        """Make a server of `methods` by name; nothing listens yet. `refused` is told of every call turned away."""
+        """Make a server; nothing listens yet.
+
+        Args:
+            service: Its name.
+            methods: Of the service, by name.
+            beside: Further services and their methods.
+            limits: What the server takes on.
+            refused: Told of every call turned away.
+        """
         self.limits = limits = limits or Limits()
-        self._service = service
+        services = {service: methods, **(beside or {})}
+        self._services = tuple(services)
         self._work = _Pool(limits.threads, "rpc")
         self._control = _Pool(4, "rpc-control")
         self._streams = Streams(
@@ -195,12 +205,16 @@ class Server:
                 ("grpc.keepalive_timeout_ms", 20_000),
             ],
         )
+        pools = self._work, self._control
         self._server.add_generic_rpc_handlers(
-            (_Dispatcher(service, methods, (self._work, self._control), self._streams, limits.max_queue, refused),)
+            tuple(
+                _Dispatcher(name, each, pools, self._streams, limits.max_queue, refused)
+                for name, each in services.items()
+            )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
-            (service, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, pool=self._health_pool
+            (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, pool=self._health_pool
         )
         self.set_serving(False)
 
@@ -226,7 +240,8 @@ class Server:
         """Tell health checks."""
         status = _SERVING if serving else _NOT_SERVING
         self._health.set("", status)
-        self._health.set(self._service, status)
+        for service in self._services:
+            self._health.set(service, status)
 
     def stop(self, grace_s: float) -> None:
         """Refuse new calls, let those in flight finish for `grace_s` seconds, and end."""

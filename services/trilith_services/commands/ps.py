@@ -52,6 +52,15 @@ def ps(
     metrics_port: Annotated[
         int | None, typer.Option(help="Serve Prometheus metrics on this port; 0 takes a free one.", min=0, max=65535)
     ] = None,
+    sync_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Serving replicas to keep fresh: name=host:port, or a directory of those that come and go, such as "
+            "zk://host:2181/serving. May be repeated."
+        ),
+    ] = None,
+    sync_every: Annotated[float, typer.Option(help="Seconds from one push of what has changed to the next.")] = 1.0,
+    sync_name: Annotated[str, typer.Option(help="Serving model whose replicas the directory lists.")] = "model",
     log_format: Annotated[LogFormat, typer.Option(help="text (key=value) or json.")] = LogFormat.text,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:
@@ -60,6 +69,8 @@ def ps(
     from trilith_services.logs import setup_logging
     from trilith_services.ps.server import ParameterServer, PsOptions
     from trilith_services.ps.store import Store
+    from trilith_services.ps.sync.discovery import open_replicas
+    from trilith_services.ps.sync.target import SyncOptions
     from trilith_services.serve import Limits
     from trilith_services.sizes import parse_bytes
 
@@ -78,9 +89,30 @@ def ps(
         metrics_port=metrics_port,
         discovery=discovery,
         advertise=advertise,
+        sync=SyncOptions(interval_s=sync_every),
+        sync_to=_static_targets(sync_to or []),
     )
+    listed = [open_replicas(url, sync_name, index) for url in sync_to or [] if "://" in url]
     store = Store(index=index, count=count, memory_limit_bytes=parse_bytes(memory_limit), threads=threads or None)
-    raise typer.Exit(ParameterServer(store, options).run(listen))
+    raise typer.Exit(ParameterServer(store, options, replicas=listed).run(listen))
+
+
+def _static_targets(given: list[str]) -> dict[str, str]:
+    """Address by name of those that are given so."""
+    from trilith.discovery.addresses import check_address
+    from trilith.errors import InvalidRequestError
+
+    targets: dict[str, str] = {}
+    for each in given:
+        if "://" in each:
+            continue
+        name, equals, address = each.partition("=")
+        if not equals or not name:
+            raise InvalidRequestError(f"--sync-to {each!r} is neither name=host:port nor the URL of a directory")
+        if name in targets:
+            raise InvalidRequestError(f"--sync-to names {name!r} twice")
+        targets[name] = check_address(address)
+    return targets
 
 
 def _placed(discovery: str, index: int | None, count: int | None) -> tuple[int | None, int | None]:

@@ -117,6 +117,16 @@ class Metrics:
         with self._lock:
             return {method: sum(tally.statuses.values()) for method, tally in self._tallies.items()}
 
+    def add_methods(self, stats: ps_pb2.StatsResponse) -> None:
+        """Put into `stats` what calls added up to, by method, with their times."""
+        stats.latency_bounds.extend(_BUCKETS)
+        for method, tally in sorted(self.tallies().items()):
+            calls = sum(tally.statuses.values())
+            failures = calls - tally.statuses.get("OK", 0)
+            stats.methods.add(
+                method=method, calls=calls, failures=failures, seconds=tally.seconds, buckets=tally.buckets
+            )
+
     def watch(self, stats: Callable[[], ps_pb2.StatsResponse]) -> None:
         """Export a shard's own numbers, read when somebody scrapes."""
         self.registry.register(_ShardCollector(stats))
@@ -152,6 +162,39 @@ _SHARD_GAUGES: Mapping[str, tuple[str, Callable[[ps_pb2.StatsResponse], float]]]
         "When the last checkpoint was written, in Unix seconds; 0: never.",
         lambda stats: stats.last_checkpoint_time,
     ),
+}
+
+
+_TARGET_GAUGES: Mapping[str, tuple[str, Callable[[ps_pb2.SyncTargetStats], float]]] = {
+    "trilith_ps_sync_lag_seconds": (
+        "Age of the oldest change that a serving replica lacks.",
+        lambda target: target.lag_seconds,
+    ),
+    "trilith_ps_sync_lag_rows": ("Rows that a serving replica lacks.", lambda target: target.lag_rows),
+    "trilith_ps_sync_copying": (
+        "Whether it is being given whole tables.",
+        lambda target: target.copying,
+    ),
+}
+_TARGET_COUNTERS: Mapping[str, tuple[str, Callable[[ps_pb2.SyncTargetStats], float]]] = {
+    "trilith_ps_sync_rows_total": ("Rows that a serving replica has acknowledged.", lambda target: target.rows),
+    "trilith_ps_sync_erased_total": ("Deletions that it has acknowledged.", lambda target: target.erased),
+    "trilith_ps_sync_bytes_total": ("Bytes of pushes that it has acknowledged.", lambda target: target.bytes),
+    "trilith_ps_sync_pushes_total": ("Pushes that it has acknowledged.", lambda target: target.pushes),
+    "trilith_ps_sync_failures_total": ("Pushes that failed and were sent again.", lambda target: target.failures),
+    "trilith_ps_sync_copies_total": ("Full copies begun.", lambda target: target.copies),
+}
+_REPLICA_GAUGES: Mapping[str, tuple[str, Callable[[ps_pb2.ReplicaStats], float]]] = {
+    "trilith_ps_replica_as_of_seconds": (
+        "The replica holds what training had acknowledged at this Unix time; 0: not yet complete.",
+        lambda replica: replica.as_of,
+    ),
+    "trilith_ps_replica_copying": ("Whether a full copy is under way.", lambda replica: replica.copying),
+}
+_REPLICA_COUNTERS: Mapping[str, tuple[str, Callable[[ps_pb2.ReplicaStats], float]]] = {
+    "trilith_ps_replica_pushes_total": ("Pushes taken.", lambda replica: replica.pushes),
+    "trilith_ps_replica_rows_total": ("Rows taken.", lambda replica: replica.rows),
+    "trilith_ps_replica_erased_total": ("Deletions taken.", lambda replica: replica.erased),
 }
 
 
@@ -203,4 +246,26 @@ class _ShardCollector(Collector):
             for table in stats.tables:
                 counter.add_metric([table.table], of_table(table))
             families.append(counter)
+        if stats.sync_targets:
+            families += _of_targets(stats.sync_targets)
+        if stats.HasField("replica"):
+            for name, (text, of_replica) in _REPLICA_GAUGES.items():
+                families.append(GaugeMetricFamily(name, text, value=of_replica(stats.replica)))
+            for name, (text, of_replica) in _REPLICA_COUNTERS.items():
+                families.append(CounterMetricFamily(name, text, value=of_replica(stats.replica)))
         yield from families
+
+
+def _of_targets(targets: Iterable[ps_pb2.SyncTargetStats]) -> list[Metric]:
+    families: list[Metric] = []
+    for name, (text, of_target) in _TARGET_GAUGES.items():
+        gauge = GaugeMetricFamily(name, text, labels=["target"])
+        for target in targets:
+            gauge.add_metric([target.name], of_target(target))
+        families.append(gauge)
+    for name, (text, of_target) in _TARGET_COUNTERS.items():
+        counter = CounterMetricFamily(name, text, labels=["target"])
+        for target in targets:
+            counter.add_metric([target.name], of_target(target))
+        families.append(counter)
+    return families

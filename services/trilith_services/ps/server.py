@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,14 +13,18 @@ from trilith.errors import InvalidRequestError
 from trilith.remote import SERVICE
 from trilith_services.ps.metrics import Metrics
 from trilith_services.ps.servicer import ParameterServerServicer
+from trilith_services.ps.sync.syncer import Syncer
+from trilith_services.ps.sync.target import SyncOptions
 from trilith_services.serve import Limits, Server, serve
 
 if TYPE_CHECKING:
     from wsgiref.simple_server import WSGIServer
 
+    from trilith_proto import ps_pb2
     from trilith_services.ps.checkpointer import Checkpointer
     from trilith_services.ps.membership import Membership
     from trilith_services.ps.store import Store
+    from trilith_services.ps.sync.discovery import ServingReplicas
 
 __all__ = ["ParameterServer", "PsOptions"]
 
@@ -40,6 +44,8 @@ class PsOptions:
         discovery: URL of the directory to register in; None: none.
         advertise: host:port to register, port 0 for the one served on; empty: the host listened on, or this machine's
             if that is every interface.
+        sync: How serving replicas are kept fresh, if there are any.
+        sync_to: Address by name of serving replicas known from the start.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -49,6 +55,8 @@ class PsOptions:
     metrics_port: int | None = None
     discovery: str | None = None
     advertise: str = ""
+    sync: SyncOptions = field(default_factory=SyncOptions)
+    sync_to: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.checkpoint_every_s < 0:
@@ -60,12 +68,24 @@ class PsOptions:
 class ParameterServer:
     """Serves one Store: in the foreground with `run`, or beside other things with `start` and `stop`."""
 
-    def __init__(self, store: Store, options: PsOptions | None = None) -> None:
-        """Put the parts together; nothing listens yet."""
+    def __init__(
+        self, store: Store, options: PsOptions | None = None, *, replicas: Sequence[ServingReplicas] = ()
+    ) -> None:
+        """Put the parts together; nothing listens yet.
+
+        Args:
+            store: What is served.
+            options: How.
+            replicas: Where serving replicas are listed that come and go; closed in the end.
+        """
         self._store = store
         self._options = options or PsOptions()
         self.metrics = Metrics()
-        self.servicer = ParameterServerServicer(store, self.metrics, queued=lambda: self._server.queued)
+        self.servicer = ParameterServerServicer(
+            store, self.metrics, queued=lambda: self._server.queued, add_stats=self._add_stats
+        )
+        self.syncer = Syncer(store, self._options.sync)
+        self._replicas = replicas
         self._server = Server(
             SERVICE, self.servicer.methods(), limits=self._options.limits, refused=self.metrics.refused
         )
@@ -106,6 +126,10 @@ class ParameterServer:
             )
         if self._checkpointer is not None:
             self._checkpointer.start()
+        for name, address in options.sync_to.items():
+            self.syncer.add(name, address)
+        for replicas in self._replicas:
+            self.syncer.follow(replicas)
         self.servicer.ready = True
         if self._membership is not None:
             self._membership.announce(advertised(*self._listening, options.advertise))
@@ -140,7 +164,13 @@ class ParameterServer:
         if self._membership is not None:
             self._membership.leave()
 
+    def _add_stats(self, stats: ps_pb2.StatsResponse) -> None:
+        stats.sync_targets.extend(self.syncer.stats())
+
     def _finish(self) -> None:
+        self.syncer.stop()
+        for replicas in self._replicas:
+            replicas.close()
         if self._membership is not None:
             self._membership.close()
             self._membership = None

@@ -37,18 +37,27 @@ class _LooksUpInPlace(Protocol):
 class ParameterServerServicer:
     """Methods named as in ps.proto. Those that carry arrays take and return bytes, laid out by `wire`."""
 
-    def __init__(self, shard: Shard, metrics: Metrics, *, queued: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        metrics: Metrics,
+        *,
+        queued: Callable[[], int] = lambda: 0,
+        add_stats: Callable[[ps_pb2.StatsResponse], None] = lambda stats: None,
+    ) -> None:
         """Serve `shard`; calls are refused until `ready` is set.
 
         Args:
             shard: Whose rows are served.
             metrics: Where calls are counted.
             queued: How many calls wait, for Stats.
+            add_stats: Puts into Stats what the shard does not know.
         """
         self._shard = shard
         self._in_place = cast(_LooksUpInPlace, shard) if hasattr(shard, "lookup_into") else None
         self._metrics = metrics
         self._queued = queued
+        self._add_stats = add_stats
         self._incarnation = shard.describe().incarnation
         self.ready = False
 
@@ -102,7 +111,9 @@ class ParameterServerServicer:
         reply = self._shard.stats()
         for method, calls in self._metrics.requests().items():
             reply.requests[method] = calls
+        self._metrics.add_methods(reply)
         reply.queued_requests = self._queued()
+        self._add_stats(reply)
         return reply
 
     @rpc

@@ -434,6 +434,21 @@ class Store:
             gate.compile()
         return table
 
+    def put_table(self, table: Table) -> None:
+        """Serve a table that `new_table` made, in the place of one of its name; for `replica`."""
+        with self._creating:
+            old = self._tables.get(table.name)
+            self._tables[table.name] = table
+        if old is not None:
+            old.release()
+
+    def drop_table(self, name: str) -> None:
+        """Forget a table; one that is not there is no error. For `replica`."""
+        with self._creating:
+            old = self._tables.pop(name, None)
+        if old is not None:
+            old.release()
+
     def replace_content(
         self,
         tables: Mapping[str, Table],

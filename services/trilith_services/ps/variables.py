@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,12 +32,13 @@ class VariableState:
 
 @dataclass(slots=True)
 class Partition:
-    """One partition: float32[size] values, float32 optimizer state, and the lock that guards both."""
+    """One partition: float32[size] values, float32 optimizer state, how often they changed, and the lock over all."""
 
     spec: ps_pb2.VariableSpec
     layout: OptimizerLayout
     values: Float32Array
     state: Float32Array
+    version: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -96,12 +97,19 @@ class Variables:
                     rate,
                     global_step,
                 )
+                partition.version += 1
 
     def assign(self, parts: Sequence[DensePart]) -> None:
         """Set values; optimizer state stays."""
         for partition, values in self._checked(parts, "values"):
             with partition.lock:
                 partition.values[:] = values
+                partition.version += 1
+
+    def keep(self, keys: Collection[tuple[str, int]]) -> None:
+        """Drop every partition whose (name, partition) is not among `keys`."""
+        with self._lock:
+            self._partitions = {key: each for key, each in self._partitions.items() if key in keys}
 
     def export(self) -> list[VariableState]:
         """Copies of all partitions, each as it is at one moment."""

@@ -1,0 +1,159 @@
+"""One serving replica: its rows behind the ParameterServer's reading verbs, and the service that takes pushes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from trilith.discovery.addresses import advertised
+from trilith.errors import InvalidRequestError
+from trilith.remote import SERVICE
+from trilith_services.ps.metrics import Metrics
+from trilith_services.ps.replica_servicer import SYNC_SERVICE, ReplicaServicer
+from trilith_services.ps.sync import wire
+from trilith_services.serve import Limits, Server, serve
+
+if TYPE_CHECKING:
+    from wsgiref.simple_server import WSGIServer
+
+    from trilith_services.ps.replica import Replica
+    from trilith_services.ps.sync.discovery import ServingReplicas
+
+__all__ = ["ReplicaOptions", "ReplicaServer"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaOptions:
+    """How one replica runs.
+
+    Attributes:
+        limits: Threads, queue and messages.
+        wait_s: Seconds to wait for the first full copy before serving what there is; None: as long as it takes.
+        metrics_port: Port of GET /metrics; None: not served, 0: any free one.
+        replica: Its number among the replicas of the shard.
+        advertise: host:port to announce, port 0 for the one served on; empty: the host listened on, or this machine's
+            if that is every interface.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    replica: int = 0
+    advertise: str = ""
+    wait_s: float | None = None
+    metrics_port: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.wait_s is not None and self.wait_s < 0:
+            raise InvalidRequestError(f"wait_s={self.wait_s} is below 0")
+
+
+class ReplicaServer:
+    """Serves one Replica: in the foreground with `run`, or beside other things with `start` and `stop`."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        options: ReplicaOptions | None = None,
+        *,
+        listed: ServingReplicas | None = None,
+    ) -> None:
+        """Put the parts together; nothing listens yet.
+
+        Args:
+            replica: What is served.
+            options: How.
+            listed: Where the replica is announced, for training to fill and for entries to ask; closed in the end.
+        """
+        self._replica = replica
+        self._options = options or ReplicaOptions()
+        self.metrics = Metrics()
+        self.servicer = ReplicaServicer(replica, self.metrics, queued=lambda: self._server.queued)
+        self._server = Server(
+            SERVICE,
+            self.servicer.methods(),
+            beside={SYNC_SERVICE: self.servicer.sync_methods()},
+            limits=self._options.limits,
+            refused=self.metrics.refused,
+        )
+        self._listed = listed
+        self._listening = ("", 0)
+        self._stopping = threading.Event()
+        self._metrics_server: WSGIServer | None = None
+
+    @property
+    def metrics_port(self) -> int | None:
+        """Where metrics are served, once `prepare` has begun."""
+        return self._metrics_server.server_port if self._metrics_server else None
+
+    def prepare(self) -> None:
+        """Compile, take pushes until the rows are complete; afterwards they are served."""
+        options = self._options
+        self.metrics.watch(self.servicer.stats)
+        if options.metrics_port is not None:
+            self._metrics_server = self.metrics.serve(options.metrics_port)
+            log.info("metrics", extra={"port": self.metrics_port})
+        self._replica.store.compile()
+        wire.compile_kernels()
+        self._announce(available=False)
+        log.info("waiting for a full copy", extra={"seconds": options.wait_s})
+        until = None if options.wait_s is None else time.monotonic() + options.wait_s
+        while not self._replica.complete.wait(0.05):
+            if self._stopping.is_set() or (until is not None and time.monotonic() >= until):
+                break
+        self.servicer.ready = True
+        self._announce(available=True)
+
+    def run(self, listen: str, *, bound: Callable[[int], None] = lambda port: None) -> int:
+        """Serve until SIGTERM; returns the exit status."""
+
+        def listening(port: int) -> None:
+            self._listening = (listen, port)
+            bound(port)
+
+        return serve(
+            self._server, listen, prepare=self.prepare, bound=listening, draining=self._leave, drained=self._finish
+        )
+
+    def start(self, listen: str = "127.0.0.1:0") -> int:
+        """Take pushes on background threads, and serve when there are rows; returns the port at once."""
+        port = self._server.listen(listen)
+        self._listening = (listen, port)
+
+        def prepare() -> None:
+            self.prepare()
+            self._server.set_serving(True)
+
+        self._preparing = threading.Thread(target=prepare, name="replica-prepare", daemon=True)
+        self._preparing.start()
+        return port
+
+    def stop(self, grace_s: float = 0.0) -> None:
+        """End what `start` began; calls in flight get `grace_s` seconds."""
+        self._stopping.set()
+        self._preparing.join()
+        self._leave()
+        self._server.stop(grace_s)
+        self._finish()
+
+    def _announce(self, *, available: bool) -> None:
+        if self._listed is not None:
+            address = advertised(*self._listening, self._options.advertise)
+            self._listed.announce(self._options.replica, address, available=available)
+
+    def _leave(self) -> None:
+        if self._listed is not None:
+            self._listed.withdraw(self._options.replica, advertised(*self._listening, self._options.advertise))
+
+    def _finish(self) -> None:
+        if self._listed is not None:
+            self._listed.close()
+        if self._metrics_server is not None:
+            self._metrics_server.shutdown()
+            self._metrics_server.server_close()
+            self._metrics_server = None
+        self._replica.store.close()
