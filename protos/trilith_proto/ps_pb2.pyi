@@ -708,6 +708,40 @@ class ReplicaStats(google.protobuf.message.Message):
 global___ReplicaStats = ReplicaStats
 
 @typing.final
+class MethodStats(google.protobuf.message.Message):
+    """Calls of one method, answered by this process."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    METHOD_FIELD_NUMBER: builtins.int
+    CALLS_FIELD_NUMBER: builtins.int
+    FAILURES_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    BUCKETS_FIELD_NUMBER: builtins.int
+    method: builtins.str
+    calls: builtins.int
+    failures: builtins.int
+    """Of them, answered with an error."""
+    seconds: builtins.float
+    """Time in them, queueing excluded."""
+    @property
+    def buckets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """How many took up to each of StatsResponse.latency_bounds, each counted once, and at the end how many took longer."""
+
+    def __init__(
+        self,
+        *,
+        method: builtins.str = ...,
+        calls: builtins.int = ...,
+        failures: builtins.int = ...,
+        seconds: builtins.float = ...,
+        buckets: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["buckets", b"buckets", "calls", b"calls", "failures", b"failures", "method", b"method", "seconds", b"seconds"]) -> None: ...
+
+global___MethodStats = MethodStats
+
+@typing.final
 class StatsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -740,6 +774,8 @@ class StatsResponse(google.protobuf.message.Message):
     LAST_CHECKPOINT_TIME_FIELD_NUMBER: builtins.int
     SYNC_TARGETS_FIELD_NUMBER: builtins.int
     REPLICA_FIELD_NUMBER: builtins.int
+    METHODS_FIELD_NUMBER: builtins.int
+    LATENCY_BOUNDS_FIELD_NUMBER: builtins.int
     incarnation: builtins.int
     memory_bytes: builtins.int
     memory_limit_bytes: builtins.int
@@ -761,6 +797,12 @@ class StatsResponse(google.protobuf.message.Message):
     def replica(self) -> global___ReplicaStats:
         """Serving replicas only."""
 
+    @property
+    def methods(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___MethodStats]: ...
+    @property
+    def latency_bounds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Seconds, ascending."""
+
     def __init__(
         self,
         *,
@@ -777,9 +819,11 @@ class StatsResponse(google.protobuf.message.Message):
         last_checkpoint_time: builtins.float = ...,
         sync_targets: collections.abc.Iterable[global___SyncTargetStats] | None = ...,
         replica: global___ReplicaStats | None = ...,
+        methods: collections.abc.Iterable[global___MethodStats] | None = ...,
+        latency_bounds: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["replica", b"replica"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["global_step", b"global_step", "incarnation", b"incarnation", "last_checkpoint", b"last_checkpoint", "last_checkpoint_time", b"last_checkpoint_time", "memory_bytes", b"memory_bytes", "memory_limit_bytes", b"memory_limit_bytes", "queued_requests", b"queued_requests", "replica", b"replica", "requests", b"requests", "resident_bytes", b"resident_bytes", "sync_targets", b"sync_targets", "tables", b"tables", "uptime_seconds", b"uptime_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["global_step", b"global_step", "incarnation", b"incarnation", "last_checkpoint", b"last_checkpoint", "last_checkpoint_time", b"last_checkpoint_time", "latency_bounds", b"latency_bounds", "memory_bytes", b"memory_bytes", "memory_limit_bytes", b"memory_limit_bytes", "methods", b"methods", "queued_requests", b"queued_requests", "replica", b"replica", "requests", b"requests", "resident_bytes", b"resident_bytes", "sync_targets", b"sync_targets", "tables", b"tables", "uptime_seconds", b"uptime_seconds"]) -> None: ...
 
 global___StatsResponse = StatsResponse
 
