@@ -213,30 +213,30 @@ class Batches:
             timeout_s=terms.timeout_s,
         )
 
-    def update_owned(
-        self, verb: Verb, updates: Sequence[Mapping[str, tuple[UInt64Array, Float32Array]]], terms: Terms
-    ) -> None:
+    def update_owned(self, verb: Verb, updates: Sequence[Mapping[str, tuple[Any, ...]]], terms: Terms) -> None:
         """Write rows of ids that are arranged by owner already; repeats are applied one after another.
 
         Args:
             verb: Which write.
-            updates: Per shard and table uint64[n] and float32[n, dim].
+            updates: Per shard and table uint64[n], float32[n, dim] and, where ids stand for several, uint32[n].
             terms: What goes with it.
         """
         names = {name for tables in updates for name in tables}
         rates = {name: self._rates(verb, self._info(name), terms) for name in sorted(names)}
         frames = {}
         concerned = self._owners_of(
-            updates, {index: {name: ids for name, (ids, _) in tables.items()} for index, tables in enumerate(updates)}
+            updates, {index: {name: each[0] for name, each in tables.items()} for index, tables in enumerate(updates)}
         )
         for index in concerned:
             layouts = [
-                wire.UpdateLayout(name, ids.size, self._info(name).dim, False, rates[name])
-                for name, (ids, _) in updates[index].items()
+                wire.UpdateLayout(name, ids.size, self._info(name).dim, bool(counts), rates[name])
+                for name, (ids, _, *counts) in updates[index].items()
             ]
             frames[index] = frame = self._room(index, layouts, terms)
-            for part, (ids, values) in zip(frame, updates[index].values(), strict=True):
+            for part, (ids, values, *counts) in zip(frame, updates[index].values(), strict=True):
                 part.ids[:] = ids
+                if part.counts is not None:
+                    part.counts[:] = counts[0]
                 rows = as_rows(part.table, _WHAT[verb], values, ids.size, part.values.shape[1])
                 split = dedup.Split(part.ids, (0, ids.size), None, None)
                 finite = dedup.scatter_values(split, rows, [part.values], float16=self._float16)

@@ -369,11 +369,13 @@ class Client:
         from trilith.folder import absolute
 
         where = absolute(path)
-        replies = self._cluster.everywhere(
-            lambda _, shard, left: shard.save(where, timeout_s=left), timeout_s=timeout_s
-        )
+        replies = self.save_shards(where, timeout_s=timeout_s)
         parts = [part_of(index, len(replies), reply) for index, reply in enumerate(replies)]
         return write_manifest(where, parts).global_step
+
+    def save_shards(self, path: str, *, timeout_s: float = 3600.0) -> list[ps_pb2.SaveResponse]:
+        """Have every shard write its files of a checkpoint, which is complete once somebody writes its manifest."""
+        return self._cluster.everywhere(lambda _, shard, left: shard.save(path, timeout_s=left), timeout_s=timeout_s)
 
     def restore(self, path: str, *, timeout_s: float = 3600.0) -> int:
         """Replace the cluster's content by that of a complete checkpoint, of any number of PS; returns its step."""

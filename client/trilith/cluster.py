@@ -54,13 +54,19 @@ class Cluster:
     Sequences of writes count per shard, so that a PS sees those of one client without gaps.
     """
 
-    def __init__(self, shards: Sequence[Shard], config: ClientConfig) -> None:
+    def __init__(self, shards: Sequence[Shard], config: ClientConfig, *, part: tuple[int, int] | None = None) -> None:
         """Meet the shards.
+
+        Args:
+            shards: All of them, in order.
+            config: How to talk to them.
+            part: The one shard given is that of this index, of so many; whoever calls routes ids to it.
 
         Raises:
             ClusterMismatchError: A shard is not who the order of `shards` says it is.
         """
         self.shards = tuple(shards)
+        self._part = part
         self.count = len(self.shards)
         self.config = config
         self.remote = all(isinstance(shard, RemoteShard) for shard in shards)
@@ -163,7 +169,8 @@ class Cluster:
     def _check_identity(self, answers: Sequence[ps_pb2.DescribeResponse]) -> None:
         wrong = []
         for index, answer in enumerate(answers):
-            ours = f"{index} of {self.count}, owner rule {OWNER_RULE!r}"
+            at, of = self._part or (index, self.count)
+            ours = f"{at} of {of}, owner rule {OWNER_RULE!r}"
             theirs = f"{answer.shard_index} of {answer.shard_count}, owner rule {answer.owner_rule!r}"
             if ours != theirs:
                 shard = self.shards[index]

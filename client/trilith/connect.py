@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from trilith.client import Client
     from trilith.discovery import Directory
     from trilith.remote import RemoteShard
+    from trilith.shard import Shard
 
-__all__ = ["connect"]
+__all__ = ["connect", "open_part"]
 
 
 def connect(
@@ -87,6 +88,26 @@ def connect(
     except BaseException:
         directory.close()
         raise
+
+
+def open_part(
+    index: int, count: int, *, threads: int | None = None, memory_limit_bytes: int = 0
+) -> tuple[Client, Shard]:
+    """Make one shard of a cluster in this process: a client that talks to it alone, and the shard.
+
+    Args:
+        index: Which shard.
+        count: Of how many.
+        threads: Of the engine; None: one per core.
+        memory_limit_bytes: The engine's hard limit; 0 is none.
+    """
+    prefer_fast_grpc()
+    from trilith.client import Client
+    from trilith.cluster import Cluster
+    from trilith_services.ps.store import Store
+
+    shard = Store(index=index, count=count, threads=threads, memory_limit_bytes=memory_limit_bytes)
+    return Client(Cluster([shard], ClientConfig(), part=(index, count))), shard
 
 
 def _open(directory: Directory, config: ClientConfig, num_ps: int | None, timeout_s: float) -> Client:

@@ -127,6 +127,7 @@ class AllReduced:
         optimizer: A torch optimizer over the module's parameters.
         stored_as: One of `trilith.tables`; an optimizer the variables carry and that never runs.
         prefix: Goes before the parameters' names.
+        all_publish: Whether every rank publishes, each to its own shard, rather than rank 0 to all; see `PeerClient`.
     """
 
     def __init__(
@@ -137,11 +138,13 @@ class AllReduced:
         *,
         stored_as: Any,
         prefix: str = "dense/",
+        all_publish: bool = False,
     ) -> None:
         if not distributed.is_available() or not distributed.is_initialized():
             raise InvalidRequestError("all-reduced parameters need torch.distributed.init_process_group first")
         self._client = client
         self._optimizer = optimizer
+        self._all_publish = all_publish
         self._parameters = _named(module, prefix)
         self._bridge = Bridge(next(iter(self._parameters.values())).device)
         client.create_variables(self._values(), optimizer=stored_as)
@@ -186,7 +189,7 @@ class AllReduced:
 
     def publish(self) -> None:
         """Store the present values in the cluster; rank 0 does it before a checkpoint and at the end."""
-        if distributed.get_rank() == 0:
+        if self._all_publish or distributed.get_rank() == 0:
             self._client.assign_variables(self._values())
 
     def _values(self) -> dict[str, Float32Array]:

@@ -16,11 +16,11 @@ import numpy.typing as npt
 import torch
 import torch.distributed
 
-from trilith.errors import InvalidRequestError
+from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.ops.fused_gather import fused_gather_embeddings_by_input, fused_gather_embeddings_by_input_gradient
 from trilith.ops.reorder import FusedReorder, fused_reorder_by_indices
 
-__all__ = ["AllToAllTables", "Collective", "Exchanged", "TorchCollective"]
+__all__ = ["AllToAllTables", "Collective", "Exchanged", "LocalTables", "TorchCollective"]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -47,15 +47,23 @@ class TorchCollective:
     Args:
         device: Where the backend wants tensors.
         float16: Whether float32 travels as float16.
+        group: The process group; None is the default one. Threads that exchange at the same time need one each.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", *, float16: bool = False) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        float16: bool = False,
+        group: torch.distributed.ProcessGroup | None = None,
+    ) -> None:
         if not torch.distributed.is_initialized():
             raise InvalidRequestError("torch.distributed is not initialized; call init_process_group first")
         self.rank = torch.distributed.get_rank()
         self.size = torch.distributed.get_world_size()
         self._device = torch.device(device)
         self._float16 = float16
+        self._group = group
 
     def all_to_all(self, values: npt.NDArray[Any], sent: Ints, received: Ints) -> npt.NDArray[Any]:
         """See `Collective`."""
@@ -63,7 +71,10 @@ class TorchCollective:
         given = torch.from_numpy(values.astype(np.float16) if narrow else np.ascontiguousarray(values))
         given = given.to(self._device)
         taken = given.new_empty(int(received.sum()))
-        torch.distributed.all_to_all_single(taken, given, received.tolist(), sent.tolist())
+        try:
+            torch.distributed.all_to_all_single(taken, given, received.tolist(), sent.tolist(), group=self._group)
+        except RuntimeError as error:
+            raise UnavailableError(f"the other workers cannot be reached: {str(error).splitlines()[0]}") from error
         array: npt.NDArray[Any] = taken.cpu().numpy()
         return array.astype(np.float32) if narrow else array
 
@@ -74,8 +85,8 @@ class LocalTables(Protocol):
     def lookup(self, ids: Mapping[str, Any], /) -> Mapping[str, Floats]:
         """Per table float32[n, dim]."""
 
-    def apply_gradients(self, updates: Mapping[str, tuple[Any, Any]], /, **options: Any) -> None:
-        """One step per distinct id of a table."""
+    def apply_gradients(self, updates: Mapping[str, tuple[Any, ...]], /, **options: Any) -> None:
+        """One step per distinct id of a table: ids, gradients and, where repeats are counted, occurrences uint32[n]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +107,22 @@ class Exchanged:
 class AllToAllTables:
     """Tables sharded over the ranks of a collective."""
 
-    def __init__(self, local: LocalTables, dims: Mapping[str, int], collective: Collective) -> None:
+    def __init__(
+        self, local: LocalTables, dims: Mapping[str, int], collective: Collective, *, count_repeats: bool = False
+    ) -> None:
         """Use the tables that `local` has.
 
         Args:
             local: This rank's rows.
             dims: Floats per row, by table; the same on every rank.
             collective: How ranks exchange arrays.
+            count_repeats: Whether it travels how often an id occurred, for tables that count occurrences.
         """
         if not dims:
             raise InvalidRequestError("at least one table is needed")
         self._local = local
         self._collective = collective
+        self._count_repeats = count_repeats
         self.names = sorted(dims)
         self._dims = np.array([dims[name] for name in self.names], np.int64)
 
@@ -132,15 +147,31 @@ class AllToAllTables:
         Returns:
             By table float32[n, dim] in the order of its ids, and what `apply_gradients` needs.
         """
+        exchanged = self.send_ids(reorder)
+        sent = self._sent(reorder) @ self._dims
+        rows = self._collective.all_to_all(self._rows(exchanged), exchanged.sizes @ self._dims, sent)
+        pieces = fused_gather_embeddings_by_input(rows, reorder.offsets(), self._dims.tolist())
+        return dict(zip(self.names, pieces, strict=True)), exchanged
+
+    def send_ids(self, reorder: FusedReorder) -> Exchanged:
+        """Tell the owners which ids are meant: a lookup without rows, for gradients of ids looked up before."""
         ranks, tables = self._collective.size, len(self.names)
-        counts = reorder.sharded_slot_sizes.astype(np.int64).reshape(ranks, tables)
+        counts = self._sent(reorder)
         each = np.full(ranks, tables, np.int64)
         sizes = self._collective.all_to_all(counts.reshape(-1), each, each).reshape(ranks, tables)
         ids = self._collective.all_to_all(reorder.output, counts.sum(axis=1), sizes.sum(axis=1))
-        exchanged = Exchanged(reorder, sizes, ids)
-        rows = self._collective.all_to_all(self._rows(exchanged), sizes @ self._dims, counts @ self._dims)
-        pieces = fused_gather_embeddings_by_input(rows, reorder.offsets(), self._dims.tolist())
-        return dict(zip(self.names, pieces, strict=True)), exchanged
+        return Exchanged(reorder, sizes, ids)
+
+    def _sent(self, reorder: FusedReorder) -> Ints:
+        """int64[ranks, tables]: ids for each rank."""
+        return reorder.sharded_slot_sizes.astype(np.int64).reshape(self._collective.size, len(self.names))
+
+    def _repeats(self, reorder: FusedReorder) -> npt.NDArray[np.int32]:
+        """int32[ids that travel]: how often each occurs."""
+        cells = self._sent(reorder)
+        widths = np.repeat(np.tile(self._dims, self._collective.size), cells.reshape(-1))
+        places = np.searchsorted(np.cumsum(widths) - widths, reorder.fused_emb_offset)
+        return np.bincount(places, minlength=widths.size).astype(np.int32)
 
     def apply_gradients(
         self,
@@ -162,7 +193,7 @@ class AllToAllTables:
         """
         reorder, sizes = exchanged.reorder, exchanged.sizes
         offsets, dims = reorder.offsets(), self._dims.tolist()
-        counts = reorder.sharded_slot_sizes.astype(np.int64).reshape(sizes.shape)
+        counts = self._sent(reorder)
         given = [k for k, name in enumerate(self.names) if name in grads]
         flat = fused_gather_embeddings_by_input_gradient(
             int((counts @ self._dims).sum()),
@@ -174,12 +205,17 @@ class AllToAllTables:
         received = self._collective.all_to_all(flat, counts @ self._dims, sizes @ self._dims)
         cells = self._cells(exchanged)
         floats = np.split(received, np.cumsum((sizes * self._dims).reshape(-1))[:-1])
+        repeats: list[tuple[Any, ...]] = [()] * len(cells)
+        if self._count_repeats:
+            came = self._collective.all_to_all(self._repeats(reorder), counts.sum(axis=1), sizes.sum(axis=1))
+            repeats = [(each.view(np.uint32),) for each in np.split(came, np.cumsum(sizes.reshape(-1))[:-1])]
         for rank in range(self._collective.size):
-            updates = {}
+            updates: dict[str, tuple[Any, ...]] = {}
             for k, name in enumerate(self.names):
-                wanted = cells[rank * len(self.names) + k]
+                cell = rank * len(self.names) + k
+                wanted = cells[cell]
                 if wanted.size:
-                    updates[name] = (wanted, floats[rank * len(self.names) + k].reshape(wanted.size, dims[k]))
+                    updates[name] = (wanted, floats[cell].reshape(wanted.size, dims[k]), *repeats[cell])
             if updates:
                 self._local.apply_gradients(updates, global_step=global_step, request_time=request_time)
 

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from trilith.data.clicks import Parts
-    from trilith_services.supervisor import PsCluster, StopRequest, Supervisor
+    from trilith_services.supervisor import StopRequest, Supervisor
     from trilith_services.worker.models import ModelSettings
     from trilith_services.worker.trainer import WorkerConfig
 
@@ -33,6 +34,7 @@ INTERRUPTED = 130
 class DemoOptions:
     """What the demo does; `steps` counts those of all workers, 0 is no limit, `epochs` 0 the model's own number."""
 
+    mode: str
     num_ps: int
     workers: int
     model: str
@@ -58,6 +60,14 @@ class _Result:
     checkpoint: str
 
 
+class Mode(StrEnum):
+    """Where the rows are."""
+
+    ps = "ps"
+    embedded = "embedded"
+    all_to_all = "all-to-all"
+
+
 class _InterruptedError(Exception):
     """Somebody asked for the end."""
 
@@ -68,7 +78,16 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    num_ps: Annotated[int, typer.Option(help="PS processes; 0: embedded, everything in one process.", min=0)] = 2,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(
+            help="ps: rows on PS processes; embedded: everything in one process; all-to-all: rows in the workers.",
+            show_default="ps",
+        ),
+    ] = None,
+    num_ps: Annotated[
+        int | None, typer.Option(help="PS processes of mode ps; 0: embedded.", min=0, show_default="2")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Worker processes; 2, or 1 when embedded.", min=1, show_default=False)
     ] = None,
@@ -91,12 +110,16 @@ def demo(
     from trilith.data.movielens import cache_dir
     from trilith.errors import InvalidRequestError
 
-    if num_ps == 0 and workers not in (None, 1):
-        raise InvalidRequestError(f"--workers {workers} with --num-ps 0: embedded, one process does everything")
+    chosen = mode or (Mode.embedded if num_ps == 0 else Mode.ps)
+    if (chosen is Mode.ps) != (num_ps != 0) and num_ps is not None:
+        raise InvalidRequestError(f"--mode {chosen.value} with --num-ps {num_ps}: only mode ps has PS processes")
+    if chosen is Mode.embedded and workers not in (None, 1):
+        raise InvalidRequestError(f"--workers {workers} in mode embedded: one process does everything")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     options = DemoOptions(
-        num_ps=num_ps,
-        workers=workers or (2 if num_ps else 1),
+        mode=chosen.value,
+        num_ps=(num_ps or 2) if chosen is Mode.ps else 0,
+        workers=workers or (1 if chosen is Mode.embedded else 2),
         model=model.value,
         data=data,
         model_dir=(cache_dir() / "demo" / stamp if model_dir is None else model_dir).absolute(),
@@ -135,13 +158,18 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
         )
         try:
             run = _Cluster(options, settings, parts, console, stop)
-            result = run.embedded() if options.num_ps == 0 else run.processes()
+            how = {Mode.ps: run.processes, Mode.embedded: run.embedded, Mode.all_to_all: run.all_to_all}
+            result = how[Mode(options.mode)]()
             base = _baseline(options, settings, parts, console, stop) if options.baseline else None
         except _InterruptedError:
             console.print("stopped, as asked")
             return INTERRUPTED
     table = output.grid("", ">test auc", ">samples/s", ">rows", title="the same model, data, epochs and optimizer")
-    where = f"{options.num_ps} PS, {options.workers} workers" if options.num_ps else "embedded"
+    where = {
+        Mode.ps: f"{options.num_ps} PS, {options.workers} workers",
+        Mode.embedded: "embedded",
+        Mode.all_to_all: f"{options.workers} workers, all-to-all",
+    }[Mode(options.mode)]
     table.add_row(where, f"{result.auc:.4f}", f"{result.samples_per_s:,.0f}", f"{result.rows:,}")
     if base is not None:
         name = f"plain torch, 1 process, {base.threads} threads"
@@ -152,7 +180,8 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
     base_rate = f"{base.samples_per_s:.0f}" if base is not None else "nan"
     typer.echo(
         f"demo: auc={result.auc:.4f} baseline_auc={base_auc} samples_per_s={result.samples_per_s:.0f} "
-        f"baseline_samples_per_s={base_rate} rows={result.rows} ps={options.num_ps} workers={options.workers}"
+        f"baseline_samples_per_s={base_rate} rows={result.rows} ps={options.num_ps} workers={options.workers} "
+        f"mode={options.mode}"
     )
     return 0
 
@@ -212,7 +241,7 @@ class _Cluster:
                 raise _InterruptedError
             with TrainingView(console, [f"worker-{rank}" for rank in range(options.workers)]) as view:
                 try:
-                    self._start_workers(supervisor, cluster)
+                    self._start_workers(supervisor, "--cluster", cluster.address)
                     self._watch(supervisor, view)
                 finally:
                     # Before the PS: a worker whose PS is gone waits for it to come back.
@@ -220,27 +249,55 @@ class _Cluster:
             with connect(cluster.address) as client:
                 return self._finish(client, view.samples_per_s)
 
-    def _start_workers(self, supervisor: Supervisor, cluster: PsCluster) -> None:
+    def all_to_all(self) -> _Result:
+        """Workers as processes that hold the rows themselves; their last checkpoint is what is scored."""
+        from rich.console import Console
+
+        from trilith.checkpoint import newest_complete
+        from trilith.connect import connect
+        from trilith_services.commands.training_view import TrainingView
+        from trilith_services.supervisor import Supervisor, free_ports
+
+        options = self._options
+        with Supervisor(Console(quiet=True), self._run_dir) as supervisor:
+            self._console.print(f"starting {options.workers} workers that hold the rows; logs in {self._run_dir}")
+            with TrainingView(self._console, [f"worker-{rank}" for rank in range(options.workers)]) as view:
+                self._start_workers(supervisor, "--mode", "all-to-all", "--master", f"127.0.0.1:{free_ports(1)[0]}")
+                self._watch(supervisor, view)
+        newest = newest_complete(str(options.model_dir))
+        assert newest is not None  # the workers' last act
+        with connect("local://") as client:
+            client.restore(newest.path)
+            return self._finish(client, view.samples_per_s, checkpoint=newest.path)
+
+    def _start_workers(self, supervisor: Supervisor, *where: str) -> None:
         from trilith_services.supervisor import ProcessSpec, trilith_argv
 
         options = self._options
+        together = options.mode == Mode.all_to_all
         for rank in range(options.workers):
+            # Workers that take their steps together end together, and go on from a checkpoint, not from a position.
+            position = () if together else ("--state", str(self._run_dir / f"worker-{rank}.state"))
             argv = trilith_argv(
                 "worker",
-                *("--cluster", cluster.address, "--rank", str(rank), "--world-size", str(options.workers)),
+                *where,
+                *("--rank", str(rank), "--world-size", str(options.workers)),
                 *("--model", options.model, "--data", options.data, "--batch-size", str(options.batch_size)),
                 *("--epochs", str(self._settings.epochs), "--steps", str(-(-options.steps // options.workers))),
                 *("--seed", str(options.seed), "--model-dir", str(options.model_dir)),
                 *("--save-every", str(options.save_every), "--events", str(self._events(rank))),
-                *("--state", str(self._run_dir / f"worker-{rank}.state")),
                 *("--prefetch", str(options.prefetch), "--async-push", str(options.async_push)),
+                *position,
             )
-            supervisor.start(ProcessSpec(name=f"worker-{rank}", argv=argv, restart="on-failure"))
+            supervisor.start(
+                ProcessSpec(name=f"worker-{rank}", argv=argv, restart="never" if together else "on-failure")
+            )
 
     def _events(self, rank: int) -> Path:
         return self._run_dir / f"worker-{rank}.jsonl"
 
     def _watch(self, supervisor: Supervisor, view: Any) -> None:
+        from trilith.errors import UnavailableError
         from trilith_services.worker.events import Tail
 
         tails = [Tail(self._events(rank)) for rank in range(self._options.workers)]
@@ -250,6 +307,8 @@ class _Cluster:
             if self._stop.wait(0.1):
                 raise _InterruptedError
             for ended in supervisor.poll():
+                if ended.status and not ended.restarted:
+                    raise UnavailableError("\n".join([f"{ended.name} {ended.how}", *ended.tail[-15:]]))
                 if ended.restarted:
                     running = True
                     view.say(f"{ended.name} {ended.how}; starting it again")
@@ -323,8 +382,8 @@ class _Cluster:
             async_push=options.async_push,
         )
 
-    def _finish(self, client: Any, samples_per_s: float) -> _Result:
-        """Score the test part with what the cluster holds, and save it."""
+    def _finish(self, client: Any, samples_per_s: float, *, checkpoint: str = "") -> _Result:
+        """Score the test part with what the cluster holds, and save it unless it is `checkpoint`."""
         from trilith.nn import DenseOnPs, auc
         from trilith_services.worker.trainer import save_checkpoint
 
@@ -332,7 +391,7 @@ class _Cluster:
         model = settings.on_cluster(client, test.features, seed=self._options.seed)
         DenseOnPs(client, model.head, settings.dense_optimizer())  # takes the trained values over
         score = auc(test.labels, model.predict(test))
-        path, _ = save_checkpoint(client, str(self._options.model_dir))
+        path = checkpoint or save_checkpoint(client, str(self._options.model_dir))[0]
         rows = sum(table.rows for shard in client.stats() for table in shard.tables)
         return _Result(auc=score, samples_per_s=samples_per_s, rows=rows, checkpoint=path)
 

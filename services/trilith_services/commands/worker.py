@@ -17,6 +17,13 @@ class Model(StrEnum):
     deepfm = "deepfm"
 
 
+class WorkerMode(StrEnum):
+    """Where embedding rows live."""
+
+    ps = "ps"
+    all_to_all = "all-to-all"
+
+
 class Dense(StrEnum):
     """Where dense parameters live."""
 
@@ -30,7 +37,12 @@ def register(app: typer.Typer) -> None:
 
 
 def worker(
-    cluster: Annotated[str, typer.Option(help="Address of the PS, such as static://host:port,host:port.")],
+    cluster: Annotated[
+        str, typer.Option(help="Address of the PS, such as static://host:port,host:port; needed by --mode ps.")
+    ] = "",
+    mode: Annotated[
+        WorkerMode, typer.Option(help="ps: rows on the PS; all-to-all: in the workers, who take each step together.")
+    ] = WorkerMode.ps,
     rank: Annotated[int, typer.Option(help="This worker's number, from 0.", min=0)] = 0,
     world_size: Annotated[int, typer.Option(help="Shards the data is cut into.", min=1)] = 1,
     model: Annotated[Model, typer.Option(help="Reference model.")] = Model.deepfm,
@@ -42,7 +54,7 @@ def worker(
     dense: Annotated[
         Dense, typer.Option(help="ps: dense parameters on the PS, asynchronous; allreduce: synchronous.")
     ] = Dense.ps,
-    master: Annotated[str, typer.Option(help="host:port of rank 0, for allreduce.")] = "",
+    master: Annotated[str, typer.Option(help="host:port of rank 0, for allreduce and all-to-all.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     threads: Annotated[int, typer.Option(help="torch threads; 0: the cores shared by the workers.", min=0)] = 0,
     model_dir: Annotated[str, typer.Option(help="Directory or URL for rank 0's checkpoints.")] = "",
@@ -56,11 +68,16 @@ def worker(
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:
     """Train a shard of the data until it is done or SIGTERM comes; other workers may come and go meanwhile."""
+    from trilith.errors import InvalidRequestError
     from trilith_services.logs import setup_logging
     from trilith_services.worker.models import settings_of
     from trilith_services.worker.run import WorkerOptions, run_worker
     from trilith_services.worker.trainer import WorkerConfig
 
+    if (mode is WorkerMode.ps) != bool(cluster):
+        raise InvalidRequestError(
+            f"--mode {mode.value} with --cluster {cluster!r}: --mode ps needs an address, all-to-all has none"
+        )
     setup_logging(level=log_level, role={"worker": rank})
     settings = settings_of(model.value)
     config = WorkerConfig(
@@ -71,7 +88,7 @@ def worker(
         epochs=epochs or settings.epochs,
         steps=steps,
         seed=seed,
-        dense="ps" if dense is Dense.ps else "allreduce",
+        dense="ps" if dense is Dense.ps and mode is WorkerMode.ps else "allreduce",
         device=device,
         validate=validate,
         model_dir=model_dir,

@@ -15,8 +15,11 @@ from types import FrameType
 import torch
 from torch import distributed
 
+from trilith.client import Client
 from trilith.connect import connect
 from trilith.errors import InvalidRequestError
+from trilith.nn import pick_device
+from trilith.peers import PeerClient, connect_peers
 from trilith_services.worker.datasets import load_dataset, training_files
 from trilith_services.worker.events import EventLog
 from trilith_services.worker.trainer import Trainer, WorkerConfig
@@ -31,7 +34,8 @@ class WorkerOptions:
     """Where a worker process finds what it needs.
 
     Attributes:
-        cluster: Address of the cluster, as `trilith.connect` takes it.
+        cluster: Address of the cluster, as `trilith.connect` takes it; empty: the workers hold the rows themselves and
+            exchange them, each step together.
         data: Name of the data, as `load_dataset` takes it.
         events: File that events are appended to; empty for none.
         master: host:port where rank 0 meets the others, for all-reduce.
@@ -39,7 +43,7 @@ class WorkerOptions:
         timeout_s: How long a call waits for a PS that is away.
     """
 
-    cluster: str
+    cluster: str = ""
     data: str = "movielens"
     events: str = ""
     master: str = ""
@@ -53,13 +57,17 @@ def run_worker(options: WorkerOptions, config: WorkerConfig) -> int:
     Raises:
         TrilithError: The cluster, the data or the options are not usable.
     """
+    if not options.cluster and config.dense != "allreduce":
+        raise InvalidRequestError("workers without PS take every step together: dense parameters are all-reduced")
+    if not options.cluster and config.state_file:
+        raise InvalidRequestError("workers without PS go on from their checkpoint; a position of one rank is of no use")
     if config.dense == "allreduce" and not options.master:
-        raise InvalidRequestError("all-reduce needs to know where rank 0 is: give --master host:port")
+        raise InvalidRequestError("training together needs to know where rank 0 is: give --master host:port")
     use_threads(options.threads or max(1, (os.cpu_count() or 1) // config.world_size))
     with _stop_on_signal() as stop, _events(options.events) as emit:
         parts = load_dataset(options.data, report=log.info)
         samples = training_files(parts)
-        with connect(options.cluster, timeout_s=options.timeout_s) as client, _group(options, config):
+        with _group(options, config), _client(options, config) as client:
             finished = Trainer(config, client, parts, emit, samples=samples).run(stop.is_set)
     log.info("done" if finished else "stopped before the end, as asked")
     return 0
@@ -95,6 +103,17 @@ def _events(path: str) -> Iterator[EventLog]:
         events.close()
 
 
+def _client(options: WorkerOptions, config: WorkerConfig) -> Client | PeerClient:
+    """The cluster, or what the workers are one themselves with, as far as their last checkpoint goes."""
+    if options.cluster:
+        return connect(options.cluster, timeout_s=options.timeout_s)
+    peers = connect_peers(pick_device(config.device).type, threads=1)
+    restored = peers.restore_newest(config.model_dir) if config.model_dir else ""
+    if restored:
+        log.info("restored", extra={"path": restored, "step": peers.global_step()})
+    return peers
+
+
 @contextmanager
 def _group(options: WorkerOptions, config: WorkerConfig) -> Iterator[None]:
     """The process group of synchronous training."""
@@ -102,7 +121,7 @@ def _group(options: WorkerOptions, config: WorkerConfig) -> Iterator[None]:
         yield
         return
     distributed.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if pick_device(config.device).type == "cuda" else "gloo",
         init_method=f"tcp://{options.master}",
         rank=config.rank,
         world_size=config.world_size,

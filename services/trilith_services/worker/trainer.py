@@ -22,6 +22,7 @@ from trilith.data.clicks import ClickData, Parts
 from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
 from trilith.nn import AllReduced, DenseOnPs, EmbeddingCollection, FetchedRows, auc, pick_device
 from trilith.nn.bags import IdsLike
+from trilith.peers import PeerClient
 from trilith.pipelining import Fetch
 from trilith_services.worker.events import Emit
 from trilith_services.worker.meter import Meter
@@ -49,7 +50,8 @@ class WorkerConfig:
         epochs: Passes over the shard.
         steps: Ends training after so many steps of this worker; 0 is no limit.
         seed: Decides initial values and the order of samples.
-        dense: "ps": dense parameters on the PS, asynchronous; "allreduce": averaged every step, synchronous.
+        dense: "ps": dense parameters on the PS, asynchronous; "allreduce": averaged every step, synchronous, as workers
+            that hold the rows themselves need it.
         device: "cpu", "cuda" or "auto".
         validate: Whether rank 0 scores the validation part after every epoch.
         model_dir: Where checkpoints go; empty for none.
@@ -122,7 +124,7 @@ class Trainer:
 
     Args:
         config: What to do.
-        client: An open `trilith.Client`.
+        client: An open `trilith.Client`, or the `PeerClient` of workers that hold the rows themselves.
         parts: The whole data; the trainer takes its shard of the training part.
         emit: Is told how it goes.
         samples: Files of the training part, which are then read instead of it.
@@ -141,6 +143,9 @@ class Trainer:
     ) -> None:
         self._config = config
         self._client = client
+        self._peers = isinstance(client, PeerClient)
+        """Whether the rows are in the workers themselves, who then do everything together."""
+        self._leads = config.rank == 0
         self._emit = emit
         self._clock = clock
         train = parts.train if samples is None else samples
@@ -171,7 +176,7 @@ class Trainer:
                 async_push=self._config.async_push,
             )
         optimizer = settings.torch_optimizer(head.parameters(), dense=True)
-        return AllReduced(self._client, head, optimizer, stored_as=settings.dense_optimizer())
+        return AllReduced(self._client, head, optimizer, stored_as=settings.dense_optimizer(), all_publish=self._peers)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -179,7 +184,7 @@ class Trainer:
         """Train; returns whether all was done rather than stopped before."""
         config = self._config
         self._cluster_step = self._saved_step = self._client.global_step()
-        if config.rank == 0 and config.model_dir:
+        if (self._leads or self._peers) and config.model_dir:
             self._save()  # so that a PS that dies early has something to start from
         self._emit(
             {"event": "start", "rank": config.rank, "total_steps": self._total_steps(), **asdict(self._position)}
@@ -191,7 +196,9 @@ class Trainer:
             self._embeddings.close()
             self._dense.close()
         self._count_steps(flush=True)
-        if isinstance(self._dense, AllReduced):
+        if self._peers and config.model_dir:
+            self._save()  # what the workers hold ends with them
+        elif isinstance(self._dense, AllReduced):
             self._dense.publish()
         self._progress()
         self._emit({"event": "done" if finished else "stopped", "rank": config.rank, "samples": self._meter.samples})
@@ -215,7 +222,11 @@ class Trainer:
             self._position = Position(self._position.epoch + 1, 0, self._position.steps)
             self._drain()
             self._position.save(config.state_file)
-            if config.rank == 0 and config.validate and not stop():
+            if config.validate and self._peers:
+                if self._should_stop(stop):
+                    return False
+                self._validate()
+            elif config.validate and self._leads and not stop():
                 self._guarded(self._validate)
         return True
 
@@ -326,12 +337,14 @@ class Trainer:
         if isinstance(self._dense, DenseOnPs):
             self._dense.pull()
         score = auc(self._validation.labels, self.model.predict(self._validation))
+        if not self._leads:
+            return
         self._emit({"event": "validation", "rank": 0, "epoch": self._position.epoch, "auc": score})
         log.info("validated", extra={"epoch": self._position.epoch, "auc": f"{score:.4f}"})
 
     def _save_if_due(self) -> None:
         config = self._config
-        if config.rank or not config.save_every:
+        if not (self._leads or self._peers) or not config.save_every:
             return
         # The counter goes back when PS 0 does.
         self._saved_step = min(self._saved_step, self._cluster_step)
@@ -344,7 +357,7 @@ class Trainer:
         if isinstance(self._dense, AllReduced):
             self._dense.publish()
         try:
-            path, step = save_checkpoint(self._client, self._config.model_dir, clock=self._clock)
+            path, step = save_checkpoint(self._client, self._config.model_dir, clock=self._clock, tidy=self._leads)
         except ShardRestartedError:
             self._rejoin()
             return
@@ -353,6 +366,8 @@ class Trainer:
             self._emit({"event": "save_failed", "rank": self._config.rank, "error": str(error)})
             return
         self._cluster_step = self._saved_step = step
+        if not self._leads:
+            return
         log.info("saved", extra={"path": path, "step": step})
         self._emit({"event": "saved", "rank": self._config.rank, "path": path, "step": step})
 
@@ -367,12 +382,15 @@ def _all_reduced(value: int, how: distributed.ReduceOp.RedOpType) -> int:
     return int(shared[0])
 
 
-def save_checkpoint(client: Any, model_dir: str, *, clock: Callable[[], float] = time.time) -> tuple[str, int]:
-    """Write the next numbered checkpoint below `model_dir` and drop old ones; returns its path and step."""
+def save_checkpoint(
+    client: Any, model_dir: str, *, clock: Callable[[], float] = time.time, tidy: bool = True
+) -> tuple[str, int]:
+    """Write the next numbered checkpoint below `model_dir` and, if `tidy`, drop old ones; returns its path and step."""
     there = list_checkpoints(model_dir)
     # A PS that was stopped names its last checkpoint after the coming tick, which may lie ahead of now.
     number = max(int(clock() * 1000), there[-1].number + 1 if there else 0)
     path = f"{model_dir.rstrip('/')}/{checkpoint_name(number)}"
     step = int(client.save(path))
-    prune(model_dir, KEEP_CHECKPOINTS)
+    if tidy:
+        prune(model_dir, KEEP_CHECKPOINTS)
     return path, step

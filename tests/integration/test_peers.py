@@ -1,0 +1,123 @@
+"""Workers that hold the rows themselves, as real processes over gloo: against PS steps in the order of the ranks."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+
+import numpy as np
+import pytest
+
+import trilith
+from tests.congruence.clusters import LocalCluster
+from tests.integration import peers_child
+from tests.integration.peers_child import TABLES, batch
+
+IDS = list(range(1, 60))
+TIMEOUT_S = 120
+
+
+def run(size, folder, *calls):
+    """Let `size` processes make the calls; per rank what each call gave."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.integration.peers_child"])  # torch is imported once
+    pipes, processes = [], []
+    for rank in range(size):
+        ours, theirs = context.Pipe(duplex=False)
+        arguments = (rank, size, str(folder / "meeting"), list(calls), theirs)
+        processes.append(context.Process(target=peers_child.main, args=arguments))
+        processes[-1].start()
+        theirs.close()
+        pipes.append(ours)
+    try:
+        found = []
+        for rank, pipe in enumerate(pipes):
+            assert pipe.poll(TIMEOUT_S), f"rank {rank} said nothing"
+            found.append(pipe.recv())
+        for process in processes:
+            process.join(TIMEOUT_S)
+            assert process.exitcode == 0
+        return found
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def on_ps(client, size, steps):
+    """The same steps, one worker after another."""
+    for name, table in TABLES.items():
+        client.table(name, **table)
+    for step in range(steps):
+        for rank in range(size):
+            client.apply_gradients(batch(rank, step), global_step=step, request_time=step + 1)
+
+
+def rows_of(client):
+    return client.lookup(dict.fromkeys(TABLES, IDS))
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys()
+    for name, rows in one.items():
+        np.testing.assert_array_equal(rows, two[name])
+        assert rows.any()
+
+
+@pytest.fixture(scope="module")
+def ps_checkpoint(tmp_path_factory):
+    """What two workers did on two PS of this process, and the rows."""
+    path = str(tmp_path_factory.mktemp("ps") / "checkpoint")
+    with LocalCluster("3-ps") as cluster, cluster.connect() as client:
+        on_ps(client, 2, 2)
+        client.create_variables({"w2": np.full(5, 8, np.float32)}, optimizer=trilith.tables.Sgd())
+        client.global_step(set_to=11)
+        client.save(path)
+        return path, rows_of(client)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_workers_that_hold_the_rows_are_as_workers_of_ps(size, tmp_path, ps_checkpoint):
+    written = str(tmp_path / "written")
+    there, there_rows = ps_checkpoint
+    found = run(
+        size,
+        tmp_path,
+        ("train", 3),
+        ("lookup", IDS),
+        ("rows_here",),
+        ("variables",),
+        ("refuse",),
+        ("lookup", IDS),
+        ("save", written),
+        ("restore", there),
+        ("lookup", IDS),
+        ("module", 0, 0),
+        ("module", 2, 2),
+    )
+    _, trained, held, variables, refused, present, saved, restored, loaded, exact, late = zip(*found, strict=True)
+    # The steps of every rank are those of a worker of PS, rank after rank.
+    with trilith.connect("local://", threads=1) as client:
+        on_ps(client, size, 3)
+        for rows in trained:
+            assert_same(rows, rows_of(client))
+        assert sum(held) == sum(client.table(name).size() for name in TABLES)
+    assert all(held)
+    for values in variables:
+        assert values["w3"].tolist() == [[0, 1], [2, 3]]
+        assert values["w5"].tolist() == [[5, 5], [5, 5]]
+    # A NaN is refused where it was made; the others' gradients count.
+    assert refused == ("NonFiniteError",) + ("",) * (size - 1)
+    # A cluster of any size reads their checkpoint, and they read its.
+    assert set(saved) == {7}
+    with LocalCluster("3-ps") as cluster, cluster.connect() as client:
+        assert client.restore(written) == 7
+        assert_same(rows_of(client), present[0])
+        assert client.pull_variables()[0]["w3"].tolist() == [0, 1, 2, 3]
+    assert set(restored) == {11}
+    for rows in loaded:
+        assert_same(rows, there_rows)
+    # Modules look up ahead and push behind; every step is `size` steps, and nothing is lost.
+    for one, other in zip(exact, late, strict=True):
+        assert all(after < before for before, after in itertools.pairwise(one))
+        assert other[-1] < one[-1]
