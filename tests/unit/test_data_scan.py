@@ -86,14 +86,14 @@ def _compare(payloads: list[bytes], kind: str, fields: Fields, rows: Any, settle
             extract(records, fields)
 
 
-def _settle_instance(got: dict[Any, Any]) -> None:
+def settle_instance(got: dict[Any, Any]) -> None:
     if not got["weight"][0]:
         got["weight"] = (False, bits(0.0))  # the library says 0 where we say the default, 1
     for key in [key for key in got if isinstance(key, tuple) and key[1] == "seen"]:
         got[key] = bool(got[key])
 
 
-def _settle_example(got: dict[Any, Any]) -> None:
+def settle_example(got: dict[Any, Any]) -> None:
     present, value = got["weight"]
     got["weight"] = value if present else bits(0.0)
 
@@ -101,13 +101,13 @@ def _settle_example(got: dict[Any, Any]) -> None:
 @settings(max_examples=EXAMPLES)
 @given(payloads=st.lists(damaged(instances()), max_size=4))
 def test_instances_are_read_as_the_protobuf_library_reads_them(payloads):
-    _compare(payloads, "instance", INSTANCE, instance_rows, _settle_instance)
+    _compare(payloads, "instance", INSTANCE, instance_rows, settle_instance)
 
 
 @settings(max_examples=EXAMPLES)
 @given(payloads=st.lists(damaged(examples()), max_size=4))
 def test_examples_are_read_as_the_protobuf_library_reads_them(payloads):
-    _compare(payloads, "example", EXAMPLE, example_rows, _settle_example)
+    _compare(payloads, "example", EXAMPLE, example_rows, settle_example)
 
 
 @settings(max_examples=EXAMPLES // 3)

@@ -18,6 +18,7 @@ from trilith.data.scan.fields import (
 )
 from trilith.data.scan.plan import REPEATED, WANTED, Slot
 from trilith.data.scan.wire import (
+    AHEAD,
     BAD_PACKED,
     BYTES,
     FIXED32,
@@ -27,17 +28,18 @@ from trilith.data.scan.wire import (
     append_fids,
     byte_at,
     check_varints,
+    convert_line,
     find_name,
     find_next_name,
     i64_at,
     put_i64,
     read_length,
     read_tag,
+    run_of_slot,
     skip_field,
-    v1_to_v2,
 )
 from trilith.ops.jit import kernel, part
-from trilith.ops.memory import load_u8, load_u16, load_u64, store_u8, store_u64
+from trilith.ops.memory import copy_line, load_u8, load_u16, load_u64, prefetch, store_u8
 
 __all__: list[str] = []
 
@@ -247,26 +249,21 @@ def _spread_fids(p: int, end: int, plan: int) -> int:
     capacities = i64_at(plan, _CAPACITIES)
     regions = i64_at(plan, _REGIONS)
     while p < end:
-        # Fids of one slot mostly come together.
-        slot = _int64(load_u64(p, 0) >> _uint64(54))
-        column = _int64(load_u16(slots, slot))
-        if column == _NO_SLOT:
-            p += 8
-            while p < end and _int64(load_u64(p, 0) >> _uint64(54)) == slot:
-                p += 8
-            continue
-        cursor = i64_at(cursors, column)
-        region = i64_at(regions, column)
-        room = i64_at(capacities, column)
-        while True:
-            fid = load_u64(p, 0)
-            if cursor < room:
-                store_u64(region, cursor, v1_to_v2(fid) if convert else fid)
-            cursor += 1
-            p += 8
-            if p >= end or _int64(load_u64(p, 0) >> _uint64(54)) != slot:
-                break
-        put_i64(cursors, column, cursor)
+        # Fids of one slot mostly come together: up to eight at a time.
+        count = min(run_of_slot(p), (end - p) >> 3)
+        column = _int64(load_u16(slots, _int64(load_u64(p, 0) >> _uint64(54))))
+        if column != _NO_SLOT:
+            cursor = i64_at(cursors, column)
+            if count <= i64_at(capacities, column) - cursor:
+                target = i64_at(regions, column) + 8 * cursor
+                if convert:
+                    convert_line(target, p)
+                else:
+                    copy_line(target, p)
+                prefetch(target + 128)
+            prefetch(p + AHEAD)
+            put_i64(cursors, column, cursor + count)
+        p += 8 * count
     return p
 
 

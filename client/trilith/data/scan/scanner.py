@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -53,11 +55,13 @@ _SCALARS = [
 ]
 _ARRAYS = [
     Slot.BUFFER, Slot.OFFSETS, Slot.LENGTHS, Slot.NAMES, Slot.MEMBERS, Slot.SLOTS, Slot.TOP, Slot.LINE, Slot.CURSORS,
-    Slot.CELLS, Slot.PRESENT, Slot.SEEN, Slot.SPLITS, Slot.BLOCK, Slot.STATUS, Slot.PLACES, Slot.PROMOTE, Slot.LISTS,
+    Slot.CELLS, Slot.PRESENT, Slot.SEEN, Slot.BLOCK, Slot.STATUS, Slot.PLACES, Slot.PROMOTE, Slot.LISTS,
     Slot.TEXTS, Slot.FOLLOWERS,
 ]  # fmt: skip
 _MARGIN = 1.08
 _FIRST_GUESS = 4
+_SMALL = 1 << 20
+_KEPT = 64 << 20
 
 
 @dataclass(slots=True, eq=False)
@@ -98,6 +102,31 @@ def byte_strings(
     return out
 
 
+class _Blocks:
+    """Memory of results that nobody holds any more, for the next: new memory costs a page fault for every 4 KB."""
+
+    def __init__(self) -> None:
+        self._blocks: deque[npt.NDArray[np.uint8]] = deque()
+
+    def take(self, size: int) -> npt.NDArray[np.uint8]:
+        """uint8[size or more], content undefined."""
+        for _ in range(len(self._blocks)):
+            try:
+                block = self._blocks.popleft()
+            except IndexError:  # another thread took it
+                break
+            if sys.getrefcount(block) > 2:  # this name and the argument; every view of a result holds it too
+                self._blocks.append(block)
+            elif size <= block.size <= 2 * size + _SMALL:
+                return block
+        return np.empty(size, np.uint8)
+
+    def keep(self, block: npt.NDArray[np.uint8]) -> None:
+        """Remember a block for when its result is gone."""
+        if block.size * (len(self._blocks) + 1) <= _KEPT:
+            self._blocks.append(block)
+
+
 class Scanner:
     """Reads records of one kind into columns.
 
@@ -109,6 +138,7 @@ class Scanner:
         self.schema = Schema(kind, fields)
         self._kernel = _KERNELS.get(kind, scan_batch)
         self._mean = np.full(len(self.schema.columns), float(_FIRST_GUESS))
+        self._blocks = _Blocks()
 
     def scan(self, records: Records, *, on_error: OnError = "raise", promote: bool = True) -> Scan:
         """Read records.
@@ -171,7 +201,7 @@ class Scanner:
     def _once(
         self, records: Records, flags: npt.NDArray[np.uint8]
     ) -> tuple[Scan, npt.NDArray[np.int64] | None, npt.NDArray[np.int64]]:
-        found = run_kernel(self._kernel, self.schema, records, len(records), flags, self._mean)
+        found = run_kernel(self._kernel, self.schema, records, len(records), flags, self._mean, self._blocks)
         return found.scan, found.status if found.troubled else None, found.places
 
 
@@ -199,6 +229,7 @@ def run_kernel(
     rows: int,
     flags: npt.NDArray[np.uint8],
     mean: npt.NDArray[np.float64],
+    blocks: _Blocks,
 ) -> _Run:
     """Scan once, and once more if a column turned out longer than expected.
 
@@ -209,12 +240,12 @@ def run_kernel(
         rows: Rows to make room for.
         flags: uint8[records]: whether to promote reserved features.
         mean: float64[columns], values per row to expect; written with what was found.
+        blocks: Where memory comes from.
     """
     columns, n = len(schema.columns), len(records)
     offsets, lengths = bounds_of(records)
     cursors = np.zeros(columns + 8, np.int64)
     block = np.empty((BLOCK_ROWS, columns + 8), np.int64)
-    splits = np.zeros((columns, rows + 1), np.int64)
     cells = np.zeros((schema.cells, rows), np.uint64)
     present = np.zeros((schema.cells, rows), np.uint8)
     seen = np.zeros((rows, len(schema.names)), np.uint8)
@@ -235,7 +266,7 @@ def run_kernel(
     )
     arrays = (
         records.buffer, offsets, lengths, schema.lookup.table, schema.members, schema.slot_table, schema.top,
-        schema.line, cursors, cells, present, seen, splits, block, status, places, flags, lists,
+        schema.line, cursors, cells, present, seen, block, status, places, flags, lists,
         schema.lookup.texts, followers,
     )  # fmt: skip
     plan[_ARRAYS] = [address_of(array) for array in arrays]
@@ -244,19 +275,25 @@ def run_kernel(
     # No value takes less than a byte, whatever the last chunk was like.
     capacities = np.minimum(mean * (rows * _MARGIN), float(lengths.sum())).astype(np.int64) + 8
     while True:
-        memory, regions = _regions(schema.columns, capacities)
+        size, regions = _regions(schema.columns, capacities, 8 * columns * (rows + 1))
+        memory = blocks.take(size)
+        splits = memory[: 8 * columns * (rows + 1)].view(np.int64).reshape(columns, rows + 1)
+        if schema.kind is Kind.EXAMPLE_BATCH:
+            splits[...] = 0  # lists may be shorter than the longest, or absent
         addresses = regions + address_of(memory)
+        plan[Slot.SPLITS] = address_of(memory)
         plan[Slot.CAPACITIES], plan[Slot.REGIONS] = address_of(capacities), address_of(addresses)
         troubled = kernel(address_of(plan))
         counts = cursors[:columns].copy()
         if not (counts > capacities).any():
             break
         capacities = np.maximum(counts, capacities)
-        for array in (cursors, present, status, seen, splits):
+        for array in (cursors, present, status, seen):
             array[...] = 0
         lists[...] = -1
     if rows:
         np.divide(counts, rows, out=mean)
+    blocks.keep(memory)
     values = [
         _view(memory, start, count, dtype)
         for start, count, dtype in zip(regions.tolist(), counts.tolist(), schema.columns, strict=True)
@@ -270,6 +307,7 @@ class BatchScanner:
     def __init__(self, fields: Fields) -> None:
         self.schema = Schema(Kind.EXAMPLE_BATCH, fields)
         self._mean = np.full(len(self.schema.columns), float(_FIRST_GUESS))
+        self._blocks = _Blocks()
 
     def scan(self, records: Records, row: int = 0) -> BatchScan:
         """Read one ExampleBatch.
@@ -289,7 +327,7 @@ class BatchScanner:
             if code:
                 raise damage(records, 0, np.array([code]), sizes[2:])
             batch_size, rows = max(int(sizes[0]), 0), int(sizes[1])
-            found = run_kernel(scan_batch, self.schema, records, rows, np.ones(1, np.uint8), self._mean)
+            found = run_kernel(scan_batch, self.schema, records, rows, np.ones(1, np.uint8), self._mean, self._blocks)
             if found.status[0] < 0:
                 raise damage(records, 0, found.status, found.places)
             if not found.status[0]:
@@ -325,13 +363,13 @@ def bounds_of(records: Records) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.i
 
 
 def _regions(
-    columns: Sequence[np.dtype[np.generic]], capacities: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """One block for the values of all columns, and where in it each begins."""
+    columns: Sequence[np.dtype[np.generic]], capacities: npt.NDArray[np.int64], before: int
+) -> tuple[int, npt.NDArray[np.int64]]:
+    """Size of one block for the values of all columns behind `before` bytes, and where in it each begins."""
     widths = np.array([16 if dtype == np.object_ else dtype.itemsize for dtype in columns], np.int64)
     sizes = (capacities * widths + 64 + 63) & ~63
-    ends = np.cumsum(sizes)
-    return np.empty(int(ends[-1]) if ends.size else 0, np.uint8), ends - sizes
+    ends = (before + 63 & ~63) + np.cumsum(sizes)
+    return int(ends[-1]) if ends.size else before, ends - sizes
 
 
 def _view(memory: npt.NDArray[np.uint8], start: int, count: int, dtype: np.dtype[np.generic]) -> npt.NDArray[Any]:

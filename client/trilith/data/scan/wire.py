@@ -18,9 +18,10 @@ from numba import types
 from numba.extending import intrinsic
 
 from trilith.ops.jit import JIT_DISABLED, part
-from trilith.ops.memory import copy_line, load_u8, load_u64, store_u64
+from trilith.ops.memory import copy_line, load_u8, load_u64, prefetch, store_u64
 
 __all__ = [
+    "AHEAD",
     "BAD_GROUP",
     "BAD_LENGTH",
     "BAD_PACKED",
@@ -75,6 +76,8 @@ V1_TO_V2 = 9
 DOUBLE_TO_FLOAT = 10
 """A double; the column gets a float."""
 
+AHEAD = 1024
+"""How far ahead to fetch what will be read, in bytes: the memory answers later than the scanner asks."""
 MAX_DEPTH = 100
 """How deep messages and groups may nest, as in the protobuf library."""
 _MAX_LENGTH = 2**31 - 1
@@ -390,6 +393,11 @@ if JIT_DISABLED:
         for i in range(8):
             store_u64(target, i, v1_to_v2(load_u64(source, i)))
 
+    def run_of_slot(fids: int) -> int:
+        """How many of the eight v1 fids at an address have the slot of the first, without a gap."""
+        slots = [load_u64(fids, i) >> _uint64(54) for i in range(8)]
+        return next((i for i in range(8) if slots[i] != slots[0]), 8)
+
     def narrow_double(target: int, source: int) -> None:
         """Write the double at `source` as a float."""
         import ctypes
@@ -414,6 +422,24 @@ else:
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), generate
+
+    @intrinsic
+    def run_of_slot(typingctx: Any, fids: Any) -> Any:
+        """How many of the eight v1 fids at an address have the slot of the first, without a gap.
+
+        Without a branch per fid: where a run ends cannot be predicted, and that costs more than all the rest.
+        """
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            line = ir.VectorType(ir.IntType(64), 8)
+            loaded = builder.load(builder.inttoptr(args[0], line.as_pointer()), align=1, typ=line)
+            slots = builder.lshr(loaded, ir.Constant(line, [54] * 8))
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), 8), [0] * 8)
+            first = builder.shuffle_vector(slots, ir.Constant(line, ir.Undefined), lanes)
+            other = builder.bitcast(builder.icmp_unsigned("!=", slots, first), ir.IntType(8))
+            return builder.zext(builder.cttz(other, ir.Constant(ir.IntType(1), 0)), ir.IntType(64))
+
+        return types.int64(types.int64), generate
 
     @intrinsic
     def narrow_double(typingctx: Any, target: Any, source: Any) -> Any:
@@ -520,6 +546,11 @@ def append_fids(element: int, column: int, p: int, size: int, cursors: int, capa
             convert_fids(target, p, count)
         else:
             copy_bytes(target, p, size)
+        # Where the next row's fids will go, and what comes some features later: both leave the cache between two uses.
+        prefetch(target + size + 64)
+        prefetch(target + size + 128)
+    prefetch(p + size + AHEAD)
+    prefetch(p + size + AHEAD + 64)
     put_i64(cursors, column, cursor + count)
 
 

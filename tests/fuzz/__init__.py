@@ -1,0 +1,1 @@
+"""Coverage-guided fuzzing; runs by hand, not as part of the tests."""
