@@ -256,13 +256,19 @@ class Parse(Node):
         from trilith.data.parsers import ParseSpec
 
         spec = ParseSpec(self.features, on_error=context.on_error)
-        counted = [0]
+        counting = threading.Lock()
 
         def parse(records: Records) -> Features:
-            batch = spec.parse(records)
-            if spec.skipped > counted[0]:
-                fresh, counted[0] = spec.skipped - counted[0], spec.skipped
-                context.lost(fresh)
+            if records.kind is Kind.EXAMPLE_BATCH and context.on_error == "skip":
+                with counting:  # one at a time: how many were left out shows in no other way
+                    before = spec.skipped
+                    batch, lost = spec.parse(records), spec.skipped - before
+            else:
+                batch = spec.parse(records)
+                rows = len(next(iter(batch.values()), records))
+                lost = 0 if records.kind is Kind.EXAMPLE_BATCH else len(records) - rows
+            if lost:
+                context.lost(lost)
             return batch
 
         return mapped(upstream(context), parse, context)
