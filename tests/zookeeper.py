@@ -127,6 +127,10 @@ class Server:
         assert self._process is not None
         self._process.send_signal(number)
 
+    def wipe(self) -> None:
+        """Delete the data of a server that does not run."""
+        shutil.rmtree(self._directory / "version-2")
+
     def kill(self) -> None:
         """End it at once."""
         if self._process is not None:

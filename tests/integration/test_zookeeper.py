@@ -220,6 +220,25 @@ def test_while_no_server_answers_the_last_view_stays_and_what_needs_one_fails_in
         eventually(lambda: member.zookeeper.session and spectator.query(PS) == {0: A})
 
 
+def test_servers_that_lost_their_data_hear_of_members_and_record_again(tmp_path, open_directory):
+    with zookeeper.server(tmp_path / "own") as server:
+        url = f"zk://{server.host}/trilith/wiped?session_timeout={zookeeper.SESSION_S:g}"
+        member, spectator = open_directory(url), open_directory(url)
+        member.register(PS, 0, A)
+        member.agree(ClusterRecord(num_ps=1), "PS 0")
+        heard = []
+        eventually(lambda: spectator.query(PS) == {0: A})
+        server.kill()
+        server.wipe()
+        server.start()
+        server.wait()
+        newcomer = open_directory(url)
+        eventually(lambda: newcomer.query(PS) == {0: A} and newcomer.read_record() == ClusterRecord(num_ps=1))
+        spectator.watch(PS, heard.append)
+        member.register(PS, 1, B)
+        eventually(lambda: heard[-1] == {0: A, 1: B})
+
+
 # ---- who may look --------------------------------------------------------------------------------------------------
 
 

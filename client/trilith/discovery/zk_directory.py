@@ -43,7 +43,8 @@ class ZooKeeperDirectory:
         """
         url = ZkUrl.parse(url) if isinstance(url, str) else url
         self.root = url.root
-        self.zookeeper = ZooKeeper(url, timeout_s=timeout_s)
+        self._agreed: tuple[ClusterRecord, str] | None = None
+        self.zookeeper = ZooKeeper(url, timeout_s=timeout_s, renewed=self._restore_record)
         self._lock = threading.Lock()
         self._roles: dict[str, Watchers[int, str]] = {}
         self._members: dict[str, dict[int, str]] = {}
@@ -124,10 +125,22 @@ class ZooKeeperDirectory:
             return None if merged == recorded else merged.to_json()
 
         body = self.zookeeper.update(f"{self.root}/{_RECORD}", change)
+        with self._lock:
+            known = self._agreed[0] if self._agreed else ours
+            self._agreed = (known.merged(ours), who)
         return ClusterRecord.from_json(body) if body else ours
+
+    def _restore_record(self) -> None:
+        """Write what was agreed on once more: with the session, the servers may have lost their data."""
+        with self._lock:
+            agreed = self._agreed
+        if agreed is not None and self.zookeeper.read(f"{self.root}/{_RECORD}") is None:
+            self.agree(*agreed)
 
     def forget(self) -> None:
         """Delete the record: the next PS writes another."""
+        with self._lock:
+            self._agreed = None
         self.zookeeper.delete(f"{self.root}/{_RECORD}")
 
     def close(self) -> None:

@@ -106,13 +106,21 @@ class ZooKeeper:
     without one. Watchers are called on that thread. While no server can be reached, the state last seen stays.
     """
 
-    def __init__(self, url: ZkUrl, *, timeout_s: float = 30.0, refresh_s: float = 300.0) -> None:
+    def __init__(
+        self,
+        url: ZkUrl,
+        *,
+        timeout_s: float = 30.0,
+        refresh_s: float = 300.0,
+        renewed: Callable[[], None] = lambda: None,
+    ) -> None:
         """Connect.
 
         Args:
             url: Where to, and below which node.
             timeout_s: How long to wait for a server, here and in calls.
             refresh_s: Everything is looked at again this often, whether or not an event came.
+            renewed: Called when a new session has taken the place of a lost one, and what it held is back.
 
         Raises:
             UnavailableError: No server could be reached.
@@ -120,6 +128,10 @@ class ZooKeeper:
         self.url = url.public
         self._timeout_s = timeout_s
         self._refresh_s = refresh_s
+        self._renewed = renewed
+        # Out of touch for so long, the session is lost wherever the servers are. A client that begins anew is also let
+        # in by servers whose data was wiped: they refuse one that has seen a later state than theirs.
+        self._give_up_s = 2 * url.session_timeout_s
         # Whoever has credentials means to keep others out of the cluster's nodes; those above are shared.
         self._acl = CREATOR_ALL_ACL if url.credentials else OPEN_ACL_UNSAFE
         self._log = _KazooLog(log, {})
@@ -144,6 +156,7 @@ class ZooKeeper:
         self._connected = threading.Event()
         self._interrupted = False
         self._wake = threading.Event()
+        self._stopping = threading.Lock()  # held while the client is stopped
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="trilith-zookeeper", daemon=True)
         self._client.add_listener(self._on_state)
@@ -354,26 +367,42 @@ class ZooKeeper:
 
     def _run(self) -> None:
         due = time.monotonic() + self._refresh_s
-        pause = self._refresh_s
+        pause, session = 0.0, self.session
         while not self._closed:
             self._wake.wait(min(pause, max(due - time.monotonic(), 0.0)))
             self._wake.clear()
             if self._closed:
                 return
+            if not self._connected.is_set():
+                self._reconnect()
+                pause = 0.0
+                continue
             if time.monotonic() >= due:
                 due = time.monotonic() + self._refresh_s
                 self._mark_all()
             pause = self._refresh_s
-            if not self._connected.is_set():
-                continue  # _on_state wakes
             try:
                 self._keep_held()
                 self._read_stale()
+                current = self.session or session
+                if current != session:
+                    self._renewed()
+                    session = current
             except _PASSING:
                 pause = _PAUSE_S
             except Exception:
                 log.exception("ZooKeeper: trying again")
                 pause = 10 * _PAUSE_S
+
+    def _reconnect(self) -> None:
+        """Wait for a connection; after a long time, begin anew."""
+        if self._connected.wait(self._give_up_s) or self._closed:
+            return
+        log.warning("ZooKeeper is out of reach for %g s; beginning a new session", self._give_up_s)
+        with self._stopping:
+            if not self._closed:
+                self._client.stop()
+                self._client.start_async()
 
     def _keep_held(self) -> None:
         with self._holding:
@@ -547,6 +576,7 @@ class ZooKeeper:
                 return
             self._closed = True
         self._wake.set()
+        self._connected.set()  # nobody waits for it any longer
         self._stop_client()
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -554,5 +584,6 @@ class ZooKeeper:
     def _stop_client(self) -> None:
         self._closed = True
         self._client.remove_listener(self._on_state)
-        self._client.stop()
-        self._client.close()
+        with self._stopping:
+            self._client.stop()
+            self._client.close()
