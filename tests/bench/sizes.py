@@ -35,6 +35,7 @@ class Sizes:
         op_batch: Rows of its layouts.
         op_vocabulary: Distinct ids of a layout's feature.
         op_rounds: Timed rounds per side of its figures.
+        step_batch: Samples of a step through tables.
         train_rows: Distinct ids of the click model.
         train_features: Features of a sample, one id each.
         train_batch: Samples per step.
@@ -69,6 +70,7 @@ class Sizes:
     op_batch: int = 4096
     op_vocabulary: int = 100_000
     op_rounds: int = 15
+    step_batch: int = 4096
     train_rows: int = 1_000_000
     train_features: int = 26
     train_batch: int = 512
@@ -104,6 +106,7 @@ QUICK = Sizes(
     op_batch=256,
     op_vocabulary=2000,
     op_rounds=3,
+    step_batch=256,
     train_rows=20_000,
     train_batches=40,
     train_seconds=2.0,
