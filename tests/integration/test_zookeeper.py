@@ -57,7 +57,7 @@ def admin(zk_server) -> Iterator[KazooClient]:
 
 def expire(directory: ZooKeeperDirectory) -> None:
     """End a session behind its client's back."""
-    client = directory.zookeeper._client
+    client = directory.zookeeper._client.kazoo
     thief = KazooClient(",".join(directory.zookeeper.url.hosts), client_id=client.client_id)
     thief.start()
     thief.stop()
@@ -206,18 +206,21 @@ def test_while_no_server_answers_the_last_view_stays_and_what_needs_one_fails_in
         url = f"zk://{server.host}/trilith/outage?session_timeout={zookeeper.SESSION_S:g}"
         member = open_directory(url, timeout_s=1.0)
         member.register(PS, 0, A)
+        member.register(WORKER, 0, B)
         eventually(lambda: member.query(PS) == {0: A})
         server.kill()
         with pytest.raises(UnavailableError, match=server.host):
             member.register(PS, 1, B)
+        with pytest.raises(UnavailableError, match=server.host):
+            member.deregister(WORKER, 0, B)
         assert member.query(PS) == {0: A}
         with pytest.raises(UnavailableError, match="no ZooKeeper at"):
             open_directory(url, timeout_s=0.3)
         server.start()
         server.wait()
         spectator = open_directory(url)
-        # What was asked for and refused during the outage is not done later.
-        eventually(lambda: member.zookeeper.session and spectator.query(PS) == {0: A})
+        # What could not be announced is not announced later; what could not be withdrawn is.
+        eventually(lambda: (spectator.query(PS), spectator.query(WORKER)) == ({0: A}, {}) and member.zookeeper.session)
 
 
 def test_servers_that_lost_their_data_hear_of_members_and_record_again(tmp_path, open_directory):
@@ -251,7 +254,9 @@ def test_with_credentials_nobody_else_may_read_or_write(open_directory, zk_url, 
     ours.register(PS, 0, A)
     ours.agree(ClusterRecord(num_ps=1), "PS 0")
     for node in ("", "/ps.0", "/cluster"):
-        acls, _ = admin.get_acls("/trilith") if node is None else (ours.zookeeper._client.get_acls(ours.root + node))
+        acls, _ = (
+            admin.get_acls("/trilith") if node is None else (ours.zookeeper._client.kazoo.get_acls(ours.root + node))
+        )
         assert [(acl.id.scheme, acl.perms) for acl in acls] == [("digest", 31)]
     for url in (zk_url, with_credentials(zk_url, "trilith:wrong")):
         with pytest.raises(InvalidRequestError, match="are the credentials right") as caught:
