@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from trilith_services.commands import output
 from trilith_services.commands.shards import Address, Members
-
-if TYPE_CHECKING:
-    from trilith_proto import hash_table_pb2
 
 __all__ = ["register"]
 
@@ -36,8 +33,9 @@ def query(
     import numpy as np
 
     import trilith
+    from trilith.entries import parse_id
 
-    wanted = [_parse_id(text) for text in ids]
+    wanted = [parse_id(text) for text in ids]
     with Members(address, timeout_s=timeout) as members, trilith.connect(address, timeout_s=timeout) as client:
         entries = client.table(table).lookup_entries(np.array(wanted, np.uint64))
         hosts = members.addresses()
@@ -50,40 +48,12 @@ def query(
         raise typer.Exit(1)
 
 
-def _parse_id(text: str) -> int:
-    from trilith.errors import InvalidRequestError
-
-    try:
-        value = int(text, 0)
-    except ValueError:
-        raise InvalidRequestError(f"{text!r} is no id; ids are numbers such as 42, -1 or 0x2a") from None
-    if not -(2**63) <= value < 2**64:
-        raise InvalidRequestError(f"{text} does not fit in 64 bits")
-    return value % 2**64
-
-
 def _describe(wanted: int, entry: bytes, hosts: list[str]) -> dict[str, Any]:
-    from trilith_proto import hash_table_pb2
+    from trilith.entries import describe_entry
 
     owner = wanted % len(hosts)
     described: dict[str, Any] = {"id": wanted, "owner": owner, "address": hosts[owner], "found": bool(entry)}
-    if entry:
-        dump = hash_table_pb2.EntryDump.FromString(entry)
-        described["weights"] = list(dump.num)
-        described["optimizers"] = [_describe_optimizer(single) for single in dump.opt.dump]
-        described["last_update_unix_s"] = dump.last_update_ts_sec
-    return described
-
-
-def _describe_optimizer(single: hash_table_pb2.SingleOptimizerDump) -> dict[str, Any]:
-    kind = single.WhichOneof("type") or ""
-    dump = getattr(single, kind) if kind else None
-    slots: dict[str, Any] = {}
-    if dump is not None:
-        for field in dump.DESCRIPTOR.fields:
-            value = getattr(dump, field.name)
-            slots[field.name] = value if isinstance(value, int | float) else list(value)
-    return {"optimizer": kind, "slots": slots}
+    return described | describe_entry(entry) if entry else described
 
 
 def _show(table: str, found: list[dict[str, Any]]) -> None:
