@@ -16,7 +16,7 @@ from trilith.data.parsers import ParseSpec
 from trilith.data.quantized import dequantize, quantize
 from trilith.data.ragged import ParseSteps, Ragged, contract, expand
 from trilith.data.records import Records
-from trilith.data.sharding import FeatureFids, ShardingConfig, flatten, shard_fids, shard_ragged, unflatten
+from trilith.data.sharding import FeatureFids, ShardingConfig, flatten, parse_fused, shard_fids, shard_ragged, unflatten
 from trilith.data.specs import INVALID_LABEL, Dense, Extra, InstanceWeight, Label, Slot, Sparse
 from trilith.errors import DataError, InvalidRequestError
 from trilith_proto import example_pb2, proto_parser_pb2
@@ -320,3 +320,12 @@ def test_sharded_fids_travel_inside_a_flat_batch():
     assert rest == {"label": 1}
     assert back["fid_list"]["t:0"].tolist() == [1, 2, 3]
     assert set(back) == set(sharded)
+
+
+def test_the_fused_layout_leaves_sparse_features_to_the_spreading():
+    records = Records.of([example(u=[1, 2], x=[0.5]).SerializeToString()], "example")
+    config = ShardingConfig(features={"u": ("t", [1])})
+    fused = parse_fused(records, ParseSpec(x=Dense(1)), config)
+    assert fused["x"].tolist() == [[0.5]]
+    assert unflatten(fused)[0]["fid_list"]["t:0"].tolist() == [1, 2]
+    assert parse_fused(records)["__sharding_sparse_fids__sparse_features"] is records

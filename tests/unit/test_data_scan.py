@@ -194,6 +194,8 @@ def test_groups_nest_as_deep_as_the_library_allows_and_end_in_linear_time():
     def groups(depth):
         return b"\xa3\x01" * depth + b"\xa4\x01" * depth
 
+    odd = b"\x23\x00\x00\x03\x04\x24"  # field number 0, which the library lets pass in a group that it skips
+    assert extract(Records.of([odd], "instance"), Fields()).skipped == 0
     payloads = [groups(100), groups(101), b"\xa3\x01" + groups(1) * (100 if JIT_DISABLED else 200_000) + b"\xa4\x01"]
     assert extract(Records.of(payloads, "instance"), Fields(), on_error="skip").records.numbers.tolist() == [0, 2]
 
@@ -214,6 +216,17 @@ def test_splits_of_many_rows_are_those_of_each_row():
     payloads = [proto_parser_pb2.Instance(label=[1.0] * (row % 5)).SerializeToString() for row in range(rows)]
     columns = extract(Records.of(payloads, "instance"), Fields(label=True))
     assert columns.label.lengths.tolist() == [row % 5 for row in range(rows)]
+
+
+def test_a_result_keeps_its_values_while_later_chunks_are_read():
+    fields = Fields(fids=True)
+    chunks = [
+        Records.of([proto_parser_pb2.Instance(fid=[k] * 9).SerializeToString()] * 2, "instance") for k in range(6)
+    ]
+    held = [extract(chunk, fields).fids for chunk in chunks[:3]]
+    for chunk in chunks[3:]:
+        assert extract(chunk, fields).fids.tolist() == [[chunks.index(chunk)] * 9] * 2
+    assert [each.tolist() for each in held] == [[[k] * 9] * 2 for k in range(3)]
 
 
 def test_requests_that_cannot_be_met_are_refused():

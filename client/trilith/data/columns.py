@@ -14,7 +14,19 @@ from trilith.data.records import Records
 from trilith.data.scan.scanner import OnError, Scan, byte_strings, scanner
 from trilith.data.scan.schema import Element, Fields, Schema
 
-__all__ = ["Columns", "Element", "Fields", "Named", "OnError", "Scalars", "extract"]
+__all__ = [
+    "Columns",
+    "Element",
+    "Fields",
+    "Named",
+    "OnError",
+    "Scalars",
+    "columns_of",
+    "extract",
+    "member_of",
+    "ragged_of",
+    "scalars_of",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,7 +7,12 @@ import numpy.typing as npt
 
 from trilith.errors import DataError, InvalidRequestError
 
-__all__ = ["PREFIX", "dequantize", "quantize"]
+__all__ = [
+    "PREFIX",
+    "dequantize",
+    "dequantize_rows",
+    "quantize",
+]
 
 PREFIX = b"UE_QTZ"
 """What a squeezed vector begins with."""

@@ -10,15 +10,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from trilith.data.parsers import ParseSpec
 from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.data.scan.scanner import BatchScanner, scanner
 from trilith.data.scan.schema import V1_SLOTS, Element, Fields
+from trilith.data.specs import Features
 from trilith.errors import DataError, InvalidRequestError
 from trilith.ops.dedup import FIRST, split_by_owner, split_distinct
 from trilith_proto import example_pb2
 
-__all__ = ["FeatureFids", "ShardingConfig", "flatten", "read_fids", "shard_fids", "shard_ragged", "unflatten"]
+__all__ = [
+    "FeatureFids",
+    "ShardingConfig",
+    "flatten",
+    "parse_fused",
+    "read_fids",
+    "shard_fids",
+    "shard_ragged",
+    "unflatten",
+]
 
 _SLOT_NAME = re.compile(r"(?:fc_)?slot_(\d+)", re.ASCII)
 _SHARED_BIT = np.uint32(1 << 31)
@@ -262,6 +273,24 @@ def _together(out: dict[str, Any], tables: Mapping[str, list[str]], shards: int)
         "fid_list_shard_row_length": lengths.reshape(shards, len(tables)).sum(axis=1),
         **out,
     }
+
+
+def parse_fused(records: Records, spec: ParseSpec | None = None, config: ShardingConfig | None = None) -> Features:
+    """Parse what is not sparse, and spread the sparse features instead of decoding them (the fused layout).
+
+    Args:
+        records: As for `shard_fids`.
+        spec: Dense features, labels, LineId fields; none by default.
+        config: How to spread; without it the records themselves come back, to be spread where the servers are known.
+
+    Returns:
+        The outputs of `spec`, and under keys that begin with `__sharding_sparse_fids__` either the records
+        (`…sparse_features`) or what `flatten` makes of `shard_fids`.
+    """
+    features = spec.parse(records) if spec is not None else {}
+    if config is None:
+        return {**features, f"{_PREFIX}sparse_features": records}
+    return {**features, **flatten(shard_fids(records, config))}
 
 
 # ---- inside a flat batch ---------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ __all__ = [
     "Slot",
     "Sparse",
     "check_specs",
+    "dense_dtype",
 ]
 
 INVALID_LABEL = np.finfo(np.float32).min

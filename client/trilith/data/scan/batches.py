@@ -14,7 +14,14 @@ from trilith.data.scan.wire import check_utf8, find_name, i64_at, put_i64, read_
 from trilith.ops.jit import kernel, part
 from trilith.ops.memory import store_u8
 
-__all__: list[str] = []
+__all__ = [
+    "forget_list",
+    "list_header",
+    "measure_batch",
+    "read_features",
+    "scan_batch",
+    "scan_line_ids",
+]
 
 if TYPE_CHECKING:
     _int64: Any

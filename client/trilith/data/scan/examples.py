@@ -34,7 +34,14 @@ from trilith.data.scan.wire import (
 from trilith.ops.jit import kernel, part
 from trilith.ops.memory import load_u8, load_u32, store_u8
 
-__all__: list[str] = []
+__all__ = [
+    "check_raw",
+    "check_raw_features",
+    "first_bytes",
+    "first_float",
+    "forget_feature",
+    "scan_examples",
+]
 
 if TYPE_CHECKING:
     _uint8: Any

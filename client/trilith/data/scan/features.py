@@ -18,7 +18,18 @@ from trilith.data.scan.wire import (
 )
 from trilith.ops.jit import part
 
-__all__: list[str] = []
+__all__ = [
+    "EMPTY",
+    "ODD",
+    "check_value",
+    "element_of",
+    "keep_feature",
+    "keep_value",
+    "member_wire",
+    "plain_list",
+    "read_members",
+    "read_named",
+]
 
 _MEMBERS, _EVERY_V1, _EVERY_V2 = int(Slot.MEMBERS), int(Slot.EVERY_V1), int(Slot.EVERY_V2)
 _MEMBER_COUNT = 17

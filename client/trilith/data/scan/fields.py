@@ -27,7 +27,20 @@ from trilith.data.scan.wire import (
 from trilith.ops.jit import part
 from trilith.ops.memory import copy_line, load_u32, load_u64, store_u8, store_u64
 
-__all__: list[str] = []
+__all__ = [
+    "append_bulk",
+    "begin_row",
+    "check_line_id",
+    "check_lists",
+    "end_rows",
+    "read_field",
+    "read_line_id",
+    "read_list",
+    "read_list_field",
+    "row_start",
+    "set_cell",
+    "write_splits",
+]
 
 if TYPE_CHECKING:
     _uint64: Any

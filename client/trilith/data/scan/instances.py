@@ -41,7 +41,13 @@ from trilith.data.scan.wire import (
 from trilith.ops.jit import kernel, part
 from trilith.ops.memory import copy_line, load_u8, load_u16, load_u64, prefetch, store_u8
 
-__all__: list[str] = []
+__all__ = [
+    "check_label_tag",
+    "read_feature",
+    "read_other",
+    "restart_values",
+    "scan_instances",
+]
 
 if TYPE_CHECKING:
     _int64: Any

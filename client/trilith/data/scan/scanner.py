@@ -21,6 +21,7 @@ from trilith.data.scan.plan import BLOCK_ROWS, Slot
 from trilith.data.scan.schema import Fields, Schema
 from trilith.data.scan.wire import CODES
 from trilith.errors import DataError, InvalidRequestError
+from trilith.ops.jit import warm
 from trilith.ops.memory import address_of
 from trilith_proto import example_pb2
 
@@ -35,7 +36,9 @@ __all__ = [
     "byte_strings",
     "damage",
     "replace_payloads",
+    "run_kernel",
     "scanner",
+    "warm_kernels",
 ]
 
 OnError: TypeAlias = Literal["raise", "skip"]
@@ -60,6 +63,9 @@ _ARRAYS = [
 ]  # fmt: skip
 _MARGIN = 1.08
 _FIRST_GUESS = 4
+_CELL = [object()]
+_UNSHARED = sys.getrefcount(_CELL[0])
+"""References to what one list alone holds, as the interpreter counts them."""
 _SMALL = 1 << 20
 _KEPT = 64 << 20
 
@@ -112,13 +118,13 @@ class _Blocks:
         """uint8[size or more], content undefined."""
         for _ in range(len(self._blocks)):
             try:
-                block = self._blocks.popleft()
+                cell = [self._blocks.popleft()]
             except IndexError:  # another thread took it
                 break
-            if sys.getrefcount(block) > 2:  # this name and the argument; every view of a result holds it too
-                self._blocks.append(block)
-            elif size <= block.size <= 2 * size + _SMALL:
-                return block
+            if sys.getrefcount(cell[0]) > _UNSHARED:  # every view of a result holds its block
+                self._blocks.append(cell[0])
+            elif size <= cell[0].size <= 2 * size + _SMALL:
+                return cell[0]
         return np.empty(size, np.uint8)
 
     def keep(self, block: npt.NDArray[np.uint8]) -> None:
@@ -393,6 +399,11 @@ def replace_payloads(records: Records, rows: npt.NDArray[np.int64], payloads: Se
     offsets, lengths = records.offsets.copy(), records.lengths.copy()
     offsets[rows], lengths[rows] = fresh.offsets + size, fresh.lengths
     return records.replace(buffer=np.concatenate([records.buffer, fresh.buffer]), offsets=offsets, lengths=lengths)
+
+
+def warm_kernels() -> None:
+    """Compile everything that reads records, or load it from the cache."""
+    warm(scan_instances, scan_examples, scan_batch, measure_batch, scan_line_ids)
 
 
 @functools.lru_cache(maxsize=256)

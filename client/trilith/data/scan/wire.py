@@ -41,6 +41,37 @@ __all__ = [
     "VARINT",
     "VARINT32",
     "ZIGZAG",
+    "append_fids",
+    "append_run",
+    "append_span",
+    "byte_at",
+    "check_utf8",
+    "check_varints",
+    "convert_fids",
+    "convert_line",
+    "copy_bytes",
+    "decoded",
+    "find_name",
+    "find_next_name",
+    "i64_at",
+    "inside_tag",
+    "long_length",
+    "long_tag",
+    "long_varint",
+    "low_bytes",
+    "name_hash",
+    "narrow_double",
+    "put_i64",
+    "read_length",
+    "read_tag",
+    "run_of_slot",
+    "same_bytes",
+    "skip_field",
+    "skip_group",
+    "skip_value",
+    "v1_to_v2",
+    "varint",
+    "wire_type",
 ]
 
 if TYPE_CHECKING:
@@ -226,6 +257,18 @@ def skip_value(kind: int, p: int, end: int) -> int:
 
 
 @part(inline=False)
+def inside_tag(p: int, end: int) -> tuple[int, int]:
+    """A tag inside a group that is skipped; field number 0 passes there, as it does with the protobuf library."""
+    value, after = long_varint(p, end)
+    if after < 0:
+        return 0, after
+    tag = _int64(value & _uint64(0xFFFFFFFF))
+    if after - p > 5 or value > _uint64(0xFFFFFFFF) or tag & 7 > 5:
+        return 0, BAD_TAG
+    return tag, after
+
+
+@part(inline=False)
 def skip_group(tag: int, p: int, end: int, depth: int) -> int:
     """Go past a group and all it holds.
 
@@ -257,7 +300,7 @@ def skip_group(tag: int, p: int, end: int, depth: int) -> int:
             p = skip_value(kind, p, end)
             if p < 0:
                 return p
-        tag, p = read_tag(p, end)
+        tag, p = inside_tag(p, end)
         if p < 0:
             return p
 
