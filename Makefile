@@ -73,8 +73,10 @@ wheel-check: $(VENV)  ## build the wheel and check that it holds the three packa
 	print(wheel.name, tops); \
 	sys.exit(tops != ["trilith", "trilith_proto", "trilith_services"])'
 
-conformance: $(VENV)  ## run the engine's vector file
-	$(BIN)/python -m tests.conformance engine tests/golden/conformance/engine.json
+conformance: $(VENV)  ## run the vector files: engine, worker_ops, data
+	@for part in engine worker_ops data; do \
+	  echo "$$part:"; $(BIN)/python -m tests.conformance $$part tests/golden/conformance/$$part.json || exit 1; \
+	done
 
 bench: $(VENV)  ## measure against references in the same run; writes build/bench.json (wants a quiet machine)
 	@mkdir -p build
