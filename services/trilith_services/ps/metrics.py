@@ -127,16 +127,6 @@ class Metrics:
                 method=method, calls=calls, failures=failures, seconds=tally.seconds, buckets=tally.buckets
             )
 
-    def add_methods(self, stats: ps_pb2.StatsResponse) -> None:
-        """Put into `stats` what calls added up to, by method, with their times."""
-        stats.latency_bounds.extend(_BUCKETS)
-        for method, tally in sorted(self.tallies().items()):
-            calls = sum(tally.statuses.values())
-            failures = calls - tally.statuses.get("OK", 0)
-            stats.methods.add(
-                method=method, calls=calls, failures=failures, seconds=tally.seconds, buckets=tally.buckets
-            )
-
     def watch(self, stats: Callable[[], ps_pb2.StatsResponse]) -> None:
         """Export a shard's own numbers, read when somebody scrapes."""
         self.registry.register(_ShardCollector(stats))

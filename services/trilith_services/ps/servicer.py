@@ -112,7 +112,6 @@ class ParameterServerServicer:
         for method, calls in self._metrics.requests().items():
             reply.requests[method] = calls
         self._metrics.add_methods(reply)
-        self._metrics.add_methods(reply)
         reply.queued_requests = self._queued()
         self._add_stats(reply)
         return reply
