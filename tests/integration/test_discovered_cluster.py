@@ -163,6 +163,42 @@ def test_a_ps_killed_and_restarted_is_back_in_the_view_within_the_session_timeou
     assert heard[-1] == {0: f"127.0.0.1:{ports[1]}"}
 
 
+def test_a_ps_whose_place_another_has_taken_ends_without_a_last_checkpoint(zk_url, serve, supervisor, tmp_path):
+    port = free_ports(1)[0]
+    more = ("--listen", f"127.0.0.1:{port}", "--discovery", zk_url, "--checkpoint-dir", str(tmp_path / "ckpt"))
+    argv = trilith_argv("ps", *more, "--threads", "1")
+    supervisor.start(ProcessSpec(name="old", argv=argv, health=f"127.0.0.1:{port}"))
+    supervisor.wait_serving()
+    serve()
+    eventually(lambda: supervisor.status("old") is not None)
+    assert supervisor.status("old") == 2
+    assert "another process has registered as this shard" in "".join(supervisor.tail("old"))
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_standby_ps_fill_the_places_and_replace_one_that_dies(zk_url, supervisor, spectator, tmp_path):
+    def start(name: str, port: int) -> None:
+        listen = ("--listen", f"127.0.0.1:{port}", "--discovery", zk_url, "--checkpoint-dir", str(tmp_path / "ckpt"))
+        argv = trilith_argv("ps", "--standby", "--count", "2", "--standby-after", "0.5", *listen, "--threads", "1")
+        supervisor.start(ProcessSpec(name=name, argv=argv))
+
+    names = {f"127.0.0.1:{port}": f"ps-at-{port}" for port in free_ports(3)}
+    for address, name in names.items():
+        start(name, int(address.rpartition(":")[2]))
+    eventually(lambda: sorted(spectator.query(PS)) == [0, 1], timeout_s=60.0)
+    with trilith.connect(zk_url, timeout_s=60.0) as client:
+        users = client.table("user", **USERS)
+        users.apply_gradients(IDS, ONES)
+        client.save(str(tmp_path / "ckpt" / checkpoint_name(1)))
+        first = dict(spectator.query(PS))
+        supervisor.signal(names[first[1]], signal.SIGKILL)
+        (third,) = set(names) - set(first.values())
+        eventually(lambda: spectator.query(PS) == {0: first[0], 1: third}, timeout_s=60.0)
+        assert [shard.index for shard in client.rejoin()] == [1]
+        np.testing.assert_array_equal(users.lookup(IDS), -ONES)
+    assert "standing by" in "".join(supervisor.tail(names[third]))
+
+
 # ---- the record ----------------------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,8 @@ class ZooKeeperDirectory:
         """
         url = ZkUrl.parse(url) if isinstance(url, str) else url
         self.root = url.root
+        self.replaced: Callable[[str, int], None] = lambda role, index: None
+        """Told of role and index when another process has taken a registered member's place; must not wait."""
         self._agreed: tuple[ClusterRecord, str] | None = None
         self.zookeeper = ZooKeeper(url, timeout_s=timeout_s, renewed=self._restore_record)
         self._lock = threading.Lock()
@@ -63,11 +65,25 @@ class ZooKeeperDirectory:
     def register(self, role: str, index: int, address: str) -> None:
         """Create the member's node, replacing one that is there, and keep it."""
         check_address(address)
-        self.zookeeper.hold(self._path(role, index), address.encode())
+        self.zookeeper.hold(self._path(role, index), address.encode(), lost=lambda: self.replaced(role, index))
 
     def deregister(self, role: str, index: int, address: str) -> None:
         """Delete the member's node, unless another process has taken the place."""
         self.zookeeper.release(self._path(role, index), address.encode())
+
+    def claim(self, role: str, index: int) -> bool:
+        """Take a place that is to be filled, so that no two do so at once; False if another process has it.
+
+        The claim lasts until `unclaim`, or until the session ends. It says nothing of who is registered.
+        """
+        return self.zookeeper.claim(self._claim_path(role, index), b"")
+
+    def unclaim(self, role: str, index: int) -> None:
+        """Give a claim back."""
+        self.zookeeper.release(self._claim_path(role, index))
+
+    def _claim_path(self, role: str, index: int) -> str:
+        return f"{self.root}/claims/{role}.{index}"
 
     def query(self, role: str) -> Mapping[int, str]:
         """Return what the watches last told."""

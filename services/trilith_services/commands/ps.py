@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from trilith.discovery import Directory
 
 __all__ = ["register"]
 
@@ -38,6 +41,13 @@ def ps(
         str,
         typer.Option(help="host:port to register, port 0 for the one served on; left out: this machine's address."),
     ] = "",
+    standby: Annotated[
+        bool,
+        typer.Option("--standby", help="Wait until some shard of a zk:// cluster has no PS, and become that shard."),
+    ] = False,
+    standby_after: Annotated[
+        float, typer.Option(help="Seconds a shard must have had no PS before a standby takes its place.", min=0.0)
+    ] = 15.0,
     checkpoint_dir: Annotated[
         str | None, typer.Option(help="Directory or URL to restore from, and to write checkpoints to.")
     ] = None,
@@ -74,7 +84,13 @@ def ps(
     from trilith_services.serve import Limits
     from trilith_services.sizes import parse_bytes
 
-    if discovery is not None and (index is None or count is None):
+    waited: Directory | None = None
+    if standby:
+        setup_logging(log_format.value, level=log_level, role={"ps": "standby"})
+        index, waited = _stand_by(discovery, index, count or 1, standby_after)
+        if index is None:
+            raise typer.Exit(0)
+    elif discovery is not None and (index is None or count is None):
         index, count = _placed(discovery, index, count)
     index, count = index or 0, count or 1
     setup_logging(log_format.value, level=log_level, role={"ps": index})
@@ -94,7 +110,10 @@ def ps(
     )
     listed = [open_replicas(url, sync_name, index) for url in sync_to or [] if "://" in url]
     store = Store(index=index, count=count, memory_limit_bytes=parse_bytes(memory_limit), threads=threads or None)
-    raise typer.Exit(ParameterServer(store, options, replicas=listed).run(listen))
+    status = ParameterServer(store, options, replicas=listed).run(listen)
+    if waited is not None:
+        waited.close()
+    raise typer.Exit(status)
 
 
 def _static_targets(given: list[str]) -> dict[str, str]:
@@ -113,6 +132,29 @@ def _static_targets(given: list[str]) -> dict[str, str]:
             raise InvalidRequestError(f"--sync-to names {name!r} twice")
         targets[name] = check_address(address)
     return targets
+
+
+def _stand_by(
+    discovery: str | None, index: int | None, count: int, after_s: float
+) -> tuple[int | None, Directory | None]:
+    """Wait for a place: its index, None if SIGTERM came first, and the directory that holds the claim."""
+    from trilith.discovery.urls import open_directory
+    from trilith.discovery.zk_directory import ZooKeeperDirectory
+    from trilith.discovery.zk_url import redact
+    from trilith.errors import InvalidRequestError
+    from trilith_services.ps.standby import wait_for_place
+    from trilith_services.supervisor import StopRequest
+
+    if index is not None or discovery is None:
+        raise InvalidRequestError("--standby takes --discovery zk://… and --count, and finds --index by itself")
+    directory = open_directory(discovery)
+    if not isinstance(directory, ZooKeeperDirectory):
+        raise InvalidRequestError(f"--standby needs a zk:// directory, not {redact(discovery)!r}")
+    with StopRequest() as stop:
+        place = wait_for_place(directory, count, after_s=after_s, cancelled=stop.wait)
+    if place is None:
+        directory.close()
+    return place, directory
 
 
 def _placed(discovery: str, index: int | None, count: int | None) -> tuple[int | None, int | None]:

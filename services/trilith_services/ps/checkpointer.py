@@ -106,6 +106,10 @@ class Checkpointer:
         if final:
             self.write(self._number_after(self._clock()))
 
+    def halt(self) -> None:
+        """Begin no more saves; one in progress is not waited for."""
+        self._stopping.set()
+
     def _run(self) -> None:
         due = self._number_after(self._clock())
         while not self._stopping.wait(self._pause(due)):

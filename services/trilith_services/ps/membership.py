@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from trilith.discovery import PS
 from trilith.discovery.record import ClusterRecord, RecordKeeper
@@ -17,25 +17,36 @@ if TYPE_CHECKING:
     from trilith_proto import ps_pb2
     from trilith_services.ps.store import Store
 
-__all__ = ["Membership"]
+__all__ = ["Membership", "ReplacingDirectory"]
 
 log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class ReplacingDirectory(Protocol):
+    """A directory that notices when another process takes a member's place."""
+
+    replaced: Callable[[str, int], None]
 
 
 class Membership:
     """Binds a store to a directory: no table appears in it that contradicts the cluster's record."""
 
-    def __init__(self, url: str, store: Store, *, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, url: str, store: Store, *, timeout_s: float = 60.0, replaced: Callable[[], None] = lambda: None
+    ) -> None:
         """Remember where; `join` connects.
 
         Args:
             url: As `open_directory` takes it.
             store: The shard.
             timeout_s: How long to wait for the directory.
+            replaced: Called when another process has registered as this shard; must not wait.
         """
         self._url = url
         self._store = store
         self._timeout_s = timeout_s
+        self._replaced = replaced
         self._directory: Directory | None = None
         self._address = ""
 
@@ -57,8 +68,14 @@ class Membership:
         """Tell everybody where the shard serves."""
         if self._directory is not None:
             self._address = address
+            if isinstance(self._directory, ReplacingDirectory):
+                self._directory.replaced = self._on_replaced
             self._directory.register(PS, self._store.index, address)
             log.info("registered", extra={"directory": redact(self._url), "address": address})
+
+    def _on_replaced(self, role: str, index: int) -> None:
+        self._address = ""  # there is nothing left to withdraw
+        self._replaced()
 
     def leave(self) -> None:
         """Take the announcement back; the directory may be out of reach."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from trilith.discovery.addresses import advertised
@@ -26,9 +29,12 @@ if TYPE_CHECKING:
     from trilith_services.ps.store import Store
     from trilith_services.ps.sync.discovery import ServingReplicas
 
-__all__ = ["ParameterServer", "PsOptions"]
+__all__ = ["REPLACED", "ParameterServer", "PsOptions"]
 
 log = logging.getLogger(__name__)
+
+REPLACED = 2
+"""Exit status of a PS whose place another has taken: not to be started again, or it would take the place back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +98,8 @@ class ParameterServer:
         self._checkpointer: Checkpointer | None = None
         self._membership: Membership | None = None
         self._listening = ("", 0)
+        self._replaced = False
+        self._end: Callable[[], None] = lambda: None
         self._metrics_server: WSGIServer | None = None
 
     @property
@@ -110,7 +118,7 @@ class ParameterServer:
         if options.discovery is not None:
             from trilith_services.ps.membership import Membership
 
-            self._membership = Membership(options.discovery, self._store)
+            self._membership = Membership(options.discovery, self._store, replaced=self._on_replaced)
             self._membership.join()  # first: a shard that does not fit need not restore
         self._store.compile()
         if options.checkpoint_dir is not None:
@@ -136,15 +144,17 @@ class ParameterServer:
         log.info("prepared", extra={"seconds": round(time.perf_counter() - started, 3)})
 
     def run(self, listen: str, *, bound: Callable[[int], None] = lambda port: None) -> int:
-        """Serve until SIGTERM; returns the exit status."""
+        """Serve until SIGTERM, or until another process has registered as this shard; returns the exit status."""
+        self._end = partial(os.kill, os.getpid(), signal.SIGTERM)
 
         def listening(port: int) -> None:
             self._listening = (listen, port)
             bound(port)
 
-        return serve(
+        status = serve(
             self._server, listen, prepare=self.prepare, bound=listening, draining=self._leave, drained=self._finish
         )
+        return REPLACED if self._replaced else status
 
     def start(self, listen: str = "127.0.0.1:0") -> int:
         """Prepare and serve on background threads; returns the port."""
@@ -159,6 +169,15 @@ class ParameterServer:
         self._leave()
         self._server.stop(grace_s)
         self._finish()
+
+    def _on_replaced(self) -> None:
+        """Do no harm from now on: what this process has is no longer the shard, and must not become a checkpoint."""
+        log.error("another process has registered as this shard; leaving")
+        self._replaced = True
+        self.servicer.ready = False
+        if self._checkpointer is not None:
+            self._checkpointer.halt()
+        self._end()
 
     def _leave(self) -> None:
         if self._membership is not None:
@@ -175,7 +194,7 @@ class ParameterServer:
             self._membership.close()
             self._membership = None
         if self._checkpointer is not None:
-            self._checkpointer.stop(final=True)
+            self._checkpointer.stop(final=not self._replaced)
         if self._metrics_server is not None:
             self._metrics_server.shutdown()
             self._metrics_server.server_close()
