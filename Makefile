@@ -123,5 +123,5 @@ PATH="$(CURDIR)/$(PROTO_BIN):$$PATH" $(PROTO_BIN)/python -m grpc_tools.protoc -I
   --python_out=$(1) --mypy_out=quiet:$(1) protos/trilith_proto/*.proto && \
 PATH="$(CURDIR)/$(PROTO_BIN):$$PATH" $(PROTO_BIN)/python -m grpc_tools.protoc -I protos \
   --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) \
-  protos/trilith_proto/ps.proto protos/trilith_proto/parameter_sync.proto
+  protos/trilith_proto/ps.proto protos/trilith_proto/parameter_sync.proto protos/trilith_proto/serving.proto
 endef

@@ -1,0 +1,191 @@
+"""Exported programs: a module as a `torch.export` graph in JSON with safetensors weights, written and read without pickle.
+
+`torch.export.save` cannot be used: its archives hold pickled sample inputs, which `torch.export.load` unpickles, falling
+back to unrestricted loading. The graph itself is JSON, and that alone is kept. It can still name any Python function, and
+expressions that sympy would evaluate, so a graph is checked before it is loaded: operators of ATen, integer arithmetic,
+and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trilith.errors import CheckpointError, InvalidRequestError
+
+__all__ = ["WEIGHTS_PREFIX", "Program", "export_program", "load_program"]
+
+WEIGHTS_PREFIX = "weights/"
+"""Goes before the names of parameters and buffers in the safetensors file; constants of the graph have another."""
+_CONSTANTS_PREFIX = "constants/"
+
+_BATCH = 3  # of the example inputs: torch.export makes 0 and 1 special
+
+# Operators that touch files or other processes have no place in a model.
+_OPERATOR = re.compile(
+    r"torch\.ops\.aten\.(?!from_file|_from_file|save\b)\w+\.\w+"
+    r"|_operator\.(?:getitem|add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_|not_)"
+    r"|torch\.sym_(?:int|float|max|min|not|ite|sum)"
+    r"|math\.(?:ceil|floor|trunc)"
+)
+_NUMBERS = re.compile(
+    r"(?:'(?:[su]\d+|zuf\d+)'|(?:[su]\d+|zuf\d+|Symbol|Integer|Rational|Float|Add|Mul|Pow|Max|Min|Mod|PythonMod|FloorDiv"
+    r"|CleanDiv|floor|ceiling|Eq|Ne|Le|Lt|Ge|Gt|positive|nonnegative|integer|real|True|False|oo|int_oo)\b"
+    r"|\d+|[-+*/(),.<>=!&|~ ])*"
+)
+_NAME = re.compile(r"[\w.]*")
+_PLAIN = re.compile(r"[\w.,:+\-<> ]*")
+_TREE = re.compile(
+    r'(?:"(?:builtins\.(?:tuple|list|dict)|null|type|context|children_spec|\[\]|\w*)"|null|[\d\[\]{},: ])*'
+)
+
+
+class Program:
+    """A loaded program: tensors in, tensors out. Thread-safe, as long as its weights are left alone."""
+
+    def __init__(self, module: Callable[..., Any], outputs: Sequence[str]) -> None:
+        """Wrap a graph module whose results have these names, in order."""
+        self._module = module
+        self.outputs = tuple(outputs)
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Run it; outputs by name."""
+        with torch.inference_mode():
+            results = self._module(*inputs)
+        found = results if isinstance(results, tuple | list) else (results,)
+        if len(found) != len(self.outputs):
+            raise InvalidRequestError(f"the program gives {len(found)} tensors; its outputs are {list(self.outputs)}")
+        return dict(zip(self.outputs, found, strict=True))
+
+
+def export_program(module: nn.Module, shapes: Sequence[Sequence[int]]) -> tuple[bytes, dict[str, Tensor]]:
+    """Trace a module into a program for batches of any size.
+
+    Args:
+        module: Takes float32 tensors whose first axis is the batch, returns one tensor or a tuple of them.
+        shapes: Per input its shape without the batch.
+
+    Returns:
+        The graph as JSON, and the weights by name.
+
+    Raises:
+        InvalidRequestError: torch cannot export the module, or the graph would need more than `load_program` allows.
+    """
+    from torch._export.serde.serialize import serialize
+
+    batch = torch.export.Dim("batch", min=1)
+    examples = tuple(torch.zeros(_BATCH, *shape) for shape in shapes)
+    training = module.training
+    module.eval()
+    try:
+        exported = torch.export.export(module, examples, dynamic_shapes=tuple({0: batch} for _ in shapes))
+    except Exception as error:
+        raise InvalidRequestError(f"{type(module).__name__} cannot be exported: {error}") from error
+    finally:
+        module.train(training)
+    graph = json.loads(serialize(exported).exported_program)
+    _strip(graph)
+    _check(graph, f"{type(module).__name__}: the exported graph", InvalidRequestError)
+    weights = {f"{WEIGHTS_PREFIX}{name}": value for name, value in exported.state_dict.items()}
+    for name, value in exported.constants.items():
+        if not isinstance(value, Tensor):
+            raise InvalidRequestError(
+                f"{type(module).__name__}: constant {name!r} is a {type(value).__name__}, no tensor"
+            )
+        weights[f"{_CONSTANTS_PREFIX}{name}"] = value
+    # safetensors refuses tensors that share memory.
+    return json.dumps(graph).encode(), {name: value.detach().clone().contiguous() for name, value in weights.items()}
+
+
+def load_program(graph: bytes, weights: Mapping[str, Tensor], outputs: Sequence[str], *, where: str) -> Program:
+    """Make a program of what `export_program` gave.
+
+    Args:
+        graph: JSON.
+        weights: By name, as exported or of a later step.
+        outputs: Names of the results, in order.
+        where: Names the file, for messages.
+
+    Raises:
+        CheckpointError: The graph is damaged, names something that a model has no use for, or does not fit.
+    """
+    from torch._export.serde.serialize import SerializedArtifact, deserialize
+
+    try:
+        content = json.loads(graph)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: damaged: {error}") from None
+    _check(content, where, CheckpointError)
+    artifact = SerializedArtifact(
+        exported_program=graph,
+        state_dict=_state(content, weights),  # type: ignore[arg-type]  # tensors instead of a pickle of them
+        constants=_of(weights, _CONSTANTS_PREFIX),  # type: ignore[arg-type]
+        example_inputs=b"",
+    )
+    try:
+        module = deserialize(artifact).module(check_guards=False)
+    except TypeError:
+        module = deserialize(artifact).module()  # torch before guards
+    except Exception as error:
+        raise CheckpointError(f"{where}: torch {torch.__version__} cannot load it: {error}") from error
+    return Program(module, outputs)
+
+
+def _of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _state(graph: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters and buffers, told apart as the graph says."""
+    specs = graph["graph_module"].get("signature", {}).get("input_specs", [])
+    parameters = {spec["parameter"]["parameter_name"] for spec in specs if "parameter" in spec}
+    return {
+        name: nn.Parameter(value, requires_grad=False) if name in parameters else value
+        for name, value in _of(weights, WEIGHTS_PREFIX).items()
+    }
+
+
+def _strip(graph: dict[str, Any]) -> None:
+    """Forget what only a debugger wants: stack traces name files of the machine that exported."""
+    module = graph["graph_module"]
+    module["metadata"] = {}
+    module["module_call_graph"] = [each for each in module["module_call_graph"] if each["fqn"] == ""]
+    graph["guards_code"] = []
+    for node in module["graph"]["nodes"]:
+        node["metadata"] = {}
+
+
+def _check(graph: Any, where: str, error: type[CheckpointError | InvalidRequestError]) -> None:
+    """Refuse a graph that could do anything but arithmetic."""
+    if not isinstance(graph, dict) or not isinstance(graph.get("graph_module"), dict):
+        raise error(f"{where}: no graph of torch.export")
+    nodes = graph["graph_module"].get("graph", {}).get("nodes", [])
+    if graph.get("guards_code"):
+        raise error(f"{where}: holds code to be run on loading")
+    for node in nodes:
+        target = node.get("target") if isinstance(node, dict) else None
+        if not isinstance(target, str) or not _OPERATOR.fullmatch(target):
+            raise error(f"{where}: operator {target!r} is none that an exported model may use")
+        if node.get("metadata"):
+            raise error(f"{where}: operator {target!r} has metadata")
+    _check_strings(graph, "", where, error)
+
+
+def _check_strings(value: Any, key: str, where: str, error: type[CheckpointError | InvalidRequestError]) -> None:
+    if isinstance(value, dict):
+        for name, each in value.items():
+            if not _NAME.fullmatch(name) and not _NUMBERS.fullmatch(name):
+                raise error(f"{where}: {name!r} is no name")
+            _check_strings(each, name, where, error)
+    elif isinstance(value, list):
+        for each in value:
+            _check_strings(each, key, where, error)
+    elif isinstance(value, str):
+        allowed = {"expr_str": _NUMBERS, "name": _NAME, "in_spec": _TREE, "out_spec": _TREE}.get(key, _PLAIN)
+        if not allowed.fullmatch(value):
+            raise error(f"{where}: {key} {value!r} is nothing that an exported model may hold")
