@@ -6,15 +6,18 @@ the slot for one feature each, so several features may share vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from trilith.errors import InvalidRequestError
 from trilith.features.combiners import Combiner, FirstN, ReduceSum
 from trilith.features.slices import dummy_lookup_shape
 from trilith.tables.compressors import CompressorLike, Fp16, Fp32
-from trilith.tables.config import Segment, default_learning_rate, fuse_adjacent
+from trilith.tables.config import HashTableConfig, Segment, default_learning_rate, fuse_adjacent
 from trilith.tables.initializers import InitializerLike, RandomUniform, Zeros
+from trilith.tables.merged import merge_configs
 from trilith.tables.optimizers import Adagrad, Ftrl, OptimizerLike
 from trilith.tables.schedules import LearningRate
 from trilith.tables.spec import TableSpec, table_config
@@ -84,6 +87,7 @@ class FeatureSlotConfig:
         default_vec_learning_rate: Of the other slices; None takes their optimizer's.
         occurrence_threshold: An id gets its row at the occurrence after that many.
         expire_time: Days without a write after which a row expires.
+        seed: Decides the values of new rows; None derives it from the table's name.
     """
 
     name: str | None = None
@@ -99,6 +103,7 @@ class FeatureSlotConfig:
     default_vec_learning_rate: LearningRate | None = None
     occurrence_threshold: int = 0
     expire_time: int = _NEVER_DAYS
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.name is None and self.slot_id is None:
@@ -182,10 +187,7 @@ class FeatureSlot:
 
     def table_spec(self) -> TableSpec:
         """The slot's table; its neighbouring slices that differ in width alone are one segment."""
-        if not self.segments:
-            raise InvalidRequestError(f"slot {self.name!r} has no slices; a table needs at least one")
-        protos, rates = merge_slices(self.segments)
-        parts = [Segment(each.dim_size, each.init_config, each.opt_config, each.comp_config) for each in protos]
+        parts, rates = self.merged_segments()
         config, slot_id = self.config, self.config.slot_id
         whole: dict[str, int] = {}
         by_slot: dict[str, dict[int, int]] = {}
@@ -198,7 +200,15 @@ class FeatureSlot:
                 by_slot["slot_occurrence_thresholds"] = {slot_id: config.occurrence_threshold}
             else:
                 whole["occurrence_threshold"] = config.occurrence_threshold
-        return table_config(self.name, segments=parts, learning_rate=rates, **whole, **by_slot)  # type: ignore[arg-type]
+        options: dict[str, Any] = {**whole, **by_slot}
+        return table_config(self.name, segments=parts, learning_rate=rates, seed=config.seed, **options)
+
+    def merged_segments(self) -> tuple[list[Segment], list[LearningRate]]:
+        """What the slot's rows are made of, and a rate for each segment."""
+        if not self.segments:
+            raise InvalidRequestError(f"slot {self.name!r} has no slices; a table needs at least one")
+        protos, rates = merge_slices(self.segments)
+        return [Segment(each.dim_size, each.init_config, each.opt_config, each.comp_config) for each in protos], rates
 
     def _append(self, segment: SlotSegment) -> FeatureSlice:
         segment.as_proto()  # refuses what no table could have
@@ -248,7 +258,7 @@ class FeatureColumn:
 
 
 class FeatureRegistry:
-    """Collects the slots and columns of a model in a run without tables: lookups return shapes.
+    """Collects the slots and columns of a model; lookups return shapes until `bound` says what the values are.
 
     Attributes:
         slots: By table name.
@@ -259,6 +269,19 @@ class FeatureRegistry:
         self._batch_size = batch_size
         self.slots: dict[str, FeatureSlot] = {}
         self.columns: dict[str, FeatureColumn] = {}
+        self._bound: Callable[[FeatureColumn, FeatureSlice], object] | None = None
+
+    @contextmanager
+    def bound(self, lookup: Callable[[FeatureColumn, FeatureSlice], object]) -> Iterator[None]:
+        """Inside, columns give what `lookup` gives for a column and a slice."""
+        before, self._bound = self._bound, lookup
+        try:
+            yield
+        finally:
+            self._bound = before
+
+    def _values(self, column: FeatureColumn, slice_: FeatureSlice) -> object:
+        return (self._bound or self._shape)(column, slice_)
 
     def create_feature_slot(self, config: FeatureSlotConfig) -> FeatureSlot:
         """Make a slot; a repeated name is InvalidRequestError."""
@@ -276,13 +299,34 @@ class FeatureRegistry:
         known = self.columns.get(feature_name)
         if known is not None and known.slot is not slot:
             raise InvalidRequestError(f"feature {feature_name!r} reads slot {known.slot.name!r} already")
-        column = FeatureColumn(slot, feature_name, combiner or ReduceSum(), self._shape)
+        column = FeatureColumn(slot, feature_name, combiner or ReduceSum(), self._values)
         self.columns[feature_name] = column
         return column
 
     def table_specs(self) -> list[TableSpec]:
         """The tables of all slots."""
         return [slot.table_spec() for slot in self.slots.values()]
+
+    def merged_table_specs(self) -> tuple[list[TableSpec], dict[str, str]]:
+        """One table for all slots of equal rows: the tables, and the name of each slot's.
+
+        Every table knows the thresholds and expiry of all slots, which need slot ids: a slot's ids carry its number.
+        """
+        named = [name for name, slot in self.slots.items() if slot.config.slot_id is None]
+        if named:
+            raise InvalidRequestError(f"slots {named} have no slot_id; tables that slots share need them")
+        configs = {}
+        for name, slot in self.slots.items():
+            parts, rates = slot.merged_segments()
+            days = self.slot_expire_times()
+            spec = table_config(name, segments=parts, learning_rate=rates, slot_ttl_days=days)
+            configs[name] = HashTableConfig(spec.proto.hash_table, rates)
+        merged, table_of = merge_configs(configs)
+        thresholds = {slot: each for slot, each in self.slot_occurrence_thresholds().items() if each}
+        specs = [
+            TableSpec.of_config(name, config, slot_occurrence_thresholds=thresholds) for name, config in merged.items()
+        ]
+        return specs, table_of
 
     def slot_occurrence_thresholds(self) -> dict[int, int]:
         """By slot id, where one is given."""

@@ -7,6 +7,7 @@ from trilith.nn.click_model import ClickModel
 from trilith.nn.deepfm import DeepFM
 from trilith.nn.dense import AllReduced, DenseOnPs
 from trilith.nn.embedding import Embedding, EmbeddingBag, EmbeddingCollection, Feature, FetchedRows
+from trilith.nn.features import FeatureEmbeddings, FeatureModel
 from trilith.nn.ffm import FFM
 from trilith.nn.local import LocalEmbeddings
 
@@ -23,6 +24,8 @@ __all__ = [
     "EmbeddingBag",
     "EmbeddingCollection",
     "Feature",
+    "FeatureEmbeddings",
+    "FeatureModel",
     "FetchedRows",
     "FirstN",
     "LocalEmbeddings",

@@ -17,8 +17,9 @@ from torch import nn
 
 from trilith.connect import connect
 from trilith.errors import InvalidRequestError
-from trilith.nn import FFM, ClickModel, DeepFM, EmbeddingCollection, Feature, LocalEmbeddings
-from trilith.tables import Adagrad, RandomUniform
+from trilith.features import FeatureRegistry, FeatureSlotConfig, ReduceMean
+from trilith.nn import FFM, ClickModel, DeepFM, FeatureEmbeddings, LocalEmbeddings
+from trilith.tables import Adagrad, Fp16, RandomUniform
 
 __all__ = ["MODELS", "TABLE", "ModelSettings", "Plan", "settings_of"]
 
@@ -82,21 +83,30 @@ class ModelSettings:
         """
         names = list(features)
         head = self.head(len(names), seed=seed).to(device)
-        table = client.table(TABLE, **self._table(head.row_dim, seed))
-        embeddings = EmbeddingCollection(
-            client, {name: Feature(table) for name in names}, device=device, async_push=async_push
-        )
-        return ClickModel(embeddings, head)
+        registry = self._features(names, head.row_dim, seed)
+        return ClickModel(FeatureEmbeddings(client, registry, device=device, async_push=async_push), head)
 
-    def _table(self, dim: int, seed: int) -> dict[str, Any]:
-        return {
-            "dim": dim,
-            "optimizer": Adagrad(
-                learning_rate=self.embedding_rate, initial_accumulator_value=self.embedding_accumulator
-            ),
-            "initializer": RandomUniform(-self.init, self.init),
-            "seed": seed,
-        }
+    def _features(self, names: Iterable[str], row_dim: int, seed: int) -> FeatureRegistry:
+        """A bias and a vector for every feature, all in one slot, the mean where a sample has several ids."""
+        initializer = RandomUniform(-self.init, self.init)
+        optimizer = Adagrad(learning_rate=self.embedding_rate, initial_accumulator_value=self.embedding_accumulator)
+        registry = FeatureRegistry()
+        slot = registry.create_feature_slot(
+            FeatureSlotConfig(
+                name=TABLE,
+                has_bias=True,
+                bias_initializer=initializer,
+                bias_optimizer=optimizer,
+                bias_compressor=Fp16(),
+                default_vec_initializer=initializer,
+                default_vec_optimizer=optimizer,
+                seed=seed,
+            )
+        )
+        slot.add_feature_slice(row_dim - 1)
+        for name in names:
+            registry.create_feature_column(slot, name, ReduceMean())
+        return registry
 
     def locally(self, vocabulary: Mapping[str, npt.NDArray[np.uint64]], *, seed: int, sparse: bool) -> ClickModel:
         """The model with plain `torch.nn.EmbeddingBag` embeddings, from the initial values that a cluster would give.
@@ -107,7 +117,7 @@ class ModelSettings:
         embeddings = LocalEmbeddings(vocabulary, head.row_dim, sparse=sparse)
         ids = np.concatenate(list(vocabulary.values()))
         with connect("local://") as store:
-            table = store.table(TABLE, **self._table(head.row_dim, seed))
+            table = store.create_tables(self._features(vocabulary, head.row_dim, seed).table_specs())[TABLE]
             table.assign_add(ids, np.zeros((ids.size, head.row_dim), np.float32))  # creates the rows
             embeddings.set_rows(table.lookup(ids))
         return ClickModel(embeddings, head)
