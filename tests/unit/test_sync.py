@@ -56,12 +56,12 @@ def until(true: Callable[[], object]) -> None:
 # ---- what was touched ------------------------------------------------------------------------------------------------
 
 
-def test_touched_gives_each_id_once_and_forgets_what_it_gave() -> None:
+def test_touched_gives_every_id_and_forgets_what_it_gave() -> None:
     touched = Touched(1 << 20)
     touched.add(u64(3, 1, 3))
     touched.add(u64(1, 2**64 - 1))
     ids, everything = touched.take()
-    assert sorted(ids.tolist()) == [1, 3, 2**64 - 1]
+    assert set(ids.tolist()) == {1, 3, 2**64 - 1}
     assert not everything
     assert touched.take()[0].size == 0
 
@@ -72,7 +72,7 @@ def test_more_ids_than_are_kept_make_the_whole_table_count_as_changed(monkeypatc
     for _ in range(100):
         touched.add(np.arange(50, dtype=np.uint64))  # repeats are dropped and need no room
     ids, everything = touched.take()
-    assert len(ids) == 50
+    assert set(ids.tolist()) == set(range(50))
     assert not everything
     for start in range(0, 5000, 50):
         touched.add(np.arange(start, start + 50, dtype=np.uint64))

@@ -216,15 +216,22 @@ class Table:
                 index.scan_index(start, 0, end, room, ids, numbers, times)
         return ids
 
-    def gather(self, ids: npt.NDArray[Any]) -> tuple[UInt64Array, Float32Array, UInt64Array]:
+    def gather(
+        self, ids: npt.NDArray[Any], weights: Float32Array | None = None
+    ) -> tuple[UInt64Array, Float32Array, UInt64Array]:
         """Read raw weights.
+
+        Args:
+            ids: uint64[n] or int64[n].
+            weights: float32[n, dim] to write to, C-contiguous, of any alignment.
 
         Returns:
             uint64[m] ids that have a row, in the order of `ids`, their float32[m, dim], and uint64[n - m] the others.
         """
         ids = as_ids(ids)
         found, missing = np.empty(len(ids), np.uint64), np.empty(len(ids), np.uint64)
-        weights = np.empty((len(ids), self.dim), np.float32)
+        if weights is None:
+            weights = np.empty((len(ids), self.dim), np.float32)
         present = 0
         for start in range(0, len(ids), _GATHERED):  # in pieces, so that writers get their turn
             count = min(_GATHERED, len(ids) - start)

@@ -7,12 +7,15 @@ import threading
 import numpy as np
 
 from trilith.ops.dedup import split_distinct
+from trilith.ops.memory import address_of
 from trilith.shard import UInt64Array
+from trilith_services.ps.kernels.gather import drop_repeats
 
 __all__ = ["Touched", "distinct"]
 
 _FIRST_ROOM = 1024
-_MOST_ROOM = 1 << 20  # ids written down before repeats among them are looked for
+_MOST_ROOM = 1 << 20  # ids written down before every repeat among them is looked for
+_MOST_RECENT = 1 << 16  # ids that are compared with: half a megabyte, which the second-level cache holds
 
 
 class Touched:
@@ -50,14 +53,18 @@ class Touched:
             self._forget()
 
     def take(self) -> tuple[UInt64Array, bool]:
-        """The distinct ids since the last time, uint64[n], and whether every other row may have changed too."""
+        """The ids since the last time, uint64[n], and whether every other row may have changed too.
+
+        Most repeats are left out, not all: finding the last of them costs more than sending their rows again.
+        """
         with self._lock:
             pieces = [*self._distinct, self._ids[: self._used]]
             everything = self._everything
             room = max(_FIRST_ROOM, min(_MOST_ROOM, 1 << self._used.bit_length()))
             self._ids, self._used = np.empty(room, np.uint64), 0
             self._distinct, self._everything = [], False
-        return distinct(*pieces), everything
+        pieces[-1] = _without_repeats(pieces[-1])
+        return pieces[-1] if len(pieces) == 1 else np.concatenate(pieces), everything
 
     def _make_room(self, count: int) -> None:
         needed = self._used + count
@@ -78,6 +85,13 @@ class Touched:
     def _forget(self) -> None:
         self._everything = True
         self._distinct, self._used = [], 0
+
+
+def _without_repeats(ids: UInt64Array) -> UInt64Array:
+    recent = np.zeros(min(_MOST_RECENT, 1 << max(6, (2 * len(ids)).bit_length())), np.uint64)
+    kept = np.empty(len(ids), np.uint64)
+    count = drop_repeats(address_of(ids), len(ids), address_of(recent), len(recent) - 1, address_of(kept))
+    return kept[:count]
 
 
 def distinct(*pieces: UInt64Array) -> UInt64Array:

@@ -6,17 +6,23 @@ from typing import cast
 
 import numpy as np
 
+from trilith.ops.hashing import mix64
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import copy_floats, load_u8, load_u64, store_u8, store_u64
 from trilith_services.ps.kernels.index import GROUP, get
 from trilith_services.ps.kernels.rows import DIM, READ_WORDS, SERVING, STRIDE, probe_group, read_row
 
-__all__ = ["gather_rows", "pack_ids", "unpack_ids"]
+__all__ = ["drop_repeats", "gather_rows", "pack_ids", "unpack_ids"]
 
 _SEVEN = np.uint64(7)
 _LOW = np.uint64(0x7F)
 _MORE = np.uint64(0x80)
 _MOST = 10  # bytes of a varint
+_ZERO, _BITS56 = np.uint64(0), np.uint64(56)
+_LOW28, _HIGH28 = np.uint64(0x000000000FFFFFFF), np.uint64(0x00FFFFFFF0000000)
+_LOW14, _HIGH14 = np.uint64(0x00003FFF00003FFF), np.uint64(0x0FFFC0000FFFC000)
+_LOW7, _HIGH7 = np.uint64(0x007F007F007F007F), np.uint64(0x3F803F803F803F80)
+_MARKS = np.uint64(0x8080808080808080)
 # What np.int64 is inside a kernel, for the type checker: an int.
 _int64 = cast("type[int]", np.int64)
 
@@ -86,6 +92,15 @@ def _put_varint(at: int, value: np.uint64) -> int:
     return at + 1
 
 
+@inlined
+def _spread(value: np.uint64) -> np.uint64:
+    """The low 56 bits, seven to a byte, each byte marked as one that another follows."""
+    value = (value & _LOW28) | ((value & _HIGH28) << np.uint64(4))
+    value = (value & _LOW14) | ((value & _HIGH14) << np.uint64(2))
+    value = (value & _LOW7) | ((value & _HIGH7) << np.uint64(1))
+    return value | _MARKS
+
+
 @kernel("int64(int64, int64, int64)")
 def pack_ids(ids: int, n: int, out: int) -> int:
     """Write ids as varints.
@@ -100,7 +115,19 @@ def pack_ids(ids: int, n: int, out: int) -> int:
     """
     at = out
     for i in range(n):
-        at = _put_varint(at, load_u64(ids, i))
+        value = load_u64(ids, i)
+        rest = value >> _BITS56
+        if rest == _ZERO:
+            at = _put_varint(at, value)
+        else:  # as good as every hashed id: nine bytes, or ten
+            store_u64(at, 0, _spread(value))
+            if rest < _MORE:
+                store_u8(at, 8, np.uint8(rest))
+                at += 9
+            else:
+                store_u8(at, 8, np.uint8(rest))  # its highest bit is the mark
+                store_u8(at, 9, np.uint8(1))
+                at += 10
     return at - out
 
 
@@ -135,3 +162,30 @@ def unpack_ids(data: int, size: int, ids: int) -> int:
                 return -1
             shift += _SEVEN
     return -1 if length else count
+
+
+@kernel("int64(int64, int64, int64, int64, int64)")
+def drop_repeats(ids: int, n: int, recent: int, mask: int, out: int) -> int:
+    """Leave out ids that came not long before: a small memory finds most repeats, at a fraction of what all cost.
+
+    Args:
+        ids: Address of uint64[n].
+        n: Number of ids.
+        recent: Address of uint64[mask + 1] zeros, written: scratch.
+        mask: A power of two minus one.
+        out: Address of uint64[n], written: every id at least once.
+
+    Returns:
+        How many were written.
+    """
+    kept = np.int64(0)
+    for i in range(n):
+        key = load_u64(ids, i)
+        value = mix64(key)
+        place = np.int64(value & np.uint64(mask))
+        # One id's hash is 0, which looks like an empty place: it is always kept.
+        if load_u64(recent, place) != value or value == _ZERO:
+            store_u64(recent, place, value)
+            store_u64(out, kept, key)
+            kept += 1
+    return int(kept)

@@ -33,7 +33,7 @@ class Changes:
 
     Attributes:
         cursor: Where to go on.
-        ids: Per table uint64[n], each id once.
+        ids: Per table uint64[n].
         whole: Tables of which anything may have changed.
         since: Unix seconds; no change in it is older.
         until: Every change acknowledged before this time is in it, or was read before.
@@ -115,7 +115,8 @@ class ChangeLog:
             batches = [batch for batch in self._batches if batch.number >= cursor]
             after, until = self._next, self._until
         names = {name for batch in batches for name in batch.ids}
-        ids = {name: distinct(*(batch.ids[name] for batch in batches if name in batch.ids)) for name in sorted(names)}
+        found = {name: [batch.ids[name] for batch in batches if name in batch.ids] for name in sorted(names)}
+        ids = {name: each[0] if len(each) == 1 else distinct(*each) for name, each in found.items()}
         whole = frozenset(name for batch in batches for name in batch.whole)
         return Changes(after, ids, whole, batches[0].since if batches else until, until)
 

@@ -8,6 +8,7 @@ import secrets
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from trilith_services.ps.sync.dense import DenseFeed
 if TYPE_CHECKING:
     from trilith_services.ps.store import Store
     from trilith_services.ps.sync.changes import ChangeLog
+    from trilith_services.ps.table import Table
 
 __all__ = ["PUSH_METHOD", "SyncOptions", "Target"]
 
@@ -193,12 +195,12 @@ class Target:
         while self._changes:
             self._send(self._next_changes())
         for piece, more in self._dense.due(self._options.message_bytes):
-            self._request([], variables=[piece], more=more)
+            self._request(variables=[piece], more=more)
         if self._copies:
             self._send(self._next_copies())
         # With nothing to send this tells the replica how fresh it is, and finds out whether it still is who it was.
         if self._inventory != self._sent_inventory or time.monotonic() - self._pushed_at >= self._options.heartbeat_s:
-            self._request([])
+            self._request()
 
     def _begin(self) -> None:
         """Begin a stream: every table will be copied, and every variable sent."""
@@ -213,7 +215,7 @@ class Target:
             self._copy(name)
         with self._lock:
             self._stats.copies += 1
-        self._request([], begins=True)
+        self._request(begins=True)
         self._begun = True
         log.info("sync: a full copy begins", extra={"target": self.name, "address": self.address})
 
@@ -280,28 +282,29 @@ class Target:
 
     def _send(self, pieces: list[_Piece]) -> None:
         """Push rows as they are now; those that have arrived are done with."""
-        deltas = []
+        deltas, tables = [], []
         for piece in pieces:
             table = self._store.tables.get(piece.name)
             if table is None:
                 continue  # restored away; the inventory says so
             begins = piece.copy is not None and not piece.copy.begun
-            found, weights, missing = table.gather(piece.ids)
+            config = table.config if begins else None
+            weights = np.empty((0, table.dim), np.float32)
             deltas.append(
                 wire.Delta(
                     piece.name,
                     table.dim,
-                    found,
+                    piece.ids,
                     weights,
-                    missing,
-                    config=table.config if begins else None,
+                    config=config,
                     copy_begins=begins,
                     copy_ends=piece.copy_ends,
                 )
             )
+            tables.append(table)
         changes = sum(piece.copy is None for piece in pieces)
         ending = sum(piece.copy_ends and piece.copy is not None and not piece.copy.again for piece in pieces)
-        self._request(deltas, more=changes < len(self._changes) or ending < len(self._copies))
+        self._request(deltas, tables, more=changes < len(self._changes) or ending < len(self._copies))
         for piece in pieces:
             if piece.copy is None:
                 self._changes.popleft()
@@ -316,7 +319,8 @@ class Target:
 
     def _request(
         self,
-        deltas: list[wire.Delta],
+        deltas: Sequence[wire.Delta] = (),
+        tables: Sequence[Table] = (),
         *,
         variables: list[parameter_sync_pb2.DeltaVariable] | None = None,
         begins: bool = False,
@@ -343,7 +347,7 @@ class Target:
         header.rows_to_come = sum(copy.rows_to_come for copy in self._copies)
         if not begins and not more and (deltas or not (self._changes or self._copies)) and self._until:
             header.as_of = self._until
-        message = wire.pack_push(header, deltas)
+        message, sent = wire.pack_rows(header, deltas, tables)
         reply = parameter_sync_pb2.PushResponse.FromString(self._push(message, timeout=self._options.timeout_s))
         if reply.status_code == _UNKNOWN_STREAM:
             self._begun = False
@@ -354,8 +358,8 @@ class Target:
         self._pushed_at = time.monotonic()
         with self._lock:
             self._stats.pushes += 1
-            self._stats.rows += sum(len(delta.ids) for delta in deltas)
-            self._stats.erased += sum(len(delta.erased) for delta in deltas)
+            self._stats.rows += sum(len(delta.ids) for delta in sent)
+            self._stats.erased += sum(len(delta.erased) for delta in sent)
             self._stats.bytes += len(message)
             self._stats.error = ""
 

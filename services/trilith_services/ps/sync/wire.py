@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +12,15 @@ from google.protobuf.message import DecodeError
 
 from trilith.errors import InvalidRequestError
 from trilith.ops.jit import warm
-from trilith.ops.memory import address_of
+from trilith.ops.memory import address_of, new_bytes, writable_view
 from trilith.shard import Float32Array, UInt64Array
 from trilith_proto import parameter_sync_pb2, ps_pb2
 from trilith_services.ps.kernels import gather
 
-__all__ = ["Delta", "compile_kernels", "id_bytes", "pack_push", "unpack_push"]
+if TYPE_CHECKING:
+    from trilith_services.ps.table import Table
+
+__all__ = ["Delta", "compile_kernels", "id_bytes", "pack_push", "pack_rows", "unpack_push"]
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
@@ -36,7 +39,7 @@ class Delta:
         table: Name.
         dim: Floats per row.
         ids: uint64[n].
-        weights: float32[n, dim], raw.
+        weights: float32[n, dim], raw; float32[0, dim] where they are not known yet.
         erased: uint64[m] ids that have no row.
         config: The table as it is in training; with the beginning of a copy.
         copy_begins: Rows that do not come from here on are dropped when the copy ends.
@@ -55,7 +58,7 @@ class Delta:
 
 def compile_kernels() -> None:
     """Compile or load what the functions below run."""
-    warm(gather.pack_ids, gather.unpack_ids)
+    warm(gather.pack_ids, gather.unpack_ids, gather.drop_repeats)
 
 
 def id_bytes() -> int:
@@ -67,9 +70,55 @@ def pack_push(header: parameter_sync_pb2.PushRequest, deltas: Sequence[Delta]) -
     """Encode a PushRequest whose deltas come besides those of `header`."""
     pieces: list[bytes | memoryview] = [header.SerializeToString()]
     for delta in deltas:
-        body = _delta(delta)
+        body = [*_head(delta), delta.weights.data.cast("B") if delta.weights.size else b""]
         pieces += [_tag(_TABLES[0], _LENGTH), _varint(sum(map(len, body))), *body]
     return b"".join(pieces)
+
+
+def pack_rows(
+    header: parameter_sync_pb2.PushRequest, deltas: Sequence[Delta], tables: Sequence[Table]
+) -> tuple[bytes, list[Delta]]:
+    """Encode a PushRequest with the rows of `tables` as they are now.
+
+    As a rule every id has its row, so the message is laid out for that and the rows are copied from their table to
+    where they are sent from; otherwise it is written once more.
+
+    Args:
+        header: All but the deltas.
+        deltas: Per table the ids to send, without weights.
+        tables: Per delta the table.
+
+    Returns:
+        The message, and the deltas that are in it.
+    """
+    pieces: list[bytes | memoryview] = [header.SerializeToString()]
+    starts: list[int] = []
+    at = len(pieces[0])
+    for delta in deltas:
+        head = _head(delta)
+        size = 4 * delta.dim * len(delta.ids)
+        head = [_tag(_TABLES[0], _LENGTH), _varint(sum(map(len, head)) + size), *head]
+        pieces += head
+        starts.append(at + sum(map(len, head)))
+        at = starts[-1] + size
+    message = new_bytes(at)
+    view = writable_view(message)
+    at, number = 0, 0
+    for piece in pieces:
+        while number < len(starts) and at == starts[number]:
+            at += 4 * deltas[number].dim * len(deltas[number].ids)
+            number += 1
+        view.data[at : at + len(piece)] = piece
+        at += len(piece)
+    gathered = []
+    for delta, table, start in zip(deltas, tables, starts, strict=True):
+        size = 4 * delta.dim * len(delta.ids)
+        room = view[start : start + size].view(np.float32).reshape(len(delta.ids), delta.dim)
+        ids, weights, erased = table.gather(delta.ids, room)
+        gathered.append(replace(delta, ids=ids, weights=weights, erased=erased))
+    if any(len(delta.erased) for delta in gathered):
+        return pack_push(header, gathered), gathered
+    return message, gathered
 
 
 def unpack_push(data: bytes) -> tuple[parameter_sync_pb2.PushRequest, list[Delta]]:
@@ -86,7 +135,8 @@ def unpack_push(data: bytes) -> tuple[parameter_sync_pb2.PushRequest, list[Delta
         raise InvalidRequestError(f"{len(data)} bytes are not a PushRequest") from None
 
 
-def _delta(delta: Delta) -> list[bytes | memoryview]:
+def _head(delta: Delta) -> list[bytes | memoryview]:
+    """All of an encoded delta that comes before its weights."""
     header = parameter_sync_pb2.DeltaEmbeddingHashTable(unique_id=delta.table, dim_size=delta.dim)
     if delta.config is not None:
         header.config.CopyFrom(delta.config)
@@ -100,8 +150,8 @@ def _delta(delta: Delta) -> list[bytes | memoryview]:
             packed = np.empty(_MOST_ID_BYTES * len(ids), np.uint8)
             size = gather.pack_ids(address_of(ids), len(ids), address_of(packed))
             pieces += [_tag(number, _LENGTH), _varint(size), packed[:size].data]
-    if delta.weights.size:
-        pieces += [_tag(_EMBEDDINGS, _LENGTH), _varint(delta.weights.nbytes), delta.weights.data.cast("B")]
+    if len(delta.ids):
+        pieces += [_tag(_EMBEDDINGS, _LENGTH), _varint(4 * delta.dim * len(delta.ids))]
     return pieces
 
 
