@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-__all__ = ["EXPERIMENTS", "Child", "parameter_servers", "python_module"]
+__all__ = ["EXPERIMENTS", "Child", "parameter_servers", "python_module", "trilith_process"]
 
 EXPERIMENTS = "-event_engine_client,-event_engine_listener"
 """What `trilith` sets for every process it starts; set here for the client and the identity server as well, because the
@@ -105,15 +105,20 @@ def python_module(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
 
 
+def trilith_process(*arguments: str) -> Child:
+    """A `trilith` server on a free port, which reports its log."""
+    serve = "from trilith_services.cli import main; main()"
+    where = ("--listen", "127.0.0.1:0", "--log-format", "json")
+    return Child([sys.executable, "-c", serve, *arguments, *where], reports="stderr")
+
+
 @contextlib.contextmanager
 def parameter_servers(count: int) -> Iterator[tuple[str, list[Child]]]:
     """Run a cluster of `trilith ps` processes; gives its address and the processes."""
-    serve = "from trilith_services.cli import main; main()"
     servers: list[Child] = []
     with contextlib.ExitStack() as stack:
         for index in range(count):
-            options = f"--index {index} --count {count} --listen 127.0.0.1:0 --log-format json".split()
-            server = Child([sys.executable, "-c", serve, "ps", *options], reports="stderr")
+            server = trilith_process("ps", "--index", str(index), "--count", str(count))
             stack.callback(server.stop)
             servers.append(server)
         ports = [server.wait_for(message="serving")["port"] for server in servers]

@@ -36,6 +36,9 @@ class Sizes:
         op_vocabulary: Distinct ids of a layout's feature.
         op_rounds: Timed rounds per side of its figures.
         step_batch: Samples of a step through tables.
+        sync_rows: Rows of the table that is synced.
+        sync_seconds: Seconds of training during which lag is measured.
+        sync_rounds: Timed rounds in which every row is synced once.
         train_rows: Distinct ids of the click model.
         train_features: Features of a sample, one id each.
         train_batch: Samples per step.
@@ -71,6 +74,9 @@ class Sizes:
     op_vocabulary: int = 100_000
     op_rounds: int = 15
     step_batch: int = 4096
+    sync_rows: int = 1_000_000
+    sync_seconds: float = 20.0
+    sync_rounds: int = 7
     train_rows: int = 1_000_000
     train_features: int = 26
     train_batch: int = 512
@@ -107,6 +113,9 @@ QUICK = Sizes(
     op_vocabulary=2000,
     op_rounds=3,
     step_batch=256,
+    sync_rows=40_000,
+    sync_seconds=2.0,
+    sync_rounds=1,
     train_rows=20_000,
     train_batches=40,
     train_seconds=2.0,

@@ -1,0 +1,219 @@
+"""Training PS and serving replicas as real processes, which find each other in ZooKeeper, die and come back."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import trilith
+from tests import zookeeper
+from tests.zookeeper import eventually
+from trilith.client import Client
+from trilith.config import ClientConfig
+from trilith.remote import RemoteShard
+from trilith.shard import IdPart
+from trilith.tables import FixedR8, Fp16, RandomUniform, Sgd, table_config
+from trilith_services.ps.replica import serving_config
+from trilith_services.ps.table import Table
+from trilith_services.supervisor import free_ports, is_serving, trilith_argv
+
+DIM = 4
+TABLES = {
+    "user": {"dim": DIM, "compressor": Fp16(), "ttl_days": 1},
+    "item": {"dim": 2 * DIM, "compressor": FixedR8(4.0)},
+}
+COMMON = {"optimizer": Sgd(learning_rate=0.01), "initializer": RandomUniform(-1, 1)}
+IDS = np.arange(20_000, dtype=np.uint64)
+PATIENCE_S = 120.0
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class Processes:
+    """`trilith` processes by name; each has a port of its own for good."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self.ports: dict[str, int] = {}
+
+    def start(self, name: str, *arguments: str) -> str:
+        """Start it; returns its address at once."""
+        port = self.ports.setdefault(name, free_ports(1)[0])
+        with (self._logs / f"{name}.log").open("ab") as log:
+            self._running[name] = subprocess.Popen(
+                trilith_argv(*arguments, "--listen", f"127.0.0.1:{port}", "--threads", "1"), stdout=log, stderr=log
+            )
+        return f"127.0.0.1:{port}"
+
+    def wait(self, name: str) -> None:
+        """Wait until it serves."""
+
+        def serving() -> bool:
+            log = (self._logs / f"{name}.log").read_text()
+            assert self._running[name].poll() is None, log
+            return is_serving(f"127.0.0.1:{self.ports[name]}")
+
+        eventually(serving, timeout_s=PATIENCE_S)
+
+    def end(self, name: str, number: int = signal.SIGKILL) -> int:
+        process = self._running.pop(name)
+        process.send_signal(number)
+        return process.wait(60)
+
+    def close(self) -> None:
+        for name in list(self._running):
+            self.end(name)
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    made = Processes(tmp_path)
+    yield made
+    made.close()
+
+
+class Training:
+    """Steps, erasures and evictions without pause."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.tables = {name: client.table(name, **COMMON, **options) for name, options in TABLES.items()}
+        self.steps = 0
+        self._stop = threading.Event()
+        self._failure: list[BaseException] = []
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        rng = np.random.default_rng(1)
+        try:
+            while not self._stop.wait(0.005):
+                self.steps += 1
+                for table in self.tables.values():
+                    ids = rng.choice(IDS, 500)
+                    # Some rows are a day older than the others: evicting takes them.
+                    at = 10 * 86400 - (2 * 86400 if self.steps % 3 == 0 else 0)
+                    grads = rng.normal(size=(500, table.dim)).astype(np.float32)
+                    self.client.apply_gradients({table.name: (ids, grads)}, request_time=at)
+                    table.erase(rng.choice(IDS, 20))
+                if self.steps % 50 == 0:
+                    self.tables["user"].evict()
+        except BaseException as error:  # noqa: BLE001 - raised again in the test
+            self._failure.append(error)
+
+    def end(self) -> float:
+        """Stop; returns when the last write had been acknowledged."""
+        self._stop.set()
+        self._thread.join()
+        if self._failure:
+            raise self._failure[0]
+        return time.time()
+
+
+def replica_shard(address: str) -> RemoteShard:
+    return RemoteShard(lambda: address, ClientConfig(timeout_s=30))
+
+
+def check(training: Training, address: str, ended: float) -> None:
+    """Every row at the replica equals the compressed training row, and it has no others."""
+    shard = replica_shard(address)
+    eventually(lambda: shard.stats().replica.as_of > ended, timeout_s=PATIENCE_S)
+    for name, table in training.tables.items():
+        present = table.contains(IDS)
+        assert 0 < present.sum() < len(IDS)
+        np.testing.assert_array_equal(shard.contains(IdPart(name, IDS)), present)
+        config = table_config(name, **COMMON, **TABLES[name]).proto
+        want = Table(serving_config(config))
+        want.assign(IDS[present], raw_rows(training.client, name, IDS[present]))
+        np.testing.assert_array_equal(shard.lookup([IdPart(name, IDS)])[0], want.lookup(IDS))
+    shard.close()
+
+
+def raw_rows(client: Client, table: str, ids: np.ndarray) -> np.ndarray:
+    """float32[n, dim] as they are in training: a lookup may see compressed ones."""
+    from trilith_proto import hash_table_pb2
+
+    entries = client.lookup_entries(table, ids)
+    return np.array([hash_table_pb2.EntryDump.FromString(each).num for each in entries], np.float32)
+
+
+def test_replicas_die_come_back_and_are_added_and_end_equal_to_training(processes: Processes, tmp_path: Path) -> None:
+    zookeeper.require_zookeeper()
+    with zookeeper.ensemble(tmp_path) as servers:
+        url = f"zk://{servers.hosts}/serving?session_timeout={zookeeper.SESSION_S:g}"
+        metrics = free_ports(1)[0]
+        ps = processes.start(
+            "ps", "ps", "--sync-to", url, "--sync-name", "m", "--sync-every", "0.1", "--metrics-port", str(metrics)
+        )
+        where = ("--discovery", url, "--name", "m")
+        replica_0 = processes.start("replica-0", "serving", "ps", *where, "--replica", "0")
+        processes.wait("ps")
+        with trilith.connect(f"static://{ps}", timeout_s=60) as client:
+            training = Training(client)
+            try:
+                processes.wait("replica-0")
+                for _ in range(2):
+                    processes.end("replica-0")
+                    before = training.steps
+                    eventually(lambda: training.steps > before + 20, timeout_s=PATIENCE_S)  # noqa: B023
+                    processes.start("replica-0", "serving", "ps", *where, "--replica", "0")
+                    processes.wait("replica-0")
+                replica_1 = processes.start("replica-1", "serving", "ps", *where, "--replica", "1")
+                servers.leader().kill()
+                processes.wait("replica-1")
+                before = training.steps
+                eventually(lambda: training.steps > before + 60, timeout_s=PATIENCE_S)
+            finally:
+                ended = training.end()
+            check(training, replica_0, ended)
+            check(training, replica_1, ended)
+            (stats,) = client.stats()
+            assert {target.name for target in stats.sync_targets} == {"replica-0", "replica-1"}
+            with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics") as reply:
+                text = reply.read().decode()
+            for name in ("lag_seconds", "lag_rows", "rows_total", "failures_total"):
+                assert f'trilith_ps_sync_{name}{{target="replica-1"}}' in text
+        assert processes.end("replica-0", signal.SIGTERM) == 0
+        assert processes.end("ps", signal.SIGTERM) == 0
+
+
+def test_a_training_ps_that_comes_back_empty_empties_its_replica(processes: Processes) -> None:
+    replica = processes.start("replica", "serving", "ps")
+    to = ("--sync-to", f"here={replica}", "--sync-every", "0.1")
+    ps = processes.start("ps", "ps", *to)
+    processes.wait("ps")
+    with trilith.connect(f"static://{ps}", timeout_s=60) as client:
+        users = client.table("user", **COMMON, **TABLES["user"])
+        users.assign(IDS[:100], np.ones((100, DIM), np.float32))
+        processes.wait("replica")
+        shard = replica_shard(replica)
+        acknowledged = time.time()
+        eventually(lambda: shard.stats().replica.as_of > acknowledged)
+        assert shard.contains(IdPart("user", IDS[:200])).sum() == 100
+    processes.end("ps")
+    assert shard.contains(IdPart("user", IDS[:200])).sum() == 100  # it goes on serving
+    processes.start("ps", "ps", *to)
+    processes.wait("ps")
+    with trilith.connect(f"static://{ps}", timeout_s=60) as client:
+        users = client.table("user", **COMMON, **TABLES["user"])
+        users.assign(IDS[150:160], np.ones((10, DIM), np.float32))
+        acknowledged = time.time()
+        eventually(lambda: shard.stats().replica.as_of > acknowledged)
+    assert shard.contains(IdPart("user", IDS[:200])).nonzero()[0].tolist() == list(range(150, 160))
+    shard.close()
+
+
+def test_what_cannot_be_a_target_is_refused() -> None:
+    for bad, message in (("nonsense", "neither name=host:port"), ("a=b", "not host:port")):
+        done = subprocess.run(trilith_argv("ps", "--sync-to", bad), capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert message in done.stderr
