@@ -13,7 +13,21 @@ from trilith.errors import TrilithError
 
 __all__ = ["app", "main"]
 
-COMMANDS = ("ps", "serving", "worker", "up", "demo", "query", "top", "discovery", "checkpoint", "data", "bench")
+COMMANDS = (
+    "ps",
+    "serving",
+    "worker",
+    "up",
+    "demo",
+    "query",
+    "top",
+    "console",
+    "debug",
+    "discovery",
+    "checkpoint",
+    "data",
+    "bench",
+)
 
 app = typer.Typer(
     name="trilith",

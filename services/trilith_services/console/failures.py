@@ -1,0 +1,81 @@
+"""Errors over HTTP: the class of `trilith.errors` and its message as JSON, under the HTTP status that fits."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from trilith.errors import InternalError, InvalidRequestError, ReadOnlyError, TrilithError
+from trilith_services.console.schema import Failure
+
+__all__ = ["FAILURES", "answer_failures", "http_status"]
+
+log = logging.getLogger(__name__)
+
+_BY_STATUS = {
+    "INVALID_ARGUMENT": HTTPStatus.BAD_REQUEST,
+    "NOT_FOUND": HTTPStatus.NOT_FOUND,
+    "ALREADY_EXISTS": HTTPStatus.CONFLICT,
+    "FAILED_PRECONDITION": HTTPStatus.CONFLICT,
+    "ABORTED": HTTPStatus.CONFLICT,
+    "RESOURCE_EXHAUSTED": HTTPStatus.TOO_MANY_REQUESTS,
+    "UNAVAILABLE": HTTPStatus.SERVICE_UNAVAILABLE,
+    "DEADLINE_EXCEEDED": HTTPStatus.GATEWAY_TIMEOUT,
+}
+
+FAILURES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": Failure, "description": "The request is wrong, or concerns what is not there."},
+    "5XX": {"model": Failure, "description": "The cluster, or a PS of it, does not answer."},
+}
+"""What every route of the API may answer besides its own."""
+
+
+def http_status(error: TrilithError) -> int:
+    """The HTTP status of an error."""
+    if isinstance(error, ReadOnlyError):
+        return HTTPStatus.FORBIDDEN
+    return _BY_STATUS.get(error.status, HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+def answer_failures(app: FastAPI) -> None:
+    """Make every failure of `app` JSON."""
+    app.add_exception_handler(TrilithError, _on_ours)
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_other)
+
+
+def _json(status: int, name: str, message: str, headers: Any = None) -> JSONResponse:
+    return JSONResponse(Failure(error=name, message=message).model_dump(), int(status), headers)
+
+
+async def _on_ours(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, TrilithError)
+    return _json(http_status(error), type(error).__name__, str(error))
+
+
+async def _on_validation(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    told = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+    return _json(HTTPStatus.BAD_REQUEST, InvalidRequestError.__name__, "; ".join(told))
+
+
+async def _on_http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}; GET /docs lists what there is"
+    return _json(error.status_code, InvalidRequestError.__name__, message, error.headers)
+
+
+async def _on_other(request: Request, error: Exception) -> JSONResponse:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _json(
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        InternalError.__name__,
+        f"{type(error).__name__}: {error}; the console's log has the traceback",
+    )

@@ -1,0 +1,144 @@
+"""Members: the PS of a cluster and their replicas, reachable one by one, also while some of them are down."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from trilith.config import ClientConfig
+from trilith.discovery import PS
+from trilith.discovery.members import count_ps, resolve_ps
+from trilith.discovery.record import RecordKeeper
+from trilith.discovery.urls import open_directory
+from trilith.errors import ClusterMismatchError, TrilithError, UnavailableError
+from trilith.remote import RemoteShard
+from trilith.routing import OWNER_RULE
+from trilith_proto import ps_pb2
+
+__all__ = ["Members"]
+
+_T = TypeVar("_T")
+_K = TypeVar("_K")
+
+_MAX_THREADS = 64
+
+
+class Members:
+    """Connections to a cluster, opened once its directory knows how many PS there are. Thread-safe.
+
+    A spectator is not disturbed by restarts: whichever incarnation answers is asked.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float) -> None:
+        """Open the directory at `url`; calls get `timeout_s` seconds unless they say otherwise."""
+        self._directory = open_directory(url, timeout_s=timeout_s)
+        self._config = ClientConfig(timeout_s=timeout_s)
+        try:
+            self.count = self.recount()
+        except BaseException:
+            self._directory.close()
+            raise
+        self.shards = [
+            RemoteShard(partial(resolve_ps, self._directory, index), self._config, index=index)
+            for index in range(self.count)
+        ]
+        self._lock = threading.Lock()
+        self._strangers: dict[int, str] = {}
+        self._replicas: dict[tuple[int, str], RemoteShard] = {}
+        self._pool = ThreadPoolExecutor(min(_MAX_THREADS, 8 + 4 * self.count), thread_name_prefix="trilith-console")
+
+    def recount(self) -> int:
+        """How many PS the directory knows of now; the cluster may have been made anew."""
+        return count_ps(self._directory, timeout_s=0.1)
+
+    def addresses(self) -> list[str]:
+        """host:port by shard index; empty for a PS that is not there at the moment."""
+        found = self._directory.query(PS)
+        return [found.get(index, "") for index in range(self.count)]
+
+    def features(self) -> Mapping[str, str]:
+        """Table by feature, as far as the cluster's record has them."""
+        record = self._directory.read_record() if isinstance(self._directory, RecordKeeper) else None
+        return record.features if record is not None else {}
+
+    def meet(self, index: int, answer: ps_pb2.DescribeResponse) -> str:
+        """Take note of who answers at a shard's place; what is wrong about it, empty if nothing."""
+        ours = f"{index} of {self.count}, owner rule {OWNER_RULE!r}"
+        theirs = f"{answer.shard_index} of {answer.shard_count}, owner rule {answer.owner_rule!r}"
+        wrong = "" if ours == theirs else f"is shard {ours} by its place, and shard {theirs} by its own account"
+        with self._lock:
+            self._strangers[index] = wrong
+        return wrong
+
+    def shard(self, index: int) -> RemoteShard:
+        """The PS of an index.
+
+        Raises:
+            ClusterMismatchError: Who answers there is another shard.
+        """
+        with self._lock:
+            known = index in self._strangers
+        if not known:
+            self.meet(index, self.shards[index].describe())
+        with self._lock:
+            wrong = self._strangers[index]
+        if wrong:
+            raise ClusterMismatchError(f"{self.shards[index].address} {wrong}")
+        return self.shards[index]
+
+    def replica(self, shard: int, address: str) -> RemoteShard:
+        """A connection to a serving replica."""
+        with self._lock:
+            found = self._replicas.get((shard, address))
+            if found is None:
+                found = self._replicas[shard, address] = RemoteShard(lambda: address, self._config, index=shard)
+            return found
+
+    def keep_replicas(self, wanted: Iterable[tuple[int, str]]) -> None:
+        """Close connections to replicas that are not among these, each a shard's index and an address."""
+        keep = set(wanted)
+        with self._lock:
+            gone = [self._replicas.pop(key) for key in self._replicas.keys() - keep]
+        for each in gone:
+            each.close()
+
+    def each(self, keys: Iterable[_K], call: Callable[[_K], _T]) -> dict[_K, _T | TrilithError]:
+        """Call for every key, all at once; a TrilithError is a result like others."""
+
+        def run(key: _K) -> _T | TrilithError:
+            try:
+                return call(key)
+            except TrilithError as error:
+                return error
+
+        chosen = list(keys)
+        return dict(zip(chosen, self._pool.map(run, chosen), strict=True))
+
+    def describe(self) -> dict[int, ps_pb2.DescribeResponse | TrilithError]:
+        """What every PS says about itself."""
+        return self.each(range(self.count), lambda index: self.shard(index).describe())
+
+    def describe_any(self) -> ps_pb2.DescribeResponse:
+        """What the first PS that answers says about itself.
+
+        Raises:
+            TrilithError: None answers; what the first of them failed with.
+        """
+        answers = self.describe().values()
+        found = next((answer for answer in answers if not isinstance(answer, TrilithError)), None)
+        if found is not None:
+            return found
+        raise next(
+            (answer for answer in answers if isinstance(answer, TrilithError)), UnavailableError("no PS answers")
+        )
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.keep_replicas([])
+        for shard in self.shards:
+            shard.close()
+        self._directory.close()
+        self._pool.shutdown(wait=False)

@@ -1,0 +1,89 @@
+"""ServingList: the serving processes that a directory lists, whatever their state."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trilith.discovery.urls import open_directory
+
+if TYPE_CHECKING:
+    from trilith.discovery import Directory
+    from trilith.discovery.replicas import Replica
+
+__all__ = ["Listed", "ServingList"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """A serving process.
+
+    Attributes:
+        server_type: "ps" or "entry", or what else stands there.
+        shard: Index of the shard or sub-model.
+        name: As its training PS calls it, for replicas of shards.
+        address: host:port; empty if it has announced none that others could reach.
+        state: In words.
+    """
+
+    server_type: str
+    shard: int
+    name: str
+    address: str
+    state: str
+
+
+class ServingList:
+    """Follows nodes of a serving model in ZooKeeper, or the roles `<model>-ps-<shard>` of another directory."""
+
+    def __init__(self, url: str, model: str, *, timeout_s: float) -> None:
+        """Open the directory at `url`."""
+        self._model = model
+        self._lock = threading.Lock()
+        self._nodes: list[Listed] = []
+        self._directory: Directory = open_directory(url, timeout_s=timeout_s)
+        self._watches = url.startswith("zk://")
+        if self._watches:
+            from trilith.discovery.replicas import Replicas
+            from trilith.discovery.zk_directory import ZooKeeperDirectory
+
+            assert isinstance(self._directory, ZooKeeperDirectory)
+            try:
+                Replicas(self._directory.zookeeper, model).watch(self._changed)
+            except BaseException:
+                self._directory.close()
+                raise
+
+    def _changed(self, found: list[Replica]) -> None:
+        from trilith.discovery.replicas import ModelState
+
+        states: Mapping[int, str] = {state.value: state.name.lower() for state in ModelState}
+        nodes = [
+            Listed(
+                server_type=each.path.server_type,
+                shard=each.path.index,
+                name=f"replica-{each.path.replica}" if each.path.server_type == "ps" else f"{each.path.replica}",
+                address=each.meta.reachable_at() or "",
+                state=states.get(each.meta.stat, f"state {each.meta.stat}"),
+            )
+            for each in found
+        ]
+        with self._lock:
+            self._nodes = nodes
+
+    def read(self, shards: int) -> list[Listed]:
+        """Who is listed now, for a cluster of so many shards."""
+        if self._watches:
+            with self._lock:
+                return list(self._nodes)
+        return [
+            Listed(server_type="ps", shard=shard, name=f"replica-{number}", address=address, state="listed")
+            for shard in range(shards)
+            for number, address in self._directory.query(f"{self._model}-ps-{shard}").items()
+        ]
+
+    def close(self) -> None:
+        """End the session."""
+        self._directory.close()
