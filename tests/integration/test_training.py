@@ -182,12 +182,31 @@ def test_the_demo_runs_embedded_and_goes_on_from_its_checkpoint(tmp_path):
             assert client.restore(newest_complete(str(tmp_path)).path) == steps
 
 
-def test_the_demo_refuses_several_embedded_workers():
-    done = subprocess.run(
-        trilith_argv("demo", "--num-ps", "0", "--workers", "2"), capture_output=True, text=True, timeout=60, check=False
-    )
+def test_the_demo_runs_without_ps_pipelined_and_goes_on_from_its_checkpoint(tmp_path):
+    arguments = ("--mode", "all-to-all", "--steps", "12", "--no-baseline", "--model-dir", str(tmp_path))
+    for steps in (6, 12):
+        match, text = demo(*arguments, "--prefetch", "2", "--async-push", "2", "--save-every", "2")
+        assert match.group(2, 4, 6, 7) == ("nan", "nan", "0", "2")
+        assert int(match[5]) > 0
+        assert "2 workers, all-to-all" in text
+        with trilith.connect("local://") as client:
+            assert client.restore(newest_complete(str(tmp_path)).path) == steps
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("demo", "--num-ps", "0", "--workers", "2"), "--workers 2"),
+        (("demo", "--mode", "all-to-all", "--num-ps", "2"), "--num-ps 2"),
+        (("demo", "--mode", "ps", "--num-ps", "0"), "--num-ps 0"),
+        (("worker", "--mode", "all-to-all", "--cluster", "static://127.0.0.1:1"), "all-to-all has none"),
+        (("worker", "--mode", "all-to-all"), "--master"),
+    ],
+)
+def test_modes_that_contradict_other_options_are_refused(arguments, said):
+    done = subprocess.run(trilith_argv(*arguments), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert "--workers 2" in done.stderr
+    assert said in done.stderr
 
 
 def test_ctrl_c_ends_the_demo_and_all_its_processes(tmp_path):

@@ -34,7 +34,6 @@ INTERRUPTED = 130
 class DemoOptions:
     """What the demo does; `steps` counts those of all workers, 0 is no limit, `epochs` 0 the model's own number."""
 
-    mode: str
     num_ps: int
     workers: int
     model: str
@@ -46,6 +45,7 @@ class DemoOptions:
     save_every: int
     seed: int
     baseline: bool
+    mode: str = "ps"
     prefetch: int = 0
     async_push: int = 0
 
@@ -180,8 +180,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
     base_rate = f"{base.samples_per_s:.0f}" if base is not None else "nan"
     typer.echo(
         f"demo: auc={result.auc:.4f} baseline_auc={base_auc} samples_per_s={result.samples_per_s:.0f} "
-        f"baseline_samples_per_s={base_rate} rows={result.rows} ps={options.num_ps} workers={options.workers} "
-        f"mode={options.mode}"
+        f"baseline_samples_per_s={base_rate} rows={result.rows} ps={options.num_ps} workers={options.workers}"
     )
     return 0
 
