@@ -48,7 +48,7 @@ class ProcessSpec:
 
     name: str
     argv: Sequence[str]
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)  # credentials may be among them
     restart: Restart = "never"
     health: str = ""
 

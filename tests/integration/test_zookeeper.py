@@ -204,7 +204,7 @@ def test_members_stay_while_the_leader_changes_and_new_ones_can_register_after(t
 def test_while_no_server_answers_the_last_view_stays_and_what_needs_one_fails_in_time(tmp_path, open_directory):
     with zookeeper.server(tmp_path / "own") as server:
         url = f"zk://{server.host}/trilith/outage?session_timeout={zookeeper.SESSION_S:g}"
-        member = open_directory(url, timeout_s=1.0)
+        member = open_directory(url, timeout_s=0.5)
         member.register(PS, 0, A)
         member.register(WORKER, 0, B)
         eventually(lambda: member.query(PS) == {0: A})

@@ -510,3 +510,15 @@ def test_nodes_that_do_not_answer_are_named_before_training():
     assert run.run(attempts("done")) == f"done {(C, C)}"
     assert asked == [[B, C], [C, C]]  # the chief does not ask itself
     assert str(failed[0]) == f"nobody answers at {B}"
+
+
+def test_options_that_may_hold_credentials_do_not_show_them():
+    from trilith_services.processes import ProcessSpec
+    from trilith_services.ps.server import PsOptions
+
+    shown = [
+        ProcessSpec(name="ps-0", argv=["x"], env={"ZK_AUTH": "u:s3cret"}),
+        PsOptions(discovery="zk://u:s3cret@h/x"),
+        ZkUrl.parse("zk://u:s3cret@h/x", {}),
+    ]
+    assert "s3cret" not in repr(shown)

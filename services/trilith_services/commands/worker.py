@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 def worker(
     cluster: Annotated[
-        str, typer.Option(help="Address of the PS, such as static://host:port,host:port; needed by --mode ps.")
+        str, typer.Option(help="Address of the cluster: zk://host:2181/path, static://host:port,…; --mode ps only.")
     ] = "",
     mode: Annotated[
         WorkerMode, typer.Option(help="ps: rows on the PS; all-to-all: in the workers, who take each step together.")

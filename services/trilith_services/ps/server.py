@@ -59,7 +59,7 @@ class PsOptions:
     checkpoint_every_s: float = 0.0
     checkpoint_keep: int = 3
     metrics_port: int | None = None
-    discovery: str | None = None
+    discovery: str | None = field(default=None, repr=False)  # it may hold credentials
     advertise: str = ""
     sync: SyncOptions = field(default_factory=SyncOptions)
     sync_to: Mapping[str, str] = field(default_factory=dict)

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
 
@@ -43,7 +43,7 @@ class WorkerOptions:
         timeout_s: How long a call waits for a PS that is away.
     """
 
-    cluster: str = ""
+    cluster: str = field(default="", repr=False)  # it may hold credentials
     data: str = "movielens"
     events: str = ""
     master: str = ""
