@@ -207,6 +207,10 @@ def test_depth_zero_is_the_synchronous_result_and_depth_changes_little():
     again, dense_again, _ = train(prefetch=0, async_push=0)
     assert np.array_equal(rows, again)
     assert all(np.array_equal(dense[name], dense_again[name]) for name in dense)
+    unclipped, _, _ = train(clip_norm=1e6)
+    assert np.array_equal(rows, unclipped)
+    clipped, _, _ = train(clip_norm=1e-3)
+    assert not np.array_equal(rows, clipped)
     piped, _, piped_steps = train(prefetch=2, async_push=2)
     assert piped_steps == steps
     assert not np.array_equal(rows, piped)

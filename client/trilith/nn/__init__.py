@@ -10,6 +10,7 @@ from trilith.nn.embedding import Embedding, EmbeddingBag, EmbeddingCollection, F
 from trilith.nn.features import FeatureEmbeddings, FeatureModel
 from trilith.nn.ffm import FFM
 from trilith.nn.local import LocalEmbeddings
+from trilith.nn.updates import ClippedBackward
 
 __all__ = [
     "FFM",
@@ -17,6 +18,7 @@ __all__ = [
     "Bags",
     "Bridge",
     "ClickModel",
+    "ClippedBackward",
     "Combiner",
     "DeepFM",
     "DenseOnPs",

@@ -83,16 +83,21 @@ class Exchange:
             self.pusher.push(lambda: self.client.apply_gradients(updates))
 
     @contextmanager
-    def accumulate(self) -> Iterator[None]:
-        """Hold back what is pushed inside and send its sum as one step at the end; nothing is sent after an error."""
+    def hold(self) -> Iterator[dict[str, list[tuple[UInt64Array, Float32Array]]]]:
+        """Collect what is pushed inside, by table, instead of sending it."""
         if self._held is not None:
-            raise InvalidRequestError("gradients are being accumulated already")
-        self._held = {}
+            raise InvalidRequestError("gradients are being held back already")
+        held = self._held = {}
         try:
-            yield
-            held = self._held
+            yield held
         finally:
             self._held = None
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Hold back what is pushed inside and send its sum as one step at the end; nothing is sent after an error."""
+        with self.hold() as held:
+            yield
         self.push(
             {
                 table: (np.concatenate([ids for ids, _ in parts]), np.concatenate([grads for _, grads in parts]))

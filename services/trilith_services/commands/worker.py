@@ -61,6 +61,9 @@ def worker(
     save_every: Annotated[int, typer.Option(help="Steps of all workers between checkpoints; 0: none.", min=0)] = 0,
     prefetch: Annotated[int, typer.Option(help="Batches looked up ahead; 0: exact order.", min=0)] = 0,
     async_push: Annotated[int, typer.Option(help="Updates that may be on their way; 0: wait for each.", min=0)] = 0,
+    clip_norm: Annotated[
+        float, typer.Option(help="Bound on the norm of a step's gradients, of rows and dense ones; 0: none.", min=0)
+    ] = 0.0,
     validate: Annotated[bool, typer.Option(help="Rank 0 scores the validation part after every epoch.")] = True,
     events: Annotated[str, typer.Option(help="File that progress is appended to, a JSON object per line.")] = "",
     state: Annotated[str, typer.Option(help="File that remembers the position, to go on there.")] = "",
@@ -69,15 +72,19 @@ def worker(
 ) -> None:
     """Train a shard of the data until it is done or SIGTERM comes; other workers may come and go meanwhile."""
     from trilith.errors import InvalidRequestError
-    from trilith_services.logs import setup_logging
-    from trilith_services.worker.models import settings_of
-    from trilith_services.worker.run import WorkerOptions, run_worker
-    from trilith_services.worker.trainer import WorkerConfig
 
     if (mode is WorkerMode.ps) != bool(cluster):
         raise InvalidRequestError(
             f"--mode {mode.value} with --cluster {cluster!r}: --mode ps needs an address, all-to-all has none"
         )
+    if mode is WorkerMode.all_to_all and not master:
+        raise InvalidRequestError("--mode all-to-all needs to know where rank 0 is: give --master host:port")
+
+    from trilith_services.logs import setup_logging
+    from trilith_services.worker.models import settings_of
+    from trilith_services.worker.run import WorkerOptions, run_worker
+    from trilith_services.worker.trainer import WorkerConfig
+
     setup_logging(level=log_level, role={"worker": rank})
     settings = settings_of(model.value)
     config = WorkerConfig(
@@ -96,6 +103,7 @@ def worker(
         state_file=state,
         prefetch=prefetch,
         async_push=async_push,
+        clip_norm=clip_norm,
     )
     options = WorkerOptions(
         cluster=cluster, data=data, events=events, master=master, threads=threads, timeout_s=timeout

@@ -20,7 +20,7 @@ from trilith.checkpoint import checkpoint_name, list_checkpoints, prune
 from trilith.data.click_files import ClickFiles
 from trilith.data.clicks import ClickData, Parts
 from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
-from trilith.nn import AllReduced, DenseOnPs, EmbeddingCollection, FetchedRows, auc, pick_device
+from trilith.nn import AllReduced, ClippedBackward, DenseOnPs, EmbeddingCollection, FetchedRows, auc, pick_device
 from trilith.nn.bags import IdsLike
 from trilith.peers import PeerClient
 from trilith.pipelining import Fetch
@@ -60,6 +60,7 @@ class WorkerConfig:
         prefetch: Batches whose rows are looked up ahead; dense values are then read one step ahead.
         async_push: Updates that may be on their way, of embeddings and of dense values; 0 waits for each. What the two
             cost in staleness is written in `trilith.pipelining`; with both 0 every step sees all steps before it.
+        clip_norm: Bound on the norm of a step's gradients, those of rows and dense ones together; 0 is none.
     """
 
     rank: int = 0
@@ -77,6 +78,7 @@ class WorkerConfig:
     state_file: str = ""
     prefetch: int = 0
     async_push: int = 0
+    clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -91,6 +93,8 @@ class WorkerConfig:
         ):
             if getattr(self, name) < least:
                 raise InvalidRequestError(f"{name}={getattr(self, name)} is below {least}")
+        if self.clip_norm < 0:
+            raise InvalidRequestError(f"clip_norm={self.clip_norm} is below 0; 0 does not clip")
         if self.save_every and not self.model_dir:
             raise InvalidRequestError(f"save_every={self.save_every} needs a model directory")
 
@@ -158,6 +162,9 @@ class Trainer:
         assert isinstance(self.model.embeddings, EmbeddingCollection)
         self._embeddings = self.model.embeddings
         self._dense = self._make_dense()
+        self._clipped: Callable[[torch.Tensor], None] | None = None
+        if config.clip_norm:
+            self._clipped = ClippedBackward(self._embeddings, self.model.head, clip_norm=config.clip_norm)
         self._meter = Meter()
         self._samples_per_epoch = self._agree_on_samples()
         self._position = Position.load(config.state_file)
@@ -264,7 +271,11 @@ class Trainer:
             logits = self.model(fetched.result())
             labels = torch.from_numpy(batch.labels).to(logits.device)
             loss = functional.binary_cross_entropy_with_logits(logits, labels)
-            loss.backward()  # the rows' gradients are applied here
+            # The rows' gradients are applied here.
+            if self._clipped is None:
+                loss.backward()
+            else:
+                self._clipped(loss)
         except ShardRestartedError:
             # The others wait in their all-reduce: take part, with nothing to say.
             if isinstance(self._dense, AllReduced):
