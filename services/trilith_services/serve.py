@@ -273,7 +273,7 @@ def serve(
         listen: host:port.
         prepare: Gets everything ready, on a thread of its own.
         bound: Told the port before `prepare` begins.
-        draining: Called when the server is to stop, while it still takes calls.
+        draining: Called when the server is to stop, while it still takes calls; `prepare` may still be at work.
         drained: Called after the last call, for final work.
 
     Returns:
@@ -305,6 +305,7 @@ def serve(
             raise failure[0]
         if not ready.is_set():
             log.info("stopped while preparing")
+            draining()
             server.stop(0.0)
             _exit_at_once(ready)
             return 0

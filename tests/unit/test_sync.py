@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trilith
+from trilith.client import Client
+from trilith.cluster import Cluster as TrilithCluster
 from trilith.config import ClientConfig
 from trilith.errors import ClusterMismatchError, InvalidRequestError, ReadOnlyError
 from trilith.ops.jit import JIT_DISABLED
@@ -22,7 +24,7 @@ from trilith.shard import ANY_WRITE, DensePart, IdPart, UpdatePart, Write
 from trilith.tables import Fp16, RandomUniform, Sgd, table_config
 from trilith_proto import parameter_sync_pb2, ps_pb2
 from trilith_services.ps.replica import Replica, read_configs, serving_config
-from trilith_services.ps.replica_server import ReplicaServer
+from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
 from trilith_services.ps.store import Store
 from trilith_services.ps.sync import wire
 from trilith_services.ps.sync.changes import ChangeLog
@@ -408,9 +410,6 @@ def steps(store: Store, seed: int, count: int = 300, *, table: str = "user") -> 
     store.apply_gradients([UpdatePart(table, ids, rng.normal(size=(count, DIM)).astype(np.float32))], ANY_WRITE)
 
 
-ROUNDS = 3 if JIT_DISABLED else 20
-
-
 def test_replicas_that_come_and_go_under_traffic_end_equal_to_training(cluster: Cluster) -> None:
     stop = threading.Event()
 
@@ -418,7 +417,7 @@ def test_replicas_that_come_and_go_under_traffic_end_equal_to_training(cluster: 
         seed = 0
         while not stop.is_set():
             seed += 1
-            steps(cluster.store, seed, 50 if JIT_DISABLED else 300)
+            steps(cluster.store, seed, 20 if JIT_DISABLED else 300)
             cluster.store.erase(IdPart("user", u64(seed % 2000, (7 * seed) % 2000)), ANY_WRITE)
             stop.wait(0.002)
 
@@ -427,7 +426,7 @@ def test_replicas_that_come_and_go_under_traffic_end_equal_to_training(cluster: 
     try:
         cluster.start("a")
         cluster.add("a")
-        until(lambda: cluster.syncer.stats()[0].rows > 500)
+        until(lambda: cluster.syncer.stats()[0].rows > 100)
         cluster.start("b")
         cluster.add("b")
         port = cluster.ports["a"]
@@ -477,9 +476,9 @@ def test_a_replica_that_lags_beyond_what_is_kept_is_given_whole_tables() -> None
         made.check()
         made.end("a")
         port = made.ports["a"]
-        for start in range(0, 20_000 if not JIT_DISABLED else 4000, 1000):
-            ids = np.arange(start, start + 1000, dtype=np.uint64)
-            made.store.assign([UpdatePart("user", ids, np.ones((1000, DIM), np.float32))], ANY_WRITE)
+        for start in range(0, 1500 if JIT_DISABLED else 20_000, 500):
+            ids = np.arange(start, start + 500, dtype=np.uint64)
+            made.store.assign([UpdatePart("user", ids, np.ones((500, DIM), np.float32))], ANY_WRITE)
             made.syncer.look()
         made.start("a", port=port)
         made.check()
@@ -531,6 +530,25 @@ def test_a_replica_answers_reads_and_refuses_writes(cluster: Cluster) -> None:
             write()
     with trilith.connect(f"static://127.0.0.1:{cluster.ports['a']}") as client:  # the plain client reads it too
         assert client.table("user").lookup(ids).shape == (2000, DIM)
+    shard.close()
+
+
+def test_exported_rows_are_served_until_training_sends_its_own(cluster: Cluster, tmp_path) -> None:
+    exported = Store(threads=1)
+    exported.create_tables([serving_config(config())])
+    exported.assign([UpdatePart("user", u64(1, 2), np.ones((2, DIM), np.float32))], ANY_WRITE)
+    with Client(TrilithCluster([exported], ClientConfig())) as client:
+        client.save(str(tmp_path))
+    store = Store(threads=1)
+    server = ReplicaServer(Replica(store), ReplicaOptions(rows=str(tmp_path)))
+    cluster.replicas["a"], cluster.stores["a"] = server, store
+    cluster.ports["a"] = server.start()
+    shard = RemoteShard(lambda: f"127.0.0.1:{cluster.ports['a']}", ClientConfig(timeout_s=20))
+    assert shard.contains(IdPart("user", u64(1, 2, 3))).tolist() == [True, True, False]
+    cluster.store.assign([UpdatePart("user", u64(2, 3), np.zeros((2, DIM), np.float32))], ANY_WRITE)
+    cluster.add("a")
+    cluster.check()
+    assert shard.contains(IdPart("user", u64(1, 2, 3))).tolist() == [False, True, True]
     shard.close()
 
 

@@ -25,8 +25,10 @@ __all__ = [
     "head_of",
     "pack",
     "parse",
+    "read_varint",
     "split",
     "unpack",
+    "varint",
 ]
 
 _M = TypeVar("_M", bound=Message)
@@ -39,7 +41,8 @@ FLOAT16, FLOAT32 = np.dtype("<f2"), np.dtype("<f4")
 UINT64, UINT32 = np.dtype("<u8"), np.dtype("<u4")
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """Encode a number as protobuf does."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -50,7 +53,7 @@ def _varint(value: int) -> bytes:
 
 def head_of(header: Message, size: int) -> bytes:
     """Everything that comes before a payload of `size` bytes."""
-    return header.SerializeToString() + (bytes((_PAYLOAD_TAG,)) + _varint(size) if size else b"")
+    return header.SerializeToString() + (bytes((_PAYLOAD_TAG,)) + varint(size) if size else b"")
 
 
 def allocate(head: bytes, size: int) -> tuple[bytes, Bytes]:
@@ -109,13 +112,13 @@ def _find_payload(data: bytes) -> tuple[int, int]:
             tag = data[position]
             position += 1
             if tag == _PAYLOAD_TAG:
-                size, position = _read_varint(data, position)
+                size, position = read_varint(data, position)
                 return (tag_start, position) if position + size == end else (-1, -1)
             if tag & 0x80:  # a field number above 15: not ours, but legal
                 return -1, -1
             wire_type = tag & 7
             if wire_type == _LENGTH:
-                size, position = _read_varint(data, position)
+                size, position = read_varint(data, position)
                 position += size
             elif wire_type == _VARINT:
                 while data[position] & 0x80:
@@ -132,7 +135,8 @@ def _find_payload(data: bytes) -> tuple[int, int]:
     return (end, end) if position == end else (-1, -1)
 
 
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+def read_varint(data: bytes, position: int) -> tuple[int, int]:
+    """The number at `position`, and where it ends; IndexError if it is cut off."""
     value = shift = 0
     while True:
         byte = data[position]

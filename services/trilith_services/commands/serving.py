@@ -43,9 +43,15 @@ def ps(
             dir_okay=False,
         ),
     ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(help="Directory or URL of exported rows, served until training sends newer ones."),
+    ] = None,
     wait: Annotated[
         float | None,
-        typer.Option(help="Seconds to wait for the first full copy before serving; left out: until it is there."),
+        typer.Option(
+            help="Seconds to wait for the first full copy before serving, without --rows; left out: until it is there."
+        ),
     ] = None,
     memory_limit: Annotated[str, typer.Option(help="Memory for rows, such as 512M or 16G; 0: no limit.")] = "0",
     threads: Annotated[int, typer.Option(help="Threads that work on rows; 0: one per core.", min=0)] = 0,
@@ -77,6 +83,7 @@ def ps(
         ),
         replica=replica,
         advertise=advertise,
+        rows=rows,
         wait_s=wait,
         metrics_port=metrics_port,
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trilith.discovery.addresses import advertised
-from trilith.errors import InvalidRequestError
+from trilith.errors import InvalidRequestError, TrilithError
 from trilith.remote import SERVICE
 from trilith_services.ps.metrics import Metrics
 from trilith_services.ps.replica_servicer import SYNC_SERVICE, ReplicaServicer
@@ -34,7 +34,9 @@ class ReplicaOptions:
 
     Attributes:
         limits: Threads, queue and messages.
-        wait_s: Seconds to wait for the first full copy before serving what there is; None: as long as it takes.
+        rows: Directory of exported rows, any fsspec URL, that are served until training sends newer ones; None: none.
+        wait_s: Seconds to wait for the first full copy, where no rows were exported, before serving what there is;
+            None: as long as it takes.
         metrics_port: Port of GET /metrics; None: not served, 0: any free one.
         replica: Its number among the replicas of the shard.
         advertise: host:port to announce, port 0 for the one served on; empty: the host listened on, or this machine's
@@ -44,6 +46,7 @@ class ReplicaOptions:
     limits: Limits = field(default_factory=Limits)
     replica: int = 0
     advertise: str = ""
+    rows: str | None = None
     wait_s: float | None = None
     metrics_port: int | None = None
 
@@ -91,7 +94,7 @@ class ReplicaServer:
         return self._metrics_server.server_port if self._metrics_server else None
 
     def prepare(self) -> None:
-        """Compile, take pushes until the rows are complete; afterwards they are served."""
+        """Compile, load exported rows or take pushes until they are complete; afterwards the rows are served."""
         options = self._options
         self.metrics.watch(self.servicer.stats)
         if options.metrics_port is not None:
@@ -99,14 +102,21 @@ class ReplicaServer:
             log.info("metrics", extra={"port": self.metrics_port})
         self._replica.store.compile()
         wire.compile_kernels()
+        if options.rows is not None:
+            self._replica.store.restore(options.rows)
+        self.servicer.taking = True
         self._announce(available=False)
-        log.info("waiting for a full copy", extra={"seconds": options.wait_s})
-        until = None if options.wait_s is None else time.monotonic() + options.wait_s
-        while not self._replica.complete.wait(0.05):
-            if self._stopping.is_set() or (until is not None and time.monotonic() >= until):
-                break
+        if options.rows is None:
+            self._wait(options.wait_s)
         self.servicer.ready = True
         self._announce(available=True)
+
+    def _wait(self, wait_s: float | None) -> None:
+        log.info("waiting for a full copy", extra={"seconds": wait_s})
+        until = None if wait_s is None else time.monotonic() + wait_s
+        while not self._replica.complete.wait(0.05):
+            if self._stopping.is_set() or (until is not None and time.monotonic() >= until):
+                return
 
     def run(self, listen: str, *, bound: Callable[[int], None] = lambda port: None) -> int:
         """Serve until SIGTERM; returns the exit status."""
@@ -141,13 +151,18 @@ class ReplicaServer:
         self._finish()
 
     def _announce(self, *, available: bool) -> None:
-        if self._listed is not None:
+        if self._listed is not None and not self._stopping.is_set():
             address = advertised(*self._listening, self._options.advertise)
             self._listed.announce(self._options.replica, address, available=available)
 
     def _leave(self) -> None:
-        if self._listed is not None:
+        self._stopping.set()
+        if self._listed is None:
+            return
+        try:
             self._listed.withdraw(self._options.replica, advertised(*self._listening, self._options.advertise))
+        except TrilithError as error:
+            log.warning("could not deregister: %s", error)
 
     def _finish(self) -> None:
         if self._listed is not None:

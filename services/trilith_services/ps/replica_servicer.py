@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from trilith.errors import ReadOnlyError
+from trilith.errors import ReadOnlyError, UnavailableError
 from trilith_proto import parameter_sync_pb2, ps_pb2
 from trilith_services.ps.servicer import ParameterServerServicer
 from trilith_services.rpc import rpc
@@ -26,14 +26,17 @@ _READS = frozenset({"Lookup", "Contains", "LookupEntries", "DumpEntries", "PullV
 
 
 class ReplicaServicer(ParameterServerServicer):
-    """The verbs that read, those that write refused; and Push."""
+    """The verbs that read, those that write refused; and Push, from when `taking` is set."""
 
     def __init__(self, replica: Replica, metrics: Metrics, *, queued: Callable[[], int]) -> None:
         super().__init__(replica.store, metrics, queued=queued, add_stats=self._add_replica)
         self._replica = replica
+        self.taking = False
 
     def admit(self, method: str) -> None:
-        """Pushes at any time; reads once the first full copy is complete; no writes."""
+        """Pushes once kernels are compiled and exported rows are loaded; reads once there are rows; no writes."""
+        if method == "Push" and not self.taking:
+            raise UnavailableError("Push: this replica is still starting")
         if method == "Push" or method in _ALWAYS:
             return
         if method not in _READS:

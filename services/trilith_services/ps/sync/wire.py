@@ -14,6 +14,7 @@ from trilith.errors import InvalidRequestError
 from trilith.ops.jit import warm
 from trilith.ops.memory import address_of, new_bytes, writable_view
 from trilith.shard import Float32Array, UInt64Array
+from trilith.wire.payload import read_varint, varint
 from trilith_proto import parameter_sync_pb2, ps_pb2
 from trilith_services.ps.kernels import gather
 
@@ -71,7 +72,7 @@ def pack_push(header: parameter_sync_pb2.PushRequest, deltas: Sequence[Delta]) -
     pieces: list[bytes | memoryview] = [header.SerializeToString()]
     for delta in deltas:
         body = [*_head(delta), delta.weights.data.cast("B") if delta.weights.size else b""]
-        pieces += [_tag(_TABLES[0], _LENGTH), _varint(sum(map(len, body))), *body]
+        pieces += [_tag(_TABLES[0], _LENGTH), varint(sum(map(len, body))), *body]
     return b"".join(pieces)
 
 
@@ -97,7 +98,7 @@ def pack_rows(
     for delta in deltas:
         head = _head(delta)
         size = 4 * delta.dim * len(delta.ids)
-        head = [_tag(_TABLES[0], _LENGTH), _varint(sum(map(len, head)) + size), *head]
+        head = [_tag(_TABLES[0], _LENGTH), varint(sum(map(len, head)) + size), *head]
         pieces += head
         starts.append(at + sum(map(len, head)))
         at = starts[-1] + size
@@ -149,9 +150,9 @@ def _head(delta: Delta) -> list[bytes | memoryview]:
         if len(ids):
             packed = np.empty(_MOST_ID_BYTES * len(ids), np.uint8)
             size = gather.pack_ids(address_of(ids), len(ids), address_of(packed))
-            pieces += [_tag(number, _LENGTH), _varint(size), packed[:size].data]
+            pieces += [_tag(number, _LENGTH), varint(size), packed[:size].data]
     if len(delta.ids):
-        pieces += [_tag(_EMBEDDINGS, _LENGTH), _varint(4 * delta.dim * len(delta.ids))]
+        pieces += [_tag(_EMBEDDINGS, _LENGTH), varint(4 * delta.dim * len(delta.ids))]
     return pieces
 
 
@@ -213,13 +214,13 @@ def _split(data: bytes, start: int, end: int, wanted: Iterable[int]) -> tuple[by
     try:
         while at < end:
             first = at
-            key, at = _read_varint(data, at)
+            key, at = read_varint(data, at)
             number, kind = key >> 3, key & 7
             if kind == _LENGTH:
-                size, content = _read_varint(data, at)
+                size, content = read_varint(data, at)
                 at = content + size
             elif kind == _VARINT:
-                _, at = _read_varint(data, at)
+                _, at = read_varint(data, at)
             elif kind == _FIXED64:
                 at += 8
             elif kind == _FIXED32:
@@ -238,24 +239,4 @@ def _split(data: bytes, start: int, end: int, wanted: Iterable[int]) -> tuple[by
 
 
 def _tag(number: int, kind: int) -> bytes:
-    return _varint(number << 3 | kind)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
+    return varint(number << 3 | kind)
