@@ -25,6 +25,7 @@ COMMANDS = (
     "debug",
     "discovery",
     "checkpoint",
+    "export",
     "data",
     "bench",
 )

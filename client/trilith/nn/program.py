@@ -1,7 +1,7 @@
-"""Exported programs: a module as a `torch.export` graph in JSON with safetensors weights, written and read without pickle.
+"""Exported programs: a `torch.export` graph in JSON with safetensors weights, written and read without pickle.
 
-`torch.export.save` cannot be used: its archives hold pickled sample inputs, which `torch.export.load` unpickles, falling
-back to unrestricted loading. The graph itself is JSON, and that alone is kept. It can still name any Python function, and
+`torch.export.save` cannot be used: its archives hold pickled sample inputs, which `torch.export.load` unpickles,
+without restrictions if need be. The graph itself is JSON, and that alone is kept. It could still name any Python function, and
 expressions that sympy would evaluate, so a graph is checked before it is loaded: operators of ATen, integer arithmetic,
 and nothing else.
 """
@@ -13,15 +13,24 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from trilith.errors import CheckpointError, InvalidRequestError
 
-__all__ = ["WEIGHTS_PREFIX", "Program", "export_program", "load_program"]
+__all__ = [
+    "Program",
+    "current_weights",
+    "export_program",
+    "load_program",
+    "pack_weights",
+    "set_parameters",
+    "unpack_weights",
+]
 
-WEIGHTS_PREFIX = "weights/"
-"""Goes before the names of parameters and buffers in the safetensors file; constants of the graph have another."""
+_WEIGHTS_PREFIX = "weights/"  # of parameters and buffers
 _CONSTANTS_PREFIX = "constants/"
 
 _BATCH = 3  # of the example inputs: torch.export makes 0 and 1 special
@@ -91,7 +100,7 @@ def export_program(module: nn.Module, shapes: Sequence[Sequence[int]]) -> tuple[
     graph = json.loads(serialize(exported).exported_program)
     _strip(graph)
     _check(graph, f"{type(module).__name__}: the exported graph", InvalidRequestError)
-    weights = {f"{WEIGHTS_PREFIX}{name}": value for name, value in exported.state_dict.items()}
+    weights = {f"{_WEIGHTS_PREFIX}{name}": value for name, value in exported.state_dict.items()}
     for name, value in exported.constants.items():
         if not isinstance(value, Tensor):
             raise InvalidRequestError(
@@ -136,6 +145,53 @@ def load_program(graph: bytes, weights: Mapping[str, Tensor], outputs: Sequence[
     return Program(module, outputs)
 
 
+def current_weights(module: nn.Module, exported: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an export of `module` made before, with the module's present parameters and buffers."""
+    state = {f"{_WEIGHTS_PREFIX}{name}": value for name, value in module.state_dict().items()}
+    return {
+        name: state[name].detach().clone().contiguous() if name in state else value for name, value in exported.items()
+    }
+
+
+def set_parameters(module: nn.Module, values: Mapping[str, npt.NDArray[np.float32]], *, prefix: str = "dense/") -> None:
+    """Give a module's parameters the values of dense variables, as `DenseOnPs` names them.
+
+    Raises:
+        CheckpointError: A variable is missing or of another size.
+    """
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            value = values.get(prefix + name)
+            if value is None or value.size != parameter.numel():
+                size = "missing" if value is None else f"of {value.size} floats"
+                raise CheckpointError(
+                    f"dense variable {prefix + name!r} is {size}; {type(module).__name__} has {parameter.numel()}"
+                )
+            parameter.copy_(torch.from_numpy(np.array(value, np.float32)).view_as(parameter))
+
+
+def pack_weights(weights: Mapping[str, Tensor]) -> bytes:
+    """As a safetensors file."""
+    from safetensors.torch import save
+
+    return save(dict(weights))
+
+
+def unpack_weights(content: bytes, *, where: str) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: It is none.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise CheckpointError(f"{where}: damaged: {error}") from None
+
+
 def _of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
@@ -146,7 +202,7 @@ def _state(graph: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Te
     parameters = {spec["parameter"]["parameter_name"] for spec in specs if "parameter" in spec}
     return {
         name: nn.Parameter(value, requires_grad=False) if name in parameters else value
-        for name, value in _of(weights, WEIGHTS_PREFIX).items()
+        for name, value in _of(weights, _WEIGHTS_PREFIX).items()
     }
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trilith_services.commands.entry import entry
 from trilith_services.commands.ps import LogFormat
 
 __all__ = ["register"]
@@ -16,7 +17,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     serving = typer.Typer(name="serving", help="Serve a model.", no_args_is_help=True)
     serving.command()(ps)
-    serving.callback()(lambda: None)  # or a single command would lose its name
+    serving.command()(entry)
     app.add_typer(serving)
 
 

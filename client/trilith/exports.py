@@ -1,0 +1,315 @@
+"""Export folders: what an exported model consists of, and which versions a base directory holds.
+
+    BASE/<version>/                 a standalone export
+        manifest.json               written last, so an export is complete or absent; names every file with its CRC-32C
+        program.json                the graph (`trilith.nn.program`)
+        weights.safetensors         parameters, buffers and constants of the graph
+        model.json                  features, inputs, outputs, table configs
+        rows/                       serving rows, in the form of a checkpoint of one PS
+    BASE/entry/<version>/           the same without rows: a distributed export
+    BASE/ps_<i>/<version>/          shard i's serving rows: rows/ in the form of a checkpoint's part, and a manifest
+
+Versions are Unix seconds and grow strictly; all parts of a distributed export have one version. `entry` comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from trilith.errors import CheckpointError, InvalidRequestError
+from trilith.folder import Folder
+from trilith_proto import ps_pb2
+
+__all__ = [
+    "ENTRY",
+    "GRAPH",
+    "MANIFEST",
+    "MODEL",
+    "ROWS",
+    "WEIGHTS",
+    "ExportManifest",
+    "ModelConfig",
+    "ProgramInput",
+    "ServedFeature",
+    "entry_base",
+    "list_versions",
+    "new_version",
+    "prune_versions",
+    "ps_base",
+    "read_export",
+    "read_file",
+    "write_manifest",
+    "write_model",
+]
+
+MANIFEST = "manifest.json"
+GRAPH = "program.json"
+WEIGHTS = "weights.safetensors"
+MODEL = "model.json"
+ROWS = "rows"
+ENTRY = "entry"
+
+FORMAT = "trilith-export"
+_VERSION = 1
+
+Mode = Literal["standalone", "distributed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedFeature:
+    """One feature whose ids are looked up.
+
+    Attributes:
+        table: Its table.
+        combiner: "sum", "mean" or "sqrtn", or "first" for the first `n` rows side by side.
+        n: Rows, for "first".
+        feature: Name in the records; the feature's own by default.
+        slot: Slot of flat fids in Instances, where the feature has no name there; None: it has one.
+    """
+
+    table: str
+    combiner: str = "mean"
+    n: int = 0
+    feature: str | None = None
+    slot: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.combiner not in ("sum", "mean", "sqrtn", "first") or (self.combiner == "first") != (self.n > 0):
+            raise InvalidRequestError(
+                f"combiner {self.combiner!r} with n={self.n} is none of sum, mean, sqrtn, first n"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramInput:
+    """One tensor the program takes.
+
+    Attributes:
+        kind: "stacked": the features' vectors, float32[b, F, dim]; "feature": one feature's vector, float32[b, dim], or
+            float32[b, n, dim] of first rows; "dense": numbers of the records, float32[b, dim].
+        names: The features; of "dense" the name in the records.
+        dim: Elements, of "dense".
+    """
+
+    kind: Literal["stacked", "feature", "dense"]
+    names: tuple[str, ...]
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("stacked", "feature", "dense"):
+            raise InvalidRequestError(f"input kind {self.kind!r} is none of stacked, feature, dense")
+        if not self.names or (self.kind != "stacked" and len(self.names) != 1):
+            raise InvalidRequestError(f"a {self.kind} input of {list(self.names)}")
+        if (self.kind == "dense") != (self.dim > 0):
+            raise InvalidRequestError(f"a {self.kind} input {self.names[0]!r} with dim={self.dim}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What an entry needs to know to run a program.
+
+    Attributes:
+        name: Of the model.
+        features: By name.
+        inputs: What the program takes, in order.
+        outputs: Names of what it gives, in order.
+        tables: Serving configs of the tables.
+        num_ps: Shards of the training cluster, and so of its serving replicas.
+    """
+
+    name: str
+    features: Mapping[str, ServedFeature]
+    inputs: tuple[ProgramInput, ...]
+    outputs: tuple[str, ...]
+    tables: tuple[ps_pb2.TableConfig, ...]
+    num_ps: int
+
+    def __post_init__(self) -> None:
+        known = {config.name for config in self.tables}
+        for name, feature in self.features.items():
+            if feature.table not in known:
+                raise InvalidRequestError(f"feature {name!r} is of table {feature.table!r}; there are {sorted(known)}")
+        for each in self.inputs:
+            missing = [name for name in each.names if each.kind != "dense" and name not in self.features]
+            if missing:
+                raise InvalidRequestError(f"an input wants features {missing}; there are {sorted(self.features)}")
+        if not self.outputs or len(set(self.outputs)) < len(self.outputs):
+            raise InvalidRequestError(f"outputs {list(self.outputs)}: names that differ, at least one")
+
+    def dim_of(self, table: str) -> int:
+        """Floats per row."""
+        config = next(config for config in self.tables if config.name == table)
+        return sum(segment.dim_size for segment in config.hash_table.entry_config.segments)
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the inputs without the batch."""
+        found: list[tuple[int, ...]] = []
+        for each in self.inputs:
+            if each.kind == "dense":
+                found.append((each.dim,))
+                continue
+            feature = self.features[each.names[0]]
+            dim = self.dim_of(feature.table)
+            if each.kind == "stacked":
+                found.append((len(each.names), dim))
+            else:
+                found.append((feature.n, dim) if feature.n else (dim,))
+        return found
+
+    def to_json(self) -> bytes:
+        """Content of `model.json`."""
+        from google.protobuf.json_format import MessageToDict
+
+        content = {
+            "name": self.name,
+            "features": {name: asdict(feature) for name, feature in self.features.items()},
+            "inputs": [asdict(each) for each in self.inputs],
+            "outputs": self.outputs,
+            "tables": [MessageToDict(config, preserving_proto_field_name=True) for config in self.tables],
+            "num_ps": self.num_ps,
+        }
+        return json.dumps(content, indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, content: bytes, where: str) -> ModelConfig:
+        """Read what `to_json` wrote.
+
+        Raises:
+            CheckpointError: It is something else.
+        """
+        from google.protobuf.json_format import ParseDict, ParseError
+
+        try:
+            body = json.loads(content)
+            return cls(
+                name=str(body["name"]),
+                features={name: ServedFeature(**each) for name, each in body["features"].items()},
+                inputs=tuple(ProgramInput(**{**each, "names": tuple(each["names"])}) for each in body["inputs"]),
+                outputs=tuple(map(str, body["outputs"])),
+                tables=tuple(ParseDict(each, ps_pb2.TableConfig()) for each in body["tables"]),
+                num_ps=int(body["num_ps"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, ParseError) as error:
+            raise CheckpointError(f"{where}: no model config ({type(error).__name__}: {error})") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportManifest:
+    """A complete export.
+
+    Attributes:
+        version: Larger is newer.
+        mode: Where the rows are.
+        shard: Whose rows a `ps_<i>` export holds; -1 for a model.
+        step: The model's step in the checkpoint.
+        checkpoint: Path of the checkpoint.
+        checkpoint_unix_s: When that was begun to be written, at the latest.
+        created_unix_s: When the export was.
+        files: CRC-32C by name of every file of the export's own folder.
+    """
+
+    version: int
+    mode: Mode
+    shard: int = -1
+    step: int
+    checkpoint: str
+    checkpoint_unix_s: float
+    created_unix_s: float
+    files: Mapping[str, int] = field(default_factory=dict)
+
+
+def entry_base(base: str) -> str:
+    """Where the models of a base directory are: below `entry`, unless its exports are standalone."""
+    folder = Folder(base)
+    return folder.child(ENTRY).url if ENTRY in folder.names() else folder.url
+
+
+def ps_base(base: str, shard: int) -> str:
+    """Where the serving rows of a shard are."""
+    return Folder(base).child(f"ps_{shard}").url
+
+
+def list_versions(base: str) -> list[int]:
+    """The complete versions directly below `base`, oldest first."""
+    folder = Folder(base)
+    return sorted(int(name) for name in folder.names() if name.isdecimal() and folder.child(name).exists(MANIFEST))
+
+
+def new_version(base: str, *, clock: Callable[[], float] = time.time) -> int:
+    """A version above all that are there, complete or not: Unix seconds, or the next number."""
+    found = [int(name) for root in (base, Folder(base).child(ENTRY).url) for name in _numbered(root)]
+    return max(int(clock()), max(found, default=0) + 1)
+
+
+def _numbered(base: str) -> list[str]:
+    return [name for name in Folder(base).names() if name.isdecimal()]
+
+
+def write_model(folder: Folder, model: ModelConfig, graph: bytes, weights: bytes) -> dict[str, int]:
+    """Write a model's files; returns their checksums."""
+    contents = {GRAPH: graph, WEIGHTS: weights, MODEL: model.to_json()}
+    for name, content in contents.items():
+        folder.write(name, content)
+    return {name: _crc(content) for name, content in contents.items()}
+
+
+def write_manifest(folder: Folder, manifest: ExportManifest) -> None:
+    """Declare an export complete."""
+    body = {"format": FORMAT, "format_version": _VERSION, **asdict(manifest)}
+    folder.write(MANIFEST, json.dumps(body, indent=1).encode() + b"\n")
+
+
+def read_export(path: str) -> ExportManifest:
+    """What a complete export consists of.
+
+    Raises:
+        CheckpointError: There is none, or its manifest is damaged.
+    """
+    folder = Folder(path)
+    where = folder.path(MANIFEST)
+    try:
+        body: dict[str, Any] = json.loads(folder.read(MANIFEST))
+        if body.pop("format") != FORMAT or body.pop("format_version") != _VERSION:
+            raise ValueError(f"not of format {FORMAT!r}, version {_VERSION}")
+        return ExportManifest(**body)
+    except FileNotFoundError:
+        raise CheckpointError(f"{where}: missing; the export was never finished") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{where}: no manifest of an export ({error})") from None
+
+
+def read_file(folder: Folder, manifest: ExportManifest, name: str) -> bytes:
+    """A file of an export, checked.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    where = folder.path(name)
+    try:
+        content = folder.read(name)
+    except FileNotFoundError:
+        raise CheckpointError(f"{where}: missing, though the manifest names it") from None
+    if _crc(content) != manifest.files.get(name):
+        raise CheckpointError(f"{where}: damaged: its content does not match its checksum")
+    return content
+
+
+def prune_versions(base: str, keep: int, parts: Sequence[str] = ()) -> list[int]:
+    """Delete all but the newest `keep` versions below `base`, and of `parts` those that went; returns which."""
+    gone = list_versions(base)[: -max(keep, 1)]
+    for version in gone:
+        for root in (base, *parts):
+            folder = Folder(root).child(str(version))
+            folder.remove(MANIFEST)  # first, so that what is left halfway is no export
+            folder.remove_all()
+    return gone
+
+
+def _crc(content: bytes) -> int:
+    import google_crc32c
+
+    return int(google_crc32c.value(content))

@@ -1,0 +1,59 @@
+"""`trilith export`: from a checkpoint to what serving loads."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from trilith_services.commands.worker import Model
+
+__all__ = ["ExportMode", "register"]
+
+
+class ExportMode(StrEnum):
+    """Where an export's rows are."""
+
+    distributed = "distributed"
+    standalone = "standalone"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command()(export)
+
+
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint, or a directory of checkpoints: its newest complete one.")
+    ],
+    directory: Annotated[str, typer.Argument(help="Where exports go, each below its version; any fsspec URL.")],
+    mode: Annotated[
+        ExportMode,
+        typer.Option(help="distributed: rows come from serving replicas; standalone: all rows are in the export."),
+    ] = ExportMode.distributed,
+    model: Annotated[Model, typer.Option(help="Reference model that was trained.")] = Model.deepfm,
+    data: Annotated[
+        str,
+        typer.Option(help="Data it was trained on, for the names of the features: movielens, or synthetic:SAMPLES."),
+    ] = "movielens",
+    features: Annotated[str, typer.Option(help="The names instead, with commas between, as trained.")] = "",
+    keep: Annotated[int, typer.Option(help="Newest versions to keep.", min=1)] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Export a trained reference model: a torch.export program, safetensors weights, configs and serving rows."""
+    from dataclasses import asdict
+
+    from trilith_services.exporting import find_checkpoint, reference_exporter
+    from trilith_services.worker.datasets import load_dataset
+    from trilith_services.worker.models import settings_of
+
+    names = [name.strip() for name in features.split(",")] if features else list(load_dataset(data).train.features)
+    exporter = reference_exporter(settings_of(model.value), names)
+    done = exporter.export(find_checkpoint(checkpoint), directory, mode=mode.value, keep=keep)
+    if as_json:
+        typer.echo(json.dumps(asdict(done)))
+    else:
+        typer.echo(f"export: version={done.version} step={done.step} rows={done.rows} path={done.path}")

@@ -1,0 +1,189 @@
+"""From a checkpoint to an export: the model's program and weights, its tables, and rows as they are served."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trilith.checkpoint import newest_complete, read_manifest
+from trilith.errors import CheckpointError, InvalidRequestError
+from trilith.exports import (
+    ENTRY,
+    ROWS,
+    ExportManifest,
+    Mode,
+    ModelConfig,
+    ProgramInput,
+    ServedFeature,
+    new_version,
+    prune_versions,
+    ps_base,
+    write_manifest,
+    write_model,
+)
+from trilith.folder import Folder
+from trilith.nn.program import current_weights, export_program, pack_weights, set_parameters
+from trilith.nn.serving import Scores
+from trilith_services.ps.serving_rows import dense_values, serving_tables, write_serving_rows
+from trilith_services.worker.models import TABLE, ModelSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["Exported", "Exporter", "find_checkpoint", "reference_exporter"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """An export that was written."""
+
+    version: int
+    path: str
+    step: int
+    rows: int
+
+
+class Exporter:
+    """Writes exports of one model, again and again as it is trained; the program is traced once. Not thread-safe.
+
+    Args:
+        name: Of the model.
+        module: Takes the inputs, gives the outputs; its parameters are what `dense` lists.
+        dense: The module whose parameters training keeps as dense variables; `module` itself or a part of it.
+        features: By name.
+        inputs: What `module` takes, in order.
+        outputs: Names of what it gives, in order.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        dense: nn.Module | None = None,
+        features: Mapping[str, ServedFeature],
+        inputs: Iterable[ProgramInput],
+        outputs: Iterable[str] = ("score",),
+    ) -> None:
+        self._name = name
+        self._module = module
+        self._dense = module if dense is None else dense
+        self._features = dict(features)
+        self._inputs = tuple(inputs)
+        self._outputs = tuple(outputs)
+        self._traced: tuple[bytes, dict[str, Tensor]] | None = None
+
+    def export(
+        self,
+        checkpoint: str,
+        base: str,
+        *,
+        mode: Mode = "distributed",
+        keep: int = 5,
+        clock: Callable[[], float] = time.time,
+    ) -> Exported:
+        """Write the next version below `base`.
+
+        Args:
+            checkpoint: A complete checkpoint.
+            base: Directory or URL of the exports.
+            mode: "standalone" has all rows inside; "distributed" is a model that looks rows up at serving replicas, and
+                the rows of each shard beside it.
+            keep: Newest versions to keep.
+            clock: Unix seconds.
+
+        Raises:
+            CheckpointError: The checkpoint is incomplete, damaged, or of another model.
+        """
+        if mode not in ("standalone", "distributed"):
+            raise InvalidRequestError(f"mode {mode!r} is neither 'standalone' nor 'distributed'")
+        started = time.perf_counter()
+        manifest = read_manifest(checkpoint)
+        every = serving_tables(checkpoint)
+        wanted = {feature.table for feature in self._features.values()}
+        if not wanted <= every.keys():
+            raise CheckpointError(f"{checkpoint}: has tables {sorted(every)}; the model needs {sorted(wanted)}")
+        tables = {table: every[table] for table in sorted(wanted)}
+        model = ModelConfig(
+            name=self._name,
+            features=self._features,
+            inputs=self._inputs,
+            outputs=self._outputs,
+            tables=tuple(tables.values()),
+            num_ps=manifest.shard_count,
+        )
+        set_parameters(self._dense, dense_values(checkpoint))
+        graph, weights = self._trace(model)
+        version = new_version(base, clock=clock)
+        root = base if mode == "standalone" else Folder(base).child(ENTRY).url
+        folder = Folder(root).child(str(version))
+        about = {
+            "version": version,
+            "mode": mode,
+            "step": manifest.global_step,
+            "checkpoint": Folder(checkpoint).url,
+            # Every change acknowledged before the first part began is inside.
+            "checkpoint_unix_s": min(part.finished_unix_s for part in manifest.parts),
+            "created_unix_s": clock(),
+        }
+        files = write_model(folder, model, graph, pack_weights(weights))
+        if mode == "standalone":
+            rows = write_serving_rows(checkpoint, folder.child(ROWS).url, tables)
+        else:
+            rows = 0
+            for shard in range(manifest.shard_count):
+                part = Folder(ps_base(base, shard)).child(str(version))
+                rows += write_serving_rows(
+                    checkpoint, part.child(ROWS).url, tables, index=shard, count=manifest.shard_count
+                )
+                write_manifest(part, ExportManifest(shard=shard, **about))  # type: ignore[arg-type]
+        write_manifest(folder, ExportManifest(files=files, **about))  # type: ignore[arg-type]
+        parts = [] if mode == "standalone" else [ps_base(base, shard) for shard in range(manifest.shard_count)]
+        prune_versions(root, keep, parts)
+        log.info(
+            "exported",
+            extra={
+                "path": folder.url,
+                "step": manifest.global_step,
+                "rows": rows,
+                "seconds": round(time.perf_counter() - started, 3),
+            },
+        )
+        return Exported(version=version, path=folder.url, step=manifest.global_step, rows=rows)
+
+    def _trace(self, model: ModelConfig) -> tuple[bytes, dict[str, Tensor]]:
+        if self._traced is None:
+            self._traced = export_program(self._module, model.shapes())
+        graph, weights = self._traced
+        return graph, current_weights(self._module, weights)
+
+
+def reference_exporter(settings: ModelSettings, features: Iterable[str]) -> Exporter:
+    """What exports a reference model: its output "score" is the probability of a click."""
+    names = tuple(features)
+    head = settings.head(len(names), seed=0)
+    return Exporter(
+        settings.name,
+        Scores(head),
+        dense=head,
+        features={name: ServedFeature(table=TABLE) for name in names},
+        inputs=[ProgramInput(kind="stacked", names=names)],
+    )
+
+
+def find_checkpoint(path: str) -> str:
+    """`path` if it is a checkpoint, or its newest complete one if it is a directory of them.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    newest = newest_complete(path)
+    if newest is not None:
+        return newest.path
+    read_manifest(path)
+    return path

@@ -1,0 +1,185 @@
+"""The entry over HTTP, for people: JSON in, JSON out, and metrics."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from google.protobuf.json_format import MessageToDict
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ConfigDict, Field
+
+from trilith.errors import InvalidRequestError, TrilithError, UnavailableError
+from trilith_proto import serving_pb2
+from trilith_proto.example_pb2 import Example
+from trilith_services.serving.metrics import EntryMetrics
+from trilith_services.serving.servicer import PredictionServicer
+
+__all__ = ["HttpServer", "PredictBody", "make_app"]
+
+_STATUS = {
+    "INVALID_ARGUMENT": 400,
+    "DATA_LOSS": 400,
+    "NOT_FOUND": 404,
+    "RESOURCE_EXHAUSTED": 429,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+_START_S = 10.0
+_MAX_FID = (1 << 64) - 1
+
+
+class PredictBody(BaseModel):
+    """A request: records as objects, or serialized ones; one of the two."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    records: list[dict[str, list[int | float] | int | float]] = Field(
+        default=[], description="Per record its features: whole numbers are ids; with a decimal point, dense values."
+    )
+    examples: list[str] = Field(default=[], description="Serialized Examples, base64.")
+    instances: list[str] = Field(default=[], description="Serialized Instances, base64.")
+
+    def to_request(self) -> serving_pb2.PredictRequest:
+        """The same as the RPC takes it."""
+        given = [name for name in ("records", "examples", "instances") if getattr(self, name)]
+        if len(given) != 1:
+            raise InvalidRequestError("give one of records, examples and instances, and not an empty one")
+        if self.records:
+            return serving_pb2.PredictRequest(records=[_example(each) for each in self.records])
+        kind = serving_pb2.EXAMPLE if self.examples else serving_pb2.INSTANCE
+        try:
+            payloads = [base64.b64decode(each, validate=True) for each in self.examples or self.instances]
+        except binascii.Error as error:
+            raise InvalidRequestError(f"{given[0]} are not base64: {error}") from None
+        return serving_pb2.PredictRequest(kind=kind, records=payloads)
+
+
+def _example(features: dict[str, Any]) -> bytes:
+    example = Example()
+    for name, given in features.items():
+        values = given if isinstance(given, list) else [given]
+        feature = example.named_feature.add(name=name).feature
+        if all(isinstance(each, int) for each in values):
+            wrong = [each for each in values if not -(1 << 63) <= each <= _MAX_FID]
+            if wrong:
+                raise InvalidRequestError(f"feature {name!r}: {wrong[0]} is no 64-bit id")
+            feature.fid_v2_list.value.extend(each & _MAX_FID for each in values)
+        else:
+            feature.float_list.value.extend(values)
+    return example.SerializeToString()
+
+
+def make_app(servicer: PredictionServicer, metrics: EntryMetrics) -> FastAPI:
+    """The routes."""
+    # No pages that load scripts from elsewhere: the description is at /openapi.json.
+    app = FastAPI(title="Trilith entry", docs_url=None, redoc_url=None)
+
+    @app.exception_handler(TrilithError)
+    async def on_error(request: Request, error: TrilithError) -> JSONResponse:
+        del request
+        body = {"error": type(error).__name__, "message": str(error)}
+        return JSONResponse(body, status_code=_STATUS.get(error.status, 500))
+
+    @app.post("/v1/predict")
+    async def predict(body: PredictBody) -> dict[str, Any]:
+        """Score records."""
+        return await run_in_threadpool(_predict, servicer, body)
+
+    @app.get("/v1/model")
+    async def model() -> dict[str, Any]:
+        """Which model is served, and how fresh it is."""
+        status = servicer.status()
+        found = MessageToDict(status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        for name in ("model_version", "model_step", "requests", "failures"):
+            found[name] = int(found[name])  # protobuf's JSON has 64-bit numbers as text
+        now = time.time()
+        found["seconds_behind"] = {
+            "rows": now - status.rows_as_of if status.rows_as_of else None,
+            "model": now - status.checkpoint_time if status.checkpoint_time else None,
+        }
+        return dict(found)
+
+    @app.get("/healthz")
+    async def healthz() -> PlainTextResponse:
+        """200 when a model is loaded."""
+        status = servicer.status()
+        return PlainTextResponse("ok\n" if status.model else "no model\n", status_code=200 if status.model else 503)
+
+    @app.get("/metrics")
+    async def scrape() -> Response:
+        """For Prometheus."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def _predict(servicer: PredictionServicer, body: PredictBody) -> dict[str, Any]:
+    started = time.perf_counter()
+    status = "OK"
+    try:
+        response = servicer.score(body.to_request())
+    except TrilithError as error:
+        status = error.status
+        raise
+    finally:
+        servicer.observe("PredictHttp", status, started)
+    return {
+        "outputs": {each.name: _rows(each) for each in response.outputs},
+        "model_version": response.model_version,
+        "model_step": response.model_step,
+        "rows_as_of": response.rows_as_of,
+    }
+
+
+def _rows(output: serving_pb2.PredictOutput) -> list[Any]:
+    import numpy as np
+
+    values = np.frombuffer(output.values, "<f4")
+    values = np.where(np.isfinite(values), values, np.nan)
+    found: list[Any] = (values if output.width == 1 else values.reshape(-1, output.width)).tolist()
+    return [None if each != each else each for each in found] if output.width == 1 else found
+
+
+class HttpServer:
+    """Serves an app on a thread."""
+
+    def __init__(self, app: FastAPI, listen: str) -> None:
+        """Listen on host:port; port 0 takes a free one.
+
+        Raises:
+            UnavailableError: The address cannot be bound.
+        """
+        host, _, port = listen.rpartition(":")
+        config = uvicorn.Config(
+            app, host=host.strip("[]"), port=int(port), log_config=None, access_log=False, lifespan="off"
+        )
+        try:
+            self._socket = config.bind_socket()
+        except SystemExit:
+            raise UnavailableError(f"cannot listen on {listen}") from None
+        self.port: int = self._socket.getsockname()[1]
+        self._server = uvicorn.Server(config)
+        run: Callable[[], None] = lambda: self._server.run(sockets=[self._socket])  # noqa: E731
+        self._thread = threading.Thread(target=run, name="http", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+        until = time.monotonic() + _START_S
+        while not self._server.started and self._thread.is_alive() and time.monotonic() < until:
+            time.sleep(0.005)
+
+    def stop(self) -> None:
+        """End, after the requests that are on their way."""
+        self._server.should_exit = True
+        self._thread.join(_START_S)
+        self._socket.close()

@@ -1,0 +1,95 @@
+"""Metrics of an entry, in a registry of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from trilith_proto import serving_pb2
+
+__all__ = ["EntryMetrics"]
+
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class EntryMetrics:
+    """Counts what an entry does; thread-safe. Implements `rpc.Observer`."""
+
+    def __init__(self) -> None:
+        """Make an empty registry."""
+        self.registry = CollectorRegistry()
+        self.requests = 0
+        self.failures = 0
+        self._lock = threading.Lock()
+        self._seconds = Histogram(
+            "trilith_serving_seconds", "Time to answer.", ["method"], buckets=_BUCKETS, registry=self.registry
+        )
+        self._calls = Counter("trilith_serving_calls_total", "Calls.", ["method", "status"], registry=self.registry)
+        self._records = Counter("trilith_serving_records_total", "Records scored.", registry=self.registry)
+        self._refused = Counter("trilith_serving_refused_total", "Calls turned away.", registry=self.registry)
+        self._loads = Counter("trilith_serving_model_loads_total", "Versions loaded.", registry=self.registry)
+        self._version = Gauge("trilith_serving_model_version", "Version in use.", registry=self.registry)
+        ProcessCollector(registry=self.registry)
+
+    def called(self, method: str, status: str, seconds: float) -> None:
+        """See `rpc.Observer`."""
+        self._seconds.labels(method).observe(seconds)
+        self._calls.labels(method, status).inc()
+        if method.startswith("Predict"):
+            with self._lock:
+                self.requests += 1
+                self.failures += status != "OK"
+
+    def scored(self, records: int) -> None:
+        """So many records were."""
+        self._records.inc(records)
+
+    def refused(self) -> None:
+        """A call was turned away."""
+        self._refused.inc()
+
+    def loaded(self, version: int) -> None:
+        """A version took over."""
+        self._loads.inc()
+        self._version.set(version)
+
+    def watch(self, status: Callable[[], serving_pb2.ModelStatusResponse]) -> None:
+        """Export an entry's status, read when somebody scrapes."""
+        self.registry.register(_StatusCollector(status))
+
+
+class _StatusCollector(Collector):
+    """Freshness and replicas."""
+
+    def __init__(self, status: Callable[[], serving_pb2.ModelStatusResponse]) -> None:
+        self._status = status
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing is asked before somebody scrapes."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """See `Collector`."""
+        status = self._status()
+        yield GaugeMetricFamily(
+            "trilith_serving_rows_as_of_seconds", "Up to when the rows are fresh, Unix seconds.", status.rows_as_of
+        )
+        yield GaugeMetricFamily(
+            "trilith_serving_model_checkpoint_seconds",
+            "When the model's checkpoint was written.",
+            status.checkpoint_time,
+        )
+        healthy = GaugeMetricFamily("trilith_serving_replica_healthy", "1: it answers.", labels=["shard", "address"])
+        failures = CounterMetricFamily(
+            "trilith_serving_replica_failures_total", "Lookups that failed there.", labels=["shard", "address"]
+        )
+        for each in status.replicas:
+            healthy.add_metric([str(each.shard), each.address], float(each.healthy))
+            failures.add_metric([str(each.shard), each.address], each.failures)
+        yield healthy
+        yield failures

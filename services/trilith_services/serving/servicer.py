@@ -1,0 +1,135 @@
+"""What an entry answers over gRPC; the HTTP form stands on the same object."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+import grpc
+import numpy as np
+
+from trilith.data.records import Kind, Records
+from trilith.errors import InvalidRequestError
+from trilith_proto import serving_pb2
+from trilith_services.rpc import rpc
+from trilith_services.serve import Method
+from trilith_services.serving.metrics import EntryMetrics
+from trilith_services.serving.models import Models
+
+__all__ = ["SERVICE", "PredictionServicer"]
+
+SERVICE = serving_pb2.DESCRIPTOR.services_by_name["Prediction"].full_name
+
+_KINDS = {serving_pb2.EXAMPLE: Kind.EXAMPLE, serving_pb2.INSTANCE: Kind.INSTANCE}
+_RESERVE_S = 0.005  # of a request's time, kept for the answer
+
+
+class PredictionServicer:
+    """The Prediction service."""
+
+    def __init__(self, models: Models, metrics: EntryMetrics, *, timeout_s: float, max_records: int) -> None:
+        """Answer with `models`.
+
+        Args:
+            models: What is served.
+            metrics: Is told of everything.
+            timeout_s: Time for looking rows up, where the caller gives more or none.
+            max_records: Most that a request may hold.
+        """
+        self._models = models
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+        self._max_records = max_records
+        self._incarnation = secrets.randbits(63) | 1
+
+    @property
+    def observer(self) -> EntryMetrics:
+        """See `rpc.Servicer`."""
+        return self._metrics
+
+    @property
+    def incarnation(self) -> int:
+        """See `rpc.Servicer`."""
+        return self._incarnation
+
+    def admit(self, method: str) -> None:
+        """Everything is answered at any time; what has no model yet says so itself."""
+
+    def methods(self) -> dict[str, Method]:
+        """For `Server`."""
+        parse = serving_pb2.PredictRequest.FromString
+        serialize = serving_pb2.PredictResponse.SerializeToString
+        return {
+            "Predict": Method(call=self.Predict, parse=parse, serialize=serialize),
+            "PredictStream": Method(call=self.Predict, parse=parse, serialize=serialize, stream=True),
+            "ModelStatus": Method(
+                call=self.ModelStatus,
+                parse=serving_pb2.ModelStatusRequest.FromString,
+                serialize=serving_pb2.ModelStatusResponse.SerializeToString,
+                control=True,
+            ),
+        }
+
+    @rpc
+    def Predict(
+        self, request: serving_pb2.PredictRequest, context: grpc.ServicerContext
+    ) -> serving_pb2.PredictResponse:
+        """Score records."""
+        left: float | None = context.time_remaining()  # None: no deadline, whatever its type says
+        return self.score(request, timeout_s=left - _RESERVE_S if left is not None else None)
+
+    @rpc
+    def ModelStatus(
+        self, request: serving_pb2.ModelStatusRequest, context: grpc.ServicerContext
+    ) -> serving_pb2.ModelStatusResponse:
+        """Say what is served."""
+        return self.status()
+
+    def score(
+        self, request: serving_pb2.PredictRequest, *, timeout_s: float | None = None
+    ) -> serving_pb2.PredictResponse:
+        """Score a request's records."""
+        kind = _KINDS.get(request.kind)
+        if kind is None:
+            raise InvalidRequestError(f"records of kind {request.kind} are neither Examples nor Instances")
+        count = len(request.records)
+        if not 1 <= count <= self._max_records:
+            raise InvalidRequestError(f"{count} records in a request; 1 to {self._max_records} are taken")
+        timeout = self._timeout_s if timeout_s is None else max(min(self._timeout_s, timeout_s), 0.001)
+        records = Records.of(list(request.records), kind, source="request")
+        with self._models.use() as loaded:
+            # Read before the rows are: these are at least as fresh.
+            response = serving_pb2.PredictResponse(
+                model_version=loaded.manifest.version,
+                model_step=loaded.manifest.step,
+                rows_as_of=self._models.as_of,
+            )
+            outputs = loaded.model.predict(records, timeout_s=timeout)
+        for name, values in outputs.items():
+            flat = np.ascontiguousarray(values.reshape(count, -1), "<f4")
+            response.outputs.add(name=name, width=flat.shape[1], values=flat.tobytes())
+        self._metrics.scored(count)
+        return response
+
+    def status(self) -> serving_pb2.ModelStatusResponse:
+        """Say what is served."""
+        models, metrics = self._models, self._metrics
+        status = serving_pb2.ModelStatusResponse(
+            requests=metrics.requests, failures=metrics.failures, load_error=models.load_error, rows_as_of=models.as_of
+        )
+        current = models.current
+        if current is not None:
+            manifest, config = current.manifest, current.model.config
+            status.model, status.mode = config.name, manifest.mode
+            status.model_version, status.model_step = manifest.version, manifest.step
+            status.checkpoint_time, status.export_time = manifest.checkpoint_unix_s, manifest.created_unix_s
+            status.loaded_time = current.loaded_unix_s
+            status.features.extend(config.features)
+            status.outputs.extend(config.outputs)
+        if models.replicas is not None:
+            status.replicas.extend(models.replicas.status())
+        return status
+
+    def observe(self, method: str, status: str, started: float) -> None:
+        """Count a call that came another way than gRPC."""
+        self._metrics.called(method, status, time.perf_counter() - started)
