@@ -40,14 +40,9 @@ def connect_peers(device: str = "cpu", *, float16: bool = False, threads: int | 
         float16: Whether rows and gradients travel as float16.
         threads: Of this rank's engine; None: one per core.
     """
-    import torch.distributed
-
     from trilith.tables.all_to_all import TorchCollective
 
-    def collective(rows: bool) -> Collective:
-        return TorchCollective(device, float16=float16 and rows, group=torch.distributed.new_group())
-
-    return PeerClient(collective, threads=threads)
+    return PeerClient(lambda rows: TorchCollective.in_new_group(device, float16=float16 and rows), threads=threads)
 
 
 class _Local:

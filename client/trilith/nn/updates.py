@@ -19,7 +19,7 @@ __all__ = ["ClippedBackward"]
 Float32Array = npt.NDArray[np.float32]
 
 
-class Embeddings(Protocol):
+class _Embeddings(Protocol):
     """`Embedding`, `EmbeddingBag` or `EmbeddingCollection`."""
 
     exchange: Exchange
@@ -39,7 +39,7 @@ class ClippedBackward:
             sparse_norm_warmup_steps, dense_weight_decay.
     """
 
-    def __init__(self, embeddings: Embeddings, module: nn.Module, **options: Any) -> None:
+    def __init__(self, embeddings: _Embeddings, module: nn.Module, **options: Any) -> None:
         self._exchange = embeddings.exchange
         self._parameters = {name: each for name, each in module.named_parameters() if each.requires_grad}
         self._bridge = embeddings.bridge

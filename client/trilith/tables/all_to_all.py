@@ -65,6 +65,13 @@ class TorchCollective:
         self._float16 = float16
         self._group = group
 
+    @classmethod
+    def in_new_group(cls, device: torch.device | str = "cpu", *, float16: bool = False) -> TorchCollective:
+        """An exchange in a process group of its own, of all ranks."""
+        if not torch.distributed.is_initialized():
+            raise InvalidRequestError("torch.distributed is not initialized; call init_process_group first")
+        return cls(device, float16=float16, group=torch.distributed.new_group())
+
     def all_to_all(self, values: npt.NDArray[Any], sent: Ints, received: Ints) -> npt.NDArray[Any]:
         """See `Collective`."""
         narrow = self._float16 and values.dtype == np.float32
