@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import trilith
 from trilith.client import Client
 from trilith.cluster import Cluster as TrilithCluster
 from trilith.config import ClientConfig
-from trilith.errors import ClusterMismatchError, InvalidRequestError, ReadOnlyError
+from trilith.errors import ClusterMismatchError, InvalidRequestError, ReadOnlyError, UnavailableError
 from trilith.ops.jit import JIT_DISABLED
 from trilith.remote import RemoteShard
 from trilith.shard import ANY_WRITE, DensePart, IdPart, UpdatePart, Write
@@ -448,6 +449,64 @@ def test_replicas_that_come_and_go_under_traffic_end_equal_to_training(cluster: 
     assert found["b"].failures == 0
 
 
+class Unreliable:
+    """Loses pushes and answers, and does old pushes again."""
+
+    def __init__(self, replica: Replica, seed: int) -> None:
+        self._push = replica.push
+        self._random = random.Random(seed)
+        self._old: list[bytes] = []
+        self.lost = 0
+        self.reliable = False
+        replica.push = self.push  # type: ignore[method-assign]
+
+    def push(self, data: bytes) -> parameter_sync_pb2.PushResponse:
+        if self.reliable:
+            return self._push(data)
+        what = self._random.random()
+        self.lost += what < 0.5
+        if what < 0.25:
+            self._old.append(data)
+            raise UnavailableError("the push was lost")
+        answer = self._push(data)
+        if what < 0.5:
+            raise UnavailableError("the answer was lost")
+        if self._old and what < 0.6:
+            assert self._push(self._old.pop(0)).status_code != 0  # it was given up, and comes late
+        return answer
+
+
+@pytest.mark.parametrize("seed", range(1 if JIT_DISABLED else 4))
+def test_lost_pushes_lost_answers_and_late_pushes_change_nothing_in_the_end(seed: int) -> None:
+    options = SyncOptions(
+        interval_s=0.1, heartbeat_s=0.05, dense_every_s=0.1, retry_first_s=0.001, retry_most_s=0.002, message_bytes=4096
+    )
+    made = Cluster(options)
+    try:
+        made.start("a")
+        unreliable = Unreliable(made.replicas["a"].servicer._replica, seed)
+        made.store.create_tables([config("item")])
+        made.add("a")
+        count = 20 if JIT_DISABLED else 120
+        for number in range(count):
+            for table in ("user", "item"):
+                steps(made.store, number, 20 if JIT_DISABLED else 200, table=table)
+                made.store.erase(IdPart(table, np.arange(number, 2000, 97, dtype=np.uint64)), ANY_WRITE)
+            if number == count // 3:
+                made.store.clear(["user"], ANY_WRITE)
+            if number == count // 2:
+                made.store.put_table(made.store.new_table(config("item")))
+            if number % 5 == 0:
+                made.syncer.look()
+            time.sleep(0.004)
+        until(lambda: unreliable.lost > 20)
+        unreliable.reliable = True
+        made.check()
+        assert len(made.stores["a"].table("item")) > 0
+    finally:
+        made.close()
+
+
 def test_clearing_and_restoring_reach_the_replica(cluster: Cluster) -> None:
     steps(cluster.store, 1)
     cluster.start("a")
@@ -550,6 +609,25 @@ def test_exported_rows_are_served_until_training_sends_its_own(cluster: Cluster,
     cluster.check()
     assert shard.contains(IdPart("user", u64(1, 2, 3))).tolist() == [False, True, True]
     shard.close()
+
+
+def test_what_is_not_sent_yet_is_sent_before_the_training_ps_ends() -> None:
+    made = Cluster(SyncOptions(interval_s=30.0, heartbeat_s=30.0, dense_every_s=30.0))
+    try:
+        spec = ps_pb2.VariableSpec(name="w", size=2)
+        spec.optimizer.sgd.learning_rate = 1.0
+        made.store.create_variables([spec], [np.zeros(2, np.float32)])
+        made.start("a")
+        made.add("a")
+        until(lambda: "user" in made.stores["a"].tables and not made.syncer.stats()[0].copying)
+        steps(made.store, 1)
+        until(lambda: len(made.stores["a"].variables))
+        made.store.assign_variables([DensePart("w", 0, np.ones(2, np.float32))], ANY_WRITE)
+        made.syncer.stop(flush_s=PATIENCE_S)
+        assert len(made.stores["a"].table("user")) == len(made.store.table("user"))
+        assert made.stores["a"].pull_variables([("w", 0)])[0][0].tolist() == [1.0, 1.0]
+    finally:
+        made.close()
 
 
 def test_without_targets_nothing_is_noted(cluster: Cluster) -> None:

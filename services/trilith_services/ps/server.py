@@ -177,6 +177,7 @@ class ParameterServer:
         self.servicer.ready = False
         if self._checkpointer is not None:
             self._checkpointer.halt()
+        self.syncer.stop()
         self._end()
 
     def _leave(self) -> None:
@@ -187,7 +188,7 @@ class ParameterServer:
         stats.sync_targets.extend(self.syncer.stats())
 
     def _finish(self) -> None:
-        self.syncer.stop()
+        self.syncer.stop(flush_s=self._options.limits.drain_s)
         for replicas in self._replicas:
             replicas.close()
         if self._membership is not None:

@@ -25,6 +25,15 @@ class DenseFeed:
         self._sent = {}
         self._last = -self._every_s
 
+    def hurry(self) -> None:
+        """Let what has changed be due at once."""
+        self._last = -self._every_s
+
+    @property
+    def behind(self) -> bool:
+        """Whether something has changed that the target lacks."""
+        return not all(self._has(each) for each in self._variables)
+
     def due(self, message_bytes: int) -> Iterator[tuple[parameter_sync_pb2.DeltaVariable, bool]]:
         """The pieces of what has changed, and whether more follow; a partition counts as arrived once all are taken."""
         if time.monotonic() - self._last < self._every_s:

@@ -46,11 +46,13 @@ class Syncer:
         self._followed: set[str] = set()  # names that `follow` has added
         self._unwatch: list[Callable[[], None]] = []
 
-    def stop(self) -> None:
-        """Stop pushing; what has not been sent is not."""
+    def stop(self, *, flush_s: float = 0.0) -> None:
+        """Stop pushing, when every replica that can be reached has all there is, or after `flush_s` seconds."""
+        if flush_s and not self._stopping.is_set():
+            self._flush(flush_s)
         self._stopping.set()
-        for unwatch in self._unwatch:
-            unwatch()
+        while self._unwatch:
+            self._unwatch.pop()()
         if self._thread.is_alive():
             self._thread.join()
         with self._changing:
@@ -60,6 +62,21 @@ class Syncer:
         for target in targets:
             target.stop()
         self._forget()
+
+    def _flush(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        with self._changing:
+            targets = list(self._targets.values())
+        if not targets:
+            return
+        self.look()
+        for target in targets:
+            target.hurry()
+        while lagging := [target.name for target in targets if target.can_catch_up]:
+            if time.monotonic() >= deadline:
+                log.warning("sync: stopped before all changes were sent", extra={"targets": lagging})
+                return
+            time.sleep(0.02)
 
     def add(self, name: str, address: str) -> None:
         """Keep the replica at `address` fresh from now on; a target of that name at another address is replaced."""

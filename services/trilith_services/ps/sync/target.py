@@ -141,6 +141,17 @@ class Target:
         self._log.wake()
         self._thread.join()
 
+    def hurry(self) -> None:
+        """Send everything now."""
+        self._dense.hurry()
+        self._log.wake()
+
+    @property
+    def can_catch_up(self) -> bool:
+        """Whether the replica lacks something, and takes it."""
+        stats = self.stats()
+        return not stats.error and (stats.lag_rows > 0 or self._dense.behind)
+
     def stats(self) -> ps_pb2.SyncTargetStats:
         """Where the replica stands."""
         found = ps_pb2.SyncTargetStats()
