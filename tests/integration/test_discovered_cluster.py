@@ -20,6 +20,7 @@ from trilith.checkpoint import checkpoint_name
 from trilith.discovery import PS
 from trilith.discovery.zk_directory import ZooKeeperDirectory
 from trilith.errors import ClusterMismatchError, TableExistsError, TableMismatchError, UnavailableError
+from trilith.features.slots import FeatureRegistry, FeatureSlotConfig
 from trilith.tables import Adagrad, Sgd, Zeros
 from trilith_services.cli import main
 from trilith_services.ps.server import ParameterServer, PsOptions
@@ -252,12 +253,19 @@ def test_a_checkpoint_that_contradicts_the_record_is_not_restored(zk_url, serve,
 
 
 def test_features_are_recorded_with_their_tables(zk_url, serve, spectator):
+    from trilith.nn.features import FeatureEmbeddings
+
     serve()
+    registry = FeatureRegistry()
+    slot = registry.create_feature_slot(FeatureSlotConfig(name="place"))
+    slot.add_feature_slice(4)
+    registry.create_feature_column(slot, "street")
     with trilith.connect(zk_url) as client:
+        FeatureEmbeddings(client, registry)
         client.record_features({"city": "user"})
         with pytest.raises(ClusterMismatchError, match="'city'"):
             client.record_features({"city": "item"})
-    assert dict(spectator.read_record().features) == {"city": "user"}
+    assert spectator.read_record().features == {"city": "user", "street": "place"}
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,9 @@ from trilith.discovery.watchers import Watchers
 from trilith.errors import InvalidRequestError, UnavailableError
 
 __all__ = ["HostFilesDirectory"]
+
+
+_ROLE = re.compile(r"\w[-\w]*", re.ASCII)
 
 
 class HostFilesDirectory:
@@ -95,7 +99,7 @@ class HostFilesDirectory:
             self.deregister(role, index, address)
 
     def _path(self, role: str, index: int) -> Path:
-        if not role.isidentifier() or index < 0:
+        if not _ROLE.fullmatch(role) or index < 0:
             raise InvalidRequestError(f"{role!r} {index} is no member; a role is a word and an index 0 or more")
         return self._base / role / str(index)
 

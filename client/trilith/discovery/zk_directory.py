@@ -18,7 +18,7 @@ __all__ = ["ZooKeeperDirectory"]
 
 log = logging.getLogger(__name__)
 
-_MEMBER = re.compile(r"(?P<role>\w+)\.(?P<index>\d+)", re.ASCII)
+_MEMBER = re.compile(r"(?P<role>\w[-\w]*)\.(?P<index>\d+)", re.ASCII)
 _RECORD = "cluster"
 
 

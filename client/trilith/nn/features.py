@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from trilith.client import Client
 from trilith.features.combiners import Combiner as FeatureCombiner
 from trilith.features.combiners import FirstN as FirstVectors
 from trilith.features.combiners import ReduceMean
@@ -49,6 +50,8 @@ class FeatureEmbeddings(EmbeddingCollection):
             name: Feature(tables[table_of[column.slot.name]], _combiner(column.combiner))
             for name, column in registry.columns.items()
         }
+        if isinstance(client, Client):
+            client.record_features({name: table_of[column.slot.name] for name, column in registry.columns.items()})
         super().__init__(client, features, **options)
         self.registry = registry
 

@@ -130,6 +130,7 @@ class PartitionedTables(QueueHooks):
         self._named = {name: spec.name for name, spec in specs.items()}
         self._dims = {name: spec.dim for name, spec in specs.items()}
         client.create_tables(list(specs.values()))
+        client.record_features({prefix + feature: self._named[table] for feature, table in self.table_of.items()})
         self._batches = client.batches(float16=transfer_float16)
 
     @property
