@@ -15,6 +15,7 @@ from trilith.config import ClientConfig
 from trilith.data.ragged import Ragged
 from trilith.data.sharding import FeatureFids
 from trilith.errors import InvalidRequestError, UnavailableError
+from trilith.nn import FusedLayouts
 from trilith.ops.layout_config import OutConfig, OutType, PoolingType, SliceConfig
 from trilith.tables import Adagrad, PolynomialDecay, RandomUniform
 from trilith.tables.factories import create_partitioned_tables
@@ -152,6 +153,28 @@ def test_a_late_update_keeps_its_step_and_its_error(counted, monkeypatch):
     with pytest.raises(UnavailableError) as caught:
         tables.drain()
     assert caught.value is cause
+    tables.pusher.close()
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_layouts_as_a_module_step_their_rows(counted, depth):
+    client, shards = counted
+    tables = make(client, async_push=depth)
+    layouts = FusedLayouts(tables)
+    with layouts.prefetch([BATCH], depth, sharded=lambda batch: tables.shard(batch, 2)) as ahead:
+        for _, fetched in ahead:
+            found = layouts(fetched.result())
+            assert {name: found[name].shape for name in ("bias", "st")} == {"bias": (2, 1), "st": (2, 2, 2)}
+            (found["bias"].sum() + 2 * found["seq"][0].sum()).backward()
+    layouts.drain()
+    assert requests(shards) == [{"lookup": 1, "apply_gradients": 1}] * 2
+    rows = tables.lookup(BATCH, 2)
+    # Of the bias each feature's part: a has id 4 twice in the first sample; b's mean is over both samples.
+    assert rows["bias"].tolist() == [[-6], [-2]]
+    assert rows["seq"][0].tolist() == [[[-2, -2], [-2, -2]], [[0, 0], [0, 0]]]
+    assert not rows["vec"].any()
+    layouts.trainable = False
+    assert not layouts(tables.fetch(tables.shard(BATCH, 2)))["bias"].requires_grad
     tables.pusher.close()
 
 

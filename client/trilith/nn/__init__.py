@@ -9,6 +9,7 @@ from trilith.nn.dense import AllReduced, DenseOnPs
 from trilith.nn.embedding import Embedding, EmbeddingBag, EmbeddingCollection, Feature, FetchedRows
 from trilith.nn.features import FeatureEmbeddings, FeatureModel
 from trilith.nn.ffm import FFM
+from trilith.nn.layouts import FusedLayouts
 from trilith.nn.local import LocalEmbeddings
 from trilith.nn.updates import ClippedBackward
 
@@ -30,6 +31,7 @@ __all__ = [
     "FeatureModel",
     "FetchedRows",
     "FirstN",
+    "FusedLayouts",
     "LocalEmbeddings",
     "as_bags",
     "auc",
