@@ -11,6 +11,8 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.json_format import MessageToJson
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +31,7 @@ from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
 from trilith_services.ps.store import Store
 from trilith_services.ps.sync import wire
 from trilith_services.ps.sync.changes import ChangeLog
+from trilith_services.ps.sync.discovery import open_replicas
 from trilith_services.ps.sync.syncer import Syncer
 from trilith_services.ps.sync.target import SyncOptions
 from trilith_services.ps.table import Table
@@ -590,6 +593,51 @@ def test_a_replica_answers_reads_and_refuses_writes(cluster: Cluster) -> None:
     with trilith.connect(f"static://127.0.0.1:{cluster.ports['a']}") as client:  # the plain client reads it too
         assert client.table("user").lookup(ids).shape == (2000, DIM)
     shard.close()
+
+
+def test_replicas_are_found_in_a_directory_and_forgotten_when_they_leave_it(cluster: Cluster, tmp_path) -> None:
+    url = f"hosts://{tmp_path}"
+    listed = open_replicas(url, "clicks", 0)
+    try:
+        cluster.syncer.follow(listed)
+        assert cluster.syncer.stats() == []
+        for name, number in (("a", 3), ("b", 7)):
+            store = Store(threads=1)
+            options = ReplicaOptions(replica=number)
+            cluster.stores[name] = store
+            cluster.replicas[name] = ReplicaServer(Replica(store), options, listed=open_replicas(url, "clicks", 0))
+            cluster.ports[name] = cluster.replicas[name].start()
+        steps(cluster.store, 1)
+        until(lambda: [each.name for each in cluster.syncer.stats()] == ["replica-3", "replica-7"])
+        until(lambda: all(len(store.tables) for store in cluster.stores.values()))
+        cluster.check()
+        cluster.end("a")
+        until(lambda: [each.name for each in cluster.syncer.stats()] == ["replica-7"])
+        other = open_replicas(url, "clicks", 1)
+        other.announce(0, "127.0.0.1:1", available=True)  # another shard's
+        other.close()
+        steps(cluster.store, 2)
+        cluster.check()
+        assert [each.name for each in cluster.syncer.stats()] == ["replica-7"]
+    finally:
+        cluster.syncer.stop()
+        listed.close()
+
+
+def test_a_replica_is_described_by_reflection_and_healthy_once_it_is_filled(cluster: Cluster) -> None:
+    cluster.start("a")
+    with grpc.insecure_channel(f"127.0.0.1:{cluster.ports['a']}") as channel:
+        services = ProtoReflectionDescriptorDatabase(channel).get_services()
+        assert {"trilith.ParameterServer", "monolith.parameter_sync.ParameterSync"} <= set(services)
+        health = health_pb2_grpc.HealthStub(channel)
+
+        def status(service: str) -> int:
+            return health.Check(health_pb2.HealthCheckRequest(service=service)).status
+
+        assert status("") == health_pb2.HealthCheckResponse.NOT_SERVING
+        cluster.add("a")
+        for service in ("", "trilith.ParameterServer", "monolith.parameter_sync.ParameterSync"):
+            until(lambda service=service: status(service) == health_pb2.HealthCheckResponse.SERVING)
 
 
 def test_exported_rows_are_served_until_training_sends_its_own(cluster: Cluster, tmp_path) -> None:
