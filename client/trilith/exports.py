@@ -7,7 +7,7 @@
         model.json                  features, inputs, outputs, table configs
         rows/                       serving rows, in the form of a checkpoint of one PS
     BASE/entry/<version>/           the same without rows: a distributed export
-    BASE/ps_<i>/<version>/          shard i's serving rows: rows/ in the form of a checkpoint's part, and a manifest
+    BASE/ps_<i>/<version>/          shard i's serving rows: rows/ as in a standalone export, and a manifest
 
 Versions are Unix seconds and grow strictly; all parts of a distributed export have one version. `entry` comes last.
 """

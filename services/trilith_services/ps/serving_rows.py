@@ -54,7 +54,7 @@ def write_serving_rows(
 ) -> int:
     """Write the rows that shard `index` of `count` serves into the directory `target`, compressed as they are served.
 
-    A single shard's directory is a complete checkpoint; of several, each is one part of one.
+    It becomes a complete checkpoint, as of one PS that has these rows only: `trilith serving ps --rows` restores it.
 
     Returns:
         How many rows.
@@ -63,7 +63,7 @@ def write_serving_rows(
         CheckpointError: The checkpoint is incomplete or damaged.
     """
     manifest, folder = checkpoint.read_manifest(path), Folder(path)
-    with closing(Store(index=index, count=count)) as store:
+    with closing(Store()) as store:
         for config in tables.values():
             store.put_table(store.new_table(config))
         for part in snapshot.parts_for(manifest, index, count):
@@ -78,6 +78,5 @@ def write_serving_rows(
                             store.table(file.table).assign(mine.ids, mine.weights)
         store.global_step(set_to=manifest.global_step)
         response = snapshot.save_shard(store, target)
-        if count == 1:
-            checkpoint.write_manifest(target, [checkpoint.part_of(index, count, response)])
+        checkpoint.write_manifest(target, [checkpoint.part_of(0, 1, response)])
         return sum(file.rows for file in response.files if file.table)

@@ -189,16 +189,15 @@ class ReplicaSet:
             if not replica.as_of or replica.suspect:
                 self._check(replica.shard.describe(timeout_s=_PROBE_S))
             stats = replica.shard.stats(timeout_s=_PROBE_S)
+            replica.shard.global_step(timeout_s=_PROBE_S)  # like lookups, refused by one that is not filled yet
         except TrilithError as error:
             with self._books.lock:
                 replica.suspect, replica.error = True, str(error)
             return
-        ready = not stats.HasField("replica") or stats.replica.as_of > 0
         with self._books.lock:
             replica.as_of = stats.replica.as_of
-            was, replica.suspect = replica.suspect, not ready
-            replica.error = "" if ready else "its first full copy is not complete"
-        if was and ready:
+            was, replica.suspect, replica.error = replica.suspect, False, ""
+        if was:
             log.info("replica is well", extra={"shard": self.index, "address": replica.address})
 
     def _check(self, answer: ps_pb2.DescribeResponse) -> None:

@@ -1,0 +1,262 @@
+"""Exports: what they hold, that what they hold is checked, and that a loaded one scores as the model did."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import trilith
+from tests.served import Trained, train
+from trilith import exports
+from trilith.data.records import Kind, Records
+from trilith.errors import CheckpointError, InvalidRequestError
+from trilith.exports import ModelConfig, ProgramInput, ServedFeature
+from trilith.nn.program import current_weights, export_program, load_program, pack_weights, unpack_weights
+from trilith.nn.serving import ServedModel
+from trilith.tables import Sgd, table_config
+from trilith_proto.example_pb2 import Example
+from trilith_services.serving.models import Models
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    with trilith.connect("local://") as client:
+        yield train(client, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def exporter(trained: Trained):
+    return trained.exporter()
+
+
+@pytest.fixture(scope="module")
+def standalone(trained: Trained, exporter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("standalone")
+    exporter.export(trained.save(), str(base), mode="standalone")
+    return base
+
+
+def test_a_loaded_standalone_export_scores_as_the_model_did(trained, standalone):
+    models = Models(str(standalone))
+    assert models.refresh()
+    with models.use() as loaded:
+        scores = loaded.model.predict(trained.records)["score"]
+    np.testing.assert_allclose(scores, trained.scores(), atol=1e-3)  # rows are compressed to float16
+    models.close()
+
+
+def test_no_file_of_an_export_is_a_pickle_or_holds_one(standalone):
+    files = [path for path in standalone.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"manifest.json", "program.json", "weights.safetensors", "model.json"}
+    for path in files:
+        assert not zipfile.is_zipfile(path)
+        assert path.suffix in (".json", ".safetensors", ".arrow")
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        assert "/" not in path.read_text() if path.name == "program.json" else True, "no path of this machine"
+
+
+def test_a_distributed_export_has_an_entry_and_the_rows_of_each_shard(trained, exporter, tmp_path):
+    done = exporter.export(trained.save(), str(tmp_path))
+    assert exports.entry_base(str(tmp_path)) == str(tmp_path / "entry")
+    manifest = exports.read_export(done.path)
+    assert (manifest.mode, manifest.shard, manifest.version) == ("distributed", -1, done.version)
+    shard = exports.read_export(f"{exports.ps_base(str(tmp_path), 0)}/{done.version}")
+    assert (shard.shard, shard.version) == (0, done.version)
+    with trilith.connect("local://") as client:
+        client.restore(f"{exports.ps_base(str(tmp_path), 0)}/{done.version}/rows")
+        assert sum(table.rows for each in client.stats() for table in each.tables) == done.rows > 0
+
+
+def test_versions_grow_and_old_ones_go(trained, exporter, tmp_path):
+    path = trained.save()
+    made = [
+        exporter.export(path, str(tmp_path), mode="standalone", keep=2, clock=lambda: 1000.0).version for _ in range(3)
+    ]
+    assert made == [1000, 1001, 1002]
+    assert exports.list_versions(str(tmp_path)) == made[1:]
+
+
+def test_an_export_without_a_manifest_does_not_count(standalone, tmp_path):
+    (tmp_path / "7").mkdir()
+    assert exports.list_versions(str(tmp_path)) == []
+    with pytest.raises(CheckpointError, match="never finished"):
+        exports.read_export(str(tmp_path / "7"))
+
+
+def test_a_changed_file_is_refused_and_the_version_in_use_goes_on(trained, exporter, tmp_path):
+    path = trained.save()
+    first = exporter.export(path, str(tmp_path), mode="standalone")
+    models = Models(str(tmp_path))
+    models.refresh()
+    second = exporter.export(path, str(tmp_path), mode="standalone")
+    weights = Path(second.path) / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    assert not models.refresh()
+    assert "does not match its checksum" in models.load_error
+    assert models.current is not None
+    assert models.current.manifest.version == first.version
+    third = exporter.export(path, str(tmp_path), mode="standalone")
+    assert models.refresh()
+    assert models.current.manifest.version == third.version
+    assert models.load_error == ""
+    models.close()
+
+
+def test_a_checkpoint_of_another_model_is_refused(trained, tmp_path):
+    with trilith.connect("local://") as client:
+        client.table("other", dim=2, optimizer=Sgd(learning_rate=1.0))
+        client.save(str(tmp_path / "other"))
+    with pytest.raises(CheckpointError, match=r"has tables \['other'\]; the model needs \['features'\]"):
+        trained.exporter().export(str(tmp_path / "other"), str(tmp_path / "out"))
+
+
+# ---- programs --------------------------------------------------------------------------------------------------------
+
+
+class Tower(nn.Module):
+    """Two inputs, two outputs, a buffer and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 2)
+        self.register_buffer("scale", torch.full((1,), 3.0))
+
+    def forward(self, wide: torch.Tensor, dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self.layer(torch.cat([wide, dense], 1)) * self.scale + torch.tensor([1.0, 2.0])
+        return found, torch.sigmoid(found[:, 0])
+
+
+@pytest.fixture(scope="module")
+def tower() -> tuple[Tower, bytes, dict[str, torch.Tensor]]:
+    module = Tower()
+    return (module, *export_program(module, [(2,), (3,)]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_a_program_takes_any_batch_and_gives_what_the_module_gave(tower, size):
+    module, graph, weights = tower
+    program = load_program(graph, unpack_weights(pack_weights(weights), where="w"), ["pair", "score"], where="g")
+    inputs = torch.randn(size, 2), torch.randn(size, 3)
+    found = program(*inputs)
+    for name, want in zip(("pair", "score"), module(*inputs), strict=True):
+        torch.testing.assert_close(found[name], want)
+
+
+def test_the_weights_of_a_later_step_go_with_the_first_graph(tower):
+    _, graph, weights = tower
+    later = Tower()
+    program = load_program(graph, current_weights(later, weights), ["pair", "score"], where="g")
+    inputs = torch.randn(4, 2), torch.randn(4, 3)
+    torch.testing.assert_close(program(*inputs)["pair"], later(*inputs)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda graph: graph["graph_module"]["graph"]["nodes"][0].update(target="torch.os.system"),
+            "operator 'torch.os",
+        ),
+        (lambda graph: graph["graph_module"]["graph"]["nodes"][0].update(target="#x:y"), "operator '#x:y'"),
+        (
+            lambda graph: graph["graph_module"]["graph"]["nodes"][0].update(target="torch.ops.aten.from_file.default"),
+            "from_file",
+        ),
+        (lambda graph: graph.update(guards_code=["__import__('os')"]), "code to be run"),
+        (lambda graph: graph["graph_module"]["graph"].update(x={"expr_str": "__import__('os').getcwd()"}), "expr_str"),
+        (lambda graph: graph["graph_module"]["graph"]["nodes"][0].update(name="a;import os"), "name 'a;import os'"),
+        (lambda graph: graph["graph_module"]["graph"]["nodes"][0].update(metadata={"torch_fn": "x"}), "metadata"),
+        (lambda graph: graph.pop("graph_module"), "no graph"),
+    ],
+)
+def test_a_graph_that_could_do_more_than_arithmetic_is_refused(tower, change, message):
+    _, graph, weights = tower
+    content = json.loads(graph)
+    change(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_program(json.dumps(content).encode(), weights, ["a", "b"], where="g")
+
+
+def test_damage_is_told(tower):
+    _, graph, weights = tower
+    with pytest.raises(CheckpointError, match="g: damaged"):
+        load_program(graph[:-9], weights, ["a", "b"], where="g")
+    with pytest.raises(CheckpointError, match="cannot load it"):
+        load_program(graph, {}, ["a", "b"], where="g")
+    with pytest.raises(CheckpointError, match="w: damaged"):
+        unpack_weights(b"no safetensors", where="w")
+
+
+# ---- models of other shapes ------------------------------------------------------------------------------------------
+
+
+def test_features_of_several_tables_combiners_and_dense_inputs_reach_the_program():
+    class Sum(nn.Module):
+        def forward(self, user: torch.Tensor, items: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+            return user.sum(1) + 10 * items.sum((1, 2)) + 100 * dense.sum(1)
+
+    tables = tuple(
+        table_config(name, dim=dim, optimizer=Sgd(learning_rate=1.0)).proto for name, dim in (("u", 1), ("i", 2))
+    )
+    config = ModelConfig(
+        name="sum",
+        features={
+            "user": ServedFeature(table="u", combiner="sum", slot=3),
+            "item": ServedFeature(table="i", combiner="first", n=2),
+        },
+        inputs=(
+            ProgramInput(kind="feature", names=("user",)),
+            ProgramInput(kind="feature", names=("item",)),
+            ProgramInput(kind="dense", names=("price",), dim=2),
+        ),
+        outputs=("score",),
+        tables=tables,
+        num_ps=1,
+    )
+    assert ModelConfig.from_json(config.to_json(), "m") == config
+    graph, weights = export_program(Sum(), config.shapes())
+    seen: list[float | None] = []
+
+    def lookup(ids, timeout_s):
+        seen.append(timeout_s)
+        return {name: np.repeat(each.astype(np.float32)[:, None], config.dim_of(name), 1) for name, each in ids.items()}
+
+    model = ServedModel(config, load_program(graph, weights, ["score"], where="g"), lookup)
+    example = Example()
+    example.named_feature.add(name="user").feature.fid_v2_list.value.extend([1, 2])
+    example.named_feature.add(name="item").feature.fid_v2_list.value.extend([3, 4, 5])
+    example.named_feature.add(name="price").feature.float_list.value.extend([0.5, 0.25])
+    records = Records.of([example.SerializeToString(), Example().SerializeToString()], Kind.EXAMPLE)
+    scores = model.predict(records, timeout_s=0.5)["score"]
+    assert scores.tolist() == [3 + 10 * (2 * 3 + 2 * 4) + 75, 0]
+    assert seen == [0.5]
+    with pytest.raises(InvalidRequestError, match="cannot be scored"):
+        model.predict(Records.of([b"x"], Kind.PLAINTEXT))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ServedFeature(table="t", combiner="max"), "combiner 'max'"),
+        (lambda: ServedFeature(table="t", combiner="first"), "n=0"),
+        (lambda: ProgramInput(kind="dense", names=("x",)), "dim=0"),
+        (lambda: ProgramInput(kind="stacked", names=()), "stacked"),
+        (
+            lambda: ModelConfig(
+                name="m", features={"f": ServedFeature(table="t")}, inputs=(), outputs=("s",), tables=(), num_ps=1
+            ),
+            "of table 't'",
+        ),
+    ],
+)
+def test_configs_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        make()
