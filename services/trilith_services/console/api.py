@@ -82,12 +82,7 @@ def _add_tables(router: APIRouter, watcher: Watcher, reader: Callable[[], Reader
         """Configs of all tables."""
         return reader().tables()
 
-    @router.get("/tables/{table}", tags=["tables"])
-    def table(table: TableName) -> TableConfig:
-        """Config of one table."""
-        return reader().table(table)
-
-    @router.get("/tables/{table}/distribution", tags=["tables"])
+    @router.get("/tables/{table:path}/distribution", tags=["tables"])
     def distribution(
         table: TableName,
         sample: Annotated[int, Query(description="Rows to look at, at most.", ge=1, le=50_000)] = 4000,
@@ -95,7 +90,7 @@ def _add_tables(router: APIRouter, watcher: Watcher, reader: Callable[[], Reader
         """How norms and ages are spread over a fair sample of rows."""
         return reader().distribution(table, sample)
 
-    @router.get("/tables/{table}/rows/{id}", tags=["tables"])
+    @router.get("/tables/{table:path}/rows/{id}", tags=["tables"])
     def row(
         table: TableName,
         row_id: RowId,
@@ -103,6 +98,12 @@ def _add_tables(router: APIRouter, watcher: Watcher, reader: Callable[[], Reader
     ) -> Row:
         """One id: its owner, row, optimizer state and age; `found` is false if it has no row."""
         return reader().row(table, row_id, watcher.look.replicas if replicas else ())
+
+    # Names may have slashes, so the shortest path comes last.
+    @router.get("/tables/{table:path}", tags=["tables"])
+    def table(table: TableName) -> TableConfig:
+        """Config of one table."""
+        return reader().table(table)
 
 
 def _add_variables(router: APIRouter, reader: Callable[[], Reader]) -> None:
@@ -124,19 +125,19 @@ def _add_writes(router: APIRouter, watcher: Watcher, writable: bool) -> None:
             raise ReadOnlyError("this console only reads; `trilith console --allow-writes` starts one that writes")
         return Writer(watcher.members)
 
-    @router.put("/tables/{table}/rows/{id}", tags=["writes"])
+    @router.put("/tables/{table:path}/rows/{id}", tags=["writes"])
     def assign(table: TableName, row_id: RowId, weights: Annotated[Weights, Body()]) -> Row:
         """Set a row's weights, as its owner's `assign` does; answers with the row as it is then."""
         wanted = writer()
         wanted.assign(table, parse_id(row_id), np.array(weights.weights, np.float32))
         return Reader(watcher.members).row(table, row_id)
 
-    @router.delete("/tables/{table}/rows/{id}", tags=["writes"])
+    @router.delete("/tables/{table:path}/rows/{id}", tags=["writes"])
     def erase(table: TableName, row_id: RowId) -> Counted:
         """Delete a row."""
         return Counted(rows=writer().erase(table, parse_id(row_id)))
 
-    @router.delete("/tables/{table}/expired", tags=["writes"])
+    @router.delete("/tables/{table:path}/expired", tags=["writes"])
     def evict(table: TableName) -> Counted:
         """Delete the rows of a table that have expired by now."""
         return Counted(rows=writer().evict(table))

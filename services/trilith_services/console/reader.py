@@ -281,9 +281,10 @@ def norm_histogram(values: npt.NDArray[np.float64]) -> Histogram:
 
 
 def age_histogram(values: npt.NDArray[np.float64]) -> Histogram:
-    """Bins from the least to the greatest of float64[n] that grow geometrically; none ends below a second."""
+    """Bins from the least to the greatest of float64[n] that grow geometrically."""
     return _histogram(
-        values, lambda low, high: np.concatenate([[low], np.geomspace(max(low, 1.0), high, _BINS + 1)[1:]])
+        values,
+        lambda low, high: np.concatenate([[low], np.geomspace(max(low, min(1.0, high / 100)), high, _BINS + 1)[1:]]),
     )
 
 

@@ -40,10 +40,13 @@ Number = float | Literal["NaN", "Infinity", "-Infinity"]
 """A float32 in its shortest form. JSON has no words for what is not finite, so those are strings."""
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+
+
 def number(value: float) -> Number:
     """A float32 as JSON can carry it."""
     if math.isfinite(value):
-        return float(f"{value:.9g}") if abs(value) > 1e-38 else float(value)
+        return float(str(np.float32(value))) if abs(value) <= _LARGEST else value
     return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
 
 

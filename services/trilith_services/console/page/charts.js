@@ -29,9 +29,9 @@ function sparkline(values) {
   return plot;
 }
 
-/** Bars of a histogram, one per bin and equally wide, with the edges' texts below some of them. */
-function histogram(data, text, label) {
-  const width = 400, height = 150, low = 20, high = 14;
+/** Bars of a histogram `width` pixels wide, one per bin and equally wide, with the edges' texts below some of them. */
+function histogram(data, text, label, width) {
+  const height = 150, low = 20, high = 14;
   const plot = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
   const bins = data.counts.length;
   const top = Math.max(...data.counts, 1);

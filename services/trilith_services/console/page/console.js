@@ -92,21 +92,21 @@ function showTotals() {
     tile("Looked up", `${rate(totals.lookups_per_s)}/s`, "ids", past("lookups_per_s")),
     tile("Updated", `${rate(totals.updates_per_s)}/s`, "ids", past("updates_per_s")),
     tile("Lookup p99", totals.lookup_p99_ms === null ? "–" : `${ms(totals.lookup_p99_ms)} ms`, `${queued} calls wait`, past("lookup_p99_ms")),
-    tile("Sync lag", totals.lag_s === null ? "–" : age(totals.lag_s), replicas.length ? `${replicas.filter((one) => one.alive).length} of ${replicas.length} replicas answer` : "no replicas", past("lag_s")),
+    tile("Sync lag", totals.lag_s === null ? "–" : age(totals.lag_s), replicas.length ? `${replicas.filter((one) => one.alive).length} of ${replicas.length} replicas` : "no replicas", past("lag_s")),
   );
 }
 
 function quantiles(shard, method) {
   const found = shard.latencies.find((each) => each.method === method);
-  return found && found.p50_ms !== null ? `${ms(found.p50_ms)} · ${ms(found.p99_ms)} ms` : "–";
+  return found && found.p50_ms !== null ? `${ms(found.p50_ms)} · ${ms(found.p99_ms)}` : "–";
 }
 
 function memory(shard) {
-  if (!shard.memory_limit_bytes) return make("span", {}, size(shard.memory_bytes));
+  if (!shard.memory_limit_bytes) return make("span", { title: "no limit" }, size(shard.memory_bytes));
   const share = Math.min(shard.memory_bytes / shard.memory_limit_bytes, 1);
   const bar = make("i");
   bar.style.width = `${100 * share}%`;
-  return make("span", {}, `${size(shard.memory_bytes)} of ${size(shard.memory_limit_bytes)}`,
+  return make("span", { title: `of ${size(shard.memory_limit_bytes)}` }, size(shard.memory_bytes),
     make("span", { class: share > 0.9 ? "meter high" : "meter" }, bar));
 }
 
@@ -123,8 +123,8 @@ function shardRow(shard) {
   return make("tr", {},
     cell("PS", String(shard.index), "head"), cell("Address", address, "whole"), cell("Up", up), cell("Step", count(shard.global_step), "n"),
     cell("Rows", count(shard.rows), "n"), cell("Memory", memory(shard)), cell("Looked up/s", rate(shard.lookups_per_s), "n"),
-    cell("Updated/s", rate(shard.updates_per_s), "n"), cell("Lookup p50 · p99", quantiles(shard, "Lookup"), "n whole"),
-    cell("Update p50 · p99", quantiles(shard, "ApplyGradients"), "n whole"), cell("Queue", count(shard.queued), "n"), cell("Checkpoint", checkpoint));
+    cell("Updated/s", rate(shard.updates_per_s), "n"), cell("Lookup p50 · p99, ms", quantiles(shard, "Lookup"), "n whole"),
+    cell("Update p50 · p99, ms", quantiles(shard, "ApplyGradients"), "n whole"), cell("Queue", count(shard.queued), "n"), cell("Checkpoint", checkpoint));
 }
 
 function replicaRow(replica) {
@@ -218,8 +218,8 @@ async function openTable(name, inside) {
   drawPlots(name, plots);
   try {
     const table = await ask(`/api/tables/${encodeURIComponent(name)}`);
-    const rows = table.segments.map((one) => make("tr", {}, make("td", {}, `${one.dim} floats`), make("td", {}, make("code", {}, one.optimizer)),
-      make("td", {}, make("code", {}, one.initializer)), make("td", {}, make("code", {}, one.compressor))));
+    const rows = table.segments.map((one) => make("tr", {}, make("td", {}, `${one.dim} floats`),
+      ...[one.optimizer, one.initializer, one.compressor].map((text) => make("td", { class: "wide" }, make("code", {}, text)))));
     const head = make("tr", {}, ...["Segment", "Optimizer", "Initializer", "Served as"].map((text) => make("th", {}, text)));
     const by = state.look.tables.find((each) => each.name === name)?.rows_by_shard ?? [];
     config.append(make("h3", {}, "Config"), make("table", { class: "segments" }, make("thead", {}, head), make("tbody", {}, ...rows)),
@@ -241,8 +241,10 @@ async function drawPlots(name, place) {
       + (found.not_finite ? `, ${count(found.not_finite)} not finite` : "")
       + (found.without_time ? `, ${count(found.without_time)} without a time` : "")
       + (found.silent_shards.length ? `; PS ${found.silent_shards.join(", ")} did not answer` : "");
+    const room = place.clientWidth;
+    const wide = room >= 700 ? (room - 22) / 2 : room;
     const plot = (title, data, text) => make("div", { class: "plot" }, make("h3", {}, title),
-      data.counts.length ? histogram(data, text, title) : make("p", { class: "dim" }, "Nothing to show."),
+      data.counts.length ? histogram(data, text, title, wide) : make("p", { class: "dim" }, "Nothing to show."),
       data.counts.length ? make("p", { class: "note" }, `least ${text(data.least)}, median ${text(data.median)}, greatest ${text(data.greatest)}`) : null);
     const both = make("div", { class: "plots" }, plot("Norm of rows", found.norms, short), plot("Time since the last update", found.ages, span));
     place.replaceChildren(make("div", { class: "split" }, make("span", { class: "dim" }, about), again), both);
@@ -293,7 +295,7 @@ function showRow(row) {
   if (row.replicas.length) {
     parts.push(make("div", { class: "vector" }, make("h3", {}, "At serving replicas"), ...row.replicas.map((one) => make("p", {},
       `${one.name} `, make("code", {}, one.address), " ", one.error ? make("span", { class: "error" }, one.error)
-        : make("span", { class: one.found === row.found ? "pill good" : "pill warn" }, one.found ? (one.largest_difference === null ? "has a row" : `differs by ${short(one.largest_difference)} at most`) : "no row")))));
+        : make("span", { class: one.found === row.found ? "pill good" : "pill warn" }, one.found ? (one.largest_difference === null ? "has a row" : one.largest_difference === 0 ? "the same row" : `differs by ${short(one.largest_difference)} at most`) : "no row")))));
   }
   if (state.writable && row.found) {
     parts.push(make("p", {}, make("button", { class: "danger", onclick: () => erase(row) }, "Delete this row")));
@@ -339,6 +341,7 @@ function readAddress() {
   }
   const opened = [...document.querySelectorAll(".tablecard")].find((card) => card.dataset.table === wanted.get("open"));
   if (opened) opened.open = true;
+  if (table && id) $("find").scrollIntoView();
 }
 
 // ---- variables -----------------------------------------------------------------------------------------------------
@@ -355,7 +358,7 @@ async function showVariables() {
   state.variables = text;
   $("variables-section").hidden = !found.length;
   $("variables").querySelector("tbody").replaceChildren(...found.map((one) => make("tr", {},
-    cell("Name", make("a", { href: `/api/variables/${encodeURI(one.name)}` }, make("code", {}, one.name)), "head"), cell("Floats", count(one.floats), "n"),
+    cell("Name", make("a", { href: `/api/variables/${encodeURIComponent(one.name)}` }, make("code", {}, one.name)), "head"), cell("Floats", count(one.floats), "n"),
     cell("Held by", one.owners.map((owner) => `PS ${owner}`).join(", ")), cell("Optimizer", make("code", {}, one.optimizer), "whole"))));
 }
 
