@@ -26,6 +26,7 @@ from trilith.remote import RemoteShard
 from trilith.shard import ANY_WRITE, DensePart, IdPart, UpdatePart, Write
 from trilith.tables import Fp16, RandomUniform, Sgd, table_config
 from trilith_proto import parameter_sync_pb2, ps_pb2
+from trilith_services.cli import main
 from trilith_services.ps.replica import Replica, read_configs, serving_config
 from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
 from trilith_services.ps.store import Store
@@ -593,6 +594,21 @@ def test_a_replica_answers_reads_and_refuses_writes(cluster: Cluster) -> None:
     with trilith.connect(f"static://127.0.0.1:{cluster.ports['a']}") as client:  # the plain client reads it too
         assert client.table("user").lookup(ids).shape == (2000, DIM)
     shard.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["nonsense"], "neither name=host:port nor the URL"),
+        (["a=b"], "not host:port"),
+        (["a=h:1", "a=h:2"], "names 'a' twice"),
+    ],
+)
+def test_what_cannot_be_a_target_is_refused(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["ps", *(word for each in given for word in ("--sync-to", each))])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_replicas_are_found_in_a_directory_and_forgotten_when_they_leave_it(cluster: Cluster, tmp_path) -> None:

@@ -84,6 +84,7 @@ def ps(
     from trilith_services.serve import Limits
     from trilith_services.sizes import parse_bytes
 
+    targets = _static_targets(sync_to or [])
     waited: Directory | None = None
     if standby:
         setup_logging(log_format.value, level=log_level, role={"ps": "standby"})
@@ -106,7 +107,7 @@ def ps(
         discovery=discovery,
         advertise=advertise,
         sync=SyncOptions(interval_s=sync_every),
-        sync_to=_static_targets(sync_to or []),
+        sync_to=targets,
     )
     listed = [open_replicas(url, sync_name, index) for url in sync_to or [] if "://" in url]
     store = Store(index=index, count=count, memory_limit_bytes=parse_bytes(memory_limit), threads=threads or None)
