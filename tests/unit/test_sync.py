@@ -22,11 +22,13 @@ from trilith.cluster import Cluster as TrilithCluster
 from trilith.config import ClientConfig
 from trilith.errors import ClusterMismatchError, InvalidRequestError, ReadOnlyError, UnavailableError
 from trilith.ops.jit import JIT_DISABLED
+from trilith.ops.memory import address_of
 from trilith.remote import RemoteShard
 from trilith.shard import ANY_WRITE, DensePart, IdPart, UpdatePart, Write
 from trilith.tables import Fp16, RandomUniform, Sgd, table_config
 from trilith_proto import parameter_sync_pb2, ps_pb2
 from trilith_services.cli import main
+from trilith_services.ps.kernels import gather
 from trilith_services.ps.replica import Replica, read_configs, serving_config
 from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
 from trilith_services.ps.store import Store
@@ -167,6 +169,33 @@ def test_distinct_is_the_union(pieces: list[list[int]]) -> None:
     got = distinct(*(np.array(piece, np.uint64) for piece in pieces)).tolist()
     assert len(got) == len(set(got))
     assert set(got) == {i for piece in pieces for i in piece}
+
+
+VARINTS = st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 63).map(lambda bit: 2**bit))
+
+
+@given(st.lists(st.one_of(VARINTS, VARINTS.map(lambda i: max(0, i - 1))), min_size=1, max_size=40))
+def test_ids_are_packed_as_the_protobuf_library_packs_them(ids: list[int]) -> None:
+    array = np.array(ids, np.uint64)
+    out = np.zeros(10 * len(ids), np.uint8)
+    size = gather.pack_ids(address_of(array), len(ids), address_of(out))
+    want = parameter_sync_pb2.DeltaEmbeddingHashTable(fids=array.view(np.int64).tolist()).SerializeToString()
+    assert want.endswith(out[:size].tobytes())
+    back = np.zeros(size, np.uint64)
+    assert gather.unpack_ids(address_of(out), size, address_of(back)) == len(ids)
+    assert back[: len(ids)].tolist() == ids
+    cut = gather.unpack_ids(address_of(out), size - 1, address_of(back))
+    assert cut == (len(ids) - 1 if ids[-1] < 128 else -1)
+
+
+@given(st.lists(st.integers(0, 40), max_size=200), st.integers(0, 6))
+def test_dropping_repeats_drops_no_id(ids: list[int], bits: int) -> None:
+    array, out, recent = np.array(ids, np.uint64), np.zeros(len(ids), np.uint64), np.zeros(1 << bits, np.uint64)
+    count = gather.drop_repeats(address_of(array), len(ids), address_of(recent), len(recent) - 1, address_of(out))
+    kept = out[:count].tolist()
+    assert set(kept) == set(ids)
+    rest = iter(ids)
+    assert all(each in rest for each in kept)  # in their order
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------

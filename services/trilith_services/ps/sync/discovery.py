@@ -15,7 +15,7 @@ __all__ = ["ServingReplicas", "open_replicas"]
 
 
 class ServingReplicas(Protocol):
-    """The replicas of one shard, by number."""
+    """The replicas of one shard."""
 
     def announce(self, replica: int, address: str, *, available: bool) -> None:
         """Say that `replica` is at `address`: to be filled, and if `available` to be asked for rows."""
@@ -23,8 +23,8 @@ class ServingReplicas(Protocol):
     def withdraw(self, replica: int, address: str) -> None:
         """Take that back."""
 
-    def watch(self, changed: Callable[[Mapping[int, str]], None]) -> Callable[[], None]:
-        """Call `changed` with the address of every replica, whether it serves already or not, until told to stop."""
+    def watch(self, changed: Callable[[Mapping[str, str]], None]) -> Callable[[], None]:
+        """Call `changed` with the address by name of every replica, serving already or not, until told to stop."""
 
     def close(self) -> None:
         """Release connections."""
@@ -57,9 +57,11 @@ class _InDirectory:
         """See `ServingReplicas`."""
         self._directory.deregister(self._role, replica, address)
 
-    def watch(self, changed: Callable[[Mapping[int, str]], None]) -> Callable[[], None]:
+    def watch(self, changed: Callable[[Mapping[str, str]], None]) -> Callable[[], None]:
         """See `ServingReplicas`."""
-        return self._directory.watch(self._role, changed)
+        return self._directory.watch(
+            self._role, lambda members: changed({str(number): address for number, address in members.items()})
+        )
 
     def close(self) -> None:
         """See `ServingReplicas`."""
@@ -95,24 +97,22 @@ class _InZooKeeper:
         del address
         self._replicas.deregister(self._replicas.path("ps", self._shard, replica))
 
-    def watch(self, changed: Callable[[Mapping[int, str]], None]) -> Callable[[], None]:
-        """See `ServingReplicas`. Numbers count up from 0 where several data centres have replicas of one number."""
+    def watch(self, changed: Callable[[Mapping[str, str]], None]) -> Callable[[], None]:
+        """See `ServingReplicas`. A name is the replica's number, after its data centre and cluster where it has any."""
         from trilith.discovery.replicas import ModelState
 
         filled = (ModelState.LOADING, ModelState.AVAILABLE)
-        last: dict[int, str] | None = None
+        last: dict[str, str] | None = None
 
         def on_replicas(found: list[Replica]) -> None:
             nonlocal last
-            mine = [
-                (each.path, address)
-                for each in found
-                if (each.path.server_type, each.path.index) == ("ps", self._shard)
-                and each.meta.stat in filled
-                and (address := each.meta.reachable_at()) is not None
-            ]
-            plain = len({path.replica for path, _ in mine}) == len(mine)
-            members = {(path.replica or 0) if plain else number: address for number, (path, address) in enumerate(mine)}
+            members = {}
+            for each in found:
+                mine = (each.path.server_type, each.path.index) == ("ps", self._shard)
+                address = each.meta.reachable_at()
+                if mine and each.meta.stat in filled and address is not None:
+                    name = "/".join(filter(None, (each.path.location, str(each.path.replica))))
+                    members[name] = address
             if members != last:
                 last = members
                 changed(members)

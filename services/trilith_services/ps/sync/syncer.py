@@ -107,8 +107,8 @@ class Syncer:
     def follow(self, replicas: ServingReplicas) -> None:
         """Keep whoever is listed fresh, as they come and go."""
 
-        def changed(members: Mapping[int, str]) -> None:
-            wanted = {f"replica-{number}": address for number, address in members.items()}
+        def changed(members: Mapping[str, str]) -> None:
+            wanted = {f"replica-{name}": address for name, address in members.items()}
             with self._changing:
                 gone = self._followed - wanted.keys()
                 self._followed = set(wanted)
