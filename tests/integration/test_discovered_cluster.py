@@ -19,6 +19,7 @@ from tests.zookeeper import eventually
 from trilith.checkpoint import checkpoint_name
 from trilith.discovery import PS
 from trilith.discovery.zk_directory import ZooKeeperDirectory
+from trilith.discovery.zk_url import ZkUrl
 from trilith.errors import ClusterMismatchError, TableExistsError, TableMismatchError, UnavailableError
 from trilith.features.slots import FeatureRegistry, FeatureSlotConfig
 from trilith.tables import Adagrad, Sgd, Zeros
@@ -134,8 +135,8 @@ def test_a_call_that_hangs_at_a_paused_ps_goes_to_where_the_shard_is_now(zk_url,
 def test_a_ps_killed_and_restarted_is_back_in_the_view_within_the_session_timeout_and_3_s(
     zk_url, spectator, supervisor, tmp_path
 ):
-    session_s = 4.0
-    url = zk_url.partition("?")[0] + f"?session_timeout={session_s:g}"
+    url = zk_url.partition("?")[0]
+    session_s = ZkUrl.parse(url).session_timeout_s  # what a PS has unless told otherwise
     ports = free_ports(2)
 
     def spec(port: int) -> ProcessSpec:
