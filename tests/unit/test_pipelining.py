@@ -12,7 +12,7 @@ import trilith
 from tests.unit.nn_fakes import FakeClient
 from trilith.data.clicks import Ragged, split
 from trilith.data.synthetic import make_clicks
-from trilith.errors import InvalidRequestError, UnavailableError
+from trilith.errors import InvalidRequestError, ShardRestartedError, UnavailableError
 from trilith.nn import EmbeddingCollection, Feature
 from trilith.ops.jit import JIT_DISABLED
 from trilith.pipelining import Ahead, Prefetcher, Pusher
@@ -253,3 +253,35 @@ def test_what_is_on_its_way_arrives_before_a_run_ends_that_was_stopped():
         client.apply_gradients = lambda updates: (apply(updates), applied.append(1))
         assert not trainer.run(lambda: len(pushed) >= 5)
         assert len(applied) == len(pushed) == 5
+
+
+@compiled_only
+def test_a_restart_noticed_in_the_background_is_accepted_and_training_goes_on(monkeypatch):
+    parts = split(make_clicks(1200, features=4, vocabulary=60, seed=3), seed=0)
+    calls = {"lookup": 0, "apply_gradients": 0, "apply_dense_gradients": 0}
+    rejoined = []
+    with trilith.connect("local://", threads=1) as client:
+        config = WorkerConfig(
+            settings=settings_of("ffm", dim=2), epochs=1, batch_size=64, validate=False, prefetch=2, async_push=2
+        )
+        trainer = Trainer(config, client, parts, lambda event: None)
+
+        def once_broken(name):
+            call = getattr(client, name)
+
+            def run(*args, **kwargs):
+                calls[name] += 1
+                if calls[name] == 5:
+                    raise ShardRestartedError("shard 0 restarted")
+                return call(*args, **kwargs)
+
+            monkeypatch.setattr(client, name, run)
+
+        for name in calls:
+            once_broken(name)
+        monkeypatch.setattr(client, "rejoin", lambda: rejoined.append(1) or [])
+        assert trainer.run()
+        assert len(rejoined) == 3
+        # A batch whose lookup failed is left out, as is what was pushed behind a failed push.
+        assert calls["lookup"] == 15
+        assert 9 <= calls["apply_gradients"] <= 14
