@@ -143,8 +143,11 @@ def test_a_ps_killed_and_restarted_is_back_in_the_view_within_the_session_timeou
         more = ("--listen", f"127.0.0.1:{port}", "--discovery", url, "--checkpoint-dir", str(tmp_path / "ckpt"))
         return ProcessSpec(name=f"ps-at-{port}", argv=trilith_argv("ps", *more), health=f"127.0.0.1:{port}")
 
+    started = time.monotonic()
     supervisor.start(spec(ports[0]))
     supervisor.wait_serving()
+    # A PS starts in 2 s on two idle cores. Where others starve it, the second start is granted what the first one took.
+    starved_s = max(2 * (time.monotonic() - started - 3.0), 0.0)
     with trilith.connect(url, timeout_s=60.0) as client:
         users = client.table("user", **USERS)
         users.apply_gradients(IDS, ONES)
@@ -160,8 +163,8 @@ def test_a_ps_killed_and_restarted_is_back_in_the_view_within_the_session_timeou
         np.testing.assert_array_equal(users.lookup(IDS), -ONES)
         served_s = time.monotonic() - killed
     print(f"back in the view after {back_s:.2f} s, serving this client after {served_s:.2f} s")
-    assert back_s < session_s + 3
-    assert served_s < session_s + 3
+    assert back_s < session_s + 3 + starved_s
+    assert served_s < session_s + 3 + starved_s
     assert heard[-1] == {0: f"127.0.0.1:{ports[1]}"}
 
 
