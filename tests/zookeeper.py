@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from trilith_services.processes import DIE_WITH_PARENT
 from trilith_services.supervisor import free_ports
 
 JARS = Path("/usr/share/java")
@@ -89,6 +90,8 @@ class Server:
     def start(self) -> None:
         """Start the process; `wait` until it serves."""
         argv = [
+            # It ends with the tests, whatever ends these.
+            *(sys.executable, "-S", "-E", "-c", DIE_WITH_PARENT, str(os.getpid())),
             "java",
             *("-Xmx128m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"),
             "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
@@ -195,8 +198,3 @@ def ensemble(directory: Path) -> Iterator[Ensemble]:
         yield three
     finally:
         three.kill()
-
-
-def pause(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process without ending it."""
-    process.send_signal(signal.SIGSTOP)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Literal
 
-__all__ = ["Ended", "Process", "ProcessSpec", "Restart", "describe_status"]
+__all__ = ["DIE_WITH_PARENT", "Ended", "Process", "ProcessSpec", "Restart", "describe_status"]
 
 Restart = Literal["never", "on-failure", "always"]
 
@@ -20,7 +20,7 @@ TAIL_LINES = 40
 
 # Asks the kernel for SIGTERM when the supervisor dies, whatever kills it, then becomes the command. A tiny program
 # instead of a preexec_fn, which may deadlock in a process that has threads.
-_DIE_WITH_PARENT = """
+DIE_WITH_PARENT = """
 import ctypes, os, sys
 parent = int(sys.argv[1])
 try:
@@ -91,7 +91,7 @@ class Process:
         """Start or start again; later lines go to the same log."""
         self.status = None
         self.popen = subprocess.Popen(
-            [sys.executable, "-S", "-E", "-c", _DIE_WITH_PARENT, str(os.getpid()), *self.spec.argv],
+            [sys.executable, "-S", "-E", "-c", DIE_WITH_PARENT, str(os.getpid()), *self.spec.argv],
             env={**os.environ, "PYTHONUNBUFFERED": "1", **self.spec.env},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
