@@ -364,6 +364,26 @@ async function showVariables() {
 
 // ---- start ---------------------------------------------------------------------------------------------------------
 
+let events = null;
+
+function listen() {
+  if (events) return;
+  state.heard = Date.now();
+  events = new EventSource("/api/events"); // the browser connects again by itself when the console comes back
+  events.addEventListener("look", (event) => {
+    const look = JSON.parse(event.data);
+    if (!look.problem && look.unix_s > (state.history.at(-1)?.unix_s ?? 0)) {
+      state.history = [...state.history, { unix_s: look.unix_s, ...look.totals }].slice(-300);
+    }
+    show(look);
+  });
+}
+
+function hush() {
+  events?.close();
+  events = null;
+}
+
 async function begin() {
   try {
     const overview = await ask("/api/cluster");
@@ -378,15 +398,11 @@ async function begin() {
     setTimeout(begin, 1000);
     return;
   }
-  // The browser connects again by itself when the console comes back.
-  const events = new EventSource("/api/events");
-  events.addEventListener("look", (event) => {
-    const look = JSON.parse(event.data);
-    if (!look.problem && look.unix_s > (state.history.at(-1)?.unix_s ?? 0)) {
-      state.history = [...state.history, { unix_s: look.unix_s, ...look.totals }].slice(-300);
-    }
-    show(look);
-  });
+  listen();
+  // A browser has six connections to a server, for all tabs: one that nobody sees shall not hold any.
+  document.addEventListener("visibilitychange", () => (document.hidden ? hush() : listen()));
+  addEventListener("pagehide", hush);
+  addEventListener("pageshow", listen);
   setInterval(beat, 1000);
   showVariables();
   setInterval(showVariables, 10000);
