@@ -156,14 +156,16 @@ class Predictor:
 
         timeout = self._timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout
+        raised: TrilithError | None = None
         while True:
-            raised: TrilithError | None = None
             for turn in range(len(methods)):
                 at = (self._first + turn) % len(methods)
                 try:
                     reply: bytes = methods[at](request, timeout=max(deadline - time.monotonic(), 0.001))
                 except grpc.RpcError as error:
-                    raised = _error(f"entry {self._addresses[at]}: {name}", error, timeout)
+                    before, raised = raised, _error(f"entry {self._addresses[at]}: {name}", error, timeout)
+                    if isinstance(raised, DeadlineExceededError) and before is not None:
+                        raise before from None  # what the time was spent on says more
                 except ValueError:
                     raise ClosedError("the connection to the entries was closed") from None
                 else:

@@ -36,6 +36,9 @@ class Sizes:
         op_vocabulary: Distinct ids of a layout's feature.
         op_rounds: Timed rounds per side of its figures.
         step_batch: Samples of a step through tables.
+        serving_samples: Samples whose ids have rows.
+        serving_batch: Records of a request.
+        serving_calls: Timed requests per side.
         sync_rows: Rows of the table that is synced.
         sync_seconds: Seconds of training during which lag is measured.
         sync_rounds: Timed rounds in which every row is synced once.
@@ -74,6 +77,9 @@ class Sizes:
     op_vocabulary: int = 100_000
     op_rounds: int = 15
     step_batch: int = 4096
+    serving_samples: int = 100_000
+    serving_batch: int = 256
+    serving_calls: int = 500
     sync_rows: int = 1_000_000
     sync_seconds: float = 20.0
     sync_rounds: int = 7
@@ -113,6 +119,8 @@ QUICK = Sizes(
     op_vocabulary=2000,
     op_rounds=3,
     step_batch=256,
+    serving_samples=5000,
+    serving_calls=20,
     sync_rows=40_000,
     sync_seconds=2.0,
     sync_rounds=1,

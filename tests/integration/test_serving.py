@@ -234,8 +234,8 @@ def test_requests_go_on_when_a_replica_is_killed_or_hangs_and_it_is_used_again_w
             processes.end(name, signal.SIGKILL)
         started = time.monotonic()
         with pytest.raises(UnavailableError, match="no replica of shard 0 of 1"):
-            predictor.predict(trained.records, timeout_s=1.0)
-        assert time.monotonic() - started < 5.0
+            predictor.predict(trained.records, timeout_s=4.0)
+        assert time.monotonic() - started < 10.0
     finally:
         predictor.close()
 

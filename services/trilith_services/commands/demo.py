@@ -8,16 +8,18 @@ import time
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from trilith_services.commands.export import ExportMode
 from trilith_services.commands.worker import Model
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from trilith.data.clicks import Parts
+    from trilith_services.commands.demo_exports import DemoExports
     from trilith_services.supervisor import StopRequest, Supervisor
     from trilith_services.worker.models import ModelSettings
     from trilith_services.worker.trainer import WorkerConfig
@@ -48,6 +50,8 @@ class DemoOptions:
     mode: str = "ps"
     prefetch: int = 0
     async_push: int = 0
+    export: Path | None = None
+    export_mode: Literal["distributed", "standalone"] = "distributed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +109,12 @@ def demo(
     prefetch: Annotated[int, typer.Option(help="Batches looked up ahead; 0: exact order.", min=0)] = 0,
     async_push: Annotated[int, typer.Option(help="Updates that may be on their way; 0: wait for each.", min=0)] = 0,
     baseline: Annotated[bool, typer.Option(help="Also train with plain torch, for comparison.")] = True,
+    export: Annotated[
+        Path | None, typer.Option(help="Export every checkpoint to this directory, for `trilith serving entry`.")
+    ] = None,
+    export_mode: Annotated[
+        ExportMode, typer.Option(help="distributed: rows come from replicas; standalone: all rows are in the export.")
+    ] = ExportMode.distributed,
 ) -> None:
     """Train a click model on MovieLens with PS and worker processes of this machine, and say how good it is."""
     from trilith.data.movielens import cache_dir
@@ -131,6 +141,8 @@ def demo(
         baseline=baseline,
         prefetch=prefetch,
         async_push=async_push,
+        export=None if export is None else export.absolute(),
+        export_mode=export_mode.value,
     )
     raise typer.Exit(run_demo(options))
 
@@ -217,6 +229,16 @@ class _Cluster:
         self._console = console
         self._stop = stop
         self._run_dir = options.model_dir / "runs" / time.strftime("%Y%m%d-%H%M%S")
+        self._exports: DemoExports | None = None
+        if options.export is not None:
+            from trilith_services.commands.demo_exports import DemoExports
+
+            names = parts.train.features
+            self._exports = DemoExports(str(options.export), options.export_mode, settings, names, console.print)
+
+    def _on_saved(self, event: dict[str, Any]) -> None:
+        if self._exports is not None:
+            self._exports(event)
 
     def processes(self) -> _Result:
         """PS and workers as processes, watched until the workers are done."""
@@ -314,6 +336,7 @@ class _Cluster:
             for tail in tails:
                 for event in tail.read():
                     view(event)
+                    self._on_saved(event)
 
     def embedded(self) -> _Result:
         """PS and worker as two threads of this process."""
@@ -347,9 +370,11 @@ class _Cluster:
             thread.start()
             while thread.is_alive() or not events.empty():
                 try:
-                    view(events.get(timeout=0.1))
+                    event = events.get(timeout=0.1)
                 except queue.Empty:
                     continue
+                view(event)
+                self._on_saved(event)
             thread.join()
             if failures:
                 raise failures[0]
@@ -391,6 +416,9 @@ class _Cluster:
         DenseOnPs(client, model.head, settings.dense_optimizer())  # takes the trained values over
         score = auc(test.labels, model.predict(test))
         path = checkpoint or save_checkpoint(client, str(self._options.model_dir))[0]
+        if self._exports is not None:
+            exported = self._exports.finish(path)
+            self._console.print(f"export: {exported}", highlight=False, soft_wrap=True)
         rows = sum(table.rows for shard in client.stats() for table in shard.tables)
         return _Result(auc=score, samples_per_s=samples_per_s, rows=rows, checkpoint=path)
 
