@@ -32,6 +32,7 @@ from trilith.ops.memory import (
     store_i8,
     store_u64,
 )
+from trilith.ops.slots import probe_line
 from trilith_services.ps.kernels.codecs import decode_weights, encode_weights, one_bit_gradient, read_weights
 from trilith_services.ps.kernels.index import (
     ARENA,
@@ -52,7 +53,6 @@ from trilith_services.ps.kernels.index import (
     stripe_of,
 )
 from trilith_services.ps.kernels.optimizers import STEPS, round_to_half
-from trilith.ops.slots import probe_line
 
 # plan
 STRIDE = 0  # bytes from row to row
