@@ -14,10 +14,19 @@ from trilith.errors import TrilithError
 if TYPE_CHECKING:
     from trilith import data, tables
     from trilith.client import Client, Table
+    from trilith.prediction import remote_predict
 
-__all__ = ["Client", "Table", "TrilithError", "connect", "data", "tables"]  # and `nn`, where torch is installed
+__all__ = [
+    "Client",
+    "Table",
+    "TrilithError",
+    "connect",
+    "data",
+    "remote_predict",
+    "tables",
+]  # and `nn`, where torch is installed
 
-_LAZY = {"Client": "trilith.client", "Table": "trilith.client"}
+_LAZY = {"Client": "trilith.client", "Table": "trilith.client", "remote_predict": "trilith.prediction"}
 
 
 def __getattr__(name: str) -> Any:
