@@ -29,6 +29,8 @@ from schemathesis.specs.openapi.checks import (
 import trilith
 from tests.browser import Page, open_browser
 from tests.consoles import Console, open_console
+from trilith.discovery.replicas import ModelState, ReplicaMeta, Replicas
+from trilith.discovery.zk_directory import ZooKeeperDirectory
 from trilith.tables import Adagrad, RandomUniform, Sgd
 from trilith_services.ps.replica import Replica
 from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
@@ -248,6 +250,38 @@ def ask_at_random(operation, mode) -> None:
         assert mode is GenerationMode.NEGATIVE
         # Any text is a name, so nothing can be wrong about a request that has only names.
         assert {each.name for each in operation.iter_parameters()} <= {"table", "name"}
+
+
+# ---- with ZooKeeper
+
+
+def test_a_cluster_and_its_serving_processes_are_found_in_zookeeper(zk_url, cleanup) -> None:
+    serving_url = zk_url.replace("?", "/serving?")
+    with open_console(zk_url, serving=serving_url, model="clicks") as console:
+        console.until(lambda look: look["problem"])  # nobody has registered yet
+        server = ParameterServer(Store(index=0, count=1, threads=1), PsOptions(discovery=zk_url))
+        cleanup(server.stop)
+        server.start()
+        console.until(lambda look: look["totals"]["alive"] == 1)
+        with trilith.connect(zk_url, timeout_s=20.0) as client:
+            client.table("user", dim=2, optimizer=Sgd()).assign([7], [[1.0, 2.0]])
+            client.record_features({"clicked": "user"})
+        found = console.debug("features", {"feature_names": ["clicked", "user"], "feature_ids": [7, 7]})
+        assert found["clicked"] == found["user"]
+        assert console.get("/api/tables/user")["features"] == ["clicked"]
+
+        directory = ZooKeeperDirectory(serving_url, timeout_s=20.0)
+        cleanup(directory.close)
+        replicas = Replicas(directory.zookeeper, "clicks")
+        for kind, state in (("ps", ModelState.LOADING), ("entry", ModelState.AVAILABLE)):
+            meta = ReplicaMeta(address="127.0.0.1:1", stat=state, server_type=kind, task=0, replica=3)
+            replicas.register(replicas.path(kind, 0, 3), meta)
+        look = console.until(lambda look: look["replicas"] and look["entries"])
+        replica, entry = look["replicas"][0], look["entries"][0]
+        assert (replica["name"], replica["state"], replica["alive"]) == ("replica-3", "loading", False)
+        assert (entry["name"], entry["state"], entry["alive"]) == ("entry 3", "available", False)
+        replicas.deregister(replicas.path("ps", 0, 3))
+        console.until(lambda look: not look["replicas"])
 
 
 # ---- as a process

@@ -282,6 +282,19 @@ def test_a_console_waits_for_a_cluster_and_outlives_its_ps(tmp_path) -> None:
         again.stop()
 
 
+def test_a_cluster_that_was_made_anew_is_counted_again(cluster, tmp_path) -> None:
+    first, second = cluster.removeprefix("static://").split(",")
+    (tmp_path / "ps").mkdir()
+    (tmp_path / "ps" / "0").write_text(first)
+    with open_console(f"hosts://{tmp_path}") as console:
+        console.until(lambda look: len(look["shards"]) == 1)  # which says that it is one of two
+        (tmp_path / "ps" / "1").write_text(second)
+        console.until(lambda look: look["totals"]["alive"] == 2)
+        (tmp_path / "ps" / "0").unlink()
+        look = console.until(lambda look: look["shards"][0]["address"] == "")
+        assert (len(look["shards"]), look["problem"]) == (2, None)  # a PS that is not listed still belongs to it
+
+
 def test_a_ps_at_anothers_place_is_told_of_and_not_asked(cluster) -> None:
     swapped = "static://" + ",".join(reversed(cluster.removeprefix("static://").split(",")))
     with open_console(swapped) as console:
@@ -290,6 +303,28 @@ def test_a_ps_at_anothers_place_is_told_of_and_not_asked(cluster) -> None:
         assert "is shard 0 of 2, owner rule 'mod' by its place, and shard 1 of 2" in look["shards"][0]["error"]
         status, answer = console.ask("/api/tables/user/rows/7")
         assert (status, answer["error"]) == (409, "ClusterMismatchError")
+
+
+def test_credentials_are_never_shown() -> None:
+    with open_console("zk://user:geheim@127.0.0.1:1/trilith", timeout_s=0.3) as console:
+        console.until(lambda look: look["problem"])
+        for path in ("/api/cluster", "/api/tables"):
+            assert "geheim" not in json.dumps(console.ask(path))
+        assert "geheim" not in json.dumps(console.ask("/debugging/variables", "POST", {"variable_names": ["a"]}))
+
+
+def test_replicas_are_found_in_other_directories_too(cluster, tmp_path) -> None:
+    (tmp_path / "clicks-ps-1").mkdir()
+    (tmp_path / "clicks-ps-1" / "4").write_text(cluster.rpartition(",")[2])  # any shard will do
+    with open_console(cluster, serving=f"hosts://{tmp_path}", model="clicks") as console:
+        look = console.until(lambda look: look["replicas"])
+        replica = look["replicas"][0]
+        assert (replica["shard"], replica["name"], replica["alive"], replica["rows"]) == (1, "replica-4", True, 21)
+        copies = console.get("/api/tables/user/rows/7")["replicas"]
+        assert [(copy["name"], copy["found"], copy["largest_difference"]) for copy in copies] == [
+            ("replica-4", True, 0)
+        ]
+        assert console.get("/api/tables/user/rows/7?replicas=false")["replicas"] == []
 
 
 @pytest.mark.parametrize("url", ["nothing://", "static://nohost", "zk://"])

@@ -145,23 +145,24 @@ def _add_writes(router: APIRouter, watcher: Watcher, writable: bool) -> None:
 
 async def _events(watcher: Watcher) -> AsyncIterator[str]:
     loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[Look | None] = asyncio.Queue()
-    queue.put_nowait(watcher.look)
+    newest: asyncio.Queue[Look | None] = asyncio.Queue(1)
+    newest.put_nowait(watcher.look)
+
+    def put(look: Look | None) -> None:
+        """Whoever reads slowly misses looks; nobody misses the end."""
+        if newest.full() and newest.get_nowait() is None:
+            look = None
+        newest.put_nowait(look)
 
     def told(look: Look | None) -> None:
         try:
-            loop.call_soon_threadsafe(queue.put_nowait, look)
+            loop.call_soon_threadsafe(put, look)
         except RuntimeError:
             pass  # the loop has ended, and with it whoever listened
 
     stop = watcher.listen(told)
     try:
-        while (look := await queue.get()) is not None:
-            while not queue.empty():  # whoever reads slowly skips to the newest
-                later = queue.get_nowait()
-                if later is None:
-                    return
-                look = later
+        while (look := await newest.get()) is not None:
             yield f"event: look\ndata: {look.model_dump_json()}\n\n"
     finally:
         stop()

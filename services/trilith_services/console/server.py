@@ -52,6 +52,7 @@ class ConsoleServer(uvicorn.Server):
                 make_app(watcher, writable=writable),
                 loop="uvloop",
                 log_config=None,
+                log_level="warning",
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=_DRAIN_S,

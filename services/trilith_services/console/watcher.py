@@ -171,8 +171,7 @@ class Watcher:
 
     def _next(self, *, recount: bool) -> Look:
         members = self._open()
-        if recount and (count := members.recount()) != members.count:
-            log.info("the cluster has another number of PS", extra={"ps": count, "before": members.count})
+        if recount and self._has_changed(members):
             with self._lock:
                 self._members = None
             members.close()
@@ -189,6 +188,16 @@ class Watcher:
             entries=self._look_at_entries(members, listed),
             tables=table_states(samples, members.count),
         )
+
+    def _has_changed(self, members: Members) -> bool:
+        """Whether the cluster was made anew, with another number of PS."""
+        try:
+            count = members.recount()
+        except TrilithError:
+            return False  # the directory is away, or a PS is missing from it at the moment
+        if count != members.count:
+            log.info("the cluster has another number of PS", extra={"ps": count, "before": members.count})
+        return count != members.count
 
     def _open(self) -> Members:
         timeout = self.options.timeout_s
