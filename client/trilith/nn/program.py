@@ -1,9 +1,9 @@
 """Exported programs: a `torch.export` graph in JSON with safetensors weights, written and read without pickle.
 
 `torch.export.save` cannot be used: its archives hold pickled sample inputs, which `torch.export.load` unpickles,
-without restrictions if need be. The graph itself is JSON, and that alone is kept. It could still name any Python function, and
-expressions that sympy would evaluate, so a graph is checked before it is loaded: operators of ATen, integer arithmetic,
-and nothing else.
+without restrictions if need be. The graph itself is JSON, and that alone is kept. It could still name any Python
+function, and expressions that sympy would evaluate, so a graph is checked before it is loaded: operators of ATen,
+integer arithmetic, and nothing else.
 """
 
 from __future__ import annotations
