@@ -39,7 +39,7 @@ from trilith_services.ps.store import Store
 from trilith_services.ps.sync.target import SyncOptions
 from trilith_services.supervisor import trilith_argv
 
-EXAMPLES = 10  # of each route
+EXAMPLES = 6  # of each route
 IDS = np.arange(300, dtype=np.uint64)
 
 
