@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["Batches", "TableInfo", "Terms", "Verb"]
 
 _T = TypeVar("_T")
+
+_REMEMBERED = 4
+_REMEMBERED_IDS = 1 << 18
+"""Splits kept per table, as many as batches are usually looked up ahead, and how large they may be."""
 
 Verb = Literal["apply_gradients", "assign", "assign_add"]
 
@@ -70,7 +75,7 @@ class _Rows:
 
 
 class Batches:
-    """The verbs that carry many ids, over one cluster. Stateless, hence thread-safe."""
+    """The verbs that carry many ids, over one cluster. Thread-safe."""
 
     def __init__(self, cluster: Cluster, info: Callable[[str], TableInfo], *, float16: bool | None = None) -> None:
         """Use `cluster`; `info` looks a table up or raises UnknownTableError.
@@ -83,6 +88,7 @@ class Batches:
         self._cluster = cluster
         self._info = info
         self._float16 = cluster.float16 if float16 is None else float16 and cluster.remote
+        self._recent: dict[str, deque[tuple[UInt64Array, dedup.Split]]] = {}
         dedup.warm_kernels()
 
     # ---- reading -----------------------------------------------------------------------------------------------------
@@ -95,7 +101,7 @@ class Batches:
             dims.append(self._info(name).dim)
             array = as_ids(name, wanted)
             sizes.append(array.size)
-            splits.append(dedup.split_distinct(array, count))
+            splits.append(self._remembered(name, array))
         names = list(ids)
 
         def call(index: int, shard: Shard, left: float) -> list[FloatArray]:
@@ -263,7 +269,22 @@ class Batches:
         if verb != "apply_gradients":
             return _Rows(name, rows, dedup.split_by_owner(array, self._cluster.count), None)
         rates = self._rates(verb, info, terms)
-        return _Rows(name, rows, dedup.split_distinct(array, self._cluster.count), rates)
+        return _Rows(name, rows, self._split(name, array), rates)
+
+    def _remembered(self, name: str, array: UInt64Array) -> dedup.Split:
+        """Split the ids of a lookup; a step will most likely follow with the same ones."""
+        split = dedup.split_distinct(array, self._cluster.count)
+        # Without positions the split may be the caller's own array, which may change.
+        if split.positions is not None and array.size <= _REMEMBERED_IDS:
+            self._recent.setdefault(name, deque(maxlen=_REMEMBERED)).append((array.copy(), split))
+        return split
+
+    def _split(self, name: str, array: UInt64Array) -> dedup.Split:
+        """Split the ids of a step, as they were split for their lookup if that was not long ago."""
+        for known, split in list(self._recent.get(name, ())):
+            if known.size == array.size and np.array_equal(known, array):
+                return split
+        return dedup.split_distinct(array, self._cluster.count)
 
     def _frame(self, index: int, batch: Sequence[_Rows], terms: Terms) -> wire.UpdateFrame:
         """Make room for a shard's part of an update: in the message itself, unless one message will not do."""

@@ -79,6 +79,18 @@ def test_gradients_of_repeated_ids_are_one_step(client, prefix):
     assert table.lookup([0, 3, 0, 1]).ravel().tolist() == [-4, -2, -4, -2]
 
 
+def test_a_buffer_of_ids_may_be_filled_anew_between_lookup_and_step(client, prefix):
+    table = DistributedTable(client, prefix, config(1))
+    ids = np.array([1, 2, 1, 3])
+    for _ in range(6):  # longer than splits are remembered
+        table.lookup(ids)
+        ids += 1
+        table.apply_gradients(ids, np.ones((4, 1), np.float32))
+        table.lookup(ids)
+        table.apply_gradients(ids.copy(), np.ones((4, 1), np.float32))
+    assert table.lookup(range(1, 11)).ravel().tolist() == [0, -4, -6, -8, -8, -8, -8, -4, -2, 0]
+
+
 def test_every_repeat_adds(client, prefix):
     table = DistributedTable(client, prefix, config(1))
     table.assign_add([7, 7, 2], np.array([[1], [2], [4]], np.float32))
