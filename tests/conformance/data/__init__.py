@@ -35,7 +35,8 @@ def data_failures(groups: dict[str, Any], folder: Path, only: str = "") -> Found
 def _run(check: Check, content: Any, folder: Path, names: list[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {name: ["was not checked"] for name in names}
     try:
-        found.update(check(content, folder))
+        # A check may know members that this file does not have; only what fails there is told.
+        found.update((name, failures) for name, failures in check(content, folder) if name in found or failures)
     except Exception as error:  # noqa: BLE001 - whatever a group raises is its failure, the others go on
         words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         found = {name: [words] if failures == ["was not checked"] else failures for name, failures in found.items()}
