@@ -350,7 +350,7 @@ def test_a_position_of_another_pipeline_is_refused(files):
 
 
 def ours():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("trilith-")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("trilith-data-")]
 
 
 def gone(deadline_s=20.0):

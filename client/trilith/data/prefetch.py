@@ -16,7 +16,7 @@ class _Thread(threading.Thread):
     """A thread of a pipeline; ends with the process."""
 
     def __init__(self, target: Callable[..., None], *args: Any) -> None:
-        super().__init__(target=target, args=args, name=f"trilith-{target.__name__.strip('_')}", daemon=True)
+        super().__init__(target=target, args=args, name=f"trilith-data-{target.__name__.strip('_')}", daemon=True)
 
     def wait(self) -> None:
         """Join, unless a pipeline's thread asks: the garbage collector may close a pipeline in any of them."""
