@@ -192,7 +192,10 @@ def test_query_of_an_id_without_row_ends_with_status_1(run, cluster) -> None:
         (["CLUSTER", "nobody", "7"], "no table 'nobody'; this cluster has ['item', 'user']"),
         (["CLUSTER", "user", "seven"], "'seven' is no id; ids are numbers such as 42, -1 or 0x2a"),
         (["CLUSTER", "user", str(2**64)], "does not fit in 64 bits"),
-        (["localhost:1", "user", "7"], "'localhost:1' is no directory of a cluster; write static://host:port,host:port"),
+        (
+            ["localhost:1", "user", "7"],
+            "'localhost:1' is no directory of a cluster; write static://host:port,host:port",
+        ),
     ],
 )
 def test_query_errors_are_one_line(run, cluster, arguments, message) -> None:
