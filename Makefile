@@ -23,7 +23,7 @@ TIERS := tests/integration tests/congruence tests/conformance tests/golden tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-nojit lint format proto proto-check wheel-check conformance bench up down clean
+.PHONY: help venv demo test quality test-nojit lint format proto proto-check wheel-check conformance bench up down clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,9 @@ demo: $(VENV)  ## train a click model on MovieLens with two PS and two workers
 
 test: $(VENV)  ## all tests that need neither docker nor a quiet machine
 	$(PYTEST) -n $(JOBS) --dist loadfile $(TIERS) $(ARGS)
+
+quality: $(VENV)  ## the demo on three seeds, also pipelined, is as good as plain torch (minutes)
+	$(PYTEST) -s tests/quality $(ARGS)
 
 test-nojit: $(VENV)  ## the unit tests with kernels as plain Python: breakpoints and coverage work
 	NUMBA_DISABLE_JIT=1 $(PYTEST) -n $(JOBS) --dist loadfile tests/unit $(ARGS)

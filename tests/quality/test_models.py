@@ -12,7 +12,7 @@ from trilith.data import movielens
 from trilith.data.movielens import MovieLensUnavailableError
 from trilith_services.commands.demo import DemoOptions, run_demo
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 
 SEEDS = (0, 1, 2)
 

@@ -1,0 +1,1 @@
+"""How good trained models are: minutes of training, hence apart from `make test`."""
