@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import threading
+import urllib.error
 import urllib.request
 
 import pytest
@@ -90,7 +92,7 @@ def test_metrics_are_served_over_http():
         tables=[ps_pb2.TableStats(table="user", rows=7, bytes=900, lookup_ids=10, lookup_hits=4)], queued_requests=3
     )
     metrics.watch(lambda: stats)
-    server = metrics.serve(0, "127.0.0.1")
+    server = metrics.serve(0, ready=lambda: True, host="127.0.0.1")
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/metrics") as reply:
             text = reply.read().decode()
@@ -112,3 +114,18 @@ def test_metrics_are_served_over_http():
     ):
         assert line in text.splitlines()
     assert metrics.requests() == {"Lookup": 2}
+
+
+def test_health_over_http_says_whether_calls_are_answered():
+    ready = threading.Event()
+    server = Metrics().serve(0, ready=ready.is_set, host="127.0.0.1")
+    url = f"http://127.0.0.1:{server.server_port}/healthz"
+    try:
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(url)
+        ready.set()
+        with urllib.request.urlopen(url) as reply:
+            assert (reply.status, reply.read()) == (200, b"ok\n")
+    finally:
+        server.shutdown()
+        server.server_close()

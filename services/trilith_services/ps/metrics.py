@@ -10,10 +10,12 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -131,10 +133,30 @@ class Metrics:
         """Export a shard's own numbers, read when somebody scrapes."""
         self.registry.register(_ShardCollector(stats))
 
-    def serve(self, port: int, host: str = "0.0.0.0") -> WSGIServer:
-        """Answer GET /metrics on a thread; `port` 0 takes any free one, see `server_port` of what is returned."""
-        server, _ = start_http_server(port, addr=host, registry=self.registry)
+    def serve(self, port: int, *, ready: Callable[[], bool], host: str = "0.0.0.0") -> WSGIServer:
+        """Answer GET /metrics, and GET /healthz with 200 if `ready` and else 503, on a thread.
+
+        `port` 0 takes any free one, see `server_port` of what is returned.
+        """
+        scrape = make_wsgi_app(self.registry)
+
+        def answer(environ: dict[str, Any], start_response: Any) -> Any:
+            if environ["PATH_INFO"] != "/healthz":
+                return scrape(environ, start_response)
+            status, body = ("200 OK", b"ok\n") if ready() else ("503 Service Unavailable", b"not serving\n")
+            start_response(status, [("Content-Type", "text/plain")])
+            return [body]
+
+        server = make_server(host, port, answer, server_class=ThreadingWSGIServer, handler_class=_Silent)
+        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         return server
+
+
+class _Silent(WSGIRequestHandler):
+    """Scrapes and health checks are no news."""
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the name it overrides)
+        """Say nothing."""
 
 
 _TABLE_GAUGES: Mapping[str, tuple[str, Callable[[ps_pb2.TableStats], float]]] = {

@@ -98,7 +98,7 @@ class ReplicaServer:
         options = self._options
         self.metrics.watch(self.servicer.stats)
         if options.metrics_port is not None:
-            self._metrics_server = self.metrics.serve(options.metrics_port)
+            self._metrics_server = self.metrics.serve(options.metrics_port, ready=lambda: self.servicer.ready)
             log.info("metrics", extra={"port": self.metrics_port})
         self._replica.store.compile()
         wire.compile_kernels()

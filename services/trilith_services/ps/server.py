@@ -113,7 +113,7 @@ class ParameterServer:
         started = time.perf_counter()
         self.metrics.watch(self.servicer.stats)
         if options.metrics_port is not None:
-            self._metrics_server = self.metrics.serve(options.metrics_port)
+            self._metrics_server = self.metrics.serve(options.metrics_port, ready=lambda: self.servicer.ready)
             log.info("metrics", extra={"port": self.metrics_port})
         if options.discovery is not None:
             from trilith_services.ps.membership import Membership
