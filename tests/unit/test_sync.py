@@ -20,6 +20,7 @@ import trilith
 from trilith.client import Client
 from trilith.cluster import Cluster as TrilithCluster
 from trilith.config import ClientConfig
+from trilith.discovery.serving import ServingDirectory
 from trilith.errors import ClusterMismatchError, InvalidRequestError, ReadOnlyError, UnavailableError
 from trilith.ops.jit import JIT_DISABLED
 from trilith.ops.memory import address_of
@@ -34,7 +35,6 @@ from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
 from trilith_services.ps.store import Store
 from trilith_services.ps.sync import wire
 from trilith_services.ps.sync.changes import ChangeLog
-from trilith_services.ps.sync.discovery import open_replicas
 from trilith_services.ps.sync.syncer import Syncer
 from trilith_services.ps.sync.target import SyncOptions
 from trilith_services.ps.table import Table
@@ -642,7 +642,7 @@ def test_what_cannot_be_a_target_is_refused(given: list[str], message: str, caps
 
 def test_replicas_are_found_in_a_directory_and_forgotten_when_they_leave_it(cluster: Cluster, tmp_path) -> None:
     url = f"hosts://{tmp_path}"
-    listed = open_replicas(url, "clicks", 0)
+    listed = ServingDirectory(url, "clicks").replicas(0)
     try:
         cluster.syncer.follow(listed)
         assert cluster.syncer.stats() == []
@@ -650,7 +650,9 @@ def test_replicas_are_found_in_a_directory_and_forgotten_when_they_leave_it(clus
             store = Store(threads=1)
             options = ReplicaOptions(replica=number)
             cluster.stores[name] = store
-            cluster.replicas[name] = ReplicaServer(Replica(store), options, listed=open_replicas(url, "clicks", 0))
+            cluster.replicas[name] = ReplicaServer(
+                Replica(store), options, listed=ServingDirectory(url, "clicks").replicas(0)
+            )
             cluster.ports[name] = cluster.replicas[name].start()
         steps(cluster.store, 1)
         until(lambda: [each.name for each in cluster.syncer.stats()] == ["replica-3", "replica-7"])
@@ -658,7 +660,7 @@ def test_replicas_are_found_in_a_directory_and_forgotten_when_they_leave_it(clus
         cluster.check()
         cluster.end("a")
         until(lambda: [each.name for each in cluster.syncer.stats()] == ["replica-7"])
-        other = open_replicas(url, "clicks", 1)
+        other = ServingDirectory(url, "clicks").replicas(1)
         other.announce(0, "127.0.0.1:1", available=True)  # another shard's
         other.close()
         steps(cluster.store, 2)

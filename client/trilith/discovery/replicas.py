@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -193,6 +193,16 @@ class Replicas:
     def register(self, path: ReplicaPath, meta: ReplicaMeta) -> None:
         """Announce a replica, or its new state; its node is kept until it is deregistered or the session closed."""
         self._zookeeper.hold(path.below(self._service), meta.to_json())
+
+    def announce(self, server_type: str, index: int, replica: int | None, meta: ReplicaMeta) -> int:
+        """Register a replica of no data centre; returns its number, one that nobody has had if `replica` is None."""
+        if replica is None:
+            beside = self.path(server_type, index, 0).below(self._service).rpartition("/")[0]
+            # Eleven digits: a zero, and ZooKeeper's ten.
+            name = self._zookeeper.hold_next(f"{beside}/0", meta.to_json()).rpartition("/")[2]
+            replica = int(name)
+        self.register(self.path(server_type, index, replica), replace(meta, replica=replica))
+        return replica
 
     def deregister(self, path: ReplicaPath) -> None:
         """Take the announcement back."""

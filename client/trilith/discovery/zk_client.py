@@ -196,13 +196,17 @@ class ZkClient:
         """Delete a node, if it is of that version."""
         self._wait(self.kazoo.delete_async(path, version=version))
 
-    def create(self, path: str, body: bytes, *, ephemeral: bool = False) -> None:
-        """Create a node, and the persistent ones above it that are missing."""
+    def create(self, path: str, body: bytes, *, ephemeral: bool = False, sequence: bool = False) -> str:
+        """Create a node, and the persistent ones above it that are missing; returns its path.
+
+        With `sequence` that is `path` and ten digits, a number that no node beside it has had.
+        """
+        how: dict[str, Any] = {"acl": self._acl, "ephemeral": ephemeral, "sequence": sequence}
         try:
-            self._wait(self.kazoo.create_async(path, body, acl=self._acl, ephemeral=ephemeral))
+            return str(self._wait(self.kazoo.create_async(path, body, **how)))
         except NoNodeError:
             self._make_parents(path)
-            self._wait(self.kazoo.create_async(path, body, acl=self._acl, ephemeral=ephemeral))
+            return str(self._wait(self.kazoo.create_async(path, body, **how)))
 
     def replace(self, path: str, body: bytes, version: int) -> None:
         """Delete a node of that version and create it as this session's ephemeral one, in one step."""

@@ -111,6 +111,33 @@ class ZooKeeper:
         """Like `hold`, unless the node is there already, of whomever: then nothing happens, and it is False."""
         return self._hold(path, body, lost, force=False)
 
+    def hold_next(self, prefix: str, body: bytes) -> str:
+        """Hold a node whose path is `prefix` and a number of ten digits, one that no node there has had; its path."""
+        asked: list[int] = []
+
+        def create() -> str:
+            session = self._client.need_session()
+            if session in asked and (made := self._made(prefix, session)):
+                return made
+            asked.append(session)
+            return self._client.create(prefix, body, ephemeral=True, sequence=True)
+
+        with self._holding:
+            path = self._client.retry(create)
+            self.hold(path, body)
+        return path
+
+    def _made(self, prefix: str, session: int) -> str | None:
+        """The node that was created although the answer was lost."""
+        parent, _, begin = prefix.rpartition("/")
+        for name in self.children(parent):
+            path = f"{parent}/{name}"
+            if name.startswith(begin) and path not in self._held:
+                stat = self._client.exists(path)
+                if stat is not None and stat.ephemeralOwner == session:
+                    return path
+        return None
+
     def _hold(self, path: str, body: bytes, lost: Callable[[], None], *, force: bool) -> bool:
         with self._holding:
             self._leaving.pop(path, None)

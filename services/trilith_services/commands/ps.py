@@ -75,11 +75,11 @@ def ps(
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:
     """Serve one shard until SIGTERM."""
+    from trilith.discovery.serving import ServingDirectory
     from trilith.ops.memory import tune_allocator
     from trilith_services.logs import setup_logging
     from trilith_services.ps.server import ParameterServer, PsOptions
     from trilith_services.ps.store import Store
-    from trilith_services.ps.sync.discovery import open_replicas
     from trilith_services.ps.sync.target import SyncOptions
     from trilith_services.serve import Limits
     from trilith_services.sizes import parse_bytes
@@ -109,7 +109,7 @@ def ps(
         sync=SyncOptions(interval_s=sync_every),
         sync_to=targets,
     )
-    listed = [open_replicas(url, sync_name, index) for url in sync_to or [] if "://" in url]
+    listed = [ServingDirectory(url, sync_name).replicas(index) for url in sync_to or [] if "://" in url]
     store = Store(index=index, count=count, memory_limit_bytes=parse_bytes(memory_limit), threads=threads or None)
     status = ParameterServer(store, options, replicas=listed).run(listen)
     if waited is not None:

@@ -67,12 +67,12 @@ def ps(
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:
     """Hold the compressed rows of one shard, filled by its training PS, and answer lookups until SIGTERM."""
+    from trilith.discovery.serving import ServingDirectory
     from trilith.ops.memory import tune_allocator
     from trilith_services.logs import setup_logging
     from trilith_services.ps.replica import Replica, read_configs
     from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
     from trilith_services.ps.store import Store
-    from trilith_services.ps.sync.discovery import open_replicas
     from trilith_services.serve import Limits
     from trilith_services.sizes import parse_bytes
 
@@ -90,5 +90,5 @@ def ps(
     )
     configs = read_configs(tables.read_text()) if tables is not None else []
     store = Store(index=index, count=count, memory_limit_bytes=parse_bytes(memory_limit), threads=threads or None)
-    listed = open_replicas(discovery, name, index) if discovery is not None else None
+    listed = ServingDirectory(discovery, name).replicas(index) if discovery is not None else None
     raise typer.Exit(ReplicaServer(Replica(store, configs=configs), options, listed=listed).run(listen))

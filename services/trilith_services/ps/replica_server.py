@@ -20,8 +20,8 @@ from trilith_services.serve import Limits, Server, serve
 if TYPE_CHECKING:
     from wsgiref.simple_server import WSGIServer
 
+    from trilith.discovery.serving import ServingTask
     from trilith_services.ps.replica import Replica
-    from trilith_services.ps.sync.discovery import ServingReplicas
 
 __all__ = ["ReplicaOptions", "ReplicaServer"]
 
@@ -63,7 +63,7 @@ class ReplicaServer:
         replica: Replica,
         options: ReplicaOptions | None = None,
         *,
-        listed: ServingReplicas | None = None,
+        listed: ServingTask | None = None,
     ) -> None:
         """Put the parts together; nothing listens yet.
 

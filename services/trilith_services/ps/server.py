@@ -23,11 +23,11 @@ from trilith_services.serve import Limits, Server, serve
 if TYPE_CHECKING:
     from wsgiref.simple_server import WSGIServer
 
+    from trilith.discovery.serving import ServingTask
     from trilith_proto import ps_pb2
     from trilith_services.ps.checkpointer import Checkpointer
     from trilith_services.ps.membership import Membership
     from trilith_services.ps.store import Store
-    from trilith_services.ps.sync.discovery import ServingReplicas
 
 __all__ = ["REPLACED", "ParameterServer", "PsOptions"]
 
@@ -74,9 +74,7 @@ class PsOptions:
 class ParameterServer:
     """Serves one Store: in the foreground with `run`, or beside other things with `start` and `stop`."""
 
-    def __init__(
-        self, store: Store, options: PsOptions | None = None, *, replicas: Sequence[ServingReplicas] = ()
-    ) -> None:
+    def __init__(self, store: Store, options: PsOptions | None = None, *, replicas: Sequence[ServingTask] = ()) -> None:
         """Put the parts together; nothing listens yet.
 
         Args:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from trilith.discovery.addresses import check_address
-from trilith.discovery.urls import open_directory
+from trilith.discovery.serving import ServingDirectory
 from trilith.errors import InvalidRequestError
-
-if TYPE_CHECKING:
-    from trilith.discovery import Directory
-    from trilith.discovery.replicas import Replica, Replicas
 
 __all__ = ["GivenReplicas", "ReplicaList", "open_replica_list"]
 
@@ -39,14 +35,7 @@ def open_replica_list(given: Sequence[str], name: str, *, timeout_s: float = 30.
         return GivenReplicas.parse(given)
     if len(given) > 1:
         raise InvalidRequestError("replicas are named by one URL, or each by SHARD=host:port, not by both")
-    directory = open_directory(urls[0], timeout_s=timeout_s)
-    if urls[0].startswith("zk://"):
-        from trilith.discovery.replicas import Replicas
-        from trilith.discovery.zk_directory import ZooKeeperDirectory
-
-        assert isinstance(directory, ZooKeeperDirectory)
-        return _InZooKeeper(directory, Replicas(directory.zookeeper, name))
-    return _InDirectory(directory, name)
+    return _Listed(ServingDirectory(urls[0], name, timeout_s=timeout_s))
 
 
 class GivenReplicas:
@@ -76,49 +65,15 @@ class GivenReplicas:
         """See `ReplicaList`."""
 
 
-class _InDirectory:
-    """A role per shard, as `trilith serving ps` registers there."""
+class _Listed:
+    """Replicas that a directory lists as serving."""
 
-    def __init__(self, directory: Directory, name: str) -> None:
+    def __init__(self, directory: ServingDirectory) -> None:
         self._directory = directory
-        self._name = name
 
     def watch(self, shard: int, changed: Callable[[Iterable[str]], None]) -> Callable[[], None]:
         """See `ReplicaList`."""
-        return self._directory.watch(f"{self._name}-ps-{shard}", lambda members: changed(members.values()))
-
-    def close(self) -> None:
-        """See `ReplicaList`."""
-        self._directory.close()
-
-
-class _InZooKeeper:
-    """Nodes `service/<name>/ps:<shard>/<replica>` whose state is AVAILABLE."""
-
-    def __init__(self, directory: Directory, replicas: Replicas) -> None:
-        self._directory = directory
-        self._replicas = replicas
-
-    def watch(self, shard: int, changed: Callable[[Iterable[str]], None]) -> Callable[[], None]:
-        """See `ReplicaList`."""
-        from trilith.discovery.replicas import ModelState
-
-        last: list[str] | None = None
-
-        def on_replicas(found: list[Replica]) -> None:
-            nonlocal last
-            addresses = [
-                address
-                for each in found
-                if (each.path.server_type, each.path.index) == ("ps", shard)
-                and each.meta.stat == ModelState.AVAILABLE
-                and (address := each.meta.reachable_at()) is not None
-            ]
-            if addresses != last:
-                last = addresses
-                changed(addresses)
-
-        return self._replicas.watch(on_replicas)
+        return self._directory.replicas(shard).watch(lambda members: changed(members.values()))
 
     def close(self) -> None:
         """See `ReplicaList`."""

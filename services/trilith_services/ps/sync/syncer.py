@@ -17,8 +17,8 @@ from trilith_services.ps.sync.target import SyncOptions, Target
 from trilith_services.ps.touched import Touched
 
 if TYPE_CHECKING:
+    from trilith.discovery.serving import ServingTask
     from trilith_services.ps.store import Store
-    from trilith_services.ps.sync.discovery import ServingReplicas
     from trilith_services.ps.table import Table
 
 __all__ = ["Syncer"]
@@ -104,7 +104,7 @@ class Syncer:
             target.stop()
             log.info("sync: a target is gone", extra={"target": name, "address": target.address})
 
-    def follow(self, replicas: ServingReplicas) -> None:
+    def follow(self, replicas: ServingTask) -> None:
         """Keep whoever is listed fresh, as they come and go."""
 
         def changed(members: Mapping[str, str]) -> None:
@@ -117,7 +117,7 @@ class Syncer:
             for name, address in wanted.items():
                 self.add(name, address)
 
-        self._unwatch.append(replicas.watch(changed))
+        self._unwatch.append(replicas.watch(changed, loading=True))
 
     def stats(self) -> list[ps_pb2.SyncTargetStats]:
         """Where every target stands, by name."""
