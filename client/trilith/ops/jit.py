@@ -2,7 +2,8 @@
 
 Numba's own cache keeps an index file per function, and two processes that compile at once can leave an index that names
 the wrong code. Here an entry is one file whose name is a digest of everything the machine code depends on, written to a
-temporary name and renamed: a reader sees a whole entry or none, and no writer can spoil another's.
+temporary name and renamed: a reader sees a whole entry or none, and no writer can spoil another's. A container image
+brings entries of its own in $TRILITH_KERNELS, which is only read.
 """
 
 from __future__ import annotations
@@ -160,19 +161,21 @@ class _KernelCache(_Cache):  # type: ignore[misc]
         if not self._enabled:
             return None
         target_context.refresh()
-        path = self._path(sig, target_context.codegen())
-        try:
-            payload = pickle.loads(path.read_bytes())
-        except OSError:
-            return None
-        except Exception:  # a damaged entry of any kind is a miss; the compiled result will replace it
-            return None
-        return CompileResult._rebuild(target_context, *payload)
+        name = self._entry(sig, target_context.codegen())
+        for directory in filter(None, (cache_directory(), os.environ.get("TRILITH_KERNELS"))):
+            try:
+                payload = pickle.loads(Path(directory, name).read_bytes())
+            except OSError:
+                continue
+            except Exception:  # a damaged entry of any kind is a miss; the compiled result will replace it
+                continue
+            return CompileResult._rebuild(target_context, *payload)
+        return None
 
     def save_overload(self, sig: Any, data: CompileResult) -> None:
         if not self._enabled or data.library.has_dynamic_globals:
             return
-        path = self._path(sig, data.codegen)
+        path = cache_directory() / self._entry(sig, data.codegen)
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             handle, temporary = tempfile.mkstemp(dir=path.parent)
@@ -192,9 +195,9 @@ class _KernelCache(_Cache):  # type: ignore[misc]
     def flush(self) -> None:
         """Numba calls this on recompile; entries are named by content, so none is ever stale."""
 
-    def _path(self, sig: Any, codegen: Any) -> Path:
+    def _entry(self, sig: Any, codegen: Any) -> str:
         digest = hashlib.sha256(repr((self._identity, sig, codegen.magic_tuple())).encode()).hexdigest()
-        return cache_directory() / f"{self._name}-{digest[:32]}.bin"
+        return f"{self._name}-{digest[:32]}.bin"
 
 
 @functools.cache
