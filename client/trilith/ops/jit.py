@@ -162,7 +162,7 @@ class _KernelCache(_Cache):  # type: ignore[misc]
             return None
         target_context.refresh()
         name = self._entry(sig, target_context.codegen())
-        for directory in filter(None, (cache_directory(), os.environ.get("TRILITH_KERNELS"))):
+        for directory in (cache_directory(), os.environ.get("TRILITH_KERNELS") or os.devnull):
             try:
                 payload = pickle.loads(Path(directory, name).read_bytes())
             except OSError:
