@@ -18,6 +18,7 @@ from trilith.batches import Terms
 from trilith.client import Client, Table
 from trilith.connect import open_part
 from trilith.errors import ClusterMismatchError, InvalidRequestError, UnknownVariableError
+from trilith.ops.reorder import EMPTY_FROM
 from trilith.routing import partition_owner, partition_sizes
 from trilith.shard import ANY_WRITE, DensePart, Float32Array
 from trilith_proto import hash_table_pb2, ps_pb2
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from trilith.tables.spec import TableSpec
 
 __all__ = ["PeerClient", "connect_peers"]
-
-_SPARED_FROM = 5
-"""Rank 0 holds no rows from this many ranks on: it has the rest to do."""
 
 
 def connect_peers(device: str = "cpu", *, float16: bool = False, threads: int | None = None) -> PeerClient:
@@ -80,7 +78,7 @@ class PeerClient:
     def __init__(self, collective: Callable[[bool], Collective], *, threads: int | None = None) -> None:
         self._lookups, self._updates, self._control = (collective(rows) for rows in (True, True, False))
         self.rank, self.ranks = self._control.rank, self._control.size
-        spared = int(self.ranks >= _SPARED_FROM)
+        spared = int(self.ranks >= EMPTY_FROM)  # rank 0 has the rest to do
         self._owners = self.ranks - spared
         self._index = self.rank - spared
         """This rank's number among the owners; -1 owns nothing."""

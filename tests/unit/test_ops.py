@@ -18,8 +18,6 @@ from trilith.ops import (
     packing,
     ragged,
     reduce,
-    reorder,
-    shared_buffer,
     split,
     threads,
     torch_gather,
@@ -27,7 +25,6 @@ from trilith.ops import (
     torch_reduce,
     torch_split,
 )
-from trilith.ops.unique import unique_first_occurrence
 
 SEEDS = st.integers(0, 2**32 - 1)
 DIMS = st.sampled_from([1, 2, 3, 4, 7, 16, 21, 35])
@@ -86,126 +83,16 @@ def test_no_rows_split_into_nothing_and_their_gradient_is_empty():
     assert split.split_by_indices_gradient([], [[], []], 2).shape == (0,)
 
 
-def test_a_ragged_split_keeps_all_rows_and_says_where_values_were():
-    values, positions = split.ragged_split_by_indices([0, 1, 0, 1], [4, 3, 2, 1], [0, 0, 3, 4], 2)
-    assert [each.values.tolist() for each in values] == [[4, 2], [3, 1]]
-    assert [each.row_splits.tolist() for each in values] == [[0, 0, 2, 2], [0, 0, 1, 2]]
-    assert [each.values.tolist() for each in positions] == [[0, 2], [1, 3]]
-
-
 @pytest.mark.parametrize("bad", [-1, 2, 2**40])
 @NATIVE
 def test_a_split_refuses_an_index_outside(bad, native):
     for call in (
         lambda: split.split_by_indices([0, bad], np.zeros(2, np.float32), 2),
         lambda: split.split_by_indices_gradient([0, bad], [[1.0], [2.0]], 2),
-        lambda: split.ragged_split_by_indices([0, bad], [1, 2], [0, 2], 2),
         lambda: torch_split.split_by_indices(torch.tensor([0, bad]), torch.zeros(2), 2, native=native),
     ):
         with pytest.raises(InvalidRequestError, match=str(bad)):
             call()
-
-
-def test_a_ragged_split_refuses_splits_and_indices_that_do_not_fit():
-    with pytest.raises(InvalidRequestError, match="number of values"):
-        split.ragged_split_by_indices([0, 1], [1, 2], [0, 1], 2)
-    with pytest.raises(InvalidRequestError, match="indices"):
-        split.ragged_split_by_indices([0], [1, 2], [0, 2], 2)
-
-
-# ---- reorder, unique -------------------------------------------------------------------------------------------------
-
-
-@given(seed=SEEDS, n=st.integers(0, 60), shards=st.integers(1, 5))
-def test_reorder_matches_naive(seed, n, shards):
-    rng = np.random.default_rng(seed)
-    keys, owners = rng.integers(-9, 9, n), rng.integers(0, shards, n)
-    output, sizes = reorder.reorder_by_indices(keys, owners, shards)
-    assert (output.tolist(), sizes.tolist()) == naive_ops.reorder_by_indices(keys.tolist(), owners.tolist(), shards)
-    wide, _ = reorder.reorder_by_indices(np.stack([keys, np.arange(n)], 1), owners, shards)
-    assert wide[:, 0].tolist() == output.tolist()
-    assert all(keys.tolist().index(key) == place for key, place in wide.tolist())
-
-
-@given(
-    lists=st.lists(st.lists(st.integers(0, 12) | st.integers(0, 2**62), max_size=30), max_size=5),
-    shards=st.sampled_from([1, 2, 3, 4, 5, 7]),
-    empty=st.booleans(),
-    workers=st.integers(1, 3),
-)
-def test_fused_reorder_matches_naive(lists, shards, empty, workers):
-    dims = [1 + k % 3 for k in range(len(lists))]
-    found = reorder.fused_reorder_by_indices(lists, shards, dims, rank0_empty=empty, threads=workers)
-    want = naive_ops.fused_reorder(lists, shards, dims, empty)
-    assert [each.tolist() for each in found] == list(want)
-    assert [each.size for each in found.offsets()] == [len(each) for each in lists] or not lists
-
-
-def test_reorder_refuses_what_has_no_shard():
-    with pytest.raises(InvalidRequestError, match="-3"):
-        reorder.fused_reorder_by_indices([[1], [2, -3]], 2, [1, 1])
-    with pytest.raises(InvalidRequestError, match="outside 0..1"):
-        reorder.reorder_by_indices([1, 2], [0, 2], 2)
-    with pytest.raises(InvalidRequestError, match="int32"):
-        reorder.fused_reorder_by_indices([[0, 1]], 1, [1 << 30])
-
-
-@given(st.lists(st.integers(-5, 5) | st.integers(-(2**63), 2**63 - 1), max_size=50))
-def test_unique_keeps_the_order_of_first_occurrence(ids):
-    values, numbers = unique_first_occurrence(np.array(ids, np.int64))
-    assert values.tolist() == list(dict.fromkeys(ids))
-    assert values[numbers].tolist() == ids
-
-
-@given(rows=st.lists(st.lists(st.integers(0, 6), max_size=9), min_size=1, max_size=4), seed=SEEDS)
-def test_a_buffer_filled_by_parts_holds_every_occurrence_and_its_gradient_sums_them(rows, seed):
-    rng = np.random.default_rng(seed)
-    dims = [1 + k * 5 for k in range(len(rows))]
-    flat, splits = [each for row in rows for each in row], np.cumsum([0, *map(len, rows)])
-    keys = shared_buffer.unique_key_with_value_and_offset(flat, splits, dims)
-    want = naive_ops.unique_rows(rows, dims)
-    assert keys.unique_key.tolist() == [each for places in want for each in places]
-    assert keys.unique_key_split.tolist() == np.cumsum([0, *map(len, want)]).tolist()
-    offsets = np.split(keys.value_offset, keys.value_offset_split[1:-1]) if keys.unique_key.size else []
-    assert [each.tolist() for each in offsets] == [each for places in want for each in places.values()]
-    vectors = {(j, each): floats(rng, dims[j]) for j, places in enumerate(want) for each in places}
-    _, positions = split.ragged_split_by_indices(keys.unique_key % 2, keys.unique_key, keys.unique_key_split, 2)
-    grad = floats(rng, keys.size)
-    handles = []
-    for part in positions:
-        chosen = [
-            (int(np.searchsorted(keys.unique_key_split, p, "right")) - 1, int(keys.unique_key[p])) for p in part.values
-        ]
-        value = np.concatenate([np.empty(0, np.float32), *(vectors[each] for each in chosen)])
-        handles.append(shared_buffer.fill_with_offset_map(part.values, part.row_splits, value, keys))
-        summed = shared_buffer.fill_with_offset_map_gradient(part.values, part.row_splits, grad, keys)
-        sums = [sum(grad[o : o + dims[j]] for o in want[j][each]) for j, each in chosen]
-        np.testing.assert_allclose(summed, np.concatenate([np.empty(0), *sums]), rtol=1e-5, atol=1e-5)
-    buffer = shared_buffer.finalize_shared_tensor(handles)
-    np.testing.assert_array_equal(
-        buffer,
-        np.concatenate([np.empty(0, np.float32), *(vectors[j, each] for j, row in enumerate(rows) for each in row)]),
-    )
-    with pytest.raises(InvalidRequestError, match="finalized before"):
-        shared_buffer.finalize_shared_tensor(handles)
-
-
-def test_fills_refuse_what_does_not_fit():
-    keys = shared_buffer.unique_key_with_value_and_offset([0, 1, 2, 1, 0, 0, 1, 0], [0, 0, 5, 8, 8], [1, 2, 3, 4])
-    pos, splits = [0, 1, 2, 3, 4], [0, 0, 3, 5, 5]
-    with pytest.raises(InvalidRequestError, match="expected 12 .* actual 10"):
-        shared_buffer.fill_with_offset_map(pos, splits, np.arange(10.0), keys)
-    with pytest.raises(InvalidRequestError, match=r"pos\[4\]=5"):
-        shared_buffer.fill_with_offset_map([0, 1, 2, 3, 5], splits, np.arange(12.0), keys)
-    with pytest.raises(InvalidRequestError, match="4 dims"):
-        shared_buffer.fill_with_offset_map(pos, [0, 5], np.arange(12.0), keys)
-    with pytest.raises(InvalidRequestError, match="another table"):
-        shared_buffer.fill_with_offset_map([3], [0, 0, 0, 0, 1], np.arange(4.0), keys)
-    with pytest.raises(InvalidRequestError, match="2 dims"):
-        shared_buffer.unique_key_with_value_and_offset([1], [0, 1], [1, 2])
-    bare = shared_buffer.unique_key_with_value_and_offset([1], [0, 1], [1], generate_buffer=False)
-    with pytest.raises(InvalidRequestError, match="generate_buffer"):
-        shared_buffer.fill_with_offset_map([0], [0, 1], [1.0], bare)
 
 
 # ---- map and gather --------------------------------------------------------------------------------------------------
@@ -454,6 +341,47 @@ def test_aligned_concat_and_split_undo_each_other(shapes, align):
         np.testing.assert_array_equal(piece, each * np.float32(0.5))
         np.testing.assert_array_equal(tensor, piece)
         assert np.shares_memory(piece, flat) or not piece.size
+
+
+@given(
+    groups=st.lists(st.dictionaries(st.sampled_from("abc"), st.lists(st.integers(0, 3), max_size=3)), max_size=3),
+    seed=SEEDS,
+)
+def test_packed_tensors_are_those_of_arrays_and_unpack_again(groups, seed):
+    rng = np.random.default_rng(seed)
+    arrays = [{key: floats(rng, *shape) for key, shape in group.items()} for group in groups]
+    ours = [{key: torch.from_numpy(each) for key, each in group.items()} for group in arrays]
+    packed, tensor_packed = packing.pack_typed_keyed_tensors(arrays), torch_packing.pack_typed_keyed_tensors(ours)
+    for array, tensor in zip(packed, tensor_packed, strict=True):
+        np.testing.assert_array_equal(tensor, array, strict=True)
+    for back in (
+        packing.unpack_packed_tensors(groups, packed),
+        torch_packing.unpack_packed_tensors(groups, tensor_packed),
+    ):
+        for group, whole in zip(back, arrays, strict=True):
+            assert group.keys() == whole.keys()
+            for key, each in group.items():
+                np.testing.assert_array_equal(each, whole[key], strict=True)
+    for group, tensor_group in zip(arrays, ours, strict=True):
+        shapes = {key: each.shape for key, each in group.items()}
+        for key, each in torch_packing.unpack_tensors(shapes, torch_packing.pack_tensors(tensor_group)).items():
+            np.testing.assert_array_equal(each, group[key])
+
+
+def test_tensors_are_reshaped_all_at_once():
+    given_tensors = [torch.arange(6), torch.zeros(0, 3)]
+    out, sizes = torch_packing.static_reshape(given_tensors, [[None, 2], [0, None]])
+    assert [tuple(each.shape) for each in out] == [(3, 2), (0, 0)]
+    assert sizes.tolist() == [6, 0]
+    for call in (
+        lambda: torch_packing.static_reshape(given_tensors, [[6]]),
+        lambda: torch_packing.static_reshape([torch.zeros(6)], [[4, None]]),
+        lambda: torch_packing.pack_tensors({"a": torch.zeros(1), "b": torch.zeros(1, dtype=torch.int64)}),
+        lambda: torch_packing.unpack_tensors({"a": [2]}, (torch.zeros(2), torch.tensor([1, 1]))),
+        lambda: torch_packing.unpack_packed_tensors([{"a": [2]}], []),
+    ):
+        with pytest.raises(InvalidRequestError):
+            call()
 
 
 def test_packing_refuses_what_it_cannot_undo():

@@ -13,9 +13,12 @@ from trilith.ops.ragged import Int64Array, as_floats, as_integers
 
 __all__ = [
     "ALIGN",
+    "Shape",
     "aligned_flat_concat",
     "aligned_flat_split",
     "aligned_starts",
+    "known_shape",
+    "meta_sizes",
     "pack_tensors",
     "pack_typed_keyed_tensors",
     "static_reshape",
@@ -100,7 +103,7 @@ def _cut(shapes: Mapping[str, Shape], flat: Array, sizes: Int64Array) -> dict[st
         raise InvalidRequestError(f"sizes {sizes.tolist()} do not cut {flat.size} values")
     pieces = np.split(flat, np.cumsum(sizes)[:-1]) if sizes.size else []
     return {
-        key: piece.reshape(_known(key, piece.size, shapes[key]))
+        key: piece.reshape(known_shape(key, piece.size, shapes[key]))
         for key, piece in zip(sorted(shapes), pieces, strict=True)
     }
 
@@ -125,17 +128,29 @@ def unpack_packed_tensors(
         shapes: Per group by key; one dimension of each may be None.
         packed: What `pack_typed_keyed_tensors` gave.
     """
-    if len(packed) != len(shapes) + 1:
-        raise InvalidRequestError(f"{len(packed)} arrays for {len(shapes)} groups; one each and the sizes are needed")
-    meta = as_integers("sizes", packed[-1], shape=(-1,))
-    counts = [len(group) for group in shapes]
-    if meta[: len(counts)].tolist() != counts or meta.size != len(counts) + sum(counts):
-        raise InvalidRequestError(f"the arrays were packed as {meta[: len(counts)].tolist()}, the shapes name {counts}")
-    groups, start = [], len(counts)
-    for group, count, flat in zip(shapes, counts, packed, strict=False):
-        groups.append(_cut(group, np.asarray(flat), meta[start : start + count]))
-        start += count
-    return groups
+    meta = as_integers("sizes", packed[-1], shape=(-1,)).tolist() if len(packed) else []
+    sizes = meta_sizes([len(group) for group in shapes], len(packed), meta)
+    return [
+        _cut(group, np.asarray(flat), np.array(each, np.int64))
+        for group, flat, each in zip(shapes, packed, sizes, strict=False)
+    ]
+
+
+def meta_sizes(counts: Sequence[int], arrays: int, meta: Sequence[int]) -> list[list[int]]:
+    """Per group the sizes of its arrays.
+
+    Args:
+        counts: Arrays of each group.
+        arrays: How many were packed, `meta` among them.
+        meta: The counts, followed by all sizes.
+    """
+    groups = len(counts)
+    if arrays != groups + 1:
+        raise InvalidRequestError(f"{arrays} arrays for {groups} groups; one each and the sizes are needed")
+    if list(meta[:groups]) != list(counts) or len(meta) != groups + sum(counts):
+        raise InvalidRequestError(f"the arrays were packed as {list(meta[:groups])}, the shapes name {list(counts)}")
+    starts = np.cumsum([groups, *counts])
+    return [list(meta[start : start + count]) for start, count in zip(starts, counts, strict=False)]
 
 
 def static_reshape(inputs: Sequence[npt.ArrayLike], shapes: Sequence[Shape | None]) -> tuple[list[Array], Int64Array]:
@@ -152,13 +167,13 @@ def static_reshape(inputs: Sequence[npt.ArrayLike], shapes: Sequence[Shape | Non
         raise InvalidRequestError(f"{len(inputs)} arrays for {len(shapes)} shapes")
     arrays = [np.asarray(each) for each in inputs]
     out = [
-        array.reshape(_known(str(i), array.size, shape))
+        array.reshape(known_shape(str(i), array.size, shape))
         for i, (array, shape) in enumerate(zip(arrays, shapes, strict=True))
     ]
     return out, np.array([array.size for array in arrays], np.int64)
 
 
-def _known(name: str, size: int, shape: Shape | None) -> tuple[int, ...]:
+def known_shape(name: str, size: int, shape: Shape | None) -> tuple[int, ...]:
     """A shape for `size` values with its unknown dimension worked out; next to a dimension of 0 it is 0."""
     if shape is None:
         raise InvalidRequestError(f"array {name}: the rank of its shape must be known")

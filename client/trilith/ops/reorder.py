@@ -16,12 +16,12 @@ from trilith.ops.ragged import Int64Array, as_integers
 from trilith.ops.threads import in_parts, thread_count
 from trilith.ops.unique import distinct_in_rows, slot_count
 
-__all__ = ["FusedReorder", "fused_reorder_by_indices", "reorder_by_indices"]
+__all__ = ["EMPTY_FROM", "FusedReorder", "fused_reorder_by_indices", "reorder_by_indices"]
 
 Int32Array = npt.NDArray[np.int32]
 
 _POSITION = np.uint32(FIRST - 1)
-_EMPTY_FROM = 5
+EMPTY_FROM = 5
 """Shard 0 is spared from this many shards on."""
 
 
@@ -217,7 +217,7 @@ def fused_reorder_by_indices(
     values = np.concatenate([np.empty(0, np.int64), *lists]) if count != 1 else lists[0]
     uniques, numbers, owners = np.empty(n, np.int64), np.empty(n, np.uint32), np.empty(n, np.uint32)
     cells = np.zeros((shards, count), np.int64)
-    spared = int(rank0_empty and shards >= _EMPTY_FROM)
+    spared = int(rank0_empty and shards >= EMPTY_FROM)
     workers = thread_count(threads, 32 * n)
 
     def count_lists(first: int, last: int) -> None:

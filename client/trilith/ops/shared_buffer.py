@@ -34,9 +34,9 @@ _POSITION = np.uint32(FIRST - 1)
 class SharedBuffer:
     """Uninitialised float32[size] that lives for one step: fills write into it, in any order, `finalize` ends it."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._values: Float32Array | None = np.empty(size, np.float32)
+    def __init__(self, values: Float32Array) -> None:
+        self.size = values.size
+        self._values: Float32Array | None = values
 
     @property
     def values(self) -> Float32Array:
@@ -194,7 +194,7 @@ def unique_key_with_value_and_offset(
         address_of(offsets),
     )
     size = int(widths @ np.diff(splits))
-    buffer = SharedBuffer(size) if generate_buffer else None
+    buffer = SharedBuffer(np.empty(size, np.float32)) if generate_buffer else None
     return UniqueKeys(distinct.values, distinct.row_splits, offsets, offset_splits, widths, size, buffer)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from trilith.errors import InvalidRequestError
 from trilith.ops import reduce
 from trilith.ops.torch_bridge import apply, array_of, integers_on, refuse_outside, tensor_of, use_native
+from trilith.ops.torch_ragged import as_splits, value_rowids
 
 __all__ = [
     "fused_reduce_and_split",
@@ -159,9 +160,6 @@ def fused_reduce_and_split(
         raise InvalidRequestError(f"the tables have {[len(each) - 1 for each in row_splits]} rows, not one number")
     results: list[Tensor] = []
     for splits, rows, dims in zip(row_splits, embeddings, slice_dims, strict=True):
-        lengths = splits.diff()
-        if bool((lengths < 0).any()) or int(splits[-1]) != rows.shape[0] or int(splits[0]):
-            raise InvalidRequestError(f"row splits {splits.tolist()[:16]} do not rise from 0 to {rows.shape[0]}")
-        places = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths)
-        results += fused_reduce_sum_and_split(places, rows, lengths.numel(), dims, native=native)
+        places = value_rowids(as_splits("row_splits", splits, rows.shape[0], rows.device))
+        results += fused_reduce_sum_and_split(places, rows, splits.numel() - 1, dims, native=native)
     return results
