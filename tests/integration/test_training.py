@@ -16,6 +16,7 @@ from rich.console import Console
 
 import trilith
 from trilith.checkpoint import newest_complete
+from trilith.exports import entry_base, list_versions, read_export
 from trilith.nn import DenseOnPs, auc
 from trilith_services.supervisor import ProcessSpec, PsCluster, Supervisor, free_ports, trilith_argv
 from trilith_services.worker.baseline import train_locally
@@ -114,8 +115,9 @@ def test_a_ps_killed_in_the_middle_is_restarted_while_the_same_workers_go_on(run
     assert score(run) > outcome.auc - 0.02
 
 
-def test_a_worker_may_join_and_leave_and_sigterm_ends_it_well(run):
-    first = run.worker(0, "--epochs", "4", world=2)
+def test_a_worker_may_join_and_leave_and_sigterm_ends_it_well(run, tmp_path):
+    base = str(tmp_path / "exports")
+    first = run.worker(0, "--epochs", "4", "--save-every", "100", "--export", base, world=2)
     run.until(lambda: run.steps(first) > 0)
     guest = run.worker(1, "--epochs", "1000", world=2)
     run.until(lambda: run.steps(guest) > 0)
@@ -123,6 +125,8 @@ def test_a_worker_may_join_and_leave_and_sigterm_ends_it_well(run):
     run.wait_for_end()
     assert run.last(guest, "stopped") is not None
     assert run.last(first, "done") is not None
+    newest = read_export(f"{entry_base(base)}/{list_versions(entry_base(base))[-1]}")
+    assert newest.step == run.last(first, "saved")["step"], "what is saved in the end is exported"
 
 
 def test_synchronous_workers_take_the_same_steps_and_store_the_dense_part(run):

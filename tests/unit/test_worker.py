@@ -235,13 +235,13 @@ def test_steps_limit_a_worker(client, parts):
 
 
 @compiled_only
-def test_rank_0_saves_at_the_start_and_as_steps_go_by(client, parts, tmp_path):
+def test_rank_0_saves_at_the_start_as_steps_go_by_and_at_the_end(client, parts, tmp_path):
     events: list[dict] = []
     directory = str(tmp_path / "model")
     work = config(model_dir=directory, save_every=16, steps=40, validate=False)
     Trainer(work, client, parts, events.append).run()
     saved = [event["step"] for event in events if event["event"] == "saved"]
-    assert saved == [0, 16, 32]
+    assert saved == [0, 16, 32, 40]
     assert len(list_checkpoints(directory)) == 3
     newest = newest_complete(directory)
     path, step = save_checkpoint(client, directory, clock=lambda: 0.0)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from trilith.data.clicks import Parts
-    from trilith_services.commands.demo_exports import DemoExports
+    from trilith_services.commands.export_saved import ExportSaved
     from trilith_services.supervisor import StopRequest, Supervisor
     from trilith_services.worker.models import ModelSettings
     from trilith_services.worker.trainer import WorkerConfig
@@ -229,12 +229,12 @@ class _Cluster:
         self._console = console
         self._stop = stop
         self._run_dir = options.model_dir / "runs" / time.strftime("%Y%m%d-%H%M%S")
-        self._exports: DemoExports | None = None
+        self._exports: ExportSaved | None = None
         if options.export is not None:
-            from trilith_services.commands.demo_exports import DemoExports
+            from trilith_services.commands.export_saved import ExportSaved
 
             names = parts.train.features
-            self._exports = DemoExports(str(options.export), options.export_mode, settings, names, console.print)
+            self._exports = ExportSaved(str(options.export), options.export_mode, settings, names, console.print)
 
     def _on_saved(self, event: dict[str, Any]) -> None:
         if self._exports is not None:

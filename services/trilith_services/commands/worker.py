@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from trilith_services.worker.models import ModelSettings
+    from trilith_services.worker.run import Follower
+
 __all__ = ["register"]
+
+log = logging.getLogger(__name__)
 
 
 class Model(StrEnum):
@@ -59,6 +66,9 @@ def worker(
     threads: Annotated[int, typer.Option(help="torch threads; 0: the cores shared by the workers.", min=0)] = 0,
     model_dir: Annotated[str, typer.Option(help="Directory or URL for rank 0's checkpoints.")] = "",
     save_every: Annotated[int, typer.Option(help="Steps of all workers between checkpoints; 0: none.", min=0)] = 0,
+    export: Annotated[
+        str, typer.Option(help="Export rank 0's checkpoints to this directory or URL, for `trilith serving entry`.")
+    ] = "",
     prefetch: Annotated[int, typer.Option(help="Batches looked up ahead; 0: exact order.", min=0)] = 0,
     async_push: Annotated[int, typer.Option(help="Updates that may be on their way; 0: wait for each.", min=0)] = 0,
     clip_norm: Annotated[
@@ -79,6 +89,9 @@ def worker(
         )
     if mode is WorkerMode.all_to_all and not master:
         raise InvalidRequestError("--mode all-to-all needs to know where rank 0 is: give --master host:port")
+
+    if export and not model_dir:
+        raise InvalidRequestError(f"--export {export} exports checkpoints: say with --model-dir where these go")
 
     from trilith_services.logs import setup_logging
     from trilith_services.worker.models import settings_of
@@ -108,4 +121,10 @@ def worker(
     options = WorkerOptions(
         cluster=cluster, data=data, events=events, master=master, threads=threads, timeout_s=timeout
     )
-    raise typer.Exit(run_worker(options, config))
+    raise typer.Exit(run_worker(options, config, follower=_exports(export, config.settings) if export else None))
+
+
+def _exports(directory: str, settings: ModelSettings) -> Follower:
+    from trilith_services.commands.export_saved import ExportSaved
+
+    return lambda parts: ExportSaved(directory, "distributed", settings, parts.train.features, log.warning)

@@ -6,27 +6,32 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import distributed
 
 from trilith.client import Client
 from trilith.connect import connect
+from trilith.data.clicks import Parts
 from trilith.errors import InvalidRequestError
 from trilith.nn import pick_device
 from trilith.peers import PeerClient, connect_peers
 from trilith_services.worker.datasets import load_dataset, training_files
-from trilith_services.worker.events import EventLog
+from trilith_services.worker.events import Emit, EventLog
 from trilith_services.worker.trainer import Trainer, WorkerConfig
 
-__all__ = ["WorkerOptions", "run_worker", "use_threads"]
+__all__ = ["Follower", "WorkerOptions", "run_worker", "use_threads"]
 
 log = logging.getLogger(__name__)
+
+Follower = Callable[[Parts], AbstractContextManager[Emit]]
+"""Given the data, opens what is told of a worker's events and closed at the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +56,13 @@ class WorkerOptions:
     timeout_s: float = 120.0
 
 
-def run_worker(options: WorkerOptions, config: WorkerConfig) -> int:
+def run_worker(options: WorkerOptions, config: WorkerConfig, *, follower: Follower | None = None) -> int:
     """Train; returns the exit status, 0 also when SIGTERM or SIGINT ended it early.
+
+    Args:
+        options: Where things are.
+        config: What to do.
+        follower: Is told of events too.
 
     Raises:
         TrilithError: The cluster, the data or the options are not usable.
@@ -64,10 +74,15 @@ def run_worker(options: WorkerOptions, config: WorkerConfig) -> int:
     if config.dense == "allreduce" and not options.master:
         raise InvalidRequestError("training together needs to know where rank 0 is: give --master host:port")
     use_threads(options.threads or max(1, (os.cpu_count() or 1) // config.world_size))
-    with _stop_on_signal() as stop, _events(options.events) as emit:
+    with _stop_on_signal() as stop, _events(options.events) as write:
         parts = load_dataset(options.data, report=log.info)
         samples = training_files(parts)
-        with _group(options, config), _client(options, config) as client:
+        with (follower or _nobody)(parts) as tell, _group(options, config), _client(options, config) as client:
+
+            def emit(event: dict[str, Any]) -> None:
+                write(event)
+                tell(event)
+
             finished = Trainer(config, client, parts, emit, samples=samples).run(stop.is_set)
     log.info("done" if finished else "stopped before the end, as asked")
     return 0
@@ -92,6 +107,11 @@ def _stop_on_signal() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _nobody(parts: Parts) -> AbstractContextManager[Emit]:
+    del parts
+    return nullcontext(lambda event: None)
 
 
 @contextmanager

@@ -55,7 +55,8 @@ class WorkerConfig:
         device: "cpu", "cuda" or "auto".
         validate: Whether rank 0 scores the validation part after every epoch.
         model_dir: Where checkpoints go; empty for none.
-        save_every: Steps of the cluster between two checkpoints by rank 0; 0: only at the start.
+        save_every: Steps of the cluster between two checkpoints by rank 0, which then saves also when all is done; 0:
+            only at the start.
         state_file: Remembers the position, so that a worker that is started again goes on there; empty for none.
         prefetch: Batches whose rows are looked up ahead; dense values are then read one step ahead.
         async_push: Updates that may be on their way, of embeddings and of dense values; 0 waits for each. What the two
@@ -203,8 +204,9 @@ class Trainer:
             self._embeddings.close()
             self._dense.close()
         self._count_steps(flush=True)
-        if self._peers and config.model_dir:
-            self._save()  # what the workers hold ends with them
+        unsaved = self._cluster_step != self._saved_step
+        if (self._peers and config.model_dir) or (self._leads and config.save_every and finished and unsaved):
+            self._save()  # what workers hold themselves ends with them
         elif isinstance(self._dense, AllReduced):
             self._dense.publish()
         self._progress()

@@ -1,20 +1,21 @@
-"""What `trilith demo --export` does: every checkpoint that is saved becomes an export, on a thread of its own."""
+"""What `--export` of the demo and of a worker does: every checkpoint that is saved becomes an export, on a thread."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from trilith.errors import TrilithError
 
 if TYPE_CHECKING:
     from trilith_services.worker.models import ModelSettings
 
-__all__ = ["DemoExports"]
+__all__ = ["ExportSaved"]
 
 
-class DemoExports:
+class ExportSaved:
     """Exports the newest checkpoint it was told of; those that it has no time for are left out."""
 
     def __init__(
@@ -41,8 +42,16 @@ class DemoExports:
         self._news = threading.Condition()
         self._next = ""
         self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="demo-exports", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="export-saved", daemon=True)
         self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Take note of a worker's event, if it is a checkpoint."""
@@ -52,12 +61,14 @@ class DemoExports:
                 self._news.notify()
 
     def finish(self, checkpoint: str) -> str:
-        """Export the last checkpoint; returns where to."""
+        """Export the last checkpoint, whatever came before it; returns where to."""
+        with self._news:
+            self._next = ""
         self.stop()
         return self._exporter.export(checkpoint, self._directory, mode=self._mode).path
 
     def stop(self) -> None:
-        """End after what is under way."""
+        """End after the newest checkpoint."""
         with self._news:
             self._stopped = True
             self._news.notify()
@@ -67,9 +78,9 @@ class DemoExports:
         while True:
             with self._news:
                 self._news.wait_for(lambda: self._next or self._stopped)
-                if self._stopped:
-                    return
                 checkpoint, self._next = self._next, ""
+            if not checkpoint:
+                return
             try:
                 self._exporter.export(checkpoint, self._directory, mode=self._mode)
             except TrilithError as error:  # such as a checkpoint that is old enough to be gone by now
