@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -25,16 +25,18 @@ from trilith.errors import (
 )
 
 if TYPE_CHECKING:
+    from trilith.balancer import Connection
     from trilith.data.records import Records
+    from trilith.discovery.serving import ServingDirectory
     from trilith.shard import Float32Array
     from trilith_proto import serving_pb2
 
 __all__ = ["Prediction", "Predictor", "remote_predict"]
 
-SERVICE = "trilith.Prediction"
-
-_PAUSE_S = 0.02
-_KEPT: dict[str, Predictor] = {}
+_PAUSE_S = 0.02  # between two rounds over entries that all failed
+_ATTEMPT_SHARE = 0.4
+"""Of the time that is left, what one entry gets while others are well."""
+_KEPT: dict[tuple[str, str], Predictor] = {}
 _KEPT_LOCK = threading.Lock()
 
 
@@ -63,44 +65,54 @@ class Prediction:
 class Predictor:
     """Connections to one or more entries of the same model. Thread-safe.
 
-    A request goes to the entry that answered last; one that is away or overloaded is passed over.
+    A request goes to the entry with the fewest on their way. One that is away or overloaded is passed over; one that
+    just does not answer gets a share of the time only, while there are others.
     """
 
     def __init__(
-        self, addresses: str | Sequence[str], *, timeout_s: float = 5.0, max_message_bytes: int = MAX_MESSAGE_BYTES
+        self,
+        addresses: str | Sequence[str],
+        *,
+        name: str = "model",
+        timeout_s: float = 5.0,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
-        """Connect on first use.
+        """Connect.
 
         Args:
-            addresses: "host:port,host:port", or a list of them.
+            addresses: The URL of a directory where entries are listed and followed, such as "zk://host:2181/serving";
+                or "host:port,host:port", or a list of such.
+            name: Serving model under which a directory lists them.
             timeout_s: Deadline of a request, those to further entries included.
             max_message_bytes: Largest message sent or accepted.
+
+        Raises:
+            UnavailableError: The directory cannot be reached.
         """
         prefer_fast_grpc()
-        import grpc
+        from trilith.balancer import Balancer
 
-        from trilith.streams import StreamedMethod
-
-        given = addresses.split(",") if isinstance(addresses, str) else addresses
-        self._addresses = [check_address(each.strip()) for each in given]
-        if not self._addresses:
-            raise InvalidRequestError("no address of an entry")
         self._timeout_s = timeout_s
-        options = [
-            ("grpc.max_send_message_length", max_message_bytes),
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_reconnect_backoff_ms", 1000),
-        ]
-        self._channels = [grpc.insecure_channel(each, options=options) for each in self._addresses]
-        self._predicts = [
-            StreamedMethod(
-                channel.unary_unary(f"/{SERVICE}/Predict"), channel.stream_stream(f"/{SERVICE}/PredictStream")
-            )
-            for channel in self._channels
-        ]
-        self._statuses: list[Any] = [channel.unary_unary(f"/{SERVICE}/ModelStatus") for channel in self._channels]
-        self._first = 0
-        self._closed = False
+        self._directory: ServingDirectory | None = None
+        if isinstance(addresses, str) and "://" in addresses:
+            from trilith.discovery.serving import ServingDirectory
+            from trilith.discovery.zk_url import redact
+
+            self._where = f"{redact(addresses)} lists no entry of serving model {name!r}"
+            self._directory = ServingDirectory(addresses, name, timeout_s=timeout_s)
+            self._balancer = balancer = Balancer(max_message_bytes=max_message_bytes)
+            try:
+                self._directory.entries().watch(lambda members: balancer.set_addresses(members.values()))
+            except BaseException:
+                self.close()
+                raise
+            return
+        given = [each.strip() for each in (addresses.split(",") if isinstance(addresses, str) else addresses)]
+        if not any(given):
+            raise InvalidRequestError("no address of an entry")
+        self._where = "no entry is known"
+        self._balancer = Balancer(max_message_bytes=max_message_bytes)
+        self._balancer.set_addresses(map(check_address, given))
 
     def __enter__(self) -> Self:
         return self
@@ -136,7 +148,7 @@ class Predictor:
             kind=serving_pb2.EXAMPLE if kind == "example" else serving_pb2.INSTANCE, records=records
         )
         reply = serving_pb2.PredictResponse.FromString(
-            self._call(self._predicts, "Predict", request.SerializeToString(), timeout_s)
+            self._call("Predict", lambda to: to.predict, request.SerializeToString(), timeout_s)
         )
         outputs = {}
         for each in reply.outputs:
@@ -148,64 +160,76 @@ class Predictor:
         """Which model is served, and how fresh it is."""
         from trilith_proto import serving_pb2
 
-        request = serving_pb2.ModelStatusRequest().SerializeToString()
-        return serving_pb2.ModelStatusResponse.FromString(self._call(self._statuses, "ModelStatus", request, timeout_s))
+        answer = self._call("ModelStatus", lambda to: to.status, b"", timeout_s)
+        return serving_pb2.ModelStatusResponse.FromString(answer)
 
-    def _call(self, methods: Sequence[Any], name: str, request: bytes, timeout_s: float | None) -> bytes:
+    def _call(self, name: str, method: Callable[[Connection], Any], request: bytes, timeout_s: float | None) -> bytes:
         import grpc
 
         timeout = self._timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout
+        tried: set[Connection] = set()
         raised: TrilithError | None = None
         while True:
-            for turn in range(len(methods)):
-                at = (self._first + turn) % len(methods)
-                try:
-                    reply: bytes = methods[at](request, timeout=max(deadline - time.monotonic(), 0.001))
-                except grpc.RpcError as error:
-                    before, raised = raised, _error(f"entry {self._addresses[at]}: {name}", error, timeout)
-                    if isinstance(raised, DeadlineExceededError) and before is not None:
-                        raise before from None  # what the time was spent on says more
-                except ValueError:
-                    raise ClosedError("the connection to the entries was closed") from None
-                else:
-                    self._first = at
-                    return reply
-                if self._closed:
-                    raise ClosedError("the connection to the entries was closed")
-                if not isinstance(raised, UnavailableError | OverloadedError):
-                    raise raised
-            assert raised is not None
-            if deadline - time.monotonic() <= _PAUSE_S:
+            to, others = self._balancer.take(tried)
+            left = deadline - time.monotonic()
+            if to is None:
+                if left <= _PAUSE_S:
+                    raise raised or UnavailableError(self._where)
+                time.sleep(_PAUSE_S)
+                tried.clear()
+                continue
+            failure: TrilithError | None = None
+            try:
+                attempt_s = max(left * (_ATTEMPT_SHARE if others else 1.0), 0.001)
+                reply: bytes = method(to)(request, timeout=attempt_s)
+            except grpc.RpcError as error:
+                failure = _error(f"entry {to.address}: {name}", error, attempt_s)
+            except ValueError:
+                failure = ClosedError("the connection to the entries was closed")
+            else:
+                return reply
+            finally:
+                away = isinstance(failure, UnavailableError | DeadlineExceededError)
+                self._balancer.give_back(to, failure if away else None)
+            if not isinstance(failure, UnavailableError | OverloadedError | DeadlineExceededError):
+                raise failure
+            # What came before a deadline says more than the deadline.
+            if raised is None or not isinstance(failure, DeadlineExceededError):
+                raised = failure
+            if time.monotonic() >= deadline:
                 raise raised
-            time.sleep(_PAUSE_S)
+            tried.add(to)
 
     def close(self) -> None:
         """Close the connections."""
-        self._closed = True
-        for channel in self._channels:
-            channel.close()
+        if self._directory is not None:
+            self._directory.close()
+        self._balancer.close()
 
 
 def remote_predict(
     address: str,
     records: Sequence[bytes] | Records,
     *,
+    name: str = "model",
     kind: Literal["example", "instance"] = "example",
     timeout_s: float = 5.0,
 ) -> Prediction:
     """Score serialized records at an entry; the connection is kept for the next call.
 
     Args:
-        address: host:port of an entry, or several with commas between.
+        address: The URL of a directory that lists entries, such as "zk://host:2181/serving"; or host:port of an entry,
+            or several with commas between.
         records: Serialized Examples or Instances, or `trilith.data` records, which know their kind.
-        kind: What they are.
+        name: Serving model under which a directory lists its entries.
+        kind: What the records are.
         timeout_s: Seconds until DeadlineExceededError.
     """
     with _KEPT_LOCK:
-        predictor = _KEPT.get(address)
+        predictor = _KEPT.get((address, name))
         if predictor is None:
-            predictor = _KEPT[address] = Predictor(address)
+            predictor = _KEPT[address, name] = Predictor(address, name=name)
     return predictor.predict(records, kind=kind, timeout_s=timeout_s)
 
 

@@ -174,6 +174,12 @@ class ModelStatusResponse(google.protobuf.message.Message):
     REQUESTS_FIELD_NUMBER: builtins.int
     FAILURES_FIELD_NUMBER: builtins.int
     LOAD_ERROR_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    UPTIME_SECONDS_FIELD_NUMBER: builtins.int
+    RECORDS_FIELD_NUMBER: builtins.int
+    REQUEST_SECONDS_FIELD_NUMBER: builtins.int
+    LATENCY_BOUNDS_FIELD_NUMBER: builtins.int
+    LATENCY_BUCKETS_FIELD_NUMBER: builtins.int
     model: builtins.str
     model_version: builtins.int
     model_step: builtins.int
@@ -190,12 +196,25 @@ class ModelStatusResponse(google.protobuf.message.Message):
     failures: builtins.int
     load_error: builtins.str
     """Why a newer export was not loaded; empty if there is none."""
+    incarnation: builtins.int
+    """Chosen at random when the entry started; numbers of another one do not go on from here."""
+    uptime_seconds: builtins.float
+    records: builtins.int
+    """Records scored."""
+    request_seconds: builtins.float
+    """How long requests took, queueing excluded: together, and how many of them up to each bound and beyond the last, so
+    that there is one bucket more.
+    """
     @property
     def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @property
     def replicas(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ReplicaStatus]: ...
+    @property
+    def latency_bounds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+    @property
+    def latency_buckets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     def __init__(
         self,
         *,
@@ -213,7 +232,13 @@ class ModelStatusResponse(google.protobuf.message.Message):
         requests: builtins.int = ...,
         failures: builtins.int = ...,
         load_error: builtins.str = ...,
+        incarnation: builtins.int = ...,
+        uptime_seconds: builtins.float = ...,
+        records: builtins.int = ...,
+        request_seconds: builtins.float = ...,
+        latency_bounds: collections.abc.Iterable[builtins.float] | None = ...,
+        latency_buckets: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint_time", b"checkpoint_time", "export_time", b"export_time", "failures", b"failures", "features", b"features", "load_error", b"load_error", "loaded_time", b"loaded_time", "mode", b"mode", "model", b"model", "model_step", b"model_step", "model_version", b"model_version", "outputs", b"outputs", "replicas", b"replicas", "requests", b"requests", "rows_as_of", b"rows_as_of"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint_time", b"checkpoint_time", "export_time", b"export_time", "failures", b"failures", "features", b"features", "incarnation", b"incarnation", "latency_bounds", b"latency_bounds", "latency_buckets", b"latency_buckets", "load_error", b"load_error", "loaded_time", b"loaded_time", "mode", b"mode", "model", b"model", "model_step", b"model_step", "model_version", b"model_version", "outputs", b"outputs", "records", b"records", "replicas", b"replicas", "request_seconds", b"request_seconds", "requests", b"requests", "rows_as_of", b"rows_as_of", "uptime_seconds", b"uptime_seconds"]) -> None: ...
 
 global___ModelStatusResponse = ModelStatusResponse

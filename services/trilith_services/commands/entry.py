@@ -17,10 +17,21 @@ def entry(
         list[str] | None,
         typer.Option(
             help="Where distributed exports look rows up: the URL of a directory, such as zk://host:2181/serving, or "
-            "SHARD=host:port, once per replica."
+            "SHARD=host:port, once per replica; left out: the directory of --discovery."
         ),
     ] = None,
-    name: Annotated[str, typer.Option(help="Serving model under which the directory lists replicas.")] = "model",
+    discovery: Annotated[
+        str | None,
+        typer.Option(help="Directory to announce the entry in, for clients and consoles: zk://host:2181/serving."),
+    ] = None,
+    advertise: Annotated[
+        str,
+        typer.Option(help="host:port to announce, port 0 for the one served on; left out: this machine's address."),
+    ] = "",
+    replica: Annotated[
+        int | None, typer.Option(help="This entry's number among the entries; left out: ZooKeeper gives one.", min=0)
+    ] = None,
+    name: Annotated[str, typer.Option(help="Serving model under which the directory lists processes.")] = "model",
     listen: Annotated[str, typer.Option(help="host:port for gRPC; port 0 takes a free one.")] = "0.0.0.0:7200",
     http: Annotated[str, typer.Option(help="host:port for JSON and metrics over HTTP; empty: none.")] = "0.0.0.0:7280",
     poll: Annotated[float, typer.Option(help="Seconds between two looks for a newer export.", min=0.05)] = 1.0,
@@ -38,10 +49,11 @@ def entry(
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
 ) -> None:
     """Score records with the newest export until SIGTERM; a newer export takes over without failing a request."""
+    from trilith.discovery.serving import ServingDirectory
     from trilith.ops.memory import tune_allocator
     from trilith_services.logs import setup_logging
     from trilith_services.serve import Limits
-    from trilith_services.serving.replica_lists import open_replica_list
+    from trilith_services.serving.replica_lists import ListedReplicas, ReplicaList, open_replica_list
     from trilith_services.serving.server import Entry, EntryOptions
     from trilith_services.sizes import parse_bytes
     from trilith_services.worker.run import use_threads
@@ -58,6 +70,12 @@ def entry(
         deadline_s=deadline,
         max_records=max_records,
         threads=threads or None,
+        replica=replica,
+        advertise=advertise,
     )
-    listed = open_replica_list(replicas, name) if replicas else None
-    raise typer.Exit(Entry(export, options, replicas=listed).run(listen))
+    directory = ServingDirectory(discovery, name) if discovery is not None else None
+    rows: ReplicaList | None = ListedReplicas(directory) if directory is not None else None
+    if replicas:
+        rows = open_replica_list(replicas, name)
+    listed = directory.entries() if directory is not None else None
+    raise typer.Exit(Entry(export, options, replicas=rows, listed=listed).run(listen))

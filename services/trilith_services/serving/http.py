@@ -99,7 +99,9 @@ def make_app(servicer: PredictionServicer, metrics: EntryMetrics) -> FastAPI:
         """Which model is served, and how fresh it is."""
         status = servicer.status()
         found = MessageToDict(status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-        for name in ("model_version", "model_step", "requests", "failures"):
+        for name in ("incarnation", "latency_bounds", "latency_buckets"):
+            del found[name]  # /metrics has what requests took
+        for name in ("model_version", "model_step", "requests", "failures", "records"):
             found[name] = int(found[name])  # protobuf's JSON has 64-bit numbers as text
         now = time.time()
         found["seconds_behind"] = {

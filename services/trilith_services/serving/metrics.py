@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -23,8 +25,12 @@ class EntryMetrics:
     def __init__(self) -> None:
         """Make an empty registry."""
         self.registry = CollectorRegistry()
-        self.requests = 0
-        self.failures = 0
+        self._requests = 0
+        self._failures = 0
+        self._scored = 0
+        self._request_seconds = 0.0
+        self._buckets = [0] * (len(_BUCKETS) + 1)
+        self._started = time.monotonic()
         self._lock = threading.Lock()
         self._seconds = Histogram(
             "trilith_serving_seconds", "Time to answer.", ["method"], buckets=_BUCKETS, registry=self.registry
@@ -42,12 +48,25 @@ class EntryMetrics:
         self._calls.labels(method, status).inc()
         if method.startswith("Predict"):
             with self._lock:
-                self.requests += 1
-                self.failures += status != "OK"
+                self._requests += 1
+                self._failures += status != "OK"
+                self._request_seconds += seconds
+                self._buckets[bisect_left(_BUCKETS, seconds)] += 1
 
     def scored(self, records: int) -> None:
         """So many records were."""
         self._records.inc(records)
+        with self._lock:
+            self._scored += records
+
+    def describe(self, status: serving_pb2.ModelStatusResponse) -> None:
+        """Put into `status` what requests added up to."""
+        status.uptime_seconds = time.monotonic() - self._started
+        status.latency_bounds.extend(_BUCKETS)
+        with self._lock:
+            status.requests, status.failures, status.records = self._requests, self._failures, self._scored
+            status.request_seconds = self._request_seconds
+            status.latency_buckets.extend(self._buckets)
 
     def refused(self) -> None:
         """A call was turned away."""

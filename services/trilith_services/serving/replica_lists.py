@@ -9,7 +9,7 @@ from trilith.discovery.addresses import check_address
 from trilith.discovery.serving import ServingDirectory
 from trilith.errors import InvalidRequestError
 
-__all__ = ["GivenReplicas", "ReplicaList", "open_replica_list"]
+__all__ = ["GivenReplicas", "ListedReplicas", "ReplicaList", "open_replica_list"]
 
 
 class ReplicaList(Protocol):
@@ -35,7 +35,7 @@ def open_replica_list(given: Sequence[str], name: str, *, timeout_s: float = 30.
         return GivenReplicas.parse(given)
     if len(given) > 1:
         raise InvalidRequestError("replicas are named by one URL, or each by SHARD=host:port, not by both")
-    return _Listed(ServingDirectory(urls[0], name, timeout_s=timeout_s))
+    return ListedReplicas(ServingDirectory(urls[0], name, timeout_s=timeout_s))
 
 
 class GivenReplicas:
@@ -65,10 +65,11 @@ class GivenReplicas:
         """See `ReplicaList`."""
 
 
-class _Listed:
+class ListedReplicas:
     """Replicas that a directory lists as serving."""
 
     def __init__(self, directory: ServingDirectory) -> None:
+        """Follow `directory`, and close it in the end."""
         self._directory = directory
 
     def watch(self, shard: int, changed: Callable[[Iterable[str]], None]) -> Callable[[], None]:

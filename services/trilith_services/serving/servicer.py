@@ -113,10 +113,11 @@ class PredictionServicer:
 
     def status(self) -> serving_pb2.ModelStatusResponse:
         """Say what is served."""
-        models, metrics = self._models, self._metrics
+        models = self._models
         status = serving_pb2.ModelStatusResponse(
-            requests=metrics.requests, failures=metrics.failures, load_error=models.load_error, rows_as_of=models.as_of
+            load_error=models.load_error, rows_as_of=models.as_of, incarnation=self._incarnation
         )
+        self._metrics.describe(status)
         current = models.current
         if current is not None:
             manifest, config = current.manifest, current.model.config
