@@ -13,7 +13,18 @@ _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class Partial(dict[str, Any]):
-    """A result of which only the keys that are expected are compared."""
+    """A result of which only the keys that are expected are compared.
+
+    Attributes:
+        order: The keys that a list stands for.
+    """
+
+    order: tuple[str, ...] = ()
+
+    def in_order(self, *keys: str) -> Partial:
+        """Itself, to be compared with a list of these too."""
+        self.order = keys
+        return self
 
 
 def plain(value: Any) -> Any:
@@ -23,7 +34,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Partial):
-        return Partial({key: plain(each) for key, each in value.items()})
+        return Partial({key: plain(each) for key, each in value.items()}).in_order(*value.order)
     if isinstance(value, dict):
         return {key: plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

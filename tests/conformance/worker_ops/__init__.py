@@ -49,6 +49,8 @@ def worker_vector_failures(vector: Mapping[str, Any]) -> list[str]:
 
 def _differs(got: Any, wanted: Any) -> str | None:
     """Compare as `mismatch` does, but whole numbers with whole numbers exactly: ids are too large for a tolerance."""
+    if isinstance(wanted, list) and isinstance(got, Partial) and got.order:
+        got = [got[key] for key in got.order]
     if isinstance(wanted, list) and isinstance(got, list) and len(got) == len(wanted):
         return next((wrong for pair in zip(got, wanted, strict=True) if (wrong := _differs(*pair))), None)
     if isinstance(wanted, dict) and isinstance(got, dict) and (isinstance(got, Partial) or got.keys() == wanted.keys()):

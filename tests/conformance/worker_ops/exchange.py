@@ -71,7 +71,8 @@ def sync_all_to_all(inputs: Json) -> Any:
                     name: np.asarray(floats(each), np.float32).reshape(-1, dims[name])
                     for name, each in inputs["grads"][rank].items()
                 }
-                tables.apply_gradients(grads, exchanged)
+                options = {name: inputs[name] for name in ("scale", "global_step") if name in inputs}
+                tables.apply_gradients(grads, exchanged, **options)
                 ranks.barrier.wait()
                 rows, _ = tables.lookup(reorder)
                 after[rank] = {name: rows[name] for name in asked}

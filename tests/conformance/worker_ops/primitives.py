@@ -37,7 +37,7 @@ def tensor(values: Any) -> np.ndarray:
 
 
 def split_by_indices(inputs: Json) -> Any:
-    values = inputs.get("input", inputs.get("tensor", inputs.get("values")))
+    (values,) = (each for name, each in inputs.items() if name not in ("indices", "num_splits"))
     return split.split_by_indices(inputs["indices"], tensor(values), inputs["num_splits"])
 
 
@@ -59,7 +59,7 @@ def ragged_split_by_indices(inputs: Json) -> Any:
 
 def reorder_by_indices(inputs: Json) -> Any:
     output, sizes = reorder.reorder_by_indices(inputs["input"], inputs["shard_ids"], inputs["num_of_shards"])
-    return {"output": output, "shard_sizes": sizes}
+    return Partial(output=output, shard_sizes=sizes).in_order("output", "shard_sizes")
 
 
 def fused_reorder_by_indices(inputs: Json) -> Any:
@@ -69,7 +69,7 @@ def fused_reorder_by_indices(inputs: Json) -> Any:
         inputs["dim_sizes"],
         rank0_empty=inputs.get("rank0_empty", True),
     )
-    return Partial(found._asdict(), fused_embedding_offsets=found.fused_emb_offset)
+    return Partial(found._asdict(), fused_embedding_offsets=found.fused_emb_offset).in_order(*found._fields)
 
 
 def unique_key_fill_finalize(inputs: Json) -> Any:
@@ -96,6 +96,8 @@ def unique_key_fill_finalize(inputs: Json) -> Any:
 
 def map_id_to_embedding(inputs: Json) -> Any:
     ids, rows = inputs["ids"], [numbers(each) for each in inputs["embeddings"]]
+    dim = max((each.shape[1] for each in rows if each.size), default=0)
+    rows = [each if each.size else each.reshape(0, dim) for each in rows]
     return embedding_map.map_id_to_embedding(ids, rows, inputs["input"])
 
 
@@ -109,7 +111,8 @@ def gather_embeddings_by_input(inputs: Json) -> Any:
     rows, mapping = embedding_map.gather_embeddings_by_input(
         inputs["ids"], numbers(inputs["embeddings"]), inputs["input"]
     )
-    return Partial(output=rows, outputs=rows, embeddings=rows, index_mapping=mapping)
+    found = Partial(output=rows, outputs=rows, embeddings=rows, index_mapping=mapping)
+    return found.in_order("output", "index_mapping")
 
 
 def gather_embeddings_by_input_gradient(inputs: Json) -> Any:
@@ -187,7 +190,7 @@ def pack_tensors(inputs: Json) -> Any:
     arrays = {key: tensor(each) for key, each in inputs.get("tensors", inputs.get("dict", {})).items()}
     flat, sizes = packing.pack_tensors(arrays)
     back = packing.unpack_tensors({key: each.shape for key, each in arrays.items()}, (flat, sizes))
-    return Partial(flat=flat, packed=flat, sizes=sizes, unpacked=back)
+    return Partial(flat=flat, packed=flat, sizes=sizes, unpacked=back).in_order("flat", "sizes")
 
 
 def pack_typed_keyed_tensors(inputs: Json) -> Any:
@@ -206,8 +209,11 @@ def static_reshape(inputs: Json) -> Any:
 
 
 def unique_first_occurrence(inputs: Json) -> Any:
-    values, indices = unique.unique_first_occurrence(inputs["fids"])
-    return {"unique": values, "indices": indices}
+    fids = inputs["fids"]
+    values, indices = unique.unique_first_occurrence(
+        np.array(fids, np.int64 if min(fids, default=0) < 0 else np.uint64)
+    )
+    return Partial(unique=values, indices=indices).in_order("unique", "indices")
 
 
 OPS = {

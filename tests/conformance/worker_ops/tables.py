@@ -11,6 +11,7 @@ from tests.conformance.compare import Partial
 from tests.conformance.configs import floats, optimizer_of, rate_of
 from tests.conformance.tables import fused_result, offsets_of
 from tests.conformance.worker_ops.layouts import configs_of
+from tests.conformance.worker_ops.primitives import ragged_of
 from trilith.client import Client
 from trilith.cluster import Cluster
 from trilith.config import ClientConfig
@@ -20,7 +21,7 @@ from trilith.ops.layout_config import PoolingType
 from trilith.tables import HashTableConfig, Sgd, Zeros
 from trilith.tables.config import Segment
 from trilith.tables.factories import create_merged_tables, create_partitioned_tables, create_tables
-from trilith.tables.merged import merge_configs
+from trilith.tables.merged import MergedTables, merge_configs
 from trilith.tables.partitioned import PartitionedFeature
 from trilith_proto.hash_table_pb2 import EmbeddingHashTableConfig, InitializerConfig, OptimizerConfig
 from trilith_services.ps.model import Model
@@ -86,7 +87,9 @@ class Scenario:
             make = self.model.multi_table if kind == "MultiHashTable" else self.model.multi_type_table
             self.tables: Any = make(configs)
         elif kind == "MergedMultiTypeHashTable":
-            self.tables = create_merged_tables(cluster(shards), configs)
+            # Without PS the inner tables take repeated ids one by one.
+            local = MergedTables(configs, Model().multi_type_table) if not shards else None
+            self.tables = local or create_merged_tables(cluster(shards), configs)
         else:
             float16 = inputs.get("transfer_float16")
             self.tables = create_tables(cluster(shards), configs, transfer_float16=float16)
@@ -128,6 +131,19 @@ class Scenario:
     def reinitialize(self, step: Json) -> Any:
         return self.tables.reinitialize(step["slot"], np.array(step["ids"], np.int64), request_time=0)
 
+    def get_table_dim_sizes(self, step: Json) -> Any:
+        return self.tables.dims
+
+    def raw_lookup(self, step: Json) -> Any:
+        return self.tables.raw_lookup(*_ragged(step["ids"]))
+
+    def raw_assign(self, step: Json) -> None:
+        self.tables.raw_assign(*_ragged(step["ids"]), floats(step["values"]))
+
+    def raw_apply_gradients(self, step: Json) -> None:
+        step_of = {"global_step": step.get("global_step", self.step), **_time(step)}
+        self.tables.raw_apply_gradients(*_ragged(step["ids"]), floats(step["grads"]), **step_of)
+
     def fused_lookup(self, step: Json) -> Any:
         found = fused_result(self.tables.fused_lookup(step["ids"], step["fused_slot_size"], step["num_of_shards"]))
         return {"recv_splits" if name == "splits" else name: value for name, value in found.items()}
@@ -146,6 +162,11 @@ class Scenario:
             num_of_shards=step["num_of_shards"],
             global_step=step.get("global_step", self.step),
         )
+
+
+def _ragged(given: Any) -> tuple[np.ndarray, np.ndarray]:
+    values, splits = ragged_of(given)
+    return np.array(values, np.int64), np.array(splits, np.int64)
 
 
 def _time(step: Json) -> dict[str, int]:
