@@ -23,6 +23,7 @@ from trilith.ops.jit import JIT_DISABLED, inlined
 __all__ = [
     "address_of",
     "copy_floats",
+    "copy_half_line",
     "copy_line",
     "load_f16",
     "load_f32",
@@ -237,7 +238,7 @@ def _copier(floats: int) -> Any:
     return copy
 
 
-copy_line, _copy8, _copy4 = _copier(16), _copier(8), _copier(4)
+copy_line, copy_half_line, _copy4 = _copier(16), _copier(8), _copier(4)
 
 
 @inlined
@@ -248,7 +249,7 @@ def copy_floats(target: int, source: int, count: int) -> None:
         copy_line(target + 4 * i, source + 4 * i)
         i += 16
     if i + 8 <= count:
-        _copy8(target + 4 * i, source + 4 * i)
+        copy_half_line(target + 4 * i, source + 4 * i)
         i += 8
     if i + 4 <= count:
         _copy4(target + 4 * i, source + 4 * i)

@@ -9,7 +9,7 @@ import numpy as np
 from trilith.ops.hashing import mix64
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import copy_floats, load_u8, load_u64, store_u8, store_u64
-from trilith_services.ps.kernels.index import GROUP, get
+from trilith_services.ps.kernels.index import READ_GROUP, get
 from trilith_services.ps.kernels.rows import DIM, READ_WORDS, SERVING, STRIDE, probe_group, read_row
 
 __all__ = ["drop_repeats", "gather_rows", "pack_ids", "unpack_ids"]
@@ -63,8 +63,8 @@ def gather_rows(
     size = 4 * get(plan, READ_WORDS)
     present = 0
     absent = 0
-    for first in range(0, n, GROUP):
-        count = min(GROUP, n - first)
+    for first in range(0, n, READ_GROUP):
+        count = min(READ_GROUP, n - first)
         probe_group(stripes, bits, ids + 8 * first, count, stride, size, work)
         for t in range(count):
             row = get(work, t)

@@ -35,7 +35,10 @@ SIZE = 6  # rows
 LIMIT = 7  # rows at which the index must grow before another is added
 COLUMNS = 8
 
-GROUP = 32  # ids whose memory is requested together: enough to fill the line-fill buffers
+# Ids whose memory is requested together: enough to fill the line-fill buffers. A read asks for less of each, and more
+# of them pay for the start of every group.
+GROUP = 32
+READ_GROUP = 64
 
 _ROW = np.uint64(0xFFFFFFFF)
 _TIME_SHIFT = np.uint64(32)

@@ -1,6 +1,6 @@
 """Kernels that read and write rows: lookup, apply, assign and their kin.
 
-Lookups walk a batch in its own order, writes one grouped by stripe, both in groups of `GROUP` ids and three passes:
+Lookups walk a batch in its own order, writes one grouped by stripe, both in groups of a few dozen ids and three passes:
 request the index lines; probe, and request the rows' lines; then do the work. Kernels that may add rows return the
 position in the batch where the index has to grow first, or -1 when done; the caller grows that stripe and calls again
 with `begin` at that position.
@@ -22,6 +22,8 @@ from trilith.ops.hashing import mix64, uniform01
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import (
     copy_floats,
+    copy_half_line,
+    copy_line,
     load_f16,
     load_f32,
     load_u32,
@@ -41,6 +43,7 @@ from trilith_services.ps.kernels.index import (
     INDEX,
     LIMIT,
     MASK,
+    READ_GROUP,
     SIZE,
     claim_row,
     find_slot,
@@ -88,8 +91,8 @@ _BATCH = "int64, int64, int64, int64"  # starts, hashes, grouped, positions
 
 
 def work_bytes(dim: int) -> int:
-    """Scratch memory that the kernels below need: GROUP row addresses, GROUP line addresses, then float32[dim]."""
-    return 16 * GROUP + 4 * dim
+    """Scratch memory that the kernels below need: `probe_group` has int64[3, READ_GROUP], then float32[dim]."""
+    return 24 * READ_GROUP + 4 * dim
 
 
 @inlined
@@ -114,8 +117,39 @@ def init_row(plan: int, row: Any, key: Any) -> Any:
 @inlined
 def prefetch_row(row: Any, size: Any) -> Any:
     """Request the lines of `size` bytes at `row`, up to eight; the hardware follows a longer stream by itself."""
-    for offset in range(0, min(size, 512), 64):
+    prefetch(row)
+    offset = np.int64(64)
+    while offset < size and offset < 512:
         prefetch(row + offset)
+        offset += 64
+
+
+@inlined
+def zero_floats(target: Any, count: Any) -> Any:
+    """Write `count` float32 zeros."""
+    for d in range(count):
+        store_f32(target, d, np.float32(0))
+
+
+@inlined
+def copy_rows(target: Any, rows: Any, count: Any, dim: Any) -> Any:
+    """Copy the weights of rows at int64[count] addresses, zeros for address 0; returns how many rows there were."""
+    found = 0
+    for t in range(count):
+        found += get(rows, t) != 0
+    if found == count and dim == 8:
+        for t in range(count):
+            copy_half_line(target + 32 * t, get(rows, t))
+    elif found == count and dim == 16:
+        for t in range(count):
+            copy_line(target + 64 * t, get(rows, t))
+    else:
+        for t in range(count):
+            if get(rows, t) != 0:
+                copy_floats(target + 4 * dim * t, get(rows, t), dim)
+            else:
+                zero_floats(target + 4 * dim * t, dim)
+    return found
 
 
 @inlined
@@ -161,13 +195,26 @@ def store_row(plan: int, segments: int, row: Any, source: Any) -> Any:
 
 
 @inlined
+def _request_row(stripes: Any, s: Any, word: Any, stride: Any, size: Any) -> Any:
+    """Address of the row that a slot's word names, with `size` bytes of it requested; 0 for an empty slot."""
+    number = row_number(word)
+    if number == 0:
+        return np.int64(0)
+    row = get(stripes, s * COLUMNS + ARENA) + (number - 1) * stride
+    prefetch_row(row, size)
+    return row
+
+
+@inlined
 def probe_group(stripes: Any, bits: Any, ids: Any, count: Any, stride: Any, size: Any, rows: Any) -> Any:
     """Find the rows of ids[:count] and request `size` bytes of each: rows[t] is an address, 0 if there is none.
 
     The batch is walked in its own order: grouping it by stripe would scatter the writes to the output, which costs more
-    than the stripes' locality wins (measured).
+    than the stripes' locality wins (measured). An id that its line has no room for (one of fourteen in a full index)
+    waits until the others are found: the line after it is on its way meanwhile.
     """
-    lines = rows + 8 * GROUP
+    lines = rows + 8 * READ_GROUP
+    spilled = rows + 16 * READ_GROUP
     for t in range(count):
         value = mix64(load_u64(ids, t))
         s = stripe_of(value, bits)
@@ -175,20 +222,23 @@ def probe_group(stripes: Any, bits: Any, ids: Any, count: Any, stride: Any, size
         prefetch(line)
         put(lines, t, line)
         put(rows, t, s)
+    waiting = 0
     for t in range(count):
+        line = get(lines, t)
+        slot = probe_line(line, load_u64(ids, t))
+        if slot >= 0:
+            put(rows, t, _request_row(stripes, get(rows, t), load_u64(line, 2 * slot + 1), stride, size))
+        else:
+            prefetch(line + 64)
+            put(spilled, waiting, t)
+            waiting += 1
+    for w in range(waiting):
+        t = get(spilled, w)
         s = get(rows, t)
         key = load_u64(ids, t)
-        line = get(lines, t)
-        slot = probe_line(line, key)
-        if slot < 0:  # a full line without it
-            line = get(stripes, s * COLUMNS + INDEX)
-            slot = find_slot(line, get(stripes, s * COLUMNS + MASK), key, mix64(key))
-        number = row_number(load_u64(line, 2 * slot + 1))
-        row = np.int64(0)
-        if number != 0:
-            row = get(stripes, s * COLUMNS + ARENA) + (number - 1) * stride
-            prefetch_row(row, size)
-        put(rows, t, row)
+        index = get(stripes, s * COLUMNS + INDEX)
+        slot = find_slot(index, get(stripes, s * COLUMNS + MASK), key, mix64(key))
+        put(rows, t, _request_row(stripes, s, load_u64(index, 2 * slot + 1), stride, size))
 
 
 @kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
@@ -213,21 +263,21 @@ def lookup_rows(stripes: int, bits: int, ids: int, n: int, plan: int, segments: 
     coded = get(plan, CODED) != 0
     size = 4 * get(plan, READ_WORDS)
     hits = 0
-    for first in range(0, n, GROUP):
-        count = min(GROUP, n - first)
+    for first in range(0, n, READ_GROUP):
+        count = min(READ_GROUP, n - first)
         probe_group(stripes, bits, ids + 8 * first, count, stride, size, work)
-        for t in range(count):
-            row = get(work, t)
-            target = out + 4 * dim * (first + t)
-            if row == 0:
-                for d in range(dim):
-                    store_f32(target, d, np.float32(0))
-            else:
-                hits += 1
-                if coded:
-                    read_row(plan, segments, row, target)
+        target = out + 4 * dim * first
+        # Loops of their own, so that the plain ones have all registers and no branch for each row.
+        if coded:
+            for t in range(count):
+                row = get(work, t)
+                if row != 0:
+                    hits += 1
+                    read_row(plan, segments, row, target + 4 * dim * t)
                 else:
-                    copy_floats(target, row, dim)
+                    zero_floats(target + 4 * dim * t, dim)
+        else:
+            hits += copy_rows(target, work, count, dim)
     return hits
 
 
@@ -250,11 +300,11 @@ def lookup_rows_half(stripes: int, bits: int, ids: int, n: int, plan: int, segme
     """
     dim = get(plan, DIM)
     stride = get(plan, STRIDE)
-    scratch = work + 16 * GROUP
+    scratch = work + 24 * READ_GROUP
     size = 4 * get(plan, READ_WORDS)
     hits = 0
-    for first in range(0, n, GROUP):
-        count = min(GROUP, n - first)
+    for first in range(0, n, READ_GROUP):
+        count = min(READ_GROUP, n - first)
         probe_group(stripes, bits, ids + 8 * first, count, stride, size, work)
         for t in range(count):
             row = get(work, t)
@@ -316,7 +366,7 @@ def write_rows(
     """
     dim = get(plan, DIM)
     stride = get(plan, STRIDE)
-    scratch = work + 16 * GROUP
+    scratch = work + 24 * READ_GROUP
     for s in range(first, last):
         for j in range(max(get(starts, s), begin), get(starts, s + 1)):
             index = get(stripes, s * COLUMNS + INDEX)
@@ -487,7 +537,7 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
         Returns:
             -1, or the position before which the stripe has to grow.
         """
-        scratch = work + 16 * GROUP
+        scratch = work + 24 * READ_GROUP
         stride = get(plan, STRIDE)
         size = 4 * get(plan, WORDS)
         dim = get(plan, DIM)
