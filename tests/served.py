@@ -1,7 +1,8 @@
-"""A small trained model as a checkpoint, and what it scores: what tests of exports and serving begin with."""
+"""A small trained model as a checkpoint, what it scores, and load on those who serve it."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,15 +10,18 @@ import numpy as np
 import torch
 
 import trilith
+from tests.zookeeper import eventually
 from trilith.data.click_files import click_records
 from trilith.data.clicks import ClickData
 from trilith.data.records import Records
 from trilith.data.synthetic import make_clicks
 from trilith.nn import ClickModel, DenseOnPs
+from trilith.prediction import Prediction, Predictor
 from trilith_services.exporting import Exporter, reference_exporter
 from trilith_services.worker.models import TABLE, ModelSettings
 from trilith_services.worker.trainer import save_checkpoint
 
+PACE_S = 0.005  # without it, processes that start beside the load would be starved by it
 SETTINGS = ModelSettings(name="deepfm", dim=4, hidden=(8,), epochs=1)
 
 
@@ -60,3 +64,38 @@ def train(client: trilith.Client, directory: Path, samples: int = 64) -> Trained
     rows = np.random.default_rng(0).normal(0, 0.3, (ids.size, model.head.row_dim)).astype(np.float32)
     client.assign({TABLE: (ids, rows)})
     return Trained(client, model, data, directory)
+
+
+class Load:
+    """Threads that ask for scores again and again, and keep what they were told."""
+
+    def __init__(self, address: str, records: list[bytes], *, name: str = "model", threads: int = 2) -> None:
+        self.answers: list[Prediction] = []
+        self.errors: list[Exception] = []
+        self._stop = threading.Event()
+        self.predictor = Predictor(address, name=name, timeout_s=10.0)
+        self._threads = [threading.Thread(target=self._run, args=(records,)) for _ in range(threads)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self.predictor.close()
+
+    def _run(self, records: list[bytes]) -> None:
+        while not self._stop.wait(PACE_S):
+            try:
+                self.answers.append(self.predictor.predict(records))
+            except Exception as error:  # noqa: BLE001 - the test looks at it
+                self.errors.append(error)
+                return
+
+    def more(self, count: int = 30) -> None:
+        """Wait until so many more requests were answered."""
+        before = len(self.answers)
+        eventually(lambda: self.errors or len(self.answers) >= before + count, timeout_s=60.0)

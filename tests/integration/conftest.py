@@ -1,13 +1,15 @@
-"""A ZooKeeper server for the tests that need one."""
+"""A ZooKeeper server and `trilith` processes for the tests that need them."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests import zookeeper
+from tests.programs import Processes
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +35,11 @@ def cleanup() -> Iterator[Callable[..., None]]:
     yield calls.append
     for call in reversed(calls):
         call()
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    """Servers of `trilith`, ended with the test."""
+    made = Processes(tmp_path)
+    yield made
+    made.close()

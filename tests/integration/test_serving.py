@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import signal
-import subprocess
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,98 +17,22 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import trilith
-from tests.served import Trained, train
+from tests.served import Load, Trained, train
 from tests.zookeeper import eventually
 from trilith.errors import DataError, InvalidRequestError, UnavailableError
 from trilith.exports import ps_base
 from trilith.prediction import Predictor, remote_predict
-from trilith_services.supervisor import free_ports, is_serving, trilith_argv
+from trilith_services.supervisor import free_ports
 
 pytestmark = pytest.mark.timeout(300)
 
 CLOSE = 1e-3  # rows are compressed to float16
 
 
-class Processes:
-    """`trilith` processes by name."""
-
-    def __init__(self, logs: Path) -> None:
-        self._logs = logs
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
-
-    def start(self, name: str, *arguments: str) -> str:
-        """Start it; returns its address at once."""
-        address = f"127.0.0.1:{free_ports(1)[0]}"
-        with (self._logs / f"{name}.log").open("ab") as log:
-            argv = trilith_argv(*arguments, "--listen", address, "--threads", "1")
-            self.running[name] = subprocess.Popen(argv, stdout=log, stderr=log)
-
-        return address
-
-    def wait(self, name: str, address: str) -> None:
-        def serving() -> bool:
-            assert self.running[name].poll() is None, (self._logs / f"{name}.log").read_text()
-            return is_serving(address)
-
-        eventually(serving, timeout_s=120.0)
-
-    def end(self, name: str, number: int = signal.SIGTERM) -> int:
-        process = self.running.pop(name)
-        process.send_signal(number)
-        return process.wait(30)
-
-    def close(self) -> None:
-        for name in list(self.running):
-            self.end(name, signal.SIGKILL)
-
-
-@pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Processes]:
-    made = Processes(tmp_path)
-    yield made
-    made.close()
-
-
 @pytest.fixture
 def trained(tmp_path: Path) -> Iterator[Trained]:
     with trilith.connect("local://") as client:
         yield train(client, tmp_path / "model")
-
-
-class Load:
-    """Threads that ask for scores without a pause, and keep what they were told."""
-
-    def __init__(self, address: str, records: list[bytes], threads: int = 2) -> None:
-        self.answers: list[tuple[int, np.ndarray]] = []
-        self.errors: list[Exception] = []
-        self._stop = threading.Event()
-        self._predictor = Predictor(address, timeout_s=10.0)
-        self._threads = [threading.Thread(target=self._run, args=(records,)) for _ in range(threads)]
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-        self._predictor.close()
-
-    def _run(self, records: list[bytes]) -> None:
-        while not self._stop.is_set():
-            try:
-                found = self._predictor.predict(records)
-            except Exception as error:  # noqa: BLE001 - the test looks at it
-                self.errors.append(error)
-                return
-            self.answers.append((found.model_version, found.scores))
-
-    def more(self, count: int = 30) -> None:
-        """Wait until so many more requests were answered."""
-        before = len(self.answers)
-        eventually(lambda: self.errors or len(self.answers) >= before + count, timeout_s=60.0)
 
 
 def get(url: str, body: object = None) -> tuple[int, dict]:
@@ -131,7 +53,7 @@ def test_a_standalone_export_is_served_and_a_newer_one_takes_over_without_a_fail
     old = trained.scores()
     http = f"127.0.0.1:{free_ports(1)[0]}"
     address = processes.start("entry", "serving", "entry", "--export", base, "--http", http, "--poll", "0.1")
-    processes.wait("entry", address)
+    processes.wait("entry")
     records = trained.records.payloads()
 
     found = remote_predict(address, trained.records)
@@ -150,15 +72,15 @@ def test_a_standalone_export_is_served_and_a_newer_one_takes_over_without_a_fail
         load.more()
         trained.shift(1.0)
         second = exporter.export(trained.save(), base, mode="standalone")
-        eventually(lambda: load.errors or load.answers[-1][0] == second.version, timeout_s=60.0)
+        eventually(lambda: load.errors or load.answers[-1].model_version == second.version, timeout_s=60.0)
         load.more()
     assert load.errors == []
     new = trained.scores()
     assert np.abs(new - old).max() > 100 * CLOSE
     wants = {first.version: old, second.version: new}
-    for version, scores in load.answers:
-        np.testing.assert_allclose(scores, wants[version], atol=CLOSE)
-    assert processes.end("entry") == 0
+    for found in load.answers:
+        np.testing.assert_allclose(found.scores, wants[found.model_version], atol=CLOSE)
+    assert processes.end("entry", signal.SIGTERM) == 0
 
 
 def _check_http(url: str, trained: Trained, scores: np.ndarray) -> None:
@@ -198,24 +120,22 @@ def test_requests_go_on_when_a_replica_is_killed_or_hangs_and_it_is_used_again_w
     done = trained.exporter().export(trained.save(), base)
     rows = f"{ps_base(base, 0)}/{done.version}/rows"
     addresses = [processes.start(f"replica-{i}", "serving", "ps", "--replica", str(i), "--rows", rows) for i in (0, 1)]
-    for i, address in enumerate(addresses):
-        processes.wait(f"replica-{i}", address)
+    processes.wait("replica-0", "replica-1")
     entry = processes.start(
         "entry",
         *("serving", "entry", "--export", base, "--http", "", "--deadline", "2"),
         *(part for address in addresses for part in ("--replicas", f"0={address}")),
     )
-    processes.wait("entry", entry)
+    processes.wait("entry")
     predictor = Predictor(entry)
     try:
         with Load(entry, trained.records.payloads()) as load:
             load.more()
-            processes.running["replica-1"].send_signal(signal.SIGKILL)
+            processes.end("replica-1")
             load.more()
             eventually(lambda: [each.healthy for each in predictor.status().replicas] == [True, False], timeout_s=10.0)
             assert addresses[1] in predictor.status().replicas[1].error
-            processes.end("replica-1")
-            _restart(processes, "replica-1", addresses[1], rows)
+            processes.start("replica-1")
             eventually(lambda: [each.healthy for each in predictor.status().replicas] == [True, True], timeout_s=60.0)
             load.more()
             processes.running["replica-0"].send_signal(signal.SIGSTOP)  # it does not even refuse
@@ -228,18 +148,13 @@ def test_requests_go_on_when_a_replica_is_killed_or_hangs_and_it_is_used_again_w
             load.more()
             assert predictor.status().replicas[0].lookups > before, "both are asked again"
         assert load.errors == []
-        for _, scores in load.answers:
-            np.testing.assert_allclose(scores, trained.scores(), atol=CLOSE)
+        for found in load.answers:
+            np.testing.assert_allclose(found.scores, trained.scores(), atol=CLOSE)
         for name in ("replica-0", "replica-1"):
-            processes.end(name, signal.SIGKILL)
+            processes.end(name)
         started = time.monotonic()
         with pytest.raises(UnavailableError, match="no replica of shard 0 of 1"):
             predictor.predict(trained.records, timeout_s=4.0)
         assert time.monotonic() - started < 10.0
     finally:
         predictor.close()
-
-
-def _restart(processes: Processes, name: str, address: str, rows: str) -> None:
-    argv = trilith_argv("serving", "ps", "--replica", "1", "--rows", rows, "--listen", address, "--threads", "1")
-    processes.running[name] = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 
 import trilith
 from tests import zookeeper
+from tests.programs import PATIENCE_S, Processes
 from tests.zookeeper import eventually
 from trilith.client import Client
 from trilith.config import ClientConfig
@@ -23,7 +22,7 @@ from trilith.shard import IdPart
 from trilith.tables import FixedR8, Fp16, RandomUniform, Sgd, table_config
 from trilith_services.ps.replica import serving_config
 from trilith_services.ps.table import Table
-from trilith_services.supervisor import free_ports, is_serving, trilith_argv
+from trilith_services.supervisor import free_ports
 
 DIM = 4
 TABLES = {
@@ -32,53 +31,8 @@ TABLES = {
 }
 COMMON = {"optimizer": Sgd(learning_rate=0.01), "initializer": RandomUniform(-1, 1)}
 IDS = np.arange(20_000, dtype=np.uint64)
-PATIENCE_S = 120.0
 
 pytestmark = pytest.mark.timeout(300)
-
-
-class Processes:
-    """`trilith` processes by name; each has a port of its own for good."""
-
-    def __init__(self, logs: Path) -> None:
-        self._logs = logs
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self.ports: dict[str, int] = {}
-
-    def start(self, name: str, *arguments: str) -> str:
-        """Start it; returns its address at once."""
-        port = self.ports.setdefault(name, free_ports(1)[0])
-        with (self._logs / f"{name}.log").open("ab") as log:
-            self._running[name] = subprocess.Popen(
-                trilith_argv(*arguments, "--listen", f"127.0.0.1:{port}", "--threads", "1"), stdout=log, stderr=log
-            )
-        return f"127.0.0.1:{port}"
-
-    def wait(self, name: str) -> None:
-        """Wait until it serves."""
-
-        def serving() -> bool:
-            log = (self._logs / f"{name}.log").read_text()
-            assert self._running[name].poll() is None, log
-            return is_serving(f"127.0.0.1:{self.ports[name]}")
-
-        eventually(serving, timeout_s=PATIENCE_S)
-
-    def end(self, name: str, number: int = signal.SIGKILL) -> int:
-        process = self._running.pop(name)
-        process.send_signal(number)
-        return process.wait(60)
-
-    def close(self) -> None:
-        for name in list(self._running):
-            self.end(name)
-
-
-@pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Processes]:
-    made = Processes(tmp_path)
-    yield made
-    made.close()
 
 
 class Training:

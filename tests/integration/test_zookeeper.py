@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 from kazoo.client import KazooClient
+from kazoo.exceptions import ConnectionLoss
 
 from tests import zookeeper
 from tests.zookeeper import eventually
 from trilith.discovery import PS, WORKER
 from trilith.discovery.record import ClusterRecord
 from trilith.discovery.replicas import ModelState, Replica, ReplicaMeta, Replicas
+from trilith.discovery.serving import ServingDirectory
 from trilith.discovery.zk_directory import ZooKeeperDirectory
 from trilith.discovery.zk_url import ZkUrl
 from trilith.errors import (
@@ -91,6 +93,7 @@ def test_a_spectator_whose_session_was_lost_goes_on_watching(open_directory):
 
 PROGRAM = """
 import sys, time
+from trilith.discovery.serving import ServingDirectory
 from trilith.discovery.zk_directory import ZooKeeperDirectory
 directory = ZooKeeperDirectory(sys.argv[1])
 for role in ("ps", "worker"):
@@ -412,3 +415,51 @@ def test_replicas_are_seen_with_their_state_wherever_they_are(open_directory, ad
     eventually(lambda: seen() == {("ps:1", None): 30, ("entry:0", None): 0})
     one.close()
     eventually(lambda: heard[-1] == [])
+
+
+def test_entries_are_numbered_by_zookeeper_and_keep_their_numbers(zk_url, admin, cleanup):
+    root = ZkUrl.parse(zk_url).root
+    above = f"{root}/service/clicks/entry:0"
+    lists = [ServingDirectory(zk_url, "clicks", timeout_s=20.0) for _ in range(2)]
+    for each in lists:
+        cleanup(each.close)
+    one, two = (each.entries() for each in lists)
+    first, second = one.announce(None, A, available=False), two.announce(None, B, available=True)
+    assert second == first + 1
+    assert sorted(admin.get_children(above)) == [f"{number:011}" for number in (first, second)]
+    heard = []
+    one.watch(heard.append)
+    assert heard == [{str(second): B}]  # the other is not to be asked yet
+    assert one.announce(first, A, available=True) == first
+    eventually(lambda: heard[-1] == {str(first): A, str(second): B})
+    body = ReplicaMeta.from_json(admin.get(f"{above}/{first:011}")[0])
+    assert (body.address, body.stat, body.replica, body.server_type) == (A, ModelState.AVAILABLE, first, "entry")
+
+    expire(lists[1]._directory)
+    eventually(lambda: heard[-1] == {str(first): A})
+    eventually(lambda: heard[-1] == {str(first): A, str(second): B})  # under its old number
+    two.withdraw(second, B)
+    third = two.announce(None, B, available=True)
+    assert third > second  # nobody gets a number that another had
+    one.withdraw(first, A)
+    eventually(lambda: heard[-1] == {str(third): B})
+
+
+def test_an_entry_whose_node_was_made_though_the_answer_was_lost_does_not_get_a_second_one(zk_url, admin, cleanup):
+    directory = ZooKeeperDirectory(zk_url, timeout_s=20.0)
+    cleanup(directory.close)
+    client = directory.zookeeper._client
+    create, lost = client.create, []
+
+    def loses_the_first_answer(path: str, body: bytes, **how) -> str:
+        made = create(path, body, **how)
+        if not lost:
+            lost.append(made)
+            raise ConnectionLoss
+        return made
+
+    client.create = loses_the_first_answer
+    held = directory.zookeeper.hold_next(f"{directory.root}/n", b"x")
+    assert [held] == lost
+    assert directory.zookeeper.hold_next(f"{directory.root}/n", b"x") != held
+    assert len([name for name in admin.get_children(directory.root) if name.startswith("n")]) == 2

@@ -1,0 +1,146 @@
+"""Entries in ZooKeeper, as processes beside training: two shards with two replicas each, two entries, all mortal."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import trilith
+from tests.programs import PATIENCE_S, Processes
+from tests.served import SETTINGS, Load, Trained, train
+from tests.zookeeper import eventually
+from trilith.discovery.replicas import ModelState, ReplicaMeta
+from trilith.discovery.zk_url import ZkUrl
+from trilith.discovery.zookeeper import ZooKeeper
+from trilith.errors import UnavailableError
+from trilith.prediction import Predictor
+from trilith_proto import hash_table_pb2
+from trilith_services.ps.replica import serving_config
+from trilith_services.ps.table import Table
+from trilith_services.worker.models import TABLE
+
+pytestmark = pytest.mark.timeout(300)
+
+ENTRIES = ("one", "two")
+REPLICAS = ("replica-0-0", "replica-0-1", "replica-1-0", "replica-1-1")
+
+
+def scores_by_hand(trained: Trained) -> np.ndarray:
+    """What the model gives for the rows of the training PS, compressed as their table's config says."""
+    vocabulary = trained.data.vocabulary()
+    ids = np.concatenate(list(vocabulary.values()))
+    entries = trained.client.lookup_entries(TABLE, ids)
+    rows = np.array([hash_table_pb2.EntryDump.FromString(each).num for each in entries], np.float32)
+    (config,) = (each for each in trained.client.describe()[0].tables if each.name == TABLE)
+    served = Table(serving_config(config))
+    served.assign(ids, rows)
+    local = SETTINGS.locally(vocabulary, seed=0, sparse=False)
+    local.embeddings.set_rows(served.lookup(ids))
+    local.head.load_state_dict(trained.model.head.state_dict())
+    return local.predict(local.embeddings.encode(trained.data))
+
+
+def start_all(processes: Processes, training: str, serving: str, exports: str) -> None:
+    """Training PS, replicas that they fill, and entries that have nothing to serve yet."""
+    listed = ("--discovery", serving, "--name", "clicks")
+    for index in ("0", "1"):
+        shard = ("--index", index, "--count", "2")
+        sync = ("--sync-to", serving, "--sync-name", "clicks", "--sync-every", "0.1")
+        processes.start(f"ps-{index}", "ps", *shard, "--discovery", training, *sync)
+        for replica in ("0", "1"):
+            processes.start(f"replica-{index}-{replica}", "serving", "ps", *shard, "--replica", replica, *listed)
+    for name in ENTRIES:
+        # Where others starve this machine, half a second is no reason to give a request up.
+        quick = ("--http", "", "--poll", "0.1", "--deadline", "5")
+        processes.start(name, "serving", "entry", "--export", exports, *listed, *quick)
+
+
+def states(zookeeper: ZooKeeper) -> list[int]:
+    """What the entries' nodes say."""
+    return [meta.stat for meta in metas(zookeeper).values()]
+
+
+def metas(zookeeper: ZooKeeper) -> dict[str, ReplicaMeta]:
+    """The entries' nodes by name."""
+    above = f"{zookeeper.url.root}/service/clicks/entry:0"
+    bodies = {name: zookeeper.read(f"{above}/{name}") for name in zookeeper.children(above)}
+    return {name: ReplicaMeta.from_json(body) for name, body in bodies.items() if body}
+
+
+def fresh(predictor: Predictor, records: list[bytes], *, since: float) -> None:
+    """Wait until all that was acknowledged by then is at every replica."""
+    eventually(lambda: predictor.predict(records[:1]).rows_as_of > since, timeout_s=PATIENCE_S)
+
+
+@pytest.mark.slow
+def test_whoever_dies_no_request_fails_and_scores_are_those_of_the_compressed_training_rows(
+    processes: Processes, zk_url: str, tmp_path: Path, cleanup: Callable[..., None]
+) -> None:
+    exports, serving = str(tmp_path / "exports"), zk_url.replace("?", "/serving?")
+    zookeeper = ZooKeeper(ZkUrl.parse(serving))
+    cleanup(zookeeper.close)
+    start_all(processes, zk_url, serving, exports)
+    with (
+        trilith.connect(zk_url, timeout_s=PATIENCE_S) as client,
+        Predictor(serving, name="clicks", timeout_s=20.0) as predictor,
+    ):
+        trained = train(client, tmp_path / "model")
+        exporter, records = trained.exporter(), trained.records.payloads()
+        saved = trained.save()
+        processes.wait(*REPLICAS)
+        eventually(lambda: states(zookeeper) == [ModelState.LOADING] * 2, timeout_s=PATIENCE_S)
+        with pytest.raises(UnavailableError, match="lists no entry of serving model 'clicks'"):
+            predictor.predict(records, timeout_s=0.1)
+        first = exporter.export(saved, exports)
+        processes.wait(*ENTRIES)
+        assert states(zookeeper) == [ModelState.AVAILABLE] * 2
+        for name, meta in metas(zookeeper).items():
+            assert (len(name), int(name), meta.server_type, meta.task) == (11, meta.replica, "entry", 0)
+
+        wants = {first.version: scores_by_hand(trained)}
+        fresh(predictor, records, since=time.time())
+        found = predictor.predict(records)
+        assert found.model_version == first.version
+        np.testing.assert_allclose(found.scores, wants[first.version], atol=1e-6)
+        status = predictor.status()
+        assert (status.model, status.mode, status.model_version) == ("deepfm", "distributed", first.version)
+        assert {(each.shard, each.address) for each in status.replicas if each.healthy} == {
+            (int(name[8]), f"127.0.0.1:{processes.ports[name]}") for name in REPLICAS
+        }
+
+        with Load(serving, records, name="clicks") as load:
+            load.more()
+            for name in ("replica-0-1", "replica-1-0"):
+                processes.end(name)
+                load.more()
+            trained.shift(1.0)
+            second = exporter.export(trained.save(), exports)
+            wants[second.version] = scores_by_hand(trained)
+            eventually(lambda: load.errors or load.answers[-1].model_version == second.version, timeout_s=60.0)
+            for name in ("replica-0-1", "replica-1-0"):
+                processes.start(name)
+            processes.wait("replica-0-1", "replica-1-0")
+            processes.end("one")
+            load.more()
+            eventually(lambda: [each.healthy for each in predictor.status().replicas] == [True] * 4)
+            load.more()
+        assert load.errors == []
+        assert {each.model_version for each in load.answers} == set(wants)
+        for each in load.answers:
+            np.testing.assert_allclose(each.scores, wants[each.model_version], atol=1e-6)
+
+        ids = np.concatenate(list(trained.data.vocabulary().values()))
+        client.assign_add({TABLE: (ids, np.full((ids.size, 5), 0.125, np.float32))})
+        fresh(predictor, records, since=time.time())
+        after = predictor.predict(records)  # what training has learnt since, without another export
+        np.testing.assert_allclose(after.scores, scores_by_hand(trained), atol=1e-6)
+        assert np.abs(after.scores - wants[second.version]).max() > 1e-3
+        assert after.model_version == second.version
+
+        assert processes.end("two", signal.SIGTERM) == 0
+        assert states(zookeeper) == []  # the one took its node with it, the other's session has ended
