@@ -29,14 +29,18 @@ from schemathesis.specs.openapi.checks import (
 import trilith
 from tests.browser import Page, open_browser
 from tests.consoles import Console, open_console
+from tests.served import train
 from trilith.discovery.replicas import ModelState, ReplicaMeta, Replicas
+from trilith.discovery.serving import ServingDirectory
 from trilith.discovery.zk_directory import ZooKeeperDirectory
+from trilith.prediction import Predictor
 from trilith.tables import Adagrad, RandomUniform, Sgd
 from trilith_services.ps.replica import Replica
 from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
 from trilith_services.ps.server import ParameterServer, PsOptions
 from trilith_services.ps.store import Store
 from trilith_services.ps.sync.target import SyncOptions
+from trilith_services.serving.server import Entry, EntryOptions
 from trilith_services.supervisor import trilith_argv
 
 EXAMPLES = 6  # of each route
@@ -64,6 +68,16 @@ def cluster() -> Iterator[str]:
     for server in servers:
         server.stop()
     replica.stop()
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with one standalone export."""
+    folder = tmp_path_factory.mktemp("exports")
+    with trilith.connect("local://") as client:
+        trained = train(client, folder / "model")
+        trained.exporter().export(trained.save(), str(folder / "exports"), mode="standalone")
+    return str(folder / "exports")
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +186,40 @@ def test_the_page_follows_the_cluster_by_itself(page, console, cluster) -> None:
         page.until("document.querySelector('[data-table=genre] summary').innerText.includes('rows\\n2')")
         client.table("genre").erase([5])
     page.until("document.querySelector('[data-table=genre] summary').innerText.includes('rows\\n1')")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_entries_are_shown_with_their_model_and_how_fresh_it_is(page, cluster, exports, tmp_path, width, dark) -> None:
+    url = f"hosts://{tmp_path}/serving"
+    entry = Entry(exports, EntryOptions(replica=3), listed=ServingDirectory(url, "clicks").entries())
+    port = entry.start()
+    page.complaints.clear()
+    page.show(width=width, dark=dark)
+    try:
+        with open_console(cluster, serving=url, model="clicks") as console, Predictor(url, name="clicks") as predictor:
+            page.open(console.url)
+            is_live(page)
+            version = predictor.predict([b""] * 5).model_version
+
+            def counted(look) -> bool:
+                predictor.predict([b""] * 5)
+                return look["entries"] and look["entries"][0]["requests_per_s"] > 0 and look["entries"][0]["p99_ms"]
+
+            (shown,) = console.until(counted)["entries"]
+            assert (shown["name"], shown["address"], shown["alive"]) == ("entry 3", f"127.0.0.1:{port}", True)
+            assert (shown["model"], shown["mode"], shown["model_version"]) == ("deepfm", "standalone", version)
+            assert shown["records_per_s"] > shown["requests_per_s"]
+            assert (
+                time.time() - 600 < shown["rows_as_of_unix_s"] <= shown["checkpoint_unix_s"] <= shown["loaded_unix_s"]
+            )
+            page.until(f"document.querySelector('#entries tbody').innerText.includes('deepfm {version}')")
+            assert fits(page)
+            page.screenshot(tmp_path / "page.png")
+            entry.stop()
+            page.until("document.querySelector('#entries-section').hidden")
+    finally:
+        entry.stop()
+    assert page.complaints == []
 
 
 def test_the_page_says_what_does_not_answer(page, tmp_path) -> None:

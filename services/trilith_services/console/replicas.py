@@ -36,7 +36,7 @@ class Listed:
 
 
 class ServingList:
-    """Follows nodes of a serving model in ZooKeeper, or the roles `<model>-ps-<shard>` of another directory."""
+    """Follows nodes of a serving model in ZooKeeper, or roles such as `<model>-ps-<shard>` of another directory."""
 
     def __init__(self, url: str, model: str, *, timeout_s: float) -> None:
         """Open the directory at `url`."""
@@ -78,10 +78,14 @@ class ServingList:
         if self._watches:
             with self._lock:
                 return list(self._nodes)
-        return [
+        replicas = [
             Listed(server_type="ps", shard=shard, name=f"replica-{number}", address=address, state="listed")
             for shard in range(shards)
             for number, address in self._directory.query(f"{self._model}-ps-{shard}").items()
+        ]
+        return replicas + [
+            Listed(server_type="entry", shard=0, name=f"{number}", address=address, state="listed")
+            for number, address in self._directory.query(f"{self._model}-entry-0").items()
         ]
 
     def close(self) -> None:

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
 
-from trilith_proto import ps_pb2
+from trilith_proto import ps_pb2, serving_pb2
 from trilith_services.console.replicas import Listed
-from trilith_services.console.schema import Latency, Replica, Shard, TableState, Totals
+from trilith_services.console.schema import EntryServer, Latency, Replica, Shard, TableState, Totals
 
-__all__ = ["Sample", "add_up", "quantile", "replica_state", "shard_state", "table_states"]
+__all__ = [
+    "EntrySample",
+    "PsSample",
+    "Sample",
+    "add_up",
+    "entry_state",
+    "quantile",
+    "replica_state",
+    "shard_state",
+    "table_states",
+]
+
+
+_S = TypeVar("_S", ps_pb2.StatsResponse, serving_pb2.ModelStatusResponse)
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(Generic[_S]):
     """What a process said at some moment, and what it had said at the look before.
 
     Attributes:
@@ -23,10 +37,10 @@ class Sample:
     """
 
     at: float
-    stats: ps_pb2.StatsResponse
-    before: Sample | None = None
+    stats: _S
+    before: Sample[_S] | None = None
 
-    def after(self, earlier: Sample | None) -> Sample:
+    def after(self, earlier: Sample[_S] | None) -> Sample[_S]:
         """This sample, counted from `earlier`, if that was the same process."""
         same = earlier is not None and earlier.stats.incarnation == self.stats.incarnation
         return Sample(self.at, self.stats, Sample(earlier.at, earlier.stats) if same and earlier else None)
@@ -36,6 +50,10 @@ class Sample:
         if self.before is None or self.at <= self.before.at:
             return 0.0
         return max(now - before, 0) / (self.at - self.before.at)
+
+
+PsSample: TypeAlias = Sample[ps_pb2.StatsResponse]
+EntrySample: TypeAlias = Sample[serving_pb2.ModelStatusResponse]
 
 
 def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float | None:
@@ -59,7 +77,7 @@ def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> fl
     return bounds[-1]
 
 
-def _latencies(sample: Sample) -> list[Latency]:
+def _latencies(sample: PsSample) -> list[Latency]:
     stats = sample.stats
     earlier = {each.method: each for each in sample.before.stats.methods} if sample.before is not None else {}
     none = ps_pb2.MethodStats(buckets=[0] * (len(stats.latency_bounds) + 1))
@@ -82,7 +100,7 @@ def _latencies(sample: Sample) -> list[Latency]:
     return found
 
 
-def _table_rates(sample: Sample) -> dict[str, tuple[float, float]]:
+def _table_rates(sample: PsSample) -> dict[str, tuple[float, float]]:
     """Ids looked up and written a second, by table."""
     earlier = {each.table: each for each in sample.before.stats.tables} if sample.before is not None else {}
     rates = {}
@@ -95,7 +113,7 @@ def _table_rates(sample: Sample) -> dict[str, tuple[float, float]]:
     return rates
 
 
-def shard_state(index: int, address: str, sample: Sample, answer: ps_pb2.DescribeResponse) -> Shard:
+def shard_state(index: int, address: str, sample: PsSample, answer: ps_pb2.DescribeResponse) -> Shard:
     """A PS that answered."""
     stats = sample.stats
     rates = _table_rates(sample).values()
@@ -126,9 +144,9 @@ def shard_state(index: int, address: str, sample: Sample, answer: ps_pb2.Describ
 
 def replica_state(
     shard: int,
-    target: tuple[ps_pb2.SyncTargetStats, Sample] | None,
+    target: tuple[ps_pb2.SyncTargetStats, PsSample] | None,
     listed: Listed | None,
-    answered: Sample | str,
+    answered: PsSample | str,
 ) -> Replica:
     """A serving replica.
 
@@ -167,7 +185,45 @@ def replica_state(
     )
 
 
-def table_states(samples: Mapping[int, Sample], count: int) -> list[TableState]:
+def entry_state(listed: Listed, answered: EntrySample | str) -> EntryServer:
+    """A process that scores requests.
+
+    Args:
+        listed: What the directory says of it.
+        answered: What it says itself, or why it does not.
+    """
+    name = f"{listed.server_type} {listed.name}"
+    if isinstance(answered, str):
+        return EntryServer(name=name, address=listed.address, state=listed.state, alive=False, error=answered)
+    status = answered.stats
+    was = answered.before.stats if answered.before is not None else status
+    counts = [now - before for now, before in zip(status.latency_buckets, was.latency_buckets, strict=True)]
+    times = [quantile(status.latency_bounds, counts, share) for share in (0.5, 0.99)]
+    return EntryServer(
+        name=name,
+        address=listed.address,
+        state=listed.state,
+        alive=True,
+        uptime_s=status.uptime_seconds,
+        model=status.model,
+        mode=status.mode,
+        model_version=status.model_version,
+        model_step=status.model_step,
+        checkpoint_unix_s=status.checkpoint_time or None,
+        loaded_unix_s=status.loaded_time or None,
+        rows_as_of_unix_s=status.rows_as_of or None,
+        load_error=status.load_error,
+        requests_per_s=answered.rate(status.requests, was.requests),
+        failures_per_s=answered.rate(status.failures, was.failures),
+        records_per_s=answered.rate(status.records, was.records),
+        p50_ms=None if times[0] is None else 1000 * times[0],
+        p99_ms=None if times[1] is None else 1000 * times[1],
+        replicas=len(status.replicas),
+        healthy_replicas=sum(each.healthy for each in status.replicas),
+    )
+
+
+def table_states(samples: Mapping[int, PsSample], count: int) -> list[TableState]:
     """Every table, the shards that answered added up.
 
     Args:

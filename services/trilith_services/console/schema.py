@@ -104,8 +104,27 @@ class EntryServer(_Answer):
 
     name: str
     address: str
-    state: str
+    state: str = Field(description="What the directory says of it.")
     alive: bool
+    error: str = ""
+    uptime_s: float = 0.0
+    model: str = Field(default="", description="Empty while it has none.")
+    mode: str = Field(default="", description="distributed: rows come from replicas; standalone: from its export.")
+    model_version: int = 0
+    model_step: int = Field(default=0, description="Training step of the dense weights.")
+    checkpoint_unix_s: float | None = Field(default=None, description="When the model's checkpoint was written.")
+    loaded_unix_s: float | None = Field(default=None, description="When this version took over.")
+    rows_as_of_unix_s: float | None = Field(
+        default=None, description="Its rows hold what training had acknowledged at this time."
+    )
+    load_error: str = Field(default="", description="Why a newer version was not loaded.")
+    requests_per_s: float = 0.0
+    failures_per_s: float = 0.0
+    records_per_s: float = 0.0
+    p50_ms: float | None = Field(default=None, description="Of requests since the look before, without queueing.")
+    p99_ms: float | None = None
+    replicas: int = Field(default=0, description="Serving replicas that it looks rows up at.")
+    healthy_replicas: int = 0
 
 
 class Shard(_Answer):

@@ -9,14 +9,23 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from trilith.discovery.liveness import is_listening
 from trilith.discovery.urls import open_directory
 from trilith.discovery.zk_url import ZkUrl
 from trilith.errors import TrilithError, UnavailableError
 from trilith_proto import ps_pb2
+from trilith_services.console.entries import Entries
 from trilith_services.console.members import Members
 from trilith_services.console.replicas import Listed, ServingList
-from trilith_services.console.sampling import Sample, add_up, replica_state, shard_state, table_states
+from trilith_services.console.sampling import (
+    EntrySample,
+    PsSample,
+    Sample,
+    add_up,
+    entry_state,
+    replica_state,
+    shard_state,
+    table_states,
+)
 from trilith_services.console.schema import EntryServer, Failure, Look, Point, Replica, Shard
 
 __all__ = ["WatchOptions", "Watcher"]
@@ -66,7 +75,9 @@ class Watcher:
         self._look = Look(unix_s=time.time(), problem=_failure(self._problem))
         self._history: deque[Point] = deque(maxlen=self.options.history)
         self._listeners: list[Callable[[Look | None], None]] = []
-        self._samples: dict[tuple[int, str], Sample] = {}
+        self._samples: dict[tuple[int, str], PsSample] = {}
+        self._entries = Entries()
+        self._entry_samples: dict[str, EntrySample] = {}
         self._answers: dict[int, ps_pb2.DescribeResponse] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trilith-watcher", daemon=True)
@@ -130,7 +141,7 @@ class Watcher:
             members, self._members = self._members, None
             serving, self._serving = self._serving, None
             self._problem = UnavailableError("the console is stopping")
-        for each in (members, serving):
+        for each in (members, serving, self._entries):
             if each is not None:
                 each.close()
 
@@ -218,8 +229,8 @@ class Watcher:
         """Seconds in which a process must answer a look."""
         return min(max(self.options.interval_s, 0.5), 2.0)
 
-    def _look_at_shards(self, members: Members) -> tuple[dict[int, Sample], list[Shard]]:
-        def ask(index: int) -> Sample:
+    def _look_at_shards(self, members: Members) -> tuple[dict[int, PsSample], list[Shard]]:
+        def ask(index: int) -> PsSample:
             shard = members.shards[index]
             stats = shard.stats(timeout_s=self._patience_s)
             known = self._answers.get(index)
@@ -230,7 +241,7 @@ class Watcher:
                 raise UnavailableError(wrong)
             return Sample(time.monotonic(), stats)
 
-        samples: dict[int, Sample] = {}
+        samples: dict[int, PsSample] = {}
         shards = []
         addresses = members.addresses()
         for index, answer in members.each(range(members.count), ask).items():
@@ -241,7 +252,7 @@ class Watcher:
             shards.append(shard_state(index, addresses[index], samples[index], self._answers[index]))
         return samples, shards
 
-    def _look_at_replicas(self, members: Members, samples: dict[int, Sample], listed: list[Listed]) -> list[Replica]:
+    def _look_at_replicas(self, members: Members, samples: dict[int, PsSample], listed: list[Listed]) -> list[Replica]:
         targets = {
             (index, target.address): (target, sample)
             for index, sample in samples.items()
@@ -251,7 +262,7 @@ class Watcher:
         known = sorted(targets.keys() | nodes.keys())
         members.keep_replicas(known)
 
-        def ask(key: tuple[int, str]) -> Sample:
+        def ask(key: tuple[int, str]) -> PsSample:
             shard, address = key
             if not address:
                 raise UnavailableError("it has announced no address")
@@ -266,21 +277,21 @@ class Watcher:
 
     def _look_at_entries(self, members: Members, listed: list[Listed]) -> list[EntryServer]:
         nodes = [each for each in listed if each.server_type != "ps"]
-        alive = members.each(
-            [each.address for each in nodes],
-            lambda address: bool(address) and is_listening(address, timeout_s=self._patience_s),
-        )
-        return [
-            EntryServer(
-                name=f"{each.server_type} {each.name}",
-                address=each.address,
-                state=each.state,
-                alive=alive[each.address] is True,
-            )
-            for each in nodes
-        ]
+        self._entries.keep(each.address for each in nodes)
 
-    def _remember(self, key: tuple[int, str], sample: Sample) -> Sample:
+        def ask(address: str) -> EntrySample:
+            return Sample(time.monotonic(), self._entries.status(address, timeout_s=self._patience_s))
+
+        answers = members.each(dict.fromkeys(each.address for each in nodes), ask)
+        samples = {
+            address: answer.after(self._entry_samples.get(address))
+            for address, answer in answers.items()
+            if not isinstance(answer, TrilithError)
+        }
+        self._entry_samples = samples
+        return [entry_state(each, samples.get(each.address) or str(answers[each.address])) for each in nodes]
+
+    def _remember(self, key: tuple[int, str], sample: PsSample) -> PsSample:
         sample = sample.after(self._samples.get(key))
         self._samples[key] = sample
         return sample

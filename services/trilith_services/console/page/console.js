@@ -144,17 +144,34 @@ function replicaRow(replica) {
 }
 
 function entryRow(entry) {
-  const pill = make("span", { class: entry.alive ? "pill good" : "pill bad" }, entry.alive ? entry.state : "no answer");
-  const none = () => cell("", "", "n");
-  return make("tr", {}, cell("Serves", "scores", "head"), cell("Name", entry.name), cell("State", pill),
-    cell("Address", make("code", {}, entry.address || "nowhere"), "whole"), none(), none(), none(), none(), none(), none());
+  const address = make("code", {}, entry.address || "nowhere");
+  if (!entry.alive) {
+    const told = make("td", { colspan: 10, class: "wide error whole", "data-name": "" }, make("span", { class: "pill bad" }, "no answer"), ` ${entry.error}`);
+    return make("tr", {}, cell("", entry.name, "head"), cell("Address", address, "whole"), told);
+  }
+  const refused = entry.load_error !== "";
+  const pill = make("span", { class: refused || !entry.model ? "pill warn" : "pill good", title: entry.load_error || `up for ${age(entry.uptime_s)}` },
+    refused ? "newer one refused" : entry.model ? entry.state : "no model");
+  const version = make("span", { title: entry.loaded_unix_s ? `${entry.mode}, loaded ${moment(entry.loaded_unix_s)}` : entry.mode },
+    make("b", {}, entry.model || "–"), entry.model ? ` ${entry.model_version}` : "");
+  const since = (unix) => (unix === null ? "–" : make("span", { title: moment(unix) }, age(Math.max(state.look.unix_s - unix, 0))));
+  const well = entry.healthy_replicas === entry.replicas;
+  const replicas = entry.replicas ? make("span", { class: well ? "" : "error" }, `${entry.healthy_replicas} of ${entry.replicas}`) : "–";
+  return make("tr", {},
+    cell("", entry.name, "head"), cell("Address", address, "whole"), cell("Model", version, "whole"), cell("State", pill),
+    cell("Step", count(entry.model_step), "n"), cell("Age of rows", since(entry.rows_as_of_unix_s), "n"),
+    cell("Age of model", since(entry.checkpoint_unix_s), "n"), cell("Requests/s", rate(entry.requests_per_s), "n"),
+    cell("Records/s", rate(entry.records_per_s), "n"), cell("p50 · p99, ms", entry.p50_ms === null ? "–" : `${ms(entry.p50_ms)} · ${ms(entry.p99_ms)}`, "n whole"),
+    cell("Failed/s", entry.failures_per_s ? make("span", { class: "error" }, rate(entry.failures_per_s)) : "0", "n"), cell("Replicas", replicas, "n"));
 }
 
 function showServing() {
   const { replicas, entries } = state.look;
-  $("replicas").querySelector("tbody").replaceChildren(...replicas.map(replicaRow), ...entries.map(entryRow));
-  $("replicas").hidden = !(replicas.length + entries.length);
+  $("replicas").querySelector("tbody").replaceChildren(...replicas.map(replicaRow));
+  $("replicas").hidden = !replicas.length;
   $("no-replicas").hidden = !$("replicas").hidden;
+  $("entries").querySelector("tbody").replaceChildren(...entries.map(entryRow));
+  $("entries-section").hidden = !entries.length;
 }
 
 function figures(table) {
