@@ -9,42 +9,53 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from trilith.arrays import as_ids, as_rows, as_values, refuse_non_finite
-from trilith.batches import Terms
+from trilith.batches import Terms, Verb
 from trilith.client import Client, Table
 from trilith.connect import open_part
-from trilith.errors import ClusterMismatchError, InvalidRequestError, UnknownVariableError
+from trilith.errors import ClusterMismatchError, InvalidRequestError, NonFiniteError, UnknownVariableError
 from trilith.ops.reorder import EMPTY_FROM
+from trilith.pipelining import Pusher
 from trilith.routing import partition_owner, partition_sizes
-from trilith.shard import ANY_WRITE, DensePart, Float32Array
+from trilith.shard import ANY_WRITE, DensePart, Float32Array, UInt64Array
 from trilith_proto import hash_table_pb2, ps_pb2
 
 if TYPE_CHECKING:
-    from trilith.tables.all_to_all import AllToAllTables, Collective
+    from trilith.ops.reorder import FusedReorder
+    from trilith.tables.all_to_all import AllToAllTables, Collective, Returned
     from trilith.tables.spec import TableSpec
 
-__all__ = ["PeerClient", "connect_peers"]
+__all__ = ["PeerBatches", "PeerClient", "connect_peers"]
+
+_T = TypeVar("_T")
 
 
-def connect_peers(device: str = "cpu", *, float16: bool = False, threads: int | None = None) -> PeerClient:
+def connect_peers(
+    device: str = "cpu", *, float16: bool = False, threads: int | None = None, update_queue: int = 0
+) -> PeerClient:
     """Make a cluster of the ranks of torch.distributed's default group, which must be up.
 
     Args:
         device: Where the group's backend wants tensors: "cpu" for gloo, "cuda" for NCCL.
         float16: Whether rows and gradients travel as float16.
         threads: Of this rank's engine; None: one per core.
+        update_queue: Updates that may wait at their owners; see `PeerClient`.
     """
     from trilith.tables.all_to_all import TorchCollective
 
-    return PeerClient(lambda rows: TorchCollective.in_new_group(device, float16=float16 and rows), threads=threads)
+    def exchange(rows: bool) -> TorchCollective:
+        return TorchCollective.in_new_group(device, float16=float16 and rows)
+
+    return PeerClient(exchange, float16=float16, threads=threads, update_queue=update_queue)
 
 
 class _Local:
-    """This rank's rows: ids come routed, and each once."""
+    """This rank's rows: ids come routed, and rows checked."""
 
     def __init__(self, client: Client) -> None:
         self._batches = client.batches()
@@ -53,40 +64,103 @@ class _Local:
         plain = {name: np.ascontiguousarray(each).view(np.uint64) for name, each in ids.items()}
         return self._batches.lookup_owned([plain], None)[0]
 
-    def apply_gradients(
-        self,
-        updates: Mapping[str, tuple[Any, ...]],
-        /,
-        **options: Any,
+    def apply_gradients(self, updates: Mapping[str, tuple[Any, ...]], /, **options: Any) -> None:
+        self._update("apply_gradients", updates, **options)
+
+    def assign(self, updates: Mapping[str, tuple[Any, ...]], /, **options: Any) -> None:
+        self._update("assign", updates, **options)
+
+    def assign_add(self, updates: Mapping[str, tuple[Any, ...]], /, **options: Any) -> None:
+        self._update("assign_add", updates, **options)
+
+    def _update(
+        self, verb: Verb, updates: Mapping[str, tuple[Any, ...]], *, request_time: int | None, global_step: int = 0
     ) -> None:
         plain = {name: (each[0].view(np.uint64), *each[1:]) for name, each in updates.items()}
-        terms = Terms(options["global_step"], options["request_time"])
-        self._batches.update_owned("apply_gradients", [plain], terms)
+        self._batches.update_owned(verb, [plain], Terms(global_step, request_time, allow_non_finite=True))
+
+
+class _Exchanges(NamedTuple):
+    """The same tables by three exchanges, for a thread each."""
+
+    lookups: AllToAllTables
+    updates: AllToAllTables
+    assigns: AllToAllTables
+
+
+class PeerBatches:
+    """The verbs of `trilith.batches.Batches` by exchange, for tables and fused layouts; a shard is an owner.
+
+    An exchange waits for as long as its process group does, so that calls take no deadline.
+    """
+
+    def __init__(self, peers: PeerClient) -> None:
+        """Use `PeerClient.batches`."""
+        self._peers = peers
+
+    def lookup(self, ids: Mapping[str, Any], timeout_s: float | None) -> dict[str, Float32Array]:
+        """See `PeerClient.lookup`."""
+        _refuse_deadline(timeout_s)
+        return self._peers.lookup(ids)
+
+    def lookup_owned(
+        self, ids: Sequence[Mapping[str, UInt64Array]], timeout_s: float | None
+    ) -> list[dict[str, Float32Array]]:
+        """Rows of ids that are arranged by owner: per owner and table float32[n, dim]."""
+        _refuse_deadline(timeout_s)
+        return self._peers.lookup_owned(ids)
+
+    def update(self, verb: Verb, updates: Mapping[str, tuple[Any, Any]], terms: Terms) -> None:
+        """See `PeerClient.apply_gradients`, `assign` and `assign_add`."""
+        _refuse_deadline(terms.timeout_s)
+        self._peers.update(verb, updates, terms)
+
+    def update_owned(self, verb: Verb, updates: Sequence[Mapping[str, tuple[Any, Any]]], terms: Terms) -> None:
+        """Write rows of ids that are arranged by owner; repeats are applied one after another."""
+        _refuse_deadline(terms.timeout_s)
+        self._peers.update_owned(verb, updates, terms)
 
 
 class PeerClient:
     """The shards of all ranks together; see `trilith.Client` for the verbs.
 
-    Lookups, updates and everything else may come from three threads: each kind has an exchange of its own. An update is
-    one step per id and rank, in the order of the ranks, as if the workers of a cluster of PS had come one by one.
+    Lookups, gradients, other writes and everything else may come from four threads: each kind has exchanges of its own.
+    An update is one step per id and rank, in the order of the ranks, as if the workers of a cluster of PS had come one
+    by one. What a rank refuses counts as nothing said: the others go on.
+
+    With `update_queue`, gradients that have travelled wait at their owner for a thread that applies them: rows then
+    lack up to so many updates more. `drain` waits for them; a checkpoint has them.
 
     Args:
-        collective: Makes an exchange; called three times, twice with True: rows travel there, the rest is exact.
+        collective: Makes an exchange; called five times, with True where rows travel, the rest is exact.
+        float16: Whether exchanges of rows narrow them, which must not make them infinite.
         threads: Of this rank's engine; None: one per core.
+        update_queue: Updates that may wait at this rank; 0 applies them before a call returns.
     """
 
-    def __init__(self, collective: Callable[[bool], Collective], *, threads: int | None = None) -> None:
-        self._lookups, self._updates, self._control = (collective(rows) for rows in (True, True, False))
+    def __init__(
+        self,
+        collective: Callable[[bool], Collective],
+        *,
+        float16: bool = False,
+        threads: int | None = None,
+        update_queue: int = 0,
+    ) -> None:
+        kinds = (False, True, True, True, False)
+        self._asking, self._lookups, self._updates, self._assigns, self._control = map(collective, kinds)
         self.rank, self.ranks = self._control.rank, self._control.size
-        spared = int(self.ranks >= EMPTY_FROM)  # rank 0 has the rest to do
-        self._owners = self.ranks - spared
-        self._index = self.rank - spared
+        self._spared = int(self.ranks >= EMPTY_FROM)  # rank 0 has the rest to do
+        self.shards = self.ranks - self._spared
+        """How many ranks own rows."""
+        self._index = self.rank - self._spared
         """This rank's number among the owners; -1 owns nothing."""
-        self._client, self._shard = open_part(max(self._index, 0), self._owners, threads=threads)
+        self._client, self._shard = open_part(max(self._index, 0), self.shards, threads=threads)
+        self._float16 = float16
+        self._pusher = Pusher(update_queue)
         self._step = 0
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._specs: dict[str, TableSpec] = {}
-        self._exchanges: tuple[AllToAllTables, AllToAllTables] | None = None
+        self._exchanges: _Exchanges | None = None
 
     # ---- tables ------------------------------------------------------------------------------------------------
 
@@ -112,9 +186,10 @@ class PeerClient:
         dims = {name: spec.dim for name, spec in self._specs.items()}
         counting = any(spec.proto.filter != ps_pb2.TableConfig.NO_FILTER for spec in self._specs.values())
         local = _Local(self._client)
-        self._exchanges = (
-            AllToAllTables(local, dims, self._lookups),
+        self._exchanges = _Exchanges(
+            AllToAllTables(local, dims, self._lookups, asking=self._asking),
             AllToAllTables(local, dims, self._updates, count_repeats=counting),
+            AllToAllTables(local, dims, self._assigns),
         )
         return {spec.name: Table(self, spec.name) for spec in specs}  # type: ignore[arg-type]
 
@@ -122,15 +197,49 @@ class PeerClient:
         """What `Table` asks for."""
         return self._client._info(name)
 
+    def batches(self, *, float16: bool | None = None) -> PeerBatches:
+        """What moves batches, for those that route ids themselves.
+
+        Args:
+            float16: Whether rows travel as float16: None, or as the exchange was opened.
+        """
+        if float16 not in (None, self._float16):
+            raise InvalidRequestError(f"float16={float16}: this exchange was opened with float16={self._float16}")
+        return PeerBatches(self)
+
+    def record_features(self, tables: Mapping[str, str]) -> None:
+        """Nothing to do: workers that hold the rows themselves keep no record of the cluster."""
+
+    @property
+    def known_step(self) -> int:
+        """The model's step."""
+        return self._step
+
     # ---- rows --------------------------------------------------------------------------------------------------
 
     def lookup(self, ids: Mapping[str, Any]) -> dict[str, Float32Array]:
         """Read rows, by table integers [n] to float32[n, dim]; zeros where an id has no row."""
-        lookups, _ = self._tables()
-        rows, _ = lookups.lookup(
-            lookups.reorder({name: as_ids(name, each).view(np.int64) for name, each in ids.items()})
-        )
-        return {name: rows[name] for name in ids}
+        return self.begin_lookup(ids)()
+
+    def begin_lookup(self, ids: Mapping[str, Any]) -> Callable[[], dict[str, Float32Array]]:
+        """Have the owners find rows; the call that is returned brings them, and may be made in another thread."""
+        tables = self._tables().lookups
+        asked = tables.ask(tables.reorder({name: as_ids(name, each).view(np.int64) for name, each in ids.items()}))
+
+        def collect() -> dict[str, Float32Array]:
+            rows = tables.collect(asked)
+            return {name: rows[name] for name in ids}
+
+        return collect
+
+    def lookup_owned(self, ids: Sequence[Mapping[str, UInt64Array]]) -> list[dict[str, Float32Array]]:
+        """Read rows of ids that are arranged by owner: per owner and table float32[n, dim]."""
+        tables = self._tables().lookups
+        self._check_parts(ids)
+        asked: list[dict[str, Any]] = [{} for _ in range(self._spared)]
+        asked += [{name: each.view(np.int64) for name, each in of_owner.items()} for of_owner in ids]
+        found = tables.lookup_owned(asked)[self._spared :]
+        return [{name: rows[name] for name in of_owner} for of_owner, rows in zip(ids, found, strict=True)]
 
     def apply_gradients(
         self,
@@ -141,32 +250,127 @@ class PeerClient:
         allow_non_finite: bool = False,
     ) -> None:
         """Take this rank's step of each distinct id, and those of the others of the ids that this rank owns."""
-        _, tables = self._tables()
-        ids, grads, refused = {}, {}, None
-        try:
-            for name, (wanted, values) in updates.items():
-                ids[name] = as_ids(name, wanted).view(np.int64)
-                grads[name] = as_rows(name, "gradients", values, ids[name].size, self._info(name).dim)
-                if not allow_non_finite and not np.isfinite(grads[name]).all():
-                    refuse_non_finite(f"table {name!r}", "gradients", grads[name], float16=False)
-        except Exception as error:  # noqa: BLE001 - raised below: the others wait for this rank's part
-            ids, grads, refused = {}, {}, error
-        tables.apply_gradients(
-            grads,
-            tables.send_ids(tables.reorder(ids)),
-            global_step=self._step if global_step is None else global_step,
-            request_time=request_time,
-        )
+        step = self._step if global_step is None else global_step
+        self.update("apply_gradients", updates, Terms(step, request_time, allow_non_finite))
+
+    def assign(
+        self,
+        updates: Mapping[str, tuple[Any, Any]],
+        *,
+        request_time: int | None = None,
+        allow_non_finite: bool = False,
+    ) -> None:
+        """Set weights, (ids, rows) by table; of an id that several give, the last row of the highest rank stays."""
+        self.update("assign", updates, Terms(self._step, request_time, allow_non_finite))
+
+    def assign_add(
+        self,
+        updates: Mapping[str, tuple[Any, Any]],
+        *,
+        request_time: int | None = None,
+        allow_non_finite: bool = False,
+    ) -> None:
+        """Add to weights, (ids, rows) by table, one after another and rank after rank."""
+        self.update("assign_add", updates, Terms(self._step, request_time, allow_non_finite))
+
+    def update(self, verb: Verb, updates: Mapping[str, tuple[Any, Any]], terms: Terms) -> None:
+        """One of the three writes above."""
+        if verb == "apply_gradients":
+            self._apply(updates, terms)
+            return
+        tables = self._tables().assigns
+
+        def route() -> list[dict[str, tuple[Any, Any]]]:
+            return tables.route({name: self._checked(verb, name, *each, terms) for name, each in updates.items()})
+
+        self._write(verb, tables, route, terms)
+
+    def update_owned(self, verb: Verb, updates: Sequence[Mapping[str, tuple[Any, Any]]], terms: Terms) -> None:
+        """Write rows of ids that are arranged by owner; repeats are applied one after another."""
+        tables = self._tables().updates if verb == "apply_gradients" else self._tables().assigns
+
+        def check() -> list[dict[str, tuple[Any, Any]]]:
+            self._check_parts(updates)
+            return [{}] * self._spared + [
+                {name: self._checked(verb, name, *each, terms) for name, each in of_owner.items()}
+                for of_owner in updates
+            ]
+
+        self._write(verb, tables, check, terms)
+
+    def _write(
+        self,
+        verb: Verb,
+        tables: AllToAllTables,
+        prepare: Callable[[], list[dict[str, tuple[Any, Any]]]],
+        terms: Terms,
+    ) -> None:
+        """Send rows to their owners, each for all its places."""
+        nothing: list[dict[str, tuple[Any, Any]]] = [{} for _ in range(self.ranks)]
+        routed, refused = _prepared(prepare, nothing)
+        returned = tables.send_owned(routed)
+        if verb == "apply_gradients":
+            self._take(tables, returned, terms)
+        else:
+            self._pusher.drain()
+            tables.take(returned, verb, request_time=terms.request_time)
         if refused is not None:
             raise refused
 
-    def assign_add(self, updates: Mapping[str, tuple[Any, Any]]) -> None:
-        """Not offered, as no write but gradients is: load a checkpoint instead."""
-        raise NotImplementedError("workers that hold the rows themselves exchange gradients only")
+    def _apply(self, updates: Mapping[str, tuple[Any, Any]], terms: Terms) -> None:
+        """Send the sum of each id's gradients to its owner."""
+        tables = self._tables().updates
 
-    assign = assign_add
+        def add_up() -> tuple[FusedReorder, Float32Array]:
+            given = {name: self._checked("apply_gradients", name, *each, terms) for name, each in updates.items()}
+            reorder = tables.reorder({name: ids for name, (ids, _) in given.items()})
+            sums = tables.add_up({name: grads for name, (_, grads) in given.items()}, reorder)
+            if not terms.allow_non_finite and not self._sendable(sums):
+                raise NonFiniteError(
+                    "the sum of a repeated id's gradients is not finite, or float16 on the wire cannot hold it;"
+                    " allow_non_finite=True sends it all the same"
+                )
+            return reorder, sums
 
-    def _tables(self) -> tuple[AllToAllTables, AllToAllTables]:
+        (reorder, sums), refused = _prepared(add_up, (tables.reorder({}), np.empty(0, np.float32)))
+        self._take(tables, tables.send_back(sums, tables.send_ids(reorder)), terms)
+        if refused is not None:
+            raise refused
+
+    def _take(self, tables: AllToAllTables, returned: Returned, terms: Terms) -> None:
+        self._pusher.push(lambda: tables.take(returned, global_step=terms.step, request_time=terms.request_time))
+
+    def _check_parts(self, given: Sequence[Any]) -> None:
+        if len(given) != self.shards:
+            raise InvalidRequestError(f"{len(given)} parts of a batch for {self.shards} owners")
+
+    def _checked(self, verb: Verb, name: str, ids: Any, values: Any, terms: Terms) -> tuple[Any, Any]:
+        wanted, what = as_ids(name, ids).view(np.int64), "gradients" if verb == "apply_gradients" else "values"
+        rows = as_rows(name, what, values, wanted.size, self._info(name).dim)
+        if not terms.allow_non_finite and not self._sendable(rows):
+            refuse_non_finite(f"table {name!r}", what, rows, float16=self._float16)
+        return wanted, rows
+
+    def _sendable(self, rows: Float32Array) -> bool:
+        """Whether rows are finite where they arrive."""
+        with np.errstate(over="ignore"):
+            return bool(np.isfinite(rows.astype(np.float16) if self._float16 else rows).all())
+
+    def reinitialize(self, table: str, ids: Any, *, request_time: int | None = None) -> npt.NDArray[np.int8]:
+        """Reset rows, rank after rank; int8[n] in the order of this rank's ids: 1 existed, 0 was created."""
+        tables = self._tables().assigns
+        self._pusher.drain()
+        return tables.reinitialize(
+            table,
+            as_ids(table, ids).view(np.int64),
+            lambda name, some: self._client.reinitialize(name, some.view(np.uint64), request_time=request_time),
+        )
+
+    def drain(self) -> None:
+        """Wait until all updates that have travelled to this rank have been applied."""
+        self._pusher.drain()
+
+    def _tables(self) -> _Exchanges:
         if self._exchanges is None:
             raise InvalidRequestError("there are no tables yet")
         return self._exchanges
@@ -213,8 +417,8 @@ class PeerClient:
         parts = []
         for name, value in values.items():
             flat, start = value.reshape(-1), 0
-            for partition, size in enumerate(partition_sizes(flat.size, self._owners)):
-                if partition_owner(name, partition, self._owners) == self._index:
+            for partition, size in enumerate(partition_sizes(flat.size, self.shards)):
+                if partition_owner(name, partition, self.shards) == self._index:
                     parts.append(DensePart(name, partition, flat[start : start + size]))
                 start += size
         return parts
@@ -239,12 +443,13 @@ class PeerClient:
         from trilith.folder import Folder, absolute
 
         where = self._from_first(absolute(path))
+        self.drain()
         if self._index >= 0:
             self._shard.global_step(set_to=self._step)
             self._client.save_shards(where)
         self._wait()
         if self.rank == 0:
-            parts = collect_parts(Folder(where), self._owners)
+            parts = collect_parts(Folder(where), self.shards)
             assert parts is not None  # everyone has written its own
             write_manifest(where, parts)
         self._wait()
@@ -256,6 +461,7 @@ class PeerClient:
         from trilith.folder import absolute
 
         where = self._from_first(absolute(path))
+        self.drain()
         if self._index >= 0:
             self._client.restore(where)
         self._step = read_manifest(where).global_step
@@ -277,7 +483,8 @@ class PeerClient:
         return self._client.stats() if self._index >= 0 else []
 
     def close(self) -> None:
-        """Release this rank's shard."""
+        """Release this rank's shard; drain first to lose nothing."""
+        self._pusher.close()
         self._client.close()
 
     def __enter__(self) -> PeerClient:
@@ -303,3 +510,18 @@ class PeerClient:
     def _wait(self) -> None:
         """Return when every rank has come here."""
         self._from_first("")
+
+
+def _prepared(prepare: Callable[[], _T], nothing: _T) -> tuple[_T, Exception | None]:
+    """What to send; nothing, and the error to raise afterwards, if this rank's call is no good: the others wait."""
+    try:
+        return prepare(), None
+    except Exception as error:  # noqa: BLE001 - raised by the caller, after its part of the exchange
+        return nothing, error
+
+
+def _refuse_deadline(timeout_s: float | None) -> None:
+    if timeout_s is not None:
+        raise InvalidRequestError(
+            f"timeout_s={timeout_s}: an exchange waits for as long as its process group does; set it there"
+        )

@@ -2,8 +2,8 @@
 
 What it costs is staleness, which is bounded. With `prefetch` batches fetched ahead and at most `async_push` updates on
 their way, the rows of a batch lack at most the last `prefetch + async_push` updates of this worker; those of other
-workers are never ordered. Values read by `Ahead` lack at most the last `1 + async_push`. Depth 0 is the exact order, in
-the caller's thread.
+workers are never ordered. A queue between two fetches of a batch adds its depth and one. Values read by `Ahead` lack at
+most the last `1 + async_push`. Depth 0 is the exact order, in the caller's thread.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = ["Ahead", "Fetch", "Prefetcher", "Pusher"]
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+_S = TypeVar("_S")
 
 _POLL_S = 0.1
 
@@ -117,6 +118,13 @@ class Prefetcher(Generic[_T, _R]):
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
+    def then(self, follow: Callable[[_R], _S], depth: int) -> Prefetcher[_T, _S]:
+        """Go over the same items, each with what `follow` gave for what was fetched for it, `depth` of them ahead.
+
+        Closing what is returned closes both, and both have then fetched as much as was taken asks for.
+        """
+        return _Followed(self, follow, depth)
+
     def __enter__(self) -> Prefetcher[_T, _R]:
         """Return the prefetcher itself."""
         return self
@@ -126,6 +134,23 @@ class Prefetcher(Generic[_T, _R]):
     ) -> None:
         """Close."""
         self.close()
+
+
+class _Followed(Prefetcher[_T, _S]):
+    """A second fetch for each item of a prefetcher, in a thread of its own."""
+
+    def __init__(self, before: Prefetcher[_T, _R], follow: Callable[[_R], _S], depth: int) -> None:
+        self._before = before
+        self._pairs = Prefetcher(before, lambda pair: follow(pair[1].result()), depth)
+
+    def __iter__(self) -> Iterator[tuple[_T, Fetch[_S]]]:
+        for (item, _), fetched in self._pairs:
+            yield item, fetched
+
+    def close(self) -> None:
+        """End both threads, the later one first: it is where the items that were taken have brought it."""
+        self._pairs.close()
+        self._before.close()
 
 
 class Pusher:

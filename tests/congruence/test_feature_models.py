@@ -76,7 +76,7 @@ def test_a_model_gives_the_same_wherever_its_rows_are():
     for shape in SHAPES:
         with LocalCluster(shape) as cluster, cluster.connect() as client:
             found[shape] = outputs(client)
-    ranks = [_Ranks(1) for _ in range(3)]
+    ranks = [_Ranks(1) for _ in range(5)]
     with PeerClient(lambda rows: _Rank(ranks.pop(), 0), threads=1) as client:
         found["all-to-all"] = outputs(client)
     assert np.unique(found["embedded"]).size > 10

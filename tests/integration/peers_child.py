@@ -8,10 +8,16 @@ from typing import Any
 import numpy as np
 import torch.distributed
 
+from trilith.data.ragged import Ragged
+from trilith.data.sharding import FeatureFids
 from trilith.errors import TrilithError
-from trilith.nn import EmbeddingCollection, Feature
+from trilith.nn import EmbeddingCollection, Feature, FusedLayouts
+from trilith.ops.layout_config import OutConfig, OutType, PoolingType, SliceConfig
 from trilith.peers import PeerClient, connect_peers
-from trilith.tables import Adagrad, RandomUniform, Sgd
+from trilith.tables import Adagrad, Fp32, HashTableConfig, RandomUniform, Sgd, table_config
+from trilith.tables.config import Segment
+from trilith.tables.factories import create_partitioned_tables
+from trilith.tables.partitioned import PartitionedFeature
 
 TABLES: dict[str, dict[str, Any]] = {
     "a": {"dim": 3, "optimizer": Adagrad(learning_rate=0.1), "initializer": RandomUniform(-1.0, 1.0)},
@@ -74,12 +80,12 @@ def refuse(client: PeerClient, rank: int) -> str:
     return ""
 
 
-def module(client: PeerClient, rank: int, prefetch: int, push: int) -> list[float]:
+def module(client: PeerClient, rank: int, prefetch: int, push: int, queue: int = 0) -> list[float]:
     """Step one row of "a" through a module; its first value before every step."""
     collection = EmbeddingCollection(client, {"f": Feature(client.table("a"), "sum")}, async_push=push)
     seen = []
     batches = [{"f": np.array([[5]], np.uint64)}] * 6
-    with collection.prefetch(batches, prefetch, ids=lambda each: each) as ahead:
+    with collection.prefetch(batches, prefetch, ids=lambda each: each, lookup_queue=queue) as ahead:
         for _, fetched in ahead:
             rows = collection(fetched.result())["f"]
             seen.append(rows[0, 0].item())
@@ -87,6 +93,51 @@ def module(client: PeerClient, rank: int, prefetch: int, push: int) -> list[floa
     collection.drain()
     collection.close()
     return seen
+
+
+def write(client: PeerClient, rank: int) -> dict[str, Any]:
+    """Set and add rows of ids that all ranks name; the rows afterwards, and what resetting two of them says."""
+    for verb in ("assign", "assign_add"):
+        made = batch(rank, 50)
+        getattr(client, verb)({name: (ids % 20 + 100, rows) for name, (ids, rows) in made.items()}, request_time=9)
+    rows = dict(client.lookup(dict.fromkeys(TABLES, range(100, 120))))
+    return {**rows, "reset": client.reinitialize("a", [101, 500 + rank, 102]).tolist()}
+
+
+def layouts(client: PeerClient, rank: int, lookups_ahead: int) -> list[Any]:
+    """Steps through fused layouts of two features; what each saw."""
+    features, shapes = layout_features()
+    module = FusedLayouts(create_partitioned_tables(client, features, shapes, prefix="layouts/"))
+    sharded = [module.tables.shard(layout_batch(rank, step), 5) for step in range(3)]
+    seen = []
+    with module.prefetch(sharded, lookups_ahead, sharded=lambda each: each) as ahead:
+        for _, fetched in ahead:
+            tensors = module(fetched.result())
+            seen.append({name: each.detach().numpy().copy() for name, each in tensors.items()})
+            sum(each.sum() for each in tensors.values()).backward()
+    module.drain()
+    return seen
+
+
+def layout_features() -> tuple[dict[str, PartitionedFeature], dict[str, OutConfig]]:
+    def feature(pooling: PoolingType, length: int = 0) -> PartitionedFeature:
+        table = table_config("t", segments=[Segment(3, RandomUniform(-1.0, 1.0), Adagrad(learning_rate=0.1), Fp32())])
+        config = HashTableConfig(table.proto.hash_table, [0.1])
+        return PartitionedFeature(config=config, slice_dims=(1, 2), pooling=pooling, max_sequence_length=length)
+
+    features = {"x": feature(PoolingType.MEAN), "y": feature(PoolingType.FIRSTN, 2)}
+    return features, {
+        "bias": OutConfig(slices=(SliceConfig("x", 0, 1),), out_type=OutType.CONCAT),
+        "seq": OutConfig(slices=(SliceConfig("y", 1, 3),), out_type=OutType.CONCAT),
+    }
+
+
+def layout_batch(rank: int, step: int) -> dict[str, FeatureFids]:
+    rng = np.random.default_rng([rank, step])
+    return {
+        name: FeatureFids(Ragged.of([rng.integers(1, 30, rng.integers(0, 5)).tolist() for _ in range(5)]))
+        for name in ("x", "y")
+    }
 
 
 def rows_here(client: PeerClient, rank: int) -> int:
@@ -102,4 +153,6 @@ CALLS = {
     "refuse": refuse,
     "module": module,
     "rows_here": rows_here,
+    "write": write,
+    "layouts": layouts,
 }

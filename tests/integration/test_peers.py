@@ -12,6 +12,8 @@ import trilith
 from tests.congruence.clusters import LocalCluster
 from tests.integration import peers_child
 from tests.integration.peers_child import TABLES, batch
+from trilith.nn import FusedLayouts
+from trilith.tables.factories import create_partitioned_tables
 
 IDS = list(range(1, 60))
 TIMEOUT_S = 120
@@ -94,8 +96,14 @@ def test_workers_that_hold_the_rows_are_as_workers_of_ps(size, tmp_path, ps_chec
         ("lookup", IDS),
         ("module", 0, 0),
         ("module", 2, 2),
+        ("module", 1, 2, 1),
+        ("write",),
+        ("layouts", 0),
+        ("layouts", 2),
     )
-    _, trained, held, variables, refused, present, saved, restored, loaded, exact, late = zip(*found, strict=True)
+    _, trained, held, variables, refused, present, saved, restored, loaded, exact, late, staged, wrote, laid, ahead = (
+        zip(*found, strict=True)
+    )
     # The steps of every rank are those of a worker of PS, rank after rank.
     with trilith.connect("local://", threads=1) as client:
         on_ps(client, size, 3)
@@ -118,6 +126,44 @@ def test_workers_that_hold_the_rows_are_as_workers_of_ps(size, tmp_path, ps_chec
     for rows in loaded:
         assert_same(rows, there_rows)
     # Modules look up ahead and push behind; every step is `size` steps, and nothing is lost.
-    for one, other in zip(exact, late, strict=True):
+    for one, other, third in zip(exact, late, staged, strict=True):
         assert all(after < before for before, after in itertools.pairwise(one))
-        assert other[-1] < one[-1]
+        assert third[-1] < other[-1] < one[-1]
+    assert_writes(size, wrote)
+    assert_layouts(size, laid)
+    for one, other in zip(laid, ahead, strict=True):
+        assert not np.array_equal(one[-1]["bias"], other[-1]["bias"])  # the rows have gone on
+
+
+def assert_writes(size, wrote):
+    """Every rank saw what PS hold after the same writes, rank after rank."""
+    with trilith.connect("local://", threads=1) as client:
+        for name, table in TABLES.items():
+            client.table(name, **table)
+        for verb in ("assign", "assign_add"):
+            for rank in range(size):
+                rows = {name: (ids % 20 + 100, rows) for name, (ids, rows) in batch(rank, 50).items()}
+                getattr(client, verb)(rows, request_time=9)
+        wanted = client.lookup(dict.fromkeys(TABLES, range(100, 120)))
+    for each in wrote:
+        assert_same({name: each[name] for name in TABLES}, wanted)
+        assert each["reset"] == [1, 0, 1]
+
+
+def assert_layouts(size, laid):
+    """Layouts are those of workers of PS that step one after another."""
+    features, layouts = peers_child.layout_features()
+    with trilith.connect("local://", threads=1) as client:
+        modules = [
+            FusedLayouts(create_partitioned_tables(client, features, layouts, prefix="layouts/")) for _ in range(size)
+        ]
+        for step in range(3):
+            fetched = [
+                each.tables.fetch(each.tables.shard(peers_child.layout_batch(rank, step), 5))
+                for rank, each in enumerate(modules)
+            ]
+            for rank, (each, rows) in enumerate(zip(modules, fetched, strict=True)):
+                tensors = each(rows)
+                for name, tensor in tensors.items():
+                    np.testing.assert_allclose(laid[rank][step][name], tensor.detach(), rtol=1e-5, atol=1e-6)
+                sum(tensor.sum() for tensor in tensors.values()).backward()

@@ -9,22 +9,30 @@ import pytest
 
 import trilith
 from tests.conformance.worker_ops.exchange import _Rank, _Ranks
-from trilith.errors import ClusterMismatchError, InvalidRequestError, UnknownVariableError
+from trilith.data.ragged import Ragged
+from trilith.data.sharding import FeatureFids
+from trilith.errors import ClusterMismatchError, InvalidRequestError, NonFiniteError, UnknownVariableError
+from trilith.nn import EmbeddingBag, EmbeddingCollection, Feature, FusedLayouts
+from trilith.ops.layout_config import OutConfig, OutType, PoolingType, SliceConfig
 from trilith.peers import PeerClient
-from trilith.tables import Sgd, Zeros
+from trilith.tables import Adagrad, HashTableConfig, RandomUniform, Sgd, Zeros
+from trilith.tables.config import Segment
+from trilith.tables.factories import create_merged_tables, create_partitioned_tables
+from trilith.tables.partitioned import PartitionedFeature
+from trilith_proto.hash_table_pb2 import EmbeddingHashTableConfig
 
 TABLE = {"dim": 1, "optimizer": Sgd(learning_rate=1.0), "initializer": Zeros()}
 
 
-def together(size, work):
+def together(size, work, **options):
     """Call work(client, rank) on every rank; what each gave."""
-    exchanges = [_Ranks(size) for _ in range(3)]
+    exchanges = [_Ranks(size) for _ in range(5)]
     found, failures = [None] * size, []
 
     def run(rank):
         made = iter(exchanges)
         try:
-            with PeerClient(lambda rows: _Rank(next(made), rank), threads=1) as client:
+            with PeerClient(lambda rows: _Rank(next(made), rank), threads=1, **options) as client:
                 found[rank] = work(client, rank)
         except BaseException as error:  # noqa: BLE001 - raised below
             failures.append(error)
@@ -85,8 +93,12 @@ def test_what_is_not_there_is_refused():
             client.lookup({"t": [1]})
         table = client.table("t", **TABLE)
         assert (table.dim, client.table("t").name) == (1, "t")
-        with pytest.raises(NotImplementedError):
-            table.assign([1], [[1.0]])
+        with pytest.raises(InvalidRequestError, match="process group"):
+            client.batches().lookup({"t": [1]}, 1.0)
+        with pytest.raises(InvalidRequestError, match="float16=True"):
+            client.batches(float16=True)
+        with pytest.raises(InvalidRequestError, match="2 parts"):
+            client.lookup_owned([{}, {}])
         with pytest.raises(InvalidRequestError, match="negative"):
             client.lookup({"t": [-1]})
         with pytest.raises(UnknownVariableError, match="'w'"):
@@ -94,3 +106,197 @@ def test_what_is_not_there_is_refused():
         assert client.restore_newest("memory://nothing") == ""
 
     together(1, work)
+
+
+# ---- every write, tables and layouts: as workers of PS would do it one after another ---------------------------------
+
+RANDOM = {"dim": 3, "optimizer": Adagrad(learning_rate=0.3), "initializer": RandomUniform(-1.0, 1.0)}
+VERBS = ("assign", "assign_add", "apply_gradients")
+
+
+def written(verb, rank):
+    """A rank's ids, repeats among them, and rows."""
+    rng = np.random.default_rng([VERBS.index(verb), rank])
+    return rng.integers(0, 12, 9), rng.normal(size=(9, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("queue", [0, 2])
+def test_writes_of_every_kind_are_those_of_workers_in_the_order_of_the_ranks(size, queue):
+    def work(client, rank):
+        client.table("t", **RANDOM)
+        for verb in VERBS:
+            getattr(client, verb)({"t": written(verb, rank)}, request_time=5)
+        client.drain()
+        client._wait()
+        return client.lookup({"t": range(12)})["t"]
+
+    with trilith.connect("local://", threads=1) as client:
+        client.table("t", **RANDOM)
+        for verb in VERBS:
+            for rank in range(size):
+                getattr(client, verb)({"t": written(verb, rank)}, request_time=5)
+        wanted = client.lookup({"t": range(12)})["t"]
+    for rows in together(size, work, update_queue=queue):
+        np.testing.assert_array_equal(rows, wanted)
+
+
+def test_what_one_rank_refuses_the_others_do():
+    def work(client, rank):
+        client.table("t", **TABLE)
+        bad = np.full((1, 1), np.nan if rank == 0 else 1.0, np.float32)
+        for verb in ("assign", "assign_add", "apply_gradients"):
+            if rank == 0:
+                with pytest.raises(NonFiniteError):
+                    getattr(client, verb)({"t": ([3], bad)})
+                continue
+            getattr(client, verb)({"t": ([3], bad)})
+        huge = np.full((2, 1), 3e38, np.float32)  # finite, but not their sum
+        with pytest.raises(NonFiniteError, match="sum"):
+            client.apply_gradients({"t": ([3, 3], huge)})
+        return client.lookup({"t": [3]})["t"].item()
+
+    assert together(2, work) == [1.0, 1.0]
+
+
+def test_float16_must_hold_what_travels():
+    def work(client, rank):
+        client.table("t", **TABLE)
+        with pytest.raises(NonFiniteError, match="float16"):
+            client.apply_gradients({"t": ([3], np.full((1, 1), 1e6, np.float32))})
+
+    together(1, work, float16=True)
+
+
+def test_rows_are_reset_rank_after_rank_and_each_is_told_of_its_own_ids_in_their_order():
+    def work(client, rank):
+        client.table("t", **TABLE)
+        client.table("u", **TABLE)
+        client.assign({"t": ([4, 7], np.ones((2, 1), np.float32))} if rank == 0 else {})
+        return client.reinitialize("t" if rank == 0 else "u", [9, 4, 7] if rank == 0 else [4]).tolist()
+
+    assert together(2, work) == [[0, 1, 1], [0]]
+
+
+def test_rows_that_are_missing_are_created_by_all_ranks_together():
+    def work(client, rank):
+        table = client.table("t", **{**RANDOM, "seed": 3})
+        bag = EmbeddingBag(table, combiner="sum", init_missing=True)
+        return bag(np.array([[5], [6]][rank : rank + 1], np.uint64)).detach().numpy(), bag(
+            np.array([[5]], np.uint64)
+        ).detach().numpy()
+
+    with trilith.connect("local://", threads=1) as client:
+        bag = EmbeddingBag(client.table("t", **{**RANDOM, "seed": 3}), combiner="sum", init_missing=True)
+        wanted = bag(np.array([[5], [6]], np.uint64)).detach().numpy()
+    for rank, (own, five) in enumerate(together(2, work)):
+        np.testing.assert_array_equal(own, wanted[rank : rank + 1])
+        np.testing.assert_array_equal(five, wanted[:1])
+        assert own.all()
+
+
+def test_merged_tables_stand_on_workers_that_hold_the_rows():
+    configs = {name: HashTableConfig(**config_of(dim)) for name, dim in (("a", 2), ("b", 2), ("c", 1))}
+
+    def steps(client, rank):
+        tables = create_merged_tables(client, configs)
+        tables.apply_gradients(
+            {"a": ([1, 2], np.ones((2, 2), np.float32)), "c": ([1], np.ones((1, 1), np.float32))}, global_step=0
+        )
+        return {name: rows.tolist() for name, rows in tables.lookup({"b": [1, 2], "c": [1]}).items()}
+
+    with trilith.connect("local://", threads=1) as client:
+        wanted = [steps(client, rank) for rank in range(2)][-1]
+
+    assert together(2, steps) == [wanted, wanted]
+    assert wanted["b"] == [[-2, -2], [-2, -2]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("merge", [False, True])
+def test_fused_layouts_stand_on_workers_that_hold_the_rows(size, merge):
+    features = {
+        name: PartitionedFeature(config=HashTableConfig(**config_of(3)), slice_dims=(1, 2), pooling=pooling)
+        for name, pooling in (("x", PoolingType.SUM), ("y", PoolingType.MEAN))
+    }
+    layouts = {
+        "bias": OutConfig(slices=(SliceConfig("x", 0, 1), SliceConfig("y", 0, 1)), out_type=OutType.ADDN),
+        "vec": OutConfig(slices=(SliceConfig("x", 1, 3), SliceConfig("y", 1, 3)), out_type=OutType.CONCAT),
+    }
+
+    def batch(rank):
+        rng = np.random.default_rng(rank)
+        return {
+            name: FeatureFids(Ragged.of([rng.integers(0, 9, rng.integers(0, 4)).tolist() for _ in range(4)]))
+            for name in features
+        }
+
+    def step(client, rank):
+        tables = create_partitioned_tables(client, features, layouts, native=not merge)
+        module = FusedLayouts(tables)
+        fetched = tables.fetch(tables.shard(batch(rank), 4), req_time=7)
+        tensors = module(fetched)
+        sum((each * (1 + i)).sum() for i, each in enumerate(tensors.values())).backward()
+        module.drain()
+        return {name: each.detach().numpy() for name, each in tensors.items()}, tables
+
+    def work(client, rank):
+        step(client, rank)
+        client._wait()
+        _, tables = before = step(client, rank)
+        client._wait()
+        return before[0], tables.lookup(batch(99), 4)
+
+    with trilith.connect("local://", threads=1) as client:
+        for rank in range(size):
+            step(client, rank)
+        second = [create_partitioned_tables(client, features, layouts, native=not merge) for _ in range(size)]
+        seen = [tables.lookup(batch(rank), 4) for rank, tables in enumerate(second)]
+        for rank in range(size):
+            step(client, rank)
+        last = second[0].lookup(batch(99), 4)
+    for rank, (tensors, after) in enumerate(together(size, work)):
+        for name in layouts:
+            np.testing.assert_allclose(tensors[name], seen[rank][name], rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(after[name], last[name], rtol=1e-6, atol=1e-6)
+    assert np.abs(last["bias"]).max() > 1
+
+
+@pytest.mark.parametrize(("depth", "queue"), [(0, 1), (2, 0), (2, 3)])
+def test_rows_may_wait_between_their_owners_and_their_journey(depth, queue):
+    def work(client, rank):
+        collection = EmbeddingCollection(client, {"f": Feature(client.table("t", **TABLE), "sum")})
+        seen = []
+        batches = [{"f": np.array([[5]], np.uint64)}] * 9
+        with collection.prefetch(batches, depth, ids=lambda each: each, lookup_queue=queue) as ahead:
+            for _, fetched in ahead:
+                rows = collection(fetched.result())["f"]
+                seen.append(-round(rows.item()))
+                rows.sum().backward()
+                if len(seen) == 7:
+                    break
+        collection.drain()
+        client._wait()
+        return seen, client.lookup({"t": [5]})["t"].item()
+
+    bound = depth + (queue + 1 if queue else 0)
+    for seen, last in together(2, work, update_queue=1):
+        assert last == -14
+        # Two ranks step the row; this rank's lookups lack at most what is stated.
+        assert all(each >= 2 * (step - bound - 1) - 1 for step, each in enumerate(seen)), seen
+
+
+def test_a_queue_before_the_journey_is_for_workers_that_hold_the_rows():
+    with trilith.connect("local://", threads=1) as client:
+        collection = EmbeddingCollection(client, {"f": Feature(client.table("t", **TABLE), "sum")})
+        with collection.prefetch([{"f": np.array([[5]])}], 0, ids=lambda each: each, lookup_queue=1) as ahead:
+            ((_, fetched),) = ahead
+            with pytest.raises(InvalidRequestError, match="hold the rows"):
+                fetched.result()
+
+
+def config_of(dim):
+    table = EmbeddingHashTableConfig()
+    table.cuckoo.SetInParent()
+    table.entry_config.segments.append(Segment(dim, Zeros(), Sgd(learning_rate=1.0)).as_proto())
+    return {"table_config": table, "learning_rate_fns": [1.0]}

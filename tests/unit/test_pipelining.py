@@ -80,6 +80,31 @@ def test_a_prefetcher_that_is_left_early_ends_its_thread_and_has_fetched_depth_a
     assert fetched == list(range(8))
 
 
+@pytest.mark.parametrize(("first", "second"), [(1, 0), (1, 2), (3, 1)])
+def test_a_fetch_may_follow_another_and_both_have_fetched_what_was_asked_for_when_they_end(first, second):
+    begun, followed = [], []
+
+    def follow(value):
+        followed.append(value)
+        return 12 / value
+
+    def begin(item):
+        begun.append(item)
+        return item - 2
+
+    with Prefetcher(iter(range(100)), begin, first).then(follow, second) as ahead:
+        for item, fetched in ahead:
+            if item == 2:
+                with pytest.raises(ZeroDivisionError):
+                    fetched.result()
+            else:
+                assert fetched.result() == 12 / (item - 2)
+            if item == 6:
+                break
+    assert followed == [item - 2 for item in range(7 + second)]
+    assert begun == list(range(7 + second + first + (second > 0)))
+
+
 def test_depths_below_zero_are_refused():
     for make in (lambda: Prefetcher([], str, -1), lambda: Pusher(-1)):
         with pytest.raises(InvalidRequestError, match="-1 is below 0"):

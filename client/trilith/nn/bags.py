@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trilith.data.clicks import Ragged
 from trilith.errors import InvalidRequestError
+from trilith.features.combiners import FirstN
 
 __all__ = ["Bags", "Combiner", "FirstN", "IdsLike", "as_bags", "as_ids", "check_combiner"]
 
@@ -22,19 +23,8 @@ IdsLike: TypeAlias = Ragged | Tensor | npt.NDArray[Any]
 POOLED = ("sum", "mean", "sqrtn")
 
 
-@dataclass(frozen=True, slots=True)
-class FirstN:
-    """Keep the first n rows of a bag side by side, zeros where it has fewer; ids beyond are never looked up."""
-
-    n: int
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise InvalidRequestError(f"FirstN({self.n}): n must be at least 1")
-
-
 Combiner: TypeAlias = Literal["sum", "mean", "sqrtn"] | FirstN
-"""sum; mean; sqrtn, the sum divided by the square root of the bag's size; or the first n rows."""
+"""sum; mean; sqrtn, the sum divided by the square root of the bag's size; or the first n rows, others not looked up."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ class _ClusterModule(nn.Module):
 
     def drain(self) -> None:
         """Wait until all gradients have been applied; raises what a push in the background ended with."""
-        self.exchange.pusher.drain()
+        self.exchange.drain()
 
     def close(self) -> None:
         """End the thread that pushes; drain first to lose nothing."""
@@ -231,7 +231,7 @@ class EmbeddingBag(_ClusterModule):
         """Return float32[b, dim], with FirstN(n) float32[b, n, dim]; `as_bags` says which forms of ids there are."""
         bags = as_bags(ids, offsets, row_splits=row_splits, lengths=lengths)
         if isinstance(self.combiner, FirstN):
-            bags = bags.first(self.combiner.n)
+            bags = bags.first(self.combiner.max_seq_length)
         pooling = make_pooling([bags], [self.combiner], self.bridge)
         name = self.table.name
         output = _Output(name, 0, bags.ids.size, pooling)
@@ -289,7 +289,12 @@ class EmbeddingCollection(_ClusterModule):
         return FetchedRows(step, step.fetch(), groups, samples)
 
     def prefetch(
-        self, batches: Iterable[_T], depth: int, *, ids: Callable[[_T], Mapping[str, IdsLike]]
+        self,
+        batches: Iterable[_T],
+        depth: int,
+        *,
+        ids: Callable[[_T], Mapping[str, IdsLike]],
+        lookup_queue: int = 0,
     ) -> Prefetcher[_T, FetchedRows]:
         """Go over batches with their rows looked up, `depth` of them ahead.
 
@@ -297,8 +302,19 @@ class EmbeddingCollection(_ClusterModule):
             batches: Anything.
             depth: 0 looks every batch up when it is taken.
             ids: Gives the ids of a batch.
+            lookup_queue: Where the workers hold the rows: batches whose rows their owners have found, and that wait to
+                travel. Rows then lack up to `lookup_queue + 1` updates more.
         """
-        return Prefetcher(batches, lambda batch: self.fetch(ids(batch)), depth)
+        if not lookup_queue:
+            return Prefetcher(batches, lambda batch: self.fetch(ids(batch)), depth)
+        found = Prefetcher(batches, lambda batch: self._begin(ids(batch)), lookup_queue)
+        return found.then(lambda bring: bring(), depth)
+
+    def _begin(self, batch: Mapping[str, IdsLike]) -> Callable[[], FetchedRows]:
+        """Have a batch's rows found; the call that is returned brings them."""
+        step, groups, samples = self._plan(batch)
+        bring = self.exchange.begin(step.ids)
+        return lambda: FetchedRows(step, bring(), groups, samples)
 
     def forward(self, batch: Mapping[str, IdsLike] | FetchedRows) -> dict[str, Tensor]:
         """Return per feature float32[b, dim], with FirstN(n) float32[b, n, dim].
@@ -359,7 +375,7 @@ class EmbeddingCollection(_ClusterModule):
         bags = {}
         for name, feature in self.features.items():
             one = as_bags(batch[name])
-            bags[name] = one.first(feature.combiner.n) if isinstance(feature.combiner, FirstN) else one
+            bags[name] = one.first(feature.combiner.max_seq_length) if isinstance(feature.combiner, FirstN) else one
         sizes = {name: len(one) for name, one in bags.items()}
         if len(set(sizes.values())) > 1:
             raise InvalidRequestError(f"features differ in their number of samples: {sizes}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
+from trilith.peers import PeerClient
 from trilith.pipelining import Pusher
 
 __all__ = ["Exchange", "RowClient"]
@@ -46,6 +47,7 @@ class Exchange:
         self.client = client
         self.init_missing = init_missing
         self.pusher = Pusher(async_push)
+        self._peers = client if isinstance(client, PeerClient) else None
         self._held: dict[str, list[tuple[UInt64Array, Float32Array]]] | None = None
 
     def lookup(self, ids: Mapping[str, UInt64Array]) -> dict[str, Float32Array]:
@@ -55,11 +57,26 @@ class Exchange:
             self._create_missing(ids, rows)
         return rows
 
+    def begin(self, ids: Mapping[str, UInt64Array]) -> Callable[[], dict[str, Float32Array]]:
+        """Have the owners find rows; the call that is returned lets them travel. For workers that hold the rows."""
+        if self._peers is None or self.init_missing:
+            raise InvalidRequestError(
+                "only workers that hold the rows themselves have a queue between finding rows and their journey, and"
+                " only without init_missing"
+            )
+        return self._peers.begin_lookup(ids)
+
+    def drain(self) -> None:
+        """Wait until all gradients have been applied; raises what a push in the background ended with."""
+        self.pusher.drain()
+        if self._peers is not None:
+            self._peers.drain()
+
     def _create_missing(self, ids: Mapping[str, UInt64Array], rows: dict[str, Float32Array]) -> None:
         missing = {}
         for table, found in rows.items():
             absent = ~found.any(axis=1)  # all zeros: no row yet, or one that is zero, which adding zero leaves alone
-            if absent.any():
+            if absent.any() or self._peers is not None:  # ranks create rows together or not at all
                 missing[table] = absent
         if not missing:
             return

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from trilith.client import Client
 from trilith.features.combiners import Combiner as FeatureCombiner
-from trilith.features.combiners import FirstN as FirstVectors
-from trilith.features.combiners import ReduceMean
+from trilith.features.combiners import FirstN, ReduceMean
 from trilith.features.slots import FeatureColumn, FeatureRegistry, FeatureSlice
-from trilith.nn.bags import Combiner, FirstN, IdsLike
+from trilith.nn.bags import Combiner, IdsLike
 from trilith.nn.embedding import EmbeddingCollection, Feature, FetchedRows, TableLike
 from trilith.nn.exchange import RowClient
 from trilith.tables.spec import TableSpec
@@ -88,6 +87,6 @@ class FeatureModel(nn.Module):
 
 
 def _combiner(combiner: FeatureCombiner) -> Combiner:
-    if isinstance(combiner, FirstVectors):
-        return FirstN(combiner.max_seq_length)
+    if isinstance(combiner, FirstN):
+        return combiner
     return "mean" if isinstance(combiner, ReduceMean) else "sum"

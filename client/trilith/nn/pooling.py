@@ -79,7 +79,7 @@ def make_pooling(bags: Sequence[Bags], combiners: Sequence[Combiner], bridge: Br
         bridge: Knows the device.
     """
     if isinstance(combiners[0], FirstN):
-        return _first_rows(bags[0], combiners[0].n, bridge)
+        return _first_rows(bags[0], combiners[0].max_seq_length, bridge)
     lengths = bags[0].lengths if len(bags) == 1 else np.concatenate([feature.lengths for feature in bags])
     if (lengths == 1).all():
         return Pooled(None, None)  # one row in, the same out, whatever the combiner

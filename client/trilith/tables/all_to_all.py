@@ -7,9 +7,9 @@ the order of the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,11 @@ import torch.distributed
 
 from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.ops.fused_gather import fused_gather_embeddings_by_input, fused_gather_embeddings_by_input_gradient
-from trilith.ops.reorder import FusedReorder, fused_reorder_by_indices
+from trilith.ops.ragged import as_floats, as_integers
+from trilith.ops.reorder import EMPTY_FROM, FusedReorder, fused_reorder_by_indices
+from trilith.ops.split import split_by_indices
 
-__all__ = ["AllToAllTables", "Collective", "Exchanged", "LocalTables", "TorchCollective"]
+__all__ = ["AllToAllTables", "Asked", "Collective", "Exchanged", "LocalTables", "Returned", "TorchCollective"]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -95,27 +97,64 @@ class LocalTables(Protocol):
     def apply_gradients(self, updates: Mapping[str, tuple[Any, ...]], /, **options: Any) -> None:
         """One step per distinct id of a table: ids, gradients and, where repeats are counted, occurrences uint32[n]."""
 
+    def assign(self, updates: Mapping[str, tuple[Any, Any]], /, **options: Any) -> None:
+        """Set rows; of a repeated id the last row stays."""
+
+    def assign_add(self, updates: Mapping[str, tuple[Any, Any]], /, **options: Any) -> None:
+        """Add to rows, one after another."""
+
 
 @dataclass(frozen=True, slots=True)
 class Exchanged:
-    """What a lookup leaves for the step back.
+    """Ids that have changed hands.
 
     Attributes:
-        reorder: This rank's ids by owner.
+        sent: int64[ranks, tables], ids that this rank asked of each.
         sizes: int64[ranks, tables], ids that each rank asked of this one.
         ids: int64[...], those ids, rank by rank and table by table.
+        reorder: This rank's ids by owner, where each travelled once for all its places.
     """
 
-    reorder: FusedReorder
+    sent: Ints
     sizes: Ints
     ids: Ints
+    reorder: FusedReorder | None = None
+
+    def cells(self) -> list[Ints]:
+        """The ids asked of this rank, by rank and table."""
+        return np.split(self.ids, np.cumsum(self.sizes.reshape(-1))[:-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Ids with the rows that this rank has for the others, before they travel."""
+
+    exchanged: Exchanged
+    rows: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """What the ranks ask of this one, rank by rank: by table ids, values and, if repeats are counted, occurrences."""
+
+    updates: list[dict[str, tuple[Any, ...]]]
 
 
 class AllToAllTables:
-    """Tables sharded over the ranks of a collective."""
+    """Tables sharded over the ranks of a collective.
+
+    A lookup is `ask`, then `collect`; an update is `add_up`, `send_back`, `take`. Queues fit between these; those that
+    exchange in threads of their own need collectives of their own.
+    """
 
     def __init__(
-        self, local: LocalTables, dims: Mapping[str, int], collective: Collective, *, count_repeats: bool = False
+        self,
+        local: LocalTables,
+        dims: Mapping[str, int],
+        collective: Collective,
+        *,
+        asking: Collective | None = None,
+        count_repeats: bool = False,
     ) -> None:
         """Use the tables that `local` has.
 
@@ -123,27 +162,57 @@ class AllToAllTables:
             local: This rank's rows.
             dims: Floats per row, by table; the same on every rank.
             collective: How ranks exchange arrays.
+            asking: How they exchange the ids of lookups; None: in the same way.
             count_repeats: Whether it travels how often an id occurred, for tables that count occurrences.
         """
         if not dims:
             raise InvalidRequestError("at least one table is needed")
         self._local = local
         self._collective = collective
+        self._asking = collective if asking is None else asking
         self._count_repeats = count_repeats
         self.names = sorted(dims)
         self._dims = np.array([dims[name] for name in self.names], np.int64)
 
+    # ---- arranging ---------------------------------------------------------------------------------------------------
+
     def reorder(self, ids: Mapping[str, npt.ArrayLike]) -> FusedReorder:
-        """Arrange a batch's ids by owner: a step for the input pipeline.
+        """Arrange a batch's ids by owner, each once: a step for the input pipeline.
 
         Args:
             ids: By table int64[n], at least 0; a table without ids may be left out.
         """
-        unknown = sorted(set(ids) - set(self.names))
-        if unknown:
-            raise InvalidRequestError(f"no table {unknown[0]!r}; there are {self.names}")
+        self._check_names(ids)
         lists = [np.asarray(ids.get(name, ()), np.int64) for name in self.names]
         return fused_reorder_by_indices(lists, self._collective.size, self._dims.tolist())
+
+    def route(self, updates: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> list[dict[str, tuple[Ints, Floats]]]:
+        """Arrange rows by owner, repeats and all, in their order: per rank and table ids and rows."""
+        self._check_names(updates)
+        ranks = self._collective.size
+        routed: list[dict[str, tuple[Ints, Floats]]] = [{} for _ in range(ranks)]
+        for name, (ids, rows) in updates.items():
+            wanted = as_integers(f"table {name!r}: ids", ids, shape=(-1,))
+            owners = self._owners(wanted)
+            values = split_by_indices(owners, as_floats(f"table {name!r}: rows", rows), ranks)
+            for rank, (own, block) in enumerate(zip(split_by_indices(owners, wanted, ranks), values, strict=True)):
+                routed[rank][name] = own, block
+        return routed
+
+    def _owners(self, ids: Ints) -> Ints:
+        """The rank that has each id."""
+        if ids.size and ids.min() < 0:
+            raise InvalidRequestError(f"id {ids.min()} is negative; no rank owns it")
+        spared = int(self._collective.size >= EMPTY_FROM)
+        owners: Ints = ids % (self._collective.size - spared) + spared
+        return owners
+
+    def _check_names(self, given: Iterable[str]) -> None:
+        unknown = sorted(set(given) - set(self.names))
+        if unknown:
+            raise InvalidRequestError(f"no table {unknown[0]!r}; there are {self.names}")
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
 
     def lookup(self, reorder: FusedReorder) -> tuple[dict[str, Floats], Exchanged]:
         """Bring every id's row to this rank.
@@ -154,31 +223,83 @@ class AllToAllTables:
         Returns:
             By table float32[n, dim] in the order of its ids, and what `apply_gradients` needs.
         """
-        exchanged = self.send_ids(reorder)
-        sent = self._sent(reorder) @ self._dims
-        rows = self._collective.all_to_all(self._rows(exchanged), exchanged.sizes @ self._dims, sent)
-        pieces = fused_gather_embeddings_by_input(rows, reorder.offsets(), self._dims.tolist())
-        return dict(zip(self.names, pieces, strict=True)), exchanged
+        asked = self.ask(reorder)
+        return self.collect(asked), asked.exchanged
+
+    def ask(self, reorder: FusedReorder) -> Asked:
+        """Tell the owners which ids are meant, and find the rows that this rank is asked for."""
+        exchanged = self._send(self._asking, self._counts(reorder), reorder.output, reorder)
+        return Asked(exchanged, self._rows(exchanged))
+
+    def collect(self, asked: Asked) -> dict[str, Floats]:
+        """Let the rows travel: by table float32[n, dim] in the order of its ids."""
+        reorder = asked.exchanged.reorder
+        assert reorder is not None  # `ask` had one
+        pieces = fused_gather_embeddings_by_input(self._travel(asked), reorder.offsets(), self._dims.tolist())
+        return dict(zip(self.names, pieces, strict=True))
+
+    def lookup_owned(self, ids: Sequence[Mapping[str, npt.ArrayLike]]) -> list[dict[str, Floats]]:
+        """Rows of ids that are arranged by owner already, repeats and all: per rank and table float32[n, dim]."""
+        asked = self.ask_owned(ids)
+        return self.collect_owned(asked)
+
+    def ask_owned(self, ids: Sequence[Mapping[str, npt.ArrayLike]]) -> Asked:
+        """`ask` for ids that are arranged by owner already: per rank and table int64[n]."""
+        cells = [np.asarray(of_rank.get(name, ()), np.int64) for of_rank in ids for name in self.names]
+        exchanged = self._send_cells(self._asking, cells)
+        return Asked(exchanged, self._rows(exchanged))
+
+    def collect_owned(self, asked: Asked) -> list[dict[str, Floats]]:
+        """`collect` for ids that were arranged by owner."""
+        sizes = asked.exchanged.sent * self._dims
+        pieces = np.split(self._travel(asked), np.cumsum(sizes.reshape(-1))[:-1])
+        tables = len(self.names)
+        return [
+            {name: pieces[rank * tables + k].reshape(-1, int(self._dims[k])) for k, name in enumerate(self.names)}
+            for rank in range(self._collective.size)
+        ]
 
     def send_ids(self, reorder: FusedReorder) -> Exchanged:
         """Tell the owners which ids are meant: a lookup without rows, for gradients of ids looked up before."""
-        ranks, tables = self._collective.size, len(self.names)
-        counts = self._sent(reorder)
-        each = np.full(ranks, tables, np.int64)
-        sizes = self._collective.all_to_all(counts.reshape(-1), each, each).reshape(ranks, tables)
-        ids = self._collective.all_to_all(reorder.output, counts.sum(axis=1), sizes.sum(axis=1))
-        return Exchanged(reorder, sizes, ids)
+        return self._send(self._collective, self._counts(reorder), reorder.output, reorder)
 
-    def _sent(self, reorder: FusedReorder) -> Ints:
+    def _send_cells(self, collective: Collective, cells: Sequence[Ints]) -> Exchanged:
+        counts = np.array([each.size for each in cells], np.int64)
+        return self._send(collective, counts.reshape(collective.size, len(self.names)), np.concatenate(cells))
+
+    def _send(self, collective: Collective, counts: Ints, ids: Ints, reorder: FusedReorder | None = None) -> Exchanged:
+        ranks, tables = collective.size, len(self.names)
+        each = np.full(ranks, tables, np.int64)
+        sizes = collective.all_to_all(counts.reshape(-1), each, each).reshape(ranks, tables)
+        came = collective.all_to_all(ids, counts.sum(axis=1), sizes.sum(axis=1))
+        return Exchanged(counts, sizes, came, reorder)
+
+    def _travel(self, asked: Asked) -> Floats:
+        """float32[...]: the rows that this rank asked for, laid out as its ids were."""
+        exchanged = asked.exchanged
+        rows: Floats = self._collective.all_to_all(
+            asked.rows, exchanged.sizes @ self._dims, exchanged.sent @ self._dims
+        )
+        return rows
+
+    def _counts(self, reorder: FusedReorder) -> Ints:
         """int64[ranks, tables]: ids for each rank."""
         return reorder.sharded_slot_sizes.astype(np.int64).reshape(self._collective.size, len(self.names))
 
-    def _repeats(self, reorder: FusedReorder) -> npt.NDArray[np.int32]:
-        """int32[ids that travel]: how often each occurs."""
-        cells = self._sent(reorder)
-        widths = np.repeat(np.tile(self._dims, self._collective.size), cells.reshape(-1))
-        places = np.searchsorted(np.cumsum(widths) - widths, reorder.fused_emb_offset)
-        return np.bincount(places, minlength=widths.size).astype(np.int32)
+    def _rows(self, exchanged: Exchanged) -> Floats:
+        """The rows asked of this rank, one after another in the order of the ids; one lookup for all ranks."""
+        tables = len(self.names)
+        cells = exchanged.cells()
+        asked = {name: np.concatenate(cells[k::tables]) for k, name in enumerate(self.names)}
+        found = self._local.lookup({name: ids for name, ids in asked.items() if ids.size})
+        by_rank: list[list[Floats]] = []
+        for k, name in enumerate(self.names):
+            rows = found.get(name, np.empty((0, int(self._dims[k])), np.float32))
+            by_rank.append(np.split(rows, np.cumsum(exchanged.sizes[:, k])[:-1]))
+        pieces = [by_rank[k][rank].reshape(-1) for rank in range(self._collective.size) for k in range(tables)]
+        return np.concatenate(pieces)
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
 
     def apply_gradients(
         self,
@@ -198,47 +319,101 @@ class AllToAllTables:
             global_step: At which schedules are evaluated.
             request_time: Unix seconds; None is now.
         """
-        reorder, sizes = exchanged.reorder, exchanged.sizes
-        offsets, dims = reorder.offsets(), self._dims.tolist()
-        counts = self._sent(reorder)
+        if exchanged.reorder is None:
+            raise InvalidRequestError("these ids were arranged by owner; send_owned takes their gradients")
+        returned = self.send_back(self.add_up(grads, exchanged.reorder, scale=scale), exchanged)
+        self.take(returned, global_step=global_step, request_time=request_time)
+
+    def add_up(self, grads: Mapping[str, npt.ArrayLike], reorder: FusedReorder, *, scale: float = 1.0) -> Floats:
+        """float32[...]: gradients by table added up by id, laid out as `reorder` has the ids."""
+        counts, offsets, dims = self._counts(reorder), reorder.offsets(), self._dims.tolist()
         given = [k for k, name in enumerate(self.names) if name in grads]
-        flat = fused_gather_embeddings_by_input_gradient(
+        return fused_gather_embeddings_by_input_gradient(
             int((counts @ self._dims).sum()),
             [grads[self.names[k]] for k in given],
             [offsets[k] for k in given],
             [dims[k] for k in given],
             scale=scale,
         )
-        received = self._collective.all_to_all(flat, counts @ self._dims, sizes @ self._dims)
-        cells = self._cells(exchanged)
-        floats = np.split(received, np.cumsum((sizes * self._dims).reshape(-1))[:-1])
-        repeats: list[tuple[Any, ...]] = [()] * len(cells)
-        if self._count_repeats:
-            came = self._collective.all_to_all(self._repeats(reorder), counts.sum(axis=1), sizes.sum(axis=1))
-            repeats = [(each.view(np.uint32),) for each in np.split(came, np.cumsum(sizes.reshape(-1))[:-1])]
-        for rank in range(self._collective.size):
-            updates: dict[str, tuple[Any, ...]] = {}
-            for k, name in enumerate(self.names):
-                cell = rank * len(self.names) + k
-                wanted = cells[cell]
-                if wanted.size:
-                    updates[name] = (wanted, floats[cell].reshape(wanted.size, dims[k]), *repeats[cell])
+
+    def send_back(self, sums: Floats, exchanged: Exchanged) -> Returned:
+        """Let gradients travel that `add_up` has added up."""
+        reorder, counts = exchanged.reorder, exchanged.sent
+        received = self._collective.all_to_all(sums, counts @ self._dims, exchanged.sizes @ self._dims)
+        occurrences = None
+        if self._count_repeats and reorder is not None:
+            sizes = counts.sum(axis=1), exchanged.sizes.sum(axis=1)
+            occurrences = self._collective.all_to_all(self._repeats(reorder, counts), *sizes)
+        return self._returned(exchanged, received, occurrences)
+
+    def send_owned(self, updates: Sequence[Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]]) -> Returned:
+        """Let rows of ids travel that are arranged by owner: per rank and table ids and rows."""
+        empty = np.empty(0, np.int64), np.empty(0, np.float32)
+        given = [of_rank.get(name, empty) for of_rank in updates for name in self.names]
+        exchanged = self._send_cells(self._collective, [np.asarray(ids, np.int64) for ids, _ in given])
+        rows = [np.asarray(each, np.float32).reshape(-1) for _, each in given]
+        sizes = exchanged.sent @ self._dims, exchanged.sizes @ self._dims
+        return self._returned(exchanged, self._collective.all_to_all(np.concatenate(rows), *sizes), None)
+
+    def take(
+        self,
+        returned: Returned,
+        verb: Literal["apply_gradients", "assign", "assign_add"] = "apply_gradients",
+        *,
+        global_step: int = 0,
+        request_time: int | None = None,
+    ) -> None:
+        """Do what the ranks ask of this one, in their order; arguments as for `apply_gradients`."""
+        options = {"request_time": request_time}
+        if verb == "apply_gradients":
+            options["global_step"] = global_step
+        for updates in returned.updates:
             if updates:
-                self._local.apply_gradients(updates, global_step=global_step, request_time=request_time)
+                getattr(self._local, verb)(updates, **options)
 
-    def _cells(self, exchanged: Exchanged) -> list[Ints]:
-        """The ids asked of this rank, by rank and table."""
-        return np.split(exchanged.ids, np.cumsum(exchanged.sizes.reshape(-1))[:-1])
+    def reinitialize(
+        self, name: str, ids: npt.ArrayLike, reset: Callable[[str, Ints], npt.NDArray[np.int8]]
+    ) -> npt.NDArray[np.int8]:
+        """Have the owners reset rows, in the order of the ranks; what became of each id, in the order of `ids`.
 
-    def _rows(self, exchanged: Exchanged) -> Floats:
-        """The rows asked of this rank, one after another in the order of the ids; one lookup for all ranks."""
+        Args:
+            name: Of the table.
+            ids: int64[n], at least 0.
+            reset: Resets rows of this rank, by table and ids.
+        """
+        wanted = as_integers("ids", ids, shape=(-1,))
+        parts = [of_rank[name][0] for of_rank in self.route({name: (wanted, np.empty((wanted.size, 0)))})]
+        nothing = np.empty(0, np.int64)
+        exchanged = self._send_cells(
+            self._collective, [part if each == name else nothing for part in parts for each in self.names]
+        )
+        found = [
+            reset(self.names[cell % len(self.names)], each) if each.size else np.empty(0, np.int8)
+            for cell, each in enumerate(exchanged.cells())
+        ]
+        sizes = exchanged.sizes.sum(axis=1), exchanged.sent.sum(axis=1)
+        statuses = self._collective.all_to_all(np.concatenate(found), *sizes)
+        order = np.argsort(self._owners(wanted), kind="stable")
+        out = np.empty(wanted.size, np.int8)
+        out[order] = statuses
+        return out
+
+    def _returned(self, exchanged: Exchanged, values: Floats, occurrences: npt.NDArray[np.int32] | None) -> Returned:
         tables = len(self.names)
-        cells = self._cells(exchanged)
-        asked = {name: np.concatenate(cells[k::tables]) for k, name in enumerate(self.names)}
-        found = self._local.lookup({name: ids for name, ids in asked.items() if ids.size})
-        by_rank: list[list[Floats]] = []
-        for k, name in enumerate(self.names):
-            rows = found.get(name, np.empty((0, int(self._dims[k])), np.float32))
-            by_rank.append(np.split(rows, np.cumsum(exchanged.sizes[:, k])[:-1]))
-        pieces = [by_rank[k][rank].reshape(-1) for rank in range(self._collective.size) for k in range(tables)]
-        return np.concatenate(pieces)
+        sizes = exchanged.sizes.reshape(-1)
+        rows = np.split(values, np.cumsum((exchanged.sizes * self._dims).reshape(-1))[:-1])
+        repeats: list[tuple[Any, ...]] = [()] * sizes.size
+        if occurrences is not None:
+            repeats = [(each.view(np.uint32),) for each in np.split(occurrences, np.cumsum(sizes)[:-1])]
+        updates: list[dict[str, tuple[Any, ...]]] = [{} for _ in range(self._collective.size)]
+        for cell, ids in enumerate(exchanged.cells()):
+            if ids.size:
+                block = rows[cell].reshape(ids.size, int(self._dims[cell % tables]))
+                updates[cell // tables][self.names[cell % tables]] = ids, block, *repeats[cell]
+        return Returned(updates)
+
+    def _repeats(self, reorder: FusedReorder, counts: Ints) -> npt.NDArray[np.int32]:
+        """int32[ids that travel]: how often each occurs."""
+        widths = np.repeat(np.tile(self._dims, self._collective.size), counts.reshape(-1))
+        places = np.searchsorted(np.cumsum(widths) - widths, reorder.fused_emb_offset)
+        return np.bincount(places, minlength=widths.size).astype(np.int32)

@@ -16,6 +16,7 @@ from trilith.tables.spec import TableSpec
 
 if TYPE_CHECKING:
     from trilith.client import Client
+    from trilith.peers import PeerClient
 
 __all__ = ["DistributedTable", "DistributedTables", "SeparateTables", "TableLike", "as_specs"]
 
@@ -46,7 +47,7 @@ class DistributedTables(QueueHooks):
     evaluated once per update, at its step. Results do not depend on the number of PS.
 
     Args:
-        client: An open cluster; `local://` keeps the tables in this process.
+        client: An open cluster; `local://` keeps the tables in this process, `trilith.peers` in the workers.
         configs: By name.
         prefix: Goes before the names to make them those of the cluster's tables.
         transfer_float16: Whether rows and gradients travel as float16; None: as the client was opened.
@@ -55,7 +56,7 @@ class DistributedTables(QueueHooks):
 
     def __init__(
         self,
-        client: Client,
+        client: Client | PeerClient,
         configs: Mapping[str, TableLike],
         *,
         prefix: str = "",
@@ -138,7 +139,7 @@ class DistributedTable(QueueHooks):
         **options: As for `DistributedTables`.
     """
 
-    def __init__(self, client: Client, name: str, config: TableLike, **options: Any) -> None:
+    def __init__(self, client: Client | PeerClient, name: str, config: TableLike, **options: Any) -> None:
         super().__init__()
         self.name = name
         self._tables = DistributedTables(client, {name: config}, **options)

@@ -1,4 +1,4 @@
-"""The ways to put a model's tables together, each by one function."""
+"""The ways to put a model's tables together, each by one function; over PS, in this process or in the workers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from trilith.tables.spec import TableSpec
 if TYPE_CHECKING:
     from trilith.client import Client
     from trilith.ops.layout_config import OutConfig
+    from trilith.peers import PeerClient
 
 __all__ = ["create_merged_tables", "create_partitioned_tables", "create_tables"]
 
 
-def create_tables(client: Client, configs: Mapping[str, TableLike], **options: Any) -> DistributedTables:
+def create_tables(client: Client | PeerClient, configs: Mapping[str, TableLike], **options: Any) -> DistributedTables:
     """A table for each name.
 
     Args:
@@ -30,7 +31,7 @@ def create_tables(client: Client, configs: Mapping[str, TableLike], **options: A
 
 
 def create_merged_tables(
-    client: Client,
+    client: Client | PeerClient,
     configs: Mapping[str, HashTableConfig],
     *,
     reduce_network_packets: bool = True,
@@ -62,7 +63,7 @@ def create_merged_tables(
 
 
 def create_partitioned_tables(
-    client: Client,
+    client: Client | PeerClient,
     features: Mapping[str, PartitionedFeature],
     layouts: Mapping[str, OutConfig],
     *,

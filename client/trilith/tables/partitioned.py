@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trilith.client import Client
     from trilith.data.records import Records
     from trilith.data.sharding import FeatureFids
+    from trilith.peers import PeerClient
 
 __all__ = ["Fetched", "PartitionedFeature", "PartitionedTables"]
 
@@ -77,7 +78,7 @@ class PartitionedTables(QueueHooks):
     to the cluster, and `lay_out`, which does not.
 
     Args:
-        client: An open cluster.
+        client: An open cluster, or the workers that hold the rows themselves.
         features: By name.
         layouts: By name, made of slices of the features.
         merge: Whether features of equal config share a table; otherwise each has its own.
@@ -91,7 +92,7 @@ class PartitionedTables(QueueHooks):
 
     def __init__(
         self,
-        client: Client,
+        client: Client | PeerClient,
         features: Mapping[str, PartitionedFeature],
         layouts: Mapping[str, OutConfig],
         *,
