@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -15,9 +16,16 @@ import pytest
 from rich.console import Console
 
 import trilith
-from trilith.checkpoint import newest_complete
-from trilith.exports import entry_base, list_versions, read_export
+from trilith.checkpoint import newest_complete, read_manifest
+from trilith.data.click_files import click_records
+from trilith.exports import entry_base, list_versions, ps_base, read_export
 from trilith.nn import DenseOnPs, auc
+from trilith.prediction import Predictor
+from trilith_services.ps.replica import Replica
+from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
+from trilith_services.ps.store import Store
+from trilith_services.serving.replica_lists import GivenReplicas
+from trilith_services.serving.server import Entry, EntryOptions
 from trilith_services.supervisor import ProcessSpec, PsCluster, Supervisor, free_ports, trilith_argv
 from trilith_services.worker.baseline import train_locally
 from trilith_services.worker.datasets import load_dataset
@@ -167,27 +175,57 @@ def demo(*arguments: str) -> tuple[re.Match[str], str]:
     return match, done.stdout
 
 
+def exporting(tmp_path: Path, mode: str) -> tuple[str, ...]:
+    return ("--model-dir", str(tmp_path), "--export", str(tmp_path / "exports"), "--export-mode", mode)
+
+
+def check_export(tmp_path: Path, shards: int, score: float) -> None:
+    """The newest export is of the last step, and an entry that serves it ranks samples as the demo did."""
+    base = str(tmp_path / "exports")
+    version = list_versions(entry_base(base))[-1]
+    newest = newest_complete(str(tmp_path))
+    assert newest is not None
+    manifest = read_export(f"{entry_base(base)}/{version}")
+    assert manifest.step == read_manifest(newest.path).global_step
+    assert manifest.mode == ("distributed" if shards else "standalone")
+    test = load_dataset("synthetic:5000").test
+    with ExitStack() as stack:
+        addresses = {}
+        for index in range(shards):
+            rows = f"{ps_base(base, index)}/{version}/rows"
+            replica = ReplicaServer(Replica(Store(index=index, count=shards, threads=1)), ReplicaOptions(rows=rows))
+            addresses[index] = [f"127.0.0.1:{replica.start()}"]
+            stack.callback(replica.stop)
+        entry = Entry(base, EntryOptions(deadline_s=20.0), replicas=GivenReplicas(addresses) if shards else None)
+        port = entry.start()
+        stack.callback(entry.stop)
+        predictor = stack.enter_context(Predictor(f"127.0.0.1:{port}", timeout_s=60.0))
+        found = predictor.predict(click_records(test))
+    assert found.model_version == version
+    assert abs(auc(test.labels, found.scores) - score) < 0.005
+
+
 def test_the_demo_trains_with_processes_and_ends_in_its_line(tmp_path):
-    match, text = demo("--steps", "24", "--model-dir", str(tmp_path), "--model", "ffm", "--save-every", "8")
+    match, text = demo("--steps", "24", "--model", "ffm", "--save-every", "8", *exporting(tmp_path, "distributed"))
     assert match.group(6, 7) == ("2", "2")
     assert int(match[5]) > 0
     assert match[2] != "nan"
     assert "starting 2 PS and 2 workers" in text
-    newest = newest_complete(str(tmp_path))
-    assert newest is not None
+    check_export(tmp_path, 2, float(match[1]))
 
 
 def test_the_demo_runs_embedded_and_goes_on_from_its_checkpoint(tmp_path):
-    arguments = ("--num-ps", "0", "--steps", "6", "--no-baseline", "--model-dir", str(tmp_path))
+    arguments = ("--num-ps", "0", "--steps", "6", "--no-baseline", *exporting(tmp_path, "standalone"))
     for steps in (6, 12):
         match, _ = demo(*arguments)
         assert match.group(2, 4, 6, 7) == ("nan", "nan", "0", "1")
         with trilith.connect("local://") as client:
             assert client.restore(newest_complete(str(tmp_path)).path) == steps
+    check_export(tmp_path, 0, float(match[1]))
 
 
 def test_the_demo_runs_without_ps_pipelined_and_goes_on_from_its_checkpoint(tmp_path):
-    arguments = ("--mode", "all-to-all", "--steps", "12", "--no-baseline", "--model-dir", str(tmp_path))
+    arguments = ("--mode", "all-to-all", "--steps", "12", "--no-baseline", *exporting(tmp_path, "distributed"))
     for steps in (6, 12):
         match, text = demo(*arguments, "--prefetch", "2", "--async-push", "2", "--save-every", "2")
         assert match.group(2, 4, 6, 7) == ("nan", "nan", "0", "2")
@@ -195,6 +233,7 @@ def test_the_demo_runs_without_ps_pipelined_and_goes_on_from_its_checkpoint(tmp_
         assert "2 workers, all-to-all" in text
         with trilith.connect("local://") as client:
             assert client.restore(newest_complete(str(tmp_path)).path) == steps
+    check_export(tmp_path, 2, float(match[1]))
 
 
 @pytest.mark.parametrize(
