@@ -501,7 +501,7 @@ class PeerClient:
 
     def _from_first(self, text: str) -> str:
         """Rank 0's text, on every rank."""
-        data = np.frombuffer(text.encode(), np.uint8) if self.rank == 0 else np.empty(0, np.uint8)
+        data = np.frombuffer(bytearray(text.encode()), np.uint8) if self.rank == 0 else np.empty(0, np.uint8)
         each = np.ones(self.ranks, np.int64)
         sizes = self._control.all_to_all(np.full(self.ranks, data.size, np.int64), each, each)
         sent = np.full(self.ranks, data.size, np.int64)

@@ -6,12 +6,14 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed
 
 from trilith.data.ragged import Ragged
 from trilith.data.sharding import FeatureFids
 from trilith.errors import TrilithError
 from trilith.nn import EmbeddingCollection, Feature, FusedLayouts
+from trilith.nn.reduction import FUSIONS, average_gradients
 from trilith.ops.layout_config import OutConfig, OutType, PoolingType, SliceConfig
 from trilith.peers import PeerClient, connect_peers
 from trilith.tables import Adagrad, Fp32, HashTableConfig, RandomUniform, Sgd, table_config
@@ -104,6 +106,15 @@ def write(client: PeerClient, rank: int) -> dict[str, Any]:
     return {**rows, "reset": client.reinitialize("a", [101, 500 + rank, 102]).tolist()}
 
 
+def average(client: PeerClient, rank: int) -> list[list[Any]]:
+    """Means of gradients over all ranks, by every way they may travel."""
+    given = [torch.full((3,), float(rank + 1)), None, torch.tensor([[60000.0]])]
+    means = [
+        average_gradients(given, fusion=fusion, float16=float16) for fusion in FUSIONS for float16 in (False, True)
+    ]
+    return [[None if each is None else each.tolist() for each in tensors] for tensors in means]
+
+
 def layouts(client: PeerClient, rank: int, lookups_ahead: int) -> list[Any]:
     """Steps through fused layouts of two features; what each saw."""
     features, shapes = layout_features()
@@ -155,4 +166,5 @@ CALLS = {
     "rows_here": rows_here,
     "write": write,
     "layouts": layouts,
+    "average": average,
 }

@@ -100,10 +100,10 @@ def test_workers_that_hold_the_rows_are_as_workers_of_ps(size, tmp_path, ps_chec
         ("write",),
         ("layouts", 0),
         ("layouts", 2),
+        ("average",),
     )
-    _, trained, held, variables, refused, present, saved, restored, loaded, exact, late, staged, wrote, laid, ahead = (
-        zip(*found, strict=True)
-    )
+    _, trained, held, variables, refused, present, saved, restored, loaded, *rest = zip(*found, strict=True)
+    exact, late, staged, wrote, laid, ahead, means = rest
     # The steps of every rank are those of a worker of PS, rank after rank.
     with trilith.connect("local://", threads=1) as client:
         on_ps(client, size, 3)
@@ -129,6 +129,9 @@ def test_workers_that_hold_the_rows_are_as_workers_of_ps(size, tmp_path, ps_chec
     for one, other, third in zip(exact, late, staged, strict=True):
         assert all(after < before for before, after in itertools.pairwise(one))
         assert third[-1] < other[-1] < one[-1]
+    for tensors in itertools.chain.from_iterable(means):
+        np.testing.assert_allclose(tensors[0], [(size + 1) / 2] * 3, rtol=1e-3)
+        assert tensors[1:] == [None, [[60000.0]]]
     assert_writes(size, wrote)
     assert_layouts(size, laid)
     for one, other in zip(laid, ahead, strict=True):

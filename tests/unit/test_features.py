@@ -16,6 +16,7 @@ from trilith.features import (
     GradientUpdate,
     ReduceMean,
     ReduceSum,
+    UserEmbeddingCheck,
     clip_by_global_norm,
     clip_gradients,
     combine,
@@ -226,3 +227,28 @@ def test_asynchronous_dense_updates_are_one_step_late_and_drain():
     assert model.values["emb"].tolist() == [-2, -2, -2, 1]
     pusher.drain()
     assert model.values["var"].tolist() == [-2]
+
+
+@pytest.mark.parametrize("kind", list(ClipType))
+def test_dense_gradients_of_a_sum_become_means_before_they_are_clipped(kind):
+    model = Model(dense_reduce_mean=True, clip_type=kind, clip_norm=0.5, sparse_clip_norm=100.0)
+    model.update.step({"var": floats(4)}, {}, batch_size=8)
+    assert model.values["var"].tolist() == [0.5]
+    for size in (None, 0):
+        with pytest.raises(InvalidRequestError, match="batch_size"):
+            model.update.step({"var": floats(4)}, {}, batch_size=size)
+
+
+def test_gradients_of_user_embeddings_count_only_where_there_is_one():
+    check = UserEmbeddingCheck(features=["user_vector"], threshold=1.0)
+    grads = dict.fromkeys(("tower/user_vector/w", "uue_bias", "item/w"), floats(1, 1))
+    there = check.checked(grads, {"user_vector": [[0.9, 0.9]], "uue": [[0.5], [0.5]]})
+    assert [each.tolist() for each in there.values()] == [[1, 1], [0, 0], [1, 1]]
+    model = Model(embedding_check=UserEmbeddingCheck(features=["emb"], threshold=1.0))
+    sparse = {"emb": floats(1, 1, 1, 1)}
+    model.update.step({"var": floats(1)}, sparse, features={"emb": [[1.0, 0.0]]})
+    assert (model.values["emb"].tolist(), model.values["var"].tolist()) == ([1, 1, 1, 1], [0])
+    model.update.step({}, sparse, features={"emb": [[1.0, 0.1]]})
+    assert model.values["emb"].tolist() == [0, 0, 0, 0]
+    with pytest.raises(InvalidRequestError, match="'emb' is needed"):
+        model.update.step({}, sparse)

@@ -25,6 +25,7 @@ from trilith.nn import (
     LocalEmbeddings,
     auc,
 )
+from trilith.nn.reduction import FUSIONS, average_gradients
 
 
 def naive_auc(labels, scores):
@@ -204,3 +205,28 @@ def test_all_reduced_parameters_step_here_and_are_stored_in_the_cluster(process_
     np.testing.assert_array_equal(client.variables["dense/weight"], before.numpy())
     dense.publish()
     np.testing.assert_array_equal(client.variables["dense/weight"], module.weight.detach().numpy())
+
+
+def test_a_parameter_that_no_worker_has_a_gradient_for_stays_as_it_is(process_group):
+    module = nn.ModuleList([nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)])
+    optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
+    dense = AllReduced(FakeClient({}), module, optimizer, stored_as=None)
+    for used in (module, module[:1]):
+        before = [each.weight.item() for each in module]
+        sum(each(torch.ones(1, 1)).sum() for each in used).backward()
+        dense.step(scale=0.5)
+    assert module[1].weight.item() == before[1]
+    np.testing.assert_allclose(module[0].weight.item(), before[0] - 0.1 * (0.9 * 0.5 + 0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("float16", [False, True])
+def test_gradients_are_averaged_whatever_way_they_travel(process_group, fusion, float16):
+    given = [torch.arange(5.0), None, torch.full((2, 3), 0.1), torch.zeros(0), *[torch.ones(1)] * 1100]
+    found = average_gradients(given, scale=0.5, fusion=fusion, float16=float16)
+    assert found[1] is None
+    for ours, theirs in zip(found, given, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs * 0.5, rtol=1e-3 if float16 else 0, atol=0)
+    with pytest.raises(InvalidRequestError, match="'two' is none of"):
+        average_gradients(given, fusion="two")

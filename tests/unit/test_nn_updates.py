@@ -9,15 +9,15 @@ from torch import nn
 
 from tests.unit.nn_fakes import FakeClient
 from trilith.errors import InvalidRequestError
-from trilith.features import ClipType
+from trilith.features import ClipType, UserEmbeddingCheck
 from trilith.nn import ClippedBackward, EmbeddingCollection, Feature
 
 
-def make(**options):
+def make(*, table="t", **options):
     """One dense scalar of 1 and a row of ones."""
-    client = FakeClient({"t": 4}, initial=1.0)
-    client._row("t", 3)
-    collection = EmbeddingCollection(client, {"f": Feature(client.table("t"), "sum")})
+    client = FakeClient({table: 4}, initial=1.0)
+    client._row(table, 3)
+    collection = EmbeddingCollection(client, {"f": Feature(client.table(table), "sum")})
     head = nn.Linear(1, 1, bias=False)
     nn.init.ones_(head.weight)
     return client, collection, head, ClippedBackward(collection, head, **options)
@@ -89,3 +89,16 @@ def test_nothing_is_sent_after_an_error():
     assert "apply_gradients" not in client.calls
     step(collection, head, backward)
     assert client.calls.count("apply_gradients") == 1
+
+
+def test_dense_means_and_user_embeddings_are_checked_on_the_way_back():
+    check = UserEmbeddingCheck(features=["user"], threshold=2.0)
+    client, collection, head, backward = make(
+        table="user", clip_norm=None, dense_reduce_mean=True, embedding_check=check
+    )
+    for scale, left in ((1.0, [1, 1, 1, 1]), (3.0, [0, 0, 0, 1])):
+        head.zero_grad()
+        rows = collection({"f": np.array([[3]], np.int64)})["f"]
+        backward(rows[:, :3].sum() + head.weight.sum(), batch_size=4, features={"user": np.array([[scale]])})
+        assert head.weight.grad.tolist() == [[0.25]]
+        assert client.rows["user", 3].tolist() == left

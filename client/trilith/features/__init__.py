@@ -11,7 +11,14 @@ from trilith.features.slots import (
     SlotSegment,
     merge_slices,
 )
-from trilith.features.updates import ClipType, GradientUpdate, clip_by_global_norm, clip_gradients, global_norm
+from trilith.features.updates import (
+    ClipType,
+    GradientUpdate,
+    UserEmbeddingCheck,
+    clip_by_global_norm,
+    clip_gradients,
+    global_norm,
+)
 
 __all__ = [
     "ClipType",
@@ -26,6 +33,7 @@ __all__ = [
     "ReduceMean",
     "ReduceSum",
     "SlotSegment",
+    "UserEmbeddingCheck",
     "clip_by_global_norm",
     "clip_gradients",
     "combine",

@@ -15,7 +15,7 @@ from trilith.errors import InvalidRequestError
 from trilith.ops.ragged import as_floats
 from trilith.pipelining import Pusher
 
-__all__ = ["ClipType", "GradientUpdate", "clip_by_global_norm", "clip_gradients", "global_norm"]
+__all__ = ["ClipType", "GradientUpdate", "UserEmbeddingCheck", "clip_by_global_norm", "clip_gradients", "global_norm"]
 
 Float32Array = npt.NDArray[np.float32]
 Gradients = Mapping[str, Float32Array]
@@ -111,9 +111,42 @@ def _bounded(gradients: Gradients, bound: float, norm: float) -> dict[str, Float
     return dict(zip(gradients, clip_by_global_norm(list(gradients.values()), bound, norm), strict=True))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserEmbeddingCheck:
+    """Holds back gradients that a batch without a user embedding makes: they say nothing of it.
+
+    Attributes:
+        features: Names of user embeddings; a variable whose name contains one of them, or "uue", is one of its.
+        threshold: The Euclidean norm that the embedding must exceed in a batch for its gradients to count.
+    """
+
+    features: Sequence[str] = ()
+    threshold: float = 0.0
+
+    def checked(self, gradients: Gradients, values: Mapping[str, npt.ArrayLike]) -> dict[str, Float32Array]:
+        """The gradients, zero where the embedding they belong to is too small.
+
+        Args:
+            gradients: By variable.
+            values: The batch's user embeddings, by name.
+        """
+        passed = {}
+        for variable, gradient in gradients.items():
+            names = [name for name in (*self.features, "uue") if name in variable]
+            unknown = [name for name in names if name not in values]
+            if unknown:
+                raise InvalidRequestError(
+                    f"variable {variable!r}: the batch's feature {unknown[0]!r} is needed to check it, there are"
+                    f" {sorted(values)}"
+                )
+            counts = all(global_norm([values[name]]) > self.threshold for name in names)
+            passed[variable] = gradient if counts else np.zeros_like(gradient)
+        return passed
+
+
 @dataclass(slots=True, kw_only=True)
 class GradientUpdate:
-    """Applies a step's gradients: clip, decay, dense update, sparse update, then the step counts up.
+    """Applies a step's gradients: check, mean, clip, decay, dense update, sparse update, then the step counts up.
 
     Attributes:
         apply_dense: Takes gradients by variable.
@@ -124,6 +157,9 @@ class GradientUpdate:
         sparse_clip_norm: Another bound for sparse gradients.
         sparse_norm_warmup_steps: Steps until the sparse bound is reached, from 0; 0 is from the start.
         dense_weight_decay: Times the variable is added to its gradient, after clipping.
+        dense_reduce_mean: Whether the loss is a sum over the batch, by whose size dense gradients are to be divided, so
+            that every kind of clipping sees means.
+        embedding_check: Which gradients count only if a user embedding is there.
         pusher: Makes the dense updates; its depth is how many steps they may be late. Drain it at the end.
         global_step: Steps made.
     """
@@ -136,6 +172,8 @@ class GradientUpdate:
     sparse_clip_norm: float | None = None
     sparse_norm_warmup_steps: int = 0
     dense_weight_decay: float = 0.0
+    dense_reduce_mean: bool = False
+    embedding_check: UserEmbeddingCheck | None = None
     pusher: Pusher = field(default_factory=Pusher)
     global_step: int = 0
 
@@ -143,15 +181,37 @@ class GradientUpdate:
         if self.dense_weight_decay and self.read_dense is None:
             raise InvalidRequestError("weight decay needs read_dense, the variables' values")
 
-    def step(self, dense: Mapping[str, Float32Array | None], sparse: Mapping[str, Float32Array | None]) -> None:
-        """Make one step; None stands for no gradient, and no gradients at all are no step."""
+    def step(
+        self,
+        dense: Mapping[str, Float32Array | None],
+        sparse: Mapping[str, Float32Array | None],
+        *,
+        batch_size: int | None = None,
+        features: Mapping[str, npt.ArrayLike] | None = None,
+    ) -> None:
+        """Make one step; no gradients at all are none.
+
+        Args:
+            dense: Gradients by variable; None stands for none.
+            sparse: Gradients by embedding.
+            batch_size: For `dense_reduce_mean`.
+            features: The batch's user embeddings by name, for `embedding_check`.
+        """
+        given_dense, given_sparse = (
+            {name: each for name, each in some.items() if each is not None} for some in (dense, sparse)
+        )
+        if self.embedding_check is not None:
+            values = {} if features is None else features
+            given_dense = self.embedding_check.checked(given_dense, values)
+            given_sparse = self.embedding_check.checked(given_sparse, values)
+        if self.dense_reduce_mean:
+            if batch_size is None or batch_size < 1:
+                raise InvalidRequestError(
+                    f"batch_size={batch_size}: the mean of dense gradients needs one of at least 1"
+                )
+            given_dense = {name: each / np.float32(batch_size) for name, each in given_dense.items()}
         clipped, pushed = clip_gradients(
-            {name: each for name, each in dense.items() if each is not None},
-            {name: each for name, each in sparse.items() if each is not None},
-            self.clip_type,
-            self.clip_norm,
-            self.sparse_clip_norm,
-            self._warmup(),
+            given_dense, given_sparse, self.clip_type, self.clip_norm, self.sparse_clip_norm, self._warmup()
         )
         if not clipped and not pushed:
             return

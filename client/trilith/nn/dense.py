@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 
 from trilith.errors import InvalidRequestError
 from trilith.nn.bridge import Bridge
+from trilith.nn.reduction import Fusion, average_gradients
 from trilith.pipelining import Ahead, Pusher
 
 __all__ = ["AllReduced", "DenseOnPs", "VariableClient"]
@@ -128,6 +129,8 @@ class AllReduced:
         stored_as: One of `trilith.tables`; an optimizer the variables carry and that never runs.
         prefix: Goes before the parameters' names.
         all_publish: Whether every rank publishes, each to its own shard, rather than rank 0 to all; see `PeerClient`.
+        fusion: How gradients travel: "one" collective for all, "grouped" or "none"; see `trilith.nn.reduction`.
+        float16: Whether gradients travel as float16.
     """
 
     def __init__(
@@ -139,12 +142,15 @@ class AllReduced:
         stored_as: Any,
         prefix: str = "dense/",
         all_publish: bool = False,
+        fusion: Fusion = "one",
+        float16: bool = False,
     ) -> None:
         if not distributed.is_available() or not distributed.is_initialized():
             raise InvalidRequestError("all-reduced parameters need torch.distributed.init_process_group first")
         self._client = client
         self._optimizer = optimizer
         self._all_publish = all_publish
+        self._fusion, self._float16 = fusion, float16
         self._parameters = _named(module, prefix)
         self._bridge = Bridge(next(iter(self._parameters.values())).device)
         client.create_variables(self._values(), optimizer=stored_as)
@@ -164,22 +170,25 @@ class AllReduced:
     def close(self) -> None:
         """Nothing to do: the process group is the caller's."""
 
-    def step(self, *, learning_rate: float | None = None) -> None:
-        """Average the gradients over all workers, in one collective, and take one step."""
+    def step(self, *, learning_rate: float | None = None, scale: float = 1.0) -> None:
+        """Average the gradients over all workers and take one step; parameters that no worker has one for stay.
+
+        Args:
+            learning_rate: Of this step and later ones; None: as before.
+            scale: What this worker's gradients are multiplied by before.
+        """
         if learning_rate is not None:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
-        grads = [
-            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            for parameter in self._parameters.values()
-        ]
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        distributed.all_reduce(flat)
-        flat /= distributed.get_world_size()
-        start = 0
-        for parameter in self._parameters.values():
-            parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
+        parameters = list(self._parameters.values())
+        present = torch.tensor([float(each.grad is not None) for each in parameters], device=parameters[0].device)
+        grads = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+        *averaged, counts = average_gradients(
+            [*grads, present], scale=scale, fusion=self._fusion, float16=self._float16
+        )
+        assert counts is not None  # it was given
+        for parameter, grad, count in zip(parameters, averaged, counts.tolist(), strict=True):
+            parameter.grad = grad if count else None
         self._optimizer.step()
         self.zero_grad()
 

@@ -36,7 +36,7 @@ class ClippedBackward:
         embeddings: Whose gradients backward applies.
         module: The dense part.
         **options: Of `trilith.features.GradientUpdate`: clip_type, clip_norm, sparse_clip_norm,
-            sparse_norm_warmup_steps, dense_weight_decay.
+            sparse_norm_warmup_steps, dense_weight_decay, dense_reduce_mean, embedding_check.
     """
 
     def __init__(self, embeddings: _Embeddings, module: nn.Module, **options: Any) -> None:
@@ -48,8 +48,16 @@ class ClippedBackward:
             apply_dense=self._take_over, apply_sparse=self._push, read_dense=self._value, **options
         )
 
-    def __call__(self, loss: Tensor) -> None:
-        """Go back from a loss."""
+    def __call__(
+        self, loss: Tensor, *, batch_size: int | None = None, features: Mapping[str, npt.ArrayLike] | None = None
+    ) -> None:
+        """Go back from a loss.
+
+        Args:
+            loss: Of a batch.
+            batch_size: Its samples, where dense gradients are to be divided by them.
+            features: Its user embeddings by name, where gradients count only if they are there.
+        """
         with self._exchange.hold() as held:
             loss.backward()
         rows = {table: np.concatenate([grads for _, grads in parts]) for table, parts in held.items()}
@@ -58,7 +66,7 @@ class ClippedBackward:
             name: None if each.grad is None else self._bridge.to_host(each.grad)
             for name, each in self._parameters.items()
         }
-        self.update.step(dense, rows)
+        self.update.step(dense, rows, batch_size=batch_size, features=features)
 
     def _take_over(self, gradients: Mapping[str, Float32Array]) -> None:
         for name, gradient in gradients.items():

@@ -13,6 +13,7 @@ from trilith.ops.ragged import Int64Array, as_floats, as_integers
 
 __all__ = [
     "ALIGN",
+    "MOST_INPUTS",
     "Shape",
     "aligned_flat_concat",
     "aligned_flat_split",
@@ -29,7 +30,8 @@ __all__ = [
 Array = npt.NDArray[Any]
 Shape = Sequence[int | None]
 
-_MOST_INPUTS = 1023
+MOST_INPUTS = 1023
+"""Arrays that one concatenation takes."""
 ALIGN = 16
 """Floats to which pieces are aligned unless told otherwise: 64 bytes, a cache line and a vector register."""
 
@@ -68,8 +70,8 @@ def aligned_starts(sizes: Sequence[int], align: int) -> tuple[list[int], int]:
     """Where pieces of these sizes begin if each begins at a multiple of `align`, and where the last one ends so."""
     if align < 1 or align & (align - 1):
         raise InvalidRequestError(f"align={align} is no power of two")
-    if len(sizes) > _MOST_INPUTS:
-        raise InvalidRequestError(f"{len(sizes)} inputs are more than {_MOST_INPUTS}")
+    if len(sizes) > MOST_INPUTS:
+        raise InvalidRequestError(f"{len(sizes)} inputs are more than {MOST_INPUTS}")
     starts, total = [], 0
     for size in sizes:
         starts.append(total)

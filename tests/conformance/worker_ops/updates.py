@@ -40,7 +40,13 @@ def apply_gradients(inputs: Json) -> Any:
 
     options = {
         name: inputs[name]
-        for name in ("clip_norm", "sparse_clip_norm", "sparse_norm_warmup_steps", "dense_weight_decay")
+        for name in (
+            "clip_norm",
+            "sparse_clip_norm",
+            "sparse_norm_warmup_steps",
+            "dense_weight_decay",
+            "dense_reduce_mean",
+        )
         if name in inputs
     }
     update = GradientUpdate(
@@ -54,7 +60,9 @@ def apply_gradients(inputs: Json) -> Any:
     dense, sparse = inputs.get("dense_grad"), inputs.get("emb_grad")
     for _ in range(inputs.get("runs", 1)):
         update.step(
-            {"var": None if dense is None else numbers(dense)}, {"emb": None if sparse is None else numbers(sparse)}
+            {"var": None if dense is None else numbers(dense)},
+            {"emb": None if sparse is None else numbers(sparse)},
+            batch_size=inputs.get("batch_size"),
         )
     return Partial(var=values["var"], emb=values["emb"], global_step=update.global_step)
 
