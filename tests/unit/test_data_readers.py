@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from trilith.data.compression import Compression, compressing, effective_compression
 from trilith.data.framing import Framing, frame_records
-from trilith.data.readers import Position, open_records, position_of
+from trilith.data.readers import BLOCK_BYTES, Position, open_records, position_of
 from trilith.data.records import PADDING, Records
 from trilith.data.tfrecord import concatenate
 from trilith.data.tfrecord import frame_records as frame_tfrecords
@@ -350,7 +350,7 @@ def test_a_small_compressed_file_that_unpacks_to_much_is_read_in_bounded_pieces(
             sink.finish()
         with open_records(str(path), compression=compression) as reader:
             sizes = [chunk.buffer.size for chunk in reader]
-        assert max(sizes) <= (1 << 20) + PADDING
+        assert max(sizes) <= BLOCK_BYTES + PADDING
 
 
 @pytest.mark.parametrize("compression", [Compression.GZIP, Compression.ZLIB, Compression.ZSTD, Compression.SNAPPY])

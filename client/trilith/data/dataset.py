@@ -443,7 +443,7 @@ def read(
     """
     _at_least("cycle_length", cycle_length, 1)
     _at_least("block_length", block_length, 1)
-    known = (open_records.__kwdefaults__ or {}).keys() - {"start", "on_error"}
+    known = (open_records.__kwdefaults__ or {}).keys() - {"start", "on_error", "blocks"}
     if unknown := options.keys() - known:
         raise InvalidRequestError(f"unknown options {sorted(unknown)}; there are {sorted(known)}")
     patterns = (files,) if isinstance(files, str) else tuple(files)

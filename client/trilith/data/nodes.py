@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from trilith.data.blocks import Blocks
 from trilith.data.files import match_files, shard_files
 from trilith.data.prefetch import Helpers, Overlapping, Prefetching
 from trilith.data.queue import FileDealer
-from trilith.data.readers import Losses, OnError, Position, RecordReader, open_records
+from trilith.data.readers import BLOCK_BYTES, Losses, OnError, Position, RecordReader, open_records
 from trilith.data.records import Kind, Records
 from trilith.data.samples.chunk import SampleOp, apply_ops
 from trilith.data.shuffle import Shuffling
@@ -45,6 +46,7 @@ __all__ = [
 ]
 
 _COUNTING = threading.Lock()
+_LEAST_BLOCK = 1 << 18  # of files that are read in turns, so that many of them do not take much memory
 _EPOCH_SEEDS = 0x9E3779B97F4A7C15  # far apart, so that no epoch repeats another seed's
 
 
@@ -120,8 +122,11 @@ class Read(Node):
             stride = len(names) < count
             dealer = ListedFiles(names if stride else shard_files(names, index, count))
 
+        block = max(BLOCK_BYTES // self.cycle_length, _LEAST_BLOCK)
+        options = {"block_bytes": block, "blocks": Blocks(), **self.options}
+
         def opener(name: str, start: Position) -> RecordReader:
-            return open_records(name, start=start, on_error=self.on_error, **self.options)
+            return open_records(name, start=start, on_error=self.on_error, **options)
 
         stage = Reading(dealer, opener, context.losses, cycle_length=self.cycle_length, block_length=self.block_length)
         return Striding(stage, index, count) if stride else stage

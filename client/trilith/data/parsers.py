@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -80,12 +81,41 @@ class Parser(ABC):
         return any(isinstance(spec, kind) for spec in self.specs.values())
 
 
-def _signed(ragged: Ragged[Any]) -> Ragged[np.int64]:
-    """Fids as int64: the bit patterns of the unsigned values."""
-    return Ragged(ragged.values.view(np.int64), ragged.row_splits)
+_Make: TypeAlias = Callable[[Scan], Any]
 
 
-def _extra(schema: Schema, scan: Scan, about: LineField, dim: int) -> npt.NDArray[Any]:
+class _ColumnParser(Parser):
+    """A parser of what a scanner reads row by row. How each output is made of a scan is found out once."""
+
+    def __init__(self, specs: Mapping[str, FeatureSpec], *, on_error: OnError = "raise") -> None:
+        super().__init__(specs, on_error=on_error)
+        self._scanner = Scanner(self.kind, self._fields(), np.int64)
+        self._outputs = [(name, self._output(name, spec)) for name, spec in self.specs.items()]
+
+    def parse(self, records: Records, *, promote: bool = True) -> Features:
+        """See `Parser`."""
+        scan = self._scanner.scan(records, on_error=self._on_error, promote=promote)
+        self.skipped += scan.skipped
+        return {name: make(scan) for name, make in self._outputs}
+
+    @abstractmethod
+    def _fields(self) -> Fields:
+        """What the outputs need."""
+
+    @abstractmethod
+    def _output(self, name: str, spec: FeatureSpec) -> _Make:
+        """How an output is made."""
+
+    def _line_output(self, name: str, spec: Extra) -> _Make:
+        return partial(_extra, self._scanner.schema, line_field(spec.field or name), spec.dim)
+
+
+def _fids(column: int) -> _Make:
+    """A column of fids as it is."""
+    return lambda scan: Ragged(scan.values[column], scan.splits[column])
+
+
+def _extra(schema: Schema, about: LineField, dim: int, scan: Scan) -> npt.NDArray[Any]:
     """A LineId field as [rows, dim]."""
     fill: Any = b"" if about.dtype == np.object_ else 0
     out: npt.NDArray[Any]
@@ -115,7 +145,7 @@ def _first_column(values: npt.NDArray[Any], dim: int) -> npt.NDArray[Any]:
 # ---- instances -------------------------------------------------------------------------------------------------------
 
 
-class InstanceParser(Parser):
+class InstanceParser(_ColumnParser):
     """Parses Instances.
 
     Fids of slots come as logged (v1), and as v2 once any named fid feature is asked for; a dense feature whose length
@@ -124,8 +154,7 @@ class InstanceParser(Parser):
 
     kind = Kind.INSTANCE
 
-    def __init__(self, specs: Mapping[str, FeatureSpec], *, on_error: OnError = "raise") -> None:
-        super().__init__(specs, on_error=on_error)
+    def _fields(self) -> Fields:
         sparse, dense = self._names(Sparse), self._names(Dense)
         named = dict.fromkeys((name, Element.FID) for name in sparse.values())
         for out, name in dense.items():
@@ -133,8 +162,8 @@ class InstanceParser(Parser):
             named[name, element] = None
             if element is Element.FLOAT:
                 named[name, Element.BYTES] = None  # where a quantized vector would be
-        slots = dict.fromkeys(spec.slot for spec in specs.values() if isinstance(spec, Slot))
-        fields = Fields(
+        slots = dict.fromkeys(spec.slot for spec in self.specs.values() if isinstance(spec, Slot))
+        return Fields(
             label=self._has(Label),
             instance_weight=self._has(InstanceWeight),
             line_id=tuple(dict.fromkeys(about.name for about in self._line_fields().values())),
@@ -142,38 +171,31 @@ class InstanceParser(Parser):
             slots=tuple(slots),
             slots_as_v2=bool(sparse),
         )
-        self._scanner = Scanner(Kind.INSTANCE, fields)
 
-    def parse(self, records: Records, *, promote: bool = True) -> Features:
-        """Read Instances."""
+    def _output(self, name: str, spec: FeatureSpec) -> _Make:
         schema = self._scanner.schema
-        scan = self._scanner.scan(records, on_error=self._on_error)
-        self.skipped += scan.skipped
-        out: Features = {}
-        for name, spec in self.specs.items():
-            if isinstance(spec, Slot):
-                out[name] = _signed(ragged_of(schema, scan, schema.slot_columns[spec.slot]))
-            elif isinstance(spec, Sparse):
-                column = schema.named_columns[spec.feature or name, Element.FID]
-                out[name] = _signed(ragged_of(schema, scan, column))
-            elif isinstance(spec, Dense):
-                out[name] = self._dense(scan, name, spec)
-            elif isinstance(spec, Label):
-                out[name] = ragged_of(schema, scan, schema.label_column).dense(spec.dim)
-            elif isinstance(spec, InstanceWeight):
-                weight = scalars_of(scan, schema.weight_cell, np.dtype(np.float32), 1.0)
-                out[name] = _first_column(weight.values, spec.dim)
-            else:
-                out[name] = _extra(schema, scan, line_field(spec.field or name), spec.dim)
-        return out
+        if isinstance(spec, Slot):
+            return _fids(schema.slot_columns[spec.slot])
+        if isinstance(spec, Sparse):
+            return _fids(schema.named_columns[spec.feature or name, Element.FID])
+        if isinstance(spec, Dense):
+            return partial(self._dense, spec.feature or name, spec.dim, _ELEMENTS[dense_dtype(spec.dtype).kind])
+        if isinstance(spec, Label):
+            return lambda scan: ragged_of(schema, scan, schema.label_column).dense(spec.dim)
+        if isinstance(spec, InstanceWeight):
+            return partial(self._weights, spec.dim)
+        return self._line_output(name, spec)
 
-    def _dense(self, scan: Scan, name: str, spec: Dense) -> npt.NDArray[Any]:
+    def _weights(self, dim: int, scan: Scan) -> npt.NDArray[Any]:
+        weight = scalars_of(scan, self._scanner.schema.weight_cell, np.dtype(np.float32), 1.0)
+        return _first_column(weight.values, dim)
+
+    def _dense(self, feature: str, dim: int, element: Element, scan: Scan) -> npt.NDArray[Any]:
         schema = self._scanner.schema
-        dtype, feature = dense_dtype(spec.dtype), spec.feature or name
-        ragged = ragged_of(schema, scan, schema.named_columns[feature, _ELEMENTS[dtype.kind]])
-        out = _exact(ragged, spec.dim, b"" if dtype == np.object_ else 0)
-        if dtype == np.float32:
-            self._dequantize(scan, feature, spec.dim, out)
+        ragged = ragged_of(schema, scan, schema.named_columns[feature, element])
+        out = ragged.dense(dim, b"" if element is Element.BYTES else 0, exact=True)
+        if element is Element.FLOAT:
+            self._dequantize(scan, feature, dim, out)
         return out
 
     def _dequantize(self, scan: Scan, feature: str, dim: int, out: npt.NDArray[Any]) -> None:
@@ -201,66 +223,46 @@ class InstanceParser(Parser):
             out[rows[same]] = dequantize_rows(buffer[starts[same, None] + np.arange(size)])
 
 
-def _exact(ragged: Ragged[Any], dim: int, fill: Any) -> npt.NDArray[Any]:
-    """[rows, dim]: rows of exactly `dim` elements; the others are `fill`."""
-    lengths = ragged.lengths
-    fits = lengths == dim
-    if fits.all():
-        return ragged.values.reshape(-1, dim).copy()
-    out = np.full((len(ragged), dim), fill, ragged.values.dtype)
-    if ragged.values.size:
-        out[fits] = ragged.values[ragged.row_splits[:-1][fits, None] + np.arange(dim)]
-    return out
-
-
 # ---- examples --------------------------------------------------------------------------------------------------------
 
 
-class ExampleParser(Parser):
+class ExampleParser(_ColumnParser):
     """Parses Examples. Fids come as v2; lists are cut to `dim` or filled up with zeros, labels with `INVALID_LABEL`."""
 
     kind = Kind.EXAMPLE
 
-    def __init__(self, specs: Mapping[str, FeatureSpec], *, on_error: OnError = "raise") -> None:
-        super().__init__(specs, on_error=on_error)
-        self._named, _ = _named_elements(self)
+    def _fields(self) -> Fields:
+        named, _ = _named_elements(self)
         if self._has(Label):
-            self._named["label", Element.FLOAT] = None
+            named["label", Element.FLOAT] = None
         if self._has(InstanceWeight):
-            self._named[_WEIGHT, Element.FLOAT] = None
-        fields = Fields(
+            named[_WEIGHT, Element.FLOAT] = None
+        return Fields(
             label=self._has(Label),
             instance_weight=self._has(InstanceWeight),
             line_id=tuple(dict.fromkeys(about.name for about in self._line_fields().values())),
-            named=tuple(self._named),
+            named=tuple(named),
         )
-        self._scanner = Scanner(Kind.EXAMPLE, fields)
 
-    def parse(self, records: Records, *, promote: bool = True) -> Features:
-        """Read Examples."""
+    def _output(self, name: str, spec: FeatureSpec) -> _Make:
+        if isinstance(spec, Sparse):
+            return _fids(self._scanner.schema.named_columns[spec.feature or name, Element.FID_V2])
+        if isinstance(spec, Dense):
+            return partial(self._dense, spec.feature or name, spec.dim, _ELEMENTS[dense_dtype(spec.dtype).kind])
+        if isinstance(spec, Label):
+            return partial(self._labels, spec.dim)
+        if isinstance(spec, InstanceWeight):
+            return partial(self._weights, spec.dim)
+        assert isinstance(spec, Extra)
+        return self._line_output(name, spec)
+
+    def _dense(self, feature: str, dim: int, element: Element, scan: Scan) -> npt.NDArray[Any]:
         schema = self._scanner.schema
-        scan = self._scanner.scan(records, on_error=self._on_error, promote=promote)
-        self.skipped += scan.skipped
-        out: Features = {}
-        for name, spec in self.specs.items():
-            if isinstance(spec, Sparse):
-                out[name] = _signed(ragged_of(schema, scan, schema.named_columns[spec.feature or name, Element.FID_V2]))
-            elif isinstance(spec, Dense):
-                element = _ELEMENTS[dense_dtype(spec.dtype).kind]
-                feature = spec.feature or name
-                ragged = ragged_of(schema, scan, schema.named_columns[feature, element])
-                member = member_of(schema, scan, feature)
-                _check_members(scan.records, feature, member, element)
-                out[name] = _padded(ragged, member, spec.dim, element)
-            elif isinstance(spec, Label):
-                out[name] = self._labels(scan, spec.dim)
-            elif isinstance(spec, InstanceWeight):
-                out[name] = self._weights(scan, spec.dim)
-            elif isinstance(spec, Extra):
-                out[name] = _extra(schema, scan, line_field(spec.field or name), spec.dim)
-        return out
+        member = member_of(schema, scan, feature)
+        _check_members(scan.records, feature, member, element)
+        return _padded(ragged_of(schema, scan, schema.named_columns[feature, element]), member, dim, element)
 
-    def _labels(self, scan: Scan, dim: int) -> npt.NDArray[Any]:
+    def _labels(self, dim: int, scan: Scan) -> npt.NDArray[Any]:
         schema = self._scanner.schema
         out = ragged_of(schema, scan, schema.label_column).dense(dim, INVALID_LABEL)
         member = member_of(schema, scan, "label")
@@ -271,7 +273,7 @@ class ExampleParser(Parser):
             out[named] = instead[named]
         return out
 
-    def _weights(self, scan: Scan, dim: int) -> npt.NDArray[Any]:
+    def _weights(self, dim: int, scan: Scan) -> npt.NDArray[Any]:
         schema = self._scanner.schema
         weight = scalars_of(scan, schema.weight_cell, np.dtype(np.float32), 1.0).values
         out = _first_column(np.where(weight > 0, weight, np.float32(1)), dim)
@@ -339,7 +341,7 @@ class BatchParser(Parser):
             named[_WEIGHT, Element.FLOAT] = None
         if extras:
             named[_LINE_ID, Element.BYTES] = None
-        self._scanner = BatchScanner(Fields(named=tuple(named)))
+        self._scanner = BatchScanner(Fields(named=tuple(named)), np.int64)
         self._line_ids = LineIdScanner(list(dict.fromkeys(about.name for about in self._line_fields().values())))
 
     def parse(self, records: Records, *, promote: bool = True) -> Features:
@@ -400,7 +402,7 @@ class BatchParser(Parser):
 
     def sparse(self, batch: BatchScan, name: str) -> Ragged[np.int64]:
         """Fids of one list."""
-        return _signed(self.column(batch, name, Element.FID_V2)[0])
+        return self.column(batch, name, Element.FID_V2)[0]
 
     def _dense(self, batch: BatchScan, name: str, element: Element, dim: int) -> npt.NDArray[Any]:
         ragged, member = self.column(batch, name, element)
@@ -447,7 +449,7 @@ class BatchParser(Parser):
         if lines is None:
             fill: Any = b"" if about.dtype == np.object_ else 0
             return np.full((rows, dim), fill, about.batch_dtype)
-        return _extra(self._line_ids.schema, lines, about, dim)
+        return _extra(self._line_ids.schema, about, dim, lines)
 
 
 def _joined(parts: list[Any], spec: FeatureSpec) -> Any:

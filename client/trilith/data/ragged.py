@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
+from trilith.ops.jit import kernel
+from trilith.ops.memory import address_of, load_u32, load_u64, store_u32
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ParseSteps", "Ragged", "contract", "expand"]
+__all__ = ["ParseSteps", "Ragged", "contract", "expand", "pad_rows"]
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
+# What np.int64 is inside a kernel, for the type checker: an int.
+_int64 = cast("type[int]", np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,16 +85,26 @@ class Ragged(Generic[_Scalar]):
         bounds = self.row_splits.tolist()
         return [values[start:stop] for start, stop in pairwise(bounds)]
 
-    def dense(self, dim: int, fill: Any = 0) -> npt.NDArray[_Scalar]:
-        """[rows, dim]: the first elements of each row, short rows filled up."""
-        rows = len(self)
-        starts, lengths = self.row_splits[:-1], self.lengths
-        if self.values.size == rows * dim and not (lengths != dim).any():
-            return self.values.reshape(rows, dim).copy()
-        out = np.full((rows, dim), fill, self.values.dtype)
-        if self.values.size:
-            there = np.arange(dim) < lengths[:, None]
-            out[there] = self.values[(starts[:, None] + np.arange(dim))[there]]
+    def dense(self, dim: int, fill: Any = 0, *, exact: bool = False) -> npt.NDArray[_Scalar]:
+        """[rows, dim]: the first elements of each row, short rows filled up.
+
+        Args:
+            dim: Elements per row.
+            fill: What stands where there is no element.
+            exact: Take a row that has not exactly `dim` elements as empty.
+        """
+        rows, dtype = len(self), self.values.dtype
+        out = np.empty((rows, dim), dtype)
+        out[...] = fill
+        if dtype.kind in "fiu" and dtype.itemsize in (4, 8):
+            values, splits = np.ascontiguousarray(self.values), np.ascontiguousarray(self.row_splits, np.int64)
+            addresses = address_of(values), address_of(splits), address_of(out)
+            if not pad_rows(*addresses, values.size, rows, dim, dtype.itemsize // 4, int(exact)):
+                raise InvalidRequestError(f"row_splits point outside {values.size} values")
+            return out
+        lengths = np.where(self.lengths == dim, dim, 0) if exact else self.lengths
+        there = np.arange(dim) < lengths[:, None]
+        out[there] = self.values[(self.row_splits[:-1, None] + np.arange(dim))[there]]
         return out
 
     def torch_offsets(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,6 +124,35 @@ class Ragged(Generic[_Scalar]):
 
         values = self.values.view(np.int64) if self.values.dtype == np.uint64 else self.values
         return torch.from_numpy(values), torch.from_numpy(self.row_splits)
+
+
+@kernel("boolean(int64, int64, int64, int64, int64, int64, int64, int64)")
+def pad_rows(values: int, splits: int, out: int, size: int, rows: int, dim: int, words: int, exact: int) -> bool:
+    """Copy the first elements of each row of a ragged array to a matrix.
+
+    Args:
+        values: Address of the elements.
+        splits: Address of int64[rows + 1].
+        out: Address of [rows, dim], written where there is an element.
+        size: Number of elements.
+        rows: Number of rows.
+        dim: Elements of a row of the matrix.
+        words: Elements are 4 * words bytes long.
+        exact: Whether rows of other lengths than `dim` are left alone.
+
+    Returns:
+        Whether the splits lie within the elements, which is checked before they are read.
+    """
+    for row in range(rows):
+        start, stop = _int64(load_u64(splits, row)), _int64(load_u64(splits, row + 1))
+        if start < 0 or stop < start or stop > size:
+            return False
+        count = stop - start
+        if exact and count != dim:
+            continue
+        for i in range(min(count, dim) * words):
+            store_u32(out, row * dim * words + i, load_u32(values, start * words + i))
+    return True
 
 
 # ---- ragged tensors taken apart, for code that knows plain arrays only ---------------------------------------------

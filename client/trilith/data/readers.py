@@ -7,15 +7,14 @@ record of the chunk, is where another reader goes on.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from trilith.data.blocks import Blocks
 from trilith.data.compression import Compression, decompressing, effective_compression
 from trilith.data.framing import MAX_PAYLOAD, Framing, Scratch, explain, split_frames
 from trilith.data.records import PADDING, Kind, Records
@@ -39,16 +38,13 @@ __all__ = [
     "position_of",
 ]
 
-BLOCK_BYTES = 1 << 20
-"""Bytes of a chunk's buffer, if no record is longer: a block and the arrays about it stay in the processor's cache."""
+BLOCK_BYTES = 2 << 20
+"""Bytes of a chunk's buffer, if no record is longer: as much as stays in the processor's cache."""
 
 OnError: TypeAlias = Literal["raise", "skip"]
 
 _LOG = logging.getLogger(__name__)
 _KEPT_MESSAGES = 10
-_KEPT_BUFFERS = 4
-_PROBE = [np.empty(0)]
-_ALONE = sys.getrefcount(_PROBE[0])  # of something that only a list holds
 
 
 class FileFormat(StrEnum):
@@ -142,6 +138,7 @@ def open_records(
     batch_size: int = 512,
     drop_remainder: bool = True,
     block_bytes: int = BLOCK_BYTES,
+    blocks: Blocks | None = None,
     start: Position | None = None,
     on_error: OnError = "raise",
 ) -> RecordReader:
@@ -163,6 +160,7 @@ def open_records(
         batch_size: Parquet and CSV with "examplebatch": rows of each batch.
         drop_remainder: Parquet and CSV with "examplebatch": whether a last batch that is not full is dropped.
         block_bytes: Bytes of a chunk's buffer; a longer record gets a buffer of its own size.
+        blocks: "records" and "tfrecord": where buffers come from; readers of one file after another may share them.
         start: Where to begin; the position of another reader of the same file.
         on_error: "raise" a DataError that names file, record and byte; or "skip" what is damaged, count it in `losses`
             and log it.
@@ -195,6 +193,7 @@ def open_records(
         kind=kind,
         framing=None if file_format is FileFormat.TFRECORD else framing or Framing(),
         block_bytes=block_bytes,
+        blocks=blocks,
         start=start,
         on_error=on_error,
     )
@@ -211,6 +210,7 @@ class StreamReader:
         kind: What the payloads are.
         framing: What stands in front of payloads; None reads TFRecords.
         block_bytes: Bytes of a buffer.
+        blocks: Where buffers come from.
         start: Where to begin.
         on_error: What to do about damage.
     """
@@ -223,6 +223,7 @@ class StreamReader:
         kind: Kind,
         framing: Framing | None,
         block_bytes: int = BLOCK_BYTES,
+        blocks: Blocks | None = None,
         start: Position | None = None,
         on_error: OnError = "raise",
     ) -> None:
@@ -237,7 +238,7 @@ class StreamReader:
         self._block = block_bytes
         self._skip_damage = on_error == "skip"
         self._scratch = Scratch()
-        self._pool: list[npt.NDArray[np.uint8]] = []
+        self._blocks = blocks or Blocks()
         self._buffer = np.empty(0, np.uint8)
         self._begin = self._end = 0
         start = start or Position()
@@ -271,7 +272,6 @@ class StreamReader:
         """Close the stream; what was given out stays valid."""
         self._more = False
         self._begin = self._end = 0
-        self._pool.clear()
         self._stream.close()
 
     def __next__(self) -> Records:
@@ -417,17 +417,8 @@ class StreamReader:
         A header may claim anything, so the buffer only doubles with the bytes that are really there.
         """
         kept = self._end - self._begin
-        size = max(self._block, min(need, 2 * kept)) + PADDING
-        buffer = self._free_buffer() if size == self._block + PADDING else np.empty(size, np.uint8)
+        buffer = self._blocks.take(max(self._block, min(need, 2 * kept)) + PADDING)
+        self._blocks.keep(buffer)
         buffer[:kept] = self._buffer[self._begin : self._end]
         self._buffer = buffer
         self._begin, self._end = 0, kept
-
-    def _free_buffer(self) -> npt.NDArray[np.uint8]:
-        for index in range(len(self._pool)):
-            if sys.getrefcount(self._pool[index]) == _ALONE:
-                return self._pool[index]
-        buffer = np.empty(self._block + PADDING, np.uint8)
-        if len(self._pool) < _KEPT_BUFFERS:
-            self._pool.append(buffer)
-        return buffer

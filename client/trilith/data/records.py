@@ -14,7 +14,7 @@ from trilith.errors import InvalidRequestError
 from trilith.ops.jit import kernel
 from trilith.ops.memory import address_of, copy_line, load_u64
 
-__all__ = ["PADDING", "Kind", "Records"]
+__all__ = ["PADDING", "Kind", "Records", "gather_payloads", "measure_payloads"]
 
 PADDING = 64
 """Bytes that can be read behind the last payload of a buffer: kernels load whole lines."""
@@ -239,3 +239,25 @@ def gather_payloads(buffer: int, offsets: int, lengths: int, n: int, out: int) -
         for at in range(0, length, 64):
             copy_line(out + at, start + at)
         out += length
+
+
+@kernel("int64(int64, int64, int64, int64)")
+def measure_payloads(offsets: int, lengths: int, n: int, room: int) -> int:
+    """Check that payloads lie within a buffer.
+
+    Args:
+        offsets: Address of int64[n].
+        lengths: Address of int64[n].
+        n: Number of payloads.
+        room: Bytes that payloads may lie in.
+
+    Returns:
+        Bytes of all payloads together; -1 if one reaches outside.
+    """
+    total = 0
+    for i in range(n):
+        start, length = _int64(load_u64(offsets, i)), _int64(load_u64(lengths, i))
+        if start < 0 or length < 0 or length > room - start:
+            return -1
+        total += length
+    return total

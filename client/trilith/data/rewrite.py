@@ -173,7 +173,7 @@ def _copy(
     records: Records, changes: _Changes, line_number: int, names: NameTable | None, flags: npt.NDArray[np.uint8]
 ) -> tuple[Records, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     rows = len(records)
-    offsets, lengths = bounds_of(records)
+    offsets, lengths, _ = bounds_of(records)
     rooms = lengths + changes.room
     out = np.empty(int(rooms.sum()) + 2 * PADDING, np.uint8)
     scratch = np.empty(int(rooms.max(initial=0)) + 2 * PADDING, np.uint8)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import functools
-import sys
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
-from trilith.data.records import PADDING, Kind, Records
+from trilith.data.records import PADDING, Kind, Records, measure_payloads
 from trilith.data.scan.batches import measure_batch, scan_batch, scan_line_ids
 from trilith.data.scan.examples import scan_examples
 from trilith.data.scan.instances import scan_instances
 from trilith.data.scan.plan import BLOCK_ROWS, Slot
+from trilith.data.scan.room import Room, lay_out, settle
 from trilith.data.scan.schema import Fields, Schema
 from trilith.data.scan.wire import CODES
 from trilith.errors import DataError, InvalidRequestError
@@ -44,30 +44,13 @@ __all__ = [
 OnError: TypeAlias = Literal["raise", "skip"]
 
 _KERNELS: dict[Kind, Callable[[int], int]] = {Kind.INSTANCE: scan_instances, Kind.EXAMPLE: scan_examples}
-_SCALARS = [
-    Slot.ROWS,
-    Slot.MASK,
-    Slot.NAME_COUNT,
-    Slot.RESERVED,
-    Slot.CONVERT,
-    Slot.COLUMNS,
-    Slot.LABEL,
-    Slot.WEIGHT,
-    Slot.EVERY_V1,
-    Slot.EVERY_V2,
-]
-_ARRAYS = [
-    Slot.BUFFER, Slot.OFFSETS, Slot.LENGTHS, Slot.NAMES, Slot.MEMBERS, Slot.SLOTS, Slot.TOP, Slot.LINE, Slot.CURSORS,
-    Slot.CELLS, Slot.PRESENT, Slot.SEEN, Slot.BLOCK, Slot.STATUS, Slot.PLACES, Slot.PROMOTE, Slot.LISTS,
-    Slot.TEXTS, Slot.FOLLOWERS,
-]  # fmt: skip
-_MARGIN = 1.08
-_FIRST_GUESS = 4
-_CELL = [object()]
-_UNSHARED = sys.getrefcount(_CELL[0])
-"""References to what one list alone holds, as the interpreter counts them."""
-_SMALL = 1 << 20
-_KEPT = 64 << 20
+_GIVEN = np.array([
+    Slot.ROWS, Slot.BUFFER, Slot.OFFSETS, Slot.LENGTHS, Slot.BLOCK, Slot.PROMOTE, Slot.LISTS,
+])  # fmt: skip
+_CLEARED = np.array([
+    Slot.CURSORS, Slot.STATUS, Slot.PLACES, Slot.FOLLOWERS, Slot.CELLS, Slot.PRESENT, Slot.SEEN,
+])  # fmt: skip
+_SPLITS, _CAPACITIES, _REGIONS = int(Slot.SPLITS), int(Slot.CAPACITIES), int(Slot.REGIONS)
 
 
 @dataclass(slots=True, eq=False)
@@ -77,7 +60,7 @@ class Scan:
     Attributes:
         records: The records that were read: all of them, or without those that were skipped.
         skipped: How many records were skipped.
-        splits: int64[columns, rows + 1].
+        splits: Per column int64[rows + 1].
         values: Per column its values; spans int64[m, 2] of (offset in the buffer, length) for byte strings.
         cells: uint64[cells, rows].
         present: uint8[cells, rows].
@@ -86,7 +69,7 @@ class Scan:
 
     records: Records
     skipped: int
-    splits: npt.NDArray[np.int64]
+    splits: list[npt.NDArray[np.int64]]
     values: list[npt.NDArray[Any]]
     cells: npt.NDArray[np.uint64]
     present: npt.NDArray[np.uint8]
@@ -108,43 +91,22 @@ def byte_strings(
     return out
 
 
-class _Blocks:
-    """Memory of results that nobody holds any more, for the next: new memory costs a page fault for every 4 KB."""
-
-    def __init__(self) -> None:
-        self._blocks: deque[npt.NDArray[np.uint8]] = deque()
-
-    def take(self, size: int) -> npt.NDArray[np.uint8]:
-        """uint8[size or more], content undefined."""
-        for _ in range(len(self._blocks)):
-            try:
-                cell = [self._blocks.popleft()]
-            except IndexError:  # another thread took it
-                break
-            if sys.getrefcount(cell[0]) > _UNSHARED:  # every view of a result holds its block
-                self._blocks.append(cell[0])
-            elif size <= cell[0].size <= 2 * size + _SMALL:
-                return cell[0]
-        return np.empty(size, np.uint8)
-
-    def keep(self, block: npt.NDArray[np.uint8]) -> None:
-        """Remember a block for when its result is gone."""
-        if block.size * (len(self._blocks) + 1) <= _KEPT:
-            self._blocks.append(block)
-
-
 class Scanner:
     """Reads records of one kind into columns.
 
     Remembers how many values a record has, so that the next chunk finds memory of about the right size. Any number of
     threads may scan at once.
+
+    Args:
+        kind: Of the records.
+        fields: What is wanted.
+        fids: What fids come as; see `Schema`.
     """
 
-    def __init__(self, kind: Kind, fields: Fields) -> None:
-        self.schema = Schema(kind, fields)
+    def __init__(self, kind: Kind, fields: Fields, fids: npt.DTypeLike = np.uint64) -> None:
+        self.schema = Schema(kind, fields, fids)
         self._kernel = _KERNELS.get(kind, scan_batch)
-        self._mean = np.full(len(self.schema.columns), float(_FIRST_GUESS))
-        self._blocks = _Blocks()
+        self._room = Room(self.schema.widths)
 
     def scan(self, records: Records, *, on_error: OnError = "raise", promote: bool = True) -> Scan:
         """Read records.
@@ -207,7 +169,7 @@ class Scanner:
     def _once(
         self, records: Records, flags: npt.NDArray[np.uint8]
     ) -> tuple[Scan, npt.NDArray[np.int64] | None, npt.NDArray[np.int64]]:
-        found = run_kernel(self._kernel, self.schema, records, len(records), flags, self._mean, self._blocks)
+        found = run_kernel(self._kernel, self.schema, records, len(records), flags, self._room)
         return found.scan, found.status if found.troubled else None, found.places
 
 
@@ -234,8 +196,7 @@ def run_kernel(
     records: Records,
     rows: int,
     flags: npt.NDArray[np.uint8],
-    mean: npt.NDArray[np.float64],
-    blocks: _Blocks,
+    room: Room,
 ) -> _Run:
     """Scan once, and once more if a column turned out longer than expected.
 
@@ -245,75 +206,64 @@ def run_kernel(
         records: The records.
         rows: Rows to make room for.
         flags: uint8[records]: whether to promote reserved features.
-        mean: float64[columns], values per row to expect; written with what was found.
-        blocks: Where memory comes from.
+        room: Where memory comes from.
     """
-    columns, n = len(schema.columns), len(records)
-    offsets, lengths = bounds_of(records)
-    cursors = np.zeros(columns + 8, np.int64)
+    columns, names, n = len(schema.columns), len(schema.names), len(records)
+    offsets, lengths, total = bounds_of(records)
+    words = (columns + 8, n, n, names + 1, schema.cells * rows, -(-schema.cells * rows // 8), -(-rows * names // 8))
+    places = list(accumulate(words, initial=0))
+    cleared = np.zeros(places[-1], np.int64)
+    cursors, status, troubles, _, cells, present, seen = (cleared[a:b] for a, b in pairwise(places))
+    lists = np.full((max(names, 1), 3), -1, np.int64)
     block = np.empty((BLOCK_ROWS, columns + 8), np.int64)
-    cells = np.zeros((schema.cells, rows), np.uint64)
-    present = np.zeros((schema.cells, rows), np.uint8)
-    seen = np.zeros((rows, len(schema.names)), np.uint8)
-    lists = np.full((max(len(schema.names), 1), 3), -1, np.int64)
-    status, places = np.zeros(n, np.int64), np.zeros(n, np.int64)
-    followers = np.zeros(len(schema.names) + 1, np.int64)
-    plan = np.zeros(Slot.SIZE, np.int64)
-    plan[_SCALARS] = (
-        rows,
-        schema.lookup.mask,
-        len(schema.names),
-        schema.reserved,
-        int(schema.fields.slots_as_v2),
-        columns,
-        schema.label_column,
-        schema.weight_cell,
-        *schema.every,
-    )
-    arrays = (
-        records.buffer, offsets, lengths, schema.lookup.table, schema.members, schema.slot_table, schema.top,
-        schema.line, cursors, cells, present, seen, block, status, places, flags, lists,
-        schema.lookup.texts, followers,
-    )  # fmt: skip
-    plan[_ARRAYS] = [address_of(array) for array in arrays]
-    if not schema.slot_columns:
-        plan[Slot.SLOTS] = 0
-    # No value takes less than a byte, whatever the last chunk was like.
-    capacities = np.minimum(mean * (rows * _MARGIN), float(lengths.sum())).astype(np.int64) + 8
+    plan = schema.plan.copy()
+    given: tuple[npt.NDArray[Any], ...] = (records.buffer, offsets, lengths, block, flags, lists)
+    plan[_GIVEN] = [rows, *(address_of(each) for each in given)]
+    base = address_of(cleared)
+    plan[_CLEARED] = [base + 8 * place for place in places[:-1]]
+    head = 8 * columns * (rows + 1)
     while True:
-        size, regions = _regions(schema.columns, capacities, 8 * columns * (rows + 1))
-        memory = blocks.take(size)
-        splits = memory[: 8 * columns * (rows + 1)].view(np.int64).reshape(columns, rows + 1)
+        # No value takes less than a byte, whatever the last chunk was like.
+        memory, found = room.take(rows, total, head)
+        splits = memory[:head].view(np.int64).reshape(columns, rows + 1)
         if schema.kind is Kind.EXAMPLE_BATCH:
             splits[...] = 0  # lists may be shorter than the longest, or absent
-        addresses = regions + address_of(memory)
-        plan[Slot.SPLITS] = address_of(memory)
-        plan[Slot.CAPACITIES], plan[Slot.REGIONS] = address_of(capacities), address_of(addresses)
+        plan[_SPLITS], plan[_CAPACITIES] = address_of(memory), address_of(found)
+        plan[_REGIONS] = address_of(found) + 8 * columns
         troubled = kernel(address_of(plan))
-        counts = cursors[:columns].copy()
-        if not (counts > capacities).any():
+        if room.fits(cursors, found, rows):
             break
-        capacities = np.maximum(counts, capacities)
-        for array in (cursors, present, status, seen):
-            array[...] = 0
+        cleared[...] = 0
         lists[...] = -1
-    if rows:
-        np.divide(counts, rows, out=mean)
-    blocks.keep(memory)
-    values = [
-        _view(memory, start, count, dtype)
-        for start, count, dtype in zip(regions.tolist(), counts.tolist(), schema.columns, strict=True)
-    ]
-    return _Run(Scan(records, 0, splits, values, cells, present, seen), troubled, status, places, lists)
+    room.keep(memory)
+    typed = [_view(memory, dtype) for dtype in schema.dtypes]
+    counts = cursors[:columns].tolist()
+    scan = Scan(
+        records=records,
+        skipped=0,
+        splits=list(splits),
+        values=[
+            typed[number][first : first + count]
+            for number, first, count in zip(schema.dtype_numbers, found[2].tolist(), counts, strict=True)
+        ],
+        cells=cells.view(np.uint64).reshape(schema.cells, rows),
+        present=present.view(np.uint8)[: schema.cells * rows].reshape(schema.cells, rows),
+        seen=seen.view(np.uint8)[: rows * names].reshape(rows, names),
+    )
+    return _Run(scan, troubled, status, troubles, lists)
+
+
+def _view(memory: npt.NDArray[np.uint8], dtype: np.dtype[np.generic]) -> npt.NDArray[Any]:
+    """A block as elements of a column; byte strings are spans."""
+    return memory.view(np.int64).reshape(-1, 2) if dtype == np.object_ else memory.view(dtype)
 
 
 class BatchScanner:
     """Reads ExampleBatches, one at a time, into columns."""
 
-    def __init__(self, fields: Fields) -> None:
-        self.schema = Schema(Kind.EXAMPLE_BATCH, fields)
-        self._mean = np.full(len(self.schema.columns), float(_FIRST_GUESS))
-        self._blocks = _Blocks()
+    def __init__(self, fields: Fields, fids: npt.DTypeLike = np.uint64) -> None:
+        self.schema = Schema(Kind.EXAMPLE_BATCH, fields, fids)
+        self._room = Room(self.schema.widths)
 
     def scan(self, records: Records, row: int = 0) -> BatchScan:
         """Read one ExampleBatch.
@@ -326,14 +276,14 @@ class BatchScanner:
             raise InvalidRequestError(f"records of kind {records.kind} are no ExampleBatches")
         records = records.take([row])
         while True:
-            offsets, lengths = bounds_of(records)
+            offsets, lengths, _ = bounds_of(records)
             sizes = np.zeros(3, np.int64)
             start = address_of(records.buffer) + int(offsets[0])
             code = measure_batch(start, start + int(lengths[0]), address_of(sizes))
             if code:
                 raise damage(records, 0, np.array([code]), sizes[2:])
             batch_size, rows = max(int(sizes[0]), 0), int(sizes[1])
-            found = run_kernel(scan_batch, self.schema, records, rows, np.ones(1, np.uint8), self._mean, self._blocks)
+            found = run_kernel(scan_batch, self.schema, records, rows, np.ones(1, np.uint8), self._room)
             if found.status[0] < 0:
                 raise damage(records, 0, found.status, found.places)
             if not found.status[0]:
@@ -357,31 +307,17 @@ class BatchScan:
     lists: npt.NDArray[np.int64]
 
 
-def bounds_of(records: Records) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Offsets and lengths as kernels take them; a kernel would read wherever they point, so that is checked."""
+def bounds_of(records: Records) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
+    """Offsets and lengths as kernels take them, and the bytes of all payloads.
+
+    A kernel would read wherever they point, so that is checked.
+    """
     offsets, lengths = np.ascontiguousarray(records.offsets), np.ascontiguousarray(records.lengths)
-    if not offsets.size:
-        return offsets, lengths
     room = records.buffer.size - PADDING
-    if int(offsets.min()) < 0 or int(lengths.min()) < 0 or bool((lengths > room - offsets).any()):
+    total = measure_payloads(address_of(offsets), address_of(lengths), offsets.size, room)
+    if total < 0:
         raise InvalidRequestError(f"records point outside their buffer of {records.buffer.size} bytes with padding")
-    return offsets, lengths
-
-
-def _regions(
-    columns: Sequence[np.dtype[np.generic]], capacities: npt.NDArray[np.int64], before: int
-) -> tuple[int, npt.NDArray[np.int64]]:
-    """Size of one block for the values of all columns behind `before` bytes, and where in it each begins."""
-    widths = np.array([16 if dtype == np.object_ else dtype.itemsize for dtype in columns], np.int64)
-    sizes = (capacities * widths + 64 + 63) & ~63
-    ends = (before + 63 & ~63) + np.cumsum(sizes)
-    return int(ends[-1]) if ends.size else before, ends - sizes
-
-
-def _view(memory: npt.NDArray[np.uint8], start: int, count: int, dtype: np.dtype[np.generic]) -> npt.NDArray[Any]:
-    if dtype == np.object_:
-        return memory[start : start + 16 * count].view(np.int64).reshape(count, 2)
-    return memory[start : start + count * dtype.itemsize].view(dtype)
+    return offsets, lengths, total
 
 
 def damage(records: Records, row: int, status: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> DataError:
@@ -403,7 +339,7 @@ def replace_payloads(records: Records, rows: npt.NDArray[np.int64], payloads: Se
 
 def warm_kernels() -> None:
     """Compile everything that reads records, or load it from the cache."""
-    warm(scan_instances, scan_examples, scan_batch, measure_batch, scan_line_ids)
+    warm(scan_instances, scan_examples, scan_batch, measure_batch, scan_line_ids, lay_out, settle, measure_payloads)
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from trilith.data.line_ids import Wire, line_field, line_fields
 from trilith.data.records import Kind
 from trilith.data.scan import wire
-from trilith.data.scan.plan import NOWHERE, REPEATED, WANTED
+from trilith.data.scan.plan import NOWHERE, REPEATED, WANTED, Slot
 from trilith.errors import InvalidRequestError
 from trilith.ops.memory import address_of
 
@@ -153,14 +153,23 @@ class NameTable:
 class Schema:
     """Fields of one kind of message as the tables of the kernels.
 
+    Args:
+        kind: Of the message.
+        fields: What is wanted.
+        fids: What fids come as: uint64, or int64 with the same bits.
+
     Attributes:
         names: Names that are looked up, reserved ones last.
         reserved: Number of the first reserved name.
         columns: Per column the dtype of its elements: object for byte strings.
         cells: Number of scalars, two for a string.
+        dtypes: The dtypes that occur in `columns`.
+        dtype_numbers: Per column the index of its dtype among them.
+        widths: int64[columns], bytes of an element in the kernels' memory: 16 for a byte string's span.
+        plan: int64[Slot.SIZE]: what every scan is told, to be copied and completed.
     """
 
-    def __init__(self, kind: Kind, fields: Fields) -> None:
+    def __init__(self, kind: Kind, fields: Fields, fids: npt.DTypeLike = np.uint64) -> None:
         if kind is Kind.PLAINTEXT:
             raise InvalidRequestError("plaintext has no fields; read it as instance, example or examplebatch")
         if kind is not Kind.INSTANCE and (fields.slots or fields.fids):
@@ -169,6 +178,7 @@ class Schema:
             raise InvalidRequestError("an ExampleBatch carries labels, weights and line ids as named features")
         self.kind = kind
         self.fields = fields
+        self._fid = np.dtype(fids)
         self.columns: list[np.dtype[np.generic]] = []
         self.cells = 0
         self.every = [-1, -1]
@@ -189,15 +199,41 @@ class Schema:
             self._add_named(name, element)
         self.slot_table = np.full(V1_SLOTS, _NO_SLOT, np.uint16)
         for slot in fields.slots:
-            self.slot_columns[slot] = column = self._column(np.uint64)
+            self.slot_columns[slot] = column = self._column(self._fid)
             self.slot_table[slot] = column
         self._add_line_id()
         self._add_top()
         if fields.every_fid:
-            self.every = [self._column(np.uint64), self._column(np.uint64)]
+            self.every = [self._column(self._fid), self._column(self._fid)]
         if len(self.columns) > _MAX_COLUMNS:
             raise InvalidRequestError(f"{len(self.columns)} columns are more than {_MAX_COLUMNS}")
-        self.lookup = NameTable(self.names)
+        self.dtypes = list(dict.fromkeys(self.columns))
+        self.dtype_numbers = [self.dtypes.index(each) for each in self.columns]
+        self.widths = np.array([16 if each == np.object_ else each.itemsize for each in self.columns], np.int64)
+        self._lookup = NameTable(self.names)
+        self.plan = self._plan()
+
+    def _plan(self) -> npt.NDArray[np.int64]:
+        plan = np.zeros(Slot.SIZE, np.int64)
+        told = {
+            Slot.NAMES: address_of(self._lookup.table),
+            Slot.MASK: self._lookup.mask,
+            Slot.TEXTS: address_of(self._lookup.texts),
+            Slot.NAME_COUNT: len(self.names),
+            Slot.RESERVED: self.reserved,
+            Slot.MEMBERS: address_of(self.members),
+            Slot.SLOTS: address_of(self.slot_table) if self.slot_columns else 0,
+            Slot.CONVERT: int(self.fields.slots_as_v2),
+            Slot.TOP: address_of(self.top),
+            Slot.LINE: address_of(self.line),
+            Slot.COLUMNS: len(self.columns),
+            Slot.LABEL: self.label_column,
+            Slot.WEIGHT: self.weight_cell,
+            Slot.EVERY_V1: self.every[0],
+            Slot.EVERY_V2: self.every[1],
+        }
+        plan[list(told)] = list(told.values())
+        return plan
 
     def _column(self, dtype: npt.DTypeLike) -> int:
         self.columns.append(np.dtype(dtype))
@@ -210,7 +246,7 @@ class Schema:
         places: dict[int, int]
         dtype: npt.DTypeLike
         if element in (Element.FID, Element.FID_V2):
-            dtype = np.uint64
+            dtype = self._fid
             first = wire.V1_TO_V2 if element is Element.FID_V2 else wire.FIXED64
             places = {2: wire.FIXED64, 6: wire.FIXED64} if instance else {1: first, 2: wire.FIXED64}
         elif element is Element.FLOAT:
@@ -263,7 +299,7 @@ class Schema:
             self.label_column = self._column(np.float32)
             self.top[label] |= WANTED | self.label_column << 16
         if fields.fids:
-            self.fids_column = self._column(np.uint64)
+            self.fids_column = self._column(self._fid)
             self.top[1] |= WANTED | self.fids_column << 16
         if fields.instance_weight:
             self.weight_cell = self.cells
