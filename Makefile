@@ -23,7 +23,8 @@ TIERS := tests/integration tests/congruence tests/conformance tests/golden tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test quality test-nojit lint format proto proto-check wheel-check conformance bench up down clean
+.PHONY: help venv demo test quality test-nojit lint format proto proto-check wheel-check conformance bench up down \
+  compose-check clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -102,8 +103,11 @@ down:  ## stop what `make up` started
 	else echo "nothing is up"; fi
 	@rm -f build/up.pid build/up.address
 
+compose-check: $(VENV)  ## build the image, and test the cluster of docker-compose.yml (minutes; gets docker if there is none)
+	TORCH_INDEX=$(TORCH_INDEX) .ci/compose $(ARGS)
+
 clean:  ## remove environments, caches and build results
-	rm -rf .venv .venv-proto build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-proto build dist wheelhouse .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks
 	find protos client services tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV): pyproject.toml requirements.lock
