@@ -40,7 +40,7 @@ class Client:
         self._cluster = cluster
         self.directory = directory
         self._tables: dict[str, TableInfo] = {}
-        self._batches = Batches(cluster, self._info)
+        self._batches = self._new_batches(None)
         self._variables = Variables(cluster)
         self.queues = Queues(cluster)
 
@@ -81,7 +81,15 @@ class Client:
         Args:
             float16: Whether rows travel as float16, where there is a wire; None: as the client was opened.
         """
-        return self._batches if float16 is None else Batches(self._cluster, self._info, float16=float16)
+        return self._batches if float16 is None else self._new_batches(float16)
+
+    def _new_batches(self, float16: bool | None) -> Batches:
+        """Over a network lookups are timed; within a process there is nothing on the way to look for."""
+        if not self._cluster.remote:
+            return Batches(self._cluster, self._info, float16=float16)
+        from trilith.timers import TimedBatches
+
+        return TimedBatches(self._cluster, self._info, float16=float16)
 
     @property
     def shards(self) -> int:

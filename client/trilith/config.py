@@ -40,6 +40,7 @@ class ClientConfig:
         retry_first_s: Pause before the first retry; doubles from then on, with jitter.
         retry_max_s: Longest pause between retries.
         keepalive_s: How often a silent connection is probed, so that a vanished host is noticed.
+        model_name: What the client's timers are labelled with; see `trilith.timers`.
     """
 
     timeout_s: float = 30.0
@@ -50,6 +51,7 @@ class ClientConfig:
     retry_first_s: float = 0.05
     retry_max_s: float = 1.0
     keepalive_s: float = 10.0
+    model_name: str = ""
 
     def __post_init__(self) -> None:
         for name in ("timeout_s", "create_timeout_s", "retry_first_s", "retry_max_s", "keepalive_s"):

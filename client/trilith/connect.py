@@ -29,6 +29,7 @@ def connect(
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     chunk_bytes: int | None = None,
     tune_allocator: bool = True,
+    model_name: str = "",
     threads: int | None = None,
     memory_limit_bytes: int = 0,
 ) -> Client:
@@ -48,6 +49,7 @@ def connect(
         chunk_bytes: Cut batches into messages of at most this many bytes of arrays; None: as large as messages may be.
         tune_allocator: Keep glibc in this process from returning large buffers to the kernel after every call, which
             more than doubles throughput and holds on to freed memory. For remote clusters only.
+        model_name: What this client's lookups are timed under; see `trilith.timers`.
         threads: "local://" only: threads of the engine; None: one per core.
         memory_limit_bytes: "local://" only: the engine's hard limit; 0 is none.
 
@@ -67,6 +69,7 @@ def connect(
         float16=float16,
         max_message_bytes=max_message_bytes,
         chunk_bytes=chunk_bytes,
+        model_name=model_name,
     )
     if address.startswith("local://"):
         if address != "local://":

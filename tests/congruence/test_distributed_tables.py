@@ -17,6 +17,7 @@ from trilith.errors import DeadlineExceededError, InvalidRequestError
 from trilith.tables import Adagrad, HashTableConfig, PolynomialDecay, RandomUniform, Segment, Sgd, TableSpec, Zeros
 from trilith.tables.distributed import DistributedTable, DistributedTables
 from trilith.tables.factories import create_merged_tables, create_tables
+from trilith.timers import EMBEDDING_LOOKUP
 from trilith_proto.hash_table_pb2 import EmbeddingHashTableConfig
 from trilith_services.ps.store import Store
 
@@ -229,3 +230,25 @@ def test_a_call_that_takes_longer_than_its_deadline_fails():
         with pytest.raises(DeadlineExceededError):
             tables.lookup({"a": [1]})
         assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("shape", ["1-ps", "3-ps"])
+def test_lookups_are_timed_by_model_and_ps(shape):
+    def counted_calls():
+        found = {}
+        for metric in EMBEDDING_LOOKUP.collect():
+            for sample in metric.samples:
+                if sample.name.endswith("_count") and sample.labels["model_name"] == f"timed {shape}":
+                    found[sample.labels["ps"]] = sample.value
+        return found
+
+    with LocalCluster(shape) as cluster, cluster.connect(model_name=f"timed {shape}") as client:
+        client.table("t", dim=2, optimizer=Sgd(learning_rate=1.0))
+        shards = client.shards
+        for _ in range(2):
+            client.lookup({"t": np.arange(9)})
+        create_tables(client, {"u": config(1)}, transfer_float16=True).lookup({"u": np.arange(9)})
+        assert counted_calls() == {str(index): 3 for index in range(shards)}
+        if shards > 1:
+            client.lookup({"t": [2]})  # that of PS 2 alone
+            assert counted_calls() == {"0": 3, "1": 3, "2": 4}
