@@ -39,6 +39,8 @@ class Client:
         """Use `trilith.connect`."""
         self._cluster = cluster
         self.directory = directory
+        self.features: dict[str, str] = {}
+        """Name of its table by feature, as recorded through this client."""
         self._tables: dict[str, TableInfo] = {}
         self._batches = self._new_batches(None)
         self._variables = Variables(cluster)
@@ -97,6 +99,11 @@ class Client:
         return self._cluster.count
 
     @property
+    def addresses(self) -> list[str]:
+        """host:port of every PS; none of an embedded cluster."""
+        return self._cluster.addresses
+
+    @property
     def known_step(self) -> int:
         """The model's step as this client last heard it."""
         return self._cluster.step
@@ -132,6 +139,7 @@ class Client:
         """
         if isinstance(self.directory, RecordKeeper):
             self.directory.agree(ClusterRecord(num_ps=self._cluster.count, features=dict(tables)), "this client")
+        self.features.update(tables)
 
     def _refuse_half_lost(self, name: str, has: Sequence[bool]) -> None:
         """A table with rows on one shard was once on all of them: where it is missing, rows were lost."""

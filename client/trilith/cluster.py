@@ -86,6 +86,11 @@ class Cluster:
 
     # ---- identity ----------------------------------------------------------------------------------------------------
 
+    @property
+    def addresses(self) -> list[str]:
+        """host:port of every shard that is reached over the network."""
+        return [shard.address for shard in self.shards if isinstance(shard, RemoteShard)]
+
     def describe(self) -> list[ps_pb2.DescribeResponse]:
         """What every shard says about itself."""
         return self.everywhere(lambda _, shard, left: shard.describe(timeout_s=left))

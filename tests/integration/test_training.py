@@ -18,6 +18,7 @@ from rich.console import Console
 import trilith
 from trilith.checkpoint import newest_complete, read_manifest
 from trilith.data.click_files import click_records
+from trilith.debugging import read_debugging_info
 from trilith.exports import entry_base, list_versions, ps_base, read_export
 from trilith.nn import DenseOnPs, auc
 from trilith.prediction import Predictor
@@ -30,7 +31,7 @@ from trilith_services.supervisor import ProcessSpec, PsCluster, Supervisor, free
 from trilith_services.worker.baseline import train_locally
 from trilith_services.worker.datasets import load_dataset
 from trilith_services.worker.events import Tail
-from trilith_services.worker.models import settings_of
+from trilith_services.worker.models import TABLE, settings_of
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
@@ -211,6 +212,9 @@ def test_the_demo_trains_with_processes_and_ends_in_its_line(tmp_path):
     assert int(match[5]) > 0
     assert match[2] != "nan"
     assert "starting 2 PS and 2 workers" in text
+    debugged = read_debugging_info(str(tmp_path))
+    assert debugged.cluster.count(",") == 1
+    assert set(debugged.features.values()) == {TABLE}
     check_export(tmp_path, 2, float(match[1]))
 
 

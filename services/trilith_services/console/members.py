@@ -32,8 +32,15 @@ class Members:
     A spectator is not disturbed by restarts: whichever incarnation answers is asked.
     """
 
-    def __init__(self, url: str, *, timeout_s: float) -> None:
-        """Open the directory at `url`; calls get `timeout_s` seconds unless they say otherwise."""
+    def __init__(self, url: str, *, timeout_s: float, features: Mapping[str, str] | None = None) -> None:
+        """Open a cluster.
+
+        Args:
+            url: Of its directory.
+            timeout_s: What calls get unless they say otherwise.
+            features: Table by feature, where the directory has no record of them.
+        """
+        self._features = dict(features or {})
         self._directory = open_directory(url, timeout_s=timeout_s)
         self._config = ClientConfig(timeout_s=timeout_s)
         try:
@@ -60,9 +67,9 @@ class Members:
         return [found.get(index, "") for index in range(self.count)]
 
     def features(self) -> Mapping[str, str]:
-        """Table by feature, as far as the cluster's record has them."""
+        """Table by feature, as far as it is known."""
         record = self._directory.read_record() if isinstance(self._directory, RecordKeeper) else None
-        return record.features if record is not None else {}
+        return self._features | dict(record.features if record is not None else {})
 
     def meet(self, index: int, answer: ps_pb2.DescribeResponse) -> str:
         """Take note of who answers at a shard's place; what is wrong about it, empty if nothing."""

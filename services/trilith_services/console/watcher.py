@@ -6,8 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from trilith.discovery.urls import open_directory
 from trilith.discovery.zk_url import ZkUrl
@@ -45,6 +45,7 @@ class WatchOptions:
         history: Looks remembered.
         serving: Directory of the serving processes; None: replicas are those that PS know of.
         model: Serving model under which it lists them.
+        features: Table by feature, where the cluster has no record of them.
     """
 
     interval_s: float = 2.0
@@ -52,6 +53,7 @@ class WatchOptions:
     history: int = 300
     serving: str | None = None
     model: str = "model"
+    features: Mapping[str, str] = field(default_factory=dict)
 
 
 class Watcher:
@@ -219,7 +221,7 @@ class Watcher:
         with self._lock:
             members = self._members
         if members is None:
-            members = Members(self.url, timeout_s=timeout)
+            members = Members(self.url, timeout_s=timeout, features=self.options.features)
             with self._lock:
                 self._members = members
         return members

@@ -17,8 +17,10 @@ from torch import distributed
 from torch.nn import functional
 
 from trilith.checkpoint import checkpoint_name, list_checkpoints, prune
+from trilith.client import Client
 from trilith.data.click_files import ClickFiles
 from trilith.data.clicks import ClickData, Parts
+from trilith.debugging import write_debugging_info
 from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
 from trilith.nn import AllReduced, ClippedBackward, DenseOnPs, EmbeddingCollection, FetchedRows, auc, pick_device
 from trilith.nn.bags import IdsLike
@@ -194,6 +196,7 @@ class Trainer:
         self._cluster_step = self._saved_step = self._client.global_step()
         if (self._leads or self._peers) and config.model_dir:
             self._save()  # so that a PS that dies early has something to start from
+        self._describe()
         self._emit(
             {"event": "start", "rank": config.rank, "total_steps": self._total_steps(), **asdict(self._position)}
         )
@@ -294,6 +297,11 @@ class Trainer:
         except ShardRestartedError:
             self._rejoin()
 
+    def _describe(self) -> None:
+        """Leave word of where the PS are, for those who want to look into them."""
+        if self._leads and self._config.model_dir and isinstance(self._client, Client):
+            write_debugging_info(self._config.model_dir, self._client, num_workers=self._config.world_size)
+
     def _rejoin(self) -> None:
         for shard in self._client.rejoin():
             if shard.missing_variables and isinstance(self._dense, DenseOnPs):
@@ -320,6 +328,7 @@ class Trainer:
                     "steps_back": back,
                 }
             )
+        self._describe()
 
     # ---- around the loop ---------------------------------------------------------------------------------------------
 
