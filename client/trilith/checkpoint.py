@@ -263,7 +263,7 @@ def read_manifest(path: str) -> Manifest:
     where = folder.path(MANIFEST)
     try:
         body = _unpack(where, MANIFEST_FORMAT, folder.read(MANIFEST))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         inside = [name for name in folder.names() if _NUMBERED.fullmatch(name)]
         if inside:
             hint = f"it is a directory of checkpoints; name one, such as {folder.path(inside[-1])}"

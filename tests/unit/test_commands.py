@@ -289,6 +289,22 @@ def test_sizes_ages_and_counts_read_well() -> None:
     assert output.moment(1_700_000_000, now=1_700_000_061).endswith("(1m 01s ago)")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["ps", "--memory-limit", "12Q"], "--memory-limit: '12Q' is not a size; write 512M, 16G or a number of bytes"),
+        (["ps", "--listen", "nonsense"], "--listen: 'nonsense' is not host:port"),
+        (["serving", "entry", "--export", "x", "--http", ":70000"], "--http: ':70000' is not host:port"),
+        (["data", "count", "x", "--format", "xyz"], "--format: 'xyz' is none of records, tfrecord, parquet, csv"),
+        (["data", "count", "x", "--kind", "xyz"], "--kind: 'xyz' is none of instance, "),
+        (["export", __file__, "x", "--features", "user"], f"{__file__}: no manifest.json"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_flag_and_what_would_be_right(run, arguments, says) -> None:
+    shown = run(*arguments)
+    assert (shown.status, shown.err.startswith(f"error: {says}")) == (2, True), shown.err
+
+
 def test_every_command_and_option_says_what_it_is() -> None:
     def check(name: str, command: click.Command) -> None:
         assert command.help, name

@@ -20,6 +20,7 @@ import typer
 
 from trilith.discovery.zk_url import redact
 from trilith_services.commands import output
+from trilith_services.commands.flags import CLUSTER_FORMS, Json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,18 +51,20 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    address: Annotated[str, typer.Argument(metavar="CLUSTER", help="static://host:port,… or local:// (no network).")],
+    address: Annotated[str, typer.Argument(metavar="CLUSTER", help=f"{CLUSTER_FORMS}, or local:// (no network).")],
     verb: Annotated[
         Verb, typer.Option(help="What a call does; step is a lookup, then gradients of the same ids.")
     ] = Verb.lookup,
-    ids: Annotated[int, typer.Option(help="Rows to choose from; created first.", min=1)] = 1_000_000,
-    dim: Annotated[int, typer.Option(help="Floats per row.", min=1)] = 16,
-    batch: Annotated[int, typer.Option(help="Ids per call.", min=1)] = 65_536,
-    zipf: Annotated[float, typer.Option(help="Zipf exponent of the ids; 0: all alike.", min=0.0)] = 1.05,
-    threads: Annotated[int, typer.Option(help="Calls in flight.", min=1)] = 1,
-    seconds: Annotated[float, typer.Option(help="How long to measure.", min=0.1)] = 10.0,
-    timeout: Annotated[float, typer.Option(help="Deadline of a call, in seconds.", min=0.1)] = 30.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    ids: Annotated[int, typer.Option(metavar="N", help="Rows to choose from; created first.", min=1)] = 1_000_000,
+    dim: Annotated[int, typer.Option(metavar="N", help="Floats per row.", min=1)] = 16,
+    batch: Annotated[int, typer.Option(metavar="N", help="Ids per call.", min=1)] = 65_536,
+    zipf: Annotated[
+        float, typer.Option(metavar="EXPONENT", help="Zipf exponent of the ids; 0: all alike.", min=0.0)
+    ] = 1.05,
+    threads: Annotated[int, typer.Option(metavar="N", help="Calls in flight.", min=1)] = 1,
+    seconds: Annotated[float, typer.Option(metavar="SECONDS", help="How long to measure.", min=0.1)] = 10.0,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Deadline of a call.", min=0.1)] = 30.0,
+    as_json: Json = False,
 ) -> None:
     """Measure a cluster: ids/s, and latency of a call (p50, p99), while checking the values it answers with.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trilith_services.commands import output
+from trilith_services.commands.flags import Json
 
 if TYPE_CHECKING:
     from trilith.checkpoint import Manifest
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
-Where = Annotated[str, typer.Argument(help="A checkpoint, or a directory of checkpoints: its newest complete one.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Where = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a directory of them: its newest complete one.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -30,7 +32,9 @@ def register(app: typer.Typer) -> None:
 
 
 def list_(
-    directory: Annotated[str, typer.Argument(help="What `trilith ps --checkpoint-dir` was given; any fsspec URL.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="Directory or URL that `trilith ps --checkpoint-dir` was given.")
+    ],
     as_json: Json = False,
 ) -> None:
     """List the checkpoints of a directory, oldest first, incomplete ones too."""
@@ -145,8 +149,8 @@ def verify(path: Where) -> None:
 
 def export(
     path: Where,
-    target: Annotated[str, typer.Argument(help="Directory to write <table>/part-*.parquet into.", metavar="OUT")],
-    table: Annotated[list[str] | None, typer.Option(help="Only this table; may be repeated.")] = None,
+    target: Annotated[str, typer.Argument(metavar="DIR", help="Directory to write TABLE/part-*.parquet into.")],
+    table: Annotated[list[str] | None, typer.Option(metavar="TABLE", help="Only this table; may be repeated.")] = None,
 ) -> None:
     """Export a checkpoint's tables to Parquet, one file per table and PS.
 

@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from trilith_services.commands.ps import LogFormat
+from trilith_services.commands.flags import (
+    CLUSTER_FORMS,
+    Listen,
+    LogFormat,
+    LogFormatFlag,
+    LogLevel,
+    LogLevelFlag,
+    ServingName,
+)
 
 __all__ = ["register"]
 
@@ -18,33 +26,43 @@ def register(app: typer.Typer) -> None:
 
 def console(
     cluster: Annotated[
+        str, typer.Option(metavar="URL", help=f"{CLUSTER_FORMS}; it need not be there yet. Left out: see --model-dir.")
+    ] = "",
+    model_dir: Annotated[
         str,
-        typer.Option(help="static://host:port,host:port,… or zk://host:2181,…/path; it need not be there yet."),
-    ],
-    listen: Annotated[
-        str,
-        typer.Option(help="host:port to serve on; port 0 takes a free one. Whoever reaches it may read everything."),
-    ] = "127.0.0.1:8080",
+        typer.Option(
+            metavar="DIR",
+            help="Directory or URL of a model in training; its debugging_info.pb tells where the PS were when training "
+            "began, and the features' tables.",
+        ),
+    ] = "",
+    listen: Listen = "127.0.0.1:8080",
     serving: Annotated[
         str | None,
         typer.Option(
+            metavar="URL",
             help="Directory that lists serving processes, such as zk://host:2181/serving; left out: the replicas that "
-            "PS push to."
+            "PS push to.",
         ),
     ] = None,
-    name: Annotated[str, typer.Option(help="Serving model under which the directory lists them.")] = "model",
-    interval: Annotated[float, typer.Option(help="Seconds between looks at the cluster.", min=0.1)] = 2.0,
-    timeout: Annotated[float, typer.Option(help="Seconds a PS gets to answer a question.", min=0.1)] = 5.0,
+    name: ServingName = "model",
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time between looks at the cluster.", min=0.1)
+    ] = 2.0,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long a PS gets to answer a question.", min=0.1)
+    ] = 5.0,
     allow_writes: Annotated[
         bool, typer.Option("--allow-writes", help="Let whoever reaches the console set and delete rows.")
     ] = False,
-    log_format: Annotated[LogFormat, typer.Option(help="text (key=value) or json.")] = LogFormat.text,
-    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
+    log_format: LogFormatFlag = LogFormat.text,
+    log_level: LogLevelFlag = LogLevel.info,
 ) -> None:
     """Show a cluster over HTTP: a page, a JSON API (described at /docs), and the debugging routes.
 
     There is no login: listen on an address that only those reach who may see every row. Needs the extra `console`.
     """
+    from trilith.debugging import read_debugging_info
     from trilith.errors import InvalidRequestError
     from trilith_services.logs import setup_logging
 
@@ -54,6 +72,16 @@ def console(
     except ModuleNotFoundError as error:
         raise InvalidRequestError(f"{error.name} is not installed; pip install 'trilith[console]' brings it") from None
 
-    setup_logging(log_format.value, level=log_level, role={"role": "console"})
-    options = WatchOptions(interval_s=interval, timeout_s=timeout, serving=serving, model=name)
-    ConsoleServer(Watcher(cluster, options), bind(listen), writable=allow_writes).serve_until_told()
+    setup_logging(log_format.value, level=log_level.value, role={"role": "console"})
+    if not cluster and not model_dir:
+        raise InvalidRequestError("which cluster? Give --cluster URL, or --model-dir DIR of a model in training")
+    info = read_debugging_info(model_dir) if model_dir else None
+    options = WatchOptions(
+        interval_s=interval,
+        timeout_s=timeout,
+        serving=serving,
+        model=name,
+        features=info.features if info is not None else {},
+    )
+    where = cluster or (info.cluster if info is not None else "")
+    ConsoleServer(Watcher(where, options), bind(listen), writable=allow_writes).serve_until_told()

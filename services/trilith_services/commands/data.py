@@ -12,6 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trilith_services.commands import output
+from trilith_services.commands.data_flags import (
+    ColumnsOption,
+    CompressionOption,
+    File,
+    Files,
+    FormatOption,
+    FramingOption,
+    KindOption,
+    SkipOption,
+    known_compression,
+    known_format,
+    known_kind,
+)
+from trilith_services.commands.flags import Json
 
 if TYPE_CHECKING:
     from trilith.data.detect import Detected
@@ -20,33 +34,6 @@ if TYPE_CHECKING:
     from trilith.data.records import Records
 
 __all__ = ["register"]
-
-Files = Annotated[list[str], typer.Argument(help="Paths, globs or URLs that fsspec knows.", metavar="FILE...")]
-File = Annotated[str, typer.Argument(help="A path, or a URL that fsspec knows.")]
-FormatOption = Annotated[
-    str | None, typer.Option("--format", help="records, tfrecord, parquet or csv; guessed, if left out.")
-]
-KindOption = Annotated[
-    str | None,
-    typer.Option("--kind", help="instance, example, examplebatch or plaintext; guessed, if left out."),
-]
-FramingOption = Annotated[
-    str | None,
-    typer.Option(
-        "--framing",
-        help="What stands in front of payloads: none but the length, lagrangex, or any of prefix,sort_id,dump joined "
-        "by commas; guessed, if left out.",
-    ),
-]
-CompressionOption = Annotated[
-    str | None, typer.Option("--compression", help="none, snappy, zstd, zlib or gzip; else the name decides.")
-]
-ColumnsOption = Annotated[
-    str | None,
-    typer.Option("--columns", help="Parquet and CSV: name:type joined by commas; all of them, if left out."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON lines, for scripts.")]
-SkipOption = Annotated[bool, typer.Option("--skip-damage", help="Pass over damage and count it, rather than stop.")]
 
 _FLAGS = {
     "lagrangex": "lagrangex_header",
@@ -204,9 +191,10 @@ def count(
 
 def sample(
     files: Files,
-    number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many records.")] = 5,
+    number: Annotated[int, typer.Option("--number", "-n", metavar="N", min=1, help="How many records.")] = 5,
     seed: Annotated[
-        int | None, typer.Option(help="Draw them from all records, each equally likely; else the first ones.")
+        int | None,
+        typer.Option(metavar="N", help="Draw from all records, each equally likely; left out: the first ones."),
     ] = None,
     format_: FormatOption = None,
     kind: KindOption = None,
@@ -244,19 +232,26 @@ def sample(
 
 def convert(
     files: Files,
-    target: Annotated[str, typer.Option("--output", "-o", help="File to write; - for standard output.")],
+    target: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Where to; - for standard output.")],
     format_: FormatOption = None,
     kind: KindOption = None,
     framing: FramingOption = None,
     compression: CompressionOption = None,
     columns: ColumnsOption = None,
-    to_format: Annotated[str, typer.Option(help="records, tfrecord or parquet (of examples).")] = "records",
+    to_format: Annotated[
+        str, typer.Option(metavar="FORMAT", callback=known_format, help="records, tfrecord or parquet (of examples).")
+    ] = "records",
     to_kind: Annotated[
-        str | None, typer.Option(help="instance, example or plaintext; else they stay what they are.")
+        str | None,
+        typer.Option(
+            metavar="KIND", callback=known_kind, help="instance, example or plaintext; left out: what they are."
+        ),
     ] = None,
-    to_framing: Annotated[str, typer.Option(help="As --framing; none, if left out.")] = "none",
-    to_compression: Annotated[str | None, typer.Option(help="As --compression.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most records to take.")] = None,
+    to_framing: Annotated[str, typer.Option(metavar="PART,…", help="As --framing.")] = "none",
+    to_compression: Annotated[
+        str | None, typer.Option(metavar="NAME", callback=known_compression, help="As --compression.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Most records to take.")] = None,
     skip_damage: SkipOption = False,
 ) -> None:
     """Write the records of files into one file of another format, framing, compression or kind.

@@ -27,22 +27,22 @@ def register(app: typer.Typer) -> None:
 
 def debug(
     kind: Annotated[Kind, typer.Option("--type", help="What to ask for.")],
-    host: Annotated[str, typer.Option(help="Where the console is.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Its port.", min=1, max=65535)] = 8080,
+    host: Annotated[str, typer.Option(metavar="HOST", help="Where the console is.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="PORT", help="Its port.", min=1, max=65535)] = 8080,
     variable_names: Annotated[
-        str, typer.Option("--variable-names", "--variable_names", help="Names of dense variables, with commas between.")
+        str, typer.Option("--variable-names", "--variable_names", metavar="NAME,…", help="Dense variables.")
     ] = "",
     feature_ids: Annotated[
         str,
-        typer.Option("--feature-ids", "--feature_ids", help="Ids, with commas between; --feature-ids=-1 for signed."),
+        typer.Option("--feature-ids", "--feature_ids", metavar="ID,…", help="Ids; --feature-ids=-1 for negative ones."),
     ] = "",
     feature_name: Annotated[
-        str, typer.Option("--feature-name", "--feature_name", help="The feature that all ids are of.")
+        str, typer.Option("--feature-name", "--feature_name", metavar="NAME", help="The feature that all ids are of.")
     ] = "",
     feature_names: Annotated[
-        str, typer.Option("--feature-names", "--feature_names", help="The feature of each id, with commas between.")
+        str, typer.Option("--feature-names", "--feature_names", metavar="NAME,…", help="The feature of each id.")
     ] = "",
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.", min=0.1)] = 30.0,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for the answer.", min=0.1)] = 30.0,
 ) -> None:
     """Show values of dense variables, or rows of features' ids, as the reference system's debugging client does.
 

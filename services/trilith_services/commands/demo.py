@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from trilith_services.commands.export import ExportMode
-from trilith_services.commands.worker import Model
+from trilith_services.commands.flags import AsyncPush, BatchSize, Data, Model, ModelFlag, Prefetch, Seed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,27 +90,40 @@ def demo(
         ),
     ] = None,
     num_ps: Annotated[
-        int | None, typer.Option(help="PS processes of mode ps; 0: embedded.", min=0, show_default="2")
+        int | None,
+        typer.Option(metavar="N", help="PS processes of mode ps; 0: embedded.", min=0, show_default="2"),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Worker processes; 2, or 1 when embedded.", min=1, show_default=False)
+        int | None,
+        typer.Option(metavar="N", help="Worker processes.", min=1, show_default="2, embedded 1"),
     ] = None,
-    model: Annotated[Model, typer.Option(help="Reference model.")] = Model.deepfm,
-    data: Annotated[str, typer.Option(help="movielens, or synthetic:SAMPLES.")] = "movielens",
+    model: ModelFlag = Model.deepfm,
+    data: Data = "movielens",
     model_dir: Annotated[
         Path | None,
-        typer.Option(help="Checkpoints and logs go here, and training starts from the newest checkpoint in it."),
+        typer.Option(
+            metavar="DIR",
+            help="Checkpoints and logs go here, and training starts from the newest checkpoint in it; left out: a new "
+            "directory in the cache.",
+        ),
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the data; 0: the model's own number.", min=0)] = 0,
-    steps: Annotated[int, typer.Option(help="End after so many steps of all workers; 0: no limit.", min=0)] = 0,
-    batch_size: Annotated[int, typer.Option(help="Samples per step.", min=1)] = 512,
-    save_every: Annotated[int, typer.Option(help="Steps of all workers between checkpoints; 0: none.", min=0)] = 500,
-    seed: Annotated[int, typer.Option(help="Decides initial values and the order of samples.", min=0)] = 0,
-    prefetch: Annotated[int, typer.Option(help="Batches looked up ahead; 0: exact order.", min=0)] = 0,
-    async_push: Annotated[int, typer.Option(help="Updates that may be on their way; 0: wait for each.", min=0)] = 0,
+    epochs: Annotated[
+        int, typer.Option(metavar="N", help="Passes over the data; 0: the model's own number.", min=0)
+    ] = 0,
+    steps: Annotated[
+        int, typer.Option(metavar="N", help="End after so many steps of all workers; 0: no limit.", min=0)
+    ] = 0,
+    batch_size: BatchSize = 512,
+    save_every: Annotated[
+        int, typer.Option(metavar="N", help="Steps of all workers between checkpoints; 0: none.", min=0)
+    ] = 500,
+    seed: Seed = 0,
+    prefetch: Prefetch = 0,
+    async_push: AsyncPush = 0,
     baseline: Annotated[bool, typer.Option(help="Also train with plain torch, for comparison.")] = True,
     export: Annotated[
-        Path | None, typer.Option(help="Export every checkpoint to this directory, for `trilith serving entry`.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Every checkpoint is exported here, for `trilith serving entry`."),
     ] = None,
     export_mode: Annotated[
         ExportMode, typer.Option(help="distributed: rows come from replicas; standalone: all rows are in the export.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trilith_services.commands import output
+from trilith_services.commands.flags import Json
 from trilith_services.commands.shards import Address
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ def register(app: typer.Typer) -> None:
 
 def show(
     address: Address,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the directory.", min=0.1)] = 10.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long to wait for the directory.", min=0.1)
+    ] = 10.0,
+    as_json: Json = False,
 ) -> None:
     """Show the members, and the record that every PS and client must agree with."""
     from trilith.discovery import PS, WORKER
@@ -62,8 +65,10 @@ def show(
 
 def forget(
     address: Address,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the directory.", min=0.1)] = 10.0,
-    force: Annotated[bool, typer.Option("--force", help="Also while PS are registered.")] = False,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long to wait for the directory.", min=0.1)
+    ] = 10.0,
+    force: Annotated[bool, typer.Option("--force", help="Clear it although PS are registered.")] = False,
 ) -> None:
     """Clear a cluster's record, so that it may come back with another number of PS or other tables."""
     from trilith.discovery import PS

@@ -6,47 +6,72 @@ from typing import Annotated
 
 import typer
 
-from trilith_services.commands.ps import LogFormat
+from trilith_services.commands.flags import (
+    Advertise,
+    Drain,
+    Listen,
+    LogFormat,
+    LogFormatFlag,
+    LogLevel,
+    LogLevelFlag,
+    MaxMessage,
+    MaxQueue,
+    RowThreads,
+    RpcThreads,
+    ServingName,
+    address,
+)
 
 __all__ = ["entry"]
 
 
 def entry(
-    export: Annotated[str, typer.Option(help="Directory of exports, as `trilith export` was given; any fsspec URL.")],
+    export: Annotated[
+        str, typer.Option(metavar="DIR", help="Directory or URL of exports, as `trilith export` was given.")
+    ],
     replicas: Annotated[
         list[str] | None,
         typer.Option(
-            help="Where distributed exports look rows up: the URL of a directory, such as zk://host:2181/serving, or "
-            "SHARD=host:port, once per replica; left out: the directory of --discovery."
+            metavar="URL|SHARD=HOST:PORT",
+            help="Where distributed exports look rows up: a directory, such as zk://host:2181/serving, or one replica "
+            "by its address, repeated for each; left out: the directory of --discovery.",
         ),
     ] = None,
     discovery: Annotated[
         str | None,
-        typer.Option(help="Directory to announce the entry in, for clients and consoles: zk://host:2181/serving."),
+        typer.Option(
+            metavar="URL",
+            help="Directory to announce the entry in, for clients and consoles, such as zk://host:2181/serving.",
+        ),
     ] = None,
-    advertise: Annotated[
-        str,
-        typer.Option(help="host:port to announce, port 0 for the one served on; left out: this machine's address."),
-    ] = "",
+    advertise: Advertise = "",
     replica: Annotated[
-        int | None, typer.Option(help="This entry's number among the entries; left out: ZooKeeper gives one.", min=0)
+        int | None,
+        typer.Option(metavar="N", help="This entry's number among the entries; left out: ZooKeeper gives one.", min=0),
     ] = None,
-    name: Annotated[str, typer.Option(help="Serving model under which the directory lists processes.")] = "model",
-    listen: Annotated[str, typer.Option(help="host:port for gRPC; port 0 takes a free one.")] = "0.0.0.0:7200",
-    http: Annotated[str, typer.Option(help="host:port for JSON and metrics over HTTP; empty: none.")] = "0.0.0.0:7280",
-    poll: Annotated[float, typer.Option(help="Seconds between two looks for a newer export.", min=0.05)] = 1.0,
-    deadline: Annotated[float, typer.Option(help="Seconds that looking rows up may take.", min=0.001)] = 1.0,
-    max_records: Annotated[int, typer.Option(help="Most records that a request may hold.", min=1)] = 8192,
-    torch_threads: Annotated[int, typer.Option(help="Threads that one request computes with.", min=1)] = 1,
-    threads: Annotated[
-        int, typer.Option(help="Threads that standalone rows are read with; 0: one per core.", min=0)
-    ] = 0,
-    rpc_threads: Annotated[int, typer.Option(help="Calls worked on at once.", min=1)] = 8,
-    max_queue: Annotated[int, typer.Option(help="Calls that may wait; more are refused.", min=1)] = 128,
-    max_message: Annotated[str, typer.Option(help="Largest message, such as 64M.")] = "64M",
-    drain: Annotated[float, typer.Option(help="Seconds that calls get to finish after SIGTERM.", min=0.0)] = 10.0,
-    log_format: Annotated[LogFormat, typer.Option(help="text (key=value) or json.")] = LogFormat.text,
-    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
+    name: ServingName = "model",
+    listen: Listen = "0.0.0.0:7200",
+    http: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT", callback=address, help="Address for JSON and metrics over HTTP; empty: none."
+        ),
+    ] = "0.0.0.0:7280",
+    poll: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time between two looks for a newer export.", min=0.05)
+    ] = 1.0,
+    deadline: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long looking rows up may take.", min=0.001)
+    ] = 1.0,
+    max_records: Annotated[int, typer.Option(metavar="N", help="Most records that a request may hold.", min=1)] = 8192,
+    torch_threads: Annotated[int, typer.Option(metavar="N", help="Threads that one request computes with.", min=1)] = 1,
+    threads: RowThreads = 0,
+    rpc_threads: RpcThreads = 8,
+    max_queue: MaxQueue = 128,
+    max_message: MaxMessage = "64M",
+    drain: Drain = 10.0,
+    log_format: LogFormatFlag = LogFormat.text,
+    log_level: LogLevelFlag = LogLevel.info,
 ) -> None:
     """Score records with the newest export until SIGTERM; a newer export takes over without failing a request."""
     from trilith.discovery.serving import ServingDirectory
@@ -58,7 +83,7 @@ def entry(
     from trilith_services.sizes import parse_bytes
     from trilith_services.worker.run import use_threads
 
-    setup_logging(log_format.value, level=log_level, role={"entry": name})
+    setup_logging(log_format.value, level=log_level.value, role={"entry": name})
     tune_allocator()
     use_threads(torch_threads)
     options = EntryOptions(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trilith_services.commands.worker import Model
+from trilith_services.commands.flags import Json, Model
 
 __all__ = ["ExportMode", "register"]
 
@@ -27,9 +27,12 @@ def register(app: typer.Typer) -> None:
 
 def export(
     checkpoint: Annotated[
-        str, typer.Argument(help="A checkpoint, or a directory of checkpoints: its newest complete one.")
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a directory of them: its newest complete one."),
     ],
-    directory: Annotated[str, typer.Argument(help="Where exports go, each below its version; any fsspec URL.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="Directory or URL where exports go, each below its version.")
+    ],
     mode: Annotated[
         ExportMode,
         typer.Option(help="distributed: rows come from serving replicas; standalone: all rows are in the export."),
@@ -37,11 +40,17 @@ def export(
     model: Annotated[Model, typer.Option(help="Reference model that was trained.")] = Model.deepfm,
     data: Annotated[
         str,
-        typer.Option(help="Data it was trained on, for the names of the features: movielens, or synthetic:SAMPLES."),
+        typer.Option(
+            metavar="DATA",
+            help="Data it was trained on, for the names of the features: movielens, or synthetic:SAMPLES.",
+        ),
     ] = "movielens",
-    features: Annotated[str, typer.Option(help="The names instead, with commas between, as trained.")] = "",
-    keep: Annotated[int, typer.Option(help="Newest versions to keep.", min=1)] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    features: Annotated[
+        str,
+        typer.Option(metavar="NAME,…", help="Names of the features, as trained; left out: those of --data."),
+    ] = "",
+    keep: Annotated[int, typer.Option(metavar="N", help="Newest versions to keep.", min=1)] = 5,
+    as_json: Json = False,
 ) -> None:
     """Export a trained reference model: a torch.export program, safetensors weights, configs and serving rows."""
     from dataclasses import asdict

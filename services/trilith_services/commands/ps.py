@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from trilith_services.commands.flags import (
+    Advertise,
+    Drain,
+    Listen,
+    LogFormat,
+    LogFormatFlag,
+    LogLevel,
+    LogLevelFlag,
+    MaxMessage,
+    MaxQueue,
+    MemoryLimit,
+    MetricsPort,
+    RowThreads,
+    RpcThreads,
+)
 
 if TYPE_CHECKING:
     from trilith.discovery import Directory
 
 __all__ = ["register"]
-
-
-class LogFormat(StrEnum):
-    """How log lines look."""
-
-    text = "text"
-    json = "json"
 
 
 def register(app: typer.Typer) -> None:
@@ -27,52 +35,60 @@ def register(app: typer.Typer) -> None:
 
 def ps(
     index: Annotated[
-        int | None, typer.Option(help="This shard's index, from 0; left out: what the scheduler says, else 0.", min=0)
+        int | None,
+        typer.Option(metavar="N", help="This shard's index, from 0; left out: what the scheduler says, else 0.", min=0),
     ] = None,
     count: Annotated[
-        int | None, typer.Option(help="Shards in the cluster; left out: what the scheduler says, else 1.", min=1)
+        int | None,
+        typer.Option(metavar="N", help="Shards in the cluster; left out: what the scheduler says, else 1.", min=1),
     ] = None,
-    listen: Annotated[str, typer.Option(help="host:port to serve on; port 0 takes a free one.")] = "0.0.0.0:7000",
+    listen: Listen = "0.0.0.0:7000",
     discovery: Annotated[
         str | None,
-        typer.Option(help="Directory to register in, such as zk://host:2181/trilith/demo; ZK_AUTH=user:password."),
+        typer.Option(metavar="URL", help="Directory to register in, such as zk://host:2181/trilith/demo."),
     ] = None,
-    advertise: Annotated[
-        str,
-        typer.Option(help="host:port to register, port 0 for the one served on; left out: this machine's address."),
-    ] = "",
+    advertise: Advertise = "",
     standby: Annotated[
         bool,
         typer.Option("--standby", help="Wait until some shard of a zk:// cluster has no PS, and become that shard."),
     ] = False,
     standby_after: Annotated[
-        float, typer.Option(help="Seconds a shard must have had no PS before a standby takes its place.", min=0.0)
+        float,
+        typer.Option(
+            metavar="SECONDS", help="How long a shard must have had no PS before a standby takes its place.", min=0.0
+        ),
     ] = 15.0,
     checkpoint_dir: Annotated[
-        str | None, typer.Option(help="Directory or URL to restore from, and to write checkpoints to.")
+        str | None, typer.Option(metavar="DIR", help="Directory or URL to restore from, and to write checkpoints to.")
     ] = None,
-    checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints; 0: only at the end.")] = 0.0,
-    checkpoint_keep: Annotated[int, typer.Option(help="Complete checkpoints to keep.", min=1)] = 3,
-    memory_limit: Annotated[str, typer.Option(help="Memory for rows, such as 512M or 16G; 0: no limit.")] = "0",
-    threads: Annotated[int, typer.Option(help="Threads that work on rows; 0: one per core.", min=0)] = 0,
-    rpc_threads: Annotated[int, typer.Option(help="Calls worked on at once.", min=1)] = 8,
-    max_queue: Annotated[int, typer.Option(help="Calls that may wait; more are refused.", min=1)] = 128,
-    max_message: Annotated[str, typer.Option(help="Largest message, such as 256M.")] = "256M",
-    drain: Annotated[float, typer.Option(help="Seconds that calls get to finish after SIGTERM.", min=0.0)] = 10.0,
-    metrics_port: Annotated[
-        int | None, typer.Option(help="Serve Prometheus metrics on this port; 0 takes a free one.", min=0, max=65535)
-    ] = None,
+    checkpoint_every: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time between checkpoints; 0: only at the end.", min=0.0)
+    ] = 0.0,
+    checkpoint_keep: Annotated[int, typer.Option(metavar="N", help="Complete checkpoints to keep.", min=1)] = 3,
+    memory_limit: MemoryLimit = "0",
+    threads: RowThreads = 0,
+    rpc_threads: RpcThreads = 8,
+    max_queue: MaxQueue = 128,
+    max_message: MaxMessage = "256M",
+    drain: Drain = 10.0,
+    metrics_port: MetricsPort = None,
     sync_to: Annotated[
         list[str] | None,
         typer.Option(
-            help="Serving replicas to keep fresh: name=host:port, or a directory of those that come and go, such as "
-            "zk://host:2181/serving. May be repeated."
+            metavar="URL|NAME=HOST:PORT",
+            help="Serving replicas to keep fresh: a directory of those that come and go, such as "
+            "zk://host:2181/serving, or one by its address. May be repeated.",
         ),
     ] = None,
-    sync_every: Annotated[float, typer.Option(help="Seconds from one push of what has changed to the next.")] = 1.0,
-    sync_name: Annotated[str, typer.Option(help="Serving model whose replicas the directory lists.")] = "model",
-    log_format: Annotated[LogFormat, typer.Option(help="text (key=value) or json.")] = LogFormat.text,
-    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
+    sync_every: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="Time from one push of what has changed to the next.", min=0.1),
+    ] = 1.0,
+    sync_name: Annotated[
+        str, typer.Option(metavar="NAME", help="Serving model whose replicas the directory lists.")
+    ] = "model",
+    log_format: LogFormatFlag = LogFormat.text,
+    log_level: LogLevelFlag = LogLevel.info,
 ) -> None:
     """Serve one shard until SIGTERM."""
     from trilith.discovery.serving import ServingDirectory
@@ -87,14 +103,14 @@ def ps(
     targets = _static_targets(sync_to or [])
     waited: Directory | None = None
     if standby:
-        setup_logging(log_format.value, level=log_level, role={"ps": "standby"})
+        setup_logging(log_format.value, level=log_level.value, role={"ps": "standby"})
         index, waited = _stand_by(discovery, index, count or 1, standby_after)
         if index is None:
             raise typer.Exit(0)
     elif discovery is not None and (index is None or count is None):
         index, count = _placed(discovery, index, count)
     index, count = index or 0, count or 1
-    setup_logging(log_format.value, level=log_level, role={"ps": index})
+    setup_logging(log_format.value, level=log_level.value, role={"ps": index})
     tune_allocator()
     options = PsOptions(
         limits=Limits(

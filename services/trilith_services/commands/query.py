@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from trilith_services.commands import output
+from trilith_services.commands.flags import Json
 from trilith_services.commands.shards import Address, Members
 
 __all__ = ["register"]
@@ -21,10 +22,12 @@ def register(app: typer.Typer) -> None:
 
 def query(
     address: Address,
-    table: Annotated[str, typer.Argument(help="Table name.")],
-    ids: Annotated[list[str], typer.Argument(help="Ids: decimal (signed or unsigned) or 0x….", metavar="ID...")],
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the cluster.", min=0.1)] = 10.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")],
+    ids: Annotated[list[str], typer.Argument(metavar="ID", help="Ids: decimal (signed or unsigned) or 0x….")],
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long to wait for the cluster.", min=0.1)
+    ] = 10.0,
+    as_json: Json = False,
 ) -> None:
     """Look ids up: the PS that owns each, its weights, optimizer state by slot, and age.
 

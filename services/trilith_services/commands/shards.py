@@ -11,6 +11,7 @@ import typer
 from trilith.discovery import PS
 from trilith.discovery.members import count_ps, resolve_ps
 from trilith.discovery.urls import open_directory
+from trilith_services.commands.flags import CLUSTER_FORMS
 
 if TYPE_CHECKING:
     from trilith.config import ClientConfig
@@ -22,7 +23,7 @@ Address = Annotated[
     str,
     typer.Argument(
         metavar="CLUSTER",
-        help="static://host:port,host:port,… with shard 0 first, or zk://host:2181,…/path; what `trilith up` prints.",
+        help=f"{CLUSTER_FORMS}; what `trilith up` prints.",
     ),
 ]
 

@@ -34,7 +34,9 @@ def register(app: typer.Typer) -> None:
 
 def top(
     address: Address,
-    interval: Annotated[float, typer.Option(help="Seconds between looks; rates are over this time.", min=0.1)] = 2.0,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time between looks; rates are over it.", min=0.1)
+    ] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print one picture and end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per look.")] = False,
 ) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trilith_services.commands import output
+from trilith_services.commands.flags import size
 
 if TYPE_CHECKING:
     from trilith_services.supervisor import Ended, PsCluster, StopRequest, Supervisor
@@ -26,26 +27,47 @@ def register(app: typer.Typer) -> None:
 
 def up(
     worker_args: Annotated[
-        list[str] | None, typer.Argument(help="What every worker gets, after --.", metavar="WORKER_ARGS")
+        list[str] | None,
+        typer.Argument(help="Flags of `trilith worker` that every worker gets, after --.", metavar="WORKER_ARGS"),
     ] = None,
-    ps: Annotated[int, typer.Option("--ps", help="PS processes.", min=1)] = 2,
-    workers: Annotated[int, typer.Option(help="Worker processes; 0: only the PS, until Ctrl-C.", min=0)] = 0,
+    ps: Annotated[int, typer.Option("--ps", metavar="N", help="PS processes.", min=1)] = 2,
+    workers: Annotated[
+        int, typer.Option(metavar="N", help="Worker processes; 0: only the PS, until Ctrl-C.", min=0)
+    ] = 0,
     discovery: Annotated[
         str | None,
-        typer.Option(help="Directory to register the PS in, such as zk://host:2181/trilith/demo; else a static list."),
+        typer.Option(
+            metavar="URL",
+            help="Directory to register the PS in, such as zk://host:2181/trilith/demo; left out: a static list.",
+        ),
     ] = None,
     checkpoint_dir: Annotated[
-        str | None, typer.Option(help="Restore from here, write checkpoints here; a PS that dies comes back from them.")
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Directory or URL to restore from and to write checkpoints to; a PS that dies comes back from them.",
+        ),
     ] = None,
-    checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints.", min=0.0)] = 60.0,
-    memory_limit: Annotated[str, typer.Option(help="Memory for rows of each PS, such as 4G; 0: no limit.")] = "0",
+    checkpoint_every: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time between checkpoints; 0: only at the end.", min=0.0)
+    ] = 60.0,
+    memory_limit: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE", callback=size, help="Memory for rows of each PS, such as 512M or 16G; 0: no limit."
+        ),
+    ] = "0",
     log_dir: Annotated[
-        Path | None, typer.Option(help="Where each process's log is kept; a temporary directory if left out.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Where each process's log is kept; left out: a temporary directory."),
     ] = None,
     address_file: Annotated[
-        Path | None, typer.Option(help="Write the cluster's address here once it serves, for scripts.")
+        Path | None,
+        typer.Option(metavar="FILE", help="The cluster's address is written here once it serves, for scripts."),
     ] = None,
-    grace: Annotated[float, typer.Option(help="Seconds processes get to stop before they are killed.", min=0.0)] = 30.0,
+    grace: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long processes get to stop before they are killed.", min=0.0)
+    ] = 30.0,
 ) -> None:
     """Run a cluster on this machine until its workers are done, or until Ctrl-C.
 

@@ -8,6 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trilith_services.commands.flags import (
+    CLUSTER_FORMS,
+    AsyncPush,
+    BatchSize,
+    Data,
+    LogLevel,
+    LogLevelFlag,
+    Model,
+    ModelFlag,
+    Prefetch,
+    Seed,
+)
+
 if TYPE_CHECKING:
     from trilith_services.worker.models import ModelSettings
     from trilith_services.worker.run import Follower
@@ -15,13 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 log = logging.getLogger(__name__)
-
-
-class Model(StrEnum):
-    """The reference models."""
-
-    ffm = "ffm"
-    deepfm = "deepfm"
 
 
 class WorkerMode(StrEnum):
@@ -44,41 +50,66 @@ def register(app: typer.Typer) -> None:
 
 
 def worker(
-    cluster: Annotated[
-        str, typer.Option(help="Address of the cluster: zk://host:2181/path, static://host:port,…; --mode ps only.")
-    ] = "",
+    cluster: Annotated[str, typer.Option(metavar="URL", help=f"The cluster, for --mode ps: {CLUSTER_FORMS}.")] = "",
     mode: Annotated[
         WorkerMode, typer.Option(help="ps: rows on the PS; all-to-all: in the workers, who take each step together.")
     ] = WorkerMode.ps,
-    rank: Annotated[int, typer.Option(help="This worker's number, from 0.", min=0)] = 0,
-    world_size: Annotated[int, typer.Option(help="Shards the data is cut into.", min=1)] = 1,
-    model: Annotated[Model, typer.Option(help="Reference model.")] = Model.deepfm,
-    data: Annotated[str, typer.Option(help="movielens, or synthetic:SAMPLES.")] = "movielens",
-    batch_size: Annotated[int, typer.Option(help="Samples per step.", min=1)] = 512,
-    epochs: Annotated[int, typer.Option(help="Passes over the shard; 0: the model's own number.", min=0)] = 0,
-    steps: Annotated[int, typer.Option(help="End after so many steps of this worker; 0: no limit.", min=0)] = 0,
-    seed: Annotated[int, typer.Option(help="Decides initial values and the order of samples.", min=0)] = 0,
+    rank: Annotated[int, typer.Option(metavar="N", help="This worker's number, from 0.", min=0)] = 0,
+    world_size: Annotated[
+        int, typer.Option(metavar="N", help="Workers, and so shards that the data is cut into.", min=1)
+    ] = 1,
+    model: ModelFlag = Model.deepfm,
+    data: Data = "movielens",
+    batch_size: BatchSize = 512,
+    epochs: Annotated[
+        int, typer.Option(metavar="N", help="Passes over the shard; 0: the model's own number.", min=0)
+    ] = 0,
+    steps: Annotated[
+        int, typer.Option(metavar="N", help="End after so many steps of this worker; 0: no limit.", min=0)
+    ] = 0,
+    seed: Seed = 0,
     dense: Annotated[
         Dense, typer.Option(help="ps: dense parameters on the PS, asynchronous; allreduce: synchronous.")
     ] = Dense.ps,
-    master: Annotated[str, typer.Option(help="host:port of rank 0, for allreduce and all-to-all.")] = "",
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    threads: Annotated[int, typer.Option(help="torch threads; 0: the cores shared by the workers.", min=0)] = 0,
-    model_dir: Annotated[str, typer.Option(help="Directory or URL for rank 0's checkpoints.")] = "",
-    save_every: Annotated[int, typer.Option(help="Steps of all workers between checkpoints; 0: none.", min=0)] = 0,
-    export: Annotated[
-        str, typer.Option(help="Export rank 0's checkpoints to this directory or URL, for `trilith serving entry`.")
+    master: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where rank 0 is, for allreduce and all-to-all.")
     ] = "",
-    prefetch: Annotated[int, typer.Option(help="Batches looked up ahead; 0: exact order.", min=0)] = 0,
-    async_push: Annotated[int, typer.Option(help="Updates that may be on their way; 0: wait for each.", min=0)] = 0,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cpu, cuda, or auto: cuda where there is one, else cpu.")
+    ] = "auto",
+    threads: Annotated[
+        int, typer.Option(metavar="N", help="torch threads; 0: the cores shared by the workers.", min=0)
+    ] = 0,
+    model_dir: Annotated[str, typer.Option(metavar="DIR", help="Directory or URL for rank 0's checkpoints.")] = "",
+    save_every: Annotated[
+        int, typer.Option(metavar="N", help="Steps of all workers between checkpoints; 0: none.", min=0)
+    ] = 0,
+    export: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR",
+            help="Directory or URL that rank 0's checkpoints are exported to, for `trilith serving entry`.",
+        ),
+    ] = "",
+    prefetch: Prefetch = 0,
+    async_push: AsyncPush = 0,
     clip_norm: Annotated[
-        float, typer.Option(help="Bound on the norm of a step's gradients, of rows and dense ones; 0: none.", min=0)
+        float,
+        typer.Option(
+            metavar="NORM", help="Bound on the norm of a step's gradients, of rows and dense ones; 0: none.", min=0
+        ),
     ] = 0.0,
     validate: Annotated[bool, typer.Option(help="Rank 0 scores the validation part after every epoch.")] = True,
-    events: Annotated[str, typer.Option(help="File that progress is appended to, a JSON object per line.")] = "",
-    state: Annotated[str, typer.Option(help="File that remembers the position, to go on there.")] = "",
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for a PS that is away.", min=0.1)] = 120.0,
-    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
+    events: Annotated[
+        str, typer.Option(metavar="FILE", help="Progress is appended here, a JSON object per line.")
+    ] = "",
+    state: Annotated[
+        str, typer.Option(metavar="FILE", help="Remembers the position in the data, to go on there.")
+    ] = "",
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long to wait for a PS that is away.", min=0.1)
+    ] = 120.0,
+    log_level: LogLevelFlag = LogLevel.info,
 ) -> None:
     """Train a shard of the data until it is done or SIGTERM comes; other workers may come and go meanwhile."""
     from trilith.errors import InvalidRequestError
@@ -98,7 +129,7 @@ def worker(
     from trilith_services.worker.run import WorkerOptions, run_worker
     from trilith_services.worker.trainer import WorkerConfig
 
-    setup_logging(level=log_level, role={"worker": rank})
+    setup_logging(level=log_level.value, role={"worker": rank})
     settings = settings_of(model.value)
     config = WorkerConfig(
         rank=rank,

@@ -1,0 +1,167 @@
+"""The flags that several commands have, so that they are named, checked and explained alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from trilith.errors import InvalidRequestError
+from trilith_services.sizes import parse_bytes
+
+__all__ = [
+    "CLUSTER_FORMS",
+    "Advertise",
+    "AsyncPush",
+    "BatchSize",
+    "Data",
+    "Drain",
+    "Json",
+    "Listen",
+    "LogFormat",
+    "LogFormatFlag",
+    "LogLevel",
+    "LogLevelFlag",
+    "MaxMessage",
+    "MaxQueue",
+    "MemoryLimit",
+    "MetricsPort",
+    "Model",
+    "ModelFlag",
+    "Prefetch",
+    "RowThreads",
+    "RpcThreads",
+    "Seed",
+    "ServingName",
+    "address",
+    "checked",
+    "size",
+]
+
+CLUSTER_FORMS = "static://host:port,host:port,… with shard 0 first, or zk://host:2181,…/path"
+"""What to write for a cluster; docs/discovery.md has the other forms."""
+
+
+class LogFormat(StrEnum):
+    """How log lines look."""
+
+    text = "text"
+    json = "json"
+
+
+class LogLevel(StrEnum):
+    """Least level that is logged."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+class Model(StrEnum):
+    """The reference models."""
+
+    ffm = "ffm"
+    deepfm = "deepfm"
+
+
+def checked(check: Callable[[str], object]) -> Callable[[typer.CallbackParam, str | None], str | None]:
+    """A callback that leaves a value alone, and names its flag where `check` refuses it with InvalidRequestError."""
+
+    def callback(flag: typer.CallbackParam, value: str | None) -> str | None:
+        try:
+            if value is not None:
+                check(value)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"{flag.opts[0]}: {error}") from None
+        return value
+
+    return callback
+
+
+def _listening(text: str) -> None:
+    """Refuse what nobody can listen on; empty stands for not listening, where a command allows that."""
+    host, colon, port = text.rpartition(":")
+    if text and not (colon and host and port.isascii() and port.isdigit() and int(port) < 65536):
+        raise InvalidRequestError(f"{text!r} is not host:port (0.0.0.0 for every interface, port 0 for a free one)")
+
+
+size = checked(parse_bytes)
+"""Callback of flags that take an amount of memory."""
+
+address = checked(_listening)
+"""Callback of flags that take an address to serve on."""
+
+Listen = Annotated[
+    str,
+    typer.Option("--listen", metavar="HOST:PORT", callback=address, help="Address to serve on; port 0: a free one."),
+]
+Advertise = Annotated[
+    str,
+    typer.Option(
+        "--advertise",
+        metavar="HOST:PORT",
+        help="Address to announce, port 0 for the one served on; left out: this machine's.",
+    ),
+]
+ServingName = Annotated[
+    str,
+    typer.Option("--name", metavar="NAME", help="Serving model under which the directory lists processes."),
+]
+MemoryLimit = Annotated[
+    str,
+    typer.Option(
+        "--memory-limit", metavar="SIZE", callback=size, help="Memory for rows, such as 512M or 16G; 0: no limit."
+    ),
+]
+RowThreads = Annotated[
+    int, typer.Option("--threads", metavar="N", help="Threads that work on rows; 0: one per core.", min=0)
+]
+RpcThreads = Annotated[int, typer.Option("--rpc-threads", metavar="N", help="Calls worked on at once.", min=1)]
+MaxQueue = Annotated[
+    int, typer.Option("--max-queue", metavar="N", help="Calls that may wait; more are refused.", min=1)
+]
+MaxMessage = Annotated[
+    str,
+    typer.Option(
+        "--max-message", metavar="SIZE", callback=size, help="Largest message, such as 64M; larger are refused."
+    ),
+]
+Drain = Annotated[
+    float, typer.Option("--drain", metavar="SECONDS", help="How long calls get to finish after SIGTERM.", min=0.0)
+]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port",
+        metavar="PORT",
+        help="Serve /metrics, for Prometheus, and /healthz there; 0: a free port; left out: nowhere.",
+        min=0,
+        max=65535,
+    ),
+]
+LogFormatFlag = Annotated[
+    LogFormat, typer.Option("--log-format", help="text: key=value, for people; json: an object per line.")
+]
+LogLevelFlag = Annotated[
+    LogLevel, typer.Option("--log-level", case_sensitive=False, help="Least level that is logged.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+ModelFlag = Annotated[Model, typer.Option("--model", help="Reference model.")]
+Data = Annotated[
+    str, typer.Option("--data", metavar="DATA", help="movielens, or synthetic:SAMPLES for samples that are made up.")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples per step.", min=1)]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Decides initial values and the order of samples.", min=0)
+]
+Prefetch = Annotated[
+    int,
+    typer.Option("--prefetch", metavar="N", help="Batches whose rows are looked up ahead; 0: exact order.", min=0),
+]
+AsyncPush = Annotated[
+    int, typer.Option("--async-push", metavar="N", help="Updates that may be on their way; 0: wait for each.", min=0)
+]
