@@ -14,7 +14,8 @@ from trilith_proto import hash_table_pb2, ps_pb2
 from trilith_services.ps.delay_compensation import delay_compensated
 from trilith_services.ps.entries import decode_entries, entry_list
 from trilith_services.ps.kernels import codecs
-from trilith_services.ps.table import Rows, Table
+from trilith_services.ps.rows import Rows
+from trilith_services.ps.table import Table
 
 __all__ = ["Compressor", "Entry", "EntryDefs", "Initializer", "Optimizer", "Quantizer", "Retriever"]
 

@@ -34,7 +34,8 @@ from trilith.tables import (
 )
 from trilith_proto import ps_pb2
 from trilith_services.ps.filters import SlidingFilter, Thresholds
-from trilith_services.ps.table import Rows, Table
+from trilith_services.ps.rows import Rows
+from trilith_services.ps.table import Table
 
 IDS = np.array([0, 1, 2, 7, 2**31, 2**32 + 1, 1 << 48, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1], np.uint64)
 

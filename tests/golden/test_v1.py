@@ -17,9 +17,10 @@ from trilith.shard import IdPart
 from trilith_proto import ps_pb2
 from trilith_services.ps.entry_files import feature_stat, restore_table, restore_tables
 from trilith_services.ps.filters import SlidingFilter
+from trilith_services.ps.rows import Rows
 from trilith_services.ps.snapshot import verify
 from trilith_services.ps.store import Store
-from trilith_services.ps.table import Rows, Table
+from trilith_services.ps.table import Table
 
 V1 = Path(__file__).parent / "v1"
 ENTRIES = str(V1 / "entries")

@@ -14,8 +14,9 @@ from trilith.routing import owners, partition_owner
 from trilith.shard import IdPart, Write
 from trilith.tables import RandomUniform, table_config
 from trilith_services.ps.entry_files import save_table, save_tables
+from trilith_services.ps.rows import Rows
 from trilith_services.ps.store import Store
-from trilith_services.ps.table import Rows, Table
+from trilith_services.ps.table import Table
 
 __all__ = ["routing", "write_all"]
 

@@ -39,7 +39,8 @@ from trilith_services.ps.entries import (
     iterate_table_and_apply,
 )
 from trilith_services.ps.row_layout import RowLayout
-from trilith_services.ps.table import Rows, Table
+from trilith_services.ps.rows import Rows
+from trilith_services.ps.table import Table
 
 OPTIMIZERS = [
     Adagrad(),

@@ -16,7 +16,8 @@ from trilith.ops.jit import JIT_DISABLED
 from trilith_proto import ps_pb2
 from trilith_services.ps.budget import MemoryBudget
 from trilith_services.ps.kernels.index import group_by_stripe
-from trilith_services.ps.table import Rows, Table
+from trilith_services.ps.rows import Rows
+from trilith_services.ps.table import Table
 
 DIM = 3
 DAY = 86400

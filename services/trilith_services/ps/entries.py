@@ -16,10 +16,11 @@ from trilith.ops.jit import warm
 from trilith.ops.memory import address_of
 from trilith_proto import hash_table_pb2
 from trilith_services.ps.kernels import entries as kernels
+from trilith_services.ps.rows import Rows
 
 if TYPE_CHECKING:
     from trilith_services.ps.row_layout import RowLayout, SegmentLayout
-    from trilith_services.ps.table import Rows, Table
+    from trilith_services.ps.table import Table
 
 __all__ = [
     "EntryCodec",
@@ -108,8 +109,6 @@ class EntryCodec:
         Raises:
             CheckpointError: A message is damaged or of another layout; it is named by its number.
         """
-        from trilith_services.ps.table import Rows
-
         n, dim, state_floats = len(batch), self.layout.dim, self.layout.state_floats
         rows = Rows(
             np.zeros(n, np.uint64),

@@ -31,7 +31,8 @@ from trilith_services.ps.shard_files import (
 
 if TYPE_CHECKING:
     from trilith_services.ps.row_layout import RowLayout
-    from trilith_services.ps.table import Rows, Table
+    from trilith_services.ps.rows import Rows
+    from trilith_services.ps.table import Table
 
 __all__ = ["feature_stat", "import_rows", "read_rows", "restore_table", "restore_tables", "save_table", "save_tables"]
 

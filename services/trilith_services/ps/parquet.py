@@ -14,7 +14,7 @@ from trilith.checkpoint import Manifest
 from trilith.folder import Folder
 from trilith_services.ps import row_files, variable_files
 from trilith_services.ps.row_files import RowFile
-from trilith_services.ps.table import Rows
+from trilith_services.ps.rows import Rows
 
 __all__ = ["export"]
 

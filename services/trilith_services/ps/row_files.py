@@ -24,7 +24,8 @@ from trilith.checkpoint import FileRecord
 from trilith.errors import CheckpointError
 from trilith.folder import Folder
 from trilith_proto import ps_pb2
-from trilith_services.ps.table import Rows, Table
+from trilith_services.ps.rows import Rows
+from trilith_services.ps.table import Table
 
 __all__ = ["RowFile", "check_file", "open_arrow", "open_rows", "write_arrow", "write_table"]
 

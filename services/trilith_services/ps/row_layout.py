@@ -12,7 +12,9 @@ from trilith.ops.memory import address_of
 from trilith.shard import Float32Array
 from trilith.tables import check_table_config
 from trilith_proto import hash_table_pb2, ps_pb2
-from trilith_services.ps.kernels import codecs, rows
+from trilith_services.ps.kernels import codecs, write
+from trilith_services.ps.kernels import plan as columns
+from trilith_services.ps.kernels.apply import Structure
 from trilith_services.ps.kernels.optimizers import PARAMETERS
 
 __all__ = ["OptimizerLayout", "RowLayout", "SegmentLayout"]
@@ -138,7 +140,7 @@ class RowLayout:
         size = self.stored_bytes if self.serving else 4 * (self.dim + self.state_floats)
         self.words = -(-size // 4)
         self.stride = _padded(4 * self.words)
-        self.structure: rows.Structure = tuple(
+        self.structure: Structure = tuple(
             (s.optimizer.kind, s.optimizer.stochastic, s.codec == codecs.ONE_BIT) for s in self.segments if s.optimizer
         )
         self.learning_rates: Float32Array = np.array(
@@ -154,7 +156,7 @@ class RowLayout:
         if self.serving:
             # A row that is only added to starts from what its codec makes of zero.
             zeros = np.zeros(self.dim, np.float32)
-            rows.encode_row(
+            write.encode_row(
                 address_of(self.plan), address_of(self.segment_table), address_of(self._image), address_of(zeros)
             )
 
@@ -199,27 +201,27 @@ class RowLayout:
         return lows, (highs - lows).astype(np.float32), limits
 
     def _kernel_arguments(self, random: bool, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        plan = np.zeros(rows.PLAN_COLUMNS, np.int64)
-        plan[rows.STRIDE] = self.stride
-        plan[rows.WORDS] = self.words
-        plan[rows.DIM] = self.dim
-        plan[rows.STATE] = self.state_floats
-        plan[rows.IMAGE] = address_of(self._image)
-        plan[rows.RANDOM] = address_of(self._random) if random and not self.serving else 0
-        plan[rows.SEED] = np.array(seed, np.uint64).astype(np.int64)
-        plan[rows.CODED] = any(segment.codec != codecs.RAW for segment in self.segments)
-        plan[rows.SERVING] = self.serving
-        plan[rows.SEGMENTS] = len(self.segments)
-        plan[rows.READ_WORDS] = self.words if self.serving else self.dim
-        table = np.zeros((len(self.segments), rows.SEGMENT_COLUMNS), np.int64)
+        plan = np.zeros(columns.PLAN_COLUMNS, np.int64)
+        plan[columns.STRIDE] = self.stride
+        plan[columns.WORDS] = self.words
+        plan[columns.DIM] = self.dim
+        plan[columns.STATE] = self.state_floats
+        plan[columns.IMAGE] = address_of(self._image)
+        plan[columns.RANDOM] = address_of(self._random) if random and not self.serving else 0
+        plan[columns.SEED] = np.array(seed, np.uint64).astype(np.int64)
+        plan[columns.CODED] = any(segment.codec != codecs.RAW for segment in self.segments)
+        plan[columns.SERVING] = self.serving
+        plan[columns.SEGMENTS] = len(self.segments)
+        plan[columns.READ_WORDS] = self.words if self.serving else self.dim
+        table = np.zeros((len(self.segments), columns.SEGMENT_COLUMNS), np.int64)
         for k, segment in enumerate(self.segments):
-            table[k, rows.SEG_DIM] = segment.dim
-            table[k, rows.SEG_WEIGHT] = segment.weight_offset
-            table[k, rows.SEG_STATE] = 4 * (self.dim + segment.state_offset)
-            table[k, rows.SEG_PARAMS] = address_of(segment.optimizer.parameters) if segment.optimizer else 0
-            table[k, rows.SEG_CODEC] = segment.codec
-            table[k, rows.SEG_STORED] = segment.stored_offset
-            table[k, rows.SEG_CODEC_PARAMS] = address_of(segment.codec_parameters)
+            table[k, columns.SEG_DIM] = segment.dim
+            table[k, columns.SEG_WEIGHT] = segment.weight_offset
+            table[k, columns.SEG_STATE] = 4 * (self.dim + segment.state_offset)
+            table[k, columns.SEG_PARAMS] = address_of(segment.optimizer.parameters) if segment.optimizer else 0
+            table[k, columns.SEG_CODEC] = segment.codec
+            table[k, columns.SEG_STORED] = segment.stored_offset
+            table[k, columns.SEG_CODEC_PARAMS] = address_of(segment.codec_parameters)
         return plan, table
 
 

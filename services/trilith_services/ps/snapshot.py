@@ -25,7 +25,8 @@ from trilith_proto import ps_pb2
 from trilith_services.ps import queue_files, row_files, variable_files
 from trilith_services.ps.filter_snapshot import load_filter, write_filter
 from trilith_services.ps.filters import SlidingFilter
-from trilith_services.ps.table import Rows, Table
+from trilith_services.ps.rows import Rows
+from trilith_services.ps.table import Table
 
 if TYPE_CHECKING:
     from trilith_services.ps.store import Store

@@ -29,11 +29,12 @@ from trilith.shard import ANY_WRITE, DensePart, Dequeued, EntryPage, Float32Arra
 from trilith_proto import ps_pb2
 from trilith_services.ps import entries, filters, snapshot
 from trilith_services.ps.budget import MemoryBudget
-from trilith_services.ps.kernels.rows import all_finite
+from trilith_services.ps.kernels.values import all_finite
 from trilith_services.ps.maintenance import Maintenance
 from trilith_services.ps.queues import Queues, QueueState
+from trilith_services.ps.rows import as_ids
 from trilith_services.ps.sequences import Sequences
-from trilith_services.ps.table import Table, as_ids, compile_common_kernels
+from trilith_services.ps.table import Table, compile_common_kernels
 from trilith_services.ps.variables import Variables, VariableState
 
 __all__ = ["OWNER_RULE", "Store"]

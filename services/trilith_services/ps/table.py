@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,49 +18,20 @@ from trilith.ops.memory import address_of
 from trilith.shard import Float32Array, UInt64Array
 from trilith_proto import ps_pb2
 from trilith_services.ps.budget import MemoryBudget
-from trilith_services.ps.kernels import codecs, gather, index, rows
+from trilith_services.ps.kernels import codecs, gather, index
+from trilith_services.ps.kernels.apply import make_apply
+from trilith_services.ps.kernels.read import export_rows, lookup_rows, lookup_rows_half, work_bytes
+from trilith_services.ps.kernels.values import all_finite, widen_halves
+from trilith_services.ps.kernels.write import ADD, ASSIGN, IMPORT, RESET, write_rows
 from trilith_services.ps.row_layout import RowLayout
+from trilith_services.ps.rows import Rows, as_ids
 from trilith_services.ps.stripes import BITS, STRIPES, Batch, Stripes, work_memory
 from trilith_services.ps.touched import Touched
 
-__all__ = ["OccurrenceGate", "Rows", "Table", "TableCounters", "as_ids", "compile_common_kernels"]
+__all__ = ["OccurrenceGate", "Table", "TableCounters", "compile_common_kernels"]
 
 _SECONDS_PER_DAY = 86400
 _GATHERED = 16384
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows copied out of a table.
-
-    Attributes:
-        ids: uint64[n].
-        weights: float32[n, dim], raw (decoded where the table stores them compressed).
-        state: float32[n, state_floats], optimizer state; no columns for a serving table.
-        last_update: uint32[n], Unix seconds.
-    """
-
-    ids: UInt64Array
-    weights: Float32Array
-    state: Float32Array
-    last_update: npt.NDArray[np.uint32]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, selection: npt.NDArray[Any]) -> Rows:
-        """The rows that an index or mask array selects."""
-        return Rows(*(column[selection] for column in (self.ids, self.weights, self.state, self.last_update)))
-
-    @staticmethod
-    def concatenate(pieces: Sequence[Rows]) -> Rows:
-        """All rows of at least one piece, in order."""
-        return Rows(
-            np.concatenate([piece.ids for piece in pieces]),
-            np.concatenate([piece.weights for piece in pieces]),
-            np.concatenate([piece.state for piece in pieces]),
-            np.concatenate([piece.last_update for piece in pieces]),
-        )
 
 
 class OccurrenceGate(Protocol):
@@ -126,10 +97,10 @@ class Table:
         self._time_lock = threading.Lock()
         self._stripes = Stripes(self.layout, config.hash_table.initial_capacity, pool)
         self._at = self._stripes.address
-        self._work_bytes = rows.work_bytes(self.dim)
+        self._work_bytes = work_bytes(self.dim)
         self._plan = address_of(self.layout.plan)
         self._segments = address_of(self.layout.segment_table)
-        self._apply = rows.make_apply(self.layout.structure) if self.layout.structure else None
+        self._apply = make_apply(self.layout.structure) if self.layout.structure else None
         self._charged = 0
         self._charge()
 
@@ -171,7 +142,7 @@ class Table:
             raise InvalidRequestError(f"table {self.name!r}: out is {out.shape}, expected {(len(ids), self.dim)}")
         if len(ids) == 0:
             return out
-        kernel = rows.lookup_rows if out.dtype == np.float32 else rows.lookup_rows_half
+        kernel = lookup_rows if out.dtype == np.float32 else lookup_rows_half
         target, row_bytes = address_of(out), self.dim * out.itemsize
         work = self._work_bytes
 
@@ -379,12 +350,12 @@ class Table:
             self.raise_max_update_time(request_time)
             self.erase(ids[zero])
             ids, values = ids[~zero], values[~zero]
-        self._write_values(rows.ASSIGN, ids, values, request_time)
+        self._write_values(ASSIGN, ids, values, request_time)
 
     def assign_add(self, ids: npt.NDArray[Any], values: npt.NDArray[Any], *, request_time: int = 0) -> None:
         """Add float32 or float16 [n, dim] to raw weights, one id after another."""
         ids, values = as_ids(ids), self._as_values(ids, values)
-        self._write_values(rows.ADD, ids, values, request_time)
+        self._write_values(ADD, ids, values, request_time)
 
     def reinitialize(self, ids: npt.NDArray[Any], *, request_time: int) -> npt.NDArray[np.int8]:
         """Give ids fresh rows, without asking the gate.
@@ -394,7 +365,7 @@ class Table:
         """
         ids = as_ids(ids)
         existed = np.zeros(len(ids), np.int8)
-        self._write_rows(rows.RESET, ids, request_time, existed=existed)
+        self._write_rows(RESET, ids, request_time, existed=existed)
         return existed
 
     def import_rows(self, found: Rows) -> None:
@@ -412,7 +383,7 @@ class Table:
         times = np.ascontiguousarray(found.last_update, np.uint32)
         if self.layout.serving:
             times = np.zeros_like(times)  # as upstream: a serving row's time stays 0
-        self._write_rows(rows.IMPORT, as_ids(found.ids), 0, values=weights, state=state, times=times)
+        self._write_rows(IMPORT, as_ids(found.ids), 0, values=weights, state=state, times=times)
         self.raise_max_update_time(int(times.max()))
 
     def erase(self, ids: npt.NDArray[Any]) -> int:
@@ -479,7 +450,7 @@ class Table:
         if values.dtype == np.float32:
             return values
         wide = np.empty(values.shape, np.float32)
-        rows.widen_halves(address_of(values), address_of(wide), wide.size)
+        widen_halves(address_of(values), address_of(wide), wide.size)
         return wide
 
     def _as_rates(self, learning_rates: npt.ArrayLike | None) -> Float32Array:
@@ -537,7 +508,7 @@ class Table:
         values_at, state_at, state_bytes = _address(values), _address(state), 4 * self.layout.state_floats
 
         def write(batch: Batch, offset: int, first: int, last: int, begin: int) -> int:
-            return rows.write_rows(
+            return write_rows(
                 self._at,
                 first,
                 last,
@@ -626,9 +597,7 @@ class Table:
     def _copy_rows(self, ids: UInt64Array, addresses: npt.NDArray[np.int64], times: npt.NDArray[np.uint32]) -> Rows:
         weights = np.empty((len(ids), self.dim), np.float32)
         state = np.empty((len(ids), self.layout.state_floats), np.float32)
-        rows.export_rows(
-            self._plan, self._segments, address_of(addresses), len(ids), address_of(weights), address_of(state)
-        )
+        export_rows(self._plan, self._segments, address_of(addresses), len(ids), address_of(weights), address_of(state))
         return Rows(ids, weights, state, times)
 
     def _no_rows(self) -> Rows:
@@ -646,22 +615,13 @@ def compile_common_kernels() -> None:
         index.scan_index,
         index.mark_expired,
         gather.gather_rows,
-        rows.lookup_rows,
-        rows.lookup_rows_half,
-        rows.write_rows,
-        rows.export_rows,
-        rows.widen_halves,
-        rows.all_finite,
+        lookup_rows,
+        lookup_rows_half,
+        write_rows,
+        export_rows,
+        widen_halves,
+        all_finite,
     )
-
-
-def as_ids(ids: npt.NDArray[Any]) -> UInt64Array:
-    """uint64[n] over 64-bit ids of either signedness, C-contiguous."""
-    if ids.dtype == np.int64:
-        ids = ids.view(np.uint64)
-    if ids.dtype != np.uint64 or ids.ndim != 1:
-        raise InvalidRequestError(f"ids are {ids.dtype}{list(ids.shape)}, expected uint64[n] or int64[n]")
-    return np.ascontiguousarray(ids)
 
 
 def _sum_repeats(

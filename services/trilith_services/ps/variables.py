@@ -14,7 +14,7 @@ from trilith.ops.memory import address_of
 from trilith.shard import DensePart, Float32Array
 from trilith.tables.checks import check_optimizer
 from trilith_proto import ps_pb2
-from trilith_services.ps.kernels.rows import make_dense_step
+from trilith_services.ps.kernels.apply import make_dense_step
 from trilith_services.ps.row_layout import OptimizerLayout
 
 __all__ = ["Partition", "VariableState", "Variables"]

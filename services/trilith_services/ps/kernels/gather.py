@@ -10,7 +10,8 @@ from trilith.ops.hashing import mix64
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import copy_floats, load_u8, load_u64, store_u8, store_u64
 from trilith_services.ps.kernels.index import READ_GROUP, get
-from trilith_services.ps.kernels.rows import DIM, READ_WORDS, SERVING, STRIDE, probe_group, read_row
+from trilith_services.ps.kernels.plan import DIM, READ_WORDS, SERVING, STRIDE
+from trilith_services.ps.kernels.read import probe_group, read_row
 
 __all__ = ["drop_repeats", "gather_rows", "pack_ids", "unpack_ids"]
 
@@ -49,7 +50,7 @@ def gather_rows(
         n: Number of ids.
         plan: Address of int64[PLAN_COLUMNS].
         segments: Address of int64[k, SEGMENT_COLUMNS].
-        work: Address of scratch memory, see `rows.work_bytes`.
+        work: Address of scratch memory, see `read.work_bytes`.
         found: Address of uint64[n], written: ids that have a row.
         weights: Address of float32[n, dim], written: their weights, decoded where the table stores them compressed.
         missing: Address of uint64[n], written: ids that have none.

@@ -1,0 +1,211 @@
+"""Kernels that take optimizer steps, one compiled for each combination of optimizers that tables have.
+
+As `write`, they return where the index has to grow first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from trilith.ops.jit import inlined, kernel
+from trilith.ops.memory import load_f32, load_u64, store_u64
+from trilith_services.ps.kernels.codecs import one_bit_gradient
+from trilith_services.ps.kernels.index import (
+    ARENA,
+    COLUMNS,
+    GROUP,
+    INDEX,
+    LIMIT,
+    MASK,
+    SIZE,
+    claim_row,
+    find_slot,
+    get,
+    pack_slot,
+    prefetch_slot,
+    put,
+    row_number,
+)
+from trilith_services.ps.kernels.optimizers import STEPS, round_to_half
+from trilith_services.ps.kernels.plan import (
+    DIM,
+    SEED,
+    SEG_CODEC_PARAMS,
+    SEG_DIM,
+    SEG_PARAMS,
+    SEG_STATE,
+    SEG_WEIGHT,
+    SEGMENT_COLUMNS,
+    STRIDE,
+    WORDS,
+)
+from trilith_services.ps.kernels.read import SCRATCH, prefetch_row
+from trilith_services.ps.kernels.write import id_stream, init_row
+
+Structure: TypeAlias = tuple[tuple[str, bool, bool], ...]
+"""What an apply kernel is compiled for: per segment optimizer kind, stochastic rounding, one-bit gradient."""
+
+
+def _segment_step(k: int, kind: str, stochastic: bool, one_bit: bool) -> Callable[..., Any]:
+    """The step of segment k: gradient through its reader, optimizer, rounding."""
+    advance = STEPS[kind]
+
+    @inlined
+    def step_segment(row: Any, grad: Any, segments: int, rates: Any, step: Any, stream: Any, scratch: Any) -> Any:
+        dim = get(segments, k * SEGMENT_COLUMNS + SEG_DIM)
+        w = row + 4 * get(segments, k * SEGMENT_COLUMNS + SEG_WEIGHT)
+        g = grad + 4 * get(segments, k * SEGMENT_COLUMNS + SEG_WEIGHT)
+        if one_bit:
+            one_bit_gradient(get(segments, k * SEGMENT_COLUMNS + SEG_CODEC_PARAMS), scratch, w, g, dim)
+            g = scratch
+        # A rounding optimizer's inner step always sees step 0, as upstream.
+        inner = np.int64(0) if stochastic else step
+        advance(
+            w,
+            row + get(segments, k * SEGMENT_COLUMNS + SEG_STATE),
+            g,
+            dim,
+            get(segments, k * SEGMENT_COLUMNS + SEG_PARAMS),
+            load_f32(rates, k),
+            inner,
+        )
+        if stochastic:
+            round_to_half(w, dim, stream + np.uint64(k), step)
+
+    return step_segment
+
+
+def _chain(first: Callable[..., Any], rest: Callable[..., Any]) -> Callable[..., Any]:
+    @inlined
+    def step_both(row: Any, grad: Any, segments: int, rates: Any, step: Any, stream: Any, scratch: Any) -> Any:
+        first(row, grad, segments, rates, step, stream, scratch)
+        rest(row, grad, segments, rates, step, stream, scratch)
+
+    return step_both
+
+
+@functools.cache
+def make_apply(structure: Structure) -> Callable[..., Any]:
+    """The apply kernel for one structure; tables that share it share the compilation.
+
+    The optimizers are compiled in, the widths are not: a loop of constant width is unrolled into scalar code before
+    LLVM vectorises, one of run-time width is not.
+    """
+    steps = [_segment_step(k, *segment) for k, segment in enumerate(structure)]
+    step_row = functools.reduce(lambda rest, first: _chain(first, rest), reversed(steps[:-1]), steps[-1])
+    rounding = any(stochastic for _, stochastic, _ in structure)
+    signature = (
+        "int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)"
+    )
+
+    @kernel(signature, variant=repr(structure))
+    def apply_rows(
+        stripes: int,
+        first: int,
+        last: int,
+        begin: int,
+        starts: int,
+        hashes: int,
+        grouped: int,
+        positions: int,
+        plan: int,
+        segments: int,
+        work: int,
+        grads: int,
+        rates: int,
+        step: int,
+        time: int,
+    ) -> int:
+        """Take one optimizer step per id occurrence, creating missing rows.
+
+        Args:
+            stripes: Address of int64[S, COLUMNS], written.
+            first: First stripe.
+            last: One past the last stripe.
+            begin: Position in the grouped batch to start from.
+            starts: Address of int64[S + 1], from `group_by_stripe`, as are the next three.
+            hashes: Address of uint64[n].
+            grouped: Address of uint64[n].
+            positions: Address of int64[n].
+            plan: Address of int64[PLAN_COLUMNS].
+            segments: Address of int64[k, SEGMENT_COLUMNS].
+            work: Address of scratch memory, see `work_bytes`.
+            grads: Address of float32[n, dim].
+            rates: Address of float32[k] learning rates.
+            step: Global step.
+            time: Unix seconds, the rows' new last update.
+
+        Returns:
+            -1, or the position before which the stripe has to grow.
+        """
+        scratch = work + SCRATCH
+        stride = get(plan, STRIDE)
+        size = 4 * get(plan, WORDS)
+        dim = get(plan, DIM)
+        seed = get(plan, SEED)
+        for s in range(first, last):
+            index = get(stripes, s * COLUMNS + INDEX)
+            mask = get(stripes, s * COLUMNS + MASK)
+            arena = get(stripes, s * COLUMNS + ARENA)
+            end = get(starts, s + 1)
+            j0 = max(get(starts, s), begin)
+            while j0 < end:
+                count = min(GROUP, end - j0)
+                for t in range(count):
+                    prefetch_slot(index, mask, load_u64(hashes, j0 + t))
+                    prefetch_row(grads + 4 * dim * get(positions, j0 + t), 4 * dim + 63)
+                ready = count
+                for t in range(count):
+                    key = load_u64(grouped, j0 + t)
+                    slot = find_slot(index, mask, key, load_u64(hashes, j0 + t))
+                    number = row_number(load_u64(index, 2 * slot + 1))
+                    if number != 0:
+                        row = arena + (number - 1) * stride
+                        prefetch_row(row, size)
+                        store_u64(index, 2 * slot + 1, pack_slot(number, time))
+                    elif get(stripes, s * COLUMNS + SIZE) >= get(stripes, s * COLUMNS + LIMIT):
+                        ready = t
+                        break
+                    else:
+                        row = claim_row(stripes, s, stride, slot, key, time)
+                        init_row(plan, row, key)
+                    put(work, t, row)
+                for t in range(ready):
+                    stream = np.uint64(0)
+                    if rounding:
+                        stream = id_stream(seed, load_u64(grouped, j0 + t))
+                    gradient = grads + 4 * dim * get(positions, j0 + t)
+                    step_row(get(work, t), gradient, segments, rates, step, stream, scratch)
+                if ready < count:
+                    return int(j0 + ready)
+                j0 += count
+        return -1
+
+    return apply_rows
+
+
+@functools.cache
+def make_dense_step(kind: str) -> Callable[..., Any]:
+    """The kernel that steps one dense partition as a single row."""
+    advance = STEPS[kind]
+
+    @kernel("void(int64, int64, int64, int64, int64, float32, int64)", variant=kind)
+    def step_dense(weights: int, state: int, grads: int, size: int, params: int, rate: np.float32, step: int) -> None:
+        """Take one optimizer step.
+
+        Args:
+            weights: Address of float32[size], written.
+            state: Address of the optimizer's state, written.
+            grads: Address of float32[size].
+            size: Number of weights.
+            params: Address of the optimizer's parameters.
+            rate: Learning rate.
+            step: Global step.
+        """
+        advance(weights, state, grads, size, params, rate, step)
+
+    return step_dense

@@ -1,0 +1,58 @@
+"""Batches of ids, and rows copied out of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith.errors import InvalidRequestError
+from trilith.shard import Float32Array, UInt64Array
+
+__all__ = ["Rows", "as_ids"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows copied out of a table.
+
+    Attributes:
+        ids: uint64[n].
+        weights: float32[n, dim], raw (decoded where the table stores them compressed).
+        state: float32[n, state_floats], optimizer state; no columns for a serving table.
+        last_update: uint32[n], Unix seconds.
+    """
+
+    ids: UInt64Array
+    weights: Float32Array
+    state: Float32Array
+    last_update: npt.NDArray[np.uint32]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, selection: npt.NDArray[Any]) -> Rows:
+        """The rows that an index or mask array selects."""
+        return Rows(*(column[selection] for column in (self.ids, self.weights, self.state, self.last_update)))
+
+    @staticmethod
+    def concatenate(pieces: Sequence[Rows]) -> Rows:
+        """All rows of at least one piece, in order."""
+        return Rows(
+            np.concatenate([piece.ids for piece in pieces]),
+            np.concatenate([piece.weights for piece in pieces]),
+            np.concatenate([piece.state for piece in pieces]),
+            np.concatenate([piece.last_update for piece in pieces]),
+        )
+
+
+def as_ids(ids: npt.NDArray[Any]) -> UInt64Array:
+    """uint64[n] over 64-bit ids of either signedness, C-contiguous."""
+    if ids.dtype == np.int64:
+        ids = ids.view(np.uint64)
+    if ids.dtype != np.uint64 or ids.ndim != 1:
+        raise InvalidRequestError(f"ids are {ids.dtype}{list(ids.shape)}, expected uint64[n] or int64[n]")
+    return np.ascontiguousarray(ids)
