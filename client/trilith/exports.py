@@ -137,8 +137,16 @@ class ModelConfig:
             missing = [name for name in each.names if each.kind != "dense" and name not in self.features]
             if missing:
                 raise InvalidRequestError(f"an input wants features {missing}; there are {sorted(self.features)}")
+            if each.kind == "stacked":
+                self._check_stacked(each.names)
         if not self.outputs or len(set(self.outputs)) < len(self.outputs):
             raise InvalidRequestError(f"outputs {list(self.outputs)}: names that differ, at least one")
+
+    def _check_stacked(self, names: Sequence[str]) -> None:
+        features = [self.features[name] for name in names]
+        dims = {self.dim_of(feature.table) for feature in features}
+        if len(dims) > 1 or any(feature.n for feature in features):
+            raise InvalidRequestError(f"features {list(names)} have no vectors of one size and cannot be stacked")
 
     def dim_of(self, table: str) -> int:
         """Floats per row."""

@@ -84,6 +84,7 @@ class Exporter:
         base: str,
         *,
         mode: Mode = "distributed",
+        dense_only: bool = False,
         keep: int = 5,
         clock: Callable[[], float] = time.time,
     ) -> Exported:
@@ -94,6 +95,7 @@ class Exporter:
             base: Directory or URL of the exports.
             mode: "standalone" has all rows inside; "distributed" is a model that looks rows up at serving replicas, and
                 the rows of each shard beside it.
+            dense_only: Of a distributed export only the model: the rows come from replicas that training keeps fresh.
             keep: Newest versions to keep.
             clock: Unix seconds.
 
@@ -102,6 +104,8 @@ class Exporter:
         """
         if mode not in ("standalone", "distributed"):
             raise InvalidRequestError(f"mode {mode!r} is neither 'standalone' nor 'distributed'")
+        if dense_only and mode == "standalone":
+            raise InvalidRequestError("a standalone export has all rows inside; only a distributed one can go without")
         started = time.perf_counter()
         manifest = read_manifest(checkpoint)
         every = serving_tables(checkpoint)
@@ -136,7 +140,7 @@ class Exporter:
             rows = write_serving_rows(checkpoint, folder.child(ROWS).url, tables)
         else:
             rows = 0
-            for shard in range(manifest.shard_count):
+            for shard in range(0 if dense_only else manifest.shard_count):
                 part = Folder(ps_base(base, shard)).child(str(version))
                 rows += write_serving_rows(
                     checkpoint, part.child(ROWS).url, tables, index=shard, count=manifest.shard_count

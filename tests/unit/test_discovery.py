@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trilith.discovery import PS, WORKER
-from trilith.discovery.addresses import advertised, join_address, own_host, split_address
+from trilith.discovery.addresses import advertised, ipv6_only, join_address, own_host, split_address
 from trilith.discovery.host_files import HostFilesDirectory
 from trilith.discovery.liveness import dead_nodes, is_listening
 from trilith.discovery.members import count_ps, resolve_ps
@@ -67,7 +67,22 @@ def test_a_server_on_every_interface_announces_the_machines_own_address(monkeypa
 def test_the_own_host_is_what_the_scheduler_says_or_an_address_of_this_machine():
     assert own_host({"CLOUDNATIVE_INET_ADDR": "10.0.0.7, 10.0.0.8", "YARN_INET_ADDR": "10.0.0.9"}) == "10.0.0.7"
     assert own_host({"YARN_INET_ADDR": "10.0.0.9"}) == "10.0.0.9"
+    assert own_host({"MY_HOST_IPV6": "[fd00::1]", "MY_POD_IP": "10.0.0.5"}) == "10.0.0.5"
+    assert own_host({"MY_HOST_IPV6": "[fd00::1]"}) == "fd00::1"
     assert own_host({})
+
+
+@pytest.mark.parametrize(
+    ("environ", "only"),
+    [
+        ({"MY_HOST_IP": "10.0.0.5", "MY_HOST_IPV6": "fd00::1"}, False),
+        ({"MY_POD_IP": "10.0.0.5"}, False),
+        ({"MY_HOST_IPV6": "fd00::1"}, True),
+        ({"MY_POD_IP": "fd00::2"}, True),  # as pods of a cluster without IPv4 have it
+    ],
+)
+def test_a_machine_without_ipv4_is_known_by_its_environment(environ, only):
+    assert ipv6_only(environ) is only
 
 
 # ---- zk:// ---------------------------------------------------------------------------------------------------------

@@ -255,6 +255,17 @@ def test_features_of_several_tables_combiners_and_dense_inputs_reach_the_program
             ),
             "of table 't'",
         ),
+        (
+            lambda: ModelConfig(
+                name="m",
+                features={"f": ServedFeature(table="t"), "g": ServedFeature(table="t", combiner="first", n=2)},
+                inputs=(ProgramInput(kind="stacked", names=("f", "g")),),
+                outputs=("s",),
+                tables=(table_config("t", dim=2, optimizer=Sgd(learning_rate=1.0)).proto,),
+                num_ps=1,
+            ),
+            "cannot be stacked",
+        ),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(make, message):

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 
 from trilith.errors import InvalidRequestError
 
-__all__ = ["advertised", "check_address", "join_address", "own_host", "split_address"]
+__all__ = ["advertised", "check_address", "ipv6_only", "join_address", "own_host", "split_address"]
 
+_OWN_ADDRESSES = ("MY_HOST_IP", "MY_POD_IP", "MY_HOST_IPV6")
 _EVERY_INTERFACE = frozenset({"", "0.0.0.0", "::", "*"})
 
 
@@ -46,22 +47,38 @@ def join_address(host: str, port: int) -> str:
 def own_host(environ: Mapping[str, str] | None = None) -> str:
     """By which host others reach this one.
 
-    The first item of CLOUDNATIVE_INET_ADDR (a comma list), else YARN_INET_ADDR, else the address that packets to other
-    machines leave from, else 127.0.0.1.
+    The first item of CLOUDNATIVE_INET_ADDR (a comma list), else YARN_INET_ADDR, MY_HOST_IP, MY_POD_IP or
+    MY_HOST_IPV6, else the address that packets to other machines leave from, else 127.0.0.1.
     """
     environ = os.environ if environ is None else environ
-    for name in ("CLOUDNATIVE_INET_ADDR", "YARN_INET_ADDR"):
+    for name in ("CLOUDNATIVE_INET_ADDR", "YARN_INET_ADDR", *_OWN_ADDRESSES):
         first = environ.get(name, "").split(",")[0].strip()
         if first:
-            return first
-    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect((elsewhere, 9))  # only looks a route up: nothing is sent
-                return str(probe.getsockname()[0])
-        except OSError:
-            continue
-    return "127.0.0.1"
+            return first.strip("[]")
+    return _leaves_from(socket.AF_INET) or _leaves_from(socket.AF_INET6) or "127.0.0.1"
+
+
+def ipv6_only(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether this machine has IPv6 addresses alone.
+
+    MY_HOST_IP, MY_POD_IP and MY_HOST_IPV6 say so, if any of them is set; else the ways to other machines.
+    """
+    environ = os.environ if environ is None else environ
+    given = [value for name in _OWN_ADDRESSES if (value := environ.get(name, ""))]
+    if given:
+        return all(":" in value for value in given)
+    return not _leaves_from(socket.AF_INET) and bool(_leaves_from(socket.AF_INET6))
+
+
+def _leaves_from(family: socket.AddressFamily) -> str:
+    """The address that packets to other machines leave from; empty if there is no way to them."""
+    elsewhere = "192.0.2.1" if family == socket.AF_INET else "2001:db8::1"
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((elsewhere, 9))  # only looks a route up: nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
 
 
 def advertised(listen: str, port: int, wanted: str = "") -> str:

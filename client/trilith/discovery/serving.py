@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from trilith.discovery.addresses import ipv6_only
 from trilith.discovery.urls import open_directory
 from trilith.errors import InvalidRequestError
 
@@ -146,10 +147,15 @@ class _InZooKeeper:
         self._replicas.deregister(self._replicas.path(self._type, self._index, replica))
 
     def watch(self, changed: Callable[[Mapping[str, str]], None], *, loading: bool = False) -> Callable[[], None]:
-        """See `ServingTask`. A name is the replica's number, after its data centre and cluster where it has any."""
+        """See `ServingTask`.
+
+        A name is the replica's number, after its data centre and cluster where it has any. Where there is an address of
+        either family, it is IPv4's, except on machines that have IPv6 alone.
+        """
         from trilith.discovery.replicas import ModelState
 
         wanted = {ModelState.AVAILABLE, ModelState.LOADING} if loading else {ModelState.AVAILABLE}
+        ipv6 = ipv6_only()
         last: dict[str, str] | None = None
 
         def on_replicas(found: list[Replica]) -> None:
@@ -157,7 +163,7 @@ class _InZooKeeper:
             members = {}
             for each in found:
                 mine = (each.path.server_type, each.path.index) == (self._type, self._index)
-                address = each.meta.reachable_at()
+                address = each.meta.reachable_at(ipv6=ipv6)
                 if mine and each.meta.stat in wanted and address is not None:
                     name = "/".join(filter(None, (each.path.location, str(each.path.replica))))
                     members[name] = address

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trilith.discovery.addresses import ipv6_only
 from trilith.discovery.urls import open_directory
 
 if TYPE_CHECKING:
@@ -59,13 +60,14 @@ class ServingList:
     def _changed(self, found: list[Replica]) -> None:
         from trilith.discovery.replicas import ModelState
 
+        ipv6 = ipv6_only()
         states: Mapping[int, str] = {state.value: state.name.lower() for state in ModelState}
         nodes = [
             Listed(
                 server_type=each.path.server_type,
                 shard=each.path.index,
                 name=f"replica-{each.path.replica}" if each.path.server_type == "ps" else f"{each.path.replica}",
-                address=each.meta.reachable_at() or "",
+                address=each.meta.reachable_at(ipv6=ipv6) or "",
                 state=states.get(each.meta.stat, f"state {each.meta.stat}"),
             )
             for each in found
