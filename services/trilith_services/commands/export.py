@@ -37,6 +37,9 @@ def export(
         ExportMode,
         typer.Option(help="distributed: rows come from serving replicas; standalone: all rows are in the export."),
     ] = ExportMode.distributed,
+    dense_only: Annotated[
+        bool, typer.Option("--dense-only", help="The model alone, for replicas that training keeps fresh.")
+    ] = False,
     model: Annotated[Model, typer.Option(help="Reference model that was trained.")] = Model.deepfm,
     data: Annotated[
         str,
@@ -61,7 +64,7 @@ def export(
 
     names = [name.strip() for name in features.split(",")] if features else list(load_dataset(data).train.features)
     exporter = reference_exporter(settings_of(model.value), names)
-    done = exporter.export(find_checkpoint(checkpoint), directory, mode=mode.value, keep=keep)
+    done = exporter.export(find_checkpoint(checkpoint), directory, mode=mode.value, dense_only=dense_only, keep=keep)
     if as_json:
         typer.echo(json.dumps(asdict(done)))
     else:
