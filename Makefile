@@ -23,7 +23,7 @@ TIERS := tests/integration tests/congruence tests/conformance tests/golden tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test quality test-nojit lint format proto proto-check wheel-check conformance bench up down \
+.PHONY: help venv demo test quality test-nojit lint format docs proto proto-check wheel-check conformance bench up down \
   compose-check clean
 
 help:  ## list the tasks
@@ -43,15 +43,19 @@ quality: $(VENV)  ## the demo on three seeds, also pipelined, is as good as plai
 test-nojit: $(VENV)  ## the unit tests with kernels as plain Python: breakpoints and coverage work
 	NUMBA_DISABLE_JIT=1 $(PYTEST) -n $(JOBS) --dist loadfile tests/unit $(ARGS)
 
-lint: $(VENV)  ## format check, lint, types, import directions
+lint: $(VENV)  ## format check, lint, types, import directions, the page of flags
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.reference --check
 
 format: $(VENV)  ## format, and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)  ## write docs/commands.md: every flag and environment variable
+	$(BIN)/python -m tests.reference
 
 proto: $(PROTO_VENV)  ## write the stubs beside the .proto files
 	$(call generate,protos)

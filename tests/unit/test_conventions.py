@@ -1,4 +1,4 @@
-"""What every part of the project keeps to, checked by machine: errors, exports, docstrings, imports, the README."""
+"""What every part of the project keeps to, checked by machine: errors, exports, docstrings, imports, documents."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from tests import reference
 from trilith import errors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,6 +230,25 @@ def test_the_readmes_python_runs(tmp_path):
         timeout=280,
     )
     assert done.returncode == 0, f"{program}\n{done.stderr}"
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", documents(), ids=label)
+def test_what_a_document_links_to_and_names_is_there(document):
+    text = document.read_text()
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert [link for link in links if link and not (document.parent / link).exists()] == []
+    named = set(re.findall(r"`([\w./-]+/[\w./-]*\.(?:py|proto|md|png|yml|sh|env|cfg))`", text))
+    roots = [ROOT, ROOT / "client/trilith", ROOT / "services/trilith_services", ROOT / "services/trilith_services/ps"]
+    assert sorted(name for name in named if not any((root / name).exists() for root in roots)) == []
+
+
+def test_the_page_of_flags_and_environment_variables_is_fresh():
+    assert reference.undescribed() == [], "describe it in tests/reference.py"
+    assert reference.PAGE.read_text() == reference.page(), "stale: run make docs"
 
 
 # ---- packaging -----------------------------------------------------------------------------------------------------
