@@ -1,10 +1,8 @@
-"""ServedModel: an export loaded to score records: parser, embeddings, program."""
+"""ServedModel: an export loaded to score records: parser, rows, program."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,19 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from trilith.data import parsers
-from trilith.data.clicks import Ragged
+from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.data.specs import Dense, FeatureSpec, Slot, Sparse
-from trilith.errors import InvalidRequestError
-from trilith.exports import GRAPH, MODEL, WEIGHTS, ExportManifest, ModelConfig, ServedFeature, read_export, read_file
+from trilith.errors import InternalError, InvalidRequestError
+from trilith.exports import GRAPH, MODEL, WEIGHTS, ExportManifest, ModelConfig, read_export, read_file
 from trilith.folder import Folder
-from trilith.nn.bags import Combiner, FirstN
-from trilith.nn.embedding import EmbeddingCollection, Feature
+from trilith.nn.bags import Bags
 from trilith.nn.program import Program, load_program, unpack_weights
+from trilith.ops.pool import MEAN, SQRTN, SUM, pool_first_rows, pool_rows
 
 __all__ = ["Lookup", "Scores", "ServedModel", "load_model"]
 
 Float32Array = npt.NDArray[np.float32]
+
+_COMBINERS = {"sum": SUM, "mean": MEAN, "sqrtn": SQRTN}
 
 Lookup = Callable[[Mapping[str, Any], float | None], Mapping[str, Float32Array]]
 """Rows by table for ids by table, within so many seconds."""
@@ -41,30 +41,6 @@ class Scores(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Return probabilities float32[b]."""
         return torch.sigmoid(self.head(rows))
-
-
-class _Reader:
-    """The rows as embeddings want them; the time that is left is the calling thread's."""
-
-    def __init__(self, lookup: Lookup) -> None:
-        self._lookup = lookup
-        self.left = threading.local()
-
-    def lookup(self, requests: Mapping[str, Any], /) -> Mapping[str, Float32Array]:
-        return self._lookup(requests, getattr(self.left, "seconds", None))
-
-    def apply_gradients(self, updates: Mapping[str, tuple[Any, Any]], /) -> None:
-        raise InvalidRequestError("a served model does not learn")
-
-    def assign_add(self, updates: Mapping[str, tuple[Any, Any]], /) -> None:
-        raise InvalidRequestError("a served model does not learn")
-
-
-@dataclass(frozen=True, slots=True)
-class _ServedTable:
-    name: str
-    dim: int
-    client: Any
 
 
 class _Parsed(Protocol):
@@ -83,25 +59,12 @@ class ServedModel:
     def __init__(self, config: ModelConfig, program: Program, lookup: Lookup) -> None:
         self.config = config
         self._program = program
-        self._reader = _Reader(lookup)
-        tables = {
-            table.name: _ServedTable(table.name, config.dim_of(table.name), self._reader) for table in config.tables
-        }
+        self._lookup = lookup
+        self._shapes = config.shapes()
         self._used = [name for name in config.features if any(name in each.names for each in config.inputs)]
-        self._embeddings = EmbeddingCollection(
-            self._reader,
-            {
-                name: Feature(tables[config.features[name].table], _combiner(config.features[name]))
-                for name in self._used
-            },
-        )
-        self._embeddings.trainable = False
-        # One stacked input of all features needs no tensor per feature.
-        self._stacked = (
-            len(config.inputs) == 1
-            and config.inputs[0].kind == "stacked"
-            and (list(config.inputs[0].names) == self._used)
-        )
+        self._by_table: dict[str, list[str]] = {}
+        for name in self._used:
+            self._by_table.setdefault(config.features[name].table, []).append(name)
         self._parsers: dict[Kind, _Parsed] = {
             Kind.EXAMPLE: parsers.ExampleParser(self._specs(Kind.EXAMPLE)),
             Kind.INSTANCE: parsers.InstanceParser(self._specs(Kind.INSTANCE)),
@@ -135,29 +98,56 @@ class ServedModel:
 
     def score(self, parsed: Mapping[str, Any], *, timeout_s: float | None = None) -> dict[str, Float32Array]:
         """The second half of `predict`."""
-        batch = {name: Ragged(parsed[name].values.view(np.uint64), parsed[name].row_splits) for name in self._used}
-        self._reader.left.seconds = timeout_s
-        with torch.inference_mode():
-            fetched = self._embeddings.fetch(batch)
-            inputs = [self._embeddings.stacked(fetched)] if self._stacked else self._inputs(fetched, parsed)
-            results = self._program(*inputs)
-        return {name: value.numpy() for name, value in results.items()}
+        bags = {name: self._bags(name, parsed[name]) for name in self._used}
+        rows = self._rows(bags, timeout_s)
+        inputs = [torch.from_numpy(self._input(place, parsed, bags, rows)) for place in range(len(self._shapes))]
+        return {name: value.numpy() for name, value in self._program(*inputs).items()}
 
-    def _inputs(self, fetched: Any, parsed: Mapping[str, Any]) -> list[Tensor]:
-        vectors = self._embeddings(fetched) if self._used else {}
-        inputs = []
-        for place, each in enumerate(self.config.inputs):
-            if each.kind == "stacked":
-                inputs.append(torch.stack([vectors[name] for name in each.names], 1))
-            elif each.kind == "feature":
-                inputs.append(vectors[each.names[0]])
+    def _bags(self, name: str, ids: Ragged[np.int64]) -> Ragged[np.int64]:
+        """A feature's ids, without those that no input has a place for."""
+        width = self.config.features[name].n
+        if not width:
+            return ids
+        cut = Bags(ids.values.view(np.uint64), ids.lengths).first(width)
+        return Ragged.of_lengths(cut.ids.view(np.int64), cut.lengths)
+
+    def _rows(self, bags: Mapping[str, Ragged[np.int64]], timeout_s: float | None) -> dict[str, Float32Array]:
+        """Per feature the float32[n, dim] rows of its ids, all looked up in one call."""
+        ids = {
+            table: np.concatenate([bags[name].values for name in names]).view(np.uint64)
+            for table, names in self._by_table.items()
+        }
+        found = self._lookup(ids, timeout_s) if ids else {}
+        rows: dict[str, Float32Array] = {}
+        for table, names in self._by_table.items():
+            shape = (ids[table].size, self.config.dim_of(table))
+            if found[table].shape != shape:  # kernels read what the shape promises
+                raise InternalError(
+                    f"table {table!r}: rows of shape {found[table].shape} were found instead of {shape}"
+                )
+            start = 0
+            for name in names:
+                stop = start + bags[name].values.size
+                rows[name] = found[table][start:stop]
+                start = stop
+        return rows
+
+    def _input(
+        self, place: int, parsed: Mapping[str, Any], bags: Mapping[str, Ragged[np.int64]], rows: dict[str, Float32Array]
+    ) -> npt.NDArray[Any]:
+        """What the program takes in one place."""
+        wanted = self.config.inputs[place]
+        if wanted.kind == "dense":
+            return np.ascontiguousarray(parsed[f"dense {place}"])
+        out = np.empty((len(bags[wanted.names[0]]), *self._shapes[place]), np.float32)
+        for column, name in enumerate(wanted.names):
+            feature = self.config.features[name]
+            target = out[:, column] if wanted.kind == "stacked" else out
+            if feature.n:
+                pool_first_rows(rows[name], bags[name].row_splits, target)
             else:
-                inputs.append(torch.from_numpy(np.ascontiguousarray(parsed[f"dense {place}"])))
-        return inputs
-
-
-def _combiner(feature: ServedFeature) -> Combiner:
-    return FirstN(feature.n) if feature.n else feature.combiner  # type: ignore[return-value]
+                pool_rows(rows[name], bags[name].row_splits, _COMBINERS[feature.combiner], target)
+        return out
 
 
 def load_model(path: str, rows: Callable[[ModelConfig, ExportManifest], Lookup]) -> tuple[ServedModel, ExportManifest]:

@@ -1,0 +1,104 @@
+"""Bags of rows pooled into places of a tensor: what a model takes of looked up rows where nothing is learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith.ops.jit import inlined, kernel
+from trilith.ops.memory import address_of, copy_floats, load_u64
+from trilith.ops.vectors import add_plain, set_scaled, set_zero
+
+__all__ = ["MEAN", "SQRTN", "SUM", "pool_first_rows", "pool_rows"]
+
+Float32Array = npt.NDArray[np.float32]
+Int64Array = npt.NDArray[np.int64]
+
+SUM, MEAN, SQRTN = 0, 1, 2
+
+_ONE = np.float32(1.0)
+
+
+@inlined
+def _number(address: int, index: int) -> int:
+    return np.int64(load_u64(address, index))  # type: ignore[return-value]
+
+
+@kernel("void(int64, int64, int64, int64, int64, int64, int64)")
+def pool_bags(rows: int, splits: int, bags: int, dim: int, combiner: int, out: int, stride: int) -> None:
+    """Make one vector of each bag; zeros of an empty one.
+
+    Args:
+        rows: Address of float32[n, dim], bag after bag.
+        splits: Address of int64[bags + 1].
+        bags: Number of bags.
+        dim: Floats per row.
+        combiner: SUM, MEAN or SQRTN.
+        out: Address of the first vector, float32[dim], written.
+        stride: Bytes from one vector to the next.
+    """
+    end = _number(splits, 0)
+    for bag in range(bags):
+        start, end = end, _number(splits, bag + 1)
+        target = out + stride * bag
+        if end == start:
+            set_zero(target, dim)
+            continue
+        copy_floats(target, rows + 4 * dim * start, dim)
+        if end == start + 1:
+            continue
+        for row in range(start + 1, end):
+            add_plain(target, rows + 4 * dim * row, dim)
+        count = np.float32(end - start)
+        if combiner == MEAN:
+            set_scaled(target, target, dim, _ONE / count)
+        elif combiner == SQRTN:
+            set_scaled(target, target, dim, _ONE / np.sqrt(count))
+
+
+@kernel("void(int64, int64, int64, int64, int64, int64)")
+def place_bags(rows: int, splits: int, bags: int, dim: int, width: int, out: int) -> None:
+    """Put the rows of each bag side by side, zeros behind them.
+
+    Args:
+        rows: Address of float32[n, dim], bag after bag.
+        splits: Address of int64[bags + 1]; no bag has more than `width` rows.
+        bags: Number of bags.
+        dim: Floats per row.
+        width: Rows of the result per bag.
+        out: Address of float32[bags, width, dim], written.
+    """
+    end = _number(splits, 0)
+    for bag in range(bags):
+        start, end = end, _number(splits, bag + 1)
+        target = out + 4 * dim * width * bag
+        floats = dim * (end - start)
+        copy_floats(target, rows + 4 * dim * start, floats)
+        set_zero(target + 4 * floats, dim * width - floats)
+
+
+def pool_rows(rows: Float32Array, splits: Int64Array, combiner: int, out: npt.NDArray[Any]) -> None:
+    """Make one vector of each bag of rows; zeros of an empty one.
+
+    Args:
+        rows: float32[n, dim], bag after bag, C-contiguous.
+        splits: int64[b + 1], C-contiguous, from 0 to n.
+        combiner: SUM, MEAN or SQRTN.
+        out: float32[b, dim], written; its rows may lie apart.
+    """
+    pool_bags(
+        address_of(rows), address_of(splits), splits.size - 1, rows.shape[1], combiner, address_of(out), out.strides[0]
+    )
+
+
+def pool_first_rows(rows: Float32Array, splits: Int64Array, out: Float32Array) -> None:
+    """Put the rows of each bag side by side, zeros behind them.
+
+    Args:
+        rows: float32[n, dim], bag after bag, C-contiguous.
+        splits: int64[b + 1], C-contiguous, from 0 to n; no bag has more than `width` rows.
+        out: float32[b, width, dim], written, C-contiguous.
+    """
+    place_bags(address_of(rows), address_of(splits), splits.size - 1, rows.shape[1], out.shape[1], address_of(out))
