@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.bench import data_parse, data_pipeline, data_read, engine, ops, rpc, serving, sync, tables, train
+from tests.bench import data_parse, data_pipeline, data_read, discovery, engine, ops, rpc, serving, sync, tables, train
 from tests.bench.harness import Benchmark, run_all, show, write_json
 from tests.bench.sizes import FULL, QUICK, Sizes
 
@@ -18,6 +18,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     *data_read.BENCHMARKS,
     *data_parse.BENCHMARKS,
     *data_pipeline.BENCHMARKS,
+    *discovery.BENCHMARKS,
     *engine.BENCHMARKS,
     *ops.BENCHMARKS,
     *rpc.BENCHMARKS,

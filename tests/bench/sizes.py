@@ -35,6 +35,7 @@ class Sizes:
         op_batch: Rows of its layouts.
         op_vocabulary: Distinct ids of a layout's feature.
         op_rounds: Timed rounds per side of its figures.
+        discovery_kills: Times that a PS is killed.
         step_batch: Samples of a step through tables.
         serving_samples: Samples whose ids have rows.
         serving_batch: Records of a request.
@@ -76,6 +77,7 @@ class Sizes:
     op_batch: int = 4096
     op_vocabulary: int = 100_000
     op_rounds: int = 15
+    discovery_kills: int = 3
     step_batch: int = 4096
     serving_samples: int = 100_000
     serving_batch: int = 256
@@ -118,6 +120,7 @@ QUICK = Sizes(
     op_batch=256,
     op_vocabulary=2000,
     op_rounds=3,
+    discovery_kills=1,
     step_batch=256,
     serving_samples=5000,
     serving_calls=20,

@@ -13,6 +13,7 @@ FIGURES = {
     "data.read": ("higher", 0.5),
     "data.pipeline.threads": ("higher", 1.5),
     "data.pipeline.memory": ("lower", 1.0),
+    "discovery.back": ("lower", 1.0),
     "engine.lookup.d8": ("higher", 0.5),
     "engine.lookup.d16": ("higher", 0.5),
     "engine.lookup.d64": ("higher", 0.5),
