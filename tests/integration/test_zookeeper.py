@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from kazoo.exceptions import ConnectionLoss
 from tests import zookeeper
 from tests.zookeeper import eventually
 from trilith.discovery import PS, WORKER
+from trilith.discovery.containers import ContainerServiceInfo
 from trilith.discovery.record import ClusterRecord
 from trilith.discovery.replicas import ModelState, Replica, ReplicaMeta, Replicas
 from trilith.discovery.serving import ServingDirectory
@@ -415,6 +417,37 @@ def test_replicas_are_seen_with_their_state_wherever_they_are(open_directory, ad
     eventually(lambda: seen() == {("ps:1", None): 30, ("entry:0", None): 0})
     one.close()
     eventually(lambda: heard[-1] == [])
+
+
+def test_containers_that_agents_bind_to_a_sub_model_are_found_too(zk_url, admin, cleanup):
+    root = ZkUrl.parse(zk_url).root
+    directory = ServingDirectory(zk_url, "clicks", timeout_s=20.0)
+    cleanup(directory.close)
+    heard, others = [], []
+    directory.replicas(1).watch(heard.append, loading=True)
+    directory.entries().watch(others.append)
+    assert heard == [{}]
+    one, two = "unknown;north;blue:pod-1", "unknown;north;blue:pod-2"
+    info = ContainerServiceInfo(grpc=A, idc="north")
+    admin.create(f"{root}/container_service/{one}", info.to_json(), ephemeral=True, makepath=True)
+    admin.create(f"{root}/binding/clicks/ps_1:{one}", ephemeral=True, makepath=True)
+    eventually(lambda: heard[-1] == {one: A})
+    admin.create(f"{root}/binding/clicks/ps_1:{two}", ephemeral=True)  # its own node is still to come
+    admin.create(f"{root}/binding/clicks/ps_10:{one}", ephemeral=True)
+    admin.create(f"{root}/container_service/{two}", ContainerServiceInfo(grpc=B).to_json(), ephemeral=True)
+    eventually(lambda: heard[-1] == {one: A, two: B})
+    directory.replicas(1).announce(0, B, available=False)  # the same process
+    eventually(lambda: heard[-1] == {one: A, "0": B})
+    admin.delete(f"{root}/binding/clicks/ps_1:{one}")
+    admin.delete(f"{root}/container_service/{two}")
+    eventually(lambda: heard[-1] == {"0": B})
+    admin.create(f"{root}/binding/clicks/entry:{one}", ephemeral=True)
+    eventually(lambda: others[-1] == {one: A})
+    assert json.loads(info.to_json()) == {
+        **dict.fromkeys(("http", "archon", "agent", "debug_info")),
+        "grpc": A,
+        "idc": "north",
+    }
 
 
 def test_entries_are_numbered_by_zookeeper_and_keep_their_numbers(zk_url, admin, cleanup):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,6 +12,7 @@ from trilith.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from trilith.discovery import Directory
+    from trilith.discovery.containers import Containers
     from trilith.discovery.replicas import Replica, Replicas
 
 __all__ = ["ServingDirectory", "ServingTask"]
@@ -60,13 +62,16 @@ class ServingDirectory:
         self._directory: Directory = open_directory(url, timeout_s=timeout_s)
         self._name = name
         self._replicas: Replicas | None = None
+        self._containers: Containers | None = None
         if url.startswith("zk://"):
+            from trilith.discovery.containers import Containers
             from trilith.discovery.replicas import Replicas
             from trilith.discovery.zk_directory import ZooKeeperDirectory
 
             assert isinstance(self._directory, ZooKeeperDirectory)
             try:
                 self._replicas = Replicas(self._directory.zookeeper, name)
+                self._containers = Containers(self._directory.zookeeper, name)
             except BaseException:
                 self._directory.close()
                 raise
@@ -81,7 +86,8 @@ class ServingDirectory:
 
     def _task(self, server_type: str, index: int) -> ServingTask:
         if self._replicas is not None:
-            return _InZooKeeper(self._directory, self._replicas, server_type, index)
+            assert self._containers is not None
+            return _InZooKeeper(self._directory, self._replicas, self._containers, server_type, index)
         return _InDirectory(self._directory, f"{self._name}-{server_type}-{index}")
 
     def close(self) -> None:
@@ -119,12 +125,16 @@ class _InDirectory:
 
 
 class _InZooKeeper:
-    """Nodes `service/<name>/<type>:<index>/<replica>`, in every data centre and cluster."""
+    """Nodes `service/<name>/<type>:<index>/<replica>`, in every data centre and cluster, and containers of agents."""
 
-    def __init__(self, directory: Directory, replicas: Replicas, server_type: str, index: int) -> None:
+    def __init__(
+        self, directory: Directory, replicas: Replicas, containers: Containers, server_type: str, index: int
+    ) -> None:
         self._directory = directory
         self._replicas = replicas
+        self._containers = containers
         self._type, self._index = server_type, index
+        self._sub_model = f"ps_{index}" if server_type == "ps" else server_type
 
     def announce(self, replica: int | None, address: str, *, available: bool) -> int:
         """See `ServingTask`."""
@@ -135,7 +145,7 @@ class _InZooKeeper:
             address=None if v6 else address,
             address_ipv6=address if v6 else None,
             stat=ModelState.AVAILABLE if available else ModelState.LOADING,
-            model_name=f"ps_{self._index}" if self._type == "ps" else self._type,
+            model_name=self._sub_model,
             server_type=self._type,
             task=self._index,
         )
@@ -149,17 +159,16 @@ class _InZooKeeper:
     def watch(self, changed: Callable[[Mapping[str, str]], None], *, loading: bool = False) -> Callable[[], None]:
         """See `ServingTask`.
 
-        A name is the replica's number, after its data centre and cluster where it has any. Where there is an address of
-        either family, it is IPv4's, except on machines that have IPv6 alone.
+        A name is the replica's number, after its data centre and cluster where it has any, or a container's. Where
+        there is an address of either family, it is IPv4's, except on machines that have IPv6 alone.
         """
         from trilith.discovery.replicas import ModelState
 
         wanted = {ModelState.AVAILABLE, ModelState.LOADING} if loading else {ModelState.AVAILABLE}
         ipv6 = ipv6_only()
-        last: dict[str, str] | None = None
+        told = _Together(changed, 2)
 
         def on_replicas(found: list[Replica]) -> None:
-            nonlocal last
             members = {}
             for each in found:
                 mine = (each.path.server_type, each.path.index) == (self._type, self._index)
@@ -167,12 +176,44 @@ class _InZooKeeper:
                 if mine and each.meta.stat in wanted and address is not None:
                     name = "/".join(filter(None, (each.path.location, str(each.path.replica))))
                     members[name] = address
-            if members != last:
-                last = members
-                changed(members)
+            told(0, members)
 
-        return self._replicas.watch(on_replicas)
+        stop_containers = self._containers.watch(self._sub_model, lambda members: told(1, members))
+        try:
+            stop_replicas = self._replicas.watch(on_replicas)
+        except BaseException:
+            stop_containers()
+            raise
+
+        def stop() -> None:
+            stop_replicas()
+            stop_containers()
+
+        return stop
 
     def close(self) -> None:
         """See `ServingTask`."""
         self._directory.close()
+
+
+class _Together:
+    """Tells of several lists as one, once all are known, and when it is another; who is in several counts once."""
+
+    def __init__(self, changed: Callable[[Mapping[str, str]], None], lists: int) -> None:
+        self._changed = changed
+        self._lists: list[Mapping[str, str] | None] = [None] * lists
+        self._last: dict[str, str] | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, which: int, members: Mapping[str, str]) -> None:
+        with self._lock:
+            self._lists[which] = members
+            merged: dict[str, str] = {}
+            for each in self._lists:
+                if each is None:
+                    return
+                before = set(merged.values())
+                merged |= {name: address for name, address in each.items() if address not in before}
+            if merged != self._last:
+                self._last = merged
+                self._changed(dict(merged))

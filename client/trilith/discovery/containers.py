@@ -1,0 +1,118 @@
+"""Containers that serve sub-models, as agents list them in ZooKeeper: who runs where, and which sub-models each has."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trilith.discovery.addresses import check_address
+from trilith.discovery.zookeeper import ZooKeeper
+from trilith.errors import InvalidRequestError
+
+__all__ = ["ContainerServiceInfo", "Containers"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerServiceInfo:
+    """The body of a container's node; the fields in the order they are written in.
+
+    Attributes:
+        grpc: host:port of its models over gRPC.
+        http: The same over HTTP.
+        archon: A second address; kept for those who read it.
+        agent: host:port of its agent.
+        idc: Data centre.
+        debug_info: Text for people.
+    """
+
+    grpc: str | None = None
+    http: str | None = None
+    archon: str | None = None
+    agent: str | None = None
+    idc: str | None = None
+    debug_info: str | None = None
+
+    def to_json(self) -> bytes:
+        """The body, nulls included."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, body: bytes) -> ContainerServiceInfo:
+        """Read a body; fields this version does not know are left out.
+
+        Raises:
+            InvalidRequestError: It is no JSON object.
+        """
+        try:
+            content: dict[str, Any] = json.loads(body)
+            return cls(**{name: value for name, value in content.items() if name in cls.__slots__})
+        except (ValueError, TypeError, AttributeError):
+            raise InvalidRequestError(f"{body[:200]!r} does not describe a container") from None
+
+
+class Containers:
+    """The containers that have sub-models of one model.
+
+    A container is `<root>/container_service/<cluster>:<id>`; that it has a sub-model says the node
+    `<root>/binding/<model>/<sub-model>:<cluster>:<id>`.
+    """
+
+    def __init__(self, zookeeper: ZooKeeper, model: str) -> None:
+        """Use a session; its URL's path is the namespace."""
+        self._zookeeper = zookeeper
+        self._model = model
+
+    def watch(self, sub_model: str, changed: Callable[[Mapping[str, str]], None]) -> Callable[[], None]:
+        """Call `changed` with the gRPC address by name of every container that has a sub-model, until told to stop."""
+        lock = threading.Lock()
+        bound: Mapping[str, bytes] = {}
+        infos: Mapping[str, bytes] | None = None
+
+        def tell() -> None:
+            if infos is not None:
+                names = [rest for each in sorted(bound) if (rest := each.removeprefix(f"{sub_model}:")) != each]
+                changed({name: address for name in names if (address := _address(name, infos.get(name)))})
+
+        def on_bindings(nodes: Mapping[str, bytes]) -> None:
+            nonlocal bound
+            with lock:
+                bound = nodes
+                tell()
+
+        def on_containers(nodes: Mapping[str, bytes]) -> None:
+            nonlocal infos
+            with lock:
+                infos = nodes
+                tell()
+
+        root = self._zookeeper.url.root
+        stop_bindings = self._zookeeper.watch_tree(f"{root}/binding/{self._model}", on_bindings)
+        try:
+            stop_containers = self._zookeeper.watch_tree(f"{root}/container_service", on_containers)
+        except BaseException:
+            stop_bindings()
+            raise
+
+        def stop() -> None:
+            stop_bindings()
+            stop_containers()
+
+        return stop
+
+
+def _address(name: str, body: bytes | None) -> str | None:
+    """Where a container answers; None, with a word in the log, if it does not say."""
+    if body is None:
+        return None  # its own node comes and goes apart from its bindings
+    try:
+        found = ContainerServiceInfo.from_json(body).grpc
+        return None if found is None else check_address(found)
+    except InvalidRequestError as error:
+        log.warning("container %s: %s", name, error)
+        return None
