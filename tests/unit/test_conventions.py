@@ -207,18 +207,23 @@ def test_kernels_are_compiled_through_the_one_decorator():
     assert direct == []
 
 
-# ---- README --------------------------------------------------------------------------------------------------------
+# ---- documents -----------------------------------------------------------------------------------------------------
 
 
-def readme_programs() -> list[str]:
-    """The README's python blocks in order; one below `<!-- not run: why -->` is left out."""
-    text = (ROOT / "README.md").read_text()
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def programs(document: Path) -> list[str]:
+    """A document's python blocks in order; one below `<!-- not run: why -->` is left out."""
+    text = document.read_text()
     blocks = re.finditer(r"(?P<skip><!-- not run:[^\n]*-->\n+)?^```python\n(?P<code>.*?)^```$", text, re.M | re.S)
     return [block["code"] for block in blocks if not block["skip"]]
 
 
-def test_the_readmes_python_runs(tmp_path):
-    program = "\n".join(readme_programs())
+@pytest.mark.parametrize("document", [each for each in documents() if programs(each)], ids=label)
+def test_the_python_of_a_document_runs(document, tmp_path):
+    program = "\n".join(programs(document))
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_DISABLE_JIT"}  # as a reader's
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
@@ -232,18 +237,15 @@ def test_the_readmes_python_runs(tmp_path):
     assert done.returncode == 0, f"{program}\n{done.stderr}"
 
 
-def documents() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
 @pytest.mark.parametrize("document", documents(), ids=label)
 def test_what_a_document_links_to_and_names_is_there(document):
     text = document.read_text()
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     assert [link for link in links if link and not (document.parent / link).exists()] == []
-    named = set(re.findall(r"`([\w./-]+/[\w./-]*\.(?:py|proto|md|png|yml|sh|env|cfg))`", text))
-    roots = [ROOT, ROOT / "client/trilith", ROOT / "services/trilith_services", ROOT / "services/trilith_services/ps"]
-    assert sorted(name for name in named if not any((root / name).exists() for root in roots)) == []
+    named = set(re.findall(r"`((?:[\w.-]+/)+|(?:[\w.-]+/)*[\w-]+\.(?:py|proto|md|png|yml|env|cfg))`", text))
+    roots = [ROOT / name for name in ("client", "deploy", "docs", "protos", "services", "tests")]
+    paths = [f"{path}/" for path in [*ROOT.glob("*"), *(each for root in roots for each in [root, *root.rglob("*")])]]
+    assert sorted(name for name in named if not any(path.endswith(f"/{name.rstrip('/')}/") for path in paths)) == []
 
 
 def test_the_page_of_flags_and_environment_variables_is_fresh():

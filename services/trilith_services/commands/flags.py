@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 CLUSTER_FORMS = "static://host:port,host:port,… with shard 0 first, or zk://host:2181,…/path"
-"""What to write for a cluster; docs/discovery.md has the other forms."""
+"""What to write for a cluster; the README has the other forms."""
 
 
 class LogFormat(StrEnum):
