@@ -27,13 +27,14 @@ class _Thread(threading.Thread):
 class _Task:
     """A function of one element, run by whoever claims it first."""
 
-    __slots__ = ("_claim", "_done", "_element", "_error", "_function", "_result", "state")
+    __slots__ = ("_claim", "_element", "_error", "_function", "_result", "_unfinished", "state")
 
     def __init__(self, function: Callable[[Any], Any], element: Any, state: State) -> None:
         self._function = function
         self._element = element
         self._claim = threading.Lock()
-        self._done = threading.Event()
+        self._unfinished = threading.Lock()
+        self._unfinished.acquire()
         self._result: Any = None
         self._error: BaseException | None = None
         self.state = state
@@ -47,15 +48,16 @@ class _Task:
         except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
             self._error = error
         self._element = None
-        self._done.set()
+        self._unfinished.release()
         return True
 
     @property
     def done(self) -> bool:
-        return self._done.is_set()
+        return not self._unfinished.locked()
 
     def result(self) -> Any:
-        self._done.wait()
+        with self._unfinished:
+            pass
         if self._error is not None:
             raise self._error
         return self._result
@@ -86,6 +88,15 @@ class Helpers:
                 self._threads.append(_Thread(self._work))
                 self._threads[-1].start()
 
+    def help(self) -> bool:
+        """Run a task of any stage in the caller's thread; False if there is none."""
+        with self._changed:
+            task = self._tasks.popleft() if self._tasks else None
+        if task is None:
+            return False
+        task.run()
+        return True
+
     def _work(self) -> None:
         while True:
             with self._changed:
@@ -110,7 +121,7 @@ class Helpers:
 class Overlapping:
     """Every element of a stage through a function that remembers nothing, several at a time, results in order.
 
-    The driving thread works, too: rather than wait for a result it runs what nobody has begun.
+    The driving thread works, too: rather than wait for a result it runs what nobody has begun, also of other stages.
 
     Args:
         upstream: Where elements come from.
@@ -146,7 +157,7 @@ class Overlapping:
             raise ended
         task = self._ahead.popleft()
         if not task.run():
-            while not task.done and any(other.run() for other in self._ahead):
+            while not task.done and self._helpers.help():
                 pass
         result = task.result()
         self._state = task.state
