@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +10,10 @@ import numpy.typing as npt
 from trilith.errors import InvalidRequestError
 from trilith.ops.hashing import mix64
 from trilith.ops.jit import inlined, kernel
-from trilith.ops.memory import address_of, copy_floats, load_u64, prefetch, store_u64
+from trilith.ops.memory import address_of, as_index, copy_floats, load_u64, prefetch, store_u64
 from trilith.ops.ragged import Int64Array, as_floats, as_integers
+from trilith.ops.row_sums import sum_rows_at
 from trilith.ops.threads import in_parts, thread_count
-from trilith.ops.vectors import add_plain
 
 __all__ = [
     "IdMap",
@@ -23,7 +22,6 @@ __all__ = [
     "gather_embeddings_by_input",
     "map_id_to_embedding",
     "map_id_to_embedding_gradient_back_prop",
-    "sum_rows_at",
 ]
 
 Float32Array = npt.NDArray[np.float32]
@@ -34,11 +32,6 @@ _PLACE = np.uint64(0xFFFFFFFF)
 _FIRST_LIST = np.uint64(1 << 32)
 _GROUP = 32
 _AHEAD = 16
-
-
-@inlined
-def _index(value: Any) -> int:
-    return np.int64(value)  # type: ignore[return-value]
 
 
 @kernel("void(int64, int64, int64, int64, int64)")
@@ -56,10 +49,10 @@ def insert_ids(ids: int, n: int, number: int, cells: int, mask: int) -> None:
     for first in range(0, n, _GROUP):
         last = min(first + _GROUP, n)
         for i in range(first, last):
-            prefetch(cells + 16 * _index(mix64(load_u64(ids, i)) & np.uint64(mask)))
+            prefetch(cells + 16 * as_index(mix64(load_u64(ids, i)) & np.uint64(mask)))
         for i in range(first, last):
             value = load_u64(ids, i)
-            cell = _index(mix64(value) & np.uint64(mask))
+            cell = as_index(mix64(value) & np.uint64(mask))
             while True:
                 if load_u64(cells, 2 * cell + 1) == _EMPTY:
                     store_u64(cells, 2 * cell, value)
@@ -90,10 +83,10 @@ def find_ids(ids: int, n: int, cells: int, mask: int, places: int) -> int:
         for i in range(first, last):
             guess = mix64(load_u64(ids, i)) & np.uint64(mask)
             store_u64(places, i, guess)
-            prefetch(cells + 16 * _index(guess))
+            prefetch(cells + 16 * as_index(guess))
         for i in range(first, last):
             value = load_u64(ids, i)
-            cell = _index(load_u64(places, i))
+            cell = as_index(load_u64(places, i))
             while True:
                 place = load_u64(cells, 2 * cell + 1)
                 if place == _EMPTY:
@@ -126,26 +119,7 @@ def fetch_rows(places: int, n: int, bases: int, dim: int, out: int) -> None:
 
 @inlined
 def _address(place: np.uint64, bases: int, dim: int) -> int:
-    return _index(load_u64(bases, _index(place >> _LIST))) + 4 * dim * _index(place & _PLACE)
-
-
-@kernel("void(int64, int64, int64, int64, int64)")
-def add_rows_at(rows: int, n: int, grads: int, dim: int, out: int) -> None:
-    """Add each row of `grads` onto the row it belongs to.
-
-    Args:
-        rows: Address of uint64[n].
-        n: Number of rows of `grads`.
-        grads: Address of float32[n, dim].
-        dim: Floats per row.
-        out: Address of float32[any, dim], added to.
-    """
-    for i in range(n):
-        if i + _AHEAD < n:
-            address = out + 4 * dim * _index(load_u64(rows, i + _AHEAD))
-            for line in range(0, 4 * dim, 64):
-                prefetch(address + line)
-        add_plain(out + 4 * dim * _index(load_u64(rows, i)), grads + 4 * dim * i, dim)
+    return as_index(load_u64(bases, as_index(place >> _LIST))) + 4 * dim * as_index(place & _PLACE)
 
 
 class IdMap:
@@ -276,24 +250,6 @@ def gather_embeddings_by_ids_gradient_back_prop(
     if values.ndim == 0 or values.shape[:-1] != rows.shape:
         raise InvalidRequestError(f"grads have shape {values.shape}, index_mapping has {rows.shape} and d comes after")
     return sum_rows_at(rows, values, as_integers("ids", ids, shape=(-1,)).size)
-
-
-def sum_rows_at(rows: npt.ArrayLike, values: npt.ArrayLike, count: int) -> Float32Array:
-    """Zeros, float32[count, d], onto whose row rows[i] the row values[i] is added.
-
-    Args:
-        rows: int64 of any shape, in 0..count - 1.
-        values: float32[*rows.shape, d].
-        count: Number of rows of the result.
-    """
-    places, grads = as_integers("rows", rows).reshape(-1), as_floats("values", values)
-    if places.size and (places.min() < 0 or places.max() >= count):
-        bad = int(((places < 0) | (places >= count)).argmax())
-        raise InvalidRequestError(f"row {places[bad]} is outside 0..{count - 1}")
-    dim = grads.shape[-1]
-    out = np.zeros((count, dim), np.float32)
-    add_rows_at(address_of(places), places.size, address_of(grads), dim, address_of(out))
-    return out
 
 
 def _blocks(ids: Sequence[npt.ArrayLike], embeddings: Sequence[npt.ArrayLike]) -> list[Float32Array]:

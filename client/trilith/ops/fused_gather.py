@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
-from trilith.ops.jit import inlined, kernel
-from trilith.ops.memory import address_of, copy_floats, load_u32, prefetch
+from trilith.ops.jit import kernel
+from trilith.ops.memory import address_of, as_index, copy_floats, load_u32, prefetch
 from trilith.ops.ragged import as_floats
 from trilith.ops.threads import in_parts, thread_count
 from trilith.ops.vectors import add_scaled
@@ -21,11 +20,6 @@ Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
 
 _AHEAD = 12
-
-
-@inlined
-def _index(value: Any) -> int:
-    return np.int64(value)  # type: ignore[return-value]
 
 
 @kernel("void(int64, int64, int64, int64, int64)")
@@ -41,10 +35,10 @@ def gather_at(fused: int, offsets: int, n: int, dim: int, out: int) -> None:
     """
     for i in range(n):
         if i + _AHEAD < n:
-            address = fused + 4 * _index(load_u32(offsets, i + _AHEAD))
+            address = fused + 4 * as_index(load_u32(offsets, i + _AHEAD))
             for line in range(0, 4 * dim, 64):
                 prefetch(address + line)
-        copy_floats(out + 4 * dim * i, fused + 4 * _index(load_u32(offsets, i)), dim)
+        copy_floats(out + 4 * dim * i, fused + 4 * as_index(load_u32(offsets, i)), dim)
 
 
 @kernel("void(int64, int64, int64, int64, int64, float32)")
@@ -61,10 +55,10 @@ def add_at(out: int, offsets: int, n: int, dim: int, grads: int, scale: np.float
     """
     for i in range(n):
         if i + _AHEAD < n:
-            address = out + 4 * _index(load_u32(offsets, i + _AHEAD))
+            address = out + 4 * as_index(load_u32(offsets, i + _AHEAD))
             for line in range(0, 4 * dim, 64):
                 prefetch(address + line)
-        add_scaled(out + 4 * _index(load_u32(offsets, i)), grads + 4 * dim * i, dim, scale)
+        add_scaled(out + 4 * as_index(load_u32(offsets, i)), grads + 4 * dim * i, dim, scale)
 
 
 def fused_gather_embeddings_by_input(

@@ -6,12 +6,10 @@ one batch row to the next, floats from one place of a sequence to the next, whet
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from trilith.ops.jit import inlined, kernel
-from trilith.ops.memory import copy_floats, load_u32, load_u64, prefetch
+from trilith.ops.memory import as_index, copy_floats, load_u32, load_u64, prefetch
 from trilith.ops.vectors import add_plain, add_scaled, set_scaled, set_zero
 
 __all__ = ["FIELDS", "FIRSTN", "MEAN", "SHARED", "gather_layouts", "scatter_layouts"]
@@ -30,20 +28,15 @@ _AHEAD = 8
 
 
 @inlined
-def _index(value: Any) -> int:
-    return np.int64(value)  # type: ignore[return-value]
-
-
-@inlined
 def _number(address: int, index: int) -> int:
-    return _index(load_u64(address, index))
+    return as_index(load_u64(address, index))
 
 
 @inlined
 def _vector(code: np.uint64, unit: int, dim: int, lists: int, starts: int, sizes: int) -> int:
     """Address of the vector behind a fid offset; 0 if it is in no list or leaves its list."""
-    place = _index(code >> _HIGH)
-    offset = _index(code & _LOW) * unit
+    place = as_index(code >> _HIGH)
+    offset = as_index(code & _LOW) * unit
     if place >= lists or offset + dim > _number(sizes, place):
         return 0
     return _number(starts, place) + 4 * offset
@@ -54,9 +47,9 @@ def _look_ahead(fids: int, i: int, total: int, unit: int, lists: int, starts: in
     """Prefetch the vector some ids ahead; rows lie one after another, so this reaches into the next ones."""
     if i + _AHEAD < total:
         code = load_u64(fids, i + _AHEAD)
-        place = _index(code >> _HIGH)
+        place = as_index(code >> _HIGH)
         if place < lists:
-            prefetch(_number(starts, place) + 4 * unit * _index(code & _LOW))
+            prefetch(_number(starts, place) + 4 * unit * as_index(code & _LOW))
 
 
 @inlined
@@ -138,10 +131,10 @@ def gather_layouts(
         dim, pooling, places = _number(about, 3 * f), _number(about, 3 * f + 1), _number(about, 3 * f + 2)
         unit = dim if by_row else 1
         mark = load_u32(firsts, f)
-        row, shared = _index(mark & _ROW), _index(mark & _SHARED) != 0
+        row, shared = as_index(mark & _ROW), as_index(mark & _SHARED) != 0
         present = _present(firsts, f, features)
         if shared and present and pooling != FIRSTN:
-            p, q = _index(load_u32(rows, row)), _index(load_u32(rows, row + 1))
+            p, q = as_index(load_u32(rows, row)), as_index(load_u32(rows, row + 1))
             set_zero(scratch, dim)
             for i in range(p, q):
                 vector = _vector(load_u64(fids, i), unit, dim, lists, starts, sizes)
@@ -155,7 +148,7 @@ def gather_layouts(
             p, q = 0, 0
             if present:
                 at = row if shared else row + b
-                p, q = _index(load_u32(rows, at)), _index(load_u32(rows, at + 1))
+                p, q = as_index(load_u32(rows, at)), as_index(load_u32(rows, at + 1))
             if pooling == FIRSTN:
                 q = min(q, p + places)
                 for s in range(first, last):
@@ -184,8 +177,8 @@ def gather_layouts(
 @inlined
 def _present(firsts: int, f: int, features: int) -> bool:
     """Whether a feature has rows at all; the last entry of `firsts` counts the final total as a row."""
-    after = _index(load_u32(firsts, f + 1) & _ROW) - (1 if f + 1 == features else 0)
-    return after > _index(load_u32(firsts, f) & _ROW)
+    after = as_index(load_u32(firsts, f + 1) & _ROW) - (1 if f + 1 == features else 0)
+    return after > as_index(load_u32(firsts, f) & _ROW)
 
 
 @kernel(
@@ -244,7 +237,7 @@ def scatter_layouts(
         dim, pooling, places = _number(about, 3 * f), _number(about, 3 * f + 1), _number(about, 3 * f + 2)
         unit = dim if by_row else 1
         mark = load_u32(firsts, f)
-        row, shared = _index(mark & _ROW), _index(mark & _SHARED) != 0
+        row, shared = as_index(mark & _ROW), as_index(mark & _SHARED) != 0
         if shared and pooling != FIRSTN:
             set_zero(scratch, dim)
             for s in range(first, last):
@@ -252,7 +245,7 @@ def scatter_layouts(
                 for b in range(batch):
                     target = _number(entry, 3) + 4 * b * _number(entry, 4)
                     add_plain(scratch + 4 * _number(entry, 1), target, _number(entry, 2))
-            p, q = _index(load_u32(rows, row)), _index(load_u32(rows, row + 1))
+            p, q = as_index(load_u32(rows, row)), as_index(load_u32(rows, row + 1))
             for i in range(p, q):
                 vector = _vector(load_u64(fids, i), unit, dim, lists, starts, sizes)
                 if vector == 0:
@@ -261,7 +254,7 @@ def scatter_layouts(
             continue
         for b in range(batch):
             at = row if shared else row + b
-            p, q = _index(load_u32(rows, at)), _index(load_u32(rows, at + 1))
+            p, q = as_index(load_u32(rows, at)), as_index(load_u32(rows, at + 1))
             factor = np.float32(scale * _share(pooling, q - p))
             if pooling == FIRSTN:
                 q = min(q, p + places)

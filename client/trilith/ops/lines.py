@@ -7,7 +7,8 @@ one comparison finds infinity, NaN and, for float16, what would become infinity.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 from llvmlite import ir
@@ -15,6 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from trilith.ops.jit import JIT_DISABLED, inlined
+from trilith.ops.memory import by_lines
 
 __all__ = ["FINITE_F16", "FINITE_F32", "add_floats", "copy_floats_checked", "narrow_floats", "widen_floats"]
 
@@ -25,6 +27,7 @@ FINITE_F16 = np.int32(0x477FF000)
 
 _F32, _F16, _I32 = ir.FloatType(), ir.HalfType(), ir.IntType(32)
 _MAGNITUDE = 0x7FFFFFFF
+_Checked: TypeAlias = Callable[[int, int, int, np.int32], int]
 
 
 def _line(width: int, source: ir.Type, target: ir.Type, add: bool) -> Any:
@@ -73,73 +76,26 @@ def _line(width: int, source: ir.Type, target: ir.Type, add: bool) -> Any:
     return move
 
 
-_copy16, _copy4, _copy1 = (_line(width, _F32, _F32, False) for width in (16, 4, 1))
-_add16, _add4, _add1 = (_line(width, _F32, _F32, True) for width in (16, 4, 1))
-_narrow16, _narrow4, _narrow1 = (_line(width, _F32, _F16, False) for width in (16, 4, 1))
-_widen16, _widen4, _widen1 = (_line(width, _F16, _F32, False) for width in (16, 4, 1))
+def _run(source: ir.Type, target: ir.Type, *, add: bool = False) -> Any:
+    """Make `run(target, source, count, limit)`: nonzero if a value's magnitude reached `limit`."""
+    to_bytes, from_bytes = (2 if each is _F16 else 4 for each in (target, source))
+    return by_lines(lambda width: _line(width, source, target, add), to_bytes, from_bytes)
 
 
-@inlined
-def copy_floats_checked(target: int, source: int, count: int, limit: np.int32) -> int:
-    """Copy `count` float32; nonzero if a value's magnitude reached `limit`."""
-    high = 0
-    i = 0
-    while i + 16 <= count:
-        high |= _copy16(target + 4 * i, source + 4 * i, limit)
-        i += 16
-    while i + 4 <= count:
-        high |= _copy4(target + 4 * i, source + 4 * i, limit)
-        i += 4
-    while i < count:
-        high |= _copy1(target + 4 * i, source + 4 * i, limit)
-        i += 1
-    return high
+copy_floats_checked: _Checked = _run(_F32, _F32)
+"""copy_floats_checked(target, source, count, limit): copy `count` float32; nonzero if a magnitude reached `limit`."""
 
+add_floats: _Checked = _run(_F32, _F32, add=True)
+"""add_floats(target, source, count, limit): add `count` float32 onto `target`; nonzero if a sum reached `limit`."""
 
-@inlined
-def add_floats(target: int, source: int, count: int, limit: np.int32) -> int:
-    """Add `count` float32 onto `target`; nonzero if a sum's magnitude reached `limit`."""
-    high = 0
-    i = 0
-    while i + 16 <= count:
-        high |= _add16(target + 4 * i, source + 4 * i, limit)
-        i += 16
-    while i + 4 <= count:
-        high |= _add4(target + 4 * i, source + 4 * i, limit)
-        i += 4
-    while i < count:
-        high |= _add1(target + 4 * i, source + 4 * i, limit)
-        i += 1
-    return high
+narrow_floats: _Checked = _run(_F32, _F16)
+"""narrow_floats(target, source, count, limit): write `count` float32 as float16, rounding to nearest; nonzero if a
+magnitude reached `limit`."""
 
-
-@inlined
-def narrow_floats(target: int, source: int, count: int, limit: np.int32) -> int:
-    """Write `count` float32 as float16, rounding to nearest; nonzero if a value's magnitude reached `limit`."""
-    high = 0
-    i = 0
-    while i + 16 <= count:
-        high |= _narrow16(target + 2 * i, source + 4 * i, limit)
-        i += 16
-    while i + 4 <= count:
-        high |= _narrow4(target + 2 * i, source + 4 * i, limit)
-        i += 4
-    while i < count:
-        high |= _narrow1(target + 2 * i, source + 4 * i, limit)
-        i += 1
-    return high
+_widened = _run(_F16, _F32)
 
 
 @inlined
 def widen_floats(target: int, source: int, count: int) -> None:
     """Write `count` float16 as float32."""
-    i = 0
-    while i + 16 <= count:
-        _widen16(target + 4 * i, source + 2 * i, FINITE_F32)
-        i += 16
-    while i + 4 <= count:
-        _widen4(target + 4 * i, source + 2 * i, FINITE_F32)
-        i += 4
-    while i < count:
-        _widen1(target + 4 * i, source + 2 * i, FINITE_F32)
-        i += 1
+    _widened(target, source, count, FINITE_F32)

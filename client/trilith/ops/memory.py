@@ -22,6 +22,8 @@ from trilith.ops.jit import JIT_DISABLED, inlined
 
 __all__ = [
     "address_of",
+    "as_index",
+    "by_lines",
     "copy_floats",
     "copy_half_line",
     "copy_line",
@@ -149,6 +151,45 @@ else:
             return context.get_dummy_value()
 
         return types.void(types.int64), generate
+
+
+@inlined
+def as_index(value: Any) -> int:
+    """An unsigned number as int64, which addresses and indices are made of."""
+    return np.int64(value)  # type: ignore[return-value]
+
+
+def by_lines(steps: Callable[[int], Any], to_bytes: int = 4, from_bytes: int = 4) -> Any:
+    """Make `run(target, source, count, argument)`: a step for every 16 elements, then for every 4, then one by one.
+
+    LLVM cannot vectorise such loops by itself: it must assume that pointers made of integers alias.
+
+    Args:
+        steps: Makes `step(target, source, argument) -> int64` for so many elements at once.
+        to_bytes: Of an element of `target`.
+        from_bytes: Of an element of `source`.
+
+    Returns:
+        The function; it gives all steps' results, or-ed.
+    """
+    step16, step4, step1 = steps(16), steps(4), steps(1)
+
+    @inlined
+    def run(target: int, source: int, count: int, argument: Any) -> int:
+        found = 0
+        i = 0
+        while i + 16 <= count:
+            found |= step16(target + to_bytes * i, source + from_bytes * i, argument)
+            i += 16
+        while i + 4 <= count:
+            found |= step4(target + to_bytes * i, source + from_bytes * i, argument)
+            i += 4
+        while i < count:
+            found |= step1(target + to_bytes * i, source + from_bytes * i, argument)
+            i += 1
+        return found
+
+    return run
 
 
 _DATA_POINTER = object.__basicsize__

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
-from trilith.ops.embedding_map import sum_rows_at
-from trilith.ops.jit import inlined, kernel
-from trilith.ops.memory import address_of, load_u64
+from trilith.ops.memory import address_of
 from trilith.ops.ragged import Int64Array, as_floats, as_integers, as_splits, value_rowids
-from trilith.ops.vectors import add_squares, set_product
+from trilith.ops.row_sums import add_squares_at, check_rows, multiply_rows_at, sum_rows_at
 
 __all__ = [
     "fused_reduce_and_split",
@@ -31,41 +28,6 @@ __all__ = [
 ]
 
 Float32Array = npt.NDArray[np.float32]
-
-
-@inlined
-def _index(value: Any) -> int:
-    return np.int64(value)  # type: ignore[return-value]
-
-
-@kernel("void(int64, int64, int64, int64, int64)")
-def add_squares_at(rows: int, n: int, values: int, dim: int, out: int) -> None:
-    """Add the squares of each row of `values` onto the row it belongs to.
-
-    Args:
-        rows: Address of uint64[n].
-        n: Number of rows of `values`.
-        values: Address of float32[n, dim].
-        dim: Floats per row.
-        out: Address of float32[any, dim], added to.
-    """
-    for i in range(n):
-        add_squares(out + 4 * dim * _index(load_u64(rows, i)), values + 4 * dim * i, dim)
-
-
-@kernel("void(int64, int64, int64, int64, int64)")
-def multiply_rows_at(rows: int, n: int, factors: int, dim: int, out: int) -> None:
-    """Multiply each row of `out` by the row of `factors` it belongs to.
-
-    Args:
-        rows: Address of uint64[n].
-        n: Number of rows of `out`.
-        factors: Address of float32[any, dim].
-        dim: Floats per row.
-        out: Address of float32[n, dim], written.
-    """
-    for i in range(n):
-        set_product(out + 4 * dim * i, factors + 4 * dim * _index(load_u64(rows, i)), dim)
 
 
 def reduce_sum(id_indices: npt.ArrayLike, id_values: npt.ArrayLike, rows: int) -> Float32Array:
@@ -109,7 +71,7 @@ def reduce_mean_gradient(id_indices: npt.ArrayLike, grads: npt.ArrayLike) -> Flo
 def reduce_sqrtn(id_indices: npt.ArrayLike, id_values: npt.ArrayLike, rows: int) -> Float32Array:
     """Take the square root of the sum of squares of every bag, column by column; arguments as for `reduce_sum`."""
     places, values = _bags(id_indices, id_values)
-    _check_rows(places, rows)
+    check_rows(places, rows)
     out = np.zeros((rows, values.shape[1]), np.float32)
     add_squares_at(address_of(places), places.size, address_of(values), values.shape[1], address_of(out))
     root: Float32Array = np.sqrt(out, out=out)
@@ -123,7 +85,7 @@ def reduce_sqrtn_gradient(id_indices: npt.ArrayLike, id_values: npt.ArrayLike, g
     norms = reduce_sqrtn(places, values, upstream.shape[0])
     factors = np.divide(upstream, norms, out=np.zeros_like(norms), where=norms != 0)
     out = values.copy()
-    multiply_rows_at(address_of(places), places.size, address_of(factors), values.shape[1], address_of(out))
+    multiply_rows_at(address_of(places), places.size, address_of(out), values.shape[1], address_of(factors))
     return out
 
 
@@ -184,7 +146,7 @@ def fused_sorted_segment_sum_gradient(
     results = []
     for i, (index, grad) in enumerate(zip(indices, grads, strict=True)):
         upstream, places = as_floats(f"grads[{i}]", grad), as_integers(f"indices[{i}]", index, shape=(-1,))
-        _check_rows(places, upstream.shape[0])
+        check_rows(places, upstream.shape[0])
         results.append(np.take(upstream, places, axis=0))
     return results
 
@@ -247,15 +209,9 @@ def _places(id_indices: npt.ArrayLike, n: int | None) -> Int64Array:
     return places
 
 
-def _check_rows(places: Int64Array, rows: int) -> None:
-    if places.size and (places.min() < 0 or places.max() >= rows):
-        bad = int(((places < 0) | (places >= rows)).argmax())
-        raise InvalidRequestError(f"row {places[bad]} is outside 0..{rows - 1}")
-
-
 def _spread(id_indices: npt.ArrayLike, upstream: Float32Array) -> Float32Array:
     places = _places(id_indices, None)
-    _check_rows(places, upstream.shape[0])
+    check_rows(places, upstream.shape[0])
     return np.take(upstream, places, axis=0)
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
 from trilith.ops.dedup import FIRST, find_distinct
-from trilith.ops.jit import inlined, kernel
-from trilith.ops.memory import address_of, load_u32, load_u64, store_u32, store_u64
+from trilith.ops.jit import kernel
+from trilith.ops.memory import address_of, as_index, load_u32, load_u64, store_u32, store_u64
 from trilith.ops.ragged import Int64Array, as_integers
 from trilith.ops.threads import in_parts, thread_count
 from trilith.ops.unique import distinct_in_rows, slot_count
@@ -46,11 +46,6 @@ class FusedReorder(NamedTuple):
     def offsets(self) -> list[Int32Array]:
         """`fused_emb_offset`, list by list."""
         return np.split(self.fused_emb_offset, np.cumsum(self.emb_offset_sz[:-1]))
-
-
-@inlined
-def _index(value: Any) -> int:
-    return np.int64(value)  # type: ignore[return-value]
 
 
 @kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
@@ -89,7 +84,7 @@ def count_cells(
     """
     modulus = np.uint64(shards - spared)
     for k in range(first, last):
-        start, end = _index(load_u64(splits, k)), _index(load_u64(splits, k + 1))
+        start, end = as_index(load_u64(splits, k)), as_index(load_u64(splits, k + 1))
         found = find_distinct(
             values + 8 * start,
             end - start,
@@ -101,11 +96,11 @@ def count_cells(
         )
         for i in range(start, start + found):
             value = load_u64(uniques, i)
-            if _index(value) < 0:
+            if as_index(value) < 0:
                 return i
             shard = value % modulus + np.uint64(spared)
             store_u32(owners, i, np.uint32(shard))
-            cell = _index(shard) * lists + k
+            cell = as_index(shard) * lists + k
             store_u64(cells, cell, load_u64(cells, cell) + np.uint64(1))
     return -1
 
@@ -144,17 +139,17 @@ def place_cells(
         offsets: Address of uint32[n], written.
     """
     for k in range(first, last):
-        start, end = _index(load_u64(splits, k)), _index(load_u64(splits, k + 1))
+        start, end = as_index(load_u64(splits, k)), as_index(load_u64(splits, k + 1))
         dim = load_u64(dims, k)
-        for i in range(start, start + _index(load_u64(found, k))):
-            cell = _index(load_u32(owners, i)) * lists + k
+        for i in range(start, start + as_index(load_u64(found, k))):
+            cell = as_index(load_u32(owners, i)) * lists + k
             place, base = load_u64(places, cell), load_u64(bases, cell)
-            store_u64(output, _index(place), load_u64(uniques, i))
+            store_u64(output, as_index(place), load_u64(uniques, i))
             store_u32(owners, i, np.uint32(base))
             store_u64(places, cell, place + np.uint64(1))
             store_u64(bases, cell, base + dim)
         for i in range(start, end):
-            store_u32(offsets, i, load_u32(owners, start + _index(load_u32(numbers, i) & _POSITION)))
+            store_u32(offsets, i, load_u32(owners, start + as_index(load_u32(numbers, i) & _POSITION)))
 
 
 def reorder_by_indices(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from trilith.errors import InvalidRequestError
 from trilith.ops.dedup import FIRST
 from trilith.ops.jit import inlined, kernel
-from trilith.ops.memory import address_of, copy_floats, load_u32, load_u64, store_u64
+from trilith.ops.memory import address_of, as_index, copy_floats, load_u32, load_u64, store_u64
 from trilith.ops.ragged import Int64Array, as_floats, as_integers, as_splits
 from trilith.ops.unique import distinct_in_rows
 from trilith.ops.vectors import add_plain
@@ -28,24 +28,29 @@ __all__ = [
 
 Float32Array = npt.NDArray[np.float32]
 
+_A = TypeVar("_A", bound=Any)
+
 _POSITION = np.uint32(FIRST - 1)
 
 
-class SharedBuffer:
+class SharedBuffer(Generic[_A]):
     """Uninitialised float32[size] that lives for one step: fills write into it, in any order, `finalize` ends it."""
 
-    def __init__(self, values: Float32Array) -> None:
-        self.size = values.size
-        self._values: Float32Array | None = values
+    def __init__(self, values: _A) -> None:
+        self._values: _A | None = values
 
     @property
-    def values(self) -> Float32Array:
-        """float32[size]."""
+    def values(self) -> _A:
+        """float32[size]: an array, or a tensor with the history of the fills so far."""
         if self._values is None:
             raise InvalidRequestError("the buffer was finalized before; it lives for one step")
         return self._values
 
-    def finalize(self) -> Float32Array:
+    @values.setter
+    def values(self, values: _A) -> None:
+        self._values = values
+
+    def finalize(self) -> _A:
         """Give the values away."""
         values = self.values
         self._values = None
@@ -71,12 +76,7 @@ class UniqueKeys(NamedTuple):
     value_offset_split: Int64Array
     dims: Int64Array
     size: int
-    value_buffer: SharedBuffer | None
-
-
-@inlined
-def _index(value: Any) -> int:
-    return np.int64(value)  # type: ignore[return-value]
+    value_buffer: SharedBuffer[Float32Array] | None
 
 
 @kernel("void(int64, int64, int64, int64, int64, int64)")
@@ -94,78 +94,71 @@ def list_offsets(splits: int, rows: int, dims: int, numbers: int, cursors: int, 
     at = np.uint64(0)
     for row in range(rows):
         dim = load_u64(dims, row)
-        for i in range(_index(load_u64(splits, row)), _index(load_u64(splits, row + 1))):
-            number = _index(load_u32(numbers, i) & _POSITION)
+        for i in range(as_index(load_u64(splits, row)), as_index(load_u64(splits, row + 1))):
+            number = as_index(load_u32(numbers, i) & _POSITION)
             cursor = load_u64(cursors, number)
-            store_u64(offsets, _index(cursor), at)
+            store_u64(offsets, as_index(cursor), at)
             store_u64(cursors, number, cursor + np.uint64(1))
             at += dim
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
-def fill_places(
-    pos: int, splits: int, rows: int, dims: int, offsets: int, offset_splits: int, values: int, size: int, buffer: int
-) -> int:
-    """Copy each vector to every place of its id.
+def _over_places(name: str, move: Callable[[int, int, int], None]) -> Any:
+    """Make a kernel: `move(vector, place, dim)` for each vector and every place of its id."""
 
-    Args:
-        pos: Address of uint64[n], numbers of ids.
-        splits: Address of uint64[rows + 1] of `pos`.
-        rows: Number of rows.
-        dims: Address of uint64[rows].
-        offsets: Address of uint64[...], places id after id.
-        offset_splits: Address of uint64[u + 1].
-        values: Address of the vectors, one after another.
-        size: Floats in the buffer.
-        buffer: Address of float32[size], written.
+    @kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64)", variant=name)
+    def run(
+        pos: int,
+        splits: int,
+        rows: int,
+        dims: int,
+        offsets: int,
+        offset_splits: int,
+        vectors: int,
+        size: int,
+        buffer: int,
+    ) -> int:
+        """Go over vectors and places.
 
-    Returns:
-        The first element of `pos` whose vector would reach past the buffer; -1 if there is none.
-    """
-    for row in range(rows):
-        dim = _index(load_u64(dims, row))
-        for i in range(_index(load_u64(splits, row)), _index(load_u64(splits, row + 1))):
-            number = _index(load_u64(pos, i))
-            for k in range(_index(load_u64(offset_splits, number)), _index(load_u64(offset_splits, number + 1))):
-                offset = _index(load_u64(offsets, k))
-                if offset + dim > size:
-                    return i
-                copy_floats(buffer + 4 * offset, values, dim)
-            values += 4 * dim
-    return -1
+        Args:
+            pos: Address of uint64[n], numbers of ids.
+            splits: Address of uint64[rows + 1] of `pos`.
+            rows: Number of rows.
+            dims: Address of uint64[rows].
+            offsets: Address of uint64[...], places id after id.
+            offset_splits: Address of uint64[u + 1].
+            vectors: Address of the vectors, one after another.
+            size: Floats in the buffer.
+            buffer: Address of float32[size].
+
+        Returns:
+            The first element of `pos` whose vector would reach past the buffer; -1 if there is none.
+        """
+        for row in range(rows):
+            dim = as_index(load_u64(dims, row))
+            for i in range(as_index(load_u64(splits, row)), as_index(load_u64(splits, row + 1))):
+                number = as_index(load_u64(pos, i))
+                first, last = load_u64(offset_splits, number), load_u64(offset_splits, number + 1)
+                for k in range(as_index(first), as_index(last)):
+                    offset = as_index(load_u64(offsets, k))
+                    if offset + dim > size:
+                        return i
+                    move(vectors, buffer + 4 * offset, dim)
+                vectors += 4 * dim
+        return -1
+
+    return run
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
-def sum_places(
-    pos: int, splits: int, rows: int, dims: int, offsets: int, offset_splits: int, grads: int, size: int, out: int
-) -> int:
-    """Sum the gradients at every place of an id.
+@inlined
+def _copy_there(vector: int, place: int, dim: int) -> None:
+    copy_floats(place, vector, dim)
 
-    Args:
-        pos: Address of uint64[n], numbers of ids.
-        splits: Address of uint64[rows + 1] of `pos`.
-        rows: Number of rows.
-        dims: Address of uint64[rows].
-        offsets: Address of uint64[...], places id after id.
-        offset_splits: Address of uint64[u + 1].
-        grads: Address of float32[size].
-        size: Floats in the buffer.
-        out: Address of the sums, zeros, one after another; added to.
 
-    Returns:
-        The first element of `pos` whose vector would reach past the buffer; -1 if there is none.
-    """
-    for row in range(rows):
-        dim = _index(load_u64(dims, row))
-        for i in range(_index(load_u64(splits, row)), _index(load_u64(splits, row + 1))):
-            number = _index(load_u64(pos, i))
-            for k in range(_index(load_u64(offset_splits, number)), _index(load_u64(offset_splits, number + 1))):
-                offset = _index(load_u64(offsets, k))
-                if offset + dim > size:
-                    return i
-                add_plain(out, grads + 4 * offset, dim)
-            out += 4 * dim
-    return -1
+fill_places = _over_places("fill_places", _copy_there)
+"""Copy each vector to every place of its id."""
+
+sum_places = _over_places("sum_places", add_plain)
+"""Add what is at every place of an id onto its vector."""
 
 
 def unique_key_with_value_and_offset(
@@ -200,7 +193,7 @@ def unique_key_with_value_and_offset(
 
 def fill_with_offset_map(
     pos: npt.ArrayLike, pos_splits: npt.ArrayLike, value: npt.ArrayLike, keys: UniqueKeys
-) -> SharedBuffer:
+) -> SharedBuffer[Float32Array]:
     """Copy vectors to every place where their ids occur.
 
     Args:
@@ -259,16 +252,16 @@ def fill_with_offset_map_gradient(
         address_of(keys.dims),
         address_of(keys.value_offset),
         address_of(keys.value_offset_split),
-        address_of(grads),
-        keys.size,
         address_of(out),
+        keys.size,
+        address_of(grads),
     )
     _refuse_wide(bad, numbers)
     return out
 
 
-def finalize_shared_tensor(handles: Sequence[SharedBuffer], shape: Sequence[int] = (-1,)) -> Float32Array:
-    """Turn a filled buffer into an array, after which it is gone.
+def finalize_shared_tensor(handles: Sequence[SharedBuffer[_A]], shape: Sequence[int] = (-1,)) -> _A:
+    """Turn a filled buffer into an array, or a tensor, after which it is gone.
 
     Args:
         handles: The same buffer, as every fill returned it.
@@ -276,12 +269,12 @@ def finalize_shared_tensor(handles: Sequence[SharedBuffer], shape: Sequence[int]
     """
     if not handles or any(handle is not handles[0] for handle in handles):
         raise InvalidRequestError("the handles must be one buffer, repeated")
+    values = handles[0].finalize()
     try:
-        return handles[0].finalize().reshape(tuple(shape))
-    except InvalidRequestError:
-        raise
-    except ValueError as error:
-        raise InvalidRequestError(f"{handles[0].size} floats do not have shape {tuple(shape)}: {error}") from None
+        found: _A = values.reshape(tuple(shape))
+    except (ValueError, RuntimeError) as error:
+        raise InvalidRequestError(f"{len(values)} floats do not have shape {tuple(shape)}: {error}") from None
+    return found
 
 
 def finalize_shared_tensor_gradient(handles: int, grad: npt.ArrayLike) -> list[Float32Array]:

@@ -9,19 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
-from trilith.ops.jit import inlined, kernel
-from trilith.ops.memory import address_of, copy_floats, load_u32, load_u64, prefetch, store_u32, store_u64
+from trilith.ops.jit import kernel
+from trilith.ops.memory import address_of, as_index, copy_floats, load_u32, load_u64, prefetch, store_u32, store_u64
 from trilith.ops.ragged import Int64Array, RaggedArray, as_floats, as_integers, as_splits
 
 __all__ = ["ragged_split_by_indices", "split_by_indices", "split_by_indices_gradient"]
 
 _AHEAD = 16
 _U1 = np.uint64(1)
-
-
-@inlined
-def _index(value: Any) -> int:
-    return np.int64(value)  # type: ignore[return-value]
 
 
 @kernel("int64(int64, int64, int64, int64, int64)")
@@ -44,13 +39,13 @@ def place_by_index(indices: int, n: int, splits: int, bounds: int, places: int) 
         split = load_u64(indices, i)
         if split >= np.uint64(splits):
             return i
-        slot = _index(split) + 2
+        slot = as_index(split) + 2
         store_u64(bounds, slot, load_u64(bounds, slot) + _U1)
     for s in range(2, splits + 2):
         store_u64(bounds, s, load_u64(bounds, s) + load_u64(bounds, s - 1))
     # bounds[s + 1] is now the start of split s and moves to its end.
     for i in range(n):
-        slot = _index(load_u64(indices, i)) + 1
+        slot = as_index(load_u64(indices, i)) + 1
         place = load_u64(bounds, slot)
         store_u64(bounds, slot, place + _U1)
         store_u32(places, i, np.uint32(place))
@@ -69,7 +64,7 @@ def scatter_words(source: int, places: int, n: int, words: int, out: int) -> Non
         out: Address of the rows, written.
     """
     for i in range(n):
-        copy_floats(out + 4 * words * _index(load_u32(places, i)), source + 4 * words * i, words)
+        copy_floats(out + 4 * words * as_index(load_u32(places, i)), source + 4 * words * i, words)
 
 
 @kernel("void(int64, int64, int64, int64, int64)")
@@ -85,8 +80,8 @@ def gather_words(source: int, places: int, n: int, words: int, out: int) -> None
     """
     for i in range(n):
         if i + _AHEAD < n:
-            prefetch(source + 4 * words * _index(load_u32(places, i + _AHEAD)))
-        copy_floats(out + 4 * words * i, source + 4 * words * _index(load_u32(places, i)), words)
+            prefetch(source + 4 * words * as_index(load_u32(places, i + _AHEAD)))
+        copy_floats(out + 4 * words * i, source + 4 * words * as_index(load_u32(places, i)), words)
 
 
 def split_by_indices(

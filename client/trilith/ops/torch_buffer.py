@@ -11,35 +11,11 @@ from torch import Tensor
 
 from trilith.errors import InvalidRequestError
 from trilith.ops import shared_buffer
+from trilith.ops.shared_buffer import SharedBuffer, finalize_shared_tensor
 from trilith.ops.torch_bridge import apply, array_of, integers_on, refuse_outside, tensor_of, use_native
 from trilith.ops.torch_ragged import as_splits, distinct_in_rows
 
-__all__ = [
-    "SharedTensor",
-    "UniqueKeyTensors",
-    "fill_with_offset_map",
-    "finalize_shared_tensor",
-    "unique_key_with_value_and_offset",
-]
-
-
-class SharedTensor:
-    """float32[size] that lives for one step: fills write into it, in any order, `finalize_shared_tensor` ends it."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.size = values.numel()
-        self._values: Tensor | None = values
-
-    @property
-    def values(self) -> Tensor:
-        """float32[size], with the history of the fills so far."""
-        if self._values is None:
-            raise InvalidRequestError("the buffer was finalized before; it lives for one step")
-        return self._values
-
-    @values.setter
-    def values(self, values: Tensor | None) -> None:
-        self._values = values
+__all__ = ["UniqueKeyTensors", "fill_with_offset_map", "finalize_shared_tensor", "unique_key_with_value_and_offset"]
 
 
 class UniqueKeyTensors(NamedTuple):
@@ -61,7 +37,7 @@ class UniqueKeyTensors(NamedTuple):
     value_offset_split: Tensor
     dims: Tensor
     size: int
-    value_buffer: SharedTensor | None
+    value_buffer: SharedBuffer[Tensor] | None
 
 
 def unique_key_with_value_and_offset(
@@ -98,7 +74,7 @@ def unique_key_with_value_and_offset(
         keys = _unique(integers_on(values.device, values), row_splits, dims)
     if not generate_buffer:
         return keys
-    return keys._replace(value_buffer=SharedTensor(torch.empty(keys.size, dtype=torch.float32, device=values.device)))
+    return keys._replace(value_buffer=SharedBuffer(torch.empty(keys.size, dtype=torch.float32, device=values.device)))
 
 
 def _unique(ids: Tensor, row_splits: Tensor, dims: Sequence[int]) -> UniqueKeyTensors:
@@ -125,7 +101,7 @@ class _Fill(torch.autograd.Function):
     def forward(ctx: Any, buffer: Tensor, value: Tensor, pos: Any, pos_splits: Any, keys: Any) -> Tensor:
         ctx.pos, ctx.pos_splits, ctx.keys = pos, pos_splits, keys
         ctx.floats = value.numel()
-        view = shared_buffer.SharedBuffer(buffer.detach().numpy())
+        view = SharedBuffer(buffer.detach().numpy())
         shared_buffer.fill_with_offset_map(pos, pos_splits, array_of(value), keys._replace(value_buffer=view))
         ctx.mark_dirty(buffer)
         return buffer
@@ -140,7 +116,7 @@ class _Fill(torch.autograd.Function):
 
 def fill_with_offset_map(
     pos: Tensor, pos_splits: Tensor, value: Tensor, keys: UniqueKeyTensors, *, native: bool | None = None
-) -> SharedTensor:
+) -> SharedBuffer[Tensor]:
     """Copy vectors to every place where their ids occur; their gradients are the sums over those places.
 
     Args:
@@ -202,20 +178,3 @@ def _places(pos: Tensor, pos_splits: Tensor, value: Tensor, keys: UniqueKeyTenso
     occurrence = torch.arange(element.numel(), device=device).repeat_interleave(widths)
     column = torch.arange(occurrence.numel(), device=device) - (widths.cumsum(0) - widths)[occurrence]
     return offsets[occurrence] + column, begins[element[occurrence]] + column
-
-
-def finalize_shared_tensor(handles: Sequence[SharedTensor], shape: Sequence[int] = (-1,)) -> Tensor:
-    """Turn a filled buffer into a tensor, after which it is gone.
-
-    Args:
-        handles: The same buffer, as every fill returned it.
-        shape: Of the tensor; one -1 is worked out.
-    """
-    if not handles or any(handle is not handles[0] for handle in handles):
-        raise InvalidRequestError("the handles must be one buffer, repeated")
-    values, handles[0].values = handles[0].values, None
-    try:
-        return values.reshape(tuple(shape))
-    except RuntimeError as error:
-        message = str(error).splitlines()[0]
-        raise InvalidRequestError(f"{values.numel()} floats do not have shape {tuple(shape)}: {message}") from None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trilith.errors import InvalidRequestError
-from trilith.ops import embedding_map, fused_gather
+from trilith.ops import embedding_map, fused_gather, row_sums
 from trilith.ops.torch_bridge import apply, array_of, integers_on, refuse_outside, scale_gradient, tensor_of, use_native
 
 __all__ = ["fused_gather_embeddings_by_input", "gather_embeddings_by_input", "map_id_to_embedding"]
@@ -26,7 +26,7 @@ class _Fetch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows = ctx.known.rows(ctx.places)
-        summed = embedding_map.sum_rows_at(rows, array_of(grad), len(ctx.known))
+        summed = row_sums.sum_rows_at(rows, array_of(grad), len(ctx.known))
         return None, None, *map(tensor_of, ctx.known.split(summed))
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from trilith.ops.dedup import FIRST, find_distinct
 from trilith.ops.jit import inlined, kernel
-from trilith.ops.memory import address_of, load_u32, load_u64, store_u32, store_u64
+from trilith.ops.memory import address_of, as_index, load_u32, load_u64, store_u32, store_u64
 from trilith.ops.ragged import Int64Array, as_integers, as_splits
 
 __all__ = ["Distinct", "distinct_in_rows", "slot_count", "unique_first_occurrence"]
@@ -32,11 +32,6 @@ class Distinct(NamedTuple):
     row_splits: Int64Array
     numbers: npt.NDArray[np.uint32]
     counts: npt.NDArray[np.uint32]
-
-
-@inlined
-def _index(value: Any) -> int:
-    return np.int64(value)  # type: ignore[return-value]
 
 
 @inlined
@@ -70,7 +65,7 @@ def find_distinct_in_rows(
     found = 0
     for row in range(rows):
         store_u64(unique_splits, row, np.uint64(found))
-        start, end = _index(load_u64(splits, row)), _index(load_u64(splits, row + 1))
+        start, end = as_index(load_u64(splits, row)), as_index(load_u64(splits, row + 1))
         distinct = find_distinct(
             values + 8 * start,
             end - start,
