@@ -177,7 +177,7 @@ def demo(*arguments: str) -> tuple[re.Match[str], str]:
 
 
 def exporting(tmp_path: Path, mode: str) -> tuple[str, ...]:
-    return ("--model-dir", str(tmp_path), "--export", str(tmp_path / "exports"), "--export-mode", mode)
+    return ("--export", str(tmp_path / "exports"), "--export-mode", mode)
 
 
 def check_export(tmp_path: Path, shards: int, score: float) -> None:
@@ -207,7 +207,8 @@ def check_export(tmp_path: Path, shards: int, score: float) -> None:
 
 
 def test_the_demo_trains_with_processes_and_ends_in_its_line(tmp_path):
-    match, text = demo("--steps", "24", "--model", "ffm", "--save-every", "8", *exporting(tmp_path, "distributed"))
+    arguments = ("--steps", "24", "--model-dir", str(tmp_path), "--model", "ffm", "--save-every", "8")
+    match, text = demo(*arguments, *exporting(tmp_path, "distributed"))
     assert match.group(6, 7) == ("2", "2")
     assert int(match[5]) > 0
     assert match[2] != "nan"
@@ -219,9 +220,9 @@ def test_the_demo_trains_with_processes_and_ends_in_its_line(tmp_path):
 
 
 def test_the_demo_runs_embedded_and_goes_on_from_its_checkpoint(tmp_path):
-    arguments = ("--num-ps", "0", "--steps", "6", "--no-baseline", *exporting(tmp_path, "standalone"))
-    for steps in (6, 12):
-        match, _ = demo(*arguments)
+    arguments = ("--num-ps", "0", "--steps", "6", "--no-baseline", "--model-dir", str(tmp_path))
+    for steps, more in ((6, ()), (12, exporting(tmp_path, "standalone"))):
+        match, _ = demo(*arguments, *more)
         assert match.group(2, 4, 6, 7) == ("nan", "nan", "0", "1")
         with trilith.connect("local://") as client:
             assert client.restore(newest_complete(str(tmp_path)).path) == steps
@@ -229,9 +230,9 @@ def test_the_demo_runs_embedded_and_goes_on_from_its_checkpoint(tmp_path):
 
 
 def test_the_demo_runs_without_ps_pipelined_and_goes_on_from_its_checkpoint(tmp_path):
-    arguments = ("--mode", "all-to-all", "--steps", "12", "--no-baseline", *exporting(tmp_path, "distributed"))
-    for steps in (6, 12):
-        match, text = demo(*arguments, "--prefetch", "2", "--async-push", "2", "--save-every", "2")
+    arguments = ("--mode", "all-to-all", "--steps", "12", "--no-baseline", "--model-dir", str(tmp_path))
+    for steps, more in ((6, ()), (12, exporting(tmp_path, "distributed"))):
+        match, text = demo(*arguments, "--prefetch", "2", "--async-push", "2", "--save-every", "2", *more)
         assert match.group(2, 4, 6, 7) == ("nan", "nan", "0", "2")
         assert int(match[5]) > 0
         assert "2 workers, all-to-all" in text
