@@ -33,6 +33,7 @@ from trilith.errors import (
     UnavailableError,
 )
 from trilith.tables import Sgd, table_config
+from trilith_services.cli import main
 
 A, B = "10.0.0.1:7000", "10.0.0.2:7000"
 SECRET = "s3cret-pass"
@@ -450,7 +451,7 @@ def test_containers_that_agents_bind_to_a_sub_model_are_found_too(zk_url, admin,
     }
 
 
-def test_entries_are_numbered_by_zookeeper_and_keep_their_numbers(zk_url, admin, cleanup):
+def test_entries_are_numbered_by_zookeeper_and_keep_their_numbers(zk_url, admin, cleanup, capsys):
     root = ZkUrl.parse(zk_url).root
     above = f"{root}/service/clicks/entry:0"
     lists = [ServingDirectory(zk_url, "clicks", timeout_s=20.0) for _ in range(2)]
@@ -467,6 +468,14 @@ def test_entries_are_numbered_by_zookeeper_and_keep_their_numbers(zk_url, admin,
     eventually(lambda: heard[-1] == {str(first): A, str(second): B})
     body = ReplicaMeta.from_json(admin.get(f"{above}/{first:011}")[0])
     assert (body.address, body.stat, body.replica, body.server_type) == (A, ModelState.AVAILABLE, first, "entry")
+
+    with pytest.raises(SystemExit):
+        main(("discovery", "show", zk_url, "--json"))
+    shown = json.loads(capsys.readouterr().out)["serving"]["clicks"]
+    assert shown == [
+        {"task": "entry:0", "replica": number, "address": address, "state": "available"}
+        for number, address in ((first, A), (second, B))
+    ]
 
     expire(lists[1]._directory)
     eventually(lambda: heard[-1] == {str(first): A})

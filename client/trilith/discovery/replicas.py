@@ -208,6 +208,17 @@ class Replicas:
         """Take the announcement back."""
         self._zookeeper.release(path.below(self._service))
 
+    @staticmethod
+    def models(zookeeper: ZooKeeper) -> list[str]:
+        """Serving models that have, or had, replicas."""
+        return zookeeper.children(f"{zookeeper.url.root}/service")
+
+    def read(self) -> list[Replica]:
+        """All replicas, whatever their state."""
+        found: list[Replica] = []
+        self.watch(found.extend)()
+        return found
+
     def watch(self, changed: Callable[[list[Replica]], None]) -> Callable[[], None]:
         """Call `changed` with all replicas, whatever their state, now and after every change, until told to stop."""
 

@@ -33,7 +33,7 @@ def show(
     ] = 10.0,
     as_json: Json = False,
 ) -> None:
-    """Show the members, and the record that every PS and client must agree with."""
+    """Show the members, the record that every PS and client must agree with, and who serves models."""
     from trilith.discovery import PS, WORKER
     from trilith.discovery.urls import open_directory
 
@@ -41,18 +41,29 @@ def show(
     try:
         members = {role: dict(directory.query(role)) for role in (PS, WORKER)}
         record = _record(directory)
+        serving = _serving(directory)
     finally:
         directory.close()
     if as_json:
-        shown: dict[str, Any] = {"members": members, "record": record and json.loads(record.to_json())}
+        shown: dict[str, Any] = {
+            "members": members,
+            "record": record and json.loads(record.to_json()),
+            "serving": serving,
+        }
         typer.echo(json.dumps(shown, indent=1))
         return
     console = output.console()
     grid = output.grid("role", ">index", "address")
-    for role, found in members.items():
-        for index, where in found.items():
+    for role, listed in members.items():
+        for index, where in listed.items():
             grid.add_row(role, str(index), where)
     console.print(grid if grid.rows else "no members")
+    processes = output.grid("serving model", "task", ">replica", "address", "state")
+    for model, found in serving.items():
+        for each in found:
+            processes.add_row(model, *(str(each[name]) for name in ("task", "replica", "address", "state")))
+    if processes.rows:
+        console.print(processes)
     if record is not None:
         console.print(f"recorded: {record.num_ps} PS, owner rule {record.owner_rule!r}", highlight=False)
         tables = output.grid("table", ">dim", "features")
@@ -94,3 +105,25 @@ def _record(directory: Directory) -> ClusterRecord | None:
     from trilith.discovery.record import RecordKeeper
 
     return directory.read_record() if isinstance(directory, RecordKeeper) else None
+
+
+def _serving(directory: Directory) -> dict[str, list[dict[str, Any]]]:
+    """The processes of every serving model below the directory's path."""
+    from trilith.discovery.replicas import ModelState, Replicas
+    from trilith.discovery.zk_directory import ZooKeeperDirectory
+
+    if not isinstance(directory, ZooKeeperDirectory):
+        return {}
+    states = {state.value: state.name.lower() for state in ModelState}
+    return {
+        model: [
+            {
+                "task": "/".join(filter(None, (each.path.location, each.path.task))),
+                "replica": each.path.replica,
+                "address": each.meta.reachable_at(),
+                "state": states.get(each.meta.stat, f"state {each.meta.stat}"),
+            }
+            for each in Replicas(directory.zookeeper, model).read()
+        ]
+        for model in Replicas.models(directory.zookeeper)
+    }
