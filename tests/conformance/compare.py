@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Partial", "mismatch", "plain"]
+__all__ = ["Partial", "differ", "mismatch", "plain"]
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -42,6 +43,23 @@ def plain(value: Any) -> Any:
     return value
 
 
+@dataclass(frozen=True)
+class _Tolerance:
+    """How far apart numbers may be.
+
+    Attributes:
+        integers: Whether it holds between two integers as well, which are equal or not otherwise.
+    """
+
+    rel: float = 0.0
+    absolute: float = 0.0
+    exact: bool = False
+    integers: bool = True
+
+
+_DATA = _Tolerance(rel=1e-6, integers=False)
+
+
 def mismatch(got: Any, expected: dict[str, Any]) -> str | None:
     """What is wrong with `got`, None if nothing."""
     got = plain(got)
@@ -50,13 +68,18 @@ def mismatch(got: Any, expected: dict[str, Any]) -> str | None:
             return f"{got} breaks {bound} {expected[bound]}"
     if "value" not in expected:
         return None
-    rel = expected.get("rel_tol", 0.0)
-    exact = bool(expected.get("exact"))
     absolute = expected.get("abs_tol", 1e-12 if "rel_tol" in expected else 0.0)
-    return _differs(got, expected["value"], rel, absolute, exact)
+    tolerance = _Tolerance(expected.get("rel_tol", 0.0), absolute, bool(expected.get("exact")))
+    return _differs(got, expected["value"], tolerance)
 
 
-def _differs(got: Any, wanted: Any, rel: float, absolute: float, exact: bool) -> str | None:
+def differ(what: str, got: Any, wanted: Any) -> list[str]:
+    """What is wrong with a value of the data vectors: floats are right within a relative 1e-6, all else exactly."""
+    wrong = _differs(plain(got), plain(wanted), _DATA)
+    return [f"{what}: {wrong}"[:300]] if wrong else []
+
+
+def _differs(got: Any, wanted: Any, tolerance: _Tolerance) -> str | None:
     if isinstance(wanted, dict):
         if not isinstance(got, dict) or (not isinstance(got, Partial) and got.keys() != wanted.keys()):
             return f"{got} is not {wanted}"
@@ -66,23 +89,23 @@ def _differs(got: Any, wanted: Any, rel: float, absolute: float, exact: bool) ->
             return f"{got} is not {wanted}"
         pairs = list(zip(got, wanted, strict=True))
     else:
-        return None if _same(got, wanted, rel, absolute, exact) else f"{got!r} is not {wanted!r}"
-    wrong = (_differs(left, right, rel, absolute, exact) for left, right in pairs)
+        return None if _same(got, wanted, tolerance) else f"{got!r} is not {wanted!r}"
+    wrong = (_differs(left, right, tolerance) for left, right in pairs)
     return next((each for each in wrong if each), None)
 
 
-def _same(got: Any, wanted: Any, rel: float, absolute: float, exact: bool) -> bool:
+def _same(got: Any, wanted: Any, tolerance: _Tolerance) -> bool:
     if isinstance(wanted, str) and wanted in _SPECIAL and _is_number(got):
         wanted = _SPECIAL[wanted]
     if isinstance(wanted, bool) or not _is_number(wanted) or not _is_number(got) or isinstance(got, bool):
         return type(got) is type(wanted) and bool(got == wanted)
     if math.isnan(wanted) or math.isinf(wanted):
         return math.isnan(got) if math.isnan(wanted) else got == wanted
-    if exact:
+    if tolerance.exact or (not tolerance.integers and isinstance(got, int) and isinstance(wanted, int)):
         return bool(got == wanted)
-    if rel == 0.0 and absolute == 0.0:
+    if tolerance.rel == 0.0 and tolerance.absolute == 0.0:
         return bool(np.float32(got) == np.float32(wanted))
-    return bool(abs(got - wanted) <= rel * abs(wanted) + absolute)
+    return bool(abs(got - wanted) <= tolerance.rel * abs(wanted) + tolerance.absolute)
 
 
 def _is_number(value: Any) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from tests.conformance.data.members import what_was_raised
 
 __all__ = ["data_failures"]
 
@@ -21,12 +23,19 @@ def data_failures(groups: dict[str, Any], folder: Path, only: str = "") -> Found
     for module in _MODULES:
         checks.update(importlib.import_module(f"tests.conformance.data.{module}").GROUPS)
     for group, content in groups.items():
-        names = list(content) if isinstance(content, dict) else [str(number) for number in range(len(content))]
+        members: Iterable[tuple[Any, Any]] = content.items() if isinstance(content, dict) else enumerate(content)
+        names = [str(name) for name, _ in members]
         if not any(only in f"{group}.{name}" for name in names):
             continue
         check = checks.get(group)
-        missing = ["nothing checks this group"]
-        found = _run(check, content, folder, names) if check else dict.fromkeys(names, missing)
+        if check is None:
+            found = {name: ["nothing checks this group"] for name in names}
+        elif isinstance(content, dict):
+            found = _run(check, content, folder, names)
+        else:  # one by one, so that what one of them raises is its own failure
+            found = {
+                name: _run(check, [member], folder, ["0"])["0"] for name, member in zip(names, content, strict=True)
+            }
         for name, failures in found.items():
             if only in f"{group}.{name}":
                 yield f"{group}.{name}", failures
@@ -35,9 +44,8 @@ def data_failures(groups: dict[str, Any], folder: Path, only: str = "") -> Found
 def _run(check: Check, content: Any, folder: Path, names: list[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {name: ["was not checked"] for name in names}
     try:
-        # A check may know members that this file does not have; only what fails there is told.
-        found.update((name, failures) for name, failures in check(content, folder) if name in found or failures)
+        found.update(check(content, folder))
     except Exception as error:  # noqa: BLE001 - whatever a group raises is its failure, the others go on
-        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        words = what_was_raised(error)
         found = {name: [words] if failures == ["was not checked"] else failures for name, failures in found.items()}
     return found

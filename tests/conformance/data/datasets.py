@@ -10,12 +10,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.conformance.compare import mismatch
+from tests.conformance.compare import differ
+from tests.conformance.data.members import raises, spread, unknown
 from trilith.data import reference
 from trilith.data.convert import message_of
 from trilith.data.dataset import Dataset
@@ -25,18 +27,12 @@ from trilith.data.operators import cache_one, merged_window
 from trilith.data.queue import LocalFiles, StrQueue
 from trilith.data.records import Kind, Records
 from trilith.data.writers import open_writer
-from trilith.errors import TrilithError
 from trilith_proto.proto_parser_pb2 import Instance
 
 if TYPE_CHECKING:
     from tests.conformance.data import Check, Found
 
 __all__ = ["GROUPS"]
-
-
-def differ(what: str, got: Any, wanted: Any) -> list[str]:
-    wrong = mismatch(got, {"value": wanted, "exact": True})
-    return [f"{what}: {wrong}"] if wrong else []
 
 
 def item_ids(dataset: Dataset) -> list[int]:
@@ -56,26 +52,32 @@ def write_instances(path: Path, ids: Iterable[int], *, snappy: bool = False) -> 
 
 
 @contextmanager
-def completed(folder: Path, part: str, wanted: Mapping[str, Callable[[Path], None]]) -> Iterator[Path]:
-    """`folder`, or a copy of its folder `part` in which the missing ones of `wanted` are written."""
-    if all((folder / name).exists() for name in wanted):
+def completed(folder: Path, part: str, missing: Mapping[str, Callable[[Path], None]]) -> Iterator[Path]:
+    """`folder`, or, if something is missing, a copy of its folder `part` in which that is written."""
+    if not missing:
         yield folder
         return
     with tempfile.TemporaryDirectory() as scratch:
         if (folder / part).is_dir():
             shutil.copytree(folder / part, Path(scratch) / part)
-        for name, write in wanted.items():
-            path = Path(scratch) / name
-            if not path.exists():
-                write(path)
+        for name, write in missing.items():
+            write(Path(scratch) / name)
         yield Path(scratch)
 
 
-def parts_of(name: str, ids: list[list[int]], *, snappy: bool = False) -> dict[str, Callable[[Path], None]]:
-    """Writers of files, by their names, that hold these ids."""
+def missing_parts(
+    folder: Path, pattern: str, ids: list[list[int]], *, snappy: bool = False
+) -> dict[str, Callable[[Path], None]]:
+    """Writers of the files of a pattern that are not there: one per list of ids; none if those there hold all ids."""
+    there = expand_glob(str(folder / pattern))
+    dataset = reference.create_instance_dataset(there, use_snappy=snappy) if there else None
+    if dataset is not None and sorted(item_ids(dataset)) == sorted(itertools.chain(*ids)):
+        return {}
+    names = [pattern.replace("*", str(number)) for number in range(len(ids))]
     return {
-        name.replace("*", str(number)): lambda path, held=held: write_instances(path, held, snappy=snappy)  # type: ignore[misc]
-        for number, held in enumerate(ids)
+        name: lambda path, held=held: write_instances(path, held, snappy=snappy)  # type: ignore[misc]
+        for name, held in zip(names, ids, strict=True)
+        if not (folder / name).exists()
     }
 
 
@@ -93,52 +95,65 @@ def at(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def check_file_sharding(content: dict[str, Any], folder: Path) -> Found:
-    found: dict[str, list[str]] = {key: [] for key in content}
-    shares = content["item_ids_per_shard"]
-    with completed(folder, "data/parts", parts_of(content["pattern"], dealt(shares, 3))) as root:
-        for index, wanted in shares.items():
-            dataset = reference.DistributedFilePBDataset(
-                str(root / content["pattern"]),
-                has_sort_id=content["has_sort_id"],
-                shard_num=content["shard_num"],
-                shard_index=int(index),
-            )
-            found["item_ids_per_shard"] += differ(f"shard {index}", sorted(item_ids(dataset)), sorted(wanted))
-    yield from found.items()
+    def shares(wanted: dict[str, list[int]]) -> list[str]:
+        found = []
+        pattern = content["pattern"]
+        missing = missing_parts(folder, pattern, dealt(wanted, 3))
+        with completed(folder, str(Path(pattern).parent), missing) as root:
+            for index, ids in wanted.items():
+                dataset = reference.DistributedFilePBDataset(
+                    str(root / pattern),
+                    has_sort_id=content["has_sort_id"],
+                    shard_num=content["shard_num"],
+                    shard_index=int(index),
+                )
+                found += differ(f"shard {index}", sorted(item_ids(dataset)), sorted(ids))
+        return found
+
+    return spread(content, {"item_ids_per_shard": shares}, "pattern", "has_sort_id", "shard_num")
 
 
 def check_create_instance_dataset(content: dict[str, Any], folder: Path) -> Found:
-    found: dict[str, list[str]] = {key: [] for key in content}
-    shares = content["item_ids_per_shard"]
-    snappy = parts_of(content["files_list"][0], dealt(shares, 2), snappy=True)
-    with completed(folder, "data/parts_snappy", snappy) as root:
-        for index, wanted in shares.items():
-            dataset = reference.create_instance_dataset(
-                at(root, content["files_list"]),
-                enable_sharding=content["enable_sharding"],
-                shard_num=content["shard_num"],
-                shard_index=int(index),
-                has_sort_id=content["has_sort_id"],
+    def shares(wanted: dict[str, list[int]]) -> list[str]:
+        found = []
+        (pattern,) = content["files_list"]
+        missing = missing_parts(folder, pattern, dealt(wanted, 2), snappy=True)
+        with completed(folder, str(Path(pattern).parent), missing) as root:
+            for index, ids in wanted.items():
+                dataset = reference.create_instance_dataset(
+                    at(root, [pattern]),
+                    enable_sharding=content["enable_sharding"],
+                    shard_num=content["shard_num"],
+                    shard_index=int(index),
+                    has_sort_id=content["has_sort_id"],
+                )
+                found += differ(f"shard {index}", sorted(item_ids(dataset)), sorted(ids))
+        return found
+
+    def errors(cases: list[dict[str, Any]]) -> list[str]:
+        def made(arguments: dict[str, Any]) -> object:
+            files = at(folder, arguments["files_list"])
+            return reference.create_instance_dataset(**{**arguments, "files_list": files})
+
+        return [wrong for case in cases for wrong in raises(str(case), lambda case=case: list(made(case)))]
+
+    def explicit(case: dict[str, Any]) -> list[str]:
+        dataset = reference.create_instance_dataset(at(folder, case["files_list"]))
+        return differ("ids", sorted(item_ids(dataset)), sorted(case["item_ids_as_set"]))
+
+    def globbed(case: dict[str, Any]) -> list[str]:
+        (pattern,) = case["files_list"]
+        listed = content["explicit_list"]
+        size = len(listed["item_ids_as_set"]) // len(listed["files_list"])
+        ids = [[10 * part + row for row in range(size)] for part in range(case["n"] // size)]
+        with completed(folder, str(Path(pattern).parent), missing_parts(folder, pattern, ids)) as root:
+            files, glob = at(root, [pattern]), case["expand_glob_path"]
+            return differ(
+                "n", len(item_ids(reference.create_instance_dataset(files, expand_glob_path=glob))), case["n"]
             )
-            found["item_ids_per_shard"] += differ(f"shard {index}", sorted(item_ids(dataset)), sorted(wanted))
-    for arguments in content["errors"]:
-        try:
-            reference.create_instance_dataset(**arguments)
-            found["errors"].append(f"{arguments}: nothing was raised")
-        except TrilithError:
-            pass
-    listed = content["explicit_list"]
-    dataset = reference.create_instance_dataset(at(folder, listed["files_list"]))
-    found["explicit_list"] += differ("ids", sorted(item_ids(dataset)), sorted(listed["item_ids_as_set"]))
-    globbed = content["glob"]
-    size = len(listed["item_ids_as_set"]) // len(listed["files_list"])
-    ids = [[10 * part + row for row in range(size)] for part in range(globbed["n"] // size)]
-    with completed(folder, "data/parts", parts_of(globbed["files_list"][0], ids)) as root:
-        dataset = reference.create_instance_dataset(
-            at(root, globbed["files_list"]), expand_glob_path=globbed["expand_glob_path"]
-        )
-        found["glob"] += differ("n", len(item_ids(dataset)), globbed["n"])
-    yield from found.items()
+
+    checks = {"item_ids_per_shard": shares, "errors": errors, "explicit_list": explicit, "glob": globbed}
+    return spread(content, checks, "files_list", "enable_sharding", "shard_num", "has_sort_id")
 
 
 def check_dynamic_sharding(content: dict[str, Any], folder: Path) -> Found:
@@ -149,28 +164,35 @@ def check_dynamic_sharding(content: dict[str, Any], folder: Path) -> Found:
     def all_of(patterns: list[str]) -> list[str]:
         return list(names_of(LocalFiles(at(folder, patterns))))
 
-    found: dict[str, list[str]] = {key: [] for key in content}
-    found["basenames"] += differ("names", all_of(content["patterns"]), content["basenames"])
-    missed = content["unmatched"]
-    found["unmatched"] += differ("names", all_of(missed["patterns"]), missed["basenames"])
-    found["empty_patterns"] += differ("names", all_of([]), content["empty_patterns"])
-    shared = LocalFiles(at(folder, content["patterns"]))
-    taken: list[list[str]] = [[], []]
-    for worker, name in zip(itertools.cycle((0, 1, 1)), names_of(shared), strict=False):
-        taken[worker].append(name)
-    found["two_workers"] += differ("union", sorted(taken[0] + taken[1]), sorted(content["basenames"]))
-    yield from found.items()
+    def two_workers(wanted: str) -> list[str]:
+        shared = LocalFiles(at(folder, content["patterns"]))
+        taken: list[list[str]] = [[], []]
+        for worker, name in zip(itertools.cycle((0, 1, 1)), names_of(shared), strict=False):
+            taken[worker].append(name)
+        return differ("union", sorted(taken[0] + taken[1]), sorted(content["basenames"]))
+
+    checks: dict[str, Callable[[Any], list[str]]] = {
+        "basenames": lambda wanted: differ("names", all_of(content["patterns"]), wanted),
+        "unmatched": lambda case: differ("names", all_of(case["patterns"]), case["basenames"]),
+        "empty_patterns": lambda wanted: differ("names", all_of([]), wanted),
+        "two_workers": two_workers,
+    }
+    return spread(content, checks, "patterns")
 
 
 def check_input_patterns(content: list[Any], folder: Path) -> Found:
     for number, case in enumerate(content):
+        if case.get("error"):
+            yield str(number), raises(str(case), lambda case=case: match_input_patterns(str(folder / case["flag"])))  # type: ignore[misc]
+            continue
         ids = case["item_ids"]
-        wanted: dict[str, Callable[[Path], None]] = {
-            pattern.replace("*", "part-0"): lambda path, held=held: write_instances(path, [held])  # type: ignore[misc]
-            for pattern, held in zip(case["expanded"], ids, strict=False)
-        }
-        present = all(expand_glob(str(folder / pattern)) for pattern in case["expanded"])
-        with completed(folder, "data/dates", {} if present else wanted) as root:
+        missing: dict[str, Callable[[Path], None]] = {}
+        if not all(expand_glob(str(folder / pattern)) for pattern in case["expanded"]):
+            missing = {
+                pattern.replace("*", "part-0"): lambda path, held=held: write_instances(path, [held])  # type: ignore[misc]
+                for pattern, held in zip(case["expanded"], ids, strict=True)
+            }
+        with completed(folder, case["flag"].split("{")[0].rpartition("/")[0], missing) as root:
             patterns = match_input_patterns(str(root / case["flag"]))
             relative = [pattern.removeprefix(f"{root}/") for pattern in patterns]
             flags = reference.DatasetFlags(dataset_input_patterns=str(root / case["flag"]))
@@ -201,11 +223,7 @@ def script_failures(script: list[Any]) -> list[str]:
             case "enqueue":
                 queue.enqueue_many(argument)
             case "enqueue_error":
-                try:
-                    queue.enqueue_many(argument)
-                    found.append(f"step {place}: nothing was raised")
-                except TrilithError:
-                    pass
+                found += raises(f"step {place}", partial(queue.enqueue_many, argument))
             case "dequeue":
                 found += differ(f"step {place}", list(queue.dequeue()), argument)
             case "save_restore":
@@ -238,14 +256,17 @@ def check_cache_one(content: list[Any], folder: Path) -> Found:
 
 
 def check_merged_window(content: dict[str, Any], folder: Path) -> Found:
-    batches = [{"x": np.array(batch)} for batch in content["batches"]]
-    windows = merged_window(batches, content["size"], drop_remainder=content["drop_remainder"])
-    failures = differ("windows", [window["x"].tolist() for window in windows], content["expected"])
-    yield from ((key, failures if key == "expected" else []) for key in content)
+    def expected(wanted: list[Any]) -> list[str]:
+        options = {name: content[name] for name in ("size", "drop_remainder") if name in content}
+        windows = merged_window([{"x": np.array(batch)} for batch in content["batches"]], **options)
+        return differ("windows", [window["x"] for window in windows], wanted)
+
+    return spread(content, {"expected": expected}, "batches", "size", "drop_remainder")
 
 
 # ---- names of the reference ------------------------------------------------------------------------------------------
 
+DISPATCH = ("args", "kwargs", "cls", "file_name", "error")
 CLASSES = {
     "file": reference.FilePBDataset,
     "distributed_files": reference.DistributedFilePBDataset,
@@ -256,14 +277,21 @@ CLASSES = {
 
 
 def check_dispatch(content: dict[str, Any], folder: Path) -> Found:
-    failures = []
-    for case in content["cases"]:
-        dataset = reference.PBDataset(*case["args"], **case["kwargs"])
-        if type(dataset) is not CLASSES[case["cls"]]:
-            failures.append(f"{case}: made a {type(dataset).__name__}")
-        if "file_name" in case:
-            failures += differ(str(case), getattr(dataset, "file_name", None), case["file_name"])
-    yield from ((key, failures if key == "cases" else []) for key in content)
+    def cases(cases: list[dict[str, Any]]) -> list[str]:
+        found = []
+        for case in cases:
+            found += [f"nothing knows {name}" for name in unknown(case, DISPATCH)]
+            if case.get("error"):
+                found += raises(str(case), lambda case=case: reference.PBDataset(*case["args"], **case["kwargs"]))
+                continue
+            dataset = reference.PBDataset(*case["args"], **case["kwargs"])
+            if type(dataset) is not CLASSES[case["cls"]]:
+                found.append(f"{case}: made a {type(dataset).__name__}")
+            if "file_name" in case:
+                found += differ(str(case), getattr(dataset, "file_name", None), case["file_name"])
+        return found
+
+    return spread(content, {"cases": cases})
 
 
 GROUPS: dict[str, Check] = {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.conformance.compare import mismatch
+from tests.conformance.compare import differ
+from tests.conformance.data.members import raises, spread
+from tests.conformance.data.parsing import parsed_as
 from trilith.data import fids
 from trilith.data.compression import effective_compression
 from trilith.data.feature_list import FeatureList
@@ -21,38 +23,14 @@ from trilith.data.tf_example import TFExampleConverter
 from trilith.data.tfrecord import concatenate
 from trilith.data.tfrecord import frame_records as frame_tfrecords
 from trilith.errors import TrilithError
-from trilith_proto.example_pb2 import Example
 
 if TYPE_CHECKING:
     from tests.conformance.data import Check, Found
 
 __all__ = ["GROUPS"]
 
-INVALID_LABEL = -3.4028235e38
+CONVERTER = ("sparse_features", "dense_features", "label", "instance_weight")
 FLAGS = ("lagrangex_header", "kafka_dump_prefix", "has_sort_id", "kafka_dump")
-
-
-def same(what: str, got: Any, wanted: Any) -> list[str]:
-    """Nothing if the values are equal, floats to a relative 1e-6."""
-    wrong = mismatch(got, {"value": wanted, "exact": True})
-    if wrong and mismatch(got, {"value": wanted, "rel_tol": 1e-6}):
-        return [f"{what}: {wrong}"]
-    return []
-
-
-def raises(what: str, call: Callable[[], object]) -> list[str]:
-    """Nothing if the call raises an error of ours."""
-    try:
-        call()
-    except TrilithError:
-        return []
-    return [f"{what}: nothing was raised"]
-
-
-def by_key(content: Mapping[str, Any], found: Mapping[str, list[str]], rest: str) -> Found:
-    """A result per key: its own failures; keys that are no checks share those of `rest`."""
-    for key in content:
-        yield key, found.get(key, found[rest])
 
 
 def framing_of(flags: Mapping[str, Any]) -> Framing:
@@ -63,59 +41,71 @@ def framing_of(flags: Mapping[str, Any]) -> Framing:
 
 
 def check_fid(content: dict[str, Any], folder: Path) -> Found:
-    two = {"make_v1": fids.make_fid_v1, "make_v2": fids.make_fid_v2}
-    one = {"slot_of_v1": fids.slot_of_v1, "slot_of_v2": fids.slot_of_v2, "v1_to_v2": fids.v1_to_v2}
-    arguments = {"slot_of_v1": ("fid", "slot"), "slot_of_v2": ("fid", "slot"), "v1_to_v2": ("v1", "v2")}
-    for key, cases in content.items():
-        found: list[str] = []
-        if key in two:
-            for case in cases:
-                found += same(str(case), two[key](case["slot"], case["signature"]), case["fid"])
-        elif key in one:
-            given, wanted = arguments[key]
+    def makes(make: Callable[[int, int], int]) -> Callable[[list[Any]], list[str]]:
+        return lambda cases: [
+            wrong for case in cases for wrong in differ(str(case), make(case["slot"], case["signature"]), case["fid"])
+        ]
+
+    def refuses(make: Callable[[int, int], int]) -> Callable[[list[int]], list[str]]:
+        return lambda slots: [
+            wrong for slot in slots for wrong in raises(f"slot {slot}", lambda slot=slot: make(slot, 1))
+        ]
+
+    def gives(function: Callable[[Any], Any], given: str, wanted: str) -> Callable[[list[Any]], list[str]]:
+        def check(cases: list[Any]) -> list[str]:
             values = np.array([case[given] for case in cases], np.uint64)
-            found += same("array", one[key](values), [case[wanted] for case in cases])
-            for case in cases:
-                found += same(str(case), one[key](case[given]), case[wanted])
-        elif key.endswith("_error_slots"):
-            make = two[key.removesuffix("_error_slots")]
-            for slot in cases:
-                found += raises(f"slot {slot}", lambda make=make, slot=slot: make(slot, 1))
-        yield key, found
+            found = differ("array", function(values), [case[wanted] for case in cases])
+            return found + [wrong for case in cases for wrong in differ(str(case), function(case[given]), case[wanted])]
+
+        return check
+
+    checks = {
+        "make_v1": makes(fids.make_fid_v1),
+        "make_v2": makes(fids.make_fid_v2),
+        "make_v1_error_slots": refuses(fids.make_fid_v1),
+        "make_v2_error_slots": refuses(fids.make_fid_v2),
+        "slot_of_v1": gives(fids.slot_of_v1, "fid", "slot"),
+        "slot_of_v2": gives(fids.slot_of_v2, "fid", "slot"),
+        "v1_to_v2": gives(fids.v1_to_v2, "v1", "v2"),
+    }
+    return spread(content, checks)
 
 
 def check_extract_fid(content: dict[str, Any], folder: Path) -> Found:
-    wrong = []
-    for case in content.get("primary", []):
-        wrong += same(str(case), fids.extract_fid(case["value"], case["slot"]), case["fid"])
-    # Upstream lets the hash's bit 48 into the slot; here a slot stays what was asked for.
-    quirk = []
-    for case in content.get("quirk_49bit", []):
-        wanted = case["slot"] << 48 | case["fid"] & fids.SIGNATURE_V2
-        quirk += same(str(case), fids.extract_fid(case["value"], case["slot"]), wanted)
-    yield from by_key(content, {"primary": wrong, "quirk_49bit": quirk}, "primary")
+    def primary(cases: list[Any]) -> list[str]:
+        return [
+            wrong
+            for case in cases
+            for wrong in differ(str(case), fids.extract_fid(case["value"], case["slot"]), case["fid"])
+        ]
+
+    def quirk(cases: list[Any]) -> list[str]:
+        # Upstream lets the hash's bit 48 into the slot; here a slot stays what was asked for.
+        return primary([{**case, "fid": case["slot"] << 48 | case["fid"] & fids.SIGNATURE_V2} for case in cases])
+
+    return spread(content, {"primary": primary, "quirk_49bit": quirk})
 
 
 def check_java_hash(content: list[dict[str, Any]], folder: Path) -> Found:
     for number, case in enumerate(content):
-        found = same("hash", fids.java_hash(case["name"]), case["hash"])
-        yield str(number), found + same("key", fids.data_source_key(case["name"]), case["data_source_key"])
+        found = differ("hash", fids.java_hash(case["name"]), case["hash"])
+        yield str(number), found + differ("key", fids.data_source_key(case["name"]), case["data_source_key"])
 
 
 # ---- frames and compression ----------------------------------------------------------------------------------------
 
 
 def check_framing(content: dict[str, Any], folder: Path) -> Found:
-    yield from by_key(
+    def truncated(member: dict[str, Any]) -> list[str]:
+        return [wrong for case in member["cases"] for wrong in _truncated(case, folder)]
+
+    return spread(
         content,
         {
-            "cases": [wrong for case in content.get("cases", []) for wrong in _framed_file(case, folder)],
-            "truncated": [
-                wrong for case in content.get("truncated", {}).get("cases", []) for wrong in _truncated(case, folder)
-            ],
-            "poison": _poison(content["poison"], folder) if "poison" in content else [],
+            "cases": lambda cases: [wrong for case in cases for wrong in _framed_file(case, folder)],
+            "truncated": truncated,
+            "poison": lambda case: _poison(case, folder),
         },
-        "cases",
     )
 
 
@@ -130,12 +120,12 @@ def _framed_file(case: dict[str, Any], folder: Path) -> list[str]:
             whole = Records.concatenate(list(reader))
         if whole.payloads() != payloads:
             found.append(f"{case['file']}: payloads differ with blocks of {block}")
-        found += same(f"{case['file']}: data_source_key", whole.source_keys, keys)
+        found += differ(f"{case['file']}: data_source_key", whole.source_keys, keys)
     data = path.read_bytes()
     scratch = Scratch()
     split_frames(np.frombuffer(data, np.uint8), 0, len(data), framing, scratch)
     types = scratch.types[: scratch.found] if framing.lagrangex_header else np.zeros(scratch.found, np.uint8)
-    found += same(f"{case['file']}: pb_type", types, [record["pb_type"] for record in case["records"]])
+    found += differ(f"{case['file']}: pb_type", types, [record["pb_type"] for record in case["records"]])
     written = frame_records(Records.of(payloads, "plaintext", source_keys=keys), framing)
     if split_all(written.tobytes(), framing, "plaintext").payloads() != payloads:
         found.append(f"{case['file']}: what is written does not read back")
@@ -165,7 +155,7 @@ def _truncated(case: dict[str, Any], folder: Path) -> list[str]:
     path, records = folder / case["file"], case["complete_records"]
     if any(name in case for name in FLAGS):
         payloads, _ = _read_until_error(path, framing=framing_of(case))
-        return same(case["file"], len(payloads), records)
+        return differ(case["file"], len(payloads), records)
     return [] if list(_flags_of_fixture(path, records)) else [f"{case['file']}: not {records} records"]
 
 
@@ -177,14 +167,22 @@ def _poison(case: dict[str, Any], folder: Path) -> list[str]:
 def check_compression(content: dict[str, Any], folder: Path) -> Found:
     payloads = [bytes.fromhex(each) for each in content["expected_payload_hex"]]
     framing = framing_of(content)
-    wrong = []
-    for case in [{"type": "NO", "file": content["plain"]}, *content["cases"]]:
+
+    def read_as(case: dict[str, Any]) -> list[str]:
+        wrong = []
         for block in (1, 100, 1 << 20):
             options = {"framing": framing, "compression": case["type"], "block_bytes": block}
             got, error = _read_until_error(folder / case["file"], **options)
             if got != payloads or error:
                 wrong.append(f"{case['file']}: {len(got)} of {len(payloads)} records, {error}")
-    yield from by_key(content, {"cases": wrong}, "cases")
+        return wrong
+
+    checks: dict[str, Callable[[Any], list[str]]] = {
+        "cases": lambda cases: [wrong for case in cases for wrong in read_as(case)],
+        "plain": lambda file: read_as({"type": "NO", "file": file}),
+        "n_records": lambda wanted: differ("records", len(payloads), wanted),
+    }
+    return spread(content, checks, "expected_payload_hex", *FLAGS)
 
 
 def check_compression_selection(content: list[dict[str, Any]], folder: Path) -> Found:
@@ -196,13 +194,13 @@ def check_compression_selection(content: list[dict[str, Any]], folder: Path) -> 
             got = "ERROR"
         none = {"NO": "NONE", "UNKNOW": "NONE"}
         wanted = case["effective"].upper()
-        yield str(number), same("effective", got, none.get(wanted, wanted))
+        yield str(number), differ("effective", got, none.get(wanted, wanted))
 
 
 def check_tfrecord_crc(content: list[dict[str, Any]], folder: Path) -> Found:
     for number, case in enumerate(content):
         payload, record = bytes.fromhex(case["payload_hex"]), bytes.fromhex(case["record_hex"])
-        yield str(number), same("record", frame_tfrecords(*concatenate([payload])).tobytes().hex(), record.hex())
+        yield str(number), differ("record", frame_tfrecords(*concatenate([payload])).tobytes().hex(), record.hex())
 
 
 # ---- tf.Example ----------------------------------------------------------------------------------------------------
@@ -217,52 +215,29 @@ def _converter(content: Mapping[str, Any]) -> TFExampleConverter:
     )
 
 
-def _parsed(examples: Sequence[Example], parse: Mapping[str, Any]) -> dict[str, Any]:
-    """Examples as a parser gives them, for the few kinds of features that a tf.Example becomes."""
-    rows = [{each.name: each.feature for each in example.named_feature} for example in examples]
-    out: dict[str, Any] = {}
-    for name in parse["sparse_features"]:
-        values = [list(row[name].fid_v2_list.value) if name in row else [] for row in rows]
-        splits = [0, *np.cumsum([len(each) for each in values]).tolist()]
-        out[name] = {"kind": "ragged", "values": [fid for each in values for fid in each], "row_splits": splits}
-    for name, dim, dtype in parse["dense_features"]:
-        if name == "label":
-            values = [[*example.label[:dim], *[INVALID_LABEL] * dim][:dim] for example in examples]
-        elif name == "instance_weight":
-            values = [[example.instance_weight] for example in examples]
-        elif dtype == "string":
-            values = [[row[name].bytes_list.value[0].decode("latin-1") if name in row else ""] for row in rows]
-        else:
-            member = "int64_list" if dtype == "int64" else "float_list"
-            lists = [list(getattr(row[name], member).value) if name in row else [] for row in rows]
-            values = [[*each[:dim], *[0] * dim][:dim] for each in lists]
-        out[name] = {"kind": "dense", "values": values}
-    return out
-
-
-def _compare_parsed(got: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    found = []
-    for name, wanted in expected.items():
-        for member in ("row_splits", "values"):
-            if member in wanted:
-                found += same(f"{name}.{member}", got[name][member], wanted[member])
-    return found
-
-
 def check_tf_example(content: dict[str, Any], folder: Path) -> Found:
     converter = _converter(content)
-    with open_records(str(folder / content["file"]), kind="plaintext", format="tfrecord") as reader:
-        chunks = [converter.convert_records(chunk) for chunk in reader]
-    examples = [Example.FromString(payload) for chunk in chunks for payload in chunk.payloads()]
-    wrong = _compare_parsed(_parsed(examples, content["parse"]), content["parse"]["expected"])
-    yield from by_key(content, {"parse": wrong}, "parse")
+
+    def read(name: str) -> Records:
+        with open_records(str(folder / name), kind="plaintext", format="tfrecord") as reader:
+            return Records.concatenate([converter.convert_records(chunk) for chunk in reader])
+
+    return spread(content, {"parse": lambda case: parsed_as(read(content["file"]), case)}, "file", *CONVERTER)
 
 
 def check_tf_example_edge(content: dict[str, Any], folder: Path) -> Found:
-    example = _converter(content).convert(bytes.fromhex(content["serialized_hex"]))
-    wrong = _compare_parsed(_parsed([example], content["parse"]), content["parse"]["expected"])
-    errors = [each for case in content["errors"] for each in raises(case["why"], lambda case=case: _converter(case))]
-    yield from by_key(content, {"parse": wrong, "errors": errors}, "parse")
+    serialized = bytes.fromhex(content["serialized_hex"])
+
+    def parse(case: dict[str, Any]) -> list[str]:
+        converter = _converter(content)
+        found = parsed_as(converter.convert_records(Records.of([serialized], "plaintext")), case)
+        alone = converter.convert(serialized).SerializeToString()
+        return found + parsed_as(Records.of([alone], "example"), case)
+
+    def errors(cases: list[Any]) -> list[str]:
+        return [wrong for case in cases for wrong in raises(case["why"], lambda case=case: _converter(case))]
+
+    return spread(content, {"parse": parse, "errors": errors}, "serialized_hex", *CONVERTER)
 
 
 # ---- messages ------------------------------------------------------------------------------------------------------
@@ -279,19 +254,24 @@ def check_string_to_variant(content: dict[str, Any], folder: Path) -> Found:
         datasources=params.get("datasources"),
         default_datasource=params.get("default_datasource", ""),
     )
-    found: dict[str, list[str]] = {"inputs_hex": []}
-    wanted = content["data_source_key"]
-    got = [None if each is None else key for each, key in zip(wanted, records.source_keys.tolist(), strict=True)]
-    found["data_source_key"] = same("data_source_key", got, wanted)
-    if "has_variant" in content:
-        found["has_variant"] = same("has_variant", present, content["has_variant"])
-    yield from by_key(content, found, "inputs_hex")
+
+    def keys(wanted: list[Any]) -> list[str]:
+        pairs = zip(wanted, records.source_keys.tolist(), strict=True)
+        return differ("data_source_key", [None if each is None else key for each, key in pairs], wanted)
+
+    checks: dict[str, Callable[[Any], list[str]]] = {
+        "data_source_key": keys,
+        "has_variant": lambda wanted: differ("has_variant", present, wanted),
+    }
+    return spread(content, checks, "params", "inputs_hex")
 
 
 def check_kafka_message(content: dict[str, Any], folder: Path) -> Found:
-    records = split_all(bytes.fromhex(content["message_hex"]), framing_of(content), "instance")
-    wrong = same("payloads", [each.hex() for each in records.payloads()], content["payload_hex"])
-    yield from by_key(content, {"payload_hex": wrong}, "payload_hex")
+    def payloads(wanted: list[str]) -> list[str]:
+        records = split_all(bytes.fromhex(content["message_hex"]), framing_of(content), "instance")
+        return differ("payloads", [each.hex() for each in records.payloads()], wanted)
+
+    return spread(content, {"payload_hex": payloads}, "message_hex", *FLAGS)
 
 
 # ---- names ---------------------------------------------------------------------------------------------------------
@@ -300,50 +280,56 @@ def check_kafka_message(content: dict[str, Any], folder: Path) -> Found:
 def check_feature_list(content: dict[str, Any], folder: Path) -> Found:
     parsed = FeatureList.load(str(folder / content["file"]))
     expected = content["expected"]
-    wrong = same("column_name", sorted(parsed.column_name), sorted(expected["column_name"]))
+    wrong = differ("column_name", sorted(parsed.column_name), sorted(expected["column_name"]))
     for members, wanted in ((parsed.feeds, expected["feeds"]), (parsed.features, expected["features"])):
-        wrong += same("names", sorted(members), sorted(wanted))
+        wrong += differ("names", sorted(members), sorted(wanted))
         for name, values in wanted.items():
             for key, value in values.items():
-                wrong += same(f"{name}.{key}", getattr(members[name], key), value)
+                wrong += differ(f"{name}.{key}", getattr(members[name], key), value)
     for key, name in expected["lookup"].items():
-        wrong += same(f"lookup {key}", parsed[int(key) if key.isdigit() else key].feature_name, name)
+        wrong += differ(f"lookup {key}", parsed[int(key) if key.isdigit() else key].feature_name, name)
     for key in expected["missing"]:
         wrong += raises(f"lookup {key}", lambda key=key: parsed[int(key) if key.isdigit() else key])
-        wrong += same(f"get {key}", parsed.get(int(key) if key.isdigit() else key), None)
+        wrong += differ(f"get {key}", parsed.get(int(key) if key.isdigit() else key), None)
     for name, short in expected["names"].items():
-        wrong += same(f"short name of {name}", parsed.features[name].name, short)
-    yield from by_key(content, {"expected": wrong}, "expected")
+        wrong += differ(f"short name of {name}", parsed.features[name].name, short)
+    yield from spread(content, {"expected": lambda _: wrong}, "file")
 
 
 def check_slot_names(content: dict[str, Any], folder: Path) -> Found:
-    found: dict[str, list[str]] = {"none": []}
-    for key, tob in (("default", False), ("tob", True)):
+    def named(*, tob: bool) -> Callable[[dict[str, str]], list[str]]:
         names = SlotNames(tob=tob)
-        wanted = content.get(key, {})
-        found[key] = same(key, {slot: names.name_of(int(slot)) for slot in wanted}, wanted)
-    cases = content.get("from_name", [])
-    found["from_name"] = same(
-        "from_name", [SlotNames().slot_of(name) for name, _ in cases], [slot for _, slot in cases]
-    )
-    if "auto_assign" in content:
-        fresh, slots = SlotNames(), content["auto_assign"]
-        found["auto_assign"] = same("slots", [fresh.slot_of(name) for name in slots["fresh"]], slots["slots"])
-    if "registered" in content:
-        registry, wanted = SlotNames(), content["registered"]
-        registry.register(wanted["mapping"])
-        slots = [registry.slot_of(name) for name, _ in wanted["lookup"]]
-        found["registered"] = same("lookup", slots, [slot for _, slot in wanted["lookup"]])
-    yield from by_key(content, found, "none")
+        return lambda wanted: differ("names", {slot: names.name_of(int(slot)) for slot in wanted}, wanted)
+
+    def from_name(pairs: list[Any]) -> list[str]:
+        return differ("slots", [[name, SlotNames().slot_of(name)] for name, _ in pairs], pairs)
+
+    def auto_assign(case: dict[str, Any]) -> list[str]:
+        fresh = SlotNames()
+        return differ("slots", [fresh.slot_of(name) for name in case["fresh"]], case["slots"])
+
+    def registered(case: dict[str, Any]) -> list[str]:
+        registry = SlotNames()
+        registry.register(case["mapping"])
+        return differ("lookup", [[name, registry.slot_of(name)] for name, _ in case["lookup"]], case["lookup"])
+
+    checks = {
+        "default": named(tob=False),
+        "tob": named(tob=True),
+        "from_name": from_name,
+        "auto_assign": auto_assign,
+        "registered": registered,
+    }
+    return spread(content, checks)
 
 
 def check_mapper(content: list[dict[str, Any]], folder: Path) -> Found:
     for number, case in enumerate(content):
         mapper = FeatureNameMapper(enabled=True)
         returned = [getattr(mapper, name)(argument) for name, argument in case["ops"]]
-        wrong = same("returns", returned, case["returns"])
-        wrong += same("found", {name: mapper.find(name) for name in case["found"]}, case["found"])
-        wrong += same("absent", [mapper.find(name) for name in case["absent"]], [None] * len(case["absent"]))
+        wrong = differ("returns", returned, case["returns"])
+        wrong += differ("found", {name: mapper.find(name) for name in case["found"]}, case["found"])
+        wrong += differ("absent", [mapper.find(name) for name in case["absent"]], [None] * len(case["absent"]))
         yield str(number), wrong
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.conformance.compare import mismatch
+from tests.conformance.compare import differ
+from tests.conformance.data.members import spread, unknown
 from trilith.data.convert import message_of
 from trilith.data.dataset import Dataset, from_records, read
 from trilith.data.fids import data_source_key
@@ -24,12 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GROUPS"]
 
-_CHUNK = 2  # records per chunk, so that what flows between chunks counts
-
-
-def differ(what: str, got: Any, wanted: Any) -> list[str]:
-    wrong = mismatch(got, {"value": wanted, "rel_tol": 1e-6})
-    return [f"{what}: {wrong}"] if wrong else []
+FLAGS = ("lagrangex_header", "kafka_dump_prefix", "has_sort_id", "kafka_dump")
+NEGATIVES = ("instances_hex", "examples_hex", "params", "expected", "expected_one_of")
 
 
 # ---- negative_gen ----------------------------------------------------------------------------------------------------
@@ -84,17 +82,18 @@ def rows_failures(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> li
 
 
 def case_failures(case: Mapping[str, Any]) -> list[str]:
+    found = [f"nothing knows {name}" for name in unknown(case, NEGATIVES)]
     got = rows_of(case)
     choices = case.get("expected_one_of") or [case["expected"]]
     tried = [rows_failures(got, wanted) for wanted in choices]
-    best = min(tried, key=len)
-    return [f"{case.get('id')}: {failure}" for failure in best]
+    return [f"{case.get('id')}: {failure}" for failure in found + min(tried, key=len)]
 
 
 def check_negative_gen(content: dict[str, Any], folder: Path) -> Found:
-    for key, value in content.items():
-        cases = value if key == "cases" else ()
-        yield key, [failure for case in cases for failure in case_failures(case)]
+    def cases(cases: list[Any]) -> list[str]:
+        return [failure for case in cases for failure in case_failures(case)]
+
+    return spread(content, {"cases": cases})
 
 
 # ---- item_pool -------------------------------------------------------------------------------------------------------
@@ -143,30 +142,55 @@ def pool_of(content: Mapping[str, Any]) -> ItemPool:
 
 
 def check_item_pool(content: dict[str, Any], folder: Path) -> Found:
-    found: dict[str, list[str]] = {key: [] for key in content}
-    for where in content["restore"]:
-        with tempfile.TemporaryDirectory() as scratch:
-            path = folder / where["model_path"]
-            if not path.is_dir():  # the vectors came without their files: ours, then, are read back
-                path = Path(scratch)
-                pool_of(content).save(str(path), where["global_step"], nshards=where["nshards"])
-            pool = ItemPool(content["start_num"], content["max_item_num_per_channel"])
-            if not pool.restore(str(path), where["global_step"], nshards=where["nshards"]):
-                found["restore"].append(f"{where}: nothing was restored")
-            found["expected"] += pool_failures(pool, content["expected"])
-            capped = ItemPool(content["start_num"], content["capped"]["max_item_num_per_channel"])
-            capped.restore(str(path), where["global_step"], nshards=where["nshards"])
-            gids = {str(channel): [item.gid for item in items] for channel, items in capped.channels.items()}
-            found["capped"] += differ("gids", gids, content["capped"]["expected_gids"])
-            again = Path(scratch) / "again"
-            pool.save(str(again), 3, nshards=2)
-            fresh = ItemPool(0, content["max_item_num_per_channel"])
-            fresh.restore(str(again), 4, nshards=2)
-            found["notes"] += pool_failures(fresh, content["expected"])
-    name = content["saved_name"]
-    path = pool_path(name["model_path"], name["global_step"], name["worker_index"], name["shard"], name["worker_num"])
-    found["saved_name"] += differ("path", path, name["path"])
-    yield from found.items()
+    @contextmanager
+    def files_of(where: Mapping[str, Any]) -> Iterator[str]:
+        path = folder / where["model_path"]
+        if path.is_dir():
+            yield str(path)
+            return
+        with tempfile.TemporaryDirectory() as scratch:  # the vectors came without their files: ours are read back
+            pool_of(content).save(scratch, where["global_step"], nshards=where["nshards"])
+            yield scratch
+
+    def restored(where: Mapping[str, Any], capacity: int) -> ItemPool | None:
+        pool = ItemPool(content["start_num"], capacity)
+        with files_of(where) as path:
+            found = pool.restore(path, where["global_step"], nshards=where["nshards"])
+        return pool if found else None
+
+    def restore(places: list[Any]) -> list[str]:
+        """Each place is restored, and what is saved again is restored from there."""
+        found = []
+        for where in places:
+            pool = restored(where, content["max_item_num_per_channel"])
+            if pool is None:
+                found.append(f"{where}: nothing was restored")
+                continue
+            with tempfile.TemporaryDirectory() as scratch:
+                pool.save(scratch, 3, nshards=2)
+                fresh = ItemPool(0, content["max_item_num_per_channel"])
+                fresh.restore(scratch, 4, nshards=2)
+            found += pool_failures(fresh, content["expected"])
+        return found
+
+    def expected(wanted: dict[str, Any]) -> list[str]:
+        pools = [restored(where, content["max_item_num_per_channel"]) for where in content["restore"]]
+        return [failure for pool in pools if pool is not None for failure in pool_failures(pool, wanted)]
+
+    def capped(case: dict[str, Any]) -> list[str]:
+        found = []
+        for pool in [restored(where, case["max_item_num_per_channel"]) for where in content["restore"]]:
+            channels = pool.channels.items() if pool is not None else ()
+            gids = {str(channel): [item.gid for item in items] for channel, items in channels}
+            found += differ("gids", gids, case["expected_gids"])
+        return found
+
+    def saved_name(case: dict[str, Any]) -> list[str]:
+        names = ("model_path", "global_step", "worker_index", "shard", "worker_num")
+        return differ("path", pool_path(*(case[name] for name in names)), case["path"])
+
+    checks = {"restore": restore, "expected": expected, "capped": capped, "saved_name": saved_name}
+    return spread(content, checks, "max_item_num_per_channel", "start_num")
 
 
 # ---- split_merge_flow ------------------------------------------------------------------------------------------------
@@ -177,24 +201,34 @@ def item_ids(dataset: Dataset) -> list[int]:
 
 
 def check_split_merge_flow(content: dict[str, Any], folder: Path) -> Found:
-    found: dict[str, list[str]] = {key: [] for key in content}
-    framing = Framing(lagrangex_header=content["lagrangex_header"])
+    framing = Framing(**{name: content[name] for name in FLAGS if name in content})
     whole = read(str(folder / content["file"]), kind="instance", framing=framing)
     names = content["data_flow"]
-    flows = whole.split(names)
-    for name, wanted in content["split_item_ids"].items():
-        found["split_item_ids"] += differ(name, item_ids(flows[name]), wanted)
-    flows = whole.split(names)
-    merged = flows[names[0]].merge(*(flows[name] for name in names[1:])).apply(with_source_names)
-    messages = [message_of(payload, Kind.INSTANCE) for payload in merged]
-    ids = sorted(message.line_id.item_id for message in messages)  # type: ignore[union-attr]
-    found["merged_item_ids_as_set"] += differ("ids", ids, sorted(content["merged_item_ids_as_set"]))
-    sources = Counter(message.line_id.data_source_name for message in messages)  # type: ignore[union-attr]
-    for name, wanted in content["merged_data_source_name"].items():
-        count = len(content["split_item_ids"][name])
-        found["merged_data_source_name"] += differ(name, sources[wanted], count)
-        found["merged_data_source_name"] += differ(name, f"data_source{data_source_key(name)}", wanted)
-    yield from found.items()
+
+    def merged() -> list[Any]:
+        flows = whole.split(names)
+        first, *others = (flows[name] for name in names)
+        return [message_of(payload, Kind.INSTANCE) for payload in first.merge(*others).apply(with_source_names)]
+
+    def split_ids(wanted: dict[str, list[int]]) -> list[str]:
+        flows = whole.split(names)
+        return differ("ids", {name: item_ids(flows[name]) for name in wanted}, wanted)
+
+    def merged_ids(wanted: list[int]) -> list[str]:
+        return differ("ids", sorted(message.line_id.item_id for message in merged()), sorted(wanted))
+
+    def source_names(wanted: dict[str, str]) -> list[str]:
+        counts = Counter(message.line_id.data_source_name for message in merged())
+        held = {source: len(content["split_item_ids"][name]) for name, source in wanted.items()}
+        keys = {name: f"data_source{data_source_key(name)}" for name in wanted}
+        return differ("rows of sources", dict(counts), held) + differ("sources", keys, wanted)
+
+    checks = {
+        "split_item_ids": split_ids,
+        "merged_item_ids_as_set": merged_ids,
+        "merged_data_source_name": source_names,
+    }
+    return spread(content, checks, "file", "data_flow", *FLAGS)
 
 
 GROUPS: dict[str, Check] = {

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tests.conformance.compare import differ
+from tests.conformance.data.members import raises, spread, unknown
 from trilith.data.names import SlotNames
 from trilith.data.parse import (
     parse_example_batch,
@@ -18,9 +20,8 @@ from trilith.data.parse import (
     parse_instances_raw,
 )
 from trilith.data.ragged import Ragged, contract, expand
-from trilith.data.records import Records
+from trilith.data.records import Kind, Records
 from trilith.data.sharding import ShardingConfig, shard_fids
-from trilith.errors import TrilithError
 
 if TYPE_CHECKING:
     from tests.conformance.data import Check
@@ -28,6 +29,17 @@ if TYPE_CHECKING:
 __all__ = ["GROUPS"]
 
 Found = Iterator[tuple[str, list[str]]]
+
+REQUEST = ("fidv1_features", "fidv2_features", "sparse_features", "dense_features", "extra_features", "tob_env")
+BATCH_LIST = (
+    "names",
+    "shapes",
+    "dtypes",
+    "extra_features",
+    "label_config",
+    "positive_label",
+    "negative_label",
+)
 
 
 def _payloads(case: dict[str, Any]) -> list[bytes]:
@@ -60,20 +72,19 @@ def differences(name: str, got: Any, want: Any) -> list[str]:
     if want["kind"] == "ragged":
         if not isinstance(got, Ragged):
             return [f"{name}: {type(got).__name__} instead of a ragged array"]
-        pairs = (("values", got.values), ("row_splits", got.row_splits))
-        return [
-            f"{name}.{part}: {array.tolist()} != {want[part]}" for part, array in pairs if array.tolist() != want[part]
-        ]
+        if got.values.dtype != want.get("dtype", "int64"):
+            return [f"{name}: dtype {got.values.dtype} instead of {want['dtype']}"]
+        parts = ("values", "row_splits")
+        return [f for part in parts for f in differ(f"{name}.{part}", getattr(got, part), want[part])]
+    if want["kind"] != "dense":
+        return [f"{name}: nothing checks what is {want['kind']}"]
     if not isinstance(got, np.ndarray) or list(got.shape) != want["shape"]:
         return [f"{name}: shape {getattr(got, 'shape', None)} instead of {want['shape']}"]
     if want["dtype"] == "string":
-        return [] if got.tolist() == _text(want["values"]) else [f"{name}: {got.tolist()} != {want['values']}"]
+        return differ(name, got, _text(want["values"]))
     if got.dtype != want["dtype"]:
         return [f"{name}: dtype {got.dtype} instead of {want['dtype']}"]
-    if want["dtype"] == "int64":
-        return [] if got.tolist() == want["values"] else [f"{name}: {got.tolist()} != {want['values']}"]
-    close = np.allclose(got, np.array(want["values"], np.float32), rtol=1e-6, atol=0, equal_nan=True)
-    return [] if close else [f"{name}: {got.tolist()} != {want['values']}"]
+    return differ(name, got, want["values"])
 
 
 def _compare(got: dict[str, Any], want: dict[str, Any]) -> list[str]:
@@ -82,27 +93,31 @@ def _compare(got: dict[str, Any], want: dict[str, Any]) -> list[str]:
     return missing + unasked + [f for name in want if name in got for f in differences(name, got[name], want[name])]
 
 
-def _cases(cases: list[dict[str, Any]], parse: Callable[[dict[str, Any]], dict[str, Any]]) -> list[str]:
-    return [
-        f"{case.get('id', number)}: {f}"
-        for number, case in enumerate(cases)
-        for f in _compare(parse(case), case["expected"])
-    ]
+def _cases(parse: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[list[dict[str, Any]]], list[str]]:
+    def check(cases: list[dict[str, Any]]) -> list[str]:
+        found = []
+        for number, case in enumerate(cases):
+            name = case.get("id", number)
+            found += [
+                f"{name}: nothing knows {each}" for each in unknown(case, ("serialized_hex", "expected", *REQUEST))
+            ]
+            found += [f"{name}: {f}" for f in _compare(parse(case), case["expected"])]
+        return found
+
+    return check
 
 
-def _refused(case: dict[str, Any], run: Callable[[], object]) -> list[str]:
-    try:
-        run()
-    except TrilithError:
-        return []
-    return [f"{case['id']}: nothing was raised, expected {case['error']!r}"]
+def _errors(parse: Callable[[dict[str, Any]], object]) -> Callable[[list[dict[str, Any]]], list[str]]:
+    return lambda cases: [f for case in cases for f in raises(str(case), lambda case=case: parse(case))]
 
 
-def _others(content: dict[str, Any], *checked: str) -> Found:
-    """Members of a group that hold no check of their own."""
-    for name in content:
-        if name not in checked:
-            yield name, []
+def parsed_as(records: Records, case: dict[str, Any]) -> list[str]:
+    """How the batch that parsing gives differs from what a case expects."""
+    arguments = _arguments(case)
+    if records.kind is Kind.EXAMPLE_BATCH:
+        return _compare(parse_example_batch(records.payload(0), **arguments), case["expected"])
+    parse = parse_instances if records.kind is Kind.INSTANCE else parse_examples
+    return _compare(parse(records, **arguments), case["expected"])
 
 
 def _names(case: dict[str, Any]) -> SlotNames:
@@ -122,84 +137,70 @@ def _instances(content: dict[str, Any], folder: Path) -> Found:
     def parse(case: dict[str, Any]) -> dict[str, Any]:
         return parse_instances(_payloads(case), names=_names(case), **_arguments(case))
 
-    yield "cases", _cases(content.get("cases", []), parse)
-    failures = []
-    for case in content.get("errors", []):
-        run = (lambda case=case: _raw(case)) if case.get("op") == "raw_concat" else (lambda case=case: parse(case))
-        failures += _refused(case, run)
-    yield "errors", failures
-    failures = []
-    for case in content.get("raw_concat", []):
-        offsets, values = _raw(case)
-        for name, got in (("offsets", offsets), ("values", values)):
-            if got.tolist() != case[name]:
-                failures.append(f"{name}: {got.tolist()} != {case[name]}")
-    yield "raw_concat", failures
-    case = content.get("tob_names")
-    if case is not None:
-        keys = list(parse(case))
-        yield "tob_names", [] if keys == case["expected_keys"] else [f"{keys} != {case['expected_keys']}"]
-    yield from _others(content, "cases", "errors", "raw_concat", "tob_names")
+    def either(case: dict[str, Any]) -> object:
+        return _raw(case) if case.get("op") == "raw_concat" else parse(case)
+
+    def concatenated(cases: list[dict[str, Any]]) -> list[str]:
+        found = []
+        for case in cases:
+            offsets, values = _raw(case)
+            found += differ("offsets", offsets, case["offsets"]) + differ("values", values, case["values"])
+        return found
+
+    checks: dict[str, Callable[[Any], list[str]]] = {
+        "cases": _cases(parse),
+        "errors": _errors(either),
+        "raw_concat": concatenated,
+        "tob_names": lambda case: differ("keys", list(parse(case)), case["expected_keys"]),
+    }
+    return spread(content, checks)
 
 
 def _legacy(content: dict[str, Any], folder: Path) -> Found:
-    got = parse_instances_legacy(_payloads(content), fidv1_features=content["fidv1_features"])
-    failures = []
-    for name, want in content["expected"].items():
-        value = got.get(name)
-        expected = np.array(want)
-        if value is None or value.shape != expected.shape or not np.allclose(value, expected, rtol=1e-6):
-            failures.append(f"{name}: {value} != {want}")
-    yield "expected", failures
-    yield from _others(content, "expected")
+    def expected(wanted: dict[str, Any]) -> list[str]:
+        got = parse_instances_legacy(_payloads(content), fidv1_features=content["fidv1_features"])
+        return [f for name, want in wanted.items() for f in differ(name, got.get(name), want)]
+
+    return spread(content, {"expected": expected}, "serialized_hex", "fidv1_features")
 
 
 def _examples(content: dict[str, Any], folder: Path) -> Found:
     def parse(case: dict[str, Any]) -> dict[str, Any]:
         return parse_examples(_payloads(case), **_arguments(case))
 
-    yield "cases", _cases(content.get("cases", []), parse)
-    yield "errors", [f for case in content.get("errors", []) for f in _refused(case, lambda case=case: parse(case))]  # type: ignore[misc]
-    yield from _others(content, "cases", "errors")
+    return spread(content, {"cases": _cases(parse), "errors": _errors(parse)})
 
 
 def _example_batch(content: dict[str, Any], folder: Path) -> Found:
     def parse(case: dict[str, Any]) -> dict[str, Any]:
         return parse_example_batch(_payloads(case)[0], **_arguments(case))
 
-    yield "cases", _cases(content.get("cases", []), parse)
-    yield "errors", [f for case in content.get("errors", []) for f in _refused(case, lambda case=case: parse(case))]  # type: ignore[misc]
-    yield from _others(content, "cases", "errors")
+    return spread(content, {"cases": _cases(parse), "errors": _errors(parse)})
 
 
 def _example_batch_list(content: dict[str, Any], folder: Path) -> Found:
-    got = parse_example_batch_list(
-        [bytes.fromhex(each) for each in content["inputs_hex"]],
-        names=content["names"],
-        shapes=content["shapes"],
-        dtypes=content["dtypes"],
-        extra_features=content.get("extra_features", ()),
-        label_config=content.get("label_config", ""),
-        positive_label=content.get("positive_label", 1.0),
-        negative_label=content.get("negative_label", 0.0),
-    )
-    yield "expected", _compare(got, content["expected"])
-    yield from _others(content, "expected")
+    def expected(wanted: dict[str, Any]) -> list[str]:
+        arguments = {name: content[name] for name in BATCH_LIST if name in content}
+        return _compare(
+            parse_example_batch_list([bytes.fromhex(each) for each in content["inputs_hex"]], **arguments), wanted
+        )
+
+    return spread(content, {"expected": expected}, "inputs_hex", *BATCH_LIST)
 
 
 def _ragged(content: dict[str, Any], folder: Path) -> Found:
     splits = np.array(content["row_splits"], np.int64)
     features = {"r": Ragged(np.array(content["values"], np.int64), splits), "other": np.ones(2)}
     parts = expand(features, value_rowids=True)
-    for name in ("values", "row_splits", "nrows", "value_rowids"):
-        if name in content:
-            got = np.asarray(parts["r"][name]).tolist()
-            yield name, [] if got == content[name] else [f"{got} != {content[name]}"]
-    kept = parts["other"] is features["other"]
     back = contract(parts)
-    same = kept and back["r"].tolist() == features["r"].tolist() and back["other"] is features["other"]
-    yield "passthrough_key_kept", [] if same == content.get("passthrough_key_kept", True) else [f"{same}"]
-    yield from _others(content, "values", "row_splits", "nrows", "value_rowids", "passthrough_key_kept")
+    kept = parts["other"] is features["other"] and back["other"] is features["other"]
+    found = differ("contracted", back["r"].tolist(), features["r"].tolist())
+
+    def of(name: str) -> Callable[[Any], list[str]]:
+        return lambda wanted: found + differ(name, np.asarray(parts["r"][name]), wanted)
+
+    checks = {name: of(name) for name in ("values", "row_splits", "nrows", "value_rowids")}
+    return spread(content, {**checks, "passthrough_key_kept": lambda wanted: differ("kept", kept, wanted)})
 
 
 def _flat(value: Any) -> Any:
@@ -211,22 +212,21 @@ def _flat(value: Any) -> Any:
 
 
 def _sharding(content: dict[str, Any], folder: Path) -> Found:
-    failures = []
-    for number, case in enumerate(content["cases"]):
-        tables = {name: (each["table"], each["slice_dims"]) for name, each in case["feature_cfgs"].items()}
-        config = ShardingConfig(
-            features=tables,
-            ps_num=case["ps_num"],
-            unique=case["unique"],
-            version=case.get("version", content.get("version", 5)),
-        )
-        got = shard_fids(Records.of(_payloads(case), case["input_type"]), config)
-        for name, want in case["expected"].items():
-            plain = _flat(got[name])
-            if plain != _flat(want):
-                failures.append(f"case {number}, {name}: {plain} != {want}")
-    yield "cases", failures
-    yield from _others(content, "cases")
+    def cases(cases: list[dict[str, Any]]) -> list[str]:
+        found = []
+        for number, case in enumerate(cases):
+            config = ShardingConfig(
+                features={name: (each["table"], each["slice_dims"]) for name, each in case["feature_cfgs"].items()},
+                ps_num=case["ps_num"],
+                unique=case["unique"],
+                version=case.get("version", content.get("version", 5)),
+            )
+            got = shard_fids(Records.of(_payloads(case), case["input_type"]), config)
+            for name, want in case["expected"].items():
+                found += differ(f"case {number}, {name}", _flat(got[name]), _flat(want))
+        return found
+
+    return spread(content, {"cases": cases}, "version")
 
 
 GROUPS: dict[str, Check] = {
