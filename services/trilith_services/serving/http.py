@@ -162,7 +162,13 @@ class HttpServer:
         """
         host, _, port = listen.rpartition(":")
         config = uvicorn.Config(
-            app, host=host.strip("[]"), port=int(port), log_config=None, access_log=False, lifespan="off"
+            app,
+            host=host.strip("[]"),
+            port=int(port),
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
         )
         try:
             self._socket = config.bind_socket()
