@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -40,18 +42,40 @@ app = typer.Typer(
 )
 
 
+# What typer raises for a wrong command line; of its classes only this one's child has a public name in every version.
+_UsageError: type[BaseException] = typer.BadParameter.__mro__[1]
+
+
 def _register() -> None:
     for name in COMMANDS:
         importlib.import_module(f"trilith_services.commands.{name}").register(app)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand; a TrilithError is one line on stderr and exit status 2."""
+    """Run a subcommand; what is wrong with it or its flags, and a TrilithError, is one line on stderr and status 2."""
     try:
-        app(args=list(argv) if argv is not None else None)
+        status = app(args=list(argv) if argv is not None else None, prog_name="trilith", standalone_mode=False)
     except TrilithError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        status = 2
+    except _UsageError as error:
+        _explain(error)
+        status = 2
+    sys.exit(status)
+
+
+def _explain(error: Any) -> None:
+    """Say what was wrong, with the value, and where to read more; after a page of help there is nothing to say."""
+    from pydantic import ValidationError
+
+    text = error.format_message().removesuffix(".").replace("Value error, ", "")
+    if not text:
+        return
+    text = re.sub(r"^Invalid value for '([^']*)': (Input)?", lambda match: f"{match[1]}: {'it' * bool(match[2])}", text)
+    if isinstance(error.__cause__, ValidationError):
+        given = error.__cause__.errors()[0]["input"]
+        text += f", not {given!r}" if repr(given) not in text else ""
+    typer.echo(f"error: {text}; see {error.ctx.command_path if error.ctx else 'trilith'} --help", err=True)
 
 
 prefer_fast_grpc()  # commands import it when they run

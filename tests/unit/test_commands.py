@@ -298,11 +298,15 @@ def test_sizes_ages_and_counts_read_well() -> None:
         (["data", "count", "x", "--format", "xyz"], "--format: 'xyz' is none of records, tfrecord, parquet, csv"),
         (["data", "count", "x", "--kind", "xyz"], "--kind: 'xyz' is none of instance, "),
         (["export", __file__, "x", "--features", "user"], f"{__file__}: no manifest.json"),
+        (["ps", "--index=-1"], "--index: it should be greater than or equal to 0, not '-1'; see trilith ps --help"),
+        (["ps", "--log-level", "LOUD"], "--log-level: 'LOUD' is not one of 'debug', 'info', 'warning', 'error'; see"),
+        (["ps", "--fast"], "No such option: --fast; see trilith ps --help"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_flag_and_what_would_be_right(run, arguments, says) -> None:
     shown = run(*arguments)
     assert (shown.status, shown.err.startswith(f"error: {says}")) == (2, True), shown.err
+    assert shown.err.count("\n") == 1
 
 
 def test_every_command_and_option_says_what_it_is() -> None:
