@@ -6,6 +6,7 @@ import secrets
 
 import numpy as np
 import pytest
+from torch import nn
 
 from tests.congruence.clusters import SHAPES, LocalCluster
 from tests.congruence.test_distributed_tables import Counting, config, requests
@@ -15,7 +16,7 @@ from trilith.config import ClientConfig
 from trilith.data.ragged import Ragged
 from trilith.data.sharding import FeatureFids
 from trilith.errors import InvalidRequestError, UnavailableError
-from trilith.nn import FusedLayouts
+from trilith.nn import ClippedLayouts, FusedLayouts
 from trilith.ops.layout_config import OutConfig, OutType, PoolingType, SliceConfig
 from trilith.tables import Adagrad, PolynomialDecay, RandomUniform
 from trilith.tables.factories import create_partitioned_tables
@@ -176,6 +177,21 @@ def test_layouts_as_a_module_step_their_rows(counted, depth):
     layouts.trainable = False
     assert not layouts(tables.fetch(tables.shard(BATCH, 2)))["bias"].requires_grad
     tables.pusher.close()
+
+
+def test_gradients_of_layouts_are_clipped_with_the_dense_ones_before_rows_are_stepped(counted):
+    client, shards = counted
+    tables = make(client)
+    layouts, head = FusedLayouts(tables), nn.Linear(1, 1, bias=False)
+    nn.init.ones_(head.weight)
+    backward = ClippedLayouts(layouts, head, clip_norm=1.0)
+    found = layouts(tables.fetch(tables.shard(BATCH, 2)))
+    backward(2 * found["bias"].sum() + found["seq"][0].sum() * 0 + head.weight.sum(), found)
+    # The norm of (2, 2) of the bias and 1 of the head is 3.
+    np.testing.assert_allclose(head.weight.grad, [[1 / 3]])
+    assert backward.update.global_step == 1
+    assert [each["apply_gradients"] for each in requests(shards)] == [1, 1]
+    np.testing.assert_allclose(tables.lookup(BATCH, 2)["bias"], [[-4.0], [-4 / 3]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("native", [True, False])

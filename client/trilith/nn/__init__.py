@@ -11,7 +11,7 @@ from trilith.nn.features import FeatureEmbeddings, FeatureModel
 from trilith.nn.ffm import FFM
 from trilith.nn.layouts import FusedLayouts
 from trilith.nn.local import LocalEmbeddings
-from trilith.nn.updates import ClippedBackward
+from trilith.nn.updates import ClippedBackward, ClippedLayouts
 
 __all__ = [
     "FFM",
@@ -20,6 +20,7 @@ __all__ = [
     "Bridge",
     "ClickModel",
     "ClippedBackward",
+    "ClippedLayouts",
     "Combiner",
     "DeepFM",
     "DenseOnPs",

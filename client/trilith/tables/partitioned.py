@@ -264,6 +264,10 @@ class PartitionedTables(QueueHooks):
     def drain(self) -> None:
         """Wait until all updates have been applied; raises what a push in the background ended with."""
         self.pusher.drain()
+        from trilith.peers import PeerClient
+
+        if isinstance(self._client, PeerClient):
+            self._client.drain()
 
     def _write(self, verb: Verb, parts: Sequence[Mapping[str, Any]], req_time: int | None) -> PartitionedTables:
         shards = self._client.shards
