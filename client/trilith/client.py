@@ -333,7 +333,7 @@ class Client:
         return self._variables.create(initial, optimizer)
 
     def pull_variables(self, names: Sequence[str] | None = None) -> tuple[dict[str, Float32Array], int]:
-        """Current values by name (all that the cluster has if `names` is None), and the global step."""
+        """Current values by name, float32 of the variable's shape (None: all variables), and the global step."""
         return self._variables.pull(names)
 
     def apply_dense_gradients(
@@ -344,11 +344,21 @@ class Client:
         global_step: int | None = None,
         allow_non_finite: bool = False,
     ) -> None:
-        """One step of each variable's optimizer; `learning_rate` None takes the optimizer's own."""
+        """One step of each variable's optimizer.
+
+        Args:
+            gradients: By variable, float32 of its shape.
+            learning_rate: None takes the optimizer's own.
+            global_step: The model's step; None takes what this client knows.
+            allow_non_finite: Accept NaN and infinity.
+
+        Raises:
+            NonFiniteError: A gradient has NaN or infinity; nothing was sent.
+        """
         self._variables.apply_gradients(gradients, learning_rate, global_step, allow_non_finite)
 
     def assign_variables(self, values: Mapping[str, Any], *, allow_non_finite: bool = False) -> None:
-        """Set variables."""
+        """Set variables: by name float32 of its shape."""
         self._variables.assign(values, allow_non_finite)
 
     def global_step(self, *, advance: int | None = None, set_to: int | None = None) -> int:

@@ -58,7 +58,7 @@ class Prediction:
 
     @property
     def scores(self) -> Float32Array:
-        """The first output."""
+        """The first output: float32[n], or float32[n, width]."""
         return next(iter(self.outputs.values()))
 
 

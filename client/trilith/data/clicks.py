@@ -72,7 +72,7 @@ class Ragged:
 
     @classmethod
     def of_singles(cls, values: npt.ArrayLike) -> Ragged:
-        """One id per sample."""
+        """One id per sample: integers [n]."""
         flat = np.ascontiguousarray(values, dtype=np.uint64).reshape(-1)
         return cls(flat, np.arange(flat.size + 1, dtype=np.int64))
 
@@ -146,7 +146,7 @@ class ClickData:
         yield from self.batches(batch_size, order=order[skip * batch_size :])
 
     def vocabulary(self) -> dict[str, UInt64Array]:
-        """Per feature the distinct ids, ascending."""
+        """Per feature the distinct ids, uint64[n], ascending."""
         return {name: np.unique(ragged.values) for name, ragged in self.features.items()}
 
 

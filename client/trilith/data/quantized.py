@@ -44,7 +44,11 @@ def dequantize_rows(payloads: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
 
 
 def quantize(values: npt.ArrayLike) -> bytes:
-    """Squeeze a vector; vectors of up to four elements become half floats."""
+    """Squeeze a vector of floats [n]; up to four elements become half floats, more one byte each.
+
+    Raises:
+        InvalidRequestError: It is empty, of more dimensions, or not finite.
+    """
     vector = np.asarray(values, np.float32)
     if vector.ndim != 1 or not vector.size or not np.isfinite(vector).all():
         raise InvalidRequestError(f"a vector of at least one finite float can be quantized, not {values!r}")

@@ -38,7 +38,7 @@ class Ragged(Generic[_Scalar]):
 
     @classmethod
     def of(cls, rows: Iterable[Sequence[Any]], dtype: npt.DTypeLike = np.int64) -> Ragged[Any]:
-        """From a list of lists."""
+        """From a list of rows; `dtype` is that of the elements."""
         lists = list(rows)
         values = np.empty(sum(map(len, lists)), dtype)
         values[:] = [value for row in lists for value in row]
@@ -46,7 +46,7 @@ class Ragged(Generic[_Scalar]):
 
     @classmethod
     def of_lengths(cls, values: npt.NDArray[_Scalar], lengths: npt.NDArray[np.int64]) -> Ragged[_Scalar]:
-        """From the elements and the length of each row."""
+        """From the elements, of any dtype [sum of lengths], and the length of each row, int64[rows]."""
         row_splits = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=row_splits[1:])
         return cls(values, row_splits)
@@ -86,7 +86,7 @@ class Ragged(Generic[_Scalar]):
         return [values[start:stop] for start, stop in pairwise(bounds)]
 
     def dense(self, dim: int, fill: Any = 0, *, exact: bool = False) -> npt.NDArray[_Scalar]:
-        """[rows, dim]: the first elements of each row, short rows filled up.
+        """dtype[rows, dim]: the first elements of each row, short rows filled up.
 
         Args:
             dim: Elements per row.
@@ -108,7 +108,7 @@ class Ragged(Generic[_Scalar]):
         return out
 
     def torch_offsets(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values and the start of each row, as `torch.nn.EmbeddingBag` takes them; both share this memory."""
+        """Values, and int64[rows] where rows start, as `torch.nn.EmbeddingBag` takes them; both share this memory."""
         values, row_splits = self._tensors()
         return values, row_splits[:-1]
 

@@ -14,7 +14,7 @@ __all__ = ["make_clicks", "zipf_ids"]
 def zipf_ids(
     rng: np.random.Generator, shape: tuple[int, ...], vocabulary: int, exponent: float = 1.05
 ) -> npt.NDArray[np.int64]:
-    """Draw ids 0..vocabulary-1 whose frequencies fall as rank ** -exponent; the rank of an id says nothing about it."""
+    """Draw ids int64[*shape] in 0..vocabulary-1, ranked at random, whose frequencies fall as rank ** -exponent."""
     weights = np.arange(1, vocabulary + 1, dtype=np.float64) ** -exponent
     ranks = np.searchsorted(np.cumsum(weights) / weights.sum(), rng.random(shape))
     return rng.permutation(vocabulary)[np.minimum(ranks, vocabulary - 1)]

@@ -46,7 +46,7 @@ def clip_by_global_norm(
     """Scale tensors down together where their norm is above `clip_norm`; the inputs stay as they are.
 
     Args:
-        tensors: Floats.
+        tensors: Floats of any shapes.
         clip_norm: Above 0.
         norm: Of the tensors, if it is known, or of more than them.
 
@@ -75,8 +75,8 @@ def clip_gradients(
     """Clip a step's gradients.
 
     Args:
-        dense: By variable.
-        sparse: By embedding.
+        dense: By variable its gradient, float32 of the variable's shape.
+        sparse: By embedding its gradient, float32[rows, dim].
         clip_type: How.
         clip_norm: The bound; None clips nothing (of DENSE_AND_SPARSE: no dense gradient).
         sparse_clip_norm: Another bound for sparse gradients; None is `clip_norm` (of DENSE_AND_SPARSE: none).

@@ -14,11 +14,14 @@ def auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     """Return the chance that a random positive scores above a random negative, ties counting one half.
 
     Args:
-        labels: [n], positive where > 0.5.
-        scores: [n], any real numbers; only their order matters.
+        labels: Numbers [n], positive where > 0.5.
+        scores: Floats [n]; only their order matters.
 
     Returns:
         A number in 0..1; 0.5 when only one class is present, which orders nothing.
+
+    Raises:
+        InvalidRequestError: The lengths differ, or a score is NaN.
     """
     positive = np.asarray(labels).reshape(-1) > 0.5
     values = np.asarray(scores, dtype=np.float64).reshape(-1)

@@ -172,7 +172,7 @@ class PartitionedTables(QueueHooks):
 
         Args:
             sharded: What `shard` gives.
-            req_time: Unix seconds of the samples; the latest becomes the rows' last update.
+            req_time: int64[samples], Unix seconds; the latest becomes the rows' last update.
         """
         ids = [
             {
@@ -217,7 +217,7 @@ class PartitionedTables(QueueHooks):
 
         Args:
             fetched: The batch.
-            grads: Per tensor of `lay_out` its gradient; None where it has none.
+            grads: Per tensor of `lay_out` its gradient, float32 of the same shape; None where it has none.
             global_step: At which schedules are evaluated; None takes the step that the client knows then.
             scale: What all gradients are multiplied by.
         """
@@ -252,13 +252,13 @@ class PartitionedTables(QueueHooks):
     def assign(
         self, parts: Sequence[Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]], req_time: int | None = None
     ) -> PartitionedTables:
-        """Set weights: per shard and table (ids, rows), the ids being that shard's."""
+        """Set weights: per shard and table (ids uint64[n], rows float32[n, dim]), the ids being that shard's."""
         return self._write("assign", parts, req_time)
 
     def assign_add(
         self, parts: Sequence[Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]], req_time: int | None = None
     ) -> PartitionedTables:
-        """Add to weights: per shard and table (ids, rows), the ids being that shard's."""
+        """Add to weights: per shard and table (ids uint64[n], rows float32[n, dim]), the ids being that shard's."""
         return self._write("assign_add", parts, req_time)
 
     def drain(self) -> None:

@@ -72,7 +72,7 @@ def joined(left: Ragged[Any], right: Ragged[Any]) -> Ragged[Any]:
 
 
 def matrix_rows(matrix: npt.NDArray[Any]) -> Ragged[Any]:
-    """The rows of a matrix [n, k], each k long."""
+    """The n rows of a matrix [n, k] of any dtype, each k long."""
     n, width = matrix.shape
     return Ragged(matrix.ravel(), np.arange(n + 1) * width)
 
