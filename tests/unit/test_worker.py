@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+from contextlib import contextmanager
 from dataclasses import replace
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 import trilith
+from tests.congruence.clusters import LocalCluster
 from trilith.checkpoint import list_checkpoints, newest_complete
 from trilith.cluster import Rejoined
 from trilith.data.click_files import store_clicks
@@ -19,11 +23,13 @@ from trilith.errors import InvalidRequestError, ShardRestartedError
 from trilith.nn import auc
 from trilith.ops.jit import JIT_DISABLED
 from trilith_services.commands.training_view import TrainingView
+from trilith_services.supervisor import free_ports
 from trilith_services.worker.baseline import train_locally
 from trilith_services.worker.datasets import load_dataset
 from trilith_services.worker.events import EventLog, Tail
 from trilith_services.worker.meter import Meter
 from trilith_services.worker.models import TABLE, settings_of
+from trilith_services.worker.run import WorkerOptions, backends, run_worker
 from trilith_services.worker.trainer import Position, Trainer, WorkerConfig, save_checkpoint
 
 compiled_only = pytest.mark.skipif(JIT_DISABLED, reason="trains for minutes with kernels in plain Python")
@@ -287,3 +293,39 @@ def test_both_models_train(client, parts):
     events: list[dict] = []
     assert Trainer(config(settings=settings, steps=5), client, parts, events.append).run()
     assert np.isfinite(events[-2]["loss"])
+
+
+# ---- the process -----------------------------------------------------------------------------------------------------
+
+
+@compiled_only
+def test_a_worker_serves_the_timers_of_its_lookups(tmp_path):
+    (port,) = free_ports(1)
+    scraped = []
+
+    @contextmanager
+    def follower(parts):
+        def tell(event):
+            if event["event"] == "done":
+                with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+                    scraped.append(reply.read().decode())
+
+        yield tell
+
+    with LocalCluster("1-ps") as cluster:
+        options = WorkerOptions(
+            cluster=cluster.address, data="synthetic:640", model_name="timed-worker", metrics_port=port, threads=1
+        )
+        assert run_worker(options, config(epochs=1, steps=3, validate=False), follower=follower) == 0
+    (line,) = [
+        line
+        for line in scraped[0].splitlines()
+        if line.startswith('trilith_embedding_lookup_seconds_count{model_name="timed-worker",ps="0"}')
+    ]
+    assert float(line.split()[-1]) >= 3
+    with pytest.raises(URLError):
+        urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10)
+
+
+def test_a_group_for_a_gpu_has_a_backend_for_either_device():
+    assert (backends("cpu"), backends("cuda")) == ("gloo", "cpu:gloo,cuda:nccl")

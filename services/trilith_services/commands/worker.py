@@ -15,6 +15,7 @@ from trilith_services.commands.flags import (
     Data,
     LogLevel,
     LogLevelFlag,
+    MetricsPort,
     Model,
     ModelFlag,
     Prefetch,
@@ -109,6 +110,7 @@ def worker(
     timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long to wait for a PS that is away.", min=0.1)
     ] = 120.0,
+    metrics_port: MetricsPort = None,
     log_level: LogLevelFlag = LogLevel.info,
 ) -> None:
     """Train a shard of the data until it is done or SIGTERM comes; other workers may come and go meanwhile."""
@@ -150,7 +152,14 @@ def worker(
         clip_norm=clip_norm,
     )
     options = WorkerOptions(
-        cluster=cluster, data=data, events=events, master=master, threads=threads, timeout_s=timeout
+        cluster=cluster,
+        data=data,
+        events=events,
+        master=master,
+        threads=threads,
+        timeout_s=timeout,
+        model_name=model.value,
+        metrics_port=metrics_port,
     )
     raise typer.Exit(run_worker(options, config, follower=_exports(export, config.settings) if export else None))
 

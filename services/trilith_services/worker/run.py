@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from prometheus_client import start_http_server
 from torch import distributed
 
 from trilith.client import Client
@@ -26,7 +27,7 @@ from trilith_services.worker.datasets import load_dataset, training_files
 from trilith_services.worker.events import Emit, EventLog
 from trilith_services.worker.trainer import Trainer, WorkerConfig
 
-__all__ = ["Follower", "WorkerOptions", "run_worker", "use_threads"]
+__all__ = ["Follower", "WorkerOptions", "backends", "run_worker", "use_threads"]
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class WorkerOptions:
         master: host:port where rank 0 meets the others, for all-reduce.
         threads: torch threads; 0 shares the cores among the workers.
         timeout_s: How long a call waits for a PS that is away.
+        model_name: What lookups are timed under.
+        metrics_port: Port where this process's timers are served for Prometheus; None: nowhere, 0: any free one.
     """
 
     cluster: str = field(default="", repr=False)  # it may hold credentials
@@ -54,6 +57,8 @@ class WorkerOptions:
     master: str = ""
     threads: int = 0
     timeout_s: float = 120.0
+    model_name: str = ""
+    metrics_port: int | None = None
 
 
 def run_worker(options: WorkerOptions, config: WorkerConfig, *, follower: Follower | None = None) -> int:
@@ -74,7 +79,7 @@ def run_worker(options: WorkerOptions, config: WorkerConfig, *, follower: Follow
     if config.dense == "allreduce" and not options.master:
         raise InvalidRequestError("training together needs to know where rank 0 is: give --master host:port")
     use_threads(options.threads or max(1, (os.cpu_count() or 1) // config.world_size))
-    with _stop_on_signal() as stop, _events(options.events) as write:
+    with _stop_on_signal() as stop, _events(options.events) as write, _metrics(options.metrics_port):
         parts = load_dataset(options.data, report=log.info)
         samples = training_files(parts)
         with (follower or _nobody)(parts) as tell, _group(options, config), _client(options, config) as client:
@@ -123,15 +128,36 @@ def _events(path: str) -> Iterator[EventLog]:
         events.close()
 
 
+@contextmanager
+def _metrics(port: int | None) -> Iterator[None]:
+    """Serves the timers of this process, the client's lookups among them."""
+    if port is None:
+        yield
+        return
+    server, thread = start_http_server(port)
+    log.info("metrics", extra={"port": server.server_port})
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 def _client(options: WorkerOptions, config: WorkerConfig) -> Client | PeerClient:
     """The cluster, or what the workers are one themselves with, as far as their last checkpoint goes."""
     if options.cluster:
-        return connect(options.cluster, timeout_s=options.timeout_s)
+        return connect(options.cluster, timeout_s=options.timeout_s, model_name=options.model_name)
     peers = connect_peers(pick_device(config.device).type, threads=1)
     restored = peers.restore_newest(config.model_dir) if config.model_dir else ""
     if restored:
         log.info("restored", extra={"path": restored, "step": peers.global_step()})
     return peers
+
+
+def backends(device: str) -> str:
+    """What a process group needs for tensors of the CPU and of a device."""
+    return "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
 
 
 @contextmanager
@@ -141,7 +167,7 @@ def _group(options: WorkerOptions, config: WorkerConfig) -> Iterator[None]:
         yield
         return
     distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if pick_device(config.device).type == "cuda" else "gloo",
+        backends(pick_device(config.device).type),
         init_method=f"tcp://{options.master}",
         rank=config.rank,
         world_size=config.world_size,
