@@ -96,7 +96,7 @@ COMPOSE = {
     "TORCH_INDEX": "Where pip looks for torch as well; empty: the default build, which brings CUDA.",
     "TRILITH_IMAGE": "Name of the image that is built, or used as it is.",
     "TRILITH_ZK": "ZooKeeper servers, with commas between.",
-    "ZK_CONFIG": "`one` or `ensemble`: which file of `deploy/zookeeper` the ZooKeeper servers read.",
+    "ZK_CONFIG": "`one` or `three`: which file of `deploy/zookeeper` the ZooKeeper servers read.",
     "ZK_IMAGE": "Image of ZooKeeper.",
 }
 
@@ -107,8 +107,8 @@ HEAD = """# Commands, flags and environment variables
 
 <!-- Written by `make docs` from the program itself; `make lint` and the tests fail when it is stale. -->
 
-A flag that may be repeated is marked with …; what has no default must be given where it says so. Sizes are such as
-`512M` or `16G`, in powers of 1024. A wrong value is named with its flag on standard error, and the exit status is 2.
+A flag marked with … may be repeated. Sizes are such as `512M` or `16G`, in powers of 1024. What an empty default stands
+for is in the meaning. A wrong value is named with its flag on standard error, and the exit status is 2.
 """
 
 
