@@ -93,9 +93,7 @@ class Balancer:
 
     def _connect(self, address: str) -> Connection:
         channel = grpc.insecure_channel(address, options=self._options)
-        predict = StreamedMethod(
-            channel.unary_unary(f"{_SERVICE}/Predict"), channel.stream_stream(f"{_SERVICE}/PredictStream")
-        )
+        predict = StreamedMethod(channel, f"{_SERVICE}/Predict", f"{_SERVICE}/PredictStream")
         return Connection(address, channel, predict, channel.unary_unary(f"{_SERVICE}/ModelStatus"))
 
     def take(self, tried: Collection[Connection]) -> tuple[Connection | None, bool]:

@@ -119,9 +119,11 @@ class RemoteShard:
                 self._channel = grpc.insecure_channel(address, options=_channel_options(self._config))
                 self._address = address
             # Bytes in, bytes out: `wire` reads and writes the hot messages, the rest converts around the call.
-            method: Any = self._channel.unary_unary(f"/{SERVICE}/{name}")
-            if name in _STREAMED:
-                method = StreamedMethod(method, self._channel.stream_stream(f"/{SERVICE}/{name}Stream"))
+            path = f"/{SERVICE}/{name}"
+            streamed = name in _STREAMED
+            method: Any = (
+                StreamedMethod(self._channel, path, f"{path}Stream") if streamed else self._channel.unary_unary(path)
+            )
             self._methods[name] = method
             return method
 

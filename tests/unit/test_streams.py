@@ -48,11 +48,9 @@ def serving(*, streamed=True, **limits):
         methods["EchoStream"] = Method(call=echo.answer(echo.streamed), stream=True)
     server = Server(SERVICE, methods, limits=Limits(**limits), refused=lambda: refused.append(1))
     port = server.listen("127.0.0.1:0")
-    echo.server, echo.refused = server, refused
+    echo.server, echo.refused, echo.port = server, refused, port
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        echo.method = StreamedMethod(
-            channel.unary_unary(f"/{SERVICE}/Echo"), channel.stream_stream(f"/{SERVICE}/EchoStream")
-        )
+        echo.method = StreamedMethod(channel, f"/{SERVICE}/Echo", f"/{SERVICE}/EchoStream")
         try:
             yield echo
         finally:
@@ -162,3 +160,42 @@ def test_a_stopping_server_finishes_the_call_in_flight_and_ends_idle_streams_at_
         with pytest.raises(grpc.RpcError) as caught:
             echo.method(b"after", timeout=5)
         assert caught.value.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+
+
+def test_streams_that_ended_while_they_were_idle_are_not_noticed_by_the_next_call():
+    kept = []
+    methods = {
+        "Echo": Method(call=Echo().answer(kept)),
+        "EchoStream": Method(call=Echo().answer(kept), stream=True),
+    }
+    first = Server(SERVICE, methods)
+    port = first.listen("127.0.0.1:0")
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, ThreadPoolExecutor(2) as pool:
+        method = StreamedMethod(channel, f"/{SERVICE}/Echo", f"/{SERVICE}/EchoStream")
+        both = threading.Barrier(2)
+
+        def call(request):
+            both.wait()
+            return method(request, timeout=10)
+
+        assert list(pool.map(call, [b"1", b"2"])) == [b"1", b"2"]
+        first.stop(0)
+        second = Server(SERVICE, methods)
+        try:
+            second.listen(f"127.0.0.1:{port}")
+            assert list(pool.map(call, [b"3", b"4"])) == [b"3", b"4"]
+        finally:
+            second.stop(0)
+
+
+def test_closing_the_channel_ends_the_call_in_flight_and_refuses_the_next():
+    with serving() as echo, grpc.insecure_channel(f"127.0.0.1:{echo.port}") as channel, ThreadPoolExecutor(1) as pool:
+        method = StreamedMethod(channel, f"/{SERVICE}/Echo", f"/{SERVICE}/EchoStream")
+        assert method(b"before", timeout=10) == b"before"
+        waiting = pool.submit(method, b"wait", timeout=60)
+        assert echo.entered.acquire(timeout=30)
+        channel.close()
+        with pytest.raises((grpc.RpcError, ValueError)):
+            waiting.result(30)
+        with pytest.raises(ValueError, match="closed"):
+            method(b"after", timeout=10)
