@@ -13,6 +13,8 @@ from trilith_services.commands.flags import (
     AsyncPush,
     BatchSize,
     Data,
+    LogFormat,
+    LogFormatFlag,
     LogLevel,
     LogLevelFlag,
     MetricsPort,
@@ -111,6 +113,7 @@ def worker(
         float, typer.Option(metavar="SECONDS", help="How long to wait for a PS that is away.", min=0.1)
     ] = 120.0,
     metrics_port: MetricsPort = None,
+    log_format: LogFormatFlag = LogFormat.text,
     log_level: LogLevelFlag = LogLevel.info,
 ) -> None:
     """Train a shard of the data until it is done or SIGTERM comes; other workers may come and go meanwhile."""
@@ -131,7 +134,7 @@ def worker(
     from trilith_services.worker.run import WorkerOptions, run_worker
     from trilith_services.worker.trainer import WorkerConfig
 
-    setup_logging(level=log_level.value, role={"worker": rank})
+    setup_logging(log_format.value, level=log_level.value, role={"worker": rank})
     settings = settings_of(model.value)
     config = WorkerConfig(
         rank=rank,
