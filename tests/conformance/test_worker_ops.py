@@ -1,4 +1,4 @@
-"""Every worker vector of the golden copy, a test case each."""
+"""Every worker vector of the golden copy, and the specification's examples in the same form, a test case each."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import pytest
 
 from tests.conformance.worker_ops import worker_vector_failures
 
-VECTORS = json.loads((Path(__file__).parents[1] / "golden/conformance/worker_ops.json").read_text())
+GOLDEN = Path(__file__).parents[1] / "golden/conformance"
+VECTORS = [
+    (f"{each['op']}.{name}{number}", each)
+    for name, file in (("", "worker_ops.json"), ("example", "worker_examples.json"))
+    for number, each in enumerate(json.loads((GOLDEN / file).read_text()))
+]
 
 
-@pytest.mark.parametrize(
-    "vector", [pytest.param(each, id=f"{each['op']}.{number}") for number, each in enumerate(VECTORS)]
-)
+@pytest.mark.parametrize("vector", [pytest.param(each, id=name) for name, each in VECTORS])
 def test_the_worker_reproduces(vector):
     assert worker_vector_failures(vector) == []
 
