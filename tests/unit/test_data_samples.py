@@ -290,6 +290,15 @@ def test_the_last_feature_of_a_name_counts():
     assert not FilterByFeatureValue("f", "eq", 1, field_type="int64").on(message)
 
 
+@pytest.mark.parametrize("kind", ["float", "double"])
+def test_a_feature_that_is_a_float_can_be_in_a_list(kind):
+    message = Example()
+    getattr(message.named_feature.add(name="f").feature, f"{kind}_list").value.append(0.1)
+    assert FilterByFeatureValue("f", "in", [2.0, 0.1], field_type=kind).on(message)
+    assert not FilterByFeatureValue("f", "not-in", [2.0, 0.1], field_type=kind).on(message)
+    assert not FilterByFeatureValue("f", "in", [2.0], field_type=kind).on(message)
+
+
 def test_features_of_instances_are_not_filtered_by_value():
     with pytest.raises(InvalidRequestError, match="Examples"):
         FilterByFeatureValue("f", "eq", 1, field_type="int64").on(Instance())

@@ -93,6 +93,7 @@ def test_a_transform_serialises_to_the_bytes_of_the_reference_and_runs_from_them
         (lambda: AddLabel("", 0.0, 1.0), "config"),
         (lambda: AddLabel("1::1", 0.0, 0.0), "new_sample_rate"),
         (lambda: Compose([1]), "transforms has 1"),
+        (lambda: Compose(FilterByFid()), "give a list"),
         (lambda: LogicalOr(Compose([FilterByAction([1])]), FilterByAction([2])), "^x is"),
         (lambda: LogicalOr(FilterByAction([2]), LogicalOr(FilterByAction([1]), FilterByAction([2]))), "^y is"),
     ],

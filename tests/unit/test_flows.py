@@ -13,6 +13,7 @@ from trilith.data.dataset import from_records
 from trilith.data.fids import data_source_key
 from trilith.data.files import expand_glob, expand_input_patterns, gen_patterns, match_input_patterns
 from trilith.data.flows import with_source_names
+from trilith.data.framing import Framing
 from trilith.data.operators import cache_one, merged_window
 from trilith.data.queue import LocalFiles, StrQueue
 from trilith.data.ragged import Ragged
@@ -25,7 +26,9 @@ from trilith.data.reference import (
     PBDataset,
     create_instance_dataset,
 )
+from trilith.data.writers import open_writer
 from trilith.errors import DataError, InvalidRequestError, QueueFullError
+from trilith_proto.example_pb2 import Example
 from trilith_proto.proto_parser_pb2 import Instance
 
 NAMES = ["pc", "mobile", "cloud"]
@@ -179,12 +182,27 @@ def test_globs_reach_where_fsspec_does():
 # ---- names of the reference ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("pruning", "left"), [(None, (1, 1)), (0, (1, 1)), (1, (0, 1)), (2, (1, 0))])
+def test_a_file_is_read_without_the_features_that_are_pruned(tmp_path, pruning, left):
+    example = Example()
+    example.named_feature.add(name="a")
+    example.named_raw_feature.add(name="b")
+    with open_writer(str(tmp_path / "x.pb"), framing=Framing(has_sort_id=True)) as out:
+        out.write(Records.of([example.SerializeToString()], "example"))
+    dataset = FilePBDataset(str(tmp_path / "x.pb"), input_pb_type="example", feature_pruning_type=pruning)
+    (found,) = map(Example.FromString, dataset)
+    assert (len(found.named_feature), len(found.named_raw_feature)) == left
+    with pytest.raises(InvalidRequestError, match="pruning is 3"):
+        FilePBDataset("x", input_pb_type="example", feature_pruning_type=3)
+
+
 def test_the_dataset_is_chosen_by_its_arguments():
     kafka = DatasetFlags(kafka_topics="t", kafka_group_id="g", kafka_servers="s:1")
     assert type(PBDataset("file", flags=kafka)) is KafkaDataset
     assert type(PBDataset("file", flags=DatasetFlags(dataset_input_use_parquet=True))) is ParquetDataset
     assert type(PBDataset(["t"], "group", servers="s:1")) is KafkaDataset
     assert type(PBDataset(buffer_size_or_group_id=5, topics_or_files="x")) is FilePBDataset
+    assert type(PBDataset("x", 5)) is FilePBDataset
     with pytest.raises(InvalidRequestError, match="cannot both be set"):
         PBDataset("x", flags=DatasetFlags(dataset_input_use_parquet=True, dataset_input_use_tfrecord=True))
     with pytest.raises(InvalidRequestError, match="neither files nor topics"):

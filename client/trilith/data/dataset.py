@@ -137,10 +137,18 @@ class Dataset:
         self._records_only("negatives")
         return self._then(NegativesNode(config or NegativeConfig(**options), seed, pool))
 
-    def convert(self, kind: Kind | str) -> Dataset:
-        """Make every record one of another kind; an ExampleBatch becomes as many as it has rows."""
+    def convert(self, kind: Kind | str, *, pruning: int | None = None) -> Dataset:
+        """Make every record one of another kind; an ExampleBatch becomes as many as it has rows.
+
+        Args:
+            kind: Of the records made.
+            pruning: Features to leave out, a `convert.Pruning`: none (0), named (1) or raw ones (2). If None, raw ones
+                of records whose kind changes.
+        """
         self._records_only("convert")
-        return self._then(Convert(Kind(kind)))
+        if pruning not in (None, 0, 1, 2):
+            raise InvalidRequestError(f"pruning is {pruning!r}; it can be 0 (none), 1 (named) or 2 (raw features)")
+        return self._then(Convert(Kind(kind), pruning))
 
     def shuffle(self, buffer_size: int, *, seed: int = 0) -> Dataset:
         """Give records in a random order.

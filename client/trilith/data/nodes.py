@@ -235,17 +235,19 @@ class Ops(Node):
 
 @dataclass(frozen=True, slots=True)
 class Convert(Node):
-    """Records of another kind."""
+    """Records of another kind, without the features that are pruned (see `convert.convert`)."""
 
     kind: Kind
+    pruning: int | None = None
 
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """See `Node`."""
 
         def converted(records: Records) -> Records:
-            from trilith.data.convert import convert
+            from trilith.data.convert import Pruning, convert
 
-            return convert(records, self.kind, on_error=context.on_error, lost=context.lost)
+            pruning = None if self.pruning is None else Pruning(self.pruning)
+            return convert(records, self.kind, pruning=pruning, on_error=context.on_error, lost=context.lost)
 
         return mapped(upstream(context), converted, context)
 

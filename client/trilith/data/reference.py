@@ -182,28 +182,32 @@ def _read_options(options: Mapping[str, Any], flags: DatasetFlags) -> tuple[dict
         "use_snappy": bool(options.get("use_snappy")) or flags.dataset_input_use_snappy or None,
         "on_error": options.get("on_error", "raise"),
     }
-    return taken, None if output is kind else output
+    same = output is kind and options.get("feature_pruning_type") is None
+    return taken, None if same else output
 
 
-def _converted(dataset: Dataset, kind: Kind | None) -> Dataset:
-    return dataset if kind is None else dataset.convert(kind)
+def _converted(dataset: Dataset, kind: Kind | None, pruning: int | None = None) -> Dataset:
+    return dataset if kind is None else dataset.convert(kind, pruning=pruning)
 
 
 class FilePBDataset(Dataset):
     """One file, or standard input if its name is empty."""
 
-    def __init__(self, file_name: str = "", *, flags: DatasetFlags = _NO_FLAGS, **options: Any) -> None:
+    def __init__(
+        self, file_name: str = "", buffer_size: int | None = None, *, flags: DatasetFlags = _NO_FLAGS, **options: Any
+    ) -> None:
         """See `read` for what the options mean.
 
         Args:
             file_name: A path or URL.
+            buffer_size: Has no effect: buffers grow with the records.
             flags: Defaults.
             **options: input_pb_type, output_pb_type, has_sort_id (true by default), kafka_dump, kafka_dump_prefix,
-                lagrangex_header, use_snappy, compression_type, on_error; buffer_size has no effect.
+                lagrangex_header, use_snappy, compression_type, feature_pruning_type, on_error.
         """
         taken, kind = _read_options(options, flags)
         self.file_name = file_name
-        super().__init__(_converted(read(file_name, **taken), kind).nodes)
+        super().__init__(_converted(read(file_name, **taken), kind, options.get("feature_pruning_type")).nodes)
 
 
 class DistributedFilePBDataset(Dataset):
@@ -251,7 +255,7 @@ class DistributedFilePBDataset(Dataset):
             dataset = dynamic_sharding_dataset(self.patterns, dataset)
         elif shard_num > 1:
             dataset = dataset.shard(shard_index, shard_num)
-        super().__init__(_converted(dataset, kind).nodes)
+        super().__init__(_converted(dataset, kind, options.get("feature_pruning_type")).nodes)
 
 
 class TFRecordDataset(Dataset):

@@ -197,6 +197,8 @@ class Compose(Transform):
     transforms: Sequence[Transform]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.transforms, Sequence):
+            raise InvalidRequestError(f"transforms is {self.transforms!r}; give a list")
         for each in self.transforms:
             if not isinstance(each, Transform):
                 raise InvalidRequestError(f"transforms has {each!r}, which is no Transform")

@@ -247,7 +247,7 @@ def check_string_to_variant(content: dict[str, Any], folder: Path) -> Found:
     params = content["params"]
     records, present = string_to_variant(
         [bytes.fromhex(each) for each in content["inputs_hex"]],
-        params["variant_type"],
+        params["variant_type"].replace("_", ""),
         has_header=params["has_header"],
         framing=framing_of(params),
         chnids=params.get("chnids"),

@@ -18,6 +18,7 @@ from trilith.data.label_conf import label_conf, tasks_of
 from trilith.data.ragged import Ragged
 from trilith.data.readers import open_records
 from trilith.data.records import Kind, Records
+from trilith.data.reference import FilePBDataset
 from trilith.data.reweight import InstanceReweight
 from trilith.data.samples import (
     AddAction,
@@ -137,27 +138,22 @@ def check_conversions(content: dict[str, Any], folder: Path) -> Found:
 
 def records_of(path: Path, case: Mapping[str, Any], kind: str) -> Records:
     framing = Framing(**{name: bool(case.get(name, False)) for name in FRAMES})
-    compression = case.get("compression_type", case.get("compression"))
-    with open_records(
-        str(path), kind=kind, framing=framing, compression=compression, use_snappy=case.get("use_snappy")
-    ) as reader:
+    compression, snappy = case.get("compression_type"), case.get("use_snappy")
+    with open_records(str(path), kind=kind, framing=framing, compression=compression, use_snappy=snappy) as reader:
         return Records.concatenate(list(reader))
 
 
-PB_DATASET = (
-    "file",
+PB_OPTIONS = (
     "input_pb_type",
     "output_pb_type",
     "feature_pruning_type",
     "compression_type",
-    "compression",
     "use_snappy",
-    "n",
-    "payload_hex",
-    "data_source_keys",
-    "parse",
-    *FRAMES,
+    "lagrangex_header",
+    "kafka_dump_prefix",
+    "kafka_dump",
 )
+PB_DATASET = (*PB_OPTIONS, "file", "has_sort_id", "n", "payload_hex", "data_source_keys", "parse")
 
 
 def check_pb_dataset(content: list[Any], folder: Path) -> Found:
@@ -169,6 +165,9 @@ def check_pb_dataset(content: list[Any], folder: Path) -> Found:
         )
         found = [f"nothing knows {name}" for name in unknown(case, PB_DATASET)]
         found += differ("n", len(made), case["n"])
+        options = {name: case[name] for name in PB_OPTIONS if name in case}
+        dataset = FilePBDataset(str(folder / case["file"]), has_sort_id=bool(case.get("has_sort_id")), **options)
+        found += differ("dataset", [each.hex() for each in dataset], [each.hex() for each in made.payloads()])
         if "payload_hex" in case:
             found += differ("payloads", [each.hex() for each in made.payloads()], case["payload_hex"])
         if "data_source_keys" in case:

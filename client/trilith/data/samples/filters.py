@@ -204,7 +204,8 @@ class FilterByFeatureValue(_Compared):
     Attributes:
         field_name: Of the feature.
         op: As in `FilterByValue`; any, all and diff for int64.
-        operand: As in `FilterByValue`. A double compares with the operand as float32.
+        operand: As in `FilterByValue`, for in and not-in also a list of floats. A double compares with the operand as
+            float32.
         operand_filepath: See above; not for double.
         field_type: "int64", "float", "double" or "bytes".
         keep_empty: See above.
@@ -231,7 +232,9 @@ class FilterByFeatureValue(_Compared):
     def relation(self) -> Relation:
         if self.operand_filepath:
             return self._loaded(self._domain)
-        return Relation.typed(self.field_name, self.op, self.operand, self._domain, repeated=self._sets)
+        return Relation.typed(
+            self.field_name, self.op, self.operand, self._domain, repeated=self._sets, float_lists=True
+        )
 
     @property
     def needs(self) -> Needs:

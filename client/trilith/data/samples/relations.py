@@ -90,7 +90,16 @@ class Relation:
     operands: tuple[Any, ...]
 
     @classmethod
-    def typed(cls, field: str, operator: str, operand: Any, domain: Domain, *, repeated: bool = False) -> Relation:
+    def typed(
+        cls,
+        field: str,
+        operator: str,
+        operand: Any,
+        domain: Domain,
+        *,
+        repeated: bool = False,
+        float_lists: bool = False,
+    ) -> Relation:
         """Check an operand as a user gives it against the type of the field.
 
         Args:
@@ -99,11 +108,12 @@ class Relation:
             operand: A number, a string, or a sequence of them.
             domain: Of the field.
             repeated: Whether the field holds a list; then the operator is any, all or diff.
+            float_lists: Whether in and not-in take lists of floats, instead of one.
         """
         check_operator(field, operator, domain, repeated=repeated)
         given = _listed(operand)
         lists = operator == "between" or (operator in _MEMBERSHIP and domain not in _FLOATS)
-        single = operator in SINGLE or (operator in _MEMBERSHIP and domain in _FLOATS)
+        single = operator in SINGLE or (operator in _MEMBERSHIP and domain in _FLOATS and not float_lists)
         if given is None:
             text = domain is Domain.BYTES and operator in _MEMBERSHIP
             if lists and not text:
