@@ -20,11 +20,13 @@ from trilith.ops import (
     shared_buffer,
     split,
     torch_buffer,
+    torch_packing,
     torch_ragged,
     torch_reorder,
     torch_split,
     unique,
 )
+from trilith.ops.torch_bridge import use_native
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -284,3 +286,17 @@ def test_fills_refuse_what_does_not_fit(form):
         form.buffer.finalize_shared_tensor([keys.value_buffer, other.value_buffer])
     with pytest.raises(InvalidRequestError, match="do not have shape"):
         form.buffer.finalize_shared_tensor([other.value_buffer], (3, -1))
+
+
+# ---- which form a tensor gets ----------------------------------------------------------------------------------------
+
+
+def test_tensors_that_are_not_on_the_cpu_get_torchs_own_operations_and_stay_where_they_are():
+    here, there = torch.zeros(3), torch.zeros(3, device="meta")
+    assert not use_native(None, here)
+    assert use_native(None, here, there)
+    assert use_native(True, here)
+    assert not use_native(False, there)
+    flat = torch_packing.aligned_flat_concat([there, there])
+    assert flat.device.type == "meta"
+    assert [each.shape for each in torch_packing.aligned_flat_split([there, there], flat)] == [(3,), (3,)]

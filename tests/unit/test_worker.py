@@ -327,5 +327,23 @@ def test_a_worker_serves_the_timers_of_its_lookups(tmp_path):
         urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10)
 
 
+@compiled_only
+def test_a_worker_that_holds_the_rows_may_queue_between_the_stages_of_an_exchange(tmp_path):
+    (port,) = free_ports(1)
+    options = WorkerOptions(data="synthetic:640", master=f"127.0.0.1:{port}", threads=1, update_queue=2)
+    events = []
+
+    @contextmanager
+    def follower(parts):
+        yield events.append
+
+    trained = config(epochs=1, dense="allreduce", prefetch=1, async_push=1, lookup_queue=1)
+    assert run_worker(options, trained, follower=follower) == 0
+    assert events[-1]["event"] == "done"
+    assert any(each["event"] == "validation" for each in events)
+    with pytest.raises(InvalidRequestError, match="queues of an exchange"):
+        run_worker(WorkerOptions(cluster="local://", update_queue=1), config())
+
+
 def test_a_group_for_a_gpu_has_a_backend_for_either_device():
     assert (backends("cpu"), backends("cuda")) == ("gloo", "cpu:gloo,cuda:nccl")

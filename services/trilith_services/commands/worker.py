@@ -96,6 +96,12 @@ def worker(
     ] = "",
     prefetch: Prefetch = 0,
     async_push: AsyncPush = 0,
+    lookup_queue: Annotated[
+        int, typer.Option(metavar="N", help="all-to-all: batches whose rows are found and wait to travel.", min=0)
+    ] = 0,
+    update_queue: Annotated[
+        int, typer.Option(metavar="N", help="all-to-all: updates that have travelled and wait to be applied.", min=0)
+    ] = 0,
     clip_norm: Annotated[
         float,
         typer.Option(
@@ -153,6 +159,7 @@ def worker(
         prefetch=prefetch,
         async_push=async_push,
         clip_norm=clip_norm,
+        lookup_queue=lookup_queue,
     )
     options = WorkerOptions(
         cluster=cluster,
@@ -162,6 +169,7 @@ def worker(
         threads=threads,
         timeout_s=timeout,
         model_name=model.value,
+        update_queue=update_queue,
         metrics_port=metrics_port,
     )
     raise typer.Exit(run_worker(options, config, follower=_exports(export, config.settings) if export else None))

@@ -48,6 +48,7 @@ class WorkerOptions:
         threads: torch threads; 0 shares the cores among the workers.
         timeout_s: How long a call waits for a PS that is away.
         model_name: What lookups are timed under.
+        update_queue: Without PS: updates that may wait at their owner after they have travelled.
         metrics_port: Port where this process's timers are served for Prometheus; None: nowhere, 0: any free one.
     """
 
@@ -58,6 +59,7 @@ class WorkerOptions:
     threads: int = 0
     timeout_s: float = 120.0
     model_name: str = ""
+    update_queue: int = 0
     metrics_port: int | None = None
 
 
@@ -74,6 +76,8 @@ def run_worker(options: WorkerOptions, config: WorkerConfig, *, follower: Follow
     """
     if not options.cluster and config.dense != "allreduce":
         raise InvalidRequestError("workers without PS take every step together: dense parameters are all-reduced")
+    if options.cluster and (config.lookup_queue or options.update_queue):
+        raise InvalidRequestError("the queues of an exchange are for workers that hold the rows, which have no cluster")
     if not options.cluster and config.state_file:
         raise InvalidRequestError("workers without PS go on from their checkpoint; a position of one rank is of no use")
     if config.dense == "allreduce" and not options.master:
@@ -148,7 +152,7 @@ def _client(options: WorkerOptions, config: WorkerConfig) -> Client | PeerClient
     """The cluster, or what the workers are one themselves with, as far as their last checkpoint goes."""
     if options.cluster:
         return connect(options.cluster, timeout_s=options.timeout_s, model_name=options.model_name)
-    peers = connect_peers(pick_device(config.device).type, threads=1)
+    peers = connect_peers(pick_device(config.device).type, threads=1, update_queue=options.update_queue)
     restored = peers.restore_newest(config.model_dir) if config.model_dir else ""
     if restored:
         log.info("restored", extra={"path": restored, "step": peers.global_step()})

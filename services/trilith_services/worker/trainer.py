@@ -64,6 +64,8 @@ class WorkerConfig:
         async_push: Updates that may be on their way, of embeddings and of dense values; 0 waits for each. What the two
             cost in staleness is written in `trilith.pipelining`; with both 0 every step sees all steps before it.
         clip_norm: Bound on the norm of a step's gradients, those of rows and dense ones together; 0 is none.
+        lookup_queue: Where the workers hold the rows: batches whose rows their owners have found, and that wait to
+            travel.
     """
 
     rank: int = 0
@@ -82,6 +84,7 @@ class WorkerConfig:
     prefetch: int = 0
     async_push: int = 0
     clip_norm: float = 0.0
+    lookup_queue: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -93,6 +96,7 @@ class WorkerConfig:
             ("save_every", 0),
             ("prefetch", 0),
             ("async_push", 0),
+            ("lookup_queue", 0),
         ):
             if getattr(self, name) < least:
                 raise InvalidRequestError(f"{name}={getattr(self, name)} is below {least}")
@@ -219,7 +223,9 @@ class Trainer:
     def _epochs(self, stop: Callable[[], bool]) -> bool:
         config = self._config
         while self._position.epoch < config.epochs:
-            with self._embeddings.prefetch(self._batches(), config.prefetch, ids=_ids) as batches:
+            with self._embeddings.prefetch(
+                self._batches(), config.prefetch, ids=_ids, lookup_queue=config.lookup_queue
+            ) as batches:
                 for batch, fetched in batches:
                     if self._should_stop(stop):
                         return False
