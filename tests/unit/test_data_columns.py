@@ -166,6 +166,72 @@ def test_a_line_id_field_takes_exactly_one_value(tmp_path):
         examples(path, format="parquet")
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "wrong"),
+    [
+        ("__RANK__", [1, 1 << 31], "column '__RANK__' has a value outside .*, what line_id.rank takes"),
+        ("__CID__", [b"fine", b"\xff"], "column '__CID__' holds bytes that are no UTF-8"),
+    ],
+)
+def test_what_a_line_id_field_cannot_hold_is_refused(tmp_path, column, values, wrong):
+    path = str(tmp_path / "t.parquet")
+    pq.write_table(pa.table({column: pa.array(values)}), path)
+    with pytest.raises(DataError, match=f"record 1, byte 0: {wrong}"):
+        examples(path, format="parquet")
+
+
+def test_rows_are_the_bytes_that_the_protobuf_library_writes(tmp_path):
+    path = str(tmp_path / "t.parquet")
+    lists = [[], [0], [-1, 127, 128, 1 << 40], [-(1 << 63)] * 90, [7]]
+    texts = [[], [b""], [b"x" * 200, b"y"], [b"z"] * 70, [b"\xff"]]
+    table = {"ints": lists, "fids": lists, "texts": texts, "__IS_DRAW__": [0, 1, 0, 1, 5], "__RANK__": [0, -1, 3, 4, 5]}
+    floats = [[], [0.5], [1.5] * 40, [], [-2.0]]
+    pq.write_table(pa.table({**table, "floats": floats, "__LABEL__": floats, "__UID__": [0, -1, 2, 3, 1 << 62]}), path)
+    columns = [Column("floats", "float"), Column("__UID__", "int"), Column("fids", "fid_v1"), Column("texts", "bytes")]
+    columns += [Column(name, "int") for name in ("ints", "__RANK__", "__IS_DRAW__")] + [Column("__LABEL__", "float")]
+    wanted = []
+    for row in range(5):
+        example = Example(label=floats[row])
+        example.line_id.uid = [0, (1 << 64) - 1, 2, 3, 1 << 62][row]
+        example.line_id.rank, example.line_id.is_draw = table["__RANK__"][row], bool(table["__IS_DRAW__"][row])
+        for number, (name, member, values_) in enumerate(
+            (
+                ("floats", "float_list", floats),
+                ("fids", "fid_v1_list", [[each & (1 << 64) - 1 for each in fids] for fids in lists]),
+                ("texts", "bytes_list", texts),
+                ("ints", "int64_list", lists),
+            )
+        ):
+            added = example.named_feature.add(name=name, id=10_000 + (0, 2, 3, 4)[number]).feature
+            getattr(added, member).SetInParent()
+            getattr(added, member).value.extend(values_[row])
+        wanted.append(example.SerializeToString(deterministic=True))
+    with open_records(path, kind="example", format="parquet", columns=columns) as reader:
+        assert [payload for chunk in reader for payload in chunk.payloads()] == wanted
+
+
+def test_batches_of_rows_are_the_bytes_that_the_protobuf_library_writes(tmp_path):
+    path = str(tmp_path / "t.parquet")
+    lists = [[], [0], [-1, 127, 1 << 40], [5] * 90, [7]]
+    texts = [[b""], [], [b"x" * 200, b"y"], [b"z"] * 70, [b"\xff"]]
+    pq.write_table(pa.table({"ints": lists, "texts": texts}), path)
+    wanted = []
+    for rows in (range(2), range(2, 4), range(4, 5)):
+        batch = ExampleBatch(batch_size=len(rows))
+        for index, (name, member, columns) in enumerate(
+            (("ints", "int64_list", lists), ("texts", "bytes_list", texts))
+        ):
+            named = batch.named_feature_list.add(name=name, id=index)
+            for row in rows:
+                added = getattr(named.feature.add(), member)
+                added.SetInParent()
+                added.value.extend(columns[row])
+        wanted.append(batch.SerializeToString(deterministic=True))
+    options = {"kind": "examplebatch", "format": "parquet", "batch_size": 2, "drop_remainder": False}
+    with open_records(path, **options) as reader:
+        assert [payload for chunk in reader for payload in chunk.payloads()] == wanted
+
+
 def test_a_file_that_is_no_parquet_is_named(tmp_path):
     (tmp_path / "x").write_bytes(b"PAR1 or not")
     with pytest.raises(DataError, match="no Parquet file"):

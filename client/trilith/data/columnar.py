@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -12,15 +12,20 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trilith.data.line_ids import line_fields
+from trilith.data.line_ids import LineField, Wire, line_field, line_fields
+from trilith.data.ragged import Ragged
 from trilith.data.readers import Losses, OnError, Position
-from trilith.data.records import Kind, Records
+from trilith.data.records import PADDING, Kind, Records
+from trilith.data.rewrite import Changes
+from trilith.data.scan.compose import compose_batch, compose_examples
 from trilith.errors import DataError, InvalidRequestError
+from trilith.ops.memory import address_of
 from trilith_proto import example_pb2
 
 __all__ = ["LABEL", "Column", "ColumnType", "ColumnarReader", "check_column", "column_of", "ragged_column"]
 
 LABEL = "__LABEL__"
+_LABEL_FIELD = 101
 _FIRST_ID = 10_000
 
 Values = npt.NDArray[Any] | list[bytes]
@@ -62,6 +67,14 @@ _MEMBERS = {
     ColumnType.FLOAT: "float_list",
     ColumnType.BYTES: "bytes_list",
 }
+_WIRES: dict[ColumnType, tuple[Wire, npt.DTypeLike]] = {
+    ColumnType.INT: (Wire.VARINT, np.int64),
+    ColumnType.FID_V1: (Wire.FIXED64, np.uint64),
+    ColumnType.FID_V2: (Wire.FIXED64, np.uint64),
+    ColumnType.FLOAT: (Wire.FIXED32, np.float32),
+    ColumnType.BYTES: (Wire.BYTES, np.object_),
+}
+_BOUNDS = {Wire.VARINT32: (-(2**31), 2**31 - 1), Wire.UNSIGNED32: (0, 2**32 - 1)}
 
 
 def column_of(name: str, stored: pa.DataType) -> Column:
@@ -232,95 +245,144 @@ class ColumnarReader:
             for first, batch in self._batches:
                 if batch.num_rows:
                     self._rows = first + batch.num_rows
-                    return self._records(self._examples(first, batch, self._fields), first + np.arange(batch.num_rows))
+                    return self._numbered(self._examples(first, batch, self._fields), first + np.arange(batch.num_rows))
             raise StopIteration
-        payloads, firsts = [], []
         for first, batch in self._batches:
             whole = batch if self._pending is None else pa.concat_batches([self._pending, batch])
             first = first + batch.num_rows - whole.num_rows
             used = whole.num_rows - whole.num_rows % self._batch_size
-            for at in range(0, used, self._batch_size):
-                payloads.append(self._example_batch(whole.slice(at, self._batch_size)))
-                firsts.append(first + at)
             self._pending = whole.slice(used)
-            if payloads:
+            if used:
                 self._rows = first + used
-                return self._records(payloads, np.array(firsts))
+                starts = np.arange(0, used, self._batch_size)
+                return self._numbered(self._example_batches(whole, starts, self._batch_size), first + starts)
         rest, self._pending = self._pending, None
         if rest is None or not rest.num_rows or self._drop_remainder:
             raise StopIteration
         first, self._rows = self._rows, self._rows + rest.num_rows
-        return self._records([self._example_batch(rest)], np.array([first]))
+        return self._numbered(self._example_batches(rest, np.zeros(1, np.int64), rest.num_rows), np.array([first]))
 
-    def _records(self, payloads: list[bytes], numbers: npt.NDArray[Any]) -> Records:
-        made = Records.of(payloads, self.kind, source=self._name)
-        return Records(
-            kind=made.kind,
-            buffer=made.buffer,
-            offsets=made.offsets,
-            lengths=made.lengths,
-            source_keys=made.source_keys,
-            numbers=numbers.astype(np.int64),
-            positions=np.zeros(len(payloads), np.int64),
-            sources=made.sources,
-            source_index=made.source_index,
-        )
+    def _numbered(self, records: Records, numbers: npt.NDArray[Any]) -> Records:
+        return replace(records, numbers=numbers.astype(np.int64), positions=np.zeros(len(records), np.int64))
 
-    def _examples(self, first: int, batch: pa.RecordBatch, fields: Sequence[str | None]) -> list[bytes]:
-        examples = [example_pb2.Example() for _ in range(batch.num_rows)]
+    def _examples(self, first: int, batch: pa.RecordBatch, fields: Sequence[str | None]) -> Records:
+        rows = batch.num_rows
+        lists = _Lists(rows)
+        changes = lists.changes
         for index, (column, field) in enumerate(zip(self.columns, fields, strict=True)):
             values, splits = ragged_column(batch.column(index), column.type)
-            plain: Any = values if isinstance(values, list) else values.tolist()
-            bounds = splits.tolist()
             if field is not None:
-                self._fill_line_ids(first, examples, field, column, plain, bounds)
-                continue
-            member, number = _MEMBERS[ColumnType(column.type)], _FIRST_ID + index
-            for row, example in enumerate(examples):
-                part = plain[bounds[row] : bounds[row + 1]]
-                if column.name == LABEL:
-                    example.label.extend(part)
-                else:
-                    added = getattr(example.named_feature.add(name=column.name, id=number).feature, member)
-                    added.SetInParent()
-                    added.value.extend(part)
-        return [example.SerializeToString() for example in examples]
+                found = self._line_values(first, line_field(field), column, values, splits)
+                changes.add_line(line_field(field), found)
+            elif column.name == LABEL:
+                labels = Ragged(np.asarray(values, np.float64), splits)
+                changes.add_top(_LABEL_FIELD, Wire.FIXED32, np.dtype(np.float32), labels, packed=True, what=LABEL)
+            else:
+                lists.add(column, values, splits, example_pb2.NamedFeature, _FIRST_ID + index)
+        line, top = np.array(sorted(changes.line), np.int64), np.array(changes.top, np.int64)
+        buffer, scratch, feature = lists.room()
+        offsets, lengths = np.empty(rows, np.int64), np.empty(rows, np.int64)
+        compose_examples(
+            rows,
+            *lists.tables(),
+            address_of(line),
+            len(line),
+            address_of(top),
+            len(top),
+            address_of(scratch),
+            address_of(feature),
+            address_of(buffer),
+            address_of(offsets),
+            address_of(lengths),
+        )
+        return self._made(buffer, offsets, lengths)
 
-    def _fill_line_ids(
-        self, first: int, examples: list[Any], field: str, column: Column, values: list[Any], bounds: list[int]
-    ) -> None:
-        dtype = line_fields()[field].dtype
-        for row, example in enumerate(examples):
-            part = values[bounds[row] : bounds[row + 1]]
-            if len(part) != 1:
-                where = f"{self._name}: record {first + row}, byte 0"
-                raise DataError(f"{where}: column {column.name!r} has {len(part)} values; line_id.{field} takes one")
-            value = part[0]
-            try:
-                if column.type == ColumnType.BYTES:
-                    value = value.decode()
-                elif dtype == np.uint64:
-                    value &= (1 << 64) - 1
-                elif dtype == np.bool_:
-                    value = bool(value)
-                setattr(example.line_id, field, value)
-            except ValueError as error:
-                where = f"{self._name}: record {first + row}, byte 0"
-                raise DataError(f"{where}: column {column.name!r}: {error}") from None
-
-    def _example_batch(self, rows: pa.RecordBatch) -> bytes:
-        batch = example_pb2.ExampleBatch(batch_size=rows.num_rows)
+    def _example_batches(self, rows: pa.RecordBatch, starts: npt.NDArray[np.int64], size: int) -> Records:
+        """ExampleBatches of `size` rows each."""
+        lists = _Lists(rows.num_rows)
         for index, column in enumerate(self.columns):
-            named = batch.named_feature_list.add(name=column.name, id=index)
-            values, splits = ragged_column(rows.column(index), column.type)
-            plain: Any = values if isinstance(values, list) else values.tolist()
-            bounds = splits.tolist()
-            member = _MEMBERS[ColumnType(column.type)]
-            for row in range(rows.num_rows):
-                added = getattr(named.feature.add(), member)
-                added.SetInParent()
-                added.value.extend(plain[bounds[row] : bounds[row + 1]])
-        return batch.SerializeToString()
+            lists.add(column, *ragged_column(rows.column(index), column.type), example_pb2.NamedFeatureList, index)
+        buffer, scratch, features = lists.room()
+        tables, used = lists.tables(), 0
+        offsets, lengths = np.empty(starts.size, np.int64), np.empty(starts.size, np.int64)
+        for number, start in enumerate(starts.tolist()):
+            spaces = address_of(scratch), address_of(features), address_of(buffer) + used
+            offsets[number] = used
+            lengths[number] = compose_batch(start, start + size, *tables, *spaces)
+            used += int(lengths[number])
+        return self._made(buffer, offsets, lengths)
+
+    def _made(
+        self, buffer: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+    ) -> Records:
+        empty = Records.of([b""] * len(offsets), self.kind, source=self._name)
+        return empty.replace(buffer=buffer, offsets=offsets, lengths=lengths)
+
+    def _line_values(
+        self, first: int, field: LineField, column: Column, values: Values, splits: npt.NDArray[np.int64]
+    ) -> npt.NDArray[Any]:
+        """What a column gives a field of LineId: one value for every row, of which the field takes all."""
+        numbers: npt.NDArray[Any] = np.asarray(values, object if isinstance(values, list) else None)
+        wrong = np.flatnonzero(np.diff(splits) != 1)
+        reason = (
+            ""
+            if not wrong.size
+            else f"has {splits[wrong[0] + 1] - splits[wrong[0]]} values; line_id.{field.name} takes one"
+        )
+        if not wrong.size and isinstance(values, list):
+            wrong = np.flatnonzero([not _is_text(each) for each in values])
+            reason = "holds bytes that are no UTF-8"
+        elif not wrong.size and field.wire in _BOUNDS:
+            lowest, highest = _BOUNDS[field.wire]
+            wrong = np.flatnonzero((numbers < lowest) | (numbers > highest))
+            reason = f"has a value outside {lowest}..{highest}, what line_id.{field.name} takes"
+        if wrong.size:
+            where = f"{self._name}: record {first + int(wrong[0])}, byte 0"
+            raise DataError(f"{where}: column {column.name!r} {reason}")
+        return numbers != 0 if field.is_bool else numbers
+
+
+class _Lists:
+    """Columns as the tables of `compose_examples` and `compose_batch`.
+
+    Attributes:
+        changes: Keeps what the tables point to, and takes other fields of the rows.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.changes = Changes(rows)
+        self._lists: list[list[int]] = []
+        self._frames: list[list[int]] = []
+
+    def add(self, column: Column, values: Values, splits: npt.NDArray[np.int64], message: Any, number: int) -> None:
+        """Add a column, which is in messages of a kind, with the column's name and a number."""
+        column_type = ColumnType(column.type)
+        wire, dtype = _WIRES[column_type]
+        given: Ragged[Any] = Ragged(values, splits)  # type: ignore[arg-type]
+        self._lists.append(self.changes.field(1, wire, np.dtype(dtype), given, True, column.name))
+        head, tail = message(name=column.name).SerializeToString(), message(id=number).SerializeToString()
+        text = [self.changes.keep(np.frombuffer(each + bytes(PADDING), np.uint8)) for each in (head, tail)]
+        member = example_pb2.Feature.DESCRIPTOR.fields_by_name[_MEMBERS[column_type]].number
+        self._frames.append([address_of(text[0]), len(head), address_of(text[1]), len(tail), member])
+        self.changes.room += len(head) + len(tail) + 32
+
+    def tables(self) -> tuple[int, int, int]:
+        """Addresses of lists and frames, and their number."""
+        tables = [self.changes.keep(np.array(each, np.int64)) for each in (self._lists, self._frames)]
+        return address_of(tables[0]), address_of(tables[1]), len(self._lists)
+
+    def room(self) -> list[npt.NDArray[np.uint8]]:
+        """Room for all rows, for one list, and for the features of one column."""
+        most, total = int(self.changes.room.max(initial=0)), int(self.changes.room.sum())
+        return [np.empty(size + 2 * PADDING, np.uint8) for size in (total, most, total)]
+
+
+def _is_text(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _line_id_field(name: str, column: Column) -> str | None:

@@ -19,7 +19,7 @@ from trilith.data.scan.schema import LINE_NUMBERS, NameTable, line_table
 from trilith.errors import InvalidRequestError
 from trilith.ops.memory import address_of
 
-__all__ = ["Column", "rewrite"]
+__all__ = ["Changes", "Column", "rewrite"]
 
 Column = npt.NDArray[Any] | Scalars | Ragged[Any]
 """New values: an array or `Scalars` with one value per record, or a `Ragged` for a list."""
@@ -53,7 +53,7 @@ def rewrite(
     if records.kind not in _LABEL_FIELDS:
         raise InvalidRequestError(f"only instances and examples can be rewritten, not records of kind {records.kind}")
     line_number, label_number, weight_number = _LABEL_FIELDS[records.kind]
-    changes = _Changes(len(records))
+    changes = Changes(len(records))
     reserved = []
     for name, values in (line_id or {}).items():
         changes.add_line(line_field(name), values)
@@ -90,8 +90,19 @@ def rewrite(
         records = replace_payloads(records, odd, payloads)
 
 
-class _Changes:
-    """New fields as the tables of the kernel; keeps the arrays that the tables point to."""
+class Changes:
+    """New fields as the tables of the kernels; keeps the arrays that the tables point to.
+
+    Args:
+        rows: Records that get them.
+
+    Attributes:
+        drop_top: uint8[128]: 1 for fields of the message that are replaced.
+        drop_line: uint8[256]: 1 for fields of LineId that are.
+        top: New fields of the message, as for `encode.put_fields`.
+        line: New fields of LineId.
+        room: int64[rows], bytes that the new fields of each record take at most.
+    """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -111,24 +122,25 @@ class _Changes:
             raise InvalidRequestError(f"LineId.{about.name} has number {about.number}; those below 256 are known")
         self.drop_line[about.number] = 1
         what = f"LineId.{about.name}"
-        self.line.append(self._field(about.number, about.wire, about.dtype, values, about.packed, what))
+        self.line.append(self.field(about.number, about.wire, about.dtype, values, about.packed, what))
 
     def add_top(
         self, number: int, wire: Wire, dtype: np.dtype[Any], values: Column, *, packed: bool, what: str
     ) -> None:
         """Replace a field of the message."""
         self.drop_top[number] = 1
-        self.top.append(self._field(number, wire, dtype, values, packed, what))
+        self.top.append(self.field(number, wire, dtype, values, packed, what))
 
-    def _field(
+    def field(
         self, number: int, wire: Wire, dtype: np.dtype[Any], values: Column, packed: bool, what: str
     ) -> list[int]:
+        """A row of a table: a field of any message."""
         rows = len(values.values) if isinstance(values, Scalars) else len(values)
         if rows != self.rows:
             raise InvalidRequestError(f"{what}: {rows} rows of new values for {self.rows} records")
         splits = flags = 0
         if isinstance(values, Ragged):
-            row_splits = self._keep(np.ascontiguousarray(values.row_splits, np.int64))
+            row_splits = self.keep(np.ascontiguousarray(values.row_splits, np.int64))
             if row_splits[0] or row_splits[-1] > len(values.values) or bool((np.diff(row_splits) < 0).any()):
                 raise InvalidRequestError(f"{what}: row_splits do not rise from 0 to the number of values")
             splits = address_of(row_splits)
@@ -137,13 +149,14 @@ class _Changes:
             self.room += 16 + np.diff(together[row_splits])
         else:
             if isinstance(values, Scalars):
-                flags = address_of(self._keep(np.ascontiguousarray(values.present).view(np.uint8)))
+                flags = address_of(self.keep(np.ascontiguousarray(values.present).view(np.uint8)))
                 values = values.values
             flat, sizes = self._encoded(wire, dtype, values)
             self.room += sizes
         return [number, int(wire), address_of(flat), splits, flags, int(packed)]
 
-    def _keep(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def keep(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Have an array live as long as the tables."""
         self._kept.append(array)
         return array
 
@@ -154,10 +167,10 @@ class _Changes:
         if wire is Wire.BYTES:
             strings = [each.encode() if isinstance(each, str) else each for each in values]
             lengths = np.fromiter(map(len, strings), np.int64, len(strings))
-            text = self._keep(np.frombuffer(b"".join((*strings, bytes(PADDING))), np.uint8))
+            text = self.keep(np.frombuffer(b"".join((*strings, bytes(PADDING))), np.uint8))
             ends = np.cumsum(lengths)
             spans = np.stack([address_of(text) + ends - lengths, lengths], axis=1)
-            return self._keep(np.ascontiguousarray(spans)), lengths + 16
+            return self.keep(np.ascontiguousarray(spans)), lengths + 16
         typed = np.asarray(values)
         if wire in (Wire.FIXED32, Wire.FIXED64):
             flat = typed.astype(dtype, copy=False)
@@ -166,11 +179,11 @@ class _Changes:
             flat = (signed << 1) ^ (signed >> 63)
         else:
             flat = typed.astype(np.uint64 if typed.dtype == np.uint64 else np.int64)
-        return self._keep(np.ascontiguousarray(flat)), np.full(len(typed), 16, np.int64)
+        return self.keep(np.ascontiguousarray(flat)), np.full(len(typed), 16, np.int64)
 
 
 def _copy(
-    records: Records, changes: _Changes, line_number: int, names: NameTable | None, flags: npt.NDArray[np.uint8]
+    records: Records, changes: Changes, line_number: int, names: NameTable | None, flags: npt.NDArray[np.uint8]
 ) -> tuple[Records, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     rows = len(records)
     offsets, lengths, _ = bounds_of(records)

@@ -24,7 +24,7 @@ from trilith.data.scan.wire import (
 from trilith.ops.jit import kernel, part
 from trilith.ops.memory import load_u8, load_u32, load_u64, store_u8, store_u32, store_u64
 
-__all__ = ["Edit"]
+__all__ = ["Edit", "put_fields", "put_varint", "rewrite_records", "varint_size"]
 
 if TYPE_CHECKING:
     _uint8: Any
