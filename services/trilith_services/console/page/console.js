@@ -376,7 +376,7 @@ async function showVariables() {
   $("variables-section").hidden = !found.length;
   $("variables").querySelector("tbody").replaceChildren(...found.map((one) => make("tr", {},
     cell("Name", make("a", { href: `/api/variables/${encodeURIComponent(one.name)}` }, make("code", {}, one.name)), "head"), cell("Floats", count(one.floats), "n"),
-    cell("Held by", one.owners.map((owner) => `PS ${owner}`).join(", ")), cell("Optimizer", make("code", {}, one.optimizer), "whole"))));
+    cell("Held by", one.owners.map((owner) => `PS ${owner}`).join(", ")), cell("Optimizer", make("code", {}, one.optimizer), "wide whole"))));
 }
 
 // ---- start ---------------------------------------------------------------------------------------------------------
