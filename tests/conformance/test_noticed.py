@@ -1,0 +1,105 @@
+"""A wrong expectation is noticed, whatever the kind or group of the vector: nothing passes unchecked."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conformance.data import data_failures
+from tests.conformance.runner import failures_of
+
+FOLDER = Path(__file__).parents[1] / "golden/conformance"
+ENGINE = json.loads((FOLDER / "engine.json").read_text())
+GROUPS = json.loads((FOLDER / "data.json").read_text())["vectors"]
+
+# What data vectors call the things that they expect.
+EXPECTED = {
+    *("basenames", "data_source_key", "data_source_keys", "expected", "expected_hex", "expected_keys", "found"),
+    *("good_records", "has_variant", "hash", "hex", "item_ids_as_set", "keep", "mask", "merged_item_ids_as_set", "n"),
+    *("n_records", "nrows", "offsets", "output", "path", "payload_hex", "replicas", "result", "results", "returns"),
+    *("slots", "split_item_ids", "surviving_uids", "tasks", "value_rowids"),
+}
+# What there is beside or below them and is something else.
+GIVEN = {"kwargs", "missing", "note"}
+# Their files are no part of the golden copy: such are written from what is expected.
+WRITTEN = {"item_pool", "file_sharding"}
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if not isinstance(value, (dict, list)):
+        yield path, value
+        return
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from leaves(each, (*path, key))
+
+
+def changed(value: Any) -> Any:
+    match value:
+        case bool():
+            return not value
+        case None:
+            return 7
+        case str():
+            return f"{value}00"
+        case _:
+            return value + 1 if abs(value) < 1e30 else 0.0
+
+
+def with_another(content: Any, path: tuple[Any, ...], value: Any) -> Any:
+    made = copy.deepcopy(content)
+    holder = made
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = value
+    return made
+
+
+def one_of_each_form(content: Any) -> dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]]:
+    """A leaf of each path, whatever the numbers in it."""
+    found: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
+    for path, value in leaves(content):
+        found.setdefault(tuple("#" if isinstance(key, int) else key for key in path), (path, value))
+    return found
+
+
+@pytest.mark.parametrize("kind", sorted({vector["kind"] for vector in ENGINE}))
+def test_a_wrong_engine_vector_fails(kind):
+    vector = next(each for each in ENGINE if each["kind"] == kind and not each.get("slow"))
+    for label, expected in vector["expected"].items():
+        for bound, by in (("min", 1e9), ("max", -1e9)):
+            if bound in expected:
+                wrong = {**expected, bound: expected[bound] + by}
+                assert failures_of({**vector, "expected": {label: wrong}})
+        for path, value in list(leaves(expected.get("value", {})))[:1]:
+            far = (
+                changed(value)
+                if isinstance(value, (bool, str, type(None)))
+                else value + 1 + 2 * expected.get("abs_tol", 0)
+            )
+            wrong = with_another(expected, ("value", *path), far)
+            assert failures_of({**vector, "expected": {label: wrong}}), f"{label}: {far} passes"
+
+
+@pytest.mark.parametrize("group", sorted(GROUPS.keys() - WRITTEN))
+def test_a_wrong_data_vector_fails(group):
+    missed = []
+    for path, value in one_of_each_form(GROUPS[group]).values():
+        if EXPECTED.isdisjoint(path) or not GIVEN.isdisjoint(path):
+            continue
+        wrong = with_another(GROUPS[group], path, changed(value))
+        if not any(failures for _, failures in data_failures({group: wrong}, FOLDER)):
+            missed.append((path, value))
+    assert missed == []
+
+
+def test_a_member_that_nothing_checks_is_a_failure():
+    assert dict(data_failures({"fid": {"make_v3": [], "note": "", "quirk_x": []}}, FOLDER)) == {
+        "fid.make_v3": ["nothing checks this member"],
+        "fid.note": [],
+        "fid.quirk_x": [],
+    }
