@@ -3,11 +3,12 @@
 A stream is driven by the thread that calls, as gRPC drives its unary calls. What grpcio offers for streams hands every
 request to one thread and takes every reply from another, which doubles the caller's processor time (measured: 180 µs a
 call instead of 90) and adds two changes of threads to its latency. The operations are those of `grpc._cython.cygrpc`,
-which `grpc._channel` is made of and which grpcio does not promise to keep.
+which `grpc._channel` is made of and which grpcio does not promise to keep: where they are others, calls are unary.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -22,6 +23,8 @@ FULL_KEY = "trilith-streams"
 """Trailing metadata of a stream that was refused because the server has no thread for one more."""
 MAX_STREAMS = 8
 """Streams that one method keeps at most; further calls in flight are unary ones."""
+
+log = logging.getLogger(__name__)
 
 _UNARY_S = 10.0  # how long a server without room for streams is left alone
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -173,7 +176,7 @@ class StreamedMethod:
             stream_path: The same of the streaming form, of the same messages.
         """
         self._unary: Any = channel.unary_unary(path)
-        self._channel: Any = channel._channel  # type: ignore[attr-defined]
+        self._channel: Any = getattr(channel, "_channel", None)
         self._path = stream_path.encode()
         self._lock = threading.Lock()
         self._idle: list[_Stream] = []
@@ -221,10 +224,14 @@ class StreamedMethod:
             self._open += 1
         try:
             return _Stream(self._channel, self._path)
-        except BaseException:
+        except BaseException as error:
             with self._lock:
                 self._open -= 1
-            raise
+            if not isinstance(error, AttributeError | TypeError):
+                raise
+        log.warning("grpcio %s drives streams in a way that is not known here: calls are slower", grpc.__version__)
+        self._unary_until = math.inf
+        return None
 
     def _drop(self, stream: _Stream) -> None:
         with self._lock:

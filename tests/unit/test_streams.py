@@ -122,6 +122,14 @@ def test_a_server_that_knows_no_streams_is_called_the_unary_way():
         assert echo.unary == [b"x", b"y"]
 
 
+def test_a_grpcio_that_drives_streams_in_another_way_is_called_the_unary_way(monkeypatch, caplog):
+    with serving() as echo:
+        monkeypatch.setattr(echo.method, "_channel", object())
+        assert [echo.method(b"1", timeout=10) for _ in range(3)] == [b"1"] * 3
+        assert (echo.unary, echo.streamed) == ([b"1"] * 3, [])
+        assert caplog.text.count("calls are slower") == 1
+
+
 def test_more_calls_than_turns_wait_and_more_than_may_wait_are_refused():
     with serving(threads=1, max_queue=1) as echo, ThreadPoolExecutor(2) as pool:
         working = pool.submit(echo.method, b"wait", timeout=30)

@@ -17,6 +17,7 @@ import numpy as np
 
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import load_u8, load_u32, load_u64, store_u8, store_u32, store_u64
+from trilith_services.ps.kernels.varints import put_varint, varint_size
 
 __all__ = ["FIELD_COLUMNS", "SEGMENT_COLUMNS", "decode_entries", "encode_entries"]
 
@@ -37,25 +38,6 @@ def _entry(table: int, row: int, columns: int, column: int) -> int:
 
 
 @inlined
-def _varint_size(value: np.uint64) -> int:
-    size = 1
-    while value >= _MORE:
-        value = value >> _SEVEN
-        size += 1
-    return size
-
-
-@inlined
-def _put_varint(at: int, value: np.uint64) -> int:
-    while value >= _MORE:
-        store_u8(at, 0, np.uint8((value & _LOW) | _MORE))
-        value = value >> _SEVEN
-        at += 1
-    store_u8(at, 0, np.uint8(value))
-    return at + 1
-
-
-@inlined
 def _put_floats(at: int, tag: int, source: int, count: int) -> int:
     """Write `count` floats, each behind its tag."""
     for i in range(count):
@@ -70,7 +52,7 @@ def _payload_size(fields: int, first: int, last: int, state: int) -> int:
     size = 0
     for field in range(first, last):
         if _entry(fields, field, FIELD_COLUMNS, 3):
-            size += 1 + _varint_size(load_u64(state + 4 * _entry(fields, field, FIELD_COLUMNS, 2), 0))
+            size += 1 + varint_size(load_u64(state + 4 * _entry(fields, field, FIELD_COLUMNS, 2), 0))
         else:
             size += 5 * _entry(fields, field, FIELD_COLUMNS, 1)
     return size
@@ -83,7 +65,7 @@ def _put_payload(at: int, fields: int, first: int, last: int, state: int) -> int
         source = state + 4 * _entry(fields, field, FIELD_COLUMNS, 2)
         if _entry(fields, field, FIELD_COLUMNS, 3):
             store_u8(at, 0, np.uint8(tag))
-            at = _put_varint(at + 1, load_u64(source, 0))
+            at = put_varint(at + 1, load_u64(source, 0))
         else:
             at = _put_floats(at, tag, source, _entry(fields, field, FIELD_COLUMNS, 1))
     return at
@@ -92,7 +74,7 @@ def _put_payload(at: int, fields: int, first: int, last: int, state: int) -> int
 @inlined
 def _single_size(payload: int) -> int:
     """Bytes of a SingleOptimizerDump around a payload of that size."""
-    return 1 + _varint_size(np.uint64(payload)) + payload
+    return 1 + varint_size(np.uint64(payload)) + payload
 
 
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, boolean, int64, int64)")
@@ -143,18 +125,18 @@ def encode_entries(
             last = _entry(segments, segment, SEGMENT_COLUMNS, 2)
             size += _single_size(_single_size(_payload_size(fields, first, last, state)))
         store_u8(at, 0, np.uint8(_OPT))
-        at = _put_varint(at + 1, np.uint64(size))
+        at = put_varint(at + 1, np.uint64(size))
         for segment in range(segment_count):
             first = _entry(segments, segment, SEGMENT_COLUMNS, 1)
             last = _entry(segments, segment, SEGMENT_COLUMNS, 2)
             payload = _payload_size(fields, first, last, state)
             store_u8(at, 0, np.uint8(_DUMP))
-            at = _put_varint(at + 1, np.uint64(_single_size(payload)))
+            at = put_varint(at + 1, np.uint64(_single_size(payload)))
             store_u8(at, 0, np.uint8(_entry(segments, segment, SEGMENT_COLUMNS, 0)))
-            at = _put_varint(at + 1, np.uint64(payload))
+            at = put_varint(at + 1, np.uint64(payload))
             at = _put_payload(at, fields, first, last, state)
         store_u8(at, 0, np.uint8(_TIME))
-        at = _put_varint(at + 1, np.uint64(load_u32(times, row)))
+        at = put_varint(at + 1, np.uint64(load_u32(times, row)))
     store_u64(offsets, n, np.uint64(at - out))
 
 

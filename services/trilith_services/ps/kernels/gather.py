@@ -12,6 +12,7 @@ from trilith.ops.memory import copy_floats, load_u8, load_u64, store_u8, store_u
 from trilith_services.ps.kernels.index import READ_GROUP, get
 from trilith_services.ps.kernels.plan import DIM, READ_WORDS, SERVING, STRIDE
 from trilith_services.ps.kernels.read import probe_group, read_row
+from trilith_services.ps.kernels.varints import put_varint
 
 __all__ = ["drop_repeats", "gather_rows", "pack_ids", "unpack_ids"]
 
@@ -84,16 +85,6 @@ def gather_rows(
 
 
 @inlined
-def _put_varint(at: int, value: np.uint64) -> int:
-    while value >= _MORE:
-        store_u8(at, 0, np.uint8((value & _LOW) | _MORE))
-        value = value >> _SEVEN
-        at += 1
-    store_u8(at, 0, np.uint8(value))
-    return at + 1
-
-
-@inlined
 def _spread(value: np.uint64) -> np.uint64:
     """The low 56 bits, seven to a byte, each byte marked as one that another follows."""
     value = (value & _LOW28) | ((value & _HIGH28) << np.uint64(4))
@@ -119,7 +110,7 @@ def pack_ids(ids: int, n: int, out: int) -> int:
         value = load_u64(ids, i)
         rest = value >> _BITS56
         if rest == _ZERO:
-            at = _put_varint(at, value)
+            at = put_varint(at, value)
         else:  # as good as every hashed id: nine bytes, or ten
             store_u64(at, 0, _spread(value))
             if rest < _MORE:
