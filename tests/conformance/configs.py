@@ -30,7 +30,12 @@ def floats(values: Any) -> Any:
 
 
 def _set(message: Any, choice: Json) -> None:
-    """Choose `type` in a message's oneof and set its fields."""
+    """Choose `type` in a message's oneof and set its fields; without a type, nothing is chosen."""
+    message.SetInParent()
+    if not choice.get("type"):
+        return
+    if choice["type"] not in message.DESCRIPTOR.fields_by_name:
+        raise ValueError(f"{message.DESCRIPTOR.name} has no type {choice['type']!r}")
     chosen = getattr(message, choice["type"])
     chosen.SetInParent()
     for name, value in choice.items():
@@ -49,14 +54,14 @@ def optimizer_of(choice: Json) -> hash_table_pb2.OptimizerConfig:
 
 def _segment(config: Json, *, serving: bool) -> hash_table_pb2.EntryConfig.Segment:
     segment = hash_table_pb2.EntryConfig.Segment(dim_size=config["dim"])
-    initializer = config.get("init") or config.get("initializer")
-    optimizer = config.get("opt") or config.get("optimizer")
-    compressor = config.get("comp") or config.get("compressor")
-    if initializer or not serving:
-        _set(segment.init_config, initializer or {"type": "zeros"})
-    if optimizer or not serving:
-        _set(segment.opt_config, optimizer or {"type": "sgd"})
-    if compressor:
+    initializer = config.get("init", config.get("initializer"))
+    optimizer = config.get("opt", config.get("optimizer"))
+    compressor = config.get("comp", config.get("compressor"))
+    if initializer is not None or not serving:
+        _set(segment.init_config, {"type": "zeros"} if initializer is None else initializer)
+    if optimizer is not None or not serving:
+        _set(segment.opt_config, {"type": "sgd"} if optimizer is None else optimizer)
+    if compressor is not None:
         _set(segment.comp_config, compressor)
     return segment
 

@@ -38,7 +38,7 @@ class Kind:
         """Do the steps; results by label."""
         results = {}
         for step in steps:
-            arguments = {name: value for name, value in step.items() if name not in {"op", "out", "error"}}
+            arguments = {name: _signed(value) for name, value in step.items() if name not in {"op", "out", "error"}}
             operation = getattr(self, f"op_{step['op']}", None)
             if operation is None:
                 raise NotImplementedError(f"no op {step['op']!r} in kind {type(self).__name__}")
@@ -49,6 +49,15 @@ class Kind:
             if "out" in step:
                 results[step["out"]] = result
         return results
+
+
+def _signed(value: Any) -> Any:
+    """Ids of 2^63 and above as the int64 they are, so that a list of ids has one type."""
+    if isinstance(value, dict):
+        return {key: _signed(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_signed(each) for each in value]
+    return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
 
 
 def _raises(operation: Any, arguments: dict[str, Any]) -> bool:
