@@ -82,6 +82,16 @@ def ragged(content: Mapping[str, Any]) -> Ragged[Any]:
 # ---- conversions -----------------------------------------------------------------------------------------------------
 
 
+def without_untyped(message: Any) -> Any:
+    """The same Example, in which a feature of no type is none."""
+    made = type(message)()
+    made.CopyFrom(message)
+    for named in getattr(made, "named_feature", ()):
+        if named.feature.WhichOneof("type") is None:
+            named.ClearField("feature")
+    return made
+
+
 def check_conversions(content: dict[str, Any], folder: Path) -> Found:
     def promoted(text: str) -> Example:
         example = Example.FromString(bytes.fromhex(text))
@@ -90,8 +100,9 @@ def check_conversions(content: dict[str, Any], folder: Path) -> Found:
 
     def both_ways(made: Any, records: Records, index: int, wanted: Any) -> list[str]:
         chunk = convert.convert(records, type(wanted).DESCRIPTOR.name.lower())
-        found = differ("message", made, wanted)
-        return found + differ("record", type(wanted).FromString(chunk.payload(index)), wanted)
+        record = type(wanted).FromString(chunk.payload(index))
+        found = differ("message", without_untyped(made), without_untyped(wanted))
+        return found + differ("record", without_untyped(record), without_untyped(wanted))
 
     def to_example(cases: list[Any]) -> list[str]:
         found = []
