@@ -92,13 +92,12 @@ def test_metrics_are_served_over_http():
         tables=[ps_pb2.TableStats(table="user", rows=7, bytes=900, lookup_ids=10, lookup_hits=4)], queued_requests=3
     )
     metrics.watch(lambda: stats)
-    server = metrics.serve(0, ready=lambda: True, host="127.0.0.1")
+    port = metrics.serve(0, ready=lambda: True, host="127.0.0.1")
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/metrics") as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
             text = reply.read().decode()
     finally:
-        server.shutdown()
-        server.server_close()
+        metrics.close()
     for line in (
         'trilith_ps_requests_total{method="Lookup",status="OK"} 1.0',
         'trilith_ps_requests_total{method="Lookup",status="NOT_FOUND"} 1.0',
@@ -118,8 +117,9 @@ def test_metrics_are_served_over_http():
 
 def test_health_over_http_says_whether_calls_are_answered():
     ready = threading.Event()
-    server = Metrics().serve(0, ready=ready.is_set, host="127.0.0.1")
-    url = f"http://127.0.0.1:{server.server_port}/healthz"
+    metrics = Metrics()
+    port = metrics.serve(0, ready=ready.is_set, host="127.0.0.1")
+    url = f"http://127.0.0.1:{port}/healthz"
     try:
         with pytest.raises(urllib.error.HTTPError, match="503"):
             urllib.request.urlopen(url)
@@ -127,5 +127,4 @@ def test_health_over_http_says_whether_calls_are_answered():
         with urllib.request.urlopen(url) as reply:
             assert (reply.status, reply.read()) == (200, b"ok\n")
     finally:
-        server.shutdown()
-        server.server_close()
+        metrics.close()

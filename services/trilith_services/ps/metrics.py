@@ -6,6 +6,7 @@ Names end in their unit, counters in `_total`; labels are few and bounded: metho
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from wsgiref.simple_server import WSGIServer
 
 __all__ = ["Metrics"]
+
+log = logging.getLogger(__name__)
 
 _BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
 
@@ -53,6 +56,7 @@ class Metrics:
     def __init__(self) -> None:
         """Make an empty registry."""
         self.registry = CollectorRegistry()
+        self._server: WSGIServer | None = None
         self._lock = threading.Lock()
         self._tallies: dict[str, _Tally] = {}
         self._refused = Counter(
@@ -133,10 +137,10 @@ class Metrics:
         """Export a shard's own numbers, read when somebody scrapes."""
         self.registry.register(_ShardCollector(stats))
 
-    def serve(self, port: int, *, ready: Callable[[], bool], host: str = "0.0.0.0") -> WSGIServer:
-        """Answer GET /metrics, and GET /healthz with 200 if `ready` and else 503, on a thread.
+    def serve(self, port: int, *, ready: Callable[[], bool], host: str = "0.0.0.0") -> int:
+        """Answer GET /metrics, and GET /healthz with 200 if `ready` and else 503, on a thread until `close`.
 
-        `port` 0 takes any free one, see `server_port` of what is returned.
+        Returns the port; `port` 0 takes any free one.
         """
         scrape = make_wsgi_app(self.registry)
 
@@ -148,8 +152,17 @@ class Metrics:
             return [body]
 
         server = make_server(host, port, answer, server_class=ThreadingWSGIServer, handler_class=_Silent)
+        self._server = server
         threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
-        return server
+        log.info("metrics", extra={"port": server.server_port})
+        return server.server_port
+
+    def close(self) -> None:
+        """End `serve`, if it was called; harmless when repeated."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
+            server.server_close()
 
 
 class _Silent(WSGIRequestHandler):

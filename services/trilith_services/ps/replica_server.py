@@ -5,21 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trilith.discovery.addresses import advertised
-from trilith.errors import InvalidRequestError, TrilithError
+from trilith.errors import InvalidRequestError
 from trilith.remote import SERVICE
 from trilith_services.ps.metrics import Metrics
 from trilith_services.ps.replica_servicer import SYNC_SERVICE, ReplicaServicer
 from trilith_services.ps.sync import wire
-from trilith_services.serve import Limits, Server, serve
+from trilith_services.serve import Limits, Server
+from trilith_services.server_process import Announcement, ServerProcess
 
 if TYPE_CHECKING:
-    from wsgiref.simple_server import WSGIServer
-
     from trilith.discovery.serving import ServingTask
     from trilith_services.ps.replica import Replica
 
@@ -55,8 +52,8 @@ class ReplicaOptions:
             raise InvalidRequestError(f"wait_s={self.wait_s} is below 0")
 
 
-class ReplicaServer:
-    """Serves one Replica: in the foreground with `run`, or beside other things with `start` and `stop`."""
+class ReplicaServer(ServerProcess):
+    """Serves one Replica."""
 
     def __init__(
         self,
@@ -73,43 +70,35 @@ class ReplicaServer:
             listed: Where the replica is announced, for training to fill and for entries to ask; closed in the end.
         """
         self._replica = replica
-        self._options = options or ReplicaOptions()
+        self._options = options = options or ReplicaOptions()
         self.metrics = Metrics()
         self.servicer = ReplicaServicer(replica, self.metrics, queued=lambda: self._server.queued)
-        self._server = Server(
+        server = Server(
             SERVICE,
             self.servicer.methods(),
             beside={SYNC_SERVICE: self.servicer.sync_methods()},
-            limits=self._options.limits,
+            limits=options.limits,
             refused=self.metrics.refused,
         )
-        self._listed = listed
-        self._listening = ("", 0)
-        self._stopping = threading.Event()
-        self._metrics_server: WSGIServer | None = None
-
-    @property
-    def metrics_port(self) -> int | None:
-        """Where metrics are served, once `prepare` has begun."""
-        return self._metrics_server.server_port if self._metrics_server else None
+        super().__init__(server, advertise=options.advertise)
+        self._announcement = Announcement(listed, options.replica, where=lambda: self.address)
 
     def prepare(self) -> None:
         """Compile, load exported rows or take pushes until they are complete; afterwards the rows are served."""
         options = self._options
         self.metrics.watch(self.servicer.stats)
         if options.metrics_port is not None:
-            self._metrics_server = self.metrics.serve(options.metrics_port, ready=lambda: self.servicer.ready)
-            log.info("metrics", extra={"port": self.metrics_port})
+            self.metrics.serve(options.metrics_port, ready=lambda: self.servicer.ready)
         self._replica.store.compile()
         wire.compile_kernels()
         if options.rows is not None:
             self._replica.store.restore(options.rows)
         self.servicer.taking = True
-        self._announce(available=False)
+        self._announcement.say(available=False)
         if options.rows is None:
             self._wait(options.wait_s)
         self.servicer.ready = True
-        self._announce(available=True)
+        self._announcement.say(available=True)
 
     def _wait(self, wait_s: float | None) -> None:
         log.info("waiting for a full copy", extra={"seconds": wait_s})
@@ -118,27 +107,10 @@ class ReplicaServer:
             if self._stopping.is_set() or (until is not None and time.monotonic() >= until):
                 return
 
-    def run(self, listen: str, *, bound: Callable[[int], None] = lambda port: None) -> int:
-        """Serve until SIGTERM; returns the exit status."""
-
-        def listening(port: int) -> None:
-            self._listening = (listen, port)
-            bound(port)
-
-        return serve(
-            self._server, listen, prepare=self.prepare, bound=listening, draining=self._leave, drained=self._finish
-        )
-
     def start(self, listen: str = "127.0.0.1:0") -> int:
         """Take pushes on background threads, and serve when there are rows; returns the port at once."""
-        port = self._server.listen(listen)
-        self._listening = (listen, port)
-
-        def prepare() -> None:
-            self.prepare()
-            self._server.set_serving(True)
-
-        self._preparing = threading.Thread(target=prepare, name="replica-prepare", daemon=True)
+        port = self._listen(listen)
+        self._preparing = threading.Thread(target=self._make_ready, name="replica-prepare", daemon=True)
         self._preparing.start()
         return port
 
@@ -146,29 +118,12 @@ class ReplicaServer:
         """End what `start` began; calls in flight get `grace_s` seconds."""
         self._stopping.set()
         self._preparing.join()
-        self._leave()
-        self._server.stop(grace_s)
-        self._finish()
-
-    def _announce(self, *, available: bool) -> None:
-        if self._listed is not None and not self._stopping.is_set():
-            address = advertised(*self._listening, self._options.advertise)
-            self._listed.announce(self._options.replica, address, available=available)
+        super().stop(grace_s)
 
     def _leave(self) -> None:
-        self._stopping.set()
-        if self._listed is None:
-            return
-        try:
-            self._listed.withdraw(self._options.replica, advertised(*self._listening, self._options.advertise))
-        except TrilithError as error:
-            log.warning("could not deregister: %s", error)
+        self._announcement.withdraw()
 
     def _finish(self) -> None:
-        if self._listed is not None:
-            self._listed.close()
-        if self._metrics_server is not None:
-            self._metrics_server.shutdown()
-            self._metrics_server.server_close()
-            self._metrics_server = None
+        self._announcement.close()
+        self.metrics.close()
         self._replica.store.close()

@@ -11,18 +11,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from trilith.discovery.addresses import advertised
 from trilith.errors import InvalidRequestError
+from trilith.folder import Folder
 from trilith.remote import SERVICE
 from trilith_services.ps.metrics import Metrics
 from trilith_services.ps.servicer import ParameterServerServicer
 from trilith_services.ps.sync.syncer import Syncer
 from trilith_services.ps.sync.target import SyncOptions
-from trilith_services.serve import Limits, Server, serve
+from trilith_services.serve import Limits, Server
+from trilith_services.server_process import ServerProcess
 
 if TYPE_CHECKING:
-    from wsgiref.simple_server import WSGIServer
-
     from trilith.discovery.serving import ServingTask
     from trilith_proto import ps_pb2
     from trilith_services.ps.checkpointer import Checkpointer
@@ -71,8 +70,8 @@ class PsOptions:
             raise InvalidRequestError("checkpoint_every_s needs a checkpoint_dir")
 
 
-class ParameterServer:
-    """Serves one Store: in the foreground with `run`, or beside other things with `start` and `stop`."""
+class ParameterServer(ServerProcess):
+    """Serves one Store."""
 
     def __init__(self, store: Store, options: PsOptions | None = None, *, replicas: Sequence[ServingTask] = ()) -> None:
         """Put the parts together; nothing listens yet.
@@ -83,27 +82,20 @@ class ParameterServer:
             replicas: Where serving replicas are listed that come and go; closed in the end.
         """
         self._store = store
-        self._options = options or PsOptions()
+        self._options = options = options or PsOptions()
         self.metrics = Metrics()
         self.servicer = ParameterServerServicer(
             store, self.metrics, queued=lambda: self._server.queued, add_stats=self._add_stats
         )
-        self.syncer = Syncer(store, self._options.sync)
+        self.syncer = Syncer(store, options.sync)
         self._replicas = replicas
-        self._server = Server(
-            SERVICE, self.servicer.methods(), limits=self._options.limits, refused=self.metrics.refused
-        )
+        server = Server(SERVICE, self.servicer.methods(), limits=options.limits, refused=self.metrics.refused)
+        super().__init__(server, advertise=options.advertise)
         self._checkpointer: Checkpointer | None = None
         self._membership: Membership | None = None
-        self._listening = ("", 0)
         self._replaced = False
+        self._saved = True
         self._end: Callable[[], None] = lambda: None
-        self._metrics_server: WSGIServer | None = None
-
-    @property
-    def metrics_port(self) -> int | None:
-        """Where metrics are served, once `prepare` has begun."""
-        return self._metrics_server.server_port if self._metrics_server else None
 
     def prepare(self) -> None:
         """Restore, compile, begin to write checkpoints, register; afterwards calls are answered."""
@@ -111,13 +103,14 @@ class ParameterServer:
         started = time.perf_counter()
         self.metrics.watch(self.servicer.stats)
         if options.metrics_port is not None:
-            self._metrics_server = self.metrics.serve(options.metrics_port, ready=lambda: self.servicer.ready)
-            log.info("metrics", extra={"port": self.metrics_port})
+            self.metrics.serve(options.metrics_port, ready=lambda: self.servicer.ready)
         if options.discovery is not None:
             from trilith_services.ps.membership import Membership
 
             self._membership = Membership(options.discovery, self._store, replaced=self._on_replaced)
             self._membership.join()  # first: a shard that does not fit need not restore
+        if options.checkpoint_dir is not None:
+            Folder(options.checkpoint_dir).check_writable()  # now, not when the first checkpoint is due
         self._store.compile()
         if options.checkpoint_dir is not None:
             from trilith_services.ps.checkpointer import Checkpointer, restore_newest
@@ -138,35 +131,17 @@ class ParameterServer:
             self.syncer.follow(replicas)
         self.servicer.ready = True
         if self._membership is not None:
-            self._membership.announce(advertised(*self._listening, options.advertise))
+            self._membership.announce(self.address)
         log.info("prepared", extra={"seconds": round(time.perf_counter() - started, 3)})
 
     def run(self, listen: str, *, bound: Callable[[int], None] = lambda port: None) -> int:
-        """Serve until SIGTERM, or until another process has registered as this shard; returns the exit status."""
+        """Serve until SIGTERM, or until another process has registered as this shard; returns the exit status.
+
+        It is 1 if the last checkpoint could not be written.
+        """
         self._end = partial(os.kill, os.getpid(), signal.SIGTERM)
-
-        def listening(port: int) -> None:
-            self._listening = (listen, port)
-            bound(port)
-
-        status = serve(
-            self._server, listen, prepare=self.prepare, bound=listening, draining=self._leave, drained=self._finish
-        )
-        return REPLACED if self._replaced else status
-
-    def start(self, listen: str = "127.0.0.1:0") -> int:
-        """Prepare and serve on background threads; returns the port."""
-        port = self._server.listen(listen)
-        self._listening = (listen, port)
-        self.prepare()
-        self._server.set_serving(True)
-        return port
-
-    def stop(self, grace_s: float = 0.0) -> None:
-        """End what `start` began; calls in flight get `grace_s` seconds."""
-        self._leave()
-        self._server.stop(grace_s)
-        self._finish()
+        status = super().run(listen, bound=bound)
+        return REPLACED if self._replaced else status or int(not self._saved)
 
     def _on_replaced(self) -> None:
         """Do no harm from now on: what this process has is no longer the shard, and must not become a checkpoint."""
@@ -193,9 +168,6 @@ class ParameterServer:
             self._membership.close()
             self._membership = None
         if self._checkpointer is not None:
-            self._checkpointer.stop(final=not self._replaced)
-        if self._metrics_server is not None:
-            self._metrics_server.shutdown()
-            self._metrics_server.server_close()
-            self._metrics_server = None
+            self._saved = self._checkpointer.stop(final=not self._replaced)
+        self.metrics.close()
         self._store.close()

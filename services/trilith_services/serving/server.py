@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trilith.discovery.addresses import advertised
-from trilith.errors import InvalidRequestError, TrilithError
-from trilith_services.serve import Limits, Server, serve
+from trilith.errors import InvalidRequestError
+from trilith_services.serve import Limits, Server
+from trilith_services.server_process import Announcement, ServerProcess
 from trilith_services.serving.metrics import EntryMetrics
 from trilith_services.serving.models import Models
 from trilith_services.serving.servicer import SERVICE, PredictionServicer
@@ -56,8 +54,8 @@ class EntryOptions:
                 raise InvalidRequestError(f"{name}={getattr(self, name)} is not above 0")
 
 
-class Entry:
-    """Serves the exports of one directory: in the foreground with `run`, or beside other things with `start`."""
+class Entry(ServerProcess):
+    """Serves the exports of one directory."""
 
     def __init__(
         self,
@@ -88,13 +86,10 @@ class Entry:
             self.models, self.metrics, timeout_s=options.deadline_s, max_records=options.max_records
         )
         self.metrics.watch(self.servicer.status)
-        self._server = Server(SERVICE, self.servicer.methods(), limits=options.limits, refused=self.metrics.refused)
+        server = Server(SERVICE, self.servicer.methods(), limits=options.limits, refused=self.metrics.refused)
+        super().__init__(server, advertise=options.advertise)
         self._http: HttpServer | None = None
-        self._listed = listed
-        self._listening = ("", 0)
-        self._announcing = threading.Lock()
-        self._replica = options.replica
-        self._preparing = True
+        self._announcement = Announcement(listed, options.replica, where=lambda: self.address)
 
     @property
     def http_port(self) -> int | None:
@@ -110,58 +105,17 @@ class Entry:
             self._http = HttpServer(make_app(self.servicer, self.metrics), options.http)
             self._http.start()
             log.info("http", extra={"port": self._http.port})
-        self._announce(available=False)
-        pause = threading.Event()
-        while not self.models.refresh() and self._preparing:
-            pause.wait(min(options.poll_s, 0.2))
+        self._announcement.say(available=False)
+        while not self.models.refresh() and not self._stopping.wait(min(options.poll_s, 0.2)):
+            pass
         self.models.follow(options.poll_s)
-        self._announce(available=True)
-
-    def run(self, listen: str, *, bound: Callable[[int], None] = lambda port: None) -> int:
-        """Serve until SIGTERM; returns the exit status."""
-
-        def listening(port: int) -> None:
-            self._listening = (listen, port)
-            bound(port)
-
-        return serve(
-            self._server, listen, prepare=self.prepare, bound=listening, draining=self._leave, drained=self._finish
-        )
-
-    def start(self, listen: str = "127.0.0.1:0") -> int:
-        """Prepare and serve on background threads; returns the port."""
-        port = self._server.listen(listen)
-        self._listening = (listen, port)
-        self.prepare()
-        self._server.set_serving(True)
-        return port
-
-    def stop(self, grace_s: float = 0.0) -> None:
-        """End what `start` began; calls in flight get `grace_s` seconds."""
-        self._leave()
-        self._server.stop(grace_s)
-        self._finish()
-
-    def _announce(self, *, available: bool) -> None:
-        with self._announcing:
-            if self._listed is not None and self._preparing:
-                address = advertised(*self._listening, self._options.advertise)
-                self._replica = self._listed.announce(self._replica, address, available=available)
+        self._announcement.say(available=True)
 
     def _leave(self) -> None:
-        """Be asked for nothing more; what is on its way is answered."""
-        with self._announcing:
-            self._preparing = False
-            if self._listed is None or self._replica is None:
-                return
-            try:
-                self._listed.withdraw(self._replica, advertised(*self._listening, self._options.advertise))
-            except TrilithError as error:
-                log.warning("could not deregister: %s", error)
+        self._announcement.withdraw()
 
     def _finish(self) -> None:
         if self._http is not None:
             self._http.stop()
         self.models.close()
-        if self._listed is not None:
-            self._listed.close()
+        self._announcement.close()
