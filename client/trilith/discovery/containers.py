@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 from trilith.discovery.addresses import check_address
+from trilith.discovery.bodies import NodeBody
 from trilith.discovery.zookeeper import ZooKeeper
 from trilith.errors import InvalidRequestError
 
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ContainerServiceInfo:
-    """The body of a container's node; the fields in the order they are written in.
+class ContainerServiceInfo(NodeBody):
+    """The body of a container's node.
 
     Attributes:
         grpc: host:port of its models over gRPC.
@@ -31,29 +31,13 @@ class ContainerServiceInfo:
         debug_info: Text for people.
     """
 
+    describes: ClassVar[str] = "container"
     grpc: str | None = None
     http: str | None = None
     archon: str | None = None
     agent: str | None = None
     idc: str | None = None
     debug_info: str | None = None
-
-    def to_json(self) -> bytes:
-        """The body, nulls included."""
-        return json.dumps(asdict(self)).encode()
-
-    @classmethod
-    def from_json(cls, body: bytes) -> ContainerServiceInfo:
-        """Read a body; fields this version does not know are left out.
-
-        Raises:
-            InvalidRequestError: It is no JSON object.
-        """
-        try:
-            content: dict[str, Any] = json.loads(body)
-            return cls(**{name: value for name, value in content.items() if name in cls.__slots__})
-        except (ValueError, TypeError, AttributeError):
-            raise InvalidRequestError(f"{body[:200]!r} does not describe a container") from None
 
 
 class Containers:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any
+from typing import ClassVar
 
+from trilith.discovery.bodies import NodeBody
 from trilith.discovery.zookeeper import ZooKeeper
 from trilith.errors import InvalidRequestError
 
@@ -40,8 +40,8 @@ class ModelState(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaMeta:
-    """The body of a replica's node; the fields in the order they are written in.
+class ReplicaMeta(NodeBody):
+    """The body of a replica's node.
 
     Attributes:
         address: IPv4 host:port; one that begins 0.0.0.0 counts as missing.
@@ -55,6 +55,7 @@ class ReplicaMeta:
         archon_address_ipv6: The same for IPv6.
     """
 
+    describes: ClassVar[str] = "replica"
     address: str | None = None
     address_ipv6: str | None = None
     stat: int = ModelState.UNKNOWN
@@ -64,23 +65,6 @@ class ReplicaMeta:
     replica: int = -1
     archon_address: str | None = None
     archon_address_ipv6: str | None = None
-
-    def to_json(self) -> bytes:
-        """The body, nulls included."""
-        return json.dumps({**asdict(self), "stat": int(self.stat)}).encode()
-
-    @classmethod
-    def from_json(cls, body: bytes) -> ReplicaMeta:
-        """Read a body; fields this version does not know are left out.
-
-        Raises:
-            InvalidRequestError: It is no JSON object.
-        """
-        try:
-            content: dict[str, Any] = json.loads(body)
-            return cls(**{name: value for name, value in content.items() if name in cls.__slots__})
-        except (ValueError, TypeError, AttributeError):
-            raise InvalidRequestError(f"{body[:200]!r} does not describe a replica") from None
 
     def reachable_at(self, *, ipv6: bool = False) -> str | None:
         """The address of the family that is asked for, else of the other."""
