@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +16,7 @@ import pyarrow.compute as pc
 
 from trilith.data.line_ids import LineField, Wire, line_field, line_fields
 from trilith.data.ragged import Ragged
-from trilith.data.readers import Losses, OnError, Position
+from trilith.data.readers import BLOCK_BYTES, Losses, OnError, Position, RecordReader
 from trilith.data.records import PADDING, Kind, Records
 from trilith.data.rewrite import Changes
 from trilith.data.scan.compose import compose_batch, compose_examples
@@ -162,61 +164,62 @@ def _splits(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     return splits
 
 
-class ColumnarReader:
-    """Rows of columns as records; a subclass gives batches of columns by row number.
+class ColumnarReader(RecordReader):
+    """Rows of columns as records; a subclass opens the file and gives batches of columns by row number.
 
     An Example takes `__LABEL__` as its label, and a column `__NAME__` whose inner name in lower case is a scalar of
     LineId as that field, which takes exactly one value per row; all others are named features, their ids 10000 plus the
     column's index. In an ExampleBatch every column is a list of features, its id the column's index.
 
-    Args:
-        name: Of the file, for messages.
-        kind: "example", "examplebatch", or "plaintext" for the bytes of ExampleBatches.
-        columns: What is read.
-        batch_size: Rows of an ExampleBatch.
-        drop_remainder: Whether a last ExampleBatch that is not full is dropped.
-        start: Row to begin with.
-        on_error: What to do about damage.
+    Args: as `trilith.data.readers.open_records` takes them.
     """
 
     def __init__(
         self,
-        name: str,
+        path: str,
         *,
         kind: Kind,
-        columns: Sequence[Column],
-        batch_size: int,
-        drop_remainder: bool,
-        start: Position,
-        on_error: OnError,
+        columns: Sequence[Column] | None = None,
+        batch_size: int = 512,
+        drop_remainder: bool = True,
+        block_bytes: int = BLOCK_BYTES,
+        start: Position | None = None,
+        on_error: OnError = "raise",
     ) -> None:
         if kind is Kind.INSTANCE:
-            raise InvalidRequestError(f"{name}: columns become 'example' or 'examplebatch', not 'instance'")
+            raise InvalidRequestError(f"{path}: columns become 'example' or 'examplebatch', not 'instance'")
         if batch_size < 1:
             raise InvalidRequestError(f"batch_size={batch_size}: a batch has at least one row")
-        names = [column.name for column in columns]
-        if twice := sorted({each for each in names if names.count(each) > 1}):
-            raise InvalidRequestError(f"{name}: column {twice[0]!r} is asked for twice")
-        self.kind: Kind = kind
+        self.kind = kind
         self.losses = Losses()
-        self.columns = tuple(columns)
-        self._name = name
+        self._name = path
+        self._block = block_bytes
         self._batch_size = batch_size
         self._drop_remainder = drop_remainder
         self._skip_damage = on_error == "skip"
-        self._rows = start.records
+        self._rows = start.records if start is not None else 0
         self._pending: pa.RecordBatch | None = None
-        self._batches = self._read(start.records)
-        self._fields = None if kind is not Kind.EXAMPLE else [_line_id_field(name, column) for column in columns]
+        with ExitStack() as undo:
+            schema = self._open()
+            undo.callback(self.close)
+            self.columns = tuple(self._all(schema) if columns is None else columns)
+            self._check(schema)
+            self._batches = self._read(self._rows)
+            self._fields = [_line_id_field(path, each) for each in self.columns] if kind is Kind.EXAMPLE else None
+            undo.pop_all()
 
-    def __iter__(self) -> Iterator[Records]:
-        return self
+    def _check(self, schema: pa.Schema) -> None:
+        """Refuse columns that the file cannot give."""
+        names = [column.name for column in self.columns]
+        for name in names:
+            if name not in schema.names:
+                raise InvalidRequestError(f"{self._name}: no column {name!r}; there are {schema.names}")
+            if names.count(name) > 1:
+                raise InvalidRequestError(f"{self._name}: column {name!r} is asked for twice")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def _all(self, schema: pa.Schema) -> list[Column]:
+        """What is read if nothing is asked for."""
+        return [column_of(field.name, field.type) for field in schema]
 
     @property
     def position(self) -> Position:
@@ -228,9 +231,13 @@ class ColumnarReader:
         self._batches = iter(())
         self._pending = None
 
+    @abstractmethod
+    def _open(self) -> pa.Schema:
+        """Open the file; returns the columns that it has."""
+
+    @abstractmethod
     def _read(self, first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Batches of the columns in order from row `first`, each with the number of its first row."""
-        raise NotImplementedError
 
     def _lost(self, row: int, count: int, reason: object) -> None:
         """Raise, or count, the loss of rows."""

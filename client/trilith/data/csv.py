@@ -8,11 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from trilith.data.columnar import Column, ColumnarReader, ColumnType, column_of
-from trilith.data.readers import BLOCK_BYTES, OnError, Position
-from trilith.data.records import Kind
+from trilith.data.columnar import Column, ColumnarReader, ColumnType
 from trilith.data.streams import open_file
-from trilith.errors import DataError, InvalidRequestError
+from trilith.errors import DataError
 
 __all__ = ["CsvReader"]
 
@@ -30,42 +28,18 @@ class CsvReader(ColumnarReader):
 
     Cells are read as text and turned into numbers here, so that a bad cell is known by its row and, when skipped, costs
     one row.
-
-    Args: as `trilith.data.readers.open_records` takes them.
     """
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        kind: Kind,
-        columns: Sequence[Column] | None = None,
-        batch_size: int = 512,
-        drop_remainder: bool = True,
-        block_bytes: int = BLOCK_BYTES,
-        start: Position | None = None,
-        on_error: OnError = "raise",
-    ) -> None:
-        self._block = block_bytes
-        with open_file(path) as handle:
-            schema = self._open(handle, path, None).schema
-        if columns is None:
-            columns = [column_of(field.name, field.type) for field in schema if field.type != pa.null()]
-        for column in columns:
-            if column.name not in schema.names:
-                raise InvalidRequestError(f"{path}: no column {column.name!r}; there are {schema.names}")
-        super().__init__(
-            path,
-            kind=kind,
-            columns=columns,
-            batch_size=batch_size,
-            drop_remainder=drop_remainder,
-            start=start or Position(),
-            on_error=on_error,
-        )
-        self._handle: Any = open_file(path)
+    def _open(self) -> pa.Schema:
+        with open_file(self._name) as handle:
+            schema = self._parser(handle, None).schema
+        self._handle: Any = open_file(self._name)
         self._size = self._handle.seek(0, 2)
         self._handle.seek(0)
+        return schema
+
+    def _all(self, schema: pa.Schema) -> list[Column]:
+        return super()._all([field for field in schema if field.type != pa.null()])
 
     @property
     def progress(self) -> tuple[int, int | None]:
@@ -77,7 +51,7 @@ class CsvReader(ColumnarReader):
         super().close()
         self._handle.close()
 
-    def _open(self, handle: Any, path: str, names: Sequence[str] | None) -> pa_csv.CSVStreamingReader:
+    def _parser(self, handle: Any, names: Sequence[str] | None) -> pa_csv.CSVStreamingReader:
         self._bad_lines: list[Any] = []
         convert = pa_csv.ConvertOptions(strings_can_be_null=True, quoted_strings_can_be_null=False, null_values=[""])
         if names is not None:
@@ -91,7 +65,7 @@ class CsvReader(ColumnarReader):
                 convert_options=convert,
             )
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: record 0, byte 0: no CSV file: {error}") from None
+            raise DataError(f"{self._name}: record 0, byte 0: no CSV file: {error}") from None
 
     def _invalid(self, row: Any) -> str:
         self._bad_lines.append(row)
@@ -99,7 +73,7 @@ class CsvReader(ColumnarReader):
 
     def _read(self, first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
         names = [column.name for column in self.columns]
-        reader = self._open(self._handle, self._name, names)
+        reader = self._parser(self._handle, names)
         row = 0
         while True:
             try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from trilith.data.framing import Framing, Scratch, explain, split_frames
-from trilith.data.readers import Losses, OnError, Position
+from trilith.data.readers import Losses, OnError, Position, RecordReader
 from trilith.data.records import Kind, Records
 from trilith.errors import DataError, InvalidRequestError, UnavailableError
 
@@ -59,7 +59,7 @@ def client_settings(
     return settings
 
 
-class KafkaReader:
+class KafkaReader(RecordReader):
     """Records of topics, a chunk per poll that found any.
 
     A record's source is its topic and partition, its number the offset of its message, its position the byte within
@@ -140,15 +140,6 @@ class KafkaReader:
             self._consumer.assign([TopicPartition(*each) for each in start.partitions])
         else:
             self._consumer.subscribe(names)
-
-    def __iter__(self) -> Iterator[Records]:
-        return self
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     @property
     def position(self) -> Position:

@@ -7,6 +7,7 @@ record of the chunk, is where another reader goes on.
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -101,22 +102,29 @@ class RecordReader(Protocol):
     kind: Kind
     losses: Losses
 
-    def __iter__(self) -> Iterator[Records]: ...
+    def __iter__(self) -> Iterator[Records]:
+        return self
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @abstractmethod
     def __next__(self) -> Records: ...
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
     @property
+    @abstractmethod
     def position(self) -> Position:
         """Behind the last chunk given out."""
 
     @property
+    @abstractmethod
     def progress(self) -> tuple[int, int | None]:
         """Bytes of the file (rows, for Parquet) taken so far, and how many there are, where that is known."""
 
+    @abstractmethod
     def close(self) -> None:
         """Close the file; harmless when repeated."""
 
@@ -199,7 +207,7 @@ def open_records(
     )
 
 
-class StreamReader:
+class StreamReader(RecordReader):
     """Framed records of a stream.
 
     A buffer that nobody holds any more is filled again, so a consumer that lets go of chunks costs no new memory.
@@ -248,15 +256,6 @@ class StreamReader:
         if (passed := stream.skip(start.offset)) < start.offset:
             stream.close()
             raise InvalidRequestError(f"{name}: cannot start at byte {start.offset}: it has only {passed}")
-
-    def __iter__(self) -> Iterator[Records]:
-        return self
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     @property
     def position(self) -> Position:
