@@ -58,6 +58,8 @@ def connect(
             ZooKeeper says something else.
         UnavailableError: A PS, or the directory, cannot be reached within the deadline.
     """
+    if not isinstance(address, str):
+        raise InvalidRequestError(f"address {address!r} is a {type(address).__name__}, it must be a str")
     prefer_fast_grpc()
     # Heavy imports wait until somebody connects: `import trilith` is light.
     from trilith.client import Client

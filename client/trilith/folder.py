@@ -120,6 +120,16 @@ class Folder:
         with self.create(name) as handle:
             handle.write(content)
 
+    def check_writable(self) -> None:
+        """Make the directory and a file in it, which is removed again.
+
+        Raises:
+            CheckpointError: That does not work.
+        """
+        name = f"writable-{secrets.token_hex(4)}"
+        self.write(name, b"")
+        self.remove(name)
+
     def remove(self, name: str) -> None:
         """Delete the file if it is there."""
         with suppress(FileNotFoundError):

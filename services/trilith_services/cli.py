@@ -52,7 +52,7 @@ def _register() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand; what is wrong with it or its flags, and a TrilithError, is one line on stderr and status 2."""
+    """Run a subcommand; what is wrong with it, its flags or a file is one line on stderr and status 2."""
     try:
         status = app(args=list(argv) if argv is not None else None, prog_name="trilith", standalone_mode=False)
     except TrilithError as error:
@@ -60,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         status = 2
     except _UsageError as error:
         _explain(error)
+        status = 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        typer.echo(f"error: {error.filename}: {error.strerror}", err=True)  # a directory that cannot be made, say
         status = 2
     sys.exit(status)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -229,6 +230,7 @@ class Server:
         Raises:
             UnavailableError: The address cannot be bound.
         """
+        _check_free(address)
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError as error:
@@ -319,6 +321,19 @@ def serve(
         drained()
         log.info("stopped")
         return 0
+
+
+def _check_free(address: str) -> None:
+    """Say why an address cannot be bound: gRPC does not, and writes to stderr by itself."""
+    host, _, port = address.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        family, kind, protocol, _, place = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        raise UnavailableError(f"cannot listen on {address}: {error.strerror or error}") from None
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import types
 
@@ -146,13 +147,13 @@ def test_convert_reads_standard_input_and_writes_standard_output(run, monkeypatc
 
 
 def test_validate_names_what_is_damaged_and_says_so_by_its_status(run, file, tmp_path):
-    assert run("validate", file)[:2] == (0, "1 files, 30 records: all good\n")
+    assert run("validate", file)[:2] == (0, "1 file, 30 records: all good\n")
     bad = tmp_path / "bad.pb"
     bad.write_bytes(
         frame_records(Records.of([b"\xff"], "instance"), SORTED, sort_id=b"a").tobytes() + file.read_bytes()[:-1]
     )
     status, out, err = run("validate", bad, "--framing", "sort_id", "--kind", "instance")
-    assert (status, out) == (1, "1 files, 29 records: 2 damaged\n")
+    assert (status, out) == (1, "1 file, 29 records: 2 damaged\n")
     assert f"damaged: {bad}: record 0, byte 0: the payload is no Instance" in err
     assert f"damaged: {bad}: record 30, byte" in err
     status, out, _ = run("validate", bad, "--framing", "sort_id", "--kind", "instance", "--json")
@@ -168,13 +169,34 @@ def test_damage_stops_a_command_or_is_skipped_and_counted(run, file, tmp_path):
     assert f"error: {cut}: record 29, byte " in err
     status, out, err = run("convert", cut, "-o", target, "--skip-damage")
     assert status == 0
-    assert "29 records read (1 damaged ones skipped), 29 written" in out
+    assert "29 records read (1 damaged skipped), 29 written" in out
     assert f"skipped: {cut}: record 29, byte " in err
+
+
+def test_convert_skips_records_that_are_no_samples_and_counts_them(run, tmp_path):
+    payloads = [*instances().payloads(), b"\xff\xff"]
+    path, target = tmp_path / "mixed", tmp_path / "out"
+    with open_writer(str(path), format="tfrecord") as writer:
+        writer.write(Records.of(payloads, "instance"))
+    flags = "--kind", "instance", "--to-kind", "example", "-o", target
+    assert run("convert", path, *flags)[0] == 2
+    status, out, _ = run("convert", path, *flags, "--skip-damage")
+    assert (status, out.split(",")[0]) == (0, "31 records read (1 damaged skipped)")
+
+
+def test_a_compressed_file_that_ends_early_is_still_known(tmp_path):
+    path = tmp_path / "f"
+    with open_writer(str(path), compression="gzip") as writer:
+        for _ in range(200):
+            writer.write(instances())
+    path.write_bytes(path.read_bytes()[:-9])
+    assert (detect(str(path)).compression, detect(str(path)).kind) == ("gzip", "instance")
 
 
 @pytest.mark.parametrize(
     ("arguments", "wrong"),
     [
+        (["inspect", os.devnull], "is empty"),
         (["count", "/none/*.pb"], "no file matches"),
         (["inspect", "/none"], "/none: no such file"),
         (["count", "{file}", "--framing", "x"], "framing 'x': choose from"),

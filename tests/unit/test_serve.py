@@ -171,7 +171,7 @@ def server():
 def test_an_address_that_is_taken_is_said_to_be(server):
     port = server.listen("127.0.0.1:0")
     other = Server(SERVICE, {})
-    with pytest.raises(UnavailableError, match=f"127.0.0.1:{port}"):
+    with pytest.raises(UnavailableError, match=f"127.0.0.1:{port}: Address already in use"):
         other.listen(f"127.0.0.1:{port}")
     other.stop(0)
 

@@ -351,6 +351,24 @@ def test_every_ps_numbers_its_ticks_alike(make_store, tmp_path) -> None:
     assert [info.number for info in checkpoint.list_checkpoints(str(tmp_path))] == [110_000]
 
 
+def test_ps_that_stop_on_two_sides_of_a_tick_complete_a_last_checkpoint_together(make_store, tmp_path) -> None:
+    clock = Time(109.9)
+    for every_s in (0, 10):
+        directory = str(tmp_path / str(every_s))
+        writers = [
+            Checkpointer(store, directory, every_s=every_s, clock=clock) for store in filled_cluster(make_store, 2)
+        ]
+        for writer in writers:
+            writer.start()
+        writers[0].stop()
+        clock.now += 0.2
+        assert writers[1].stop()
+        newest = checkpoint.newest_complete(directory)
+        assert newest is not None
+        assert len(checkpoint.read_manifest(newest.path).parts) == 2
+        clock.now = 109.9
+
+
 def test_old_checkpoints_go_when_a_new_one_is_complete(make_store, tmp_path) -> None:
     writer = Checkpointer(make_store(), str(tmp_path), every_s=10, keep=2)
     for number in (10, 20, 30):

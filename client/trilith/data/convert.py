@@ -333,7 +333,8 @@ def convert(
     if same and pruning in (None, Pruning.AS_IS):
         return records
     if not same and (records.kind is Kind.PLAINTEXT or kind is Kind.EXAMPLE_BATCH):
-        raise InvalidRequestError(f"records of kind {str(records.kind)!r} cannot be made into {str(kind)!r}")
+        hint = "say which kind these are" if records.kind is Kind.PLAINTEXT else "choose instance, example or plaintext"
+        raise InvalidRequestError(f"records of kind {str(records.kind)!r} cannot be made into {str(kind)!r}: {hint}")
     pruning = Pruning.RAW if pruning is None else Pruning(pruning)
     payloads: list[bytes] = []
     rows = np.zeros(len(records), np.int64)

@@ -65,6 +65,8 @@ def detect(path: str) -> Detected:
     """
     with open_file(path) as file:
         head = file.read(8)
+    if not head:
+        raise DataError(f"{path} is empty: there is no record to guess from")
     if head.startswith(b"PAR1"):
         return Detected(format=FileFormat.PARQUET, kind=Kind.EXAMPLE)
     if path.endswith(".csv"):
@@ -87,8 +89,8 @@ def _beginning(path: str, compression: Compression) -> tuple[bytes, bool]:
     try:
         while filled < _LOOK and (got := stream.readinto(target[filled:])):
             filled += got
-    except DataError:
-        return b"", False
+    except DataError:  # another compression, or cut off: then what came before says enough
+        return bytes(target[:filled]), False
     finally:
         stream.close()
     return bytes(target[:filled]), filled < _LOOK

@@ -194,6 +194,8 @@ def table_config(
 
 def seed_of(name: str) -> int:
     """A uint64 that depends on the table's name alone."""
+    if not isinstance(name, str):
+        raise InvalidRequestError(f"table name {name!r} is a {type(name).__name__}, it must be a str")
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -110,7 +110,9 @@ class _Input:
 
 def inspect(path: File, as_json: Json = False) -> None:
     """Guess how a file is to be read, and show what its first records hold."""
+    from trilith.data.compression import Compression
     from trilith.data.detect import detect
+    from trilith.data.readers import FileFormat
     from trilith.data.records import Kind
 
     guess = detect(path)
@@ -141,8 +143,10 @@ def inspect(path: File, as_json: Json = False) -> None:
         typer.echo(json.dumps({**found, "features": listed}))
         return
     console = output.console()
-    console.print(f"[bold]{path}[/]: {guess.format}, {guess.compression} compression, kind {guess.kind} (a guess)")
-    console.print(f"framing: {found['framing']}")
+    packed = "no" if guess.compression is Compression.NONE else guess.compression
+    console.print(f"[bold]{path}[/]: {guess.format}, {packed} compression, kind {guess.kind} (a guess)")
+    if guess.format is FileFormat.RECORDS:
+        console.print(f"framing: {flags}")
     if chunk is not None and len(chunk):
         console.print(
             f"first {output.count(len(chunk))} records: {found['bytes_min']} to {found['bytes_max']} bytes, "
@@ -185,7 +189,7 @@ def count(
     }
     for each in [*found, total] if len(found) > 1 else found:
         amounts = output.count(each["records"]), output.size(each["payload_bytes"]), output.count(each["skipped"])
-        grid.add_row(each["file"], *amounts)
+        grid.add_row(each["file"] or "(standard input)", *amounts)
     output.console().print(grid)
 
 
@@ -263,6 +267,8 @@ def convert(
 
     opened = _Input(format_, kind, framing, compression, columns, skip_damage)
     place = "" if target == "-" else target
+    on_error: Literal["raise", "skip"] = "skip" if skip_damage else "raise"
+    lost: list[int] = []
     taken = written = skipped = 0
     with open_writer(place, format=to_format, framing=_framing(to_framing), compression=to_compression) as writer:
         for _, reader in _readers(files, opened, "converting"):
@@ -270,7 +276,9 @@ def convert(
                 if limit is not None:
                     chunk = chunk.take(slice(0, limit - taken))
                 taken += len(chunk)
-                made = chunk if to_kind is None else convert_records(chunk, to_kind)
+                made = chunk
+                if to_kind is not None:
+                    made = convert_records(chunk, to_kind, on_error=on_error, lost=lost.append)
                 written += len(made)
                 if len(made):
                     writer.write(made)
@@ -279,7 +287,8 @@ def convert(
             skipped += reader.losses.records
             if limit is not None and taken >= limit:
                 break
-    note = f" ({output.count(skipped)} damaged ones skipped)" if skipped else ""
+    skipped += sum(lost)
+    note = f" ({output.count(skipped)} damaged skipped)" if skipped else ""
     typer.echo(f"{output.count(taken)} records read{note}, {output.count(written)} written to {target}", err=not place)
 
 
@@ -326,7 +335,8 @@ def validate(
                 typer.echo(f"{path}: {output.count(bad - 20)} more", err=True)
     if not as_json:
         verdict = f"{output.count(damaged)} damaged" if damaged else "all good"
-        typer.echo(f"{output.count(names)} files, {output.count(records)} records: {verdict}")
+        named = "1 file" if names == 1 else f"{output.count(names)} files"
+        typer.echo(f"{named}, {output.count(records)} records: {verdict}")
     if damaged:
         raise typer.Exit(1)
 

@@ -41,7 +41,9 @@ known_format = _among("trilith.data.readers", "FileFormat")
 known_kind = _among("trilith.data.records", "Kind")
 known_compression = _among("trilith.data.compression", "Compression")
 
-Files = Annotated[list[str], typer.Argument(help="Paths, globs or URLs that fsspec knows.", metavar="FILE")]
+Files = Annotated[
+    list[str], typer.Argument(help="Paths, globs or URLs that fsspec knows; - for standard input.", metavar="FILE")
+]
 File = Annotated[str, typer.Argument(help="A path, or a URL that fsspec knows.", metavar="FILE")]
 FormatOption = Annotated[
     str | None,

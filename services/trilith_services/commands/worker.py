@@ -125,10 +125,10 @@ def worker(
     """Train a shard of the data until it is done or SIGTERM comes; other workers may come and go meanwhile."""
     from trilith.errors import InvalidRequestError
 
-    if (mode is WorkerMode.ps) != bool(cluster):
-        raise InvalidRequestError(
-            f"--mode {mode.value} with --cluster {cluster!r}: --mode ps needs an address, all-to-all has none"
-        )
+    if mode is WorkerMode.ps and not cluster:
+        raise InvalidRequestError("--cluster is left out; --mode ps needs it, such as static://host:port,host:port")
+    if mode is WorkerMode.all_to_all and cluster:
+        raise InvalidRequestError(f"--cluster {cluster}: --mode all-to-all has no PS; leave it out")
     if mode is WorkerMode.all_to_all and not master:
         raise InvalidRequestError("--mode all-to-all needs to know where rank 0 is: give --master host:port")
 

@@ -27,6 +27,8 @@ __all__ = ["Checkpointer", "restore_newest"]
 log = logging.getLogger(__name__)
 
 DEFAULT_KEEP = 3
+_JOIN_LOOKS = 10
+_JOIN_PAUSE_S = 0.1
 
 
 def restore_newest(store: Store, directory: str) -> CheckpointInfo | None:
@@ -86,37 +88,65 @@ class Checkpointer:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._incomplete: int | None = None
+        self._since = clock()
+        self._due = 0  # the tick to write next, once there are ticks
 
     def start(self) -> None:
         """Begin to write at every tick from now on."""
+        self._since = self._clock()
         if self._every_ms:
+            self._due = self._number_after(self._since)
             self._thread = threading.Thread(target=self._run, name="checkpointer", daemon=True)
             self._thread.start()
 
-    def stop(self, *, final: bool = True) -> None:
-        """End the thread; with `final`, write the next tick's checkpoint now.
+    def stop(self, *, final: bool = True) -> bool:
+        """End the thread; with `final`, write the next tick's checkpoint now. Returns False if that failed.
 
-        The PS of a cluster that stops as a whole do so within the same tick, as a rule, and so complete a last
-        checkpoint together. A PS that stops alone leaves its part for the others to complete at that tick.
+        The PS of a cluster that stops as a whole complete a last checkpoint together: with ticks, each writes the tick
+        it has not written yet; without, it joins a checkpoint that another PS has begun. A PS that stops alone leaves
+        its part for the others to complete at that tick.
         """
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if final:
-            self.write(self._number_after(self._clock()))
+        return not final or self._write_last()
+
+    def _write_last(self) -> bool:
+        now = self._clock()
+        if self._every_ms:
+            return self.write(self._due or self._number_after(now))
+        number = self._begun_by_others(after=int(self._since * 1000)) or self._number_after(now)
+        written = self.write(number)
+        # Another PS may have looked for this one's before it was there, on the other side of a tick.
+        for _ in range(_JOIN_LOOKS):
+            if self._incomplete is None or not written:
+                break
+            later = self._begun_by_others(after=number)
+            if later is not None:
+                return self.write(later)
+            time.sleep(_JOIN_PAUSE_S)
+            self._complete_late()
+        return written
+
+    def _begun_by_others(self, *, after: int) -> int | None:
+        """The newest checkpoint above `after` that is neither complete nor has this PS's part."""
+        own = checkpoint.part_name(self._store.index, self._store.count)
+        for info in reversed(checkpoint.list_checkpoints(self._folder.url)):
+            if info.number > after and not info.complete and not Folder(info.path).exists(own):
+                return info.number
+        return None
 
     def halt(self) -> None:
         """Begin no more saves; one in progress is not waited for."""
         self._stopping.set()
 
     def _run(self) -> None:
-        due = self._number_after(self._clock())
-        while not self._stopping.wait(self._pause(due)):
+        while not self._stopping.wait(self._pause(self._due)):
             self._complete_late()
-            if self._clock() * 1000 >= due:
-                self.write(due)
-                due = self._number_after(self._clock())
+            if self._clock() * 1000 >= self._due:
+                self.write(self._due)
+                self._due = self._number_after(self._clock())
 
     def _number_after(self, now: float) -> int:
         """The first tick later than `now`; without ticks, `now` in whole seconds, so that stopping PS may agree."""
@@ -136,7 +166,9 @@ class Checkpointer:
             response = snapshot.save_shard(self._store, path, clock=self._clock)
         except Exception:
             # Anything: a full disk, a bucket that refuses. A PS outlives its backups.
-            log.exception("checkpoint failed; the next tick tries again", extra={"path": path})
+            last = self._stopping.is_set()
+            then = "what was written since the one before is lost" if last else "the next tick tries again"
+            log.exception("checkpoint failed; %s", then, extra={"path": path})
             self._report(time.perf_counter() - started, 0, succeeded=False)
             return False
         self._store.last_checkpoint = path
