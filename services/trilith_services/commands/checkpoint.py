@@ -223,20 +223,16 @@ def _variables(folder: Folder, manifest: Manifest) -> list[dict[str, Any]]:
     from trilith_services.ps import variable_files
 
     found: dict[str, dict[str, Any]] = {}
-    for part in manifest.parts:
-        for file in part.files:
-            if file.kind != "variables":
-                continue
-            for state in variable_files.read(folder, file.name):
-                entry = found.setdefault(
-                    state.spec.name,
-                    {
-                        "name": state.spec.name,
-                        "floats": 0,
-                        "partitions": 0,
-                        "optimizer": state.spec.optimizer.WhichOneof("type") or "-",
-                    },
-                )
-                entry["floats"] += state.values.size
-                entry["partitions"] += 1
+    for state in variable_files.read_parts(folder, manifest.parts):
+        entry = found.setdefault(
+            state.spec.name,
+            {
+                "name": state.spec.name,
+                "floats": 0,
+                "partitions": 0,
+                "optimizer": state.spec.optimizer.WhichOneof("type") or "-",
+            },
+        )
+        entry["floats"] += state.values.size
+        entry["partitions"] += 1
     return [found[name] for name in sorted(found)]

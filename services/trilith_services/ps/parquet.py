@@ -92,12 +92,7 @@ def _batch(opened: RowFile, rows: Rows, schema: Any) -> Any:
 
 
 def _export_variables(source: Folder, manifest: Manifest, sink: Folder) -> None:
-    states = []
-    for part in manifest.parts:
-        for file in part.files:
-            if file.kind == "variables":
-                row_files.check_file(source, file)
-                states += variable_files.read(source, file.name)
+    states = list(variable_files.read_parts(source, manifest.parts, check=True))
     if not states:
         return
     states.sort(key=lambda state: (state.spec.name, state.spec.partition))

@@ -8,14 +8,12 @@ from contextlib import closing
 import numpy as np
 
 from trilith import checkpoint
-from trilith.checkpoint import Manifest
 from trilith.folder import Folder
 from trilith.shard import Float32Array
 from trilith_proto import ps_pb2
 from trilith_services.ps import row_files, snapshot, variable_files
 from trilith_services.ps.replica import serving_config
 from trilith_services.ps.store import Store
-from trilith_services.ps.variables import VariableState
 
 __all__ = ["dense_values", "serving_tables", "write_serving_rows"]
 
@@ -36,17 +34,8 @@ def dense_values(path: str) -> dict[str, Float32Array]:
     """Values by name of a checkpoint's dense variables, flat."""
     manifest, folder = checkpoint.read_manifest(path), Folder(path)
     # One shard has all partitions of a variable as one.
-    return {state.spec.name: state.values for state in _placed(folder, manifest)}
-
-
-def _placed(folder: Folder, manifest: Manifest) -> list[VariableState]:
-    states = []
-    for part in manifest.parts:
-        for file in part.files:
-            if file.kind == "variables":
-                row_files.check_file(folder, file)
-                states += variable_files.read(folder, file.name)
-    return list(variable_files.place(states, 0, 1))
+    states = list(variable_files.read_parts(folder, manifest.parts, check=True))
+    return {state.spec.name: state.values for state in variable_files.place(states, 0, 1)}
 
 
 def write_serving_rows(

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trilith.checkpoint import FileRecord, Manifest
+from trilith.checkpoint import FileRecord, Manifest, Part
 from trilith.errors import CheckpointError
 from trilith.folder import Folder
 from trilith.routing import partition_owner, partition_sizes
 from trilith.shard import Float32Array
 from trilith_proto import hash_table_pb2, ps_pb2
-from trilith_services.ps.row_files import open_arrow, write_arrow
+from trilith_services.ps.row_files import check_file, open_arrow, write_arrow
 from trilith_services.ps.variables import VariableState
 
-__all__ = ["place", "read", "read_for", "write"]
+__all__ = ["place", "read", "read_for", "read_parts", "write"]
 
 FORMAT = "trilith-variables"
 VERSION = 1
@@ -91,13 +91,21 @@ def _state(batch: Any) -> VariableState:
     )
 
 
+def read_parts(folder: Folder, parts: Iterable[Part], *, check: bool = False) -> Iterator[VariableState]:
+    """The partitions that parts of a checkpoint hold; `check` compares the files with their checksums first."""
+    for part in parts:
+        for file in part.files:
+            if file.kind == "variables":
+                if check:
+                    check_file(folder, file)
+                yield from read(folder, file.name)
+
+
 def read_for(folder: Folder, manifest: Manifest, index: int, count: int) -> list[VariableState]:
     """The partitions that shard `index` of `count` holds, cut anew if the checkpoint has another number of PS."""
     same = manifest.shard_count == count
     parts = [manifest.parts[index]] if same else manifest.parts
-    states = [
-        state for part in parts for file in part.files if file.kind == "variables" for state in read(folder, file.name)
-    ]
+    states = list(read_parts(folder, parts))
     return states if same else list(place(states, index, count))
 
 
