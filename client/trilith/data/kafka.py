@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -215,17 +216,7 @@ class KafkaReader(RecordReader):
         numbers = np.array(offsets, np.int64)
         good = len(messages)
         if self._framing is None:
-            made = Records(
-                kind=self.kind,
-                buffer=whole.buffer,
-                offsets=whole.offsets,
-                lengths=whole.lengths,
-                source_keys=whole.source_keys,
-                numbers=numbers,
-                positions=np.zeros(len(whole), np.int64),
-                sources=names,
-                source_index=index,
-            )
+            made = replace(whole, numbers=numbers, positions=np.zeros_like(numbers), sources=names, source_index=index)
         else:
             made, good = self._split(whole, self._framing, numbers, names, index)
         self._next.update({place: offset + 1 for place, offset in zip(places[:good], offsets, strict=False)})

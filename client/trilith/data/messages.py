@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -77,17 +78,7 @@ def _framed(strings: Sequence[bytes], kind: Kind, framing: Framing, source: str)
         offsets[index] = offset + scratch.offsets[0]
         lengths[index] = scratch.lengths[0]
         keys[index] = scratch.keys[0] if framing.lagrangex_header else 0
-    return Records(
-        kind=kind,
-        buffer=whole.buffer,
-        offsets=offsets,
-        lengths=lengths,
-        source_keys=keys,
-        numbers=whole.numbers,
-        positions=whole.positions,
-        sources=whole.sources,
-        source_index=whole.source_index,
-    )
+    return replace(whole, offsets=offsets, lengths=lengths, source_keys=keys)
 
 
 def _chnid(records: Records, index: int) -> int:

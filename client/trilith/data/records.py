@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -186,17 +187,8 @@ class Records:
             lengths: int64[n].
             kind: What the new payloads are, if something else.
         """
-        return Records(
-            kind=self.kind if kind is None else kind,
-            buffer=buffer,
-            offsets=offsets,
-            lengths=lengths,
-            source_keys=self.source_keys,
-            numbers=self.numbers,
-            positions=self.positions,
-            sources=self.sources,
-            source_index=self.source_index,
-        )
+        kind = self.kind if kind is None else kind
+        return dataclasses.replace(self, kind=kind, buffer=buffer, offsets=offsets, lengths=lengths)
 
     def where(self, index: int) -> str:
         """Where a record came from, for messages: "FILE: record 7, byte 812"."""
