@@ -213,18 +213,7 @@ def fill_with_offset_map(
         raise InvalidRequestError(
             f"value: expected {needed} floats for {numbers.size} positions, actual {vectors.size}"
         )
-    bad = fill_places(
-        address_of(numbers),
-        address_of(splits),
-        keys.dims.size,
-        address_of(keys.dims),
-        address_of(keys.value_offset),
-        address_of(keys.value_offset_split),
-        address_of(vectors),
-        keys.size,
-        address_of(keys.value_buffer.values),
-    )
-    _refuse_wide(bad, numbers)
+    _visit(fill_places, numbers, splits, keys, vectors, keys.value_buffer.values)
     return keys.value_buffer
 
 
@@ -245,18 +234,7 @@ def fill_with_offset_map_gradient(
     numbers, splits, needed = _positions(pos, pos_splits, keys)
     grads = as_floats("grad", grad, shape=(keys.size,))
     out = np.zeros(needed, np.float32)
-    bad = sum_places(
-        address_of(numbers),
-        address_of(splits),
-        keys.dims.size,
-        address_of(keys.dims),
-        address_of(keys.value_offset),
-        address_of(keys.value_offset_split),
-        address_of(out),
-        keys.size,
-        address_of(grads),
-    )
-    _refuse_wide(bad, numbers)
+    _visit(sum_places, numbers, splits, keys, out, grads)
     return out
 
 
@@ -305,7 +283,21 @@ def _positions(pos: npt.ArrayLike, pos_splits: npt.ArrayLike, keys: UniqueKeys) 
     return numbers, splits, int(keys.dims @ np.diff(splits))
 
 
-def _refuse_wide(bad: int, numbers: Int64Array) -> None:
+def _visit(
+    run: Any, numbers: Int64Array, splits: Int64Array, keys: UniqueKeys, vectors: Float32Array, buffer: Float32Array
+) -> None:
+    """Go over vectors and the places of their ids with `fill_places` or `sum_places`."""
+    bad = run(
+        address_of(numbers),
+        address_of(splits),
+        keys.dims.size,
+        address_of(keys.dims),
+        address_of(keys.value_offset),
+        address_of(keys.value_offset_split),
+        address_of(vectors),
+        keys.size,
+        address_of(buffer),
+    )
     if bad >= 0:
         raise InvalidRequestError(
             f"pos[{bad}]={numbers[bad]} is an id of another table with shorter vectors: it would pass the buffer's end"

@@ -20,6 +20,7 @@ from trilith_services.commands.flags import (
     RpcThreads,
     ServingName,
     address,
+    limits,
 )
 
 __all__ = ["entry"]
@@ -77,19 +78,15 @@ def entry(
     from trilith.discovery.serving import ServingDirectory
     from trilith.ops.memory import tune_allocator
     from trilith_services.logs import setup_logging
-    from trilith_services.serve import Limits
     from trilith_services.serving.replica_lists import ListedReplicas, ReplicaList, open_replica_list
     from trilith_services.serving.server import Entry, EntryOptions
-    from trilith_services.sizes import parse_bytes
     from trilith_services.worker.run import use_threads
 
     setup_logging(log_format.value, level=log_level.value, role={"entry": name})
     tune_allocator()
     use_threads(torch_threads)
     options = EntryOptions(
-        limits=Limits(
-            threads=rpc_threads, max_queue=max_queue, max_message_bytes=parse_bytes(max_message), drain_s=drain
-        ),
+        limits=limits(rpc_threads=rpc_threads, max_queue=max_queue, max_message=max_message, drain=drain),
         http=http,
         poll_s=poll,
         deadline_s=deadline,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trilith.errors import InvalidRequestError
 from trilith_services.sizes import parse_bytes
+
+if TYPE_CHECKING:
+    from trilith_services.serve import Limits
 
 __all__ = [
     "CLUSTER_FORMS",
@@ -37,6 +40,7 @@ __all__ = [
     "ServingName",
     "address",
     "checked",
+    "limits",
     "size",
 ]
 
@@ -93,6 +97,14 @@ size = checked(parse_bytes)
 
 address = checked(_listening)
 """Callback of flags that take an address to serve on."""
+
+
+def limits(*, rpc_threads: int, max_queue: int, max_message: str, drain: float) -> Limits:
+    """What a server takes on, by the flags of these names."""
+    from trilith_services.serve import Limits
+
+    return Limits(threads=rpc_threads, max_queue=max_queue, max_message_bytes=parse_bytes(max_message), drain_s=drain)
+
 
 Listen = Annotated[
     str,

@@ -20,6 +20,7 @@ from trilith_services.commands.flags import (
     MetricsPort,
     RowThreads,
     RpcThreads,
+    limits,
 )
 
 if TYPE_CHECKING:
@@ -97,7 +98,6 @@ def ps(
     from trilith_services.ps.server import ParameterServer, PsOptions
     from trilith_services.ps.store import Store
     from trilith_services.ps.sync.target import SyncOptions
-    from trilith_services.serve import Limits
     from trilith_services.sizes import parse_bytes
 
     targets = _static_targets(sync_to or [])
@@ -113,9 +113,7 @@ def ps(
     setup_logging(log_format.value, level=log_level.value, role={"ps": index})
     tune_allocator()
     options = PsOptions(
-        limits=Limits(
-            threads=rpc_threads, max_queue=max_queue, max_message_bytes=parse_bytes(max_message), drain_s=drain
-        ),
+        limits=limits(rpc_threads=rpc_threads, max_queue=max_queue, max_message=max_message, drain=drain),
         checkpoint_dir=checkpoint_dir,
         checkpoint_every_s=checkpoint_every,
         checkpoint_keep=checkpoint_keep,

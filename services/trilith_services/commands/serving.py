@@ -23,6 +23,7 @@ from trilith_services.commands.flags import (
     RowThreads,
     RpcThreads,
     ServingName,
+    limits,
 )
 
 __all__ = ["register"]
@@ -89,15 +90,12 @@ def ps(
     from trilith_services.ps.replica import Replica, read_configs
     from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
     from trilith_services.ps.store import Store
-    from trilith_services.serve import Limits
     from trilith_services.sizes import parse_bytes
 
     setup_logging(log_format.value, level=log_level.value, role={"ps": index, "replica": replica})
     tune_allocator()
     options = ReplicaOptions(
-        limits=Limits(
-            threads=rpc_threads, max_queue=max_queue, max_message_bytes=parse_bytes(max_message), drain_s=drain
-        ),
+        limits=limits(rpc_threads=rpc_threads, max_queue=max_queue, max_message=max_message, drain=drain),
         replica=replica,
         advertise=advertise,
         rows=rows,
