@@ -454,6 +454,8 @@ def read(
     known = (open_records.__kwdefaults__ or {}).keys() - {"start", "on_error", "blocks"}
     if unknown := options.keys() - known:
         raise InvalidRequestError(f"unknown options {sorted(unknown)}; there are {sorted(known)}")
+    if on_error not in ("raise", "skip"):
+        raise InvalidRequestError(f"on_error={on_error!r} is neither 'raise' nor 'skip'")
     patterns = (files,) if isinstance(files, str) else tuple(files)
     return Dataset(
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,18 +51,19 @@ def top(
 
 def _show(address: str, members: Members, interval: float, *, once: bool, as_json: bool) -> None:
     looks = _looks(members, interval)
-    if as_json or once:
+    console = output.console()
+    if as_json or once or not console.is_terminal:
         for look in looks:
             if as_json:
                 typer.echo(json.dumps(look))
             else:
-                output.console().print(_render(address, look))
+                console.print(_render(address, look))
+            sys.stdout.flush()  # a pipe's reader wants each look when it is taken
             if once:
                 raise typer.Exit(0 if all(shard["alive"] for shard in look["shards"]) else 1)
         return
-    console = output.console()
     try:
-        with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        with Live(console=console, auto_refresh=False, screen=True) as live:
             for look in looks:
                 live.update(_render(address, look), refresh=True)
     except KeyboardInterrupt:

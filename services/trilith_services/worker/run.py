@@ -20,6 +20,7 @@ from torch import distributed
 from trilith.client import Client
 from trilith.connect import connect
 from trilith.data.clicks import Parts
+from trilith.discovery.zk_url import redact
 from trilith.errors import InvalidRequestError
 from trilith.nn import pick_device
 from trilith.peers import PeerClient, connect_peers
@@ -151,6 +152,7 @@ def _metrics(port: int | None) -> Iterator[None]:
 def _client(options: WorkerOptions, config: WorkerConfig) -> Client | PeerClient:
     """The cluster, or what the workers are one themselves with, as far as their last checkpoint goes."""
     if options.cluster:
+        log.info("looking for the cluster", extra={"cluster": redact(options.cluster), "timeout_s": options.timeout_s})
         return connect(options.cluster, timeout_s=options.timeout_s, model_name=options.model_name)
     peers = connect_peers(pick_device(config.device).type, threads=1, update_queue=options.update_queue)
     restored = peers.restore_newest(config.model_dir) if config.model_dir else ""
