@@ -50,6 +50,7 @@ EVERYWHERE = (
         "the faster I/O loop",
         "gRPC's own switches. Unless set, Trilith chooses the loop that it has measured to be faster.",
     ),
+    Variable("GRPC_VERBOSITY", "LEVEL", "`ERROR`", "What gRPC itself prints: `DEBUG`, `INFO`, `ERROR` or `NONE`."),
 )
 CREDENTIALS = Variable(
     "ZK_AUTH", "USER:PASSWORD", "", "ZooKeeper's credentials, where a `zk://` URL has neither these nor `auth_file`."

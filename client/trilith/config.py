@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from trilith.errors import InvalidRequestError
 
-__all__ = ["MAX_MESSAGE_BYTES", "ClientConfig", "prefer_fast_grpc"]
+__all__ = ["MAX_MESSAGE_BYTES", "ClientConfig", "prepare_grpc"]
 
 MAX_MESSAGE_BYTES = 256 << 20
 """Largest gRPC message that a PS and a client accept from each other."""
@@ -16,14 +16,16 @@ MAX_MESSAGE_BYTES = 256 << 20
 _HEADER_ROOM = 1 << 20
 
 
-def prefer_fast_grpc() -> None:
-    """Choose gRPC's older I/O loop, unless GRPC_EXPERIMENTS is set or gRPC has been imported already.
+def prepare_grpc() -> None:
+    """Choose gRPC's older I/O loop, and keep its own lines about lost connections off the terminal.
 
-    Measured with grpcio 1.85: an empty call takes 0.37 ms instead of 0.75 ms, 4 MB up to a quarter less. gRPC reads the
-    variable when it is imported and ignores names it does not know.
+    GRPC_EXPERIMENTS and GRPC_VERBOSITY are left as they are where they are set; nothing happens if gRPC, which reads
+    them, has been imported already. Measured with grpcio 1.85: an empty call takes 0.37 ms instead of 0.75 ms, 4 MB up
+    to a quarter less. gRPC ignores names it does not know.
     """
     if "grpc" not in sys.modules:
         os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from trilith.config import MAX_MESSAGE_BYTES, ClientConfig, prefer_fast_grpc
+from trilith.config import MAX_MESSAGE_BYTES, ClientConfig, prepare_grpc
 from trilith.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def connect(
 ) -> Client:
     """Open a cluster, checking that every PS is who the address says it is.
 
-    The first call of a process sets GRPC_EXPERIMENTS (see `trilith.config`) unless it is set or gRPC is in use already.
+    The first call of a process sets gRPC's variables (see `trilith.config`) unless they are set or gRPC is in use.
 
     Args:
         address: "static://host:port,host:port" for PS processes, shard 0 first; "local://" for one in this process;
@@ -60,7 +60,7 @@ def connect(
     """
     if not isinstance(address, str):
         raise InvalidRequestError(f"address {address!r} is a {type(address).__name__}, it must be a str")
-    prefer_fast_grpc()
+    prepare_grpc()
     # Heavy imports wait until somebody connects: `import trilith` is light.
     from trilith.client import Client
     from trilith.cluster import Cluster
@@ -106,7 +106,7 @@ def open_part(
         threads: Of the engine; None: one per core.
         memory_limit_bytes: The engine's hard limit; 0 is none.
     """
-    prefer_fast_grpc()
+    prepare_grpc()
     from trilith.client import Client
     from trilith.cluster import Cluster
     from trilith_services.ps.store import Store

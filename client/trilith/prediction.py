@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from trilith.config import MAX_MESSAGE_BYTES, prefer_fast_grpc
+from trilith.config import MAX_MESSAGE_BYTES, prepare_grpc
 from trilith.discovery.addresses import check_address
 from trilith.errors import (
     BY_NAME,
@@ -89,7 +89,7 @@ class Predictor:
         Raises:
             UnavailableError: The directory cannot be reached.
         """
-        prefer_fast_grpc()
+        prepare_grpc()
         from trilith.balancer import Balancer
 
         self._timeout_s = timeout_s

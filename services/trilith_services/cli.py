@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from trilith.config import prefer_fast_grpc
+from trilith.config import prepare_grpc
 from trilith.errors import TrilithError
 
 __all__ = ["app", "main"]
@@ -83,5 +83,5 @@ def _explain(error: Any) -> None:
     typer.echo(f"error: {text}; see {error.ctx.command_path if error.ctx else 'trilith'} --help", err=True)
 
 
-prefer_fast_grpc()  # commands import it when they run
+prepare_grpc()  # commands import it when they run
 _register()

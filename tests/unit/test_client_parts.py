@@ -75,8 +75,8 @@ def test_awkward_arrays_are_copied_into_plain_ones():
 def test_the_faster_grpc_is_chosen_unless_somebody_chose(given, want):
     program = """
 import os
-from trilith.config import prefer_fast_grpc
-prefer_fast_grpc()
+from trilith.config import prepare_grpc
+prepare_grpc()
 print(os.environ["GRPC_EXPERIMENTS"])
 """
     env = {key: value for key, value in os.environ.items() if key != "GRPC_EXPERIMENTS"}

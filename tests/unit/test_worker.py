@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import signal
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from urllib.error import URLError
@@ -347,3 +349,16 @@ def test_a_worker_that_holds_the_rows_may_queue_between_the_stages_of_an_exchang
 
 def test_a_group_for_a_gpu_has_a_backend_for_either_device():
     assert (backends("cpu"), backends("cuda")) == ("gloo", "cpu:gloo,cuda:nccl")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_waits_for_its_cluster_ends_at_a_signal(monkeypatch, number):
+    def wait(*args, **options):
+        signal.raise_signal(number)
+        time.sleep(60)
+
+    monkeypatch.setattr("trilith_services.worker.run.connect", wait)
+    before = signal.getsignal(number)
+    options = WorkerOptions(cluster="static://127.0.0.1:9", data="synthetic:500")
+    assert run_worker(options, config()) == 0
+    assert signal.getsignal(number) is before

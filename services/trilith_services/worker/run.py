@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -84,6 +83,7 @@ def run_worker(options: WorkerOptions, config: WorkerConfig, *, follower: Follow
     if config.dense == "allreduce" and not options.master:
         raise InvalidRequestError("training together needs to know where rank 0 is: give --master host:port")
     use_threads(options.threads or max(1, (os.cpu_count() or 1) // config.world_size))
+    finished = False
     with _stop_on_signal() as stop, _events(options.events) as write, _metrics(options.metrics_port):
         parts = load_dataset(options.data, report=log.info)
         samples = training_files(parts)
@@ -93,7 +93,9 @@ def run_worker(options: WorkerOptions, config: WorkerConfig, *, follower: Follow
                 write(event)
                 tell(event)
 
-            finished = Trainer(config, client, parts, emit, samples=samples).run(stop.is_set)
+            trainer = Trainer(config, client, parts, emit, samples=samples)
+            stop.begin()
+            finished = trainer.run(stop.is_set)
     log.info("done" if finished else "stopped before the end, as asked")
     return 0
 
@@ -103,17 +105,37 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+class _Stop:
+    """What SIGTERM and SIGINT do: they end training after its step, and the waiting that comes before at once."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._asked = False
+
+    def begin(self) -> None:
+        """Training is about to begin; it asks `is_set`."""
+        self._begun = True
+
+    def is_set(self) -> bool:
+        """Whether a signal has come."""
+        return self._asked
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        if not self._begun:
+            raise KeyboardInterrupt
+
+
 @contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set."""
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+def _stop_on_signal() -> Iterator[_Stop]:
+    """What to ask whether SIGTERM or SIGINT have come; leaves quietly where one has ended the waiting."""
+    stop = _Stop()
+    before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
+    except KeyboardInterrupt:
+        if not stop.is_set():
+            raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
