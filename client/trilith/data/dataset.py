@@ -165,6 +165,7 @@ class Dataset:
 
     def shard(self, index: int, count: int, *, by: Literal["files", "records"] = "files") -> Dataset:
         """Take the share of one of several workers: every `count`-th file, or record, from the `index`-th on."""
+        _at_least("count", count, 1)
         if not 0 <= index < count:
             raise InvalidRequestError(f"shard {index} of {count}: the index must be in 0..{count - 1}")
         if by == "records":
