@@ -316,6 +316,7 @@ def test_work_whose_deadline_passed_in_the_queue_is_not_done(local):
         assert shard.entered.acquire(timeout=10)
         with pytest.raises(DeadlineExceededError):
             table.apply_gradients([1, 2], ONES, timeout_s=0.1)
+        client.describe()  # on the same connection: when it is answered, the cancellation has arrived
         shard.release.set()
         first.result(timeout=10)
         table.lookup([1])  # behind the late write in the queue

@@ -247,7 +247,7 @@ def test_the_demo_runs_without_ps_pipelined_and_goes_on_from_its_checkpoint(tmp_
         (("demo", "--num-ps", "0", "--workers", "2"), "--workers 2"),
         (("demo", "--mode", "all-to-all", "--num-ps", "2"), "--num-ps 2"),
         (("demo", "--mode", "ps", "--num-ps", "0"), "--num-ps 0"),
-        (("worker", "--mode", "all-to-all", "--cluster", "static://127.0.0.1:1"), "all-to-all has none"),
+        (("worker", "--mode", "all-to-all", "--cluster", "static://127.0.0.1:1"), "all-to-all has no PS"),
         (("worker", "--mode", "all-to-all"), "--master"),
     ],
 )
