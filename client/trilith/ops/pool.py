@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trilith.ops.jit import inlined, kernel
-from trilith.ops.memory import address_of, copy_floats, load_u64
+from trilith.ops.jit import kernel
+from trilith.ops.memory import address_of, as_index, copy_floats, load_u64
 from trilith.ops.vectors import add_plain, set_scaled, set_zero
 
 __all__ = ["MEAN", "SQRTN", "SUM", "pool_first_rows", "pool_rows"]
@@ -19,11 +19,6 @@ Int64Array = npt.NDArray[np.int64]
 SUM, MEAN, SQRTN = 0, 1, 2
 
 _ONE = np.float32(1.0)
-
-
-@inlined
-def _number(address: int, index: int) -> int:
-    return np.int64(load_u64(address, index))  # type: ignore[return-value]
 
 
 @kernel("void(int64, int64, int64, int64, int64, int64, int64)")
@@ -39,9 +34,9 @@ def pool_bags(rows: int, splits: int, bags: int, dim: int, combiner: int, out: i
         out: Address of the first vector, float32[dim], written.
         stride: Bytes from one vector to the next.
     """
-    end = _number(splits, 0)
+    end = as_index(load_u64(splits, 0))
     for bag in range(bags):
-        start, end = end, _number(splits, bag + 1)
+        start, end = end, as_index(load_u64(splits, bag + 1))
         target = out + stride * bag
         if end == start:
             set_zero(target, dim)
@@ -70,9 +65,9 @@ def place_bags(rows: int, splits: int, bags: int, dim: int, width: int, out: int
         width: Rows of the result per bag.
         out: Address of float32[bags, width, dim], written.
     """
-    end = _number(splits, 0)
+    end = as_index(load_u64(splits, 0))
     for bag in range(bags):
-        start, end = end, _number(splits, bag + 1)
+        start, end = end, as_index(load_u64(splits, bag + 1))
         target = out + 4 * dim * width * bag
         floats = dim * (end - start)
         copy_floats(target, rows + 4 * dim * start, floats)
