@@ -12,16 +12,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests import naive_engine as naive
 from trilith.errors import InvalidRequestError, MemoryLimitError, NonFiniteError
+from trilith.ops.hashing import unmix64
 from trilith.ops.jit import JIT_DISABLED
 from trilith_proto import ps_pb2
 from trilith_services.ps.budget import MemoryBudget
-from trilith_services.ps.kernels.index import group_by_stripe
+from trilith_services.ps.kernels.index import STRIPES, group_by_stripe
 from trilith_services.ps.rows import Rows
 from trilith_services.ps.table import Table
 
 DIM = 3
 DAY = 86400
-IDS = st.lists(st.sampled_from([0, 1, 2, 3, 5, 8, 2**48 + 1, 2**63, 2**64 - 1]), min_size=1, max_size=12)
+PICKS = st.lists(st.integers(0, 59), min_size=1, max_size=24)
 
 
 def config(name: str = "t", *, dim: int = DIM, days: int = 1, optimizer: str = "sgd") -> ps_pb2.TableConfig:
@@ -34,6 +35,11 @@ def config(name: str = "t", *, dim: int = DIM, days: int = 1, optimizer: str = "
     return made
 
 
+def colliding_ids(count: int) -> np.ndarray:
+    """uint64[count], at most 256: ids whose hashes differ in bits that choose neither stripe nor lines."""
+    return u64(*(int(unmix64(np.uint64(k << 51))) for k in range(count)))
+
+
 def u64(*ids: int) -> np.ndarray:
     return np.array(ids, np.uint64)
 
@@ -41,17 +47,23 @@ def u64(*ids: int) -> np.ndarray:
 class TableMachine(RuleBasedStateMachine):
     """Random writes, erasures and evictions keep a table equal to a dict."""
 
+    known: tuple[int, ...] = (0, 1, 2, 3, 5, 8, 2**48 + 1, 2**63, 2**64 - 1)
+
     def __init__(self) -> None:
         super().__init__()
         self.table, self.model = Table(config()), naive.DictTable(DIM, 0.5)
 
+    def choose(self, picks: list[int]) -> list[int]:
+        return [self.known[pick % len(self.known)] for pick in picks]
+
     @rule(
-        ids=IDS,
+        picks=PICKS,
         time=st.integers(0, 3 * DAY),
         verb=st.sampled_from(["assign", "assign_add", "apply"]),
         seed=st.integers(0, 99),
     )
-    def write(self, ids: list[int], time: int, verb: str, seed: int) -> None:
+    def write(self, picks: list[int], time: int, verb: str, seed: int) -> None:
+        ids = self.choose(picks)
         values = np.random.default_rng(seed).integers(-4, 5, (len(ids), DIM)).astype(np.float32)
         if verb == "apply":
             self.table.apply_gradients(u64(*ids), values, learning_rates=[0.5], request_time=time)
@@ -59,16 +71,18 @@ class TableMachine(RuleBasedStateMachine):
             getattr(self.table, verb)(u64(*ids), values, request_time=time)
         self.model.write(ids, values, time, verb)
 
-    @rule(ids=IDS)
-    def erase(self, ids: list[int]) -> None:
+    @rule(picks=PICKS)
+    def erase(self, picks: list[int]) -> None:
+        ids = self.choose(picks)
         assert self.table.erase(u64(*ids)) == self.model.erase(ids)
 
     @rule(now=st.integers(0, 5 * DAY))
     def evict(self, now: int) -> None:
         assert self.table.evict(now) == self.model.evict(now, DAY)
 
-    @rule(ids=IDS)
-    def look_up(self, ids: list[int]) -> None:
+    @rule(picks=PICKS)
+    def look_up(self, picks: list[int]) -> None:
+        ids = self.choose(picks)
         np.testing.assert_array_equal(self.table.lookup(u64(*ids)), self.model.lookup(ids))
         assert self.table.contains(u64(*ids)).tolist() == [i in self.model.rows for i in ids]
 
@@ -81,8 +95,56 @@ class TableMachine(RuleBasedStateMachine):
         assert len(self.table) == len(self.model.rows)
 
 
+class CollidingMachine(TableMachine):
+    """The same with ids of which an index has room for half in their lines."""
+
+    known = tuple(colliding_ids(60).tolist())
+
+
 TableMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestTableAgainstDict = TableMachine.TestCase
+CollidingMachine.TestCase.settings = TableMachine.TestCase.settings
+TestTableOfCollidingIds = CollidingMachine.TestCase
+
+
+def test_ids_made_to_collide_cost_no_memory_and_lose_nothing() -> None:
+    table = Table(config())
+    ids = colliding_ids(250)
+    values = np.arange(3 * 250, dtype=np.float32).reshape(250, DIM)
+    for start in range(0, 250, 50):
+        table.assign(ids[start : start + 50], values[start : start + 50], request_time=start)
+    np.testing.assert_array_equal(table.lookup(ids), values)
+    assert table.memory_bytes < 50_000
+    pages = [table.scan(part, 3, 1000, 0)[0].ids for part in range(3)]
+    assert sorted(np.concatenate(pages)) == sorted(ids)
+    assert table.erase(ids[::2]) == 125
+    assert table.contains(ids).tolist() == [False, True] * 125
+    assert table.erase_before(100) == 50  # of those left, the first hundred
+    assert sorted(np.concatenate([table.stripe_ids(s) for s in range(table.stripes)])) == sorted(ids[101::2])
+    np.testing.assert_array_equal(table.lookup(ids[101::2]), values[101::2])
+
+
+def test_ids_that_come_and_go_leave_the_index_as_large_as_it_was() -> None:
+    size, rounds = (1000, 20) if JIT_DISABLED else (20_000, 60)
+    table = Table(config())
+    fresh = iter(np.random.default_rng(5).integers(0, 2**64, (rounds + 1, size), np.uint64))
+    kept = next(fresh)
+    ones = np.ones((size, DIM), np.float32)
+    table.assign(kept, ones)
+    used = table.memory_bytes
+    half = size // 2
+    for new in fresh:
+        table.erase(kept[:half])
+        table.assign(new[:half], ones[:half])
+        kept = np.concatenate([kept[half:], new[:half]])
+    assert table.contains(kept).all()
+    assert len(table) == size
+    assert table.memory_bytes < 2 * used
+
+
+def test_a_hash_leads_back_to_its_id() -> None:
+    ids = [0, 1, 2**63, 2**64 - 1, *np.random.default_rng(3).integers(0, 2**64, 100, np.uint64).tolist()]
+    assert [int(unmix64(np.uint64(naive.mix64(each)))) for each in ids] == ids
 
 
 @pytest.mark.parametrize("count", [1, 100, 20_000])
@@ -208,9 +270,11 @@ def test_at_the_memory_limit_new_rows_are_refused_and_old_ones_served() -> None:
     assert budget.used <= budget.limit
     table.apply_gradients(np.arange(100, dtype=np.uint64), batch, learning_rates=[1.0])  # old rows go on
     assert not table.lookup(np.arange(100, dtype=np.uint64)).any()
-    table.erase(np.arange(100, dtype=np.uint64))
+    table.erase(np.arange(300, dtype=np.uint64))
+    used = budget.used
     table.assign(np.arange(10**6, 10**6 + 100, dtype=np.uint64), batch)  # freed rows are used again
-    assert len(table) == stored
+    assert len(table) == stored - 200
+    assert budget.used == used
     table.clear()
     assert budget.used < 10_000
 
@@ -276,8 +340,8 @@ def test_a_batch_is_grouped_by_stripe_in_order() -> None:
     starts, hashes, grouped, positions = (np.empty(500, np.uint64) for _ in range(4))
     arrays = ids, hashes, grouped, positions, starts
     where, *rest = (array.__array_interface__["data"][0] for array in arrays)
-    group_by_stripe(where, 500, 4, *rest)
-    for s in range(16):
-        want = [(naive.mix64(int(i)), int(i), k) for k, i in enumerate(ids) if naive.mix64(int(i)) >> 60 == s]
+    group_by_stripe(where, 500, *rest)
+    for s in range(STRIPES):
+        want = [(naive.mix64(int(i)), int(i), k) for k, i in enumerate(ids) if naive.mix64(int(i)) >> 59 == s]
         span = slice(int(starts[s]), int(starts[s + 1]))
         assert want == list(zip(hashes[span].tolist(), grouped[span].tolist(), positions[span].tolist(), strict=True))

@@ -16,25 +16,28 @@ _MAP_NORESERVE = 0x4000  # Linux; the mmap module has no name for it
 
 
 class Mapping:
-    """Zeroed memory, reserved at once and committed page by page when first touched."""
+    """Zeroed memory, reserved at once and committed page by page when first touched; if large, it begins on a huge page."""
 
     def __init__(self, size: int) -> None:
         self.size = max(mmap.PAGESIZE, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        spare = HUGE_PAGE if self.size >= HUGE_PAGE else 0
         try:
-            self._map = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+            self._map = mmap.mmap(-1, self.size + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         except (OSError, ValueError, OverflowError) as error:
             raise MemoryLimitError(f"the kernel refused {self.size} bytes of address space: {error}") from None
-        self.address = address_of(np.frombuffer(self._map, np.uint8))
+        start = address_of(np.frombuffer(self._map, np.uint8))
+        self._skipped = -start % HUGE_PAGE if spare else 0
+        self.address = start + self._skipped
 
     def advise_huge(self, offset: int = 0, size: int | None = None) -> None:
         """Ask for huge pages from `offset` on: fewer faults when it fills, fewer TLB misses ever after.
 
         Not for small tables, which would take 2 MiB where a few KiB do.
         """
-        end = self.address + (self.size if size is None else offset + size)
-        start = -(-(self.address + offset) // HUGE_PAGE) * HUGE_PAGE
+        start = -(-offset // HUGE_PAGE) * HUGE_PAGE
+        end = self.size if size is None else offset + size
         if start < end and hasattr(mmap, "MADV_HUGEPAGE"):
             try:
-                self._map.madvise(mmap.MADV_HUGEPAGE, start - self.address, end - start)
+                self._map.madvise(mmap.MADV_HUGEPAGE, self._skipped + start, end - start)
             except OSError:
                 pass  # a kernel without transparent huge pages: slower, not wrong

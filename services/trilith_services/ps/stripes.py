@@ -16,23 +16,27 @@ from trilith.ops.memory import address_of
 from trilith.shard import UInt64Array
 from trilith_services.ps.arena import HUGE_PAGE, Mapping
 from trilith_services.ps.kernels import index
+from trilith_services.ps.kernels.index import STRIPES
+from trilith_services.ps.kernels.sweep import rebuild_index
 from trilith_services.ps.rooms import two_rooms
 from trilith_services.ps.row_layout import RowLayout
 from trilith_services.ps.touched import Touched
 
-__all__ = ["BITS", "STRIPES", "Batch", "Stripes", "group", "work_memory"]
+__all__ = ["Batch", "Stripes", "group", "work_memory"]
 
-BITS = 5
-STRIPES = 1 << BITS
 _PER_LOCK = 4  # neighbouring stripes that share a lock, since a kernel call for fewer ids is mostly overhead
 _LOCKS = STRIPES // _PER_LOCK
 _SMALL = 1024  # up to here one kernel call under all locks is the fastest
-_READ_PIECE = 16384  # ids read before writers get their turn: about a millisecond
+_READ_PIECE, _READ_BYTES = 16384, 2 << 20  # ids, or bytes of them, read before writers get their turn: 1 to 3 ms
 _PIECE_BYTES = 512 << 10  # a batch is written in pieces whose gradients stay in the second-level cache
 _PARALLEL = 16384  # from here a batch is worth two threads
 _HUGE_BYTES = 2 * HUGE_PAGE  # rows or slots of one stripe beyond which huge pages pay
 _FIRST_SLOTS = 16
-_MAX_ROWS = (1 << 32) - 2  # row numbers are 32 bits wide
+_MAX_ROWS = 1 << 29  # of a stripe; a slot has bits for twice as many row numbers
+_STASH_PART = 512  # a stash has room for one in so many slots, ten times what chance puts there in a full index
+_FIRST_STASH = 8
+_DELETED_PART = 8  # one slot in so many may be a deleted one
+_SHAPE = [index.SLOTS, index.STASH_ROOM]  # columns that say how large an index is
 
 Batch = tuple[int, int, int, int]
 """Addresses of starts, hashes, grouped ids and positions, as `index.group_by_stripe` describes them."""
@@ -44,7 +48,7 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.room = 0
         self.starts = np.zeros(STRIPES + 1, np.int64)
-        self.work = np.empty(0, np.uint8)
+        self.work, self.work_at = np.empty(0, np.uint8), 0
         self.batch: Batch = (0, 0, 0, 0)
         self.arrays = np.empty((3, 0), np.uint64)
 
@@ -60,7 +64,7 @@ def group(ids: UInt64Array) -> Batch:
         start, step = address_of(_SCRATCH.arrays), 8 * _SCRATCH.room
         _SCRATCH.batch = address_of(_SCRATCH.starts), start, start + step, start + 2 * step
     starts, hashes, grouped, positions = _SCRATCH.batch
-    index.group_by_stripe(address_of(ids), len(ids), BITS, hashes, grouped, positions, starts)
+    index.group_by_stripe(address_of(ids), len(ids), hashes, grouped, positions, starts)
     return _SCRATCH.batch
 
 
@@ -68,7 +72,8 @@ def work_memory(size: int) -> int:
     """Address of `size` bytes of this thread's scratch memory for kernels."""
     if _SCRATCH.work.size < size:
         _SCRATCH.work = np.empty(size, np.uint8)
-    return address_of(_SCRATCH.work)
+        _SCRATCH.work_at = address_of(_SCRATCH.work)
+    return _SCRATCH.work_at
 
 
 class Stripes:
@@ -90,12 +95,14 @@ class Stripes:
         self._pool = pool
         self.touched: Touched | None = None
         self._piece = max(1024, min(16384, _PIECE_BYTES // (4 * layout.dim)))
+        self._read_piece = max(_READ_PIECE, _READ_BYTES // (4 * layout.dim))
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
         self.reading, self._writing = two_rooms()
         self.columns = np.zeros((STRIPES, index.COLUMNS), np.int64)
         self.address = address_of(self.columns)
         self._reserved = _reserved_bytes()
-        self._max_rows = min(self._reserved // layout.stride, _MAX_ROWS)
+        self._max_rows = min(self._reserved // layout.stride - 1, _MAX_ROWS)
+        self._reserved_times = -(-4 * (self._max_rows + 1) // HUGE_PAGE) * HUGE_PAGE
         self._indexes: list[Mapping] = []
         self._reset(-(-initial_rows // STRIPES))
 
@@ -104,27 +111,33 @@ class Stripes:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of rows and indexes in use."""
-        rows_bytes = int(self.columns[:, index.USED].sum()) * self._layout.stride
-        return rows_bytes + 16 * int(self.slots.sum())
+        """Bytes of rows, their times and indexes in use."""
+        rows_bytes = int(self.columns[:, index.USED].sum()) * self.row_bytes
+        slots, stash = self.columns[:, _SHAPE].sum(axis=0)
+        return rows_bytes + _index_bytes(int(slots), int(stash))
 
     @property
-    def slots(self) -> npt.NDArray[np.int64]:
-        """int64[STRIPES]: slots of each index."""
-        slots: npt.NDArray[np.int64] = self.columns[:, index.MASK] + 1
-        return slots
+    def places(self) -> npt.NDArray[np.int64]:
+        """int64[STRIPES]: places where each index can lead to a row."""
+        places: npt.NDArray[np.int64] = self.columns[:, _SHAPE].sum(axis=1)
+        return places
 
     @property
     def freed_rows(self) -> int:
         """Rows that will be used again before the arena grows."""
         return int(self.columns[:, index.FREED].sum())
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row and its time."""
+        return self._layout.stride + 4
+
     def growth_bytes(self, new_rows: int) -> int:
         """Index memory that `new_rows` more rows, evenly spread, will add."""
         if new_rows == 0:
             return 0
         full = self.columns[:, index.SIZE] + new_rows // STRIPES + 1 > self.columns[:, index.LIMIT]
-        return 16 * int(self.slots[full].sum())
+        return 8 * int(self.columns[full, index.SLOTS].sum())
 
     def clear(self) -> None:
         """Drop every row and give the memory back; the caller is `writing`."""
@@ -154,9 +167,9 @@ class Stripes:
     def _read(self, ids: UInt64Array, work: Callable[[int, int, int], int], start: int, end: int) -> int:
         total = 0
         address = address_of(ids)
-        for offset in range(start, end, _READ_PIECE):
+        for offset in range(start, end, self._read_piece):
             with self.reading:
-                total += work(address + 8 * offset, min(_READ_PIECE, end - offset), offset)
+                total += work(address + 8 * offset, min(self._read_piece, end - offset), offset)
         return total
 
     def write(self, ids: UInt64Array, work: Callable[[Batch, int, int, int, int], int]) -> None:
@@ -234,6 +247,7 @@ class Stripes:
 
     def _reset(self, rows_per_stripe: int) -> None:
         self._arena = Mapping(self._reserved * STRIPES)
+        self._times = Mapping(self._reserved_times * STRIPES)
         self.columns[:] = 0
         self._indexes = []
         for s in range(STRIPES):
@@ -241,39 +255,57 @@ class Stripes:
             while slots * _max_load(s) < rows_per_stripe:
                 slots *= 2
             self.columns[s, index.ARENA] = self._arena.address + s * self._reserved
-            self._indexes.append(_new_index(slots))
-            self._use_index(s, slots)
+            self.columns[s, index.TIMES] = self._times.address + s * self._reserved_times
+            self._indexes.append(self._plan_index(self.columns[s], s, slots, 0))
+            self._advise(s)
 
     def _grow(self, s: int) -> None:
-        """Double the index of stripe `s`, whose lock is held; rows stay where they are."""
-        if self.columns[s, index.SIZE] >= self._max_rows:
+        """Rebuild the index of stripe `s`, whose lock is held, so that a row can be added; rows stay where they are."""
+        old = self.columns[s]
+        if old[index.SIZE] >= self._max_rows:
             raise MemoryLimitError(f"stripe {s} holds {self._max_rows} rows, all that its address space holds")
-        slots = int(self.columns[s, index.MASK]) + 1
-        old, larger = self._indexes[s], _new_index(2 * slots)
-        index.rebuild_index(old.address, slots - 1, larger.address, 2 * slots - 1)
-        self._indexes[s] = larger
-        self._use_index(s, 2 * slots)
+        slots = int(old[index.SLOTS])
+        # A half empty index whose stash is full is one whose ids were made to collide: twice the slots would not help.
+        if old[index.DELETED] < old[index.MOST_DELETED] and 2 * old[index.SIZE] >= old[index.LIMIT]:
+            slots *= 2
+        stashed = int(old[index.STASHED])
+        new = old.copy()
+        while True:
+            mapping = self._plan_index(new, s, slots, 2 * stashed)
+            rebuild_index(address_of(old), s, address_of(new))
+            stashed = int(new[index.STASHED])
+            if stashed < new[index.STASH_ROOM]:
+                break
+        self._indexes[s], old[:] = mapping, new
+        self._advise(s)
 
-    def _use_index(self, s: int, slots: int) -> None:
-        limit = min(int(slots * _max_load(s)), self._max_rows)
-        self.columns[s, index.INDEX] = self._indexes[s].address
-        self.columns[s, index.MASK] = slots - 1
-        self.columns[s, index.LIMIT] = limit
-        row_bytes = limit * self._layout.stride
-        if row_bytes >= _HUGE_BYTES:
-            self._arena.advise_huge(s * self._reserved, row_bytes)
+    def _plan_index(self, columns: npt.NDArray[np.int64], s: int, slots: int, stash: int) -> Mapping:
+        """Memory for an empty index of stripe `s`, which `columns` describes from now on."""
+        room = max(slots // _STASH_PART, stash, _FIRST_STASH)
+        mapping = Mapping(_index_bytes(slots, room))
+        if mapping.size >= _HUGE_BYTES:
+            mapping.advise_huge()
+        columns[index.INDEX] = mapping.address
+        columns[_SHAPE] = slots, room
+        columns[index.LIMIT] = min(int(slots * _max_load(s)), self._max_rows)
+        columns[index.MOST_DELETED] = slots // _DELETED_PART
+        return mapping
+
+    def _advise(self, s: int) -> None:
+        """Ask for huge pages for the rows that the index of stripe `s` has room for."""
+        limit = int(self.columns[s, index.LIMIT])
+        if limit * self._layout.stride >= _HUGE_BYTES:
+            self._arena.advise_huge(s * self._reserved, limit * self._layout.stride)
+            self._times.advise_huge(s * self._reserved_times, 4 * limit)
 
 
-def _new_index(slots: int) -> Mapping:
-    mapping = Mapping(16 * slots)
-    if mapping.size >= _HUGE_BYTES:
-        mapping.advise_huge()
-    return mapping
+def _index_bytes(slots: int, stash: int) -> int:
+    return 8 * slots + index.STASH_ENTRY * stash
 
 
 def _max_load(s: int) -> float:
-    """Fill at which stripe `s` grows: spread over 0.6..0.8, so that a table's stripes do not all grow in one batch."""
-    return 0.6 + 0.2 * (s + 1) / STRIPES
+    """Fill at which stripe `s` grows: spread over 0.6..0.7, so that a table's stripes do not all grow in one batch."""
+    return 0.6 + 0.1 * (s + 1) / STRIPES
 
 
 def _reserved_bytes() -> int:

@@ -18,14 +18,15 @@ from trilith.ops.memory import address_of
 from trilith.shard import Float32Array, UInt64Array
 from trilith_proto import ps_pb2
 from trilith_services.ps.budget import MemoryBudget
-from trilith_services.ps.kernels import codecs, gather, index
+from trilith_services.ps.kernels import codecs, gather, index, sweep
 from trilith_services.ps.kernels.apply import make_apply
+from trilith_services.ps.kernels.index import STRIPES
 from trilith_services.ps.kernels.read import export_rows, lookup_rows, lookup_rows_half, work_bytes
 from trilith_services.ps.kernels.values import all_finite, widen_halves
 from trilith_services.ps.kernels.write import ADD, ASSIGN, IMPORT, RESET, write_rows
 from trilith_services.ps.row_layout import RowLayout
 from trilith_services.ps.rows import Rows, as_ids
-from trilith_services.ps.stripes import BITS, STRIPES, Batch, Stripes, work_memory
+from trilith_services.ps.stripes import Batch, Stripes, work_memory
 from trilith_services.ps.touched import Touched
 
 __all__ = ["OccurrenceGate", "Table", "TableCounters", "compile_common_kernels"]
@@ -148,7 +149,7 @@ class Table:
 
         def read(address: int, count: int, offset: int) -> int:
             to = target + offset * row_bytes
-            return kernel(self._at, BITS, address, count, self._plan, self._segments, work_memory(work), to)
+            return kernel(self._at, address, count, self._plan, self._segments, work_memory(work), to)
 
         hits = self._stripes.read(ids, read)
         self.counters.lookup_ids += len(ids)
@@ -175,7 +176,7 @@ class Table:
     def export_stripe(self, s: int) -> Rows:
         """Copy all rows of stripe `s`, as they are at one moment."""
         with self._stripes.reading:
-            return self._scan_stripe(s, 0, int(self._stripes.slots[s]), len(self))[0]
+            return self._scan_stripe(s, 0, int(self._stripes.places[s]), len(self))[0]
 
     def stripe_ids(self, s: int) -> UInt64Array:
         """uint64[n]: the ids of stripe `s`, as they are at one moment."""
@@ -183,8 +184,7 @@ class Table:
             room = int(self._stripes.columns[s, index.SIZE])
             ids, numbers, times = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.uint32)
             if room:
-                start, end = self._stripes.columns[s, index.INDEX], int(self._stripes.slots[s])
-                index.scan_index(start, 0, end, room, ids, numbers, times)
+                sweep.scan_index(self._at, s, 0, int(self._stripes.places[s]), room, ids, numbers, times)
         return ids
 
     def gather(
@@ -209,7 +209,6 @@ class Table:
             with self._stripes.reading:
                 present += gather.gather_rows(
                     self._at,
-                    BITS,
                     address_of(ids) + 8 * start,
                     count,
                     self._plan,
@@ -237,7 +236,7 @@ class Table:
             raise InvalidRequestError(f"part={part} is outside 0..{parts - 1}")
         if limit < 1:
             raise InvalidRequestError(f"limit={limit} is below 1")
-        bounds = np.concatenate([[0], np.cumsum(self._stripes.slots)])
+        bounds = np.concatenate([[0], np.cumsum(self._stripes.places)])
         end = int(bounds[-1]) * (part + 1) // parts
         at = offset - 1 if offset else int(bounds[-1]) * part // parts
         pieces: list[Rows] = []
@@ -246,16 +245,16 @@ class Table:
             s = int(np.searchsorted(bounds, at, "right")) - 1
             with self._stripes.reading:
                 stop = min(end, int(bounds[s + 1])) - int(bounds[s])
-                piece, slot = self._scan_stripe(s, at - int(bounds[s]), stop, room)
+                piece, place = self._scan_stripe(s, at - int(bounds[s]), stop, room)
             pieces.append(piece)
             room -= len(piece)
-            at = int(bounds[s]) + slot
+            at = int(bounds[s]) + place
         return Rows.concatenate(pieces) if pieces else self._no_rows(), at + 1
 
     def expired(self, found: Rows, now: int) -> npt.NDArray[np.bool_]:
         """bool[n]: which copied-out rows have expired at `now`, Unix seconds."""
         marks = np.zeros(len(found), np.bool_)
-        index.mark_expired(address_of(self._lifetimes), len(self._lifetimes), found.last_update, found.ids, now, marks)
+        sweep.mark_expired(address_of(self._lifetimes), len(self._lifetimes), found.last_update, found.ids, now, marks)
         return marks
 
     # ---- who wants to know ---------------------------------------------------------------------------------------
@@ -395,7 +394,7 @@ class Table:
         erased: list[int] = []
 
         def erase(batch: Batch, offset: int, first: int, last: int, begin: int) -> int:
-            erased.append(index.erase_rows(self._at, self.layout.stride, first, last, *batch[:3]))
+            erased.append(index.erase_rows(self._at, self.layout.stride, first, last, *batch[:2]))
             return -1
 
         self._stripes.write(ids, erase)
@@ -420,7 +419,7 @@ class Table:
                 ids = np.empty(room, np.uint64)
                 ids_at = address_of(ids) if room else 0
                 gone = int(
-                    index.evict_rows(
+                    sweep.evict_rows(
                         self._at, self.layout.stride, s, now, address_of(lifetimes), len(lifetimes), ids_at
                     )
                 )
@@ -538,12 +537,12 @@ class Table:
         """Make sure that a write of `ids` fits the budget, before any row changes; MemoryLimitError if it does not."""
         if self._budget.limit == 0:
             return
-        stride = self.layout.stride
-        if self._budget.has_room(len(ids) * stride + self._stripes.growth_bytes(len(ids))):
+        row_bytes = self._stripes.row_bytes
+        if self._budget.has_room(len(ids) * row_bytes + self._stripes.growth_bytes(len(ids))):
             return
         missing = len(np.unique(ids[self._row_addresses(ids)[0] == 0]))
         fresh = max(0, missing - self._stripes.freed_rows)
-        needed = fresh * stride + self._stripes.growth_bytes(missing)
+        needed = fresh * row_bytes + self._stripes.growth_bytes(missing)
         if missing and not self._budget.has_room(needed):
             raise MemoryLimitError(
                 f"table {self.name!r}: {missing} new rows need {needed} bytes, but {self._budget.used} of the "
@@ -575,9 +574,7 @@ class Table:
 
         def find(address: int, count: int, offset: int) -> int:
             work, stride = work_memory(self._work_bytes), self.layout.stride
-            return index.find_rows(
-                self._at, BITS, stride, address, count, work, rows_at + 8 * offset, times_at + 4 * offset
-            )
+            return index.find_rows(self._at, stride, address, count, work, rows_at + 8 * offset, times_at + 4 * offset)
 
         if inside:
             find(address_of(ids), len(ids), 0)
@@ -586,13 +583,13 @@ class Table:
         return addresses, times
 
     def _scan_stripe(self, s: int, begin: int, end: int, limit: int) -> tuple[Rows, int]:
-        """Rows of the slots from `begin` on, at most `limit`, and the slot to go on from; the lock is held."""
+        """Rows of the places from `begin` on, at most `limit`, and the place to go on from; the lock is held."""
         room = max(1, min(limit, int(self._stripes.columns[s, index.SIZE])))
         ids, numbers, times = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.uint32)
-        packed = int(index.scan_index(self._stripes.columns[s, index.INDEX], begin, end, room, ids, numbers, times))
-        slot, count = packed >> 32, packed & 0xFFFFFFFF
-        addresses = self._stripes.columns[s, index.ARENA] + (numbers[:count] - 1) * self.layout.stride
-        return self._copy_rows(ids[:count], addresses, times[:count]), slot
+        packed = int(sweep.scan_index(self._at, s, begin, end, room, ids, numbers, times))
+        place, count = packed >> 32, packed & 0xFFFFFFFF
+        addresses = self._stripes.columns[s, index.ARENA] + numbers[:count] * self.layout.stride
+        return self._copy_rows(ids[:count], addresses, times[:count]), place
 
     def _copy_rows(self, ids: UInt64Array, addresses: npt.NDArray[np.int64], times: npt.NDArray[np.uint32]) -> Rows:
         weights = np.empty((len(ids), self.dim), np.float32)
@@ -608,12 +605,12 @@ def compile_common_kernels() -> None:
     """Compile or load the kernels that all tables share, whatever their optimizers."""
     warm(
         index.group_by_stripe,
-        index.rebuild_index,
         index.find_rows,
         index.erase_rows,
-        index.evict_rows,
-        index.scan_index,
-        index.mark_expired,
+        sweep.rebuild_index,
+        sweep.evict_rows,
+        sweep.scan_index,
+        sweep.mark_expired,
         gather.gather_rows,
         lookup_rows,
         lookup_rows_half,

@@ -12,23 +12,19 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from trilith.ops.jit import inlined, kernel
-from trilith.ops.memory import load_f32, load_u64, store_u64
+from trilith.ops.memory import load_f32, load_u64, prefetch, store_u32
 from trilith_services.ps.kernels.codecs import one_bit_gradient
 from trilith_services.ps.kernels.index import (
     ARENA,
-    COLUMNS,
     GROUP,
-    INDEX,
-    LIMIT,
-    MASK,
-    SIZE,
+    TIMES,
     claim_row,
-    find_slot,
+    find_row,
     get,
-    pack_slot,
-    prefetch_slot,
+    home_line,
+    is_full,
     put,
-    row_number,
+    stripe_at,
 )
 from trilith_services.ps.kernels.optimizers import STEPS, round_to_half
 from trilith_services.ps.kernels.plan import (
@@ -123,11 +119,11 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
         """Take one optimizer step per id occurrence, creating missing rows.
 
         Args:
-            stripes: Address of int64[S, COLUMNS], written.
+            stripes: Address of int64[STRIPES, COLUMNS], written.
             first: First stripe.
             last: One past the last stripe.
             begin: Position in the grouped batch to start from.
-            starts: Address of int64[S + 1], from `group_by_stripe`, as are the next three.
+            starts: Address of int64[STRIPES + 1], from `group_by_stripe`, as are the next three.
             hashes: Address of uint64[n].
             grouped: Address of uint64[n].
             positions: Address of int64[n].
@@ -148,31 +144,28 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
         dim = get(plan, DIM)
         seed = get(plan, SEED)
         for s in range(first, last):
-            index = get(stripes, s * COLUMNS + INDEX)
-            mask = get(stripes, s * COLUMNS + MASK)
-            arena = get(stripes, s * COLUMNS + ARENA)
+            stripe = stripe_at(stripes, s)
+            arena, times = get(stripe, ARENA), get(stripe, TIMES)
             end = get(starts, s + 1)
             j0 = max(get(starts, s), begin)
             while j0 < end:
                 count = min(GROUP, end - j0)
                 for t in range(count):
-                    prefetch_slot(index, mask, load_u64(hashes, j0 + t))
+                    prefetch(home_line(stripe, load_u64(hashes, j0 + t)))
                     prefetch_row(grads + 4 * dim * get(positions, j0 + t), 4 * dim + 63)
                 ready = count
                 for t in range(count):
-                    key = load_u64(grouped, j0 + t)
-                    slot = find_slot(index, mask, key, load_u64(hashes, j0 + t))
-                    number = row_number(load_u64(index, 2 * slot + 1))
+                    number = find_row(stripe, load_u64(hashes, j0 + t))
                     if number != 0:
-                        row = arena + (number - 1) * stride
+                        row = arena + number * stride
                         prefetch_row(row, size)
-                        store_u64(index, 2 * slot + 1, pack_slot(number, time))
-                    elif get(stripes, s * COLUMNS + SIZE) >= get(stripes, s * COLUMNS + LIMIT):
+                        store_u32(times, number, np.uint32(time))
+                    elif is_full(stripe):
                         ready = t
                         break
                     else:
-                        row = claim_row(stripes, s, stride, slot, key, time)
-                        init_row(plan, row, key)
+                        row = claim_row(stripe, stride, load_u64(hashes, j0 + t), time)
+                        init_row(plan, row, load_u64(grouped, j0 + t))
                     put(work, t, row)
                 for t in range(ready):
                     stream = np.uint64(0)

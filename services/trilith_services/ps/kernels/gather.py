@@ -29,10 +29,9 @@ _MARKS = np.uint64(0x8080808080808080)
 _int64 = cast("type[int]", np.int64)
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def gather_rows(
     stripes: int,
-    bits: int,
     ids: int,
     n: int,
     plan: int,
@@ -45,8 +44,7 @@ def gather_rows(
     """Read the raw weights of the ids that have rows, one after another without gaps.
 
     Args:
-        stripes: Address of int64[S, COLUMNS].
-        bits: log2 of S.
+        stripes: Address of int64[STRIPES, COLUMNS].
         ids: Address of uint64[n].
         n: Number of ids.
         plan: Address of int64[PLAN_COLUMNS].
@@ -67,7 +65,7 @@ def gather_rows(
     absent = 0
     for first in range(0, n, READ_GROUP):
         count = min(READ_GROUP, n - first)
-        probe_group(stripes, bits, ids + 8 * first, count, stride, size, work)
+        probe_group(stripes, ids + 8 * first, count, stride, size, work)
         for t in range(count):
             row = get(work, t)
             key = load_u64(ids, first + t)

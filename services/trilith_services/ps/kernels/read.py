@@ -22,20 +22,22 @@ from trilith.ops.memory import (
     prefetch,
     store_f16,
     store_f32,
+    store_u64,
 )
 from trilith.ops.slots import probe_line
 from trilith_services.ps.kernels.codecs import decode_weights, read_weights
 from trilith_services.ps.kernels.index import (
     ARENA,
-    COLUMNS,
     INDEX,
-    MASK,
     READ_GROUP,
-    find_slot,
+    SLOTS,
+    find_row,
     get,
-    home_of,
+    home_line,
+    home_tag,
+    other_line,
     put,
-    row_number,
+    stripe_at,
     stripe_of,
 )
 from trilith_services.ps.kernels.plan import (
@@ -54,11 +56,11 @@ from trilith_services.ps.kernels.plan import (
     STRIDE,
 )
 
-SCRATCH = 24 * READ_GROUP  # bytes of int64[3, READ_GROUP]
+SCRATCH = 32 * READ_GROUP  # bytes of int64[4, READ_GROUP]
 
 
 def work_bytes(dim: int) -> int:
-    """Scratch memory that the kernels below need: for `probe_group` int64[3, READ_GROUP], then float32[dim]."""
+    """Scratch memory that the kernels below need: for `probe_group` int64[4, READ_GROUP], then float32[dim]."""
     return SCRATCH + 4 * dim
 
 
@@ -127,59 +129,58 @@ def read_row(plan: int, segments: int, row: Any, target: Any) -> Any:
 
 
 @inlined
-def _request_row(stripes: Any, s: Any, word: Any, stride: Any, size: Any) -> Any:
-    """Address of the row that a slot's word names, with `size` bytes of it requested; 0 for an empty slot."""
-    number = row_number(word)
-    if number == 0:
-        return np.int64(0)
-    row = get(stripes, s * COLUMNS + ARENA) + (number - 1) * stride
+def _request_row(stripe: Any, number: Any, stride: Any, size: Any) -> Any:
+    """Address of row `number`, with `size` bytes of it requested; 0 for number 0."""
+    row = get(stripe, ARENA) + number * stride
     prefetch_row(row, size)
-    return row
+    return row if number != 0 else np.int64(0)
 
 
 @inlined
-def probe_group(stripes: Any, bits: Any, ids: Any, count: Any, stride: Any, size: Any, rows: Any) -> Any:
+def probe_group(stripes: Any, ids: Any, count: Any, stride: Any, size: Any, rows: Any) -> Any:
     """Find the rows of ids[:count] and request `size` bytes of each: rows[t] is an address, 0 if there is none.
 
     The batch is walked in its own order: grouping it by stripe would scatter the writes to the output, which costs more
-    than the stripes' locality wins (measured). An id that its line has no room for (one of fourteen in a full index)
-    waits until the others are found: the line after it is on its way meanwhile.
+    than the stripes' locality wins (measured). An id that its line has no room for (one of fifty in a full index) waits
+    until the others are found: its next line is on its way meanwhile.
     """
     lines = rows + 8 * READ_GROUP
-    spilled = rows + 16 * READ_GROUP
+    hashes = rows + 16 * READ_GROUP
+    spilled = rows + 24 * READ_GROUP
     for t in range(count):
         value = mix64(load_u64(ids, t))
-        s = stripe_of(value, bits)
-        line = get(stripes, s * COLUMNS + INDEX) + 16 * home_of(value, get(stripes, s * COLUMNS + MASK))
+        stripe = stripe_at(stripes, stripe_of(value))
+        line = home_line(stripe, value)
         prefetch(line)
         put(lines, t, line)
-        put(rows, t, s)
+        put(rows, t, stripe)
+        store_u64(hashes, t, value)
     waiting = 0
     for t in range(count):
         line = get(lines, t)
-        slot = probe_line(line, load_u64(ids, t))
+        stripe = get(rows, t)
+        value = load_u64(hashes, t)
+        slots = get(stripe, SLOTS)
+        tag = home_tag(value, slots)
+        slot = probe_line(line, tag, slots)
         if slot >= 0:
-            put(rows, t, _request_row(stripes, get(rows, t), load_u64(line, 2 * slot + 1), stride, size))
+            put(rows, t, _request_row(stripe, get(line, slot) & (slots - 1), stride, size))
         else:
-            prefetch(line + 64)
+            prefetch(other_line(get(stripe, INDEX), slots, value, tag, 1))
             put(spilled, waiting, t)
             waiting += 1
     for w in range(waiting):
         t = get(spilled, w)
-        s = get(rows, t)
-        key = load_u64(ids, t)
-        index = get(stripes, s * COLUMNS + INDEX)
-        slot = find_slot(index, get(stripes, s * COLUMNS + MASK), key, mix64(key))
-        put(rows, t, _request_row(stripes, s, load_u64(index, 2 * slot + 1), stride, size))
+        stripe = get(rows, t)
+        put(rows, t, _request_row(stripe, find_row(stripe, load_u64(hashes, t)), stride, size))
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
-def lookup_rows(stripes: int, bits: int, ids: int, n: int, plan: int, segments: int, work: int, out: int) -> int:
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+def lookup_rows(stripes: int, ids: int, n: int, plan: int, segments: int, work: int, out: int) -> int:
     """Read rows; zeros for an id without one.
 
     Args:
-        stripes: Address of int64[S, COLUMNS].
-        bits: log2 of S.
+        stripes: Address of int64[STRIPES, COLUMNS].
         ids: Address of uint64[n].
         n: Number of ids.
         plan: Address of int64[PLAN_COLUMNS].
@@ -197,7 +198,7 @@ def lookup_rows(stripes: int, bits: int, ids: int, n: int, plan: int, segments: 
     hits = 0
     for first in range(0, n, READ_GROUP):
         count = min(READ_GROUP, n - first)
-        probe_group(stripes, bits, ids + 8 * first, count, stride, size, work)
+        probe_group(stripes, ids + 8 * first, count, stride, size, work)
         target = out + 4 * dim * first
         # Loops of their own, so that the plain ones have all registers and no branch for each row.
         if coded:
@@ -213,13 +214,12 @@ def lookup_rows(stripes: int, bits: int, ids: int, n: int, plan: int, segments: 
     return hits
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
-def lookup_rows_half(stripes: int, bits: int, ids: int, n: int, plan: int, segments: int, work: int, out: int) -> int:
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+def lookup_rows_half(stripes: int, ids: int, n: int, plan: int, segments: int, work: int, out: int) -> int:
     """Read rows as float16, rounded to nearest even; zeros for an id without one.
 
     Args:
-        stripes: Address of int64[S, COLUMNS].
-        bits: log2 of S.
+        stripes: Address of int64[STRIPES, COLUMNS].
         ids: Address of uint64[n].
         n: Number of ids.
         plan: Address of int64[PLAN_COLUMNS].
@@ -237,7 +237,7 @@ def lookup_rows_half(stripes: int, bits: int, ids: int, n: int, plan: int, segme
     hits = 0
     for first in range(0, n, READ_GROUP):
         count = min(READ_GROUP, n - first)
-        probe_group(stripes, bits, ids + 8 * first, count, stride, size, work)
+        probe_group(stripes, ids + 8 * first, count, stride, size, work)
         for t in range(count):
             row = get(work, t)
             target = out + 2 * dim * (first + t)

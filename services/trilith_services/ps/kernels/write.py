@@ -12,20 +12,16 @@ import numpy as np
 
 from trilith.ops.hashing import mix64, uniform01
 from trilith.ops.jit import inlined, kernel
-from trilith.ops.memory import copy_floats, load_f32, load_u32, load_u64, store_f32, store_i8, store_u64
+from trilith.ops.memory import copy_floats, load_f32, load_u32, load_u64, store_f32, store_i8, store_u32
 from trilith_services.ps.kernels.codecs import encode_weights
 from trilith_services.ps.kernels.index import (
     ARENA,
-    COLUMNS,
-    INDEX,
-    LIMIT,
-    MASK,
-    SIZE,
+    TIMES,
     claim_row,
-    find_slot,
+    find_row,
     get,
-    pack_slot,
-    row_number,
+    is_full,
+    stripe_at,
 )
 from trilith_services.ps.kernels.plan import (
     DIM,
@@ -111,11 +107,11 @@ def write_rows(
     """Assign, add to, import or reset rows, creating those that are missing.
 
     Args:
-        stripes: Address of int64[S, COLUMNS], written.
+        stripes: Address of int64[STRIPES, COLUMNS], written.
         first: First stripe.
         last: One past the last stripe.
         begin: Position in the grouped batch to start from.
-        starts: Address of int64[S + 1], from `group_by_stripe`, as are the next three.
+        starts: Address of int64[STRIPES + 1], from `group_by_stripe`, as are the next three.
         hashes: Address of uint64[n].
         grouped: Address of uint64[n].
         positions: Address of int64[n].
@@ -136,24 +132,23 @@ def write_rows(
     stride = get(plan, STRIDE)
     scratch = work + SCRATCH
     for s in range(first, last):
+        stripe = stripe_at(stripes, s)
         for j in range(max(get(starts, s), begin), get(starts, s + 1)):
-            index = get(stripes, s * COLUMNS + INDEX)
             key = load_u64(grouped, j)
             i = get(positions, j)
             at = np.int64(load_u32(times, i)) if mode == IMPORT else time
-            slot = find_slot(index, get(stripes, s * COLUMNS + MASK), key, load_u64(hashes, j))
-            number = row_number(load_u64(index, 2 * slot + 1))
+            number = find_row(stripe, load_u64(hashes, j))
             had = np.int8(1)
             if number != 0:
-                row = get(stripes, s * COLUMNS + ARENA) + (number - 1) * stride
-                store_u64(index, 2 * slot + 1, pack_slot(number, at))
+                row = get(stripe, ARENA) + number * stride
+                store_u32(get(stripe, TIMES), number, np.uint32(at))
                 if mode == RESET:
                     init_row(plan, row, key)
             else:
-                if get(stripes, s * COLUMNS + SIZE) >= get(stripes, s * COLUMNS + LIMIT):
+                if is_full(stripe):
                     return j
                 had = np.int8(0)
-                row = claim_row(stripes, s, stride, slot, key, at)
+                row = claim_row(stripe, stride, load_u64(hashes, j), at)
                 init_row(plan, row, key)
             if existed != 0:
                 store_i8(existed, i, had)

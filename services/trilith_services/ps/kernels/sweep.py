@@ -1,0 +1,193 @@
+"""Kernels that go through the whole index of a stripe: rebuild, evict, list."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith.ops.hashing import unmix64
+from trilith.ops.jit import inlined, kernel
+from trilith.ops.memory import load_u32, load_u64, prefetch, store_u64
+from trilith.ops.slots import SLOTS_PER_LINE
+from trilith_services.ps.kernels.index import (
+    DELETED,
+    GROUP,
+    INDEX,
+    SLOTS,
+    STASHED,
+    TIMES,
+    clear_slot,
+    clear_stashed,
+    free_row,
+    get,
+    home_line,
+    place_row,
+    put,
+    slot_hash,
+    stripe_at,
+)
+
+U32: TypeAlias = npt.NDArray[np.uint32]
+U64: TypeAlias = npt.NDArray[np.uint64]
+I64: TypeAlias = npt.NDArray[np.int64]
+Bools: TypeAlias = npt.NDArray[np.bool_]
+
+_AHEAD = 32  # slots between the one whose row's time is requested and the one that is looked at
+
+
+@inlined
+def _row_in(stripe: Any, place: Any) -> Any:
+    """Row number in slot `place`, 0 if it holds none."""
+    return get(get(stripe, INDEX), place) & (get(stripe, SLOTS) - 1)
+
+
+@inlined
+def _stash(stripe: Any) -> Any:
+    """Address of the stash."""
+    return get(stripe, INDEX) + 8 * get(stripe, SLOTS)
+
+
+@inlined
+def _request_time(stripe: Any, place: Any) -> Any:
+    """Request the last update of the row that a slot soon to be looked at leads to."""
+    if place < get(stripe, SLOTS):
+        prefetch(get(stripe, TIMES) + 4 * _row_in(stripe, place))
+
+
+@kernel("void(int64, int64, int64)")
+def rebuild_index(old: int, s: int, new: int) -> None:
+    """Put all that one index of stripe `s` leads to into another, empty one.
+
+    Args:
+        old: Address of int64[COLUMNS], which describes the stripe as it is.
+        s: Number of the stripe.
+        new: Address of int64[COLUMNS] with the new index, written: how many entries its stash has to hold, and no slot
+            is a deleted one.
+    """
+    put(new, STASHED, 0)
+    put(new, DELETED, 0)
+    hashes = np.empty(GROUP, np.uint64)
+    numbers = np.empty(GROUP, np.int64)
+    slots = get(old, SLOTS)
+    place = np.int64(0)
+    while place < slots:
+        m = 0
+        while place < slots and m < GROUP:
+            number = _row_in(old, place)
+            if number != 0:
+                hashes[m] = slot_hash(old, s, place, load_u64(get(old, INDEX), place))
+                numbers[m] = number
+                prefetch(home_line(new, hashes[m]))
+                m += 1
+            place += 1
+        for t in range(m):
+            place_row(new, hashes[t], numbers[t])
+    for entry in range(get(old, STASHED)):
+        place_row(new, load_u64(_stash(old), 2 * entry), get(_stash(old), 2 * entry + 1))
+
+
+@inlined
+def lifetime(lifetimes: Any, slots: Any, key: Any) -> Any:
+    """Seconds that a row of `key` lives without an update; slots by the v2 rule, whatever built the id."""
+    return get(lifetimes, np.int64((key >> np.uint64(48)) & np.uint64(slots - 1)))
+
+
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+def evict_rows(stripes: int, stride: int, s: int, now: int, lifetimes: int, slots: int, evicted_ids: int) -> int:
+    """Delete the expired rows of one stripe: those with now - last update >= lifetime.
+
+    Args:
+        stripes: Address of int64[STRIPES, COLUMNS], written.
+        stride: Bytes per row.
+        s: Stripe.
+        now: Unix seconds to judge by.
+        lifetimes: Address of int64[slots], seconds.
+        slots: 1, or 32768 for lifetimes by slot.
+        evicted_ids: Address of uint64[rows of the stripe], written: the ids deleted; 0 to leave out.
+
+    Returns:
+        How many rows were deleted.
+    """
+    stripe = stripe_at(stripes, s)
+    times = get(stripe, TIMES)
+    evicted = 0
+    for place in range(get(stripe, SLOTS)):
+        _request_time(stripe, place + _AHEAD)
+        number = _row_in(stripe, place)
+        if number != 0:
+            key = unmix64(slot_hash(stripe, s, place, load_u64(get(stripe, INDEX), place)))
+            if now - np.int64(load_u32(times, number)) >= lifetime(lifetimes, slots, key):
+                slot = place & (SLOTS_PER_LINE - 1)
+                clear_slot(stripe, get(stripe, INDEX) + 8 * (place - slot), slot)
+                free_row(stripe, stride, number)
+                if evicted_ids != 0:
+                    store_u64(evicted_ids, evicted, key)
+                evicted += 1
+    for entry in range(get(stripe, STASHED) - 1, -1, -1):
+        number = get(_stash(stripe), 2 * entry + 1)
+        key = unmix64(load_u64(_stash(stripe), 2 * entry))
+        if now - np.int64(load_u32(times, number)) >= lifetime(lifetimes, slots, key):
+            clear_stashed(stripe, entry)
+            free_row(stripe, stride, number)
+            if evicted_ids != 0:
+                store_u64(evicted_ids, evicted, key)
+            evicted += 1
+    return evicted
+
+
+@kernel("int64(int64, int64, int64, int64, int64, uint64[::1], int64[::1], uint32[::1])")
+def scan_index(stripes: int, s: int, begin: int, end: int, limit: int, ids: U64, numbers: I64, times: U32) -> int:
+    """List what stands from place `begin` on, at most `limit` ids; the entries of the stash follow the slots.
+
+    Args:
+        stripes: Address of int64[STRIPES, COLUMNS].
+        s: Stripe.
+        begin: First place to look at.
+        end: One past the last place to look at.
+        limit: Room in the outputs.
+        ids: uint64[limit], written.
+        numbers: int64[limit], written: row numbers.
+        times: uint32[limit], written: last updates.
+
+    Returns:
+        (place to go on from) << 32 | (how many were listed).
+    """
+    stripe = stripe_at(stripes, s)
+    slots = get(stripe, SLOTS)
+    found = np.int64(0)
+    place = begin
+    while place < end and found < limit:
+        number = np.int64(0)
+        value = np.uint64(0)
+        if place < slots:
+            _request_time(stripe, place + _AHEAD)
+            number = _row_in(stripe, place)
+            value = slot_hash(stripe, s, place, load_u64(get(stripe, INDEX), place))
+        elif place - slots < get(stripe, STASHED):
+            number = get(_stash(stripe), 2 * (place - slots) + 1)
+            value = load_u64(_stash(stripe), 2 * (place - slots))
+        if number != 0:
+            ids[found] = unmix64(value)
+            numbers[found] = number
+            times[found] = load_u32(get(stripe, TIMES), number)
+            found += 1
+        place += 1
+    return int((place << 32) | found)
+
+
+@kernel("void(int64, int64, uint32[::1], uint64[::1], int64, boolean[::1])")
+def mark_expired(lifetimes: int, slots: int, times: U32, ids: U64, now: int, expired: Bools) -> None:
+    """Judge rows that were copied out.
+
+    Args:
+        lifetimes: Address of int64[slots], seconds.
+        slots: 1, or 32768 for lifetimes by slot.
+        times: uint32[n], last updates.
+        ids: uint64[n].
+        now: Unix seconds to judge by.
+        expired: bool[n], written.
+    """
+    for i in range(ids.size):
+        expired[i] = now - np.int64(times[i]) >= lifetime(lifetimes, slots, ids[i])
