@@ -101,9 +101,11 @@ class CollidingMachine(TableMachine):
     known = tuple(colliding_ids(60).tolist())
 
 
-TableMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TableMachine.TestCase.settings = settings(
+    max_examples=20 if JIT_DISABLED else 40, stateful_step_count=30, deadline=None
+)
 TestTableAgainstDict = TableMachine.TestCase
-CollidingMachine.TestCase.settings = TableMachine.TestCase.settings
+CollidingMachine.TestCase.settings = settings(max_examples=5 if JIT_DISABLED else 40, deadline=None)
 TestTableOfCollidingIds = CollidingMachine.TestCase
 
 

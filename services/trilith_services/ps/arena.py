@@ -16,7 +16,7 @@ _MAP_NORESERVE = 0x4000  # Linux; the mmap module has no name for it
 
 
 class Mapping:
-    """Zeroed memory, reserved at once and committed page by page when first touched; if large, it begins on a huge page."""
+    """Zeroed memory, reserved at once and committed page by page when first touched; aligned to huge pages."""
 
     def __init__(self, size: int) -> None:
         self.size = max(mmap.PAGESIZE, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)

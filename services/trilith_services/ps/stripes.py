@@ -296,7 +296,7 @@ class Stripes:
         limit = int(self.columns[s, index.LIMIT])
         if limit * self._layout.stride >= _HUGE_BYTES:
             self._arena.advise_huge(s * self._reserved, limit * self._layout.stride)
-            self._times.advise_huge(s * self._reserved_times, 4 * limit)
+            self._times.advise_huge(s * self._reserved_times, -(-4 * limit // HUGE_PAGE) * HUGE_PAGE)
 
 
 def _index_bytes(slots: int, stash: int) -> int:

@@ -157,22 +157,23 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
                 for t in range(count):
                     number = find_row(stripe, load_u64(hashes, j0 + t))
                     if number != 0:
-                        row = arena + number * stride
-                        prefetch_row(row, size)
-                        store_u32(times, number, np.uint32(time))
+                        prefetch_row(arena + number * stride, size)
+                        prefetch(times + 4 * number)
                     elif is_full(stripe):
                         ready = t
                         break
                     else:
-                        row = claim_row(stripe, stride, load_u64(hashes, j0 + t), time)
-                        init_row(plan, row, load_u64(grouped, j0 + t))
-                    put(work, t, row)
+                        number = claim_row(stripe, stride, load_u64(hashes, j0 + t))
+                        init_row(plan, arena + number * stride, load_u64(grouped, j0 + t))
+                    put(work, t, number)
                 for t in range(ready):
+                    number = get(work, t)
+                    store_u32(times, number, np.uint32(time))
                     stream = np.uint64(0)
                     if rounding:
                         stream = id_stream(seed, load_u64(grouped, j0 + t))
                     gradient = grads + 4 * dim * get(positions, j0 + t)
-                    step_row(get(work, t), gradient, segments, rates, step, stream, scratch)
+                    step_row(arena + number * stride, gradient, segments, rates, step, stream, scratch)
                 if ready < count:
                     return int(j0 + ready)
                 j0 += count

@@ -172,8 +172,8 @@ def place_row(stripe: Any, value: Any, number: Any) -> Any:
 
 
 @inlined
-def claim_row(stripe: Any, stride: Any, value: Any, time: Any) -> Any:
-    """Give hash `value`, which has none, a row, freed ones first; returns its address. The index is not full."""
+def claim_row(stripe: Any, stride: Any, value: Any) -> Any:
+    """Give hash `value`, which has none, a row, freed ones first; returns its number. The index is not full."""
     number = get(stripe, FREE)
     if number != 0:
         put(stripe, FREE, np.int64(load_u32(get(stripe, ARENA) + number * stride, 0)))
@@ -182,9 +182,8 @@ def claim_row(stripe: Any, stride: Any, value: Any, time: Any) -> Any:
         number = get(stripe, USED) + 1
         put(stripe, USED, number)
     place_row(stripe, value, number)
-    store_u32(get(stripe, TIMES), number, np.uint32(time))
     put(stripe, SIZE, get(stripe, SIZE) + 1)
-    return get(stripe, ARENA) + number * stride
+    return number
 
 
 @inlined

@@ -139,17 +139,15 @@ def write_rows(
             at = np.int64(load_u32(times, i)) if mode == IMPORT else time
             number = find_row(stripe, load_u64(hashes, j))
             had = np.int8(1)
-            if number != 0:
-                row = get(stripe, ARENA) + number * stride
-                store_u32(get(stripe, TIMES), number, np.uint32(at))
-                if mode == RESET:
-                    init_row(plan, row, key)
-            else:
+            if number == 0:
                 if is_full(stripe):
                     return j
                 had = np.int8(0)
-                row = claim_row(stripe, stride, load_u64(hashes, j), at)
+                number = claim_row(stripe, stride, load_u64(hashes, j))
+            row = get(stripe, ARENA) + number * stride
+            if had == 0 or mode == RESET:
                 init_row(plan, row, key)
+            store_u32(get(stripe, TIMES), number, np.uint32(at))
             if existed != 0:
                 store_i8(existed, i, had)
             source = values + 4 * dim * i
