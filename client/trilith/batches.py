@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from trilith import wire
 from trilith.arrays import as_ids, as_rows, refuse_non_finite
@@ -71,6 +72,7 @@ class _Rows:
     name: str
     values: Float32Array
     split: dedup.Split
+    counts: npt.NDArray[np.uint32] | None
     rates: Float32Array | None
 
 
@@ -88,7 +90,7 @@ class Batches:
         self._cluster = cluster
         self._info = info
         self._float16 = cluster.float16 if float16 is None else float16 and cluster.remote
-        self._recent: dict[str, deque[tuple[UInt64Array, dedup.Split]]] = {}
+        self._recent: dict[str, deque[dedup.Split]] = {}
         dedup.warm_kernels()
 
     # ---- reading -----------------------------------------------------------------------------------------------------
@@ -119,16 +121,16 @@ class Batches:
         self, index: int, shard: Shard, parts: list[IdPart], dims: list[int], left: float
     ) -> list[FloatArray]:
         float16 = self._float16
+        width = 2 if float16 else 4
         limit = self._cluster.batch_bytes(index)
-        widths = [max(8, (2 if float16 else 4) * dim) for dim in dims]
-        if sum([part.ids.size * width for part, width in zip(parts, widths, strict=True)]) <= limit:
+        if sum([part.ids.size * max(8, width * dim) for part, dim in zip(parts, dims, strict=True)]) <= limit:
             return shard.lookup(parts, float16=float16, timeout_s=left)
         deadline = time.monotonic() + left
         blocks: list[FloatArray] = []
-        for part, width, dim in zip(parts, widths, dims, strict=True):
+        for part, dim in zip(parts, dims, strict=True):
             pieces = [
                 shard.lookup([IdPart(part.table, ids)], float16=float16, timeout_s=_left(deadline))[0]
-                for ids in _pieces(part.ids, limit, width)
+                for ids in _pieces(part.ids, limit, max(8, width * dim))
             ]
             blocks.append(np.concatenate(pieces) if pieces else _no_rows(dim))
         return blocks
@@ -244,7 +246,7 @@ class Batches:
                 if part.counts is not None:
                     part.counts[:] = counts[0]
                 rows = as_rows(part.table, _WHAT[verb], values, ids.size, part.values.shape[1])
-                split = dedup.Split(part.ids, (0, ids.size), None, None)
+                split = dedup.Split(part.ids, (0, ids.size), None)
                 finite = dedup.scatter_values(split, rows, [part.values], float16=self._float16)
                 if not finite and not terms.allow_non_finite:
                     refuse_non_finite(f"table {part.table!r}", _WHAT[verb], rows, float16=self._float16)
@@ -267,22 +269,22 @@ class Batches:
         array = as_ids(name, ids)
         rows = as_rows(name, _WHAT[verb], values, array.size, info.dim)
         if verb != "apply_gradients":
-            return _Rows(name, rows, dedup.split_by_owner(array, self._cluster.count), None)
-        rates = self._rates(verb, info, terms)
-        return _Rows(name, rows, self._split(name, array), rates)
+            return _Rows(name, rows, dedup.split_by_owner(array, self._cluster.count), None, None)
+        split = self._split(name, array)
+        return _Rows(name, rows, split, split.counts, self._rates(verb, info, terms))
 
     def _remembered(self, name: str, array: UInt64Array) -> dedup.Split:
         """Split the ids of a lookup; a step will most likely follow with the same ones."""
         split = dedup.split_distinct(array, self._cluster.count)
         # Without positions the split may be the caller's own array, which may change.
         if split.positions is not None and array.size <= _REMEMBERED_IDS:
-            self._recent.setdefault(name, deque(maxlen=_REMEMBERED)).append((array.copy(), split))
+            self._recent.setdefault(name, deque(maxlen=_REMEMBERED)).append(split)
         return split
 
     def _split(self, name: str, array: UInt64Array) -> dedup.Split:
         """Split the ids of a step, as they were split for their lookup if that was not long ago."""
-        for known, split in list(self._recent.get(name, ())):
-            if known.size == array.size and np.array_equal(known, array):
+        for split in list(self._recent.get(name, ())):
+            if split.of(array):
                 return split
         return dedup.split_distinct(array, self._cluster.count)
 
@@ -291,12 +293,12 @@ class Batches:
         layouts = []
         for rows in batch:
             n, dim = rows.split.owned(index).size, rows.values.shape[1]
-            layouts.append(wire.UpdateLayout(rows.name, n, dim, rows.split.counts is not None, rows.rates))
+            layouts.append(wire.UpdateLayout(rows.name, n, dim, rows.counts is not None, rows.rates))
         frame = self._room(index, layouts, terms)
         for part, rows in zip(frame, batch, strict=True):
             part.ids[:] = rows.split.owned(index)
-            if part.counts is not None and rows.split.counts is not None:
-                part.counts[:] = rows.split.counts[rows.split.bounds[index] : rows.split.bounds[index + 1]]
+            if part.counts is not None and rows.counts is not None:
+                part.counts[:] = rows.counts[rows.split.bounds[index] : rows.split.bounds[index + 1]]
         return frame
 
     def _room(self, index: int, layouts: Sequence[wire.UpdateLayout], terms: Terms) -> wire.UpdateFrame:

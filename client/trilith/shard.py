@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +30,7 @@ Float32Array: TypeAlias = npt.NDArray[np.float32]
 FloatArray: TypeAlias = npt.NDArray[Any]  # float32, or float16 as it came over the wire
 
 
-@dataclass(frozen=True, slots=True)
-class IdPart:
+class IdPart(NamedTuple):
     """One table's ids in a lookup.
 
     Attributes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from typing import Any
@@ -121,15 +122,20 @@ class _Watch:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, as in a fork, which has no thread."""
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._deadlines: dict[_Stream, float] = {}
         self._wakes = math.inf
         self._thread: threading.Thread | None = None
 
     def add(self, stream: _Stream, deadline: float) -> None:
-        with self._changed:
+        with self._lock:
             self._deadlines[stream] = deadline
-            if self._thread is None or not self._thread.is_alive():  # none yet, or none in this fork
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="trilith-deadlines", daemon=True)
                 self._thread.start()
             if deadline < self._wakes:
@@ -137,12 +143,12 @@ class _Watch:
                 self._changed.notify()
 
     def remove(self, stream: _Stream) -> None:
-        with self._changed:
+        with self._lock:
             self._deadlines.pop(stream, None)
 
     def _run(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 self._wakes = min(self._deadlines.values(), default=math.inf)
                 wait = self._wakes - time.monotonic()
                 if wait > 0:
@@ -157,6 +163,7 @@ class _Watch:
 
 
 _WATCH = _Watch()
+os.register_at_fork(after_in_child=_WATCH.forget)
 
 
 class StreamedMethod:
@@ -192,10 +199,9 @@ class StreamedMethod:
         """
         deadline = time.monotonic() + timeout
         while True:
-            left = max(deadline - time.monotonic(), 0.001)
             stream = self._take()
             if stream is None:
-                return self._unary(request, timeout=left)  # type: ignore[no-any-return]
+                return self._unary(request, timeout=max(deadline - time.monotonic(), 0.001))  # type: ignore[no-any-return]
             _WATCH.add(stream, deadline)
             try:
                 reply = stream.call(request)

@@ -29,8 +29,9 @@ class Streams:
         self._most = most
         self._max_queue, self._refused = max_queue, refused
         self._pool = ThreadPoolExecutor(most + 1, thread_name_prefix="rpc-stream")
-        self._turns = threading.Semaphore(workers)
         self._lock = threading.Lock()
+        self._turns = workers
+        self._given = threading.Condition(self._lock)
         self._idle: set[grpc.ServicerContext] = set()
         self._open = 0
         self._draining = False
@@ -49,8 +50,10 @@ class Streams:
                 for request in requests:
                     self._begin(context)
                     try:
-                        with self._turn(context):
+                        try:
                             reply = method(request, context)
+                        finally:
+                            self._give_turn()
                         yield reply
                     finally:
                         ending = self._end(context)
@@ -81,33 +84,37 @@ class Streams:
                 self._idle.discard(context)
 
     def _begin(self, context: grpc.ServicerContext) -> None:
+        """Take a turn, or wait for one."""
+        refusal: UnavailableError | OverloadedError | None = None
         with self._lock:
             self._idle.discard(context)
-            draining = self._draining
-        if draining:
-            _refuse(context, UnavailableError("this server is stopping"))
+            if self._draining:
+                refusal = UnavailableError("this server is stopping")
+            elif self._turns:
+                self._turns -= 1
+            elif self.waiting >= self._max_queue:
+                refusal = OverloadedError(f"{self._max_queue} calls are waiting already")
+            else:
+                self.waiting += 1
+                while not self._turns:
+                    self._given.wait()
+                self.waiting -= 1
+                self._turns -= 1
+        if refusal is not None:
+            if isinstance(refusal, OverloadedError):
+                self._refused()
+            _refuse(context, refusal)
+
+    def _give_turn(self) -> None:
+        with self._lock:
+            self._turns += 1
+            if self.waiting:
+                self._given.notify()
 
     def _end(self, context: grpc.ServicerContext) -> bool:
         with self._lock:
             self._idle.add(context)
             return self._draining
-
-    @contextmanager
-    def _turn(self, context: grpc.ServicerContext) -> Iterator[None]:
-        if not self._turns.acquire(blocking=False):
-            with self._lock:
-                refuse = self.waiting >= self._max_queue
-                self.waiting += not refuse
-            if refuse:
-                self._refused()
-                _refuse(context, OverloadedError(f"{self._max_queue} calls are waiting already"))
-            self._turns.acquire()
-            with self._lock:
-                self.waiting -= 1
-        try:
-            yield
-        finally:
-            self._turns.release()
 
     def drain(self) -> None:
         """End idle streams now, the others after their present reply; their clients go on with another server."""

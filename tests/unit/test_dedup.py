@@ -11,7 +11,7 @@ from tests import naive
 from trilith.ops import dedup
 
 IDS = st.lists(
-    st.one_of(st.integers(0, 9), st.integers(0, 2**64 - 1), st.sampled_from([0, 2**63, 2**64 - 1])), max_size=150
+    st.one_of(st.integers(0, 9), st.integers(0, 2**64 - 1), st.sampled_from([0, 2**63, 2**64 - 1])), max_size=300
 ).map(lambda ids: np.array(ids, np.uint64))
 SHARDS = st.integers(1, 5)
 DIMS = st.sampled_from([1, 3, 4, 7, 8, 16, 19, 33])
@@ -53,6 +53,29 @@ def test_split_distinct_marks_each_first_occurrence_once(ids, shards):
     for each, is_first in zip(ids.tolist(), first.tolist(), strict=True):
         assert is_first == (each not in seen)
         seen.add(each)
+
+
+@given(seed=st.integers(0, 99), n=st.integers(1, 2000), kinds=st.integers(1, 400), shards=SHARDS)
+def test_batches_of_many_groups_are_split_whatever_share_of_their_ids_is_new(seed, n, kinds, shards):
+    ids = np.random.default_rng(seed).integers(0, 2**64, kinds, np.uint64, endpoint=False)
+    ids = ids[np.random.default_rng(seed + 1).integers(0, kinds, n)]
+    split = dedup.split_distinct(ids, shards)
+    want_ids, want_counts = naive.split_distinct(ids, shards)
+    assert owned(split, shards) == want_ids
+    if split.counts is not None:
+        assert split.counts.tolist() == [count for shard in want_counts for count in shard]
+    assert split.ids[places(split, n)].tolist() == ids.tolist()
+
+
+@given(ids=IDS, shards=SHARDS, change=st.integers(0, 299))
+def test_a_split_knows_the_ids_it_was_made_of(ids, shards, change):
+    split = dedup.split_distinct(ids, shards)
+    assert split.of(ids.copy()) == (split.positions is not None)
+    assert not split.of(ids[1:])
+    if ids.size:
+        other = ids.copy()
+        other[change % ids.size] ^= np.uint64(1 << 40)
+        assert not split.of(other)
 
 
 @given(ids=IDS, shards=SHARDS)

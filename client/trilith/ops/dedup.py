@@ -27,6 +27,7 @@ from trilith.shard import Float32Array, FloatArray, UInt64Array
 
 __all__ = [
     "FIRST",
+    "GROUP",
     "Split",
     "gather_rows",
     "gather_values",
@@ -43,7 +44,8 @@ _FIRST = np.uint32(FIRST)
 _POSITION = np.uint32(FIRST - 1)
 _EMPTY = np.uint32(0)
 _ONE = np.uint32(1)
-_GROUP = 32
+GROUP = 64
+"""Ids that `find_distinct` looks at together."""
 
 
 class Split(NamedTuple):
@@ -54,13 +56,26 @@ class Split(NamedTuple):
         bounds: [shards + 1]; shard s owns ids[bounds[s]:bounds[s + 1]].
         positions: uint32[n], per input id its place in `ids`, with `FIRST` where it occurs first; None where input i is
             ids[i] and every one is a first occurrence.
-        counts: uint32[u] occurrences of each id, or None where each occurred once.
     """
 
     ids: UInt64Array
     bounds: Sequence[int]
     positions: npt.NDArray[np.uint32] | None
-    counts: npt.NDArray[np.uint32] | None
+
+    @property
+    def counts(self) -> npt.NDArray[np.uint32] | None:
+        """uint32[u], counted now: occurrences of each id; None where each occurred once."""
+        if self.positions is None or self.positions.size == self.ids.size:
+            return None
+        counts = np.empty(self.ids.size, np.uint32)
+        count_places(address_of(self.positions), self.positions.size, address_of(counts), counts.size)
+        return counts
+
+    def of(self, ids: UInt64Array) -> bool:
+        """Whether this splits `ids`, C-contiguous; unknown, hence False, without positions."""
+        if self.positions is None or self.positions.size != ids.size:
+            return False
+        return restores(address_of(self.ids), address_of(self.positions), ids.size, address_of(ids))
 
     def owned(self, shard: int) -> UInt64Array:
         """uint64[...]: the ids of one shard."""
@@ -80,51 +95,107 @@ def _bucket(value: np.uint64, mask: int) -> int:
     return _index(mix64(value) & np.uint64(mask))
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
-def find_distinct(ids: int, n: int, slots: int, mask: int, uniques: int, positions: int, counts: int) -> int:
+@inlined
+def _number(ids: int, i: int, slots: int, mask: int, uniques: int, positions: int, found: int) -> int:
+    """Give id `i`, whose bucket is in `positions`, its number; returns how many numbers are given out then."""
+    value = load_u64(ids, i)
+    bucket = _index(load_u32(positions, i))
+    while True:
+        number = load_u32(slots, bucket)
+        if number == _EMPTY:
+            store_u32(slots, bucket, np.uint32(found + 1))
+            store_u64(uniques, found, value)
+            store_u32(positions, i, np.uint32(found) | _FIRST)
+            return found + 1
+        place = _index(number) - 1
+        if load_u64(uniques, place) == value:
+            store_u32(positions, i, np.uint32(place))
+            return found
+        bucket = (bucket + 1) & mask
+
+
+@kernel("int64(int64, int64, int64, int64, int64, int64)")
+def find_distinct(ids: int, n: int, slots: int, mask: int, uniques: int, positions: int) -> int:
     """Give every distinct id a number in order of first occurrence.
+
+    Whether an id is new cannot be guessed, and processors lose more by guessing wrong than by all else here. So where
+    most of a group's ids repeat earlier ones, these are dealt with first and without a branch (measured: a quarter
+    less time for Zipf's ids); where most are new, that would be in vain.
 
     Args:
         ids: Address of uint64[n].
         n: Number of ids, below 2^31.
-        slots: Address of uint32[mask + 1], written: scratch for the hash table, more than n.
+        slots: Address of uint32[mask + 1 + GROUP], written: scratch for the hash table, more than n, and for a group.
         mask: Slots minus one, a power of two minus one.
         uniques: Address of uint64[n], written: the distinct ids.
         positions: Address of uint32[n], written: per input the number of its id, plus FIRST where it occurs first.
-        counts: Address of uint32[n], written: occurrences of each distinct id.
 
     Returns:
         How many distinct ids there are.
     """
     for i in range(mask + 1):
         store_u32(slots, i, _EMPTY)
+    left = slots + 4 * (mask + 1)
     found = 0
-    for start in range(0, n, _GROUP):
-        end = min(start + _GROUP, n)
-        # `positions` holds the bucket between the two passes.
+    new = GROUP
+    for start in range(0, n, GROUP):
+        end = min(start + GROUP, n)
+        before = found
+        # `positions` holds the bucket until the number is known.
         for i in range(start, end):
             bucket = _bucket(load_u64(ids, i), mask)
             store_u32(positions, i, np.uint32(bucket))
             prefetch(slots + 4 * bucket)
-        for i in range(start, end):
-            value = load_u64(ids, i)
-            bucket = _index(load_u32(positions, i))
-            while True:
-                number = load_u32(slots, bucket)
-                if number == _EMPTY:
-                    store_u32(slots, bucket, np.uint32(found + 1))
-                    store_u64(uniques, found, value)
-                    store_u32(counts, found, _ONE)
-                    store_u32(positions, i, np.uint32(found) | _FIRST)
-                    found += 1
-                    break
-                place = _index(number) - 1
-                if load_u64(uniques, place) == value:
-                    store_u32(counts, place, np.uint32(load_u32(counts, place) + _ONE))
-                    store_u32(positions, i, np.uint32(place))
-                    break
-                bucket = (bucket + 1) & mask
+        if new > GROUP // 2:
+            for i in range(start, end):
+                found = _number(ids, i, slots, mask, uniques, positions, found)
+        else:
+            waiting = 0
+            for i in range(start, end):
+                bucket = load_u32(positions, i)
+                number = _index(load_u32(slots, _index(bucket)))
+                place = max(number - 1, 0)
+                known = (number != 0) & (load_u64(uniques, place) == load_u64(ids, i))
+                store_u32(positions, i, np.uint32(place) if known else bucket)
+                store_u32(left, waiting, np.uint32(i))
+                waiting += 1 - known
+            for w in range(waiting):
+                found = _number(ids, _index(load_u32(left, w)), slots, mask, uniques, positions, found)
+        new = found - before
     return found
+
+
+@kernel("void(int64, int64, int64, int64)")
+def count_places(positions: int, n: int, counts: int, found: int) -> None:
+    """Count how often each distinct id occurs.
+
+    Args:
+        positions: Address of uint32[n].
+        n: Number of inputs.
+        counts: Address of uint32[found], written.
+        found: Number of distinct ids.
+    """
+    for place in range(found):
+        store_u32(counts, place, np.uint32(0))
+    for i in range(n):
+        place = _index(load_u32(positions, i) & _POSITION)
+        store_u32(counts, place, np.uint32(load_u32(counts, place) + _ONE))
+
+
+@kernel("boolean(int64, int64, int64, int64)")
+def restores(uniques: int, positions: int, n: int, ids: int) -> bool:
+    """Whether a split, put back in order, gives certain ids.
+
+    Args:
+        uniques: Address of uint64[u], the ids of the split.
+        positions: Address of uint32[n].
+        n: Number of inputs.
+        ids: Address of uint64[n].
+    """
+    for i in range(n):  # noqa: SIM110 (a kernel)
+        if load_u64(uniques, _index(load_u32(positions, i) & _POSITION)) != load_u64(ids, i):
+            return False
+    return True
 
 
 @kernel("void(int64, int64, int64, int64, int64)")
@@ -155,26 +226,20 @@ def place_by_owner(ids: int, n: int, shards: int, bounds: int, places: int) -> N
         store_u32(places, i, np.uint32(place))
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64)")
-def rearrange(
-    ids: int, counts: int, places: int, found: int, new_ids: int, new_counts: int, positions: int, n: int
-) -> None:
-    """Move distinct ids and their counts to their places, and let `positions` follow.
+@kernel("void(int64, int64, int64, int64, int64, int64)")
+def rearrange(ids: int, places: int, found: int, new_ids: int, positions: int, n: int) -> None:
+    """Move distinct ids to their places, and let `positions` follow.
 
     Args:
         ids: Address of uint64[found].
-        counts: Address of uint32[found].
         places: Address of uint32[found], a permutation.
         found: Number of distinct ids.
         new_ids: Address of uint64[found], written.
-        new_counts: Address of uint32[found], written.
         positions: Address of uint32[n], written: numbers of ids become places.
         n: Number of inputs.
     """
     for i in range(found):
-        place = _index(load_u32(places, i))
-        store_u64(new_ids, place, load_u64(ids, i))
-        store_u32(new_counts, place, load_u32(counts, i))
+        store_u64(new_ids, _index(load_u32(places, i)), load_u64(ids, i))
     for i in range(n):
         old = load_u32(positions, i)
         place = load_u32(places, _index(old & _POSITION))
@@ -279,7 +344,7 @@ def convert(target: int, source: int, count: int, kind: int, limit: np.int32) ->
 
 def warm_kernels() -> None:
     """Compile everything a client runs, or load it from the cache."""
-    warm(find_distinct, place_by_owner, rearrange, row_addresses, gather, sum_rows, convert)
+    warm(find_distinct, count_places, restores, place_by_owner, rearrange, row_addresses, gather, sum_rows, convert)
 
 
 # ---- what the client calls -------------------------------------------------------------------------------------------
@@ -294,50 +359,31 @@ def split_distinct(ids: UInt64Array, shards: int) -> Split:
     """
     n = ids.size
     if n == 0:
-        return Split(ids, [0] * (shards + 1), None, None)
-    slots = np.empty(1 << (2 * n - 1).bit_length(), np.uint32)  # at most half full, and small enough for the cache
-    uniques, positions, counts = np.empty(n, np.uint64), np.empty(n, np.uint32), np.empty(n, np.uint32)
-    found = find_distinct(
-        address_of(ids),
-        n,
-        address_of(slots),
-        slots.size - 1,
-        address_of(uniques),
-        address_of(positions),
-        address_of(counts),
-    )
-    distinct = found == n
+        return Split(ids, [0] * (shards + 1), None)
+    mask = (1 << (2 * n - 1).bit_length()) - 1  # at most half full, and small enough for the cache
+    slots = np.empty(mask + 1 + GROUP, np.uint32)
+    uniques, positions = np.empty(n, np.uint64), np.empty(n, np.uint32)
+    found = find_distinct(address_of(ids), n, address_of(slots), mask, address_of(uniques), address_of(positions))
     if shards == 1:
-        if distinct:
-            return Split(ids, (0, n), None, None)
-        return Split(uniques[:found], (0, found), positions, counts[:found])
+        return Split(ids, (0, n), None) if found == n else Split(uniques[:found], (0, found), positions)
     places, bounds = np.empty(found, np.uint32), np.empty(shards + 2, np.uint64)
     place_by_owner(address_of(uniques), found, shards, address_of(bounds), address_of(places))
-    grouped, grouped_counts = np.empty(found, np.uint64), np.empty(found, np.uint32)
-    rearrange(
-        address_of(uniques),
-        address_of(counts),
-        address_of(places),
-        found,
-        address_of(grouped),
-        address_of(grouped_counts),
-        address_of(positions),
-        n,
-    )
-    return Split(grouped, bounds[: shards + 1].tolist(), positions, None if distinct else grouped_counts)
+    grouped = np.empty(found, np.uint64)
+    rearrange(address_of(uniques), address_of(places), found, address_of(grouped), address_of(positions), n)
+    return Split(grouped, bounds[: shards + 1].tolist(), positions)
 
 
 def split_by_owner(ids: UInt64Array, shards: int) -> Split:
     """Arrange a batch by owner, keeping repeats, for verbs where each occurrence counts and the order matters."""
     n = ids.size
     if shards == 1 or n == 0:
-        return Split(ids, [0] + [n] * shards, None, None)
+        return Split(ids, [0] + [n] * shards, None)
     places, bounds = np.empty(n, np.uint32), np.empty(shards + 2, np.uint64)
     place_by_owner(address_of(ids), n, shards, address_of(bounds), address_of(places))
     grouped = np.empty(n, np.uint64)
     grouped[places] = ids
     places |= _FIRST
-    return Split(grouped, bounds[: shards + 1].tolist(), places, None)
+    return Split(grouped, bounds[: shards + 1].tolist(), places)
 
 
 def _places(split: Split, blocks: Sequence[FloatArray], dim: int) -> tuple[npt.NDArray[np.uint64] | None, int]:

@@ -34,6 +34,7 @@ __all__ = [
     "load_u16",
     "load_u32",
     "load_u64",
+    "make_writable",
     "new_bytes",
     "prefetch",
     "store_f16",
@@ -45,6 +46,7 @@ __all__ = [
     "store_u64",
     "tune_allocator",
     "writable_view",
+    "write_bytes",
 ]
 
 _VOID_POINTER = ir.IntType(8).as_pointer()
@@ -212,28 +214,34 @@ _BYTES_HEADER = bytes.__basicsize__ - 1
 
 
 def new_bytes(size: int) -> bytes:
-    """A bytes object with undefined content, to be filled through `writable_view` before anyone else sees it."""
+    """A bytes object with undefined content, to be filled in before anyone else sees it."""
     return _allocate(None, size)  # type: ignore[no-any-return]
 
 
-class _Buffer:
-    """Lends a bytes object's memory to NumPy; a ctypes array would cost a new type per length (18 µs against 2 µs)."""
+_WRITEABLE = 0x0400
+_FLAGS = _DATA_POINTER + 48
+_flags_at = ctypes.c_int.from_address
 
-    __slots__ = ("__array_interface__", "owner")
 
-    def __init__(self, data: bytes) -> None:
-        self.owner = data
-        self.__array_interface__ = {
-            "data": (id(data) + _BYTES_HEADER, False),
-            "shape": (len(data),),
-            "typestr": "|u1",
-            "version": 3,
-        }
+def make_writable(array: npt.NDArray[Any]) -> None:
+    """Let an array over the memory of a bytes object write there, which the caller alone holds.
+
+    NumPy offers no way. Sets the flag where NumPy's C ABI keeps it: an `__array_interface__` that claims to be writable
+    costs 2 µs more, in a caller that has just moved megabytes through the caches 30 µs.
+    """
+    _flags_at(id(array) + _FLAGS).value |= _WRITEABLE
 
 
 def writable_view(data: bytes) -> npt.NDArray[np.uint8]:
     """uint8[len(data)] over the bytes object's own memory, which the caller alone holds. Keeps `data` alive."""
-    return np.asarray(_Buffer(data)) if data else np.empty(0, np.uint8)
+    view = np.frombuffer(data, np.uint8)
+    make_writable(view)
+    return view
+
+
+def write_bytes(data: bytes, start: bytes) -> None:
+    """Overwrite the beginning of a bytes object, which the caller alone holds."""
+    ctypes.memmove(id(data) + _BYTES_HEADER, start, len(start))
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
-from trilith.ops.dedup import FIRST, find_distinct
+from trilith.ops.dedup import FIRST, GROUP, find_distinct
 from trilith.ops.jit import kernel
 from trilith.ops.memory import address_of, as_index, load_u32, load_u64, store_u32, store_u64
 from trilith.ops.ragged import Int64Array, as_integers
@@ -73,10 +73,10 @@ def count_cells(
         lists: Number of lists.
         shards: Number of shards.
         spared: 1 if shard 0 owns nothing, else 0.
-        slots: Address of uint32[s], written: scratch; `slot_count` of the longest list.
+        slots: Address of uint32[s + GROUP], written: scratch; s is `slot_count` of the longest list.
         uniques: Address of uint64[n], written: the distinct ids of a list, from the list's start.
         numbers: Address of uint32[n], written: per id its number in its list, plus FIRST where it occurs first.
-        owners: Address of uint32[n], written: the shard of each distinct id; room for `find_distinct`'s counts.
+        owners: Address of uint32[n], written: the shard of each distinct id.
         cells: Address of uint64[shards * lists], written in the columns of the lists, which are 0.
 
     Returns:
@@ -92,7 +92,6 @@ def count_cells(
             slot_count(end - start) - 1,
             uniques + 8 * start,
             numbers + 4 * start,
-            owners + 4 * start,
         )
         for i in range(start, start + found):
             value = load_u64(uniques, i)
@@ -216,7 +215,7 @@ def fused_reorder_by_indices(
     workers = thread_count(threads, 32 * n)
 
     def count_lists(first: int, last: int) -> None:
-        slots = np.empty(slot_count(int(lengths[first:last].max(initial=0))), np.uint32)
+        slots = np.empty(slot_count(int(lengths[first:last].max(initial=0))) + GROUP, np.uint32)
         bad = count_cells(
             address_of(values),
             address_of(splits),

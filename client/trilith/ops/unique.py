@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from trilith.ops.dedup import FIRST, find_distinct
+from trilith.ops.dedup import FIRST, GROUP, find_distinct
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import address_of, as_index, load_u32, load_u64, store_u32, store_u64
 from trilith.ops.ragged import Int64Array, as_integers, as_splits
@@ -53,7 +53,7 @@ def find_distinct_in_rows(
         values: Address of uint64[n].
         splits: Address of uint64[rows + 1].
         rows: Number of rows.
-        slots: Address of uint32[s], written: scratch; `slot_count` of the longest row.
+        slots: Address of uint32[s + GROUP], written: scratch; s is `slot_count` of the longest row.
         uniques: Address of uint64[n], written: the distinct values.
         unique_splits: Address of uint64[rows + 1], written.
         numbers: Address of uint32[n], written: per value its number, plus FIRST where it occurs first in its row.
@@ -73,11 +73,13 @@ def find_distinct_in_rows(
             slot_count(end - start) - 1,
             uniques + 8 * found,
             numbers + 4 * start,
-            counts + 4 * found,
         )
         for i in range(start, end):
             number = load_u32(numbers, i)
-            store_u32(numbers, i, np.uint32(np.uint32((number & _POSITION) + np.uint32(found)) | (number & _FIRST)))
+            place = np.uint32((number & _POSITION) + np.uint32(found))
+            before = load_u32(counts, as_index(place)) if number & _FIRST == 0 else np.uint32(0)
+            store_u32(counts, as_index(place), np.uint32(before + np.uint32(1)))
+            store_u32(numbers, i, np.uint32(place | (number & _FIRST)))
         found += distinct
     store_u64(unique_splits, rows, np.uint64(found))
     return found
@@ -92,7 +94,7 @@ def distinct_in_rows(values: Int64Array, row_splits: Int64Array) -> Distinct:
     """
     n, rows = values.size, row_splits.size - 1
     longest = int(np.diff(row_splits).max(initial=0))
-    slots = np.empty(slot_count(longest), np.uint32)
+    slots = np.empty(slot_count(longest) + GROUP, np.uint32)
     uniques, numbers, counts = np.empty(n, np.int64), np.empty(n, np.uint32), np.empty(n, np.uint32)
     splits = np.empty(rows + 1, np.int64)
     found = find_distinct_in_rows(

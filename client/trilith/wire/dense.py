@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trilith.shard import DensePart, Float32Array, Write
-from trilith.wire.payload import FLOAT32, Bytes, cut, pack, unpack
+from trilith.wire.payload import FLOAT32, Payload, cut, pack, unpack
 from trilith.wire.update import write_id
 from trilith_proto import ps_pb2
 
@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 
-def _cut_partitions(what: str, sizes: Sequence[int], payload: Bytes) -> list[Float32Array]:
+def _cut_partitions(what: str, sizes: Sequence[int], payload: Payload) -> list[Float32Array]:
     return cut(what, payload, [(FLOAT32, size) for size in sizes])
 
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
 from trilith.shard import IdPart, Write
-from trilith.wire.payload import UINT64, pack, unpack
+from trilith.wire.payload import UINT64, cut, pack, unpack
 from trilith.wire.update import write_id
 from trilith_proto import ps_pb2
 
@@ -25,15 +25,17 @@ def pack_ids(part: IdPart, write: Write) -> bytes:
 def unpack_ids(data: bytes) -> tuple[IdPart, Write]:
     """Decode an IdsRequest; the ids are a read-only view of `data`."""
     header, payload = unpack(ps_pb2.IdsRequest, data)
-    if payload.size % 8:
-        raise InvalidRequestError(f"IdsRequest: {payload.size} bytes of payload are no whole number of uint64")
+    size = len(payload[0]) - payload[1]
+    if size % 8:
+        raise InvalidRequestError(f"IdsRequest: {size} bytes of payload are no whole number of uint64")
+    (ids,) = cut("IdsRequest", payload, [(UINT64, size // 8)])
     write = Write(
         client_id=header.write.client_id,
         sequence=header.write.sequence,
         incarnation=header.incarnation,
         request_time=header.request_time,
     )
-    return IdPart(header.table, payload.view(UINT64)), write
+    return IdPart(header.table, ids), write
 
 
 def pack_statuses(incarnation: int, statuses: npt.NDArray[np.int8]) -> bytes:
@@ -43,5 +45,5 @@ def pack_statuses(incarnation: int, statuses: npt.NDArray[np.int8]) -> bytes:
 
 def unpack_statuses(data: bytes) -> tuple[int, npt.NDArray[np.int8]]:
     """Decode a StatusesResponse: the incarnation and int8[n]."""
-    header, payload = unpack(ps_pb2.StatusesResponse, data)
-    return header.incarnation, payload.view(np.int8)
+    header, (content, start) = unpack(ps_pb2.StatusesResponse, data)
+    return header.incarnation, np.frombuffer(content, np.int8, offset=start)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trilith.shard import FloatArray, IdPart
-from trilith.wire.payload import FLOAT16, FLOAT32, UINT64, Bytes, allocate, cut, float_dtype, head_of, parse, split
+from trilith.wire.payload import FLOAT16, FLOAT32, UINT64, Payload, allocate, cut, float_dtype, head_of, parse, split
 from trilith_proto import ps_pb2
 
 __all__ = ["new_lookup_response", "pack_lookup_request", "unpack_lookup_request", "unpack_lookup_response"]
@@ -61,8 +61,8 @@ def _lookup_response_fields(head: bytes) -> tuple[int, _Sizes, np.dtype[Any]]:
 
 def pack_lookup_request(parts: Sequence[IdPart], *, float16: bool = False) -> bytes:
     """Encode a LookupRequest."""
-    head = _lookup_request_head(tuple((part.table, part.ids.size, 0) for part in parts), float16)
-    return b"".join((head, *[part.ids.data for part in parts]))
+    head = _lookup_request_head(tuple([(part.table, part.ids.size, 0) for part in parts]), float16)
+    return b"".join([head, *[part.ids.data for part in parts]])
 
 
 def unpack_lookup_request(data: bytes) -> tuple[list[IdPart], list[int], bool]:
@@ -86,24 +86,24 @@ def new_lookup_response(
     Returns:
         The message, and per part float32|float16 [n, dim], a writable, possibly unaligned view of its rows.
     """
-    sizes = tuple((part.table, part.ids.size, dim) for part, dim in zip(parts, dims, strict=True))
+    sizes = tuple([(part.table, part.ids.size, dim) for part, dim in zip(parts, dims, strict=True)])
     head, size = _lookup_response_head(incarnation, sizes, float16)
-    data, payload = allocate(head, size)
-    return data, _cut_rows("LookupResponse", payload, sizes, FLOAT16 if float16 else FLOAT32)
+    data = allocate(head, size)
+    return data, _cut_rows((data, len(head)), sizes, FLOAT16 if float16 else FLOAT32)
 
 
 def unpack_lookup_response(data: bytes) -> tuple[int, list[FloatArray]]:
     """Decode a LookupResponse that nobody else holds.
 
     Returns:
-        The incarnation, and per table float32|float16 [n, dim], a view of `data`: aligned if the sender has padded
-        the message, as Trilith's does, and writable unless the message is laid out in an unusual way.
+        The incarnation, and per table float32|float16 [n, dim], a writable view of `data`, aligned if the sender has
+        padded the message, as Trilith's does.
     """
-    head, payload = split(ps_pb2.LookupResponse, data, owned=True)
+    head, payload = split(ps_pb2.LookupResponse, data)
     incarnation, sizes, dtype = _lookup_response_fields(head)
-    return incarnation, _cut_rows("LookupResponse", payload, sizes, dtype)
+    return incarnation, _cut_rows(payload, sizes, dtype)
 
 
-def _cut_rows(what: str, payload: Bytes, sizes: _Sizes, dtype: np.dtype[Any]) -> list[FloatArray]:
-    arrays = cut(what, payload, [(dtype, rows * dim) for _, rows, dim in sizes])
-    return [array.reshape(rows, dim) for array, (_, rows, dim) in zip(arrays, sizes, strict=True)]
+def _cut_rows(payload: Payload, sizes: _Sizes, dtype: np.dtype[Any]) -> list[FloatArray]:
+    shapes = [(dtype, (rows, dim)) for _, rows, dim in sizes]
+    return cut("LookupResponse", payload, shapes, writable=True)

@@ -1,16 +1,20 @@
-"""Any message with a payload: its header by the protobuf library, its payload by hand."""
+"""Any message with a payload: its header by the protobuf library, its payload by hand.
+
+After megabytes have gone through the caches every step in Python takes ten times as long as in a loop, and a lookup
+takes these on both sides: so there are few of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
 from trilith.errors import InvalidRequestError
-from trilith.ops.memory import new_bytes, writable_view
+from trilith.ops.memory import make_writable, new_bytes, write_bytes
 from trilith_proto import ps_pb2
 
 __all__ = [
@@ -18,7 +22,8 @@ __all__ = [
     "FLOAT32",
     "UINT32",
     "UINT64",
-    "Bytes",
+    "Payload",
+    "Shape",
     "allocate",
     "cut",
     "float_dtype",
@@ -32,7 +37,11 @@ __all__ = [
 ]
 
 _M = TypeVar("_M", bound=Message)
-Bytes = npt.NDArray[np.uint8]
+
+Payload: TypeAlias = tuple[bytes, int]
+"""What ends in a payload, and where it starts there."""
+
+Shape: TypeAlias = int | tuple[int, int]
 
 _PAYLOAD_TAG = 15 << 3 | 2
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
@@ -56,12 +65,11 @@ def head_of(header: Message, size: int) -> bytes:
     return header.SerializeToString() + (bytes((_PAYLOAD_TAG,)) + varint(size) if size else b"")
 
 
-def allocate(head: bytes, size: int) -> tuple[bytes, Bytes]:
-    """Make a message of which only the payload, uint8[size], is still to be written, through the second result."""
+def allocate(head: bytes, size: int) -> bytes:
+    """Make a message of which only the payload, `size` bytes, is still to be written."""
     data = new_bytes(len(head) + size)
-    view = writable_view(data)
-    view.data[: len(head)] = head
-    return data, view[len(head) :]
+    write_bytes(data, head)
+    return data
 
 
 def pack(header: Message, *arrays: npt.NDArray[Any]) -> bytes:
@@ -69,11 +77,8 @@ def pack(header: Message, *arrays: npt.NDArray[Any]) -> bytes:
     return b"".join((head_of(header, sum(array.nbytes for array in arrays)), *(array.data for array in arrays)))
 
 
-def unpack(kind: type[_M], data: bytes) -> tuple[_M, Bytes]:
-    """Split an encoded message into its header and its payload.
-
-    Returns:
-        The message without its payload, and uint8[size], a read-only view of the payload in `data`.
+def unpack(kind: type[_M], data: bytes) -> tuple[_M, Payload]:
+    """Split an encoded message into the message without its payload, and that.
 
     Raises:
         InvalidRequestError: `data` is not such a message.
@@ -90,17 +95,15 @@ def parse(kind: type[_M], head: bytes) -> _M:
         raise InvalidRequestError(f"{len(head)} bytes are not a {kind.DESCRIPTOR.name}") from None
 
 
-def split(kind: type[Message], data: bytes, *, owned: bool = False) -> tuple[bytes, Bytes]:
-    """Split an encoded message into the encoding of all else and the payload, writable if nobody else has `data`."""
+def split(kind: type[Message], data: bytes) -> tuple[bytes, Payload]:
+    """Split an encoded message into the encoding of all but its payload, and that."""
     end, start = _find_payload(data)
     if end < 0:
         message = parse(kind, data)
-        loose = message.payload  # type: ignore[attr-defined]
+        loose: bytes = message.payload  # type: ignore[attr-defined]
         message.ClearField("payload")
-        return message.SerializeToString(), np.frombuffer(loose, np.uint8)
-    if start == len(data):
-        return data[:end], np.empty(0, np.uint8)
-    return data[:end], writable_view(data)[start:] if owned else np.frombuffer(data, np.uint8, offset=start)
+        return message.SerializeToString(), (loose, 0)
+    return data[:end], (data, start)
 
 
 def _find_payload(data: bytes) -> tuple[int, int]:
@@ -147,18 +150,36 @@ def read_varint(data: bytes, position: int) -> tuple[int, int]:
         shift += 7
 
 
-def cut(what: str, payload: Bytes, arrays: Sequence[tuple[np.dtype[Any], int]]) -> list[npt.NDArray[Any]]:
-    """View a payload as one-dimensional arrays of the given types and lengths, which must fill it."""
-    size = sum([dtype.itemsize * count for dtype, count in arrays])
-    if size != payload.size:
-        raise InvalidRequestError(f"{what}: the payload has {payload.size} bytes, its header accounts for {size}")
-    if len(arrays) == 1:
-        return [payload.view(arrays[0][0])]
-    views, start = [], 0
-    for dtype, count in arrays:
-        end = start + dtype.itemsize * count
-        views.append(payload[start:end].view(dtype))
-        start = end
+def cut(
+    what: str, payload: Payload, arrays: Sequence[tuple[np.dtype[Any], Shape]], *, writable: bool = False
+) -> list[npt.NDArray[Any]]:
+    """View a payload as arrays of the given types and shapes, which must fill it.
+
+    Args:
+        what: The message, for the error.
+        payload: Where.
+        arrays: Type and shape of each.
+        writable: Nobody else has the payload.
+
+    Raises:
+        InvalidRequestError: The payload is larger or smaller.
+    """
+    content, start = payload
+    views: list[npt.NDArray[Any]] = []
+    try:
+        for dtype, shape in arrays:
+            view: npt.NDArray[Any] = np.ndarray(shape, dtype, content, start)
+            if writable:
+                make_writable(view)
+            views.append(view)
+            start += view.nbytes
+    except (TypeError, ValueError):  # it ends before, or no memory would hold that
+        start = -1
+    if start != len(content):
+        size = sum(dtype.itemsize * int(np.prod(shape, dtype=object)) for dtype, shape in arrays)
+        raise InvalidRequestError(
+            f"{what}: the payload has {len(content) - payload[1]} bytes, its header accounts for {size}"
+        )
     return views
 
 

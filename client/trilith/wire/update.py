@@ -10,7 +10,7 @@ import numpy as np
 
 from trilith.errors import InvalidRequestError
 from trilith.shard import Float32Array, UpdatePart, Write
-from trilith.wire.payload import FLOAT16, FLOAT32, UINT32, UINT64, allocate, cut, float_dtype, head_of, unpack
+from trilith.wire.payload import FLOAT16, FLOAT32, UINT32, UINT64, Shape, allocate, cut, float_dtype, head_of, unpack
 from trilith_proto import ps_pb2
 
 __all__ = [
@@ -90,26 +90,27 @@ def new_update_request(layouts: Sequence[UpdateLayout], write: Write, *, float16
             learning_rates=None if layout.learning_rates is None else layout.learning_rates.tolist(),
         )
         size += layout.rows * (8 + (4 if layout.counts else 0) + layout.dim * dtype.itemsize)
-    data, payload = allocate(head_of(header, size), size)
-    arrays = iter(cut("UpdateRequest", payload, _update_arrays(layouts, dtype)))
+    data = allocate(head_of(header, size), size)
+    payload = data, len(data) - size
+    arrays = iter(cut("UpdateRequest", payload, _update_arrays(layouts, dtype), writable=True))
     parts = []
     for layout in layouts:
         ids = next(arrays)
         counts = next(arrays) if layout.counts else None
-        values = next(arrays).reshape(layout.rows, layout.dim)
+        values = next(arrays)
         parts.append(UpdatePart(layout.table, ids, values, counts, layout.learning_rates))
     return UpdateFrame(parts, write, data)
 
 
 def _update_arrays(
     batches: Iterable[UpdateLayout | ps_pb2.TableBatch], dtype: np.dtype[Any]
-) -> list[tuple[np.dtype[Any], int]]:
-    arrays: list[tuple[np.dtype[Any], int]] = []
+) -> list[tuple[np.dtype[Any], Shape]]:
+    arrays: list[tuple[np.dtype[Any], Shape]] = []
     for batch in batches:
         arrays.append((UINT64, batch.rows))
         if batch.counts:
             arrays.append((UINT32, batch.rows))
-        arrays.append((dtype, batch.rows * batch.dim))
+        arrays.append((dtype, (batch.rows, batch.dim)))
     return arrays
 
 
@@ -143,7 +144,7 @@ def unpack_update_request(data: bytes) -> tuple[list[UpdatePart], Write]:
     for batch in header.tables:
         ids = next(arrays)
         counts = next(arrays) if batch.counts else None
-        values = next(arrays).reshape(batch.rows, batch.dim)
+        values = next(arrays)
         rates = np.array(batch.learning_rates, np.float32) if batch.learning_rates else None
         parts.append(UpdatePart(batch.table, ids, values, counts, rates))
     write = Write(

@@ -153,7 +153,7 @@ class ParameterServerServicer:
             _check_dims(parts, dims, held)
             reply, outs = wire.new_lookup_response(self._incarnation, parts, held, float16=float16)
             self._in_place.lookup_into(parts, outs)
-        self._metrics.carried("Lookup", sum(part.ids.size for part in parts), len(request), len(reply))
+        self._metrics.carried("Lookup", sum([part.ids.size for part in parts]), len(request), len(reply))
         return reply
 
     def _update(self, name: str, call: Callable[..., None], request: bytes) -> ps_pb2.UpdateResponse:
