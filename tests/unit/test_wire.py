@@ -233,6 +233,44 @@ def test_any_bytes_are_read_as_the_library_reads_them_or_refused(data):
     assert header == message
 
 
+_FIELDS = st.one_of(
+    st.builds(
+        lambda table, rows, dim: ps_pb2.LookupRequest(
+            tables=[ps_pb2.TableBatch(table=table, rows=rows, dim=dim)]
+        ).SerializeToString(),
+        NAMES,
+        st.integers(0, 3),
+        st.integers(0, 2**32 - 1),
+    ),
+    st.builds(lambda n: ps_pb2.LookupRequest(payload=b"12345678" * n).SerializeToString(), st.integers(0, 3)),
+    st.sampled_from([b"", UNKNOWN_VARINT, UNKNOWN_FIXED32, UNKNOWN_FAR, b"\x09abcdefgh", b"\x72\x02ab"]),
+    st.sampled_from([b"\x10\x01", b"\x10\x80\x80\x80\x80\x10", b"\x10" + b"\x80" * 11 + b"\x00", b"\x0a\x00"]),
+    st.sampled_from([b"\x0a\x04\x0a\x02\xff\xff", b"\x0a\x04\x10\x01\x10\x02", b"\x0a\x05\x20\x01\x10\x01\x18"]),
+    st.binary(max_size=6),
+)
+
+
+@given(data=st.lists(_FIELDS, max_size=4).map(b"".join), cut=st.integers(0, 3))
+def test_any_lookup_request_is_read_as_the_library_reads_it_or_refused(data, cut):
+    data = data[: len(data) - cut]
+    try:
+        message = ps_pb2.LookupRequest.FromString(data)
+    except DecodeError:
+        message = None
+    try:
+        parts, dims, half = wire.unpack_lookup_request(data)
+    except InvalidRequestError:
+        fits = message is not None and len(message.payload) == 8 * sum(batch.rows for batch in message.tables)
+        assert not fits or message.rows_type not in (ps_pb2.FLOAT32, ps_pb2.FLOAT16)
+        return
+    assert message is not None
+    assert half == (message.rows_type == ps_pb2.FLOAT16)
+    assert [part.table for part in parts] == [batch.table for batch in message.tables]
+    assert [part.ids.size for part in parts] == [batch.rows for batch in message.tables]
+    assert dims == [batch.dim for batch in message.tables]
+    assert b"".join(part.ids.tobytes() for part in parts) == message.payload
+
+
 @given(cut=st.integers(1, 200))
 def test_a_truncated_request_is_refused(cut):
     data = wire.pack_update_request(update_parts([("user", 5, 4, True, True)]), Write(client_id=1, sequence=2))

@@ -20,6 +20,7 @@ from trilith_proto import ps_pb2
 __all__ = [
     "FLOAT16",
     "FLOAT32",
+    "PAYLOAD_TAG",
     "UINT32",
     "UINT64",
     "Payload",
@@ -29,9 +30,8 @@ __all__ = [
     "float_dtype",
     "head_of",
     "pack",
-    "parse",
+    "payload_head",
     "read_varint",
-    "split",
     "unpack",
     "varint",
 ]
@@ -43,7 +43,7 @@ Payload: TypeAlias = tuple[bytes, int]
 
 Shape: TypeAlias = int | tuple[int, int]
 
-_PAYLOAD_TAG = 15 << 3 | 2
+PAYLOAD_TAG = 15 << 3 | 2
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 FLOAT16, FLOAT32 = np.dtype("<f2"), np.dtype("<f4")
@@ -62,7 +62,12 @@ def varint(value: int) -> bytes:
 
 def head_of(header: Message, size: int) -> bytes:
     """Everything that comes before a payload of `size` bytes."""
-    return header.SerializeToString() + (bytes((_PAYLOAD_TAG,)) + varint(size) if size else b"")
+    return header.SerializeToString() + payload_head(size)
+
+
+def payload_head(size: int) -> bytes:
+    """The tag and the length of a payload of `size` bytes."""
+    return bytes((PAYLOAD_TAG,)) + varint(size) if size else b""
 
 
 def allocate(head: bytes, size: int) -> bytes:
@@ -83,27 +88,20 @@ def unpack(kind: type[_M], data: bytes) -> tuple[_M, Payload]:
     Raises:
         InvalidRequestError: `data` is not such a message.
     """
-    head, payload = split(kind, data)
-    return parse(kind, head), payload
+    end, start = _find_payload(data)
+    if end >= 0:
+        return _parse(kind, data[:end]), (data, start)
+    message = _parse(kind, data)
+    loose: bytes = message.payload  # type: ignore[attr-defined]
+    message.ClearField("payload")
+    return message, (loose, 0)
 
 
-def parse(kind: type[_M], head: bytes) -> _M:
-    """Read a header with the library; InvalidRequestError if it is none."""
+def _parse(kind: type[_M], head: bytes) -> _M:
     try:
         return kind.FromString(head)
     except DecodeError:
         raise InvalidRequestError(f"{len(head)} bytes are not a {kind.DESCRIPTOR.name}") from None
-
-
-def split(kind: type[Message], data: bytes) -> tuple[bytes, Payload]:
-    """Split an encoded message into the encoding of all but its payload, and that."""
-    end, start = _find_payload(data)
-    if end < 0:
-        message = parse(kind, data)
-        loose: bytes = message.payload  # type: ignore[attr-defined]
-        message.ClearField("payload")
-        return message.SerializeToString(), (loose, 0)
-    return data[:end], (data, start)
 
 
 def _find_payload(data: bytes) -> tuple[int, int]:
@@ -114,7 +112,7 @@ def _find_payload(data: bytes) -> tuple[int, int]:
             tag_start = position
             tag = data[position]
             position += 1
-            if tag == _PAYLOAD_TAG:
+            if tag == PAYLOAD_TAG:
                 size, position = read_varint(data, position)
                 return (tag_start, position) if position + size == end else (-1, -1)
             if tag & 0x80:  # a field number above 15: not ours, but legal
@@ -139,7 +137,7 @@ def _find_payload(data: bytes) -> tuple[int, int]:
 
 
 def read_varint(data: bytes, position: int) -> tuple[int, int]:
-    """The number at `position`, and where it ends; IndexError if it is cut off."""
+    """The number at `position`, and where it ends; IndexError if it is cut off or longer than numbers are."""
     value = shift = 0
     while True:
         byte = data[position]
@@ -148,6 +146,8 @@ def read_varint(data: bytes, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         shift += 7
+        if shift > 63:
+            raise IndexError(position)
 
 
 def cut(
