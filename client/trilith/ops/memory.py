@@ -219,7 +219,7 @@ def new_bytes(size: int) -> bytes:
 
 
 _WRITEABLE = 0x0400
-_FLAGS = _DATA_POINTER + 48
+_FLAGS = _DATA_POINTER + 48  # behind the data, its rank, shape, strides, base and type
 _flags_at = ctypes.c_int.from_address
 
 

@@ -1,8 +1,9 @@
 """The messages that carry arrays, written and read without the protobuf library's copies.
 
-A message with a `payload` (field 15, last) is its header, encoded by the library, then one tag, one length and the
-bytes. Arrays are therefore written straight into the object that gRPC sends, and read as views of the one it received.
-The bytes are those the library itself would write; a message laid out in any other legal way is read by the library.
+A message with a `payload` (field 15, last) is its header, encoded by the library (those of lookups by hand), then one
+tag, one length and the bytes. Arrays are therefore written straight into the object that gRPC sends, and read as views
+of the one it received. The bytes are those the library itself would write; a message laid out in any other legal way is
+read by the library.
 """
 
 from trilith.wire.dense import (
