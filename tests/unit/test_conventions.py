@@ -21,7 +21,11 @@ from trilith import errors
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {"client/trilith": "trilith", "services/trilith_services": "trilith_services"}
 HEAVY = ["kazoo", "numba", "pyarrow", "torch", "trilith_services"]
-KERNEL_IMPORTS = {"numpy", "numba", "trilith.ops.jit", "trilith.ops.memory", "trilith.ops.hashing", "trilith.ops.slots"}
+KERNEL_IMPORTS = {
+    "numpy",
+    "numba",
+    *(f"trilith.ops.{name}" for name in ("hashing", "jit", "memory", "slots", "vectors")),
+}
 
 
 def sources() -> list[Path]:

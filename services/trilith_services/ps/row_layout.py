@@ -202,7 +202,6 @@ class RowLayout:
 
     def _kernel_arguments(self, random: bool, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         plan = np.zeros(columns.PLAN_COLUMNS, np.int64)
-        plan[columns.STRIDE] = self.stride
         plan[columns.WORDS] = self.words
         plan[columns.DIM] = self.dim
         plan[columns.STATE] = self.state_floats

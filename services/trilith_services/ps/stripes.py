@@ -255,6 +255,7 @@ class Stripes:
             while slots * _max_load(s) < rows_per_stripe:
                 slots *= 2
             self.columns[s, index.ARENA] = self._arena.address + s * self._reserved
+            self.columns[s, index.ROW_BYTES] = self._layout.stride
             self.columns[s, index.TIMES] = self._times.address + s * self._reserved_times
             self._indexes.append(self._plan_index(self.columns[s], s, slots, 0))
             self._advise(s)
@@ -276,7 +277,8 @@ class Stripes:
             stashed = int(new[index.STASHED])
             if stashed < new[index.STASH_ROOM]:
                 break
-        self._indexes[s], old[:] = mapping, new
+        self._indexes[s] = mapping
+        old[:] = new
         self._advise(s)
 
     def _plan_index(self, columns: npt.NDArray[np.int64], s: int, slots: int, stash: int) -> Mapping:

@@ -182,9 +182,9 @@ class Table:
         """uint64[n]: the ids of stripe `s`, as they are at one moment."""
         with self._stripes.reading:
             room = int(self._stripes.columns[s, index.SIZE])
-            ids, numbers, times = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.uint32)
+            ids, rows, times = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.uint32)
             if room:
-                sweep.scan_index(self._at, s, 0, int(self._stripes.places[s]), room, ids, numbers, times)
+                sweep.scan_index(self._at, s, 0, int(self._stripes.places[s]), room, ids, rows, times)
         return ids
 
     def gather(
@@ -394,7 +394,7 @@ class Table:
         erased: list[int] = []
 
         def erase(batch: Batch, offset: int, first: int, last: int, begin: int) -> int:
-            erased.append(index.erase_rows(self._at, self.layout.stride, first, last, *batch[:2]))
+            erased.append(index.erase_rows(self._at, first, last, *batch[:2]))
             return -1
 
         self._stripes.write(ids, erase)
@@ -418,11 +418,7 @@ class Table:
                 room = int(self._stripes.columns[s, index.SIZE]) if touched is not None else 0
                 ids = np.empty(room, np.uint64)
                 ids_at = address_of(ids) if room else 0
-                gone = int(
-                    sweep.evict_rows(
-                        self._at, self.layout.stride, s, now, address_of(lifetimes), len(lifetimes), ids_at
-                    )
-                )
+                gone = int(sweep.evict_rows(self._at, s, now, address_of(lifetimes), len(lifetimes), ids_at))
                 if touched is not None:
                     touched.add(ids[:gone])
                 evicted += gone
@@ -573,8 +569,8 @@ class Table:
         rows_at, times_at = address_of(addresses), address_of(times)
 
         def find(address: int, count: int, offset: int) -> int:
-            work, stride = work_memory(self._work_bytes), self.layout.stride
-            return index.find_rows(self._at, stride, address, count, work, rows_at + 8 * offset, times_at + 4 * offset)
+            work = work_memory(self._work_bytes)
+            return index.find_rows(self._at, address, count, work, rows_at + 8 * offset, times_at + 4 * offset)
 
         if inside:
             find(address_of(ids), len(ids), 0)
@@ -585,11 +581,10 @@ class Table:
     def _scan_stripe(self, s: int, begin: int, end: int, limit: int) -> tuple[Rows, int]:
         """Rows of the places from `begin` on, at most `limit`, and the place to go on from; the lock is held."""
         room = max(1, min(limit, int(self._stripes.columns[s, index.SIZE])))
-        ids, numbers, times = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.uint32)
-        packed = int(sweep.scan_index(self._at, s, begin, end, room, ids, numbers, times))
+        ids, rows, times = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.uint32)
+        packed = int(sweep.scan_index(self._at, s, begin, end, room, ids, rows, times))
         place, count = packed >> 32, packed & 0xFFFFFFFF
-        addresses = self._stripes.columns[s, index.ARENA] + numbers[:count] * self.layout.stride
-        return self._copy_rows(ids[:count], addresses, times[:count]), place
+        return self._copy_rows(ids[:count], rows[:count], times[:count]), place
 
     def _copy_rows(self, ids: UInt64Array, addresses: npt.NDArray[np.int64], times: npt.NDArray[np.uint32]) -> Rows:
         weights = np.empty((len(ids), self.dim), np.float32)

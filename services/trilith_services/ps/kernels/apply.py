@@ -15,16 +15,16 @@ from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import load_f32, load_u64, prefetch, store_u32
 from trilith_services.ps.kernels.codecs import one_bit_gradient
 from trilith_services.ps.kernels.index import (
-    ARENA,
     GROUP,
-    TIMES,
     claim_row,
     find_row,
     get,
     home_line,
     is_full,
     put,
+    row_at,
     stripe_at,
+    time_at,
 )
 from trilith_services.ps.kernels.optimizers import STEPS, round_to_half
 from trilith_services.ps.kernels.plan import (
@@ -36,7 +36,6 @@ from trilith_services.ps.kernels.plan import (
     SEG_STATE,
     SEG_WEIGHT,
     SEGMENT_COLUMNS,
-    STRIDE,
     WORDS,
 )
 from trilith_services.ps.kernels.read import SCRATCH, prefetch_row
@@ -139,13 +138,11 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
             -1, or the position before which the stripe has to grow.
         """
         scratch = work + SCRATCH
-        stride = get(plan, STRIDE)
         size = 4 * get(plan, WORDS)
         dim = get(plan, DIM)
         seed = get(plan, SEED)
         for s in range(first, last):
             stripe = stripe_at(stripes, s)
-            arena, times = get(stripe, ARENA), get(stripe, TIMES)
             end = get(starts, s + 1)
             j0 = max(get(starts, s), begin)
             while j0 < end:
@@ -157,23 +154,23 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
                 for t in range(count):
                     number = find_row(stripe, load_u64(hashes, j0 + t))
                     if number != 0:
-                        prefetch_row(arena + number * stride, size)
-                        prefetch(times + 4 * number)
+                        prefetch_row(row_at(stripe, number), size)
+                        prefetch(time_at(stripe, number))
                     elif is_full(stripe):
                         ready = t
                         break
                     else:
-                        number = claim_row(stripe, stride, load_u64(hashes, j0 + t))
-                        init_row(plan, arena + number * stride, load_u64(grouped, j0 + t))
+                        number = claim_row(stripe, load_u64(hashes, j0 + t))
+                        init_row(plan, row_at(stripe, number), load_u64(grouped, j0 + t))
                     put(work, t, number)
                 for t in range(ready):
                     number = get(work, t)
-                    store_u32(times, number, np.uint32(time))
+                    store_u32(time_at(stripe, number), 0, np.uint32(time))
                     stream = np.uint64(0)
                     if rounding:
                         stream = id_stream(seed, load_u64(grouped, j0 + t))
                     gradient = grads + 4 * dim * get(positions, j0 + t)
-                    step_row(arena + number * stride, gradient, segments, rates, step, stream, scratch)
+                    step_row(row_at(stripe, number), gradient, segments, rates, step, stream, scratch)
                 if ready < count:
                     return int(j0 + ready)
                 j0 += count

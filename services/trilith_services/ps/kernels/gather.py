@@ -10,7 +10,7 @@ from trilith.ops.hashing import mix64
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import copy_floats, load_u8, load_u64, store_u8, store_u64
 from trilith_services.ps.kernels.index import READ_GROUP, get
-from trilith_services.ps.kernels.plan import DIM, READ_WORDS, SERVING, STRIDE
+from trilith_services.ps.kernels.plan import DIM, READ_WORDS, SERVING
 from trilith_services.ps.kernels.read import probe_group, read_row
 from trilith_services.ps.kernels.varints import put_varint
 
@@ -58,14 +58,13 @@ def gather_rows(
         How many ids have a row.
     """
     dim = get(plan, DIM)
-    stride = get(plan, STRIDE)
     serving = get(plan, SERVING) != 0
     size = 4 * get(plan, READ_WORDS)
     present = 0
     absent = 0
     for first in range(0, n, READ_GROUP):
         count = min(READ_GROUP, n - first)
-        probe_group(stripes, ids + 8 * first, count, stride, size, work)
+        probe_group(stripes, ids + 8 * first, count, size, work)
         for t in range(count):
             row = get(work, t)
             key = load_u64(ids, first + t)

@@ -35,16 +35,17 @@ STRIPES = 1 << BITS
 INDEX = 0  # address of the slots, and of the stash behind them
 SLOTS = 1  # their number, 8 * 2^k, a bound for row numbers too
 ARENA = 2  # address of row number 0, which is never used
-TIMES = 3  # address of uint32 last updates by row number, Unix seconds
-STASHED = 4  # entries in the stash
-STASH_ROOM = 5  # as many are possible
-DELETED = 6  # slots that hold a deleted id
-SIZE = 7  # rows
-LIMIT = 8  # rows at which the index must grow before another is added
-MOST_DELETED = 9  # deleted slots at which it must be swept first
-USED = 10  # row numbers ever handed out
-FREE = 11  # first freed row number, 0 if none; each freed row holds the next in its first four bytes
-FREED = 12  # length of that list
+ROW_BYTES = 3  # from a row to the next
+TIMES = 4  # address of row number 0's last update, uint32 Unix seconds; the others' follow
+STASHED = 5  # entries in the stash
+STASH_ROOM = 6  # as many are possible
+DELETED = 7  # slots that hold a deleted id
+SIZE = 8  # rows
+LIMIT = 9  # rows at which the index must grow before another is added
+MOST_DELETED = 10  # deleted slots at which it must be swept first
+USED = 11  # row numbers ever handed out
+FREE = 12  # first freed row number, 0 if none; each freed row holds the next in its first four bytes
+FREED = 13  # length of that list
 COLUMNS = 16  # two cache lines
 
 STASH_ENTRY = 16  # bytes: uint64 hash, uint64 row number
@@ -85,6 +86,18 @@ def stripe_of(value: Any) -> Any:
 def stripe_at(stripes: Any, s: Any) -> Any:
     """Address of what describes stripe number `s`."""
     return stripes + 8 * COLUMNS * s
+
+
+@inlined
+def row_at(stripe: Any, number: Any) -> Any:
+    """Address of row `number`."""
+    return get(stripe, ARENA) + number * get(stripe, ROW_BYTES)
+
+
+@inlined
+def time_at(stripe: Any, number: Any) -> Any:
+    """Address of the last update of row `number`."""
+    return get(stripe, TIMES) + 4 * number
 
 
 @inlined
@@ -172,11 +185,11 @@ def place_row(stripe: Any, value: Any, number: Any) -> Any:
 
 
 @inlined
-def claim_row(stripe: Any, stride: Any, value: Any) -> Any:
+def claim_row(stripe: Any, value: Any) -> Any:
     """Give hash `value`, which has none, a row, freed ones first; returns its number. The index is not full."""
     number = get(stripe, FREE)
     if number != 0:
-        put(stripe, FREE, np.int64(load_u32(get(stripe, ARENA) + number * stride, 0)))
+        put(stripe, FREE, np.int64(load_u32(row_at(stripe, number), 0)))
         put(stripe, FREED, get(stripe, FREED) - 1)
     else:
         number = get(stripe, USED) + 1
@@ -187,9 +200,9 @@ def claim_row(stripe: Any, stride: Any, value: Any) -> Any:
 
 
 @inlined
-def free_row(stripe: Any, stride: Any, number: Any) -> Any:
+def free_row(stripe: Any, number: Any) -> Any:
     """Take a row back."""
-    store_u32(get(stripe, ARENA) + number * stride, 0, np.uint32(get(stripe, FREE)))
+    store_u32(row_at(stripe, number), 0, np.uint32(get(stripe, FREE)))
     put(stripe, FREE, number)
     put(stripe, FREED, get(stripe, FREED) + 1)
     put(stripe, SIZE, get(stripe, SIZE) - 1)
@@ -220,7 +233,7 @@ def clear_stashed(stripe: Any, entry: Any) -> Any:
 
 
 @inlined
-def release_row(stripe: Any, stride: Any, value: Any) -> Any:
+def release_row(stripe: Any, value: Any) -> Any:
     """Delete the row of hash `value`; returns its number, 0 if there was none."""
     index = get(stripe, INDEX)
     slots = get(stripe, SLOTS)
@@ -232,13 +245,13 @@ def release_row(stripe: Any, stride: Any, value: Any) -> Any:
             number = get(line, slot) & (slots - 1)
             if number != 0:
                 clear_slot(stripe, line, slot)
-                free_row(stripe, stride, number)
+                free_row(stripe, number)
             return number
     for entry in range(get(stripe, STASHED)):
         if load_u64(index + 8 * slots, 2 * entry) == value:
             number = get(index + 8 * slots, 2 * entry + 1)
             clear_stashed(stripe, entry)
-            free_row(stripe, stride, number)
+            free_row(stripe, number)
             return number
     return np.int64(0)
 
@@ -276,13 +289,12 @@ def group_by_stripe(ids: int, n: int, hashes: int, grouped: int, positions: int,
     put(starts, 0, 0)
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
-def find_rows(stripes: int, stride: int, ids: int, n: int, work: int, addresses: int, times: int) -> int:
+@kernel("int64(int64, int64, int64, int64, int64, int64)")
+def find_rows(stripes: int, ids: int, n: int, work: int, addresses: int, times: int) -> int:
     """Find where rows are.
 
     Args:
         stripes: Address of int64[STRIPES, COLUMNS].
-        stride: Bytes per row.
         ids: Address of uint64[n].
         n: Number of ids.
         work: Address of uint64[GROUP], scratch.
@@ -305,20 +317,19 @@ def find_rows(stripes: int, stride: int, ids: int, n: int, work: int, addresses:
             number = find_row(stripe, value)
             row, time = np.int64(0), np.uint32(0)
             if number != 0:
-                row, time = get(stripe, ARENA) + number * stride, load_u32(get(stripe, TIMES), number)
+                row, time = row_at(stripe, number), load_u32(time_at(stripe, number), 0)
                 present += 1
             put(addresses, first + t, row)
             store_u32(times, first + t, time)
     return present
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64)")
-def erase_rows(stripes: int, stride: int, first: int, last: int, starts: int, hashes: int) -> int:
+@kernel("int64(int64, int64, int64, int64, int64)")
+def erase_rows(stripes: int, first: int, last: int, starts: int, hashes: int) -> int:
     """Delete rows.
 
     Args:
         stripes: Address of int64[STRIPES, COLUMNS], written.
-        stride: Bytes per row.
         first: First stripe.
         last: One past the last stripe.
         starts: Address of int64[STRIPES + 1], from `group_by_stripe`, as is the next.
@@ -330,5 +341,5 @@ def erase_rows(stripes: int, stride: int, first: int, last: int, starts: int, ha
     erased = 0
     for s in range(first, last):
         for j in range(get(starts, s), get(starts, s + 1)):
-            erased += release_row(stripe_at(stripes, s), stride, load_u64(hashes, j)) != 0
+            erased += release_row(stripe_at(stripes, s), load_u64(hashes, j)) != 0
     return erased

@@ -21,13 +21,12 @@ from trilith.ops.memory import (
     load_u64,
     prefetch,
     store_f16,
-    store_f32,
     store_u64,
 )
 from trilith.ops.slots import probe_line
+from trilith.ops.vectors import set_zero
 from trilith_services.ps.kernels.codecs import decode_weights, read_weights
 from trilith_services.ps.kernels.index import (
-    ARENA,
     INDEX,
     READ_GROUP,
     SLOTS,
@@ -37,6 +36,7 @@ from trilith_services.ps.kernels.index import (
     home_tag,
     other_line,
     put,
+    row_at,
     stripe_at,
     stripe_of,
 )
@@ -53,7 +53,7 @@ from trilith_services.ps.kernels.plan import (
     SEGMENTS,
     SERVING,
     STATE,
-    STRIDE,
+    WORDS,
 )
 
 SCRATCH = 32 * READ_GROUP  # bytes of int64[4, READ_GROUP]
@@ -75,13 +75,6 @@ def prefetch_row(row: Any, size: Any) -> Any:
 
 
 @inlined
-def zero_floats(target: Any, count: Any) -> Any:
-    """Write `count` float32 zeros."""
-    for d in range(count):
-        store_f32(target, d, np.float32(0))
-
-
-@inlined
 def copy_rows(target: Any, rows: Any, count: Any, dim: Any) -> Any:
     """Copy the weights of rows at int64[count] addresses, zeros for address 0; returns how many rows there were."""
     found = 0
@@ -98,7 +91,7 @@ def copy_rows(target: Any, rows: Any, count: Any, dim: Any) -> Any:
             if get(rows, t) != 0:
                 copy_floats(target + 4 * dim * t, get(rows, t), dim)
             else:
-                zero_floats(target + 4 * dim * t, dim)
+                set_zero(target + 4 * dim * t, dim)
     return found
 
 
@@ -129,15 +122,15 @@ def read_row(plan: int, segments: int, row: Any, target: Any) -> Any:
 
 
 @inlined
-def _request_row(stripe: Any, number: Any, stride: Any, size: Any) -> Any:
+def _request_row(stripe: Any, number: Any, size: Any) -> Any:
     """Address of row `number`, with `size` bytes of it requested; 0 for number 0."""
-    row = get(stripe, ARENA) + number * stride
+    row = row_at(stripe, number)
     prefetch_row(row, size)
     return row if number != 0 else np.int64(0)
 
 
 @inlined
-def probe_group(stripes: Any, ids: Any, count: Any, stride: Any, size: Any, rows: Any) -> Any:
+def probe_group(stripes: Any, ids: Any, count: Any, size: Any, rows: Any) -> Any:
     """Find the rows of ids[:count] and request `size` bytes of each: rows[t] is an address, 0 if there is none.
 
     The batch is walked in its own order: grouping it by stripe would scatter the writes to the output, which costs more
@@ -164,7 +157,7 @@ def probe_group(stripes: Any, ids: Any, count: Any, stride: Any, size: Any, rows
         tag = home_tag(value, slots)
         slot = probe_line(line, tag, slots)
         if slot >= 0:
-            put(rows, t, _request_row(stripe, get(line, slot) & (slots - 1), stride, size))
+            put(rows, t, _request_row(stripe, get(line, slot) & (slots - 1), size))
         else:
             prefetch(other_line(get(stripe, INDEX), slots, value, tag, 1))
             put(spilled, waiting, t)
@@ -172,7 +165,7 @@ def probe_group(stripes: Any, ids: Any, count: Any, stride: Any, size: Any, rows
     for w in range(waiting):
         t = get(spilled, w)
         stripe = get(rows, t)
-        put(rows, t, _request_row(stripe, find_row(stripe, load_u64(hashes, t)), stride, size))
+        put(rows, t, _request_row(stripe, find_row(stripe, load_u64(hashes, t)), size))
 
 
 @kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
@@ -192,13 +185,12 @@ def lookup_rows(stripes: int, ids: int, n: int, plan: int, segments: int, work: 
         How many ids had a row.
     """
     dim = get(plan, DIM)
-    stride = get(plan, STRIDE)
     coded = get(plan, CODED) != 0
     size = 4 * get(plan, READ_WORDS)
     hits = 0
     for first in range(0, n, READ_GROUP):
         count = min(READ_GROUP, n - first)
-        probe_group(stripes, ids + 8 * first, count, stride, size, work)
+        probe_group(stripes, ids + 8 * first, count, size, work)
         target = out + 4 * dim * first
         # Loops of their own, so that the plain ones have all registers and no branch for each row.
         if coded:
@@ -208,7 +200,7 @@ def lookup_rows(stripes: int, ids: int, n: int, plan: int, segments: int, work: 
                     hits += 1
                     read_row(plan, segments, row, target + 4 * dim * t)
                 else:
-                    zero_floats(target + 4 * dim * t, dim)
+                    set_zero(target + 4 * dim * t, dim)
         else:
             hits += copy_rows(target, work, count, dim)
     return hits
@@ -231,13 +223,12 @@ def lookup_rows_half(stripes: int, ids: int, n: int, plan: int, segments: int, w
         How many ids had a row.
     """
     dim = get(plan, DIM)
-    stride = get(plan, STRIDE)
     scratch = work + SCRATCH
     size = 4 * get(plan, READ_WORDS)
     hits = 0
     for first in range(0, n, READ_GROUP):
         count = min(READ_GROUP, n - first)
-        probe_group(stripes, ids + 8 * first, count, stride, size, work)
+        probe_group(stripes, ids + 8 * first, count, size, work)
         for t in range(count):
             row = get(work, t)
             target = out + 2 * dim * (first + t)
@@ -268,7 +259,7 @@ def export_rows(plan: int, segments: int, rows: int, count: int, weights: int, s
     state = get(plan, STATE)
     for i in range(count):
         if i + 8 < count:
-            prefetch_row(get(rows, i + 8), get(plan, STRIDE))
+            prefetch_row(get(rows, i + 8), 4 * get(plan, WORDS))
         if get(plan, SERVING) != 0:
             read_row(plan, segments, get(rows, i), weights + 4 * dim * i)
         else:

@@ -17,7 +17,6 @@ from trilith_services.ps.kernels.index import (
     INDEX,
     SLOTS,
     STASHED,
-    TIMES,
     clear_slot,
     clear_stashed,
     free_row,
@@ -25,8 +24,10 @@ from trilith_services.ps.kernels.index import (
     home_line,
     place_row,
     put,
+    row_at,
     slot_hash,
     stripe_at,
+    time_at,
 )
 
 U32: TypeAlias = npt.NDArray[np.uint32]
@@ -53,7 +54,7 @@ def _stash(stripe: Any) -> Any:
 def _request_time(stripe: Any, place: Any) -> Any:
     """Request the last update of the row that a slot soon to be looked at leads to."""
     if place < get(stripe, SLOTS):
-        prefetch(get(stripe, TIMES) + 4 * _row_in(stripe, place))
+        prefetch(time_at(stripe, _row_in(stripe, place)))
 
 
 @kernel("void(int64, int64, int64)")
@@ -94,13 +95,12 @@ def lifetime(lifetimes: Any, slots: Any, key: Any) -> Any:
     return get(lifetimes, np.int64((key >> np.uint64(48)) & np.uint64(slots - 1)))
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
-def evict_rows(stripes: int, stride: int, s: int, now: int, lifetimes: int, slots: int, evicted_ids: int) -> int:
+@kernel("int64(int64, int64, int64, int64, int64, int64)")
+def evict_rows(stripes: int, s: int, now: int, lifetimes: int, slots: int, evicted_ids: int) -> int:
     """Delete the expired rows of one stripe: those with now - last update >= lifetime.
 
     Args:
         stripes: Address of int64[STRIPES, COLUMNS], written.
-        stride: Bytes per row.
         s: Stripe.
         now: Unix seconds to judge by.
         lifetimes: Address of int64[slots], seconds.
@@ -111,26 +111,25 @@ def evict_rows(stripes: int, stride: int, s: int, now: int, lifetimes: int, slot
         How many rows were deleted.
     """
     stripe = stripe_at(stripes, s)
-    times = get(stripe, TIMES)
     evicted = 0
     for place in range(get(stripe, SLOTS)):
         _request_time(stripe, place + _AHEAD)
         number = _row_in(stripe, place)
         if number != 0:
             key = unmix64(slot_hash(stripe, s, place, load_u64(get(stripe, INDEX), place)))
-            if now - np.int64(load_u32(times, number)) >= lifetime(lifetimes, slots, key):
+            if now - np.int64(load_u32(time_at(stripe, number), 0)) >= lifetime(lifetimes, slots, key):
                 slot = place & (SLOTS_PER_LINE - 1)
                 clear_slot(stripe, get(stripe, INDEX) + 8 * (place - slot), slot)
-                free_row(stripe, stride, number)
+                free_row(stripe, number)
                 if evicted_ids != 0:
                     store_u64(evicted_ids, evicted, key)
                 evicted += 1
     for entry in range(get(stripe, STASHED) - 1, -1, -1):
         number = get(_stash(stripe), 2 * entry + 1)
         key = unmix64(load_u64(_stash(stripe), 2 * entry))
-        if now - np.int64(load_u32(times, number)) >= lifetime(lifetimes, slots, key):
+        if now - np.int64(load_u32(time_at(stripe, number), 0)) >= lifetime(lifetimes, slots, key):
             clear_stashed(stripe, entry)
-            free_row(stripe, stride, number)
+            free_row(stripe, number)
             if evicted_ids != 0:
                 store_u64(evicted_ids, evicted, key)
             evicted += 1
@@ -138,7 +137,7 @@ def evict_rows(stripes: int, stride: int, s: int, now: int, lifetimes: int, slot
 
 
 @kernel("int64(int64, int64, int64, int64, int64, uint64[::1], int64[::1], uint32[::1])")
-def scan_index(stripes: int, s: int, begin: int, end: int, limit: int, ids: U64, numbers: I64, times: U32) -> int:
+def scan_index(stripes: int, s: int, begin: int, end: int, limit: int, ids: U64, rows: I64, times: U32) -> int:
     """List what stands from place `begin` on, at most `limit` ids; the entries of the stash follow the slots.
 
     Args:
@@ -148,7 +147,7 @@ def scan_index(stripes: int, s: int, begin: int, end: int, limit: int, ids: U64,
         end: One past the last place to look at.
         limit: Room in the outputs.
         ids: uint64[limit], written.
-        numbers: int64[limit], written: row numbers.
+        rows: int64[limit], written: addresses of rows.
         times: uint32[limit], written: last updates.
 
     Returns:
@@ -170,8 +169,8 @@ def scan_index(stripes: int, s: int, begin: int, end: int, limit: int, ids: U64,
             value = load_u64(_stash(stripe), 2 * (place - slots))
         if number != 0:
             ids[found] = unmix64(value)
-            numbers[found] = number
-            times[found] = load_u32(get(stripe, TIMES), number)
+            rows[found] = row_at(stripe, number)
+            times[found] = load_u32(time_at(stripe, number), 0)
             found += 1
         place += 1
     return int((place << 32) | found)

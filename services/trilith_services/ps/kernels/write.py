@@ -15,13 +15,13 @@ from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import copy_floats, load_f32, load_u32, load_u64, store_f32, store_i8, store_u32
 from trilith_services.ps.kernels.codecs import encode_weights
 from trilith_services.ps.kernels.index import (
-    ARENA,
-    TIMES,
     claim_row,
     find_row,
     get,
     is_full,
+    row_at,
     stripe_at,
+    time_at,
 )
 from trilith_services.ps.kernels.plan import (
     DIM,
@@ -37,7 +37,6 @@ from trilith_services.ps.kernels.plan import (
     SEGMENTS,
     SERVING,
     STATE,
-    STRIDE,
     WORDS,
 )
 from trilith_services.ps.kernels.read import SCRATCH, read_row
@@ -129,7 +128,6 @@ def write_rows(
         -1, or the position before which the stripe has to grow.
     """
     dim = get(plan, DIM)
-    stride = get(plan, STRIDE)
     scratch = work + SCRATCH
     for s in range(first, last):
         stripe = stripe_at(stripes, s)
@@ -143,11 +141,11 @@ def write_rows(
                 if is_full(stripe):
                     return j
                 had = np.int8(0)
-                number = claim_row(stripe, stride, load_u64(hashes, j))
-            row = get(stripe, ARENA) + number * stride
+                number = claim_row(stripe, load_u64(hashes, j))
+            row = row_at(stripe, number)
             if had == 0 or mode == RESET:
                 init_row(plan, row, key)
-            store_u32(get(stripe, TIMES), number, np.uint32(at))
+            store_u32(time_at(stripe, number), 0, np.uint32(at))
             if existed != 0:
                 store_i8(existed, i, had)
             source = values + 4 * dim * i
