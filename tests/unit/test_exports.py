@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.exports import ModelConfig, ProgramInput, ServedFeature
 from trilith.nn.program import current_weights, export_program, load_program, pack_weights, unpack_weights
 from trilith.nn.serving import ServedModel
+from trilith.ops import jit
 from trilith.tables import Sgd, table_config
 from trilith_proto.example_pb2 import Example
 from trilith_services.serving.models import Models
@@ -50,6 +53,35 @@ def test_a_loaded_standalone_export_scores_as_the_model_did(trained, standalone)
         scores = loaded.model.predict(trained.records)["score"]
     np.testing.assert_allclose(scores, trained.scores(), atol=1e-3)  # rows are compressed to float16
     models.close()
+
+
+class Calls(nn.Module):
+    """Has another thread call a function while it is traced."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        super().__init__()
+        self.thread = threading.Thread(target=function, daemon=True)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if self.thread.ident is None:
+            self.thread.start()
+            self.thread.join(0.5)
+        return values * 2
+
+
+def test_a_kernel_can_be_compiled_while_a_program_is_exported(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRILITH_CACHE", str(tmp_path))  # where no earlier run has left it
+
+    @jit.kernel("float64(float64, float64)")
+    def power_or_more(x: float, y: float) -> float:
+        return max(math.pow(x, y), x, y)
+
+    jit.KERNELS.pop()  # the conventions are for those of the packages
+    found = []
+    module = Calls(lambda: found.append(power_or_more(2.0, 3.0)))
+    export_program(module, [(2,)])
+    module.thread.join()
+    assert found == [8.0]
 
 
 def test_no_file_of_an_export_is_a_pickle_or_holds_one(standalone):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith.errors import CheckpointError, InvalidRequestError
+from trilith.ops.jit import COMPILING
 
 __all__ = [
     "Program",
@@ -113,7 +114,9 @@ def export_program(module: nn.Module, shapes: Sequence[Sequence[int]]) -> tuple[
     training = module.training
     module.eval()
     try:
-        exported = torch.export.export(module, examples, dynamic_shapes=tuple({0: batch} for _ in shapes))
+        # torch.export replaces max, min and math.pow, for every thread, by functions that no kernel can call.
+        with COMPILING:
+            exported = torch.export.export(module, examples, dynamic_shapes=tuple({0: batch} for _ in shapes))
     except Exception as error:
         raise InvalidRequestError(f"{type(module).__name__} cannot be exported: {error}") from error
     finally:

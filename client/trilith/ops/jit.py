@@ -14,6 +14,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,9 +23,10 @@ from numba.core import config as numba_config
 from numba.core.caching import _Cache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler, CompileResult
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.serialize import dumps
 
-__all__ = ["JIT_DISABLED", "KERNELS", "cache_directory", "inlined", "kernel", "part", "warm"]
+__all__ = ["COMPILING", "JIT_DISABLED", "KERNELS", "cache_directory", "inlined", "kernel", "part", "warm"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -33,6 +35,9 @@ JIT_DISABLED: bool = bool(numba_config.DISABLE_JIT)
 
 KERNELS: list[Callable[..., Any]] = []
 """Every function made by `kernel`, for the conventions test."""
+
+COMPILING: AbstractContextManager[Any] = global_compiler_lock
+"""Held while a kernel is compiled or loaded; who changes what kernels see, as `torch.export` does, holds it too."""
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
