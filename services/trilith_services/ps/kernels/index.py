@@ -124,19 +124,41 @@ def other_line(index: Any, slots: Any, value: Any, tag: Any, choice: Any) -> Any
 
 
 @inlined
-def slot_hash(stripe: Any, s: Any, place: Any, word: Any) -> Any:
-    """The hash that slot number `place` with content `word` stands for."""
+def stash_at(stripe: Any) -> Any:
+    """Address of the stash."""
+    return get(stripe, INDEX) + 8 * get(stripe, SLOTS)
+
+
+@inlined
+def word_at(stripe: Any, place: Any) -> Any:
+    """Address of the word that holds the row's number of a place: places are the slots, and after them the stash."""
     slots = get(stripe, SLOTS)
-    choice = np.uint64(((word & np.uint64(slots)) != _NONE) + 2 * ((word & np.uint64(2 * slots)) != _NONE))
-    line = np.uint64(place) >> _SLOT_SHIFT
-    home = (line ^ (choice * ((word >> _SPREAD_SHIFT) | _ONE))) & (np.uint64(slots - 1) >> _SLOT_SHIFT)
-    kept = (word & np.uint64(-_CHOICES * slots)) >> _BITS
+    return get(stripe, INDEX) + 8 * place if place < slots else stash_at(stripe) + STASH_ENTRY * (place - slots) + 8
+
+
+@inlined
+def number_in(stripe: Any, word: Any) -> Any:
+    """Row number in the word at address `word`, 0 if it holds none."""
+    return get(word, 0) & (get(stripe, SLOTS) - 1)
+
+
+@inlined
+def hash_in(stripe: Any, s: Any, word: Any) -> Any:
+    """The hash that the word at address `word`, which holds a row number of stripe number `s`, stands for."""
+    if word >= stash_at(stripe):
+        return load_u64(word - 8, 0)
+    slots = get(stripe, SLOTS)
+    held = load_u64(word, 0)
+    choice = np.uint64(((held & np.uint64(slots)) != _NONE) + 2 * ((held & np.uint64(2 * slots)) != _NONE))
+    line = np.uint64(word - get(stripe, INDEX)) >> _LINE_SHIFT
+    home = (line ^ (choice * ((held >> _SPREAD_SHIFT) | _ONE))) & (np.uint64(slots - 1) >> _SLOT_SHIFT)
+    kept = (held & np.uint64(-_CHOICES * slots)) >> _BITS
     return (np.uint64(s) << _STRIPE_SHIFT) | kept | home
 
 
 @inlined
-def find_row(stripe: Any, value: Any) -> Any:
-    """Number of the row of hash `value`, 0 if there is none."""
+def find_word(stripe: Any, value: Any) -> Any:
+    """Address of the word that holds the row's number of hash `value`; where there is none, of one without, or 0."""
     index = get(stripe, INDEX)
     slots = get(stripe, SLOTS)
     tag = home_tag(value, slots)
@@ -144,11 +166,18 @@ def find_row(stripe: Any, value: Any) -> Any:
         line = other_line(index, slots, value, tag, choice)
         slot = probe_line(line, tag + np.uint64(choice * slots), slots)
         if slot >= 0:
-            return get(line, slot) & (slots - 1)
+            return line + 8 * slot
     for entry in range(get(stripe, STASHED)):
-        if load_u64(index + 8 * slots, 2 * entry) == value:
-            return get(index + 8 * slots, 2 * entry + 1)
+        if load_u64(stash_at(stripe), 2 * entry) == value:
+            return stash_at(stripe) + STASH_ENTRY * entry + 8
     return np.int64(0)
+
+
+@inlined
+def find_row(stripe: Any, value: Any) -> Any:
+    """Number of the row of hash `value`, 0 if there is none."""
+    word = find_word(stripe, value)
+    return number_in(stripe, word) if word != 0 else np.int64(0)
 
 
 @inlined
@@ -180,8 +209,8 @@ def place_row(stripe: Any, value: Any, number: Any) -> Any:
     put(stripe, STASHED, entry + 1)
     # A rebuild counts on, to learn how much room it takes.
     if entry < get(stripe, STASH_ROOM):
-        store_u64(index + 8 * slots, 2 * entry, value)
-        put(index + 8 * slots, 2 * entry + 1, number)
+        store_u64(stash_at(stripe), 2 * entry, value)
+        put(stash_at(stripe), 2 * entry + 1, number)
 
 
 @inlined
@@ -200,60 +229,31 @@ def claim_row(stripe: Any, value: Any) -> Any:
 
 
 @inlined
-def free_row(stripe: Any, number: Any) -> Any:
-    """Take a row back."""
+def release_row(stripe: Any, word: Any) -> Any:
+    """Delete the row whose number is in the word at address `word`."""
+    number = number_in(stripe, word)
     store_u32(row_at(stripe, number), 0, np.uint32(get(stripe, FREE)))
     put(stripe, FREE, number)
     put(stripe, FREED, get(stripe, FREED) + 1)
     put(stripe, SIZE, get(stripe, SIZE) - 1)
-
-
-@inlined
-def clear_slot(stripe: Any, line: Any, slot: Any) -> Any:
-    """Take an id out of the slot of the line at address `line`."""
+    if word >= stash_at(stripe):
+        # The last entry takes its place.
+        last = get(stripe, STASHED) - 1
+        store_u64(word - 8, 0, load_u64(stash_at(stripe), 2 * last))
+        put(word, 0, get(stash_at(stripe), 2 * last + 1))
+        put(stash_at(stripe), 2 * last + 1, 0)
+        put(stripe, STASHED, last)
+        return
+    line = word & -64
     passed = True
-    for other in range(SLOTS_PER_LINE):
-        passed &= load_u64(line, other) != _NONE
+    for slot in range(SLOTS_PER_LINE):
+        passed &= load_u64(line, slot) != _NONE
     if passed:
         # No other bit than the lowest of the choice: neither empty nor anybody's.
-        put(line, slot, get(stripe, SLOTS))
+        put(word, 0, get(stripe, SLOTS))
         put(stripe, DELETED, get(stripe, DELETED) + 1)
     else:
-        store_u64(line, slot, _NONE)
-
-
-@inlined
-def clear_stashed(stripe: Any, entry: Any) -> Any:
-    """Take an id out of the stash; the last one takes its place."""
-    stash = get(stripe, INDEX) + 8 * get(stripe, SLOTS)
-    last = get(stripe, STASHED) - 1
-    store_u64(stash, 2 * entry, load_u64(stash, 2 * last))
-    store_u64(stash, 2 * entry + 1, load_u64(stash, 2 * last + 1))
-    put(stripe, STASHED, last)
-
-
-@inlined
-def release_row(stripe: Any, value: Any) -> Any:
-    """Delete the row of hash `value`; returns its number, 0 if there was none."""
-    index = get(stripe, INDEX)
-    slots = get(stripe, SLOTS)
-    tag = home_tag(value, slots)
-    for choice in range(_CHOICES):
-        line = other_line(index, slots, value, tag, choice)
-        slot = probe_line(line, tag + np.uint64(choice * slots), slots)
-        if slot >= 0:
-            number = get(line, slot) & (slots - 1)
-            if number != 0:
-                clear_slot(stripe, line, slot)
-                free_row(stripe, number)
-            return number
-    for entry in range(get(stripe, STASHED)):
-        if load_u64(index + 8 * slots, 2 * entry) == value:
-            number = get(index + 8 * slots, 2 * entry + 1)
-            clear_stashed(stripe, entry)
-            free_row(stripe, number)
-            return number
-    return np.int64(0)
+        store_u64(word, 0, _NONE)
 
 
 @kernel("void(int64, int64, int64, int64, int64, int64)")
@@ -340,6 +340,10 @@ def erase_rows(stripes: int, first: int, last: int, starts: int, hashes: int) ->
     """
     erased = 0
     for s in range(first, last):
+        stripe = stripe_at(stripes, s)
         for j in range(get(starts, s), get(starts, s + 1)):
-            erased += release_row(stripe_at(stripes, s), load_u64(hashes, j)) != 0
+            word = find_word(stripe, load_u64(hashes, j))
+            if word != 0 and number_in(stripe, word) != 0:
+                release_row(stripe, word)
+                erased += 1
     return erased

@@ -9,25 +9,23 @@ import numpy.typing as npt
 
 from trilith.ops.hashing import unmix64
 from trilith.ops.jit import inlined, kernel
-from trilith.ops.memory import load_u32, load_u64, prefetch, store_u64
-from trilith.ops.slots import SLOTS_PER_LINE
+from trilith.ops.memory import load_u32, prefetch, store_u64
 from trilith_services.ps.kernels.index import (
     DELETED,
     GROUP,
-    INDEX,
     SLOTS,
     STASHED,
-    clear_slot,
-    clear_stashed,
-    free_row,
     get,
+    hash_in,
     home_line,
+    number_in,
     place_row,
     put,
+    release_row,
     row_at,
-    slot_hash,
     stripe_at,
     time_at,
+    word_at,
 )
 
 U32: TypeAlias = npt.NDArray[np.uint32]
@@ -39,22 +37,10 @@ _AHEAD = 32  # slots between the one whose row's time is requested and the one t
 
 
 @inlined
-def _row_in(stripe: Any, place: Any) -> Any:
-    """Row number in slot `place`, 0 if it holds none."""
-    return get(get(stripe, INDEX), place) & (get(stripe, SLOTS) - 1)
-
-
-@inlined
-def _stash(stripe: Any) -> Any:
-    """Address of the stash."""
-    return get(stripe, INDEX) + 8 * get(stripe, SLOTS)
-
-
-@inlined
 def _request_time(stripe: Any, place: Any) -> Any:
     """Request the last update of the row that a slot soon to be looked at leads to."""
-    if place < get(stripe, SLOTS):
-        prefetch(time_at(stripe, _row_in(stripe, place)))
+    if 0 <= place < get(stripe, SLOTS):
+        prefetch(time_at(stripe, number_in(stripe, word_at(stripe, place))))
 
 
 @kernel("void(int64, int64, int64)")
@@ -71,22 +57,21 @@ def rebuild_index(old: int, s: int, new: int) -> None:
     put(new, DELETED, 0)
     hashes = np.empty(GROUP, np.uint64)
     numbers = np.empty(GROUP, np.int64)
-    slots = get(old, SLOTS)
+    places = get(old, SLOTS) + get(old, STASHED)
     place = np.int64(0)
-    while place < slots:
+    while place < places:
         m = 0
-        while place < slots and m < GROUP:
-            number = _row_in(old, place)
+        while place < places and m < GROUP:
+            word = word_at(old, place)
+            number = number_in(old, word)
             if number != 0:
-                hashes[m] = slot_hash(old, s, place, load_u64(get(old, INDEX), place))
+                hashes[m] = hash_in(old, s, word)
                 numbers[m] = number
                 prefetch(home_line(new, hashes[m]))
                 m += 1
             place += 1
         for t in range(m):
             place_row(new, hashes[t], numbers[t])
-    for entry in range(get(old, STASHED)):
-        place_row(new, load_u64(_stash(old), 2 * entry), get(_stash(old), 2 * entry + 1))
 
 
 @inlined
@@ -112,27 +97,18 @@ def evict_rows(stripes: int, s: int, now: int, lifetimes: int, slots: int, evict
     """
     stripe = stripe_at(stripes, s)
     evicted = 0
-    for place in range(get(stripe, SLOTS)):
-        _request_time(stripe, place + _AHEAD)
-        number = _row_in(stripe, place)
+    # From the end, since the last entry of the stash takes the place of one that goes.
+    for place in range(get(stripe, SLOTS) + get(stripe, STASHED) - 1, -1, -1):
+        _request_time(stripe, place - _AHEAD)
+        word = word_at(stripe, place)
+        number = number_in(stripe, word)
         if number != 0:
-            key = unmix64(slot_hash(stripe, s, place, load_u64(get(stripe, INDEX), place)))
+            key = unmix64(hash_in(stripe, s, word))
             if now - np.int64(load_u32(time_at(stripe, number), 0)) >= lifetime(lifetimes, slots, key):
-                slot = place & (SLOTS_PER_LINE - 1)
-                clear_slot(stripe, get(stripe, INDEX) + 8 * (place - slot), slot)
-                free_row(stripe, number)
+                release_row(stripe, word)
                 if evicted_ids != 0:
                     store_u64(evicted_ids, evicted, key)
                 evicted += 1
-    for entry in range(get(stripe, STASHED) - 1, -1, -1):
-        number = get(_stash(stripe), 2 * entry + 1)
-        key = unmix64(load_u64(_stash(stripe), 2 * entry))
-        if now - np.int64(load_u32(time_at(stripe, number), 0)) >= lifetime(lifetimes, slots, key):
-            clear_stashed(stripe, entry)
-            free_row(stripe, number)
-            if evicted_ids != 0:
-                store_u64(evicted_ids, evicted, key)
-            evicted += 1
     return evicted
 
 
@@ -154,21 +130,14 @@ def scan_index(stripes: int, s: int, begin: int, end: int, limit: int, ids: U64,
         (place to go on from) << 32 | (how many were listed).
     """
     stripe = stripe_at(stripes, s)
-    slots = get(stripe, SLOTS)
     found = np.int64(0)
     place = begin
     while place < end and found < limit:
-        number = np.int64(0)
-        value = np.uint64(0)
-        if place < slots:
-            _request_time(stripe, place + _AHEAD)
-            number = _row_in(stripe, place)
-            value = slot_hash(stripe, s, place, load_u64(get(stripe, INDEX), place))
-        elif place - slots < get(stripe, STASHED):
-            number = get(_stash(stripe), 2 * (place - slots) + 1)
-            value = load_u64(_stash(stripe), 2 * (place - slots))
+        _request_time(stripe, place + _AHEAD)
+        word = word_at(stripe, place)
+        number = number_in(stripe, word)
         if number != 0:
-            ids[found] = unmix64(value)
+            ids[found] = unmix64(hash_in(stripe, s, word))
             rows[found] = row_at(stripe, number)
             times[found] = load_u32(time_at(stripe, number), 0)
             found += 1
