@@ -38,8 +38,8 @@ _FIRST_STASH = 8
 _DELETED_PART = 8  # one slot in so many may be a deleted one
 _SHAPE = [index.SLOTS, index.STASH_ROOM]  # columns that say how large an index is
 
-Batch = tuple[int, int, int, int]
-"""Addresses of starts, hashes, grouped ids and positions, as `index.group_by_stripe` describes them."""
+Batch = tuple[int, int, int]
+"""Addresses of starts, hashes and positions, as `index.group_by_stripe` describes them."""
 
 
 class _Scratch(threading.local):
@@ -49,7 +49,7 @@ class _Scratch(threading.local):
         self.room = 0
         self.starts = np.zeros(STRIPES + 1, np.int64)
         self.work, self.work_at = np.empty(0, np.uint8), 0
-        self.batch: Batch = (0, 0, 0, 0)
+        self.batch: Batch = (0, 0, 0)
         self.arrays = np.empty((3, 0), np.uint64)
 
 
@@ -62,9 +62,9 @@ def group(ids: UInt64Array) -> Batch:
         _SCRATCH.room = 1 << max(10, (len(ids) - 1).bit_length())
         _SCRATCH.arrays = np.empty((3, _SCRATCH.room), np.uint64)
         start, step = address_of(_SCRATCH.arrays), 8 * _SCRATCH.room
-        _SCRATCH.batch = address_of(_SCRATCH.starts), start, start + step, start + 2 * step
-    starts, hashes, grouped, positions = _SCRATCH.batch
-    index.group_by_stripe(address_of(ids), len(ids), hashes, grouped, positions, starts)
+        _SCRATCH.batch = address_of(_SCRATCH.starts), start, start + step
+    starts, hashes, positions = _SCRATCH.batch
+    index.group_by_stripe(address_of(ids), len(ids), address_of(_SCRATCH.arrays[2]), hashes, positions, starts)
     return _SCRATCH.batch
 
 

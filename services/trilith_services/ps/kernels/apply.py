@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from trilith.ops.hashing import unmix64
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import load_f32, load_u64, prefetch, store_u32
 from trilith_services.ps.kernels.codecs import one_bit_gradient
@@ -93,9 +94,7 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
     steps = [_segment_step(k, *segment) for k, segment in enumerate(structure)]
     step_row = functools.reduce(lambda rest, first: _chain(first, rest), reversed(steps[:-1]), steps[-1])
     rounding = any(stochastic for _, stochastic, _ in structure)
-    signature = (
-        "int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)"
-    )
+    signature = f"int64({', '.join(['int64'] * 14)})"
 
     @kernel(signature, variant=repr(structure))
     def apply_rows(
@@ -105,7 +104,6 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
         begin: int,
         starts: int,
         hashes: int,
-        grouped: int,
         positions: int,
         plan: int,
         segments: int,
@@ -122,9 +120,8 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
             first: First stripe.
             last: One past the last stripe.
             begin: Position in the grouped batch to start from.
-            starts: Address of int64[STRIPES + 1], from `group_by_stripe`, as are the next three.
+            starts: Address of int64[STRIPES + 1], from `group_by_stripe`, as are the next two.
             hashes: Address of uint64[n].
-            grouped: Address of uint64[n].
             positions: Address of int64[n].
             plan: Address of int64[PLAN_COLUMNS].
             segments: Address of int64[k, SEGMENT_COLUMNS].
@@ -161,14 +158,14 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
                         break
                     else:
                         number = claim_row(stripe, load_u64(hashes, j0 + t))
-                        init_row(plan, row_at(stripe, number), load_u64(grouped, j0 + t))
+                        init_row(plan, row_at(stripe, number), unmix64(load_u64(hashes, j0 + t)))
                     put(work, t, number)
                 for t in range(ready):
                     number = get(work, t)
                     store_u32(time_at(stripe, number), 0, np.uint32(time))
                     stream = np.uint64(0)
                     if rounding:
-                        stream = id_stream(seed, load_u64(grouped, j0 + t))
+                        stream = id_stream(seed, unmix64(load_u64(hashes, j0 + t)))
                     gradient = grads + 4 * dim * get(positions, j0 + t)
                     step_row(row_at(stripe, number), gradient, segments, rates, step, stream, scratch)
                 if ready < count:

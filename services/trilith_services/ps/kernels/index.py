@@ -257,31 +257,31 @@ def release_row(stripe: Any, word: Any) -> Any:
 
 
 @kernel("void(int64, int64, int64, int64, int64, int64)")
-def group_by_stripe(ids: int, n: int, hashes: int, grouped: int, positions: int, starts: int) -> None:
+def group_by_stripe(ids: int, n: int, work: int, hashes: int, positions: int, starts: int) -> None:
     """Sort a batch by stripe, keeping the order of ids within each.
 
     Args:
         ids: Address of uint64[n].
         n: Number of ids.
-        hashes: Address of uint64[>= n], written: hash of grouped[j].
-        grouped: Address of uint64[>= n], written: the ids, stripe after stripe.
-        positions: Address of int64[>= n], written: where in the batch grouped[j] stood.
-        starts: Address of int64[STRIPES + 1], written: stripe s is grouped[starts[s]:starts[s + 1]].
+        work: Address of uint64[>= n], scratch.
+        hashes: Address of uint64[>= n], written: the ids' hashes, stripe after stripe.
+        positions: Address of int64[>= n], written: where in the batch the id with hash number j stood.
+        starts: Address of int64[STRIPES + 1], written: stripe s has hashes[starts[s]:starts[s + 1]].
     """
     for s in range(STRIPES + 1):
         put(starts, s, 0)
     for i in range(n):
-        stripe = stripe_of(mix64(load_u64(ids, i)))
+        value = mix64(load_u64(ids, i))
+        store_u64(work, i, value)
+        stripe = stripe_of(value)
         put(starts, stripe + 1, get(starts, stripe + 1) + 1)
     for s in range(STRIPES):
         put(starts, s + 1, get(starts, s + 1) + get(starts, s))
     for i in range(n):
-        key = load_u64(ids, i)
-        value = mix64(key)
+        value = load_u64(work, i)
         stripe = stripe_of(value)
         j = get(starts, stripe)
         put(starts, stripe, j + 1)
-        store_u64(grouped, j, key)
         store_u64(hashes, j, value)
         put(positions, j, i)
     for s in range(STRIPES, 0, -1):

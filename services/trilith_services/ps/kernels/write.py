@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trilith.ops.hashing import mix64, uniform01
+from trilith.ops.hashing import mix64, uniform01, unmix64
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import copy_floats, load_f32, load_u32, load_u64, store_f32, store_i8, store_u32
 from trilith_services.ps.kernels.codecs import encode_weights
@@ -83,7 +83,7 @@ def store_row(plan: int, segments: int, row: Any, source: Any) -> Any:
         )
 
 
-@kernel(f"int64({', '.join(['int64'] * 17)})")
+@kernel(f"int64({', '.join(['int64'] * 16)})")
 def write_rows(
     stripes: int,
     first: int,
@@ -91,7 +91,6 @@ def write_rows(
     begin: int,
     starts: int,
     hashes: int,
-    grouped: int,
     positions: int,
     plan: int,
     segments: int,
@@ -110,9 +109,8 @@ def write_rows(
         first: First stripe.
         last: One past the last stripe.
         begin: Position in the grouped batch to start from.
-        starts: Address of int64[STRIPES + 1], from `group_by_stripe`, as are the next three.
+        starts: Address of int64[STRIPES + 1], from `group_by_stripe`, as are the next two.
         hashes: Address of uint64[n].
-        grouped: Address of uint64[n].
         positions: Address of int64[n].
         plan: Address of int64[PLAN_COLUMNS].
         segments: Address of int64[k, SEGMENT_COLUMNS].
@@ -132,19 +130,19 @@ def write_rows(
     for s in range(first, last):
         stripe = stripe_at(stripes, s)
         for j in range(max(get(starts, s), begin), get(starts, s + 1)):
-            key = load_u64(grouped, j)
+            value = load_u64(hashes, j)
             i = get(positions, j)
             at = np.int64(load_u32(times, i)) if mode == IMPORT else time
-            number = find_row(stripe, load_u64(hashes, j))
+            number = find_row(stripe, value)
             had = np.int8(1)
             if number == 0:
                 if is_full(stripe):
                     return j
                 had = np.int8(0)
-                number = claim_row(stripe, load_u64(hashes, j))
+                number = claim_row(stripe, value)
             row = row_at(stripe, number)
             if had == 0 or mode == RESET:
-                init_row(plan, row, key)
+                init_row(plan, row, unmix64(value))
             store_u32(time_at(stripe, number), 0, np.uint32(at))
             if existed != 0:
                 store_i8(existed, i, had)
