@@ -14,11 +14,12 @@ import pytest
 import trilith.data
 from trilith.data import transforms
 from trilith.data.dataset import from_records, read, read_kafka
+from trilith.data.parsers import ParseSpec
 from trilith.data.positions import from_json, to_json
 from trilith.data.readers import Position
 from trilith.data.records import Kind, Records
 from trilith.data.samples import FilterByLabel
-from trilith.data.specs import Label
+from trilith.data.specs import Label, Slot
 from trilith.data.writers import open_writer
 from trilith.errors import DataError, InvalidRequestError
 from trilith_proto.example_pb2 import Example
@@ -226,6 +227,14 @@ def test_merging_takes_turns_until_all_have_ended():
         (lambda: from_records([]).shard(0, 2), "where files are read"),
         (lambda: from_records([]).parse(3), "neither feature specs"),
         (lambda: read("x", colour="red"), "unknown options"),
+        (lambda: read("x", kind="banana"), r"'banana' is no kind; there are \['instance', 'example'"),
+        (lambda: read("x", format="xml"), r"'xml' is no file format; there are \['records'"),
+        (lambda: read("x", compression="lzma"), "compression='lzma'"),
+        (lambda: read("x", on_error="ignore"), "on_error='ignore'"),
+        (lambda: read_kafka("x", colour="red"), "unknown options"),
+        (lambda: read_kafka("x", kind="banana"), "'banana' is no kind"),
+        (lambda: read_kafka("x", on_error="ignore"), "on_error='ignore'"),
+        (lambda: ParseSpec(a=Slot(1), on_error="ignore"), "on_error='ignore'"),
     ],
 )
 def test_pipelines_that_make_no_sense_are_refused_when_they_are_built(wrong, match):

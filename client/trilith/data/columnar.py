@@ -14,9 +14,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trilith.data.choices import OnError
 from trilith.data.line_ids import LineField, Wire, line_field, line_fields
 from trilith.data.ragged import Ragged
-from trilith.data.readers import BLOCK_BYTES, Losses, OnError, Position, RecordReader
+from trilith.data.readers import BLOCK_BYTES, Losses, Position, RecordReader
 from trilith.data.records import PADDING, Kind, Records
 from trilith.data.rewrite import Changes
 from trilith.data.scan.compose import compose_batch, compose_examples

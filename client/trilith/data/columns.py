@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trilith.data.choices import OnError
 from trilith.data.line_ids import LineField, line_field
 from trilith.data.ragged import Ragged
 from trilith.data.records import Records
-from trilith.data.scan.scanner import OnError, Scan, byte_strings, scanner
+from trilith.data.scan.scanner import Scan, byte_strings, scanner
 from trilith.data.scan.schema import Element, Fields, Schema
 
 __all__ = [
@@ -19,7 +20,6 @@ __all__ = [
     "Element",
     "Fields",
     "Named",
-    "OnError",
     "Scalars",
     "columns_of",
     "extract",

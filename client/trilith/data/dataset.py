@@ -6,10 +6,12 @@ import dataclasses
 import sys
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from trilith.data.choices import OnError, check_on_error
+from trilith.data.compression import effective_compression
 from trilith.data.nodes import (
     Apply,
     Batch,
@@ -32,7 +34,7 @@ from trilith.data.nodes import (
 )
 from trilith.data.positions import pack_state, unpack_state
 from trilith.data.queue import FileDealer, SharedFiles
-from trilith.data.readers import Losses, OnError, open_records
+from trilith.data.readers import FileFormat, Losses, open_records
 from trilith.data.records import Kind, Records
 from trilith.data.samples.chunk import SampleOp
 from trilith.data.sources import Memory
@@ -452,11 +454,10 @@ def read(
     """
     _at_least("cycle_length", cycle_length, 1)
     _at_least("block_length", block_length, 1)
-    known = (open_records.__kwdefaults__ or {}).keys() - {"start", "on_error", "blocks"}
-    if unknown := options.keys() - known:
-        raise InvalidRequestError(f"unknown options {sorted(unknown)}; there are {sorted(known)}")
-    if on_error not in ("raise", "skip"):
-        raise InvalidRequestError(f"on_error={on_error!r} is neither 'raise' nor 'skip'")
+    _check_options(options, open_records, but={"start", "on_error", "blocks"})
+    check_on_error(on_error)
+    FileFormat(options.get("format", FileFormat.RECORDS))
+    effective_compression("", compression=options.get("compression"), use_snappy=options.get("use_snappy"))
     patterns = (files,) if isinstance(files, str) else tuple(files)
     return Dataset(
         (
@@ -479,12 +480,24 @@ def read_kafka(topics: str | Sequence[str], **options: Any) -> Dataset:
         topics: One or several.
         **options: Of `trilith.data.kafka.KafkaReader`: group_id, servers, kind, framing, stream_timeout, ...
     """
+    from trilith.data.kafka import KafkaReader
+
+    _check_options(options, KafkaReader.__init__)
+    check_on_error(options.get("on_error", "raise"))
     return Dataset((Topics((topics,) if isinstance(topics, str) else tuple(topics), options),))
 
 
 def from_records(records: Records | Sequence[bytes], kind: Kind | str = Kind.INSTANCE) -> Dataset:
     """A dataset of records in memory: `Records`, or payloads of the given kind."""
     return Dataset((Held(records if isinstance(records, Records) else Records.of(records, kind)),))
+
+
+def _check_options(options: Mapping[str, Any], of: Callable[..., Any], but: Collection[str] = ()) -> None:
+    """Refuse options that `of`, which is called when files are opened, does not take."""
+    known = (of.__kwdefaults__ or {}).keys() - set(but)
+    if unknown := options.keys() - known:
+        raise InvalidRequestError(f"unknown options {sorted(unknown)}; there are {sorted(known)}")
+    Kind(options.get("kind", Kind.INSTANCE))
 
 
 def _on_error(nodes: tuple[Node, ...]) -> OnError:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trilith.data.choices import OnError
 from trilith.data.fids import data_source_key
 from trilith.data.nodes import Context, Node, open_nodes
-from trilith.data.readers import OnError
 from trilith.data.records import Kind, Records
 from trilith.data.rewrite import rewrite
 from trilith.data.stages import Stage, State

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from trilith.data.choices import OnError, check_on_error
 from trilith.data.framing import Framing, Scratch, explain, split_frames
-from trilith.data.readers import Losses, OnError, Position, RecordReader
+from trilith.data.readers import Losses, Position, RecordReader
 from trilith.data.records import Kind, Records
 from trilith.errors import DataError, InvalidRequestError, UnavailableError
 
@@ -109,6 +110,7 @@ class KafkaReader(RecordReader):
             raise InvalidRequestError(f"stream_timeout={stream_timeout}: -1 for ever, or milliseconds from 0 up")
         if message_poll_timeout < 1:
             raise InvalidRequestError(f"message_poll_timeout={message_poll_timeout}: at least one millisecond")
+        check_on_error(on_error)
         self.kind: Kind = Kind(kind)
         self.losses = Losses()
         self._framing = (framing or Framing()) if unframe else None

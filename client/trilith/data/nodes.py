@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from trilith.data.blocks import Blocks
+from trilith.data.choices import OnError
 from trilith.data.files import match_files, shard_files
 from trilith.data.prefetch import Helpers, Overlapping, Prefetching
 from trilith.data.queue import FileDealer
-from trilith.data.readers import BLOCK_BYTES, Losses, OnError, Position, RecordReader, open_records
+from trilith.data.readers import BLOCK_BYTES, Losses, Position, RecordReader, open_records
 from trilith.data.records import Kind, Records
 from trilith.data.samples.chunk import SampleOp, apply_ops
 from trilith.data.shuffle import Shuffling

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from trilith.data.columns import OnError
+from trilith.data.choices import OnError
 from trilith.data.line_ids import line_field
 from trilith.data.names import SlotNames
 from trilith.data.parsers import BatchParser, ExampleParser, InstanceParser, Parser

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from trilith.data.columns import OnError, member_of, ragged_of, scalars_of
+from trilith.data.choices import OnError, check_on_error
+from trilith.data.columns import member_of, ragged_of, scalars_of
 from trilith.data.line_ids import LineField, line_field
 from trilith.data.quantized import PREFIX, dequantize_rows
 from trilith.data.ragged import Ragged
@@ -58,6 +59,7 @@ class Parser(ABC):
 
     def __init__(self, specs: Mapping[str, FeatureSpec], *, on_error: OnError = "raise") -> None:
         check_specs(specs)
+        check_on_error(on_error)
         self.specs = dict(specs)
         self.skipped = 0
         self._on_error = on_error
@@ -489,6 +491,7 @@ class ParseSpec:
     ) -> None:
         self.features = {**(features or {}), **named}
         check_specs(self.features)
+        check_on_error(on_error)
         self._on_error = on_error
         self._parsers: dict[Kind, Parser] = {}
 

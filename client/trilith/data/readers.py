@@ -10,12 +10,12 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
 from trilith.data.blocks import Blocks
+from trilith.data.choices import Choice, OnError, check_on_error
 from trilith.data.compression import Compression, decompressing, effective_compression
 from trilith.data.framing import MAX_PAYLOAD, Framing, Scratch, explain, split_frames
 from trilith.data.records import PADDING, Kind, Records
@@ -31,7 +31,6 @@ __all__ = [
     "BLOCK_BYTES",
     "FileFormat",
     "Losses",
-    "OnError",
     "Position",
     "RecordReader",
     "StreamReader",
@@ -42,13 +41,12 @@ __all__ = [
 BLOCK_BYTES = 2 << 20
 """Bytes of a chunk's buffer, if no record is longer: as much as stays in the processor's cache."""
 
-OnError: TypeAlias = Literal["raise", "skip"]
 
 _LOG = logging.getLogger(__name__)
 _KEPT_MESSAGES = 10
 
 
-class FileFormat(StrEnum):
+class FileFormat(Choice):
     """How records are stored."""
 
     RECORDS = "records"
@@ -177,8 +175,7 @@ def open_records(
         InvalidRequestError: The file cannot be opened, or the arguments do not go together.
     """
     kind, file_format, start = Kind(kind), FileFormat(format), start or Position()
-    if on_error not in ("raise", "skip"):
-        raise InvalidRequestError(f"on_error={on_error!r}: 'raise' or 'skip'")
+    check_on_error(on_error)
     if file_format in (FileFormat.PARQUET, FileFormat.CSV):
         from trilith.data.csv import CsvReader
         from trilith.data.parquet import ParquetReader

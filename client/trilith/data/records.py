@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from trilith.data.choices import Choice
 from trilith.errors import InvalidRequestError
 from trilith.ops.jit import kernel
 from trilith.ops.memory import address_of, copy_line, load_u64
@@ -25,7 +25,7 @@ _MEMORY = "(memory)"
 _int64 = cast("type[int]", np.int64)
 
 
-class Kind(StrEnum):
+class Kind(Choice):
     """What the payloads of records are."""
 
     INSTANCE = "instance"

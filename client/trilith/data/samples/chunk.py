@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from trilith.data.choices import OnError
 from trilith.data.columns import member_of, ragged_of, scalars_of
 from trilith.data.convert import Message
 from trilith.data.fids import MAX_SLOTS
@@ -24,7 +25,7 @@ from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.data.rewrite import rewrite
 from trilith.data.samples.relations import Bits, Domain, Relation, Strings
-from trilith.data.scan.scanner import OnError, scanner
+from trilith.data.scan.scanner import scanner
 from trilith.data.scan.schema import Element, Fields
 from trilith.errors import InvalidRequestError
 

@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
+from trilith.data.choices import OnError, check_on_error
 from trilith.data.records import PADDING, Kind, Records, measure_payloads
 from trilith.data.scan.batches import measure_batch, scan_batch, scan_line_ids
 from trilith.data.scan.examples import scan_examples
@@ -29,7 +30,6 @@ __all__ = [
     "BatchScan",
     "BatchScanner",
     "LineIdScanner",
-    "OnError",
     "Scan",
     "Scanner",
     "bounds_of",
@@ -41,7 +41,6 @@ __all__ = [
     "warm_kernels",
 ]
 
-OnError: TypeAlias = Literal["raise", "skip"]
 
 _KERNELS: dict[Kind, Callable[[int], int]] = {Kind.INSTANCE: scan_instances, Kind.EXAMPLE: scan_examples}
 _GIVEN = np.array([
@@ -118,8 +117,7 @@ class Scanner:
         """
         if records.kind != self.schema.kind:
             raise InvalidRequestError(f"this scanner reads records of kind {self.schema.kind}, not {records.kind}")
-        if on_error not in ("raise", "skip"):
-            raise InvalidRequestError(f"on_error={on_error!r} is neither 'raise' nor 'skip'")
+        check_on_error(on_error)
         skipped = 0
         flags = np.full(len(records), int(promote), np.uint8)
         while True:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from trilith.data.choices import Choice
 from trilith.data.line_ids import Wire, line_field, line_fields
 from trilith.data.records import Kind
 from trilith.data.scan import wire
@@ -31,7 +31,7 @@ LINE_NUMBERS = 256
 """Numbers of LineId fields that the scanner knows, and more than producers use."""
 
 
-class Element(StrEnum):
+class Element(Choice):
     """Which values of a named feature are wanted.
 
     FID: fids as logged (uint64): those of an Instance's fid, then of its fid_lists; of either list of an Example.
