@@ -353,19 +353,32 @@ def is_serving(endpoint: str, *, timeout_s: float = 0.5) -> bool:
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+def free_ports(count: int, host: str = "127.0.0.1", *, keep: bool = True) -> list[int]:
     """Ports nobody listens on, below the range the kernel takes for outgoing connections.
 
     In that range a client that keeps dialling a PS that is down may one day connect to itself and hold the port.
+
+    Args:
+        count: How many.
+        host: Where they are free.
+        keep: Until this process ends the ports stay bound by sockets that never listen. Servers, which reuse addresses,
+            may bind them beside that; others who look for free ports pass them over, also before a server listens and
+            while it starts anew.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found: list[int] = []
     for port in random.Random().sample(range(20_000, 32_000), 2_000):
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            try:
-                probe.bind((host, port))
-            except OSError:
-                continue
+        keeper = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            keeper.bind((host, port))
+        except OSError:
+            keeper.close()
+            continue
+        if keep:
+            keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            keeper.detach()  # left open, for the kernel to close with the process
+        else:
+            keeper.close()
         found.append(port)
         if len(found) == count:
             return found

@@ -8,6 +8,7 @@ from trilith.cluster import Cluster
 from trilith.config import ClientConfig
 from trilith_services.ps.server import ParameterServer, PsOptions
 from trilith_services.ps.store import Store
+from trilith_services.supervisor import free_ports
 
 SHAPES = {"embedded": 0, "1-ps": 1, "3-ps": 3}
 
@@ -32,9 +33,10 @@ class LocalCluster:
         self.servers = []
         self.ports = []
         if self.remote:
-            for store in self.stores:
+            self.ports = free_ports(self._count)  # which stay theirs while one is down
+            for store, port in zip(self.stores, self.ports, strict=True):
                 self.servers.append(ParameterServer(wrap(store), self._options))
-                self.ports.append(self.servers[-1].start())
+                self.servers[-1].start(f"127.0.0.1:{port}")
 
     @property
     def remote(self):

@@ -69,9 +69,9 @@ class Stack:
 
     def __init__(self, engine: docker.DockerClient, command: list[str], **environment: str) -> None:
         self.engine = engine
-        self.project = f"trilith-test-{os.getpid()}-{free_ports(1)[0]}"
+        self.project = f"trilith-test-{os.getpid()}-{free_ports(1, keep=False)[0]}"
         ports = ("ENTRY_PORT", "ENTRY_HTTP_PORT", "CONSOLE_PORT", "PROMETHEUS_PORT")
-        self.ports = dict(zip(ports, free_ports(len(ports)), strict=True))
+        self.ports = dict(zip(ports, free_ports(len(ports), keep=False), strict=True))  # docker binds them its own way
         self._command = [*command, "-p", self.project]
         numbers = {name: str(port) for name, port in self.ports.items()}
         self._environment = {**os.environ, **images(), **numbers, **environment}

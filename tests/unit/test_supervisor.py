@@ -19,6 +19,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from rich.console import Console
 
 from trilith.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
+from trilith_services.serve import Server
 from trilith_services.supervisor import ProcessSpec, StopRequest, Supervisor, free_ports, is_serving
 
 HEALTHY = """
@@ -119,7 +120,7 @@ def test_wait_serving_returns_when_the_health_service_answers(supervisor) -> Non
     endpoint = f"127.0.0.1:{free_ports(1)[0]}"
     supervisor.start(ProcessSpec(name="ps-0", argv=python(HEALTHY, endpoint), health=endpoint))
     supervisor.wait_serving(timeout_s=60.0)
-    assert is_serving(endpoint)
+    assert is_serving(endpoint, timeout_s=20.0)
     supervisor.stop()
     assert supervisor.status("ps-0") == 0
     assert not is_serving(endpoint, timeout_s=0.1)
@@ -217,9 +218,19 @@ def test_a_stop_request_is_noted_and_the_old_handlers_come_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_free_ports_are_distinct_and_can_be_bound() -> None:
+def test_a_free_port_is_a_servers_from_when_it_was_found_and_nobody_elses() -> None:
     ports = free_ports(3)
     assert len(set(ports)) == 3
     for port in ports:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
+        for _ in range(2):  # also when it comes back
+            with pytest.raises(OSError, match="in use"), socket.socket() as other:  # as others look for free ports
+                other.bind(("127.0.0.1", port))
+            server = Server("trilith.ParameterServer", {})
+            assert server.listen(f"127.0.0.1:{port}") == port
+            server.stop(0)
+
+
+def test_a_free_port_that_is_not_kept_is_anybodys() -> None:
+    (port,) = free_ports(1, keep=False)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
