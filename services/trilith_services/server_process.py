@@ -83,7 +83,8 @@ class ServerProcess(ABC):
 
     def _make_ready(self) -> None:
         self.prepare()
-        self._server.set_serving(True)
+        if not self._stopping.is_set():
+            self._server.set_serving(True)
 
     def _stop(self) -> None:
         self._stopping.set()

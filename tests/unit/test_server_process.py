@@ -1,10 +1,20 @@
-"""Announcements of server processes."""
+"""Announcements of server processes, also of those that are stopped while they start."""
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
+
 import pytest
 
+from trilith.discovery import PS
+from trilith.discovery.host_files import HostFilesDirectory
 from trilith.errors import UnavailableError
+from trilith_services.ps.membership import Membership
+from trilith_services.ps.replica import Replica
+from trilith_services.ps.replica_server import ReplicaServer
+from trilith_services.ps.server import ParameterServer, PsOptions
+from trilith_services.ps.store import Store
 from trilith_services.server_process import Announcement
 
 
@@ -72,3 +82,69 @@ def test_without_a_directory_nobody_asks_for_the_address():
     said.say(available=True)
     said.withdraw()
     said.close()
+
+
+# ---- stopped in the middle of the start ------------------------------------------------------------------------------
+
+
+def test_a_replica_that_is_stopped_before_it_has_its_rows_never_says_that_it_can_be_asked(listing):
+    server = ReplicaServer(Replica(Store(threads=1)), listed=listing)  # type: ignore[arg-type]
+    announced = threading.Event()
+    announce = listing.announce
+    listing.announce = lambda *said, **how: (announce(*said, **how), announced.set())[0]  # type: ignore[method-assign]
+    server.start()
+    assert announced.wait(60)
+    server.stop()
+    assert not server.servicer.ready
+    assert [(verb, *more) for verb, _, _, *more in listing.told[:-2]] == [("announce", False)]
+    assert [verb for verb, *_ in listing.told[-2:]] == ["withdraw", "close"]
+
+
+def test_a_ps_that_has_left_does_not_register_any_more(tmp_path):
+    member = Membership(f"hosts://{tmp_path}", Store(threads=1))
+    member.join()
+    member.leave()
+    member.announce("10.0.0.1:7000")
+    assert HostFilesDirectory(tmp_path).query(PS) == {}
+    member.close()
+
+
+def test_a_ps_that_leaves_while_it_registers_is_not_registered_in_the_end(tmp_path, monkeypatch):
+    registering, go = threading.Event(), threading.Event()
+    register = HostFilesDirectory.register
+
+    def slow(self, role, index, address):
+        registering.set()
+        assert go.wait(30)
+        register(self, role, index, address)
+
+    monkeypatch.setattr(HostFilesDirectory, "register", slow)
+    member = Membership(f"hosts://{tmp_path}", Store(threads=1))
+    member.join()
+    threads = [threading.Thread(target=member.announce, args=("10.0.0.1:7000",)), threading.Thread(target=member.leave)]
+    threads[0].start()
+    assert registering.wait(30)
+    threads[1].start()
+    threads[1].join(0.05)  # it leaves once it is there
+    go.set()
+    for each in threads:
+        each.join(30)
+    assert HostFilesDirectory(tmp_path).query(PS) == {}
+    member.close()
+
+
+def test_a_ps_that_is_stopped_while_it_compiles_never_registers(tmp_path: Path):
+    store = Store(threads=1)
+    server = ParameterServer(store, PsOptions(discovery=f"hosts://{tmp_path}"))
+    compiling, go = threading.Event(), threading.Event()
+    store.compile = lambda: compiling.set() or go.wait(30)  # type: ignore[method-assign]
+    starting = threading.Thread(target=server.start)
+    starting.start()
+    assert compiling.wait(30)
+    stopping = threading.Thread(target=server._stop)  # what a signal does first
+    stopping.start()
+    stopping.join(30)
+    go.set()
+    starting.join(30)
+    assert HostFilesDirectory(tmp_path).query(PS) == {}
+    server.stop()

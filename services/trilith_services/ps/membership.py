@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -49,6 +50,8 @@ class Membership:
         self._replaced = replaced
         self._directory: Directory | None = None
         self._address = ""
+        self._left = False
+        self._lock = threading.Lock()  # of announcing and leaving: a signal may come in the middle of the start
 
     def join(self) -> None:
         """Open the directory and see whether this shard fits the cluster; nobody is told of it yet.
@@ -65,8 +68,10 @@ class Membership:
         self._store.admit_tables = self._admit
 
     def announce(self, address: str) -> None:
-        """Tell everybody where the shard serves."""
-        if self._directory is not None:
+        """Tell everybody where the shard serves; not once it has left."""
+        with self._lock:
+            if self._directory is None or self._left:
+                return
             self._address = address
             if isinstance(self._directory, ReplacingDirectory):
                 self._directory.replaced = self._on_replaced
@@ -78,14 +83,16 @@ class Membership:
         self._replaced()
 
     def leave(self) -> None:
-        """Take the announcement back; the directory may be out of reach."""
-        if self._directory is None or not self._address:
-            return
-        address, self._address = self._address, ""
-        try:
-            self._directory.deregister(PS, self._store.index, address)
-        except TrilithError as error:
-            log.warning("could not deregister: %s", error)
+        """Take the announcement back for good; the directory may be out of reach."""
+        with self._lock:
+            self._left = True
+            if self._directory is None or not self._address:
+                return
+            address, self._address = self._address, ""
+            try:
+                self._directory.deregister(PS, self._store.index, address)
+            except TrilithError as error:
+                log.warning("could not deregister: %s", error)
 
     def close(self) -> None:
         """Leave, and let the directory go."""

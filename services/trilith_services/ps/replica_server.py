@@ -95,17 +95,21 @@ class ReplicaServer(ServerProcess):
             self._replica.store.restore(options.rows)
         self.servicer.taking = True
         self._announcement.say(available=False)
-        if options.rows is None:
-            self._wait(options.wait_s)
+        if options.rows is None and not self._wait(options.wait_s):
+            return
         self.servicer.ready = True
         self._announcement.say(available=True)
 
-    def _wait(self, wait_s: float | None) -> None:
+    def _wait(self, wait_s: float | None) -> bool:
+        """Wait for a full copy; False if the process is to end without it."""
         log.info("waiting for a full copy", extra={"seconds": wait_s})
         until = None if wait_s is None else time.monotonic() + wait_s
         while not self._replica.complete.wait(0.05):
-            if self._stopping.is_set() or (until is not None and time.monotonic() >= until):
-                return
+            if self._stopping.is_set():
+                return False
+            if until is not None and time.monotonic() >= until:
+                break
+        return True
 
     def start(self, listen: str = "127.0.0.1:0") -> int:
         """Take pushes on background threads, and serve when there are rows; returns the port at once."""

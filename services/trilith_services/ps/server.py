@@ -130,7 +130,7 @@ class ParameterServer(ServerProcess):
         for replicas in self._replicas:
             self.syncer.follow(replicas)
         self.servicer.ready = True
-        if self._membership is not None:
+        if self._membership is not None and not self._stopping.is_set():
             self._membership.announce(self.address)
         log.info("prepared", extra={"seconds": round(time.perf_counter() - started, 3)})
 
