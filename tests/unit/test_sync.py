@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -33,6 +34,7 @@ from trilith_services.ps.kernels import gather
 from trilith_services.ps.replica import Replica, read_configs, serving_config
 from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
 from trilith_services.ps.store import Store
+from trilith_services.ps.stripes import Stripes
 from trilith_services.ps.sync import wire
 from trilith_services.ps.sync.changes import ChangeLog
 from trilith_services.ps.sync.syncer import Syncer
@@ -116,6 +118,18 @@ def test_every_write_erasure_and_eviction_is_touched_and_no_read() -> None:
     assert gone == {1, 2, 3, 5, 6, 7}
     table.clear()
     assert table.touched.take()[1]
+
+
+def test_writes_go_on_while_it_is_begun_and_ended_to_note_what_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table(config())
+    kept = Touched(1 << 16)
+    told = itertools.cycle([kept, None])  # somebody else changes it between any two looks
+    monkeypatch.setattr(Stripes, "touched", property(lambda stripes: next(told)), raising=False)
+    for _ in range(3):
+        table.assign(u64(1, 2), np.ones((2, DIM), np.float32))
+        table.evict(1)
+        table.clear()
+    assert len(table) == 0
 
 
 def test_gather_gives_raw_rows_and_names_the_missing() -> None:

@@ -142,8 +142,9 @@ class Stripes:
     def clear(self) -> None:
         """Drop every row and give the memory back; the caller is `writing`."""
         self._reset(0)
-        if self.touched is not None:
-            self.touched.add_all()
+        touched = self.touched
+        if touched is not None:
+            touched.add_all()
 
     # ---- walking batches -----------------------------------------------------------------------------------------
 
@@ -191,8 +192,9 @@ class Stripes:
                 other.result()
         finally:
             # After the rows have changed and before the caller answers, also if only some of them did.
-            if self.touched is not None:
-                self.touched.add(ids)
+            touched = self.touched  # which may be taken away at any time
+            if touched is not None:
+                touched.add(ids)
 
     def _write(self, ids: UInt64Array, work: Callable[[Batch, int, int, int, int], int], first: int, last: int) -> None:
         """Work on the stripes of locks first..last - 1, piece by piece."""
