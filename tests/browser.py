@@ -44,7 +44,7 @@ class Page:
         self._buffer = b""
         self._number = 0
         self._session: str | None = None
-        self.complaints: list[str] = []
+        self.complaints: list[str] = []  # since the page was opened
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -98,6 +98,8 @@ class Page:
     def open(self, url: str) -> None:
         """Go somewhere else."""
         self._call("Page.navigate", url="about:blank")  # or a change after # would load nothing
+        self.until("document.URL === 'about:blank'")
+        self.complaints.clear()  # those of the page before, whose server may be gone
         self._call("Page.navigate", url=url)
         self.until("document.readyState === 'complete'")
 

@@ -28,7 +28,7 @@ class Console:
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": kind}, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=20) as response:
+            with urllib.request.urlopen(request, timeout=60) as response:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             with error:
@@ -46,7 +46,7 @@ class Console:
         assert (status, answer["status"]) == (200, "success"), answer
         return json.loads(answer["msg"])
 
-    def until(self, condition: Callable[[Any], Any], timeout_s: float = 15.0) -> Any:
+    def until(self, condition: Callable[[Any], Any], timeout_s: float = 60.0) -> Any:
         """Wait for a look of which something is true; returns the look."""
         deadline = time.monotonic() + timeout_s
         while not condition(look := self.get("/api/cluster")["look"]):
@@ -66,5 +66,5 @@ def open_console(cluster: str, *, writable: bool = False, **options: Any) -> Ite
         yield Console(server.url)
     finally:
         server.stop()
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()

@@ -11,7 +11,7 @@ from trilith_services.supervisor import free_ports, is_serving, trilith_argv
 
 __all__ = ["PATIENCE_S", "Processes"]
 
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 
 
 class Processes:
@@ -39,7 +39,7 @@ class Processes:
 
     def _serves(self, name: str) -> bool:
         assert self.running[name].poll() is None, self.log(name)
-        return is_serving(f"127.0.0.1:{self.ports[name]}")
+        return is_serving(f"127.0.0.1:{self.ports[name]}", timeout_s=2.0)
 
     def log(self, name: str) -> str:
         """What it has said."""
@@ -49,11 +49,11 @@ class Processes:
         """Send it a signal that ends it; returns its exit status."""
         process = self.running.pop(name)
         process.send_signal(number)
-        return process.wait(60)
+        return process.wait(120)
 
     def close(self) -> None:
         """End all."""
         for process in self.running.values():
             process.kill()
         for process in self.running.values():
-            process.wait(60)
+            process.wait(120)

@@ -39,7 +39,7 @@ def require_zookeeper() -> None:
         pytest.skip(why)
 
 
-def eventually(condition: Callable[[], object], *, timeout_s: float = 20.0) -> float:
+def eventually(condition: Callable[[], object], *, timeout_s: float = 60.0) -> float:
     """Wait until something is so; returns the seconds it took."""
     started = time.monotonic()
     while not condition():
@@ -117,7 +117,7 @@ class Server:
     def wait(self) -> None:
         """Wait until it serves."""
         assert self._process is not None
-        eventually(lambda: self.mode() or self._died(), timeout_s=60.0)
+        eventually(lambda: self.mode() or self._died(), timeout_s=120.0)
 
     def _died(self) -> bool:
         assert self._process is not None

@@ -13,6 +13,7 @@ import pytest
 
 import trilith
 from tests.congruence.faults import Blocking, Failing, LosingProxy, Meddled
+from tests.zookeeper import eventually
 from trilith import wire
 from trilith.client import Client
 from trilith.cluster import Cluster
@@ -33,6 +34,7 @@ from trilith_services.ps.server import ParameterServer
 from trilith_services.serve import Limits
 
 ONES = np.ones((2, 4), np.float32)
+IN_TIME_S = 15.0  # a call with a deadline of its own has ended by then on any machine; without, it would take 30 s
 REMOTE = pytest.mark.parametrize("shape", ["1-ps", "3-ps"], scope="session")
 
 
@@ -100,12 +102,12 @@ def test_the_same_error_again_and_again_ends_at_the_deadline(local):
         def lookup_into(self, parts, outs):
             raise UnavailableError("still down")
 
-    with local("1-ps", wrap=Down).connect(timeout_s=0.5) as client:
+    with local("1-ps", wrap=Down).connect() as client:
         table = sgd(client)
         started = time.monotonic()
         with pytest.raises(UnavailableError, match="still down"):
-            table.lookup([1])
-        assert time.monotonic() - started < 1.5
+            client.lookup({table.name: [1]}, timeout_s=1.0)
+        assert 0.5 < time.monotonic() - started < IN_TIME_S
 
 
 # ---- restarts --------------------------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ def test_calls_wait_for_a_ps_that_comes_back(local):
             pending = pool.submit(lambda: table.lookup([0, 1, 2]))
             cluster.restart(1)
             with pytest.raises(ShardRestartedError):
-                pending.result(timeout=20)
+                pending.result(timeout=30)
         client.rejoin(recreate_tables=True)
         np.testing.assert_array_equal(table.lookup([0, 1, 2]), np.zeros((3, 4)))
 
@@ -291,7 +293,7 @@ def test_a_call_ends_at_its_deadline(local, shape):
         started = time.monotonic()
         with pytest.raises(DeadlineExceededError, match="no answer within"):
             client.lookup({table.name: np.arange(9)}, timeout_s=0.2)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < IN_TIME_S
         for shard in shards:
             shard.release.set()
         assert table.lookup([1]).shape == (1, 4)
@@ -303,7 +305,7 @@ def test_nobody_there_is_unavailable_at_the_deadline():
     started = time.monotonic()
     with pytest.raises(UnavailableError, match="shard 0 at 127.0.0.1"):
         trilith.connect(f"static://127.0.0.1:{port}", timeout_s=0.4)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < IN_TIME_S
 
 
 def test_work_whose_deadline_passed_in_the_queue_is_not_done(local):
@@ -313,12 +315,12 @@ def test_work_whose_deadline_passed_in_the_queue_is_not_done(local):
     with cluster.connect() as client, ThreadPoolExecutor(1) as pool:
         table = sgd(client)
         first = pool.submit(lambda: table.lookup([1]))
-        assert shard.entered.acquire(timeout=10)
+        assert shard.entered.acquire(timeout=30)
         with pytest.raises(DeadlineExceededError):
             table.apply_gradients([1, 2], ONES, timeout_s=0.1)
         client.describe()  # on the same connection: when it is answered, the cancellation has arrived
         shard.release.set()
-        first.result(timeout=10)
+        first.result(timeout=30)
         table.lookup([1])  # behind the late write in the queue
         assert shard.applied == 0
         assert table.size() == 0
@@ -331,17 +333,15 @@ def test_a_full_queue_refuses_at_once_and_control_calls_still_answer(local):
     with cluster.connect() as client, ThreadPoolExecutor(3) as pool:
         table = sgd(client)
         calls = [pool.submit(lambda: table.lookup([1]))]
-        assert shard.entered.acquire(timeout=10)
+        assert shard.entered.acquire(timeout=30)
         calls += [pool.submit(lambda: table.lookup([1])) for _ in range(2)]
-        deadline = time.monotonic() + 10
-        while client.stats()[0].queued_requests < 2:
-            assert time.monotonic() < deadline
+        eventually(lambda: client.stats()[0].queued_requests == 2)
         with pytest.raises(OverloadedError, match="2 calls are waiting"):
-            client.lookup({table.name: [1]}, timeout_s=0.3)
+            client.lookup({table.name: [1]}, timeout_s=2.0)
         assert client.describe()[0].shard_index == 0
         shard.release.set()
         for call in calls:
-            assert call.result(timeout=10).shape == (1, 4)
+            assert call.result(timeout=30).shape == (1, 4)
         # An overloaded PS is worth waiting for.
         assert table.lookup([1]).shape == (1, 4)
 
@@ -354,17 +354,17 @@ def test_an_overload_that_passes_is_only_a_pause(local):
         table = sgd(client)
         table.assign([1], ONES[:1])
         calls = [pool.submit(lambda: table.lookup([1])) for _ in range(16)]
-        assert shard.entered.acquire(timeout=10)
+        assert shard.entered.acquire(timeout=30)
         shard.release.set()
         for call in calls:
-            np.testing.assert_array_equal(call.result(timeout=20), ONES[:1])
+            np.testing.assert_array_equal(call.result(timeout=30), ONES[:1])
 
 
 def test_a_ps_that_is_not_ready_is_waited_for(local):
     cluster = local("1-ps")
     cluster.servers[0].servicer.ready = False
     with pytest.raises(UnavailableError, match="still starting"):
-        cluster.connect(timeout_s=0.3)
+        cluster.connect(timeout_s=2.0)
     timer = threading.Timer(0.2, lambda: setattr(cluster.servers[0].servicer, "ready", True))
     timer.start()
     with cluster.connect() as client:
@@ -390,7 +390,7 @@ def test_a_client_that_dies_in_the_middle_disturbs_nobody(local):
             channel.close()
         shard.release.set()
         np.testing.assert_array_equal(table.lookup([1, 2]), ONES)
-        assert client.stats()[0].queued_requests == 0
+        eventually(lambda: client.stats()[0].queued_requests == 0)
 
 
 @pytest.mark.parametrize("method", ["Lookup", "ApplyGradients", "Contains", "CreateVariables", "ApplyDenseGradients"])
@@ -423,8 +423,8 @@ def test_closing_a_client_ends_its_calls(local):
     table = sgd(client)
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(lambda: table.lookup([1]))
-        assert shard.entered.acquire(timeout=10)
+        assert shard.entered.acquire(timeout=30)
         client.close()
         with pytest.raises(ClosedError):
-            call.result(timeout=10)
+            call.result(timeout=30)
     shard.release.set()

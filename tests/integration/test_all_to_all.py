@@ -65,7 +65,7 @@ def test_ranks_step_as_one_ps_would_in_the_order_of_the_ranks(tmp_path, size):
         for rank in range(size)
     ]
     try:
-        assert [each.wait(120) for each in ranks] == [0] * size
+        assert [each.wait(240) for each in ranks] == [0] * size
     finally:
         for each in ranks:
             each.kill()

@@ -107,16 +107,15 @@ def fits(page: Page) -> bool:
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
 def test_the_page_shows_the_cluster(page, console, tmp_path, width, dark) -> None:
-    page.complaints.clear()
     page.show(width=width, dark=dark)
     page.open(console.url)
     is_live(page)
+    page.until("document.querySelector('main').innerText.includes('2 of 2')")
+    page.until("document.querySelector('#replicas tbody tr').innerText.includes('answers')")
     text = page.text("main")
-    assert "2 of 2" in text
     assert page.run("document.querySelectorAll('#shards tbody tr').length") == 2
     replica = page.text("#replicas tbody tr")
     assert "replica-0" in replica
-    assert "answers" in replica
     assert [name for name in ("a/odd:name", "genre", "user") if name not in text] == []
     page.until("document.querySelector('#variables')?.innerText.includes('dense/bias')")
     assert fits(page)
@@ -137,7 +136,7 @@ def test_an_id_is_looked_up(page, console, width) -> None:
     page.until("document.querySelectorAll('#row svg rect').length === 16")  # weights, and Adagrad's state
     row = page.text("#row")
     assert "PS 0" in row
-    assert "1 h 0 m" in row
+    assert re.search(r"1 h \d+ m", row)  # an hour, and what the tests before this one took
     assert "adagrad norm (8)" in row
     assert "the same row" in row  # at the replica
     assert fits(page)
@@ -166,7 +165,6 @@ def test_a_table_opens_with_plots_and_config(page, console, width) -> None:
 
 
 def test_names_are_shown_as_text_never_as_markup(page, console) -> None:
-    page.complaints.clear()
     page.open(console.url)
     is_live(page)
     page.until("document.querySelector('#variables').innerText.includes('<b>&amp;</b>')")
@@ -193,7 +191,6 @@ def test_entries_are_shown_with_their_model_and_how_fresh_it_is(page, cluster, e
     url = f"hosts://{tmp_path}/serving"
     entry = Entry(exports, EntryOptions(replica=3), listed=ServingDirectory(url, "clicks").entries())
     port = entry.start()
-    page.complaints.clear()
     page.show(width=width, dark=dark)
     try:
         with open_console(cluster, serving=url, model="clicks") as console, Predictor(url, name="clicks") as predictor:
@@ -248,7 +245,6 @@ def test_writing_is_offered_only_where_it_is_allowed(page, console, cluster) -> 
 
 
 def test_the_api_is_described_for_people(page, console) -> None:
-    page.complaints.clear()
     page.show(width=390)
     page.open(console.url + "/docs")
     page.until("document.querySelectorAll('.route').length > 10")
@@ -354,14 +350,14 @@ def test_the_console_is_a_process_that_ends_with_its_streams_open(cluster) -> No
             check=True,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
         ).stdout  # fmt: skip
         assert re.match(r"genre 1:\nid: 1\nnum: 1\.0\nnum: -1\.0\n", shown)
         assert shown.endswith("genre 2: Not exist\n")
         with urllib.request.urlopen(f"{url}/api/events", timeout=20) as stream:
             assert stream.readline() == b"event: look\n"
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
+            assert process.wait(120) == 0
     finally:
         process.kill()
         process.wait()
@@ -370,7 +366,7 @@ def test_the_console_is_a_process_that_ends_with_its_streams_open(cluster) -> No
 
 def test_a_bad_cluster_is_one_line_and_status_2() -> None:
     done = subprocess.run(
-        trilith_argv("console", "--cluster", "nothing://here"), check=False, capture_output=True, text=True, timeout=120
+        trilith_argv("console", "--cluster", "nothing://here"), check=False, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: 'nothing://here' is no directory of a cluster")

@@ -24,7 +24,7 @@ from trilith_services.ps.replica import serving_config
 from trilith_services.ps.table import Table
 from trilith_services.worker.models import TABLE
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 ENTRIES = ("one", "two")
 REPLICAS = ("replica-0-0", "replica-0-1", "replica-1-0", "replica-1-1")
@@ -72,6 +72,12 @@ def metas(zookeeper: ZooKeeper) -> dict[str, ReplicaMeta]:
     return {name: ReplicaMeta.from_json(body) for name, body in bodies.items() if body}
 
 
+def version_of(processes: Processes, name: str) -> int:
+    """Which export an entry serves."""
+    with Predictor(f"127.0.0.1:{processes.ports[name]}", timeout_s=20.0) as predictor:
+        return predictor.status().model_version
+
+
 def fresh(predictor: Predictor, records: list[bytes], *, since: float) -> None:
     """Wait until all that was acknowledged by then is at every replica."""
     eventually(lambda: predictor.predict(records[:1]).rows_as_of > since, timeout_s=PATIENCE_S)
@@ -109,9 +115,9 @@ def test_whoever_dies_no_request_fails_and_scores_are_those_of_the_compressed_tr
         np.testing.assert_allclose(found.scores, wants[first.version], atol=1e-6)
         status = predictor.status()
         assert (status.model, status.mode, status.model_version) == ("deepfm", "distributed", first.version)
-        assert {(each.shard, each.address) for each in status.replicas if each.healthy} == {
-            (int(name[8]), f"127.0.0.1:{processes.ports[name]}") for name in REPLICAS
-        }
+        listed = {(int(name[8]), f"127.0.0.1:{processes.ports[name]}") for name in REPLICAS}
+        assert {(each.shard, each.address) for each in status.replicas} == listed
+        eventually(lambda: all(each.healthy for each in predictor.status().replicas), timeout_s=PATIENCE_S)
 
         with Load(serving, records, name="clicks") as load:
             load.more()
@@ -121,12 +127,18 @@ def test_whoever_dies_no_request_fails_and_scores_are_those_of_the_compressed_tr
             trained.shift(1.0)
             second = exporter.export(trained.save(), exports)
             wants[second.version] = scores_by_hand(trained)
-            eventually(lambda: load.errors or load.answers[-1].model_version == second.version, timeout_s=60.0)
+            eventually(
+                lambda: load.errors or all(version_of(processes, name) == second.version for name in ENTRIES),
+                timeout_s=PATIENCE_S,
+            )
+            load.more()
             processes.start("replica-1-0")
             processes.wait("replica-1-0")
             processes.end("one")
             load.more()
-            eventually(lambda: [each.healthy for each in predictor.status().replicas] == [True] * 3)
+            eventually(
+                lambda: [each.healthy for each in predictor.status().replicas] == [True] * 3, timeout_s=PATIENCE_S
+            )
             load.more()
         assert load.errors == []
         assert {each.model_version for each in load.answers} == set(wants)
@@ -141,6 +153,8 @@ def test_whoever_dies_no_request_fails_and_scores_are_those_of_the_compressed_tr
         assert np.abs(after.scores - wants[second.version]).max() > 1e-3
         assert after.model_version == second.version
 
-        eventually(lambda: states(zookeeper) == [ModelState.AVAILABLE])  # the killed one's session ends
+        eventually(
+            lambda: states(zookeeper) == [ModelState.AVAILABLE], timeout_s=PATIENCE_S
+        )  # the killed one's is gone
         assert processes.end("two", signal.SIGTERM) == 0
         assert states(zookeeper) == []  # who is asked to stop takes its node with it

@@ -16,7 +16,7 @@ from trilith.nn import FusedLayouts
 from trilith.tables.factories import create_partitioned_tables
 
 IDS = list(range(1, 60))
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 
 
 def run(size, folder, *calls):

@@ -43,7 +43,7 @@ class Ps:
         """The first log entry that says so."""
         while True:
             try:
-                entry = self._news.get(timeout=60)
+                entry = self._news.get(timeout=240)
             except Empty:
                 raise AssertionError(f"{message!r} was not logged:\n{''.join(self.lines)}") from None
             if entry["message"] == message:
@@ -51,7 +51,7 @@ class Ps:
 
     def end(self, number=signal.SIGTERM):
         self.process.send_signal(number)
-        status = self.process.wait(30)
+        status = self.process.wait(120)
         self._reader.join(10)
         return status
 
@@ -89,14 +89,14 @@ def test_a_signal_at_any_time_after_the_start_ends_with_zero():
 def test_a_checkpoint_at_the_end_is_restored_at_the_start(tmp_path):
     ids = np.arange(50)
     with Ps("--listen", "127.0.0.1:0", "--checkpoint-dir", tmp_path) as ps:
-        with trilith.connect(f"static://127.0.0.1:{ps.wait_for('listening')['port']}") as client:
+        with trilith.connect(f"static://127.0.0.1:{ps.wait_for('listening')['port']}", timeout_s=240.0) as client:
             table = client.table("user", **CONFIG)
             table.apply_gradients(ids, np.ones((50, 4), np.float32))
             client.global_step(set_to=9)
             want = table.lookup(ids)
         assert ps.end() == 0
     with Ps("--listen", "127.0.0.1:0", "--checkpoint-dir", tmp_path) as ps:
-        with trilith.connect(f"static://127.0.0.1:{ps.wait_for('listening')['port']}") as client:
+        with trilith.connect(f"static://127.0.0.1:{ps.wait_for('listening')['port']}", timeout_s=240.0) as client:
             np.testing.assert_array_equal(client.table("user").lookup(ids), want)
             (answer,) = client.describe()
             assert answer.restored_step == client.global_step() == 9
@@ -109,7 +109,7 @@ def test_a_killed_ps_comes_back_from_its_checkpoint_and_the_client_goes_on(tmp_p
     arguments = ("--checkpoint-dir", tmp_path, "--checkpoint-every", 0.2)
     with Ps("--listen", "127.0.0.1:0", *arguments) as ps:
         port = ps.wait_for("listening")["port"]
-        with trilith.connect(f"static://127.0.0.1:{port}") as client:
+        with trilith.connect(f"static://127.0.0.1:{port}", timeout_s=240.0) as client:
             table = client.table("user", **CONFIG)
             table.apply_gradients(ids, np.ones((50, 4), np.float32))
             client.global_step(set_to=5)
@@ -143,7 +143,7 @@ def test_a_wrong_option_is_one_line_and_exit_status_two(arguments, says):
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]

@@ -22,7 +22,7 @@ from trilith_services.supervisor import PsCluster, Supervisor, free_ports, is_se
 IDS = np.array([0, 1, 2**63, 2**64 - 1, *range(10_000, 12_000)], np.uint64)
 USERS = {"dim": 5, "optimizer": Adam(learning_rate=0.1), "initializer": RandomUniform(-1.0, 1.0)}
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 Start = Callable[[int], PsCluster]
 
@@ -132,7 +132,7 @@ def test_sigterm_while_a_ps_starts_ends_it_with_status_0() -> None:
             break
     process.stderr.read()
     process.stderr.close()
-    assert process.wait(60) == 0
+    assert process.wait(120) == 0
 
 
 def test_a_ps_checkpoints_by_the_clock_while_it_serves(tmp_path) -> None:
@@ -141,7 +141,7 @@ def test_a_ps_checkpoints_by_the_clock_while_it_serves(tmp_path) -> None:
     every = ["--checkpoint-dir", directory, "--checkpoint-every", "0.2", "--checkpoint-keep", "2"]
     process = subprocess.Popen(trilith_argv("ps", "--listen", endpoint, *every), stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         seen: set[int] = set()
         while not is_serving(endpoint):
             assert time.monotonic() < deadline
@@ -154,7 +154,7 @@ def test_a_ps_checkpoints_by_the_clock_while_it_serves(tmp_path) -> None:
             assert client.stats()[0].last_checkpoint.startswith(directory)
     finally:
         process.terminate()
-        assert process.wait(60) == 0
+        assert process.wait(120) == 0
     found = checkpoint.list_checkpoints(directory)
     assert sum(info.complete for info in found) == 2
     assert all(number % 200 == 0 for number in seen)

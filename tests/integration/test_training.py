@@ -33,7 +33,7 @@ from trilith_services.worker.datasets import load_dataset
 from trilith_services.worker.events import Tail
 from trilith_services.worker.models import TABLE, settings_of
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 DATA = "synthetic:40000"
 LAST_LINE = re.compile(
@@ -66,7 +66,7 @@ class Run:
         self._tails[name] = Tail(events)
         return name
 
-    def until(self, condition: Callable[[], object], timeout_s: float = 150.0) -> None:
+    def until(self, condition: Callable[[], object], timeout_s: float = 400.0) -> None:
         deadline = time.monotonic() + timeout_s
         while True:
             self.supervisor.poll()
@@ -155,7 +155,7 @@ def test_a_worker_without_a_cluster_says_so_in_one_line():
         trilith_argv("worker", "--cluster", address, "--data", "synthetic:100", "--timeout", "1"),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 2
@@ -167,7 +167,7 @@ def demo(*arguments: str) -> tuple[re.Match[str], str]:
         trilith_argv("demo", "--data", "synthetic:5000", "--batch-size", "128", *arguments),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=420,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -252,7 +252,7 @@ def test_the_demo_runs_without_ps_pipelined_and_goes_on_from_its_checkpoint(tmp_
     ],
 )
 def test_modes_that_contradict_other_options_are_refused(arguments, said):
-    done = subprocess.run(trilith_argv(*arguments), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(trilith_argv(*arguments), capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2
     assert said in done.stderr
 
@@ -268,6 +268,6 @@ def test_ctrl_c_ends_the_demo_and_all_its_processes(tmp_path):
         assert len(children) >= 4
         process.send_signal(signal.SIGINT)
         rest = process.stdout.read()
-        assert process.wait(timeout=60) == 130
+        assert process.wait(timeout=120) == 130
     assert "stopped, as asked" in rest
-    assert not psutil.wait_procs(children, timeout=10)[1]
+    assert not psutil.wait_procs(children, timeout=60)[1]

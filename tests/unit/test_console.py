@@ -115,8 +115,8 @@ def test_debugging_failures_are_tracebacks_under_status_200(console, route, body
 
 
 def test_the_cluster_is_described(console) -> None:
+    look = console.until(lambda look: look["totals"]["alive"] == 2)
     overview = console.get("/api/cluster")
-    look = overview["look"]
     assert overview["cluster"].startswith("static://")
     assert not overview["writable"]
     assert [(shard["index"], shard["alive"], shard["rows"]) for shard in look["shards"]] == [
@@ -298,7 +298,7 @@ def test_a_cluster_that_was_made_anew_is_counted_again(cluster, tmp_path) -> Non
 def test_a_ps_at_anothers_place_is_told_of_and_not_asked(cluster) -> None:
     swapped = "static://" + ",".join(reversed(cluster.removeprefix("static://").split(",")))
     with open_console(swapped) as console:
-        look = console.until(lambda look: look["shards"])
+        look = console.until(lambda look: look["shards"] and "by its place" in look["shards"][0]["error"])
         assert [shard["alive"] for shard in look["shards"]] == [False, False]
         assert "is shard 0 of 2, owner rule 'mod' by its place, and shard 1 of 2" in look["shards"][0]["error"]
         status, answer = console.ask("/api/tables/user/rows/7")
@@ -317,7 +317,7 @@ def test_replicas_are_found_in_other_directories_too(cluster, tmp_path) -> None:
     (tmp_path / "clicks-ps-1").mkdir()
     (tmp_path / "clicks-ps-1" / "4").write_text(cluster.rpartition(",")[2])  # any shard will do
     with open_console(cluster, serving=f"hosts://{tmp_path}", model="clicks") as console:
-        look = console.until(lambda look: look["replicas"])
+        look = console.until(lambda look: look["replicas"] and look["replicas"][0]["alive"])
         replica = look["replicas"][0]
         assert (replica["shard"], replica["name"], replica["alive"], replica["rows"]) == (1, "replica-4", True, 21)
         copies = console.get("/api/tables/user/rows/7")["replicas"]

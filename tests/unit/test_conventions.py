@@ -150,7 +150,7 @@ def test_every_module_of_the_client_says_what_it_exports():
 
 def test_importing_the_client_stays_light():
     program = f"import sys, trilith, trilith.tables; print(*[name for name in {HEAVY} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=240)
     assert done.stdout.split() == []
 
 

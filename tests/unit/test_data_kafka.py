@@ -17,7 +17,7 @@ from trilith.data.readers import Position
 from trilith.data.records import Records
 from trilith.errors import DataError, InvalidRequestError
 
-QUICK = {"message_poll_timeout": 300, "stream_timeout": 300, "group_id": "g"}
+PATIENT = {"message_poll_timeout": 300, "stream_timeout": 60_000, "group_id": "g"}
 FIRST = Position(0, 0, (("t", 0, 0),))
 
 
@@ -26,7 +26,7 @@ def broker():
     """A producer that holds a cluster of one broker, and its address."""
     producer = Producer({"test.mock.num.brokers": 1, "logger": logging.getLogger("mock")})
     try:
-        (meta,) = producer.list_topics(timeout=10).brokers.values()
+        (meta,) = producer.list_topics(timeout=60).brokers.values()
         yield producer, f"{meta.host}:{meta.port}"
     finally:
         producer.flush(5)
@@ -35,7 +35,17 @@ def broker():
 def send(producer, *messages, topic="t", partition=0):
     for message in messages:
         producer.produce(topic, message, partition=partition)
-    assert producer.flush(10) == 0
+    assert producer.flush(60) == 0
+
+
+def take(reader, count):
+    """Chunks until there are so many records, and nothing comes behind them."""
+    chunks = []
+    while sum(map(len, chunks)) < count:
+        chunks.append(next(reader))
+    reader._stream_s = 0.3  # of patience, from here on
+    assert list(reader) == []
+    return chunks
 
 
 def framed(*payloads, framing=None, keys=None):
@@ -46,8 +56,8 @@ def framed(*payloads, framing=None, keys=None):
 def test_messages_hold_records_that_know_their_partition_and_offset(broker):
     producer, servers = broker
     send(producer, framed(b"a", b"bc"), framed(b"", b"def"))
-    with KafkaReader("t", servers=servers, start=FIRST, poll_batch_size=1, **QUICK) as reader:
-        chunks = list(reader)
+    with KafkaReader("t", servers=servers, start=FIRST, poll_batch_size=1, **PATIENT) as reader:
+        chunks = take(reader, 4)
         assert reader.position == Position(4, 0, (("t", 0, 2),))
     assert [chunk.payloads() for chunk in chunks] == [[b"a", b"bc"], [b"", b"def"]]
     assert chunks[1].where(1) == "kafka t[0]: record 1, byte 8"
@@ -56,11 +66,11 @@ def test_messages_hold_records_that_know_their_partition_and_offset(broker):
 def test_another_reader_goes_on_behind_the_last_chunk(broker):
     producer, servers = broker
     send(producer, *(framed(str(number).encode()) for number in range(5)))
-    with KafkaReader("t", servers=servers, start=FIRST, poll_batch_size=2, **QUICK) as reader:
+    with KafkaReader("t", servers=servers, start=FIRST, poll_batch_size=2, **PATIENT) as reader:
         seen = next(reader).payloads()
         place = reader.position
-    with KafkaReader("t", servers=servers, start=place, **QUICK) as reader:
-        seen += [payload for chunk in reader for payload in chunk.payloads()]
+    with KafkaReader("t", servers=servers, start=place, **PATIENT) as reader:
+        seen += [payload for chunk in take(reader, 5 - len(seen)) for payload in chunk.payloads()]
     assert seen == [b"0", b"1", b"2", b"3", b"4"]
 
 
@@ -71,11 +81,8 @@ def test_a_group_shares_all_partitions_and_frames_may_have_headers(broker):
         send(producer, framed(b"x%d" % partition, framing=framing, keys=[256]), partition=partition)
     configuration = ["auto.offset.reset=earliest"]
     # The group gives partitions out after three seconds of waiting for members.
-    options = {**QUICK, "stream_timeout": 8000}
-    with KafkaReader(["t"], servers=servers, framing=framing, configuration=configuration, **options) as reader:
-        chunks = []
-        while sum(map(len, chunks)) < 2:
-            chunks.append(next(reader))
+    with KafkaReader(["t"], servers=servers, framing=framing, configuration=configuration, **PATIENT) as reader:
+        chunks = take(reader, 2)
     whole = Records.concatenate(chunks)
     assert sorted(whole.payloads()) == [b"x0", b"x1"]
     assert whole.source_keys.tolist() == [256, 256]
@@ -86,20 +93,20 @@ def test_without_frames_a_message_is_a_record_and_empty_ones_can_be_dropped(brok
     send(producer, b"whole", b"", b"message")
     for filter_empty, wanted in ((False, [b"whole", b"", b"message"]), (True, [b"whole", b"message"])):
         options = {"kind": "plaintext", "unframe": False, "filter_empty": filter_empty, "start": FIRST}
-        with KafkaReader("t", servers=servers, **options, **QUICK) as reader:
-            assert [payload for chunk in reader for payload in chunk.payloads()] == wanted
+        with KafkaReader("t", servers=servers, **options, **PATIENT) as reader:
+            assert [payload for chunk in take(reader, len(wanted)) for payload in chunk.payloads()] == wanted
 
 
 def test_a_damaged_message_is_raised_behind_what_is_good_or_costs_its_own_rest(broker):
     producer, servers = broker
     send(producer, framed(b"a") + struct.pack("<Q", 2**63) + b"rest", framed(b"b"))
-    with KafkaReader("t", servers=servers, start=FIRST, **QUICK) as reader:
+    with KafkaReader("t", servers=servers, start=FIRST, **PATIENT) as reader:
         assert next(reader).payloads() == [b"a"]
         assert reader.position.partitions == FIRST.partitions
         with pytest.raises(DataError, match=r"kafka t\[0\]: record 0, byte 9: .*longer"):
             next(reader)
-    with KafkaReader("t", servers=servers, start=FIRST, on_error="skip", **QUICK) as reader:
-        assert [payload for chunk in reader for payload in chunk.payloads()] == [b"a", b"b"]
+    with KafkaReader("t", servers=servers, start=FIRST, on_error="skip", **PATIENT) as reader:
+        assert [payload for chunk in take(reader, 2) for payload in chunk.payloads()] == [b"a", b"b"]
         assert (reader.losses.records, reader.losses.bytes) == (1, 12)
 
 

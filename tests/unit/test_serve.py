@@ -74,7 +74,7 @@ class Process:
         self.process.send_signal(number)
 
     def status(self):
-        return self.process.wait(30)
+        return self.process.wait(120)
 
     def __enter__(self):
         return self

@@ -126,7 +126,7 @@ def test_a_threshold_that_can_be_passed_does_not_warn():
 
 def test_the_seed_depends_on_the_name_alone_and_is_the_same_in_every_process():
     program = "from trilith.tables.spec import seed_of; print(seed_of('user'))"
-    other = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)
+    other = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=240)
     assert int(other.stdout) == seed_of("user") == table_config("user", dim=1).proto.seed
     assert seed_of("user") != seed_of("item")
 
