@@ -119,7 +119,8 @@ $(VENV): pyproject.toml requirements.lock
 	  { echo "error: $(PYTHON) is older than Python 3.11; name another with make PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 	  { rm -rf .venv; echo "error: $(PYTHON) cannot make environments (Debian: apt-get install python3-venv)" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c requirements.lock -e '.[torch,dev]'
+	@echo "making .venv: pip fetches torch and what else is missing, which can take some minutes and gigabytes"
+	@$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c requirements.lock -e '.[torch,dev]'
 	@touch $@
 
 # The oldest versions we support: generated code refuses a runtime older than its generator.

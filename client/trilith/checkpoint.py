@@ -264,11 +264,14 @@ def read_manifest(path: str) -> Manifest:
     try:
         body = _unpack(where, MANIFEST_FORMAT, folder.read(MANIFEST))
     except (FileNotFoundError, NotADirectoryError):
-        inside = [name for name in folder.names() if _NUMBERED.fullmatch(name)]
+        names = folder.names()
+        inside = [name for name in names if _NUMBERED.fullmatch(name)]
         if inside:
             hint = f"it is a directory of checkpoints; name one, such as {folder.path(inside[-1])}"
+        elif names:
+            hint = "it is a checkpoint that was never finished, or none at all"
         else:
-            hint = "the checkpoint is missing or was never finished"
+            hint = "nothing is there"
         raise CheckpointError(f"{folder.url}: no {MANIFEST}: {hint}") from None
     if body.get("owner_rule") != OWNER_RULE:
         raise CheckpointError(

@@ -389,7 +389,8 @@ class Client:
     def save(self, path: str, *, timeout_s: float = 3600.0) -> int:
         """Write a checkpoint into the directory `path` (any fsspec URL that every PS can reach); returns its step.
 
-        The manifest is written last, so the checkpoint is complete or absent.
+        The manifest is written last, so the checkpoint is complete or absent. The PS may take `timeout_s` to write; one
+        that cannot be reached is waited for no longer than by other calls.
         """
         from trilith.checkpoint import part_of, write_manifest
         from trilith.folder import absolute

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from trilith.config import ClientConfig
-from trilith.errors import ClosedError, ClusterMismatchError, InvalidRequestError, ShardRestartedError, TrilithError
+from trilith.errors import (
+    ClosedError,
+    ClusterMismatchError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    ShardRestartedError,
+    TrilithError,
+)
 from trilith.remote import RemoteShard
 from trilith.routing import OWNER_RULE
 from trilith.shard import Shard, Write
@@ -236,14 +243,32 @@ class Cluster:
         deadline = time.monotonic() + timeout
 
         def run(index: int) -> _T:
-            return call(index, self.shards[index], max(deadline - time.monotonic(), 0.001))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise unsent(index)
+            return call(index, self.shards[index], left)
+
+        def unsent(index: int) -> DeadlineExceededError:
+            return DeadlineExceededError(
+                f"shard {index}: nothing was sent within {timeout:.3g} s; calls of other threads were before it"
+            )
+
+        def result(index: int) -> _T:
+            if index not in futures:
+                return run(index)
+            try:
+                return futures[index].result(max(deadline - time.monotonic(), 0.0))
+            except TimeoutError:
+                if futures[index].cancel():  # no thread has begun with it
+                    raise unsent(index) from None
+                return futures[index].result()  # it ends at the same deadline
 
         futures = {index: self._submit(run, index) for index in chosen[1:]}
         results: dict[int, _T] = {}
         failures: list[Exception] = []
         for index in chosen:
             try:
-                results[index] = futures[index].result() if index in futures else run(index)
+                results[index] = result(index)
             except Exception as error:  # noqa: BLE001 (raised below, when every call has ended)
                 failures.append(error)
         if failures:

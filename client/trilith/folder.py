@@ -127,7 +127,10 @@ class Folder:
             CheckpointError: That does not work.
         """
         name = f"writable-{secrets.token_hex(4)}"
-        self.write(name, b"")
+        try:
+            self.write(name, b"")
+        except CheckpointError as error:  # which names a file that nobody has asked for
+            raise CheckpointError(f"{self.url}: no files can be written there: {error.__cause__}") from error.__cause__
         self.remove(name)
 
     def remove(self, name: str) -> None:

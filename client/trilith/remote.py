@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,6 +51,9 @@ INCARNATION_KEY = "trilith-incarnation"
 """Trailing metadata of an error: the incarnation that raised it."""
 
 _STREAMED = frozenset({"Lookup", "ApplyGradients", "PullVariables", "ApplyDenseGradients"})
+_LONG = frozenset({"Save", "Restore"})
+# How gRPC says so, before the reason of the operating system.
+_UNREACHABLE = re.compile(r"^failed to connect to all addresses; last error: .*?Failed to connect to remote host: ")
 _RETRIED = (UnavailableError, OverloadedError)
 _BY_CODE: Mapping[grpc.StatusCode, type[TrilithError]] = {
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
@@ -64,7 +68,8 @@ class RemoteShard:
     """Implements `Shard` over gRPC; safe to use from several threads.
 
     A call is retried while the PS is unreachable or overloaded, with the same bytes, hence the same sequence, until its
-    deadline. A reply of another incarnation than the known one is ShardRestartedError: what the caller knows about the
+    deadline; saves and restores, which may take long, until the PS has been away for as long as other calls may take. A
+    reply of another incarnation than the known one is ShardRestartedError: what the caller knows about the
     shard may no longer hold.
     """
 
@@ -133,8 +138,10 @@ class RemoteShard:
         raised: TrilithError
         pause = self._config.retry_first_s
         attempts = 0
+        away_since: float | None = None
         while True:
             attempts += 1
+            sent = time.monotonic()
             try:
                 return self._method(name)(request, timeout=max(deadline - time.monotonic(), 0.001))  # type: ignore[no-any-return]
             except UnavailableError as error:
@@ -148,7 +155,13 @@ class RemoteShard:
                 raised = UnavailableError(f"shard {self._index} has moved")
             if not isinstance(raised, _RETRIED):
                 raise raised
-            rest = deadline - time.monotonic()
+            now = time.monotonic()
+            rest = deadline - now
+            if name in _LONG and isinstance(raised, UnavailableError):
+                # A connection that broke after so long had been one until then.
+                if away_since is None or now - sent > max(self._config.timeout_s, 2 * self._config.keepalive_s):
+                    away_since = now
+                rest = min(rest, away_since + self._config.timeout_s - now)
             # Full jitter: workers that lost the same PS do not come back in step.
             wait = pause * (0.5 + 0.5 * self._random.random())
             if wait >= rest:
@@ -179,6 +192,8 @@ class RemoteShard:
         if raised is not None:
             if self._known and incarnation not in (0, self._known) and raised not in _RETRIED:
                 return self._restarted(incarnation)
+            if raised in _RETRIED:
+                return raised(f"shard {self._index} at {self._address}: {details} (attempt {attempts})")
             return raised(details)
         where = f"shard {self._index} at {self._address}: {name}"
         if code is grpc.StatusCode.CANCELLED and self._closed:
@@ -190,7 +205,7 @@ class RemoteShard:
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             return InvalidRequestError(f"{where}: {details}; send smaller batches or raise the limit on both sides")
         if code is grpc.StatusCode.UNAVAILABLE:
-            return UnavailableError(f"{where}: {details} (attempt {attempts})")
+            return UnavailableError(f"{where}: {_UNREACHABLE.sub('no connection: ', details)} (attempt {attempts})")
         return _BY_CODE.get(code, InternalError)(f"{where}: {code.name}: {details}")
 
     def _restarted(self, incarnation: int) -> ShardRestartedError:

@@ -303,9 +303,39 @@ def test_nobody_there_is_unavailable_at_the_deadline():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     started = time.monotonic()
-    with pytest.raises(UnavailableError, match="shard 0 at 127.0.0.1"):
+    with pytest.raises(UnavailableError, match=r"shard 0 at 127\.0\.0\.1:\d+: Describe: no connection: "):
         trilith.connect(f"static://127.0.0.1:{port}", timeout_s=0.4)
     assert time.monotonic() - started < IN_TIME_S
+
+
+@REMOTE
+def test_a_save_waits_for_a_ps_that_is_away_no_longer_than_other_calls_do(local, shape, tmp_path):
+    cluster = local(shape)
+    with cluster.connect(timeout_s=0.4) as client:
+        cluster.kill(0)
+        started = time.monotonic()
+        with pytest.raises(UnavailableError, match=r"shard 0 at 127\.0\.0\.1:\d+: Save: .*\(attempt "):
+            client.save(str(tmp_path))
+        with pytest.raises(UnavailableError, match="Restore"):
+            client.restore(str(tmp_path))
+        assert time.monotonic() - started < IN_TIME_S
+
+
+def test_a_call_that_waits_for_others_of_its_client_ends_at_its_deadline(local):
+    wrap, made = wrapper(Blocking)
+    with local("3-ps", wrap=wrap).connect() as client, ThreadPoolExecutor(30) as pool:
+        table = sgd(client)
+        waiting = [pool.submit(lambda: table.lookup(np.arange(9))) for _ in range(30)]
+        for shard in made[1:] * 4:  # by then the client's threads are busy
+            assert shard.entered.acquire(timeout=30)
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceededError, match=r"within 0\.2 s"):
+            client.lookup({table.name: np.arange(9)}, timeout_s=0.2)
+        assert time.monotonic() - started < IN_TIME_S
+        for shard in made:
+            shard.release.set()
+        for call in waiting:
+            call.result(timeout=30)
 
 
 def test_work_whose_deadline_passed_in_the_queue_is_not_done(local):
@@ -336,7 +366,7 @@ def test_a_full_queue_refuses_at_once_and_control_calls_still_answer(local):
         assert shard.entered.acquire(timeout=30)
         calls += [pool.submit(lambda: table.lookup([1])) for _ in range(2)]
         eventually(lambda: client.stats()[0].queued_requests == 2)
-        with pytest.raises(OverloadedError, match="2 calls are waiting"):
+        with pytest.raises(OverloadedError, match=r"shard 0 at 127\.0\.0\.1:\d+: 2 calls are waiting"):
             client.lookup({table.name: [1]}, timeout_s=2.0)
         assert client.describe()[0].shard_index == 0
         shard.release.set()

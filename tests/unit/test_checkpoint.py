@@ -80,8 +80,12 @@ def test_a_manifest_is_refused_where_the_files_cannot_be_seen(tmp_path: Path) ->
 
 def test_a_directory_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     write_parts(str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"no manifest\.json: the checkpoint is missing or was never finished"):
+    with pytest.raises(
+        CheckpointError, match=r"no manifest\.json: it is a checkpoint that was never finished, or none"
+    ):
         checkpoint.read_manifest(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"no manifest\.json: nothing is there"):
+        checkpoint.read_manifest(str(tmp_path / "nothing"))
 
 
 def test_the_parent_of_checkpoints_is_told_apart_from_a_checkpoint(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -13,10 +14,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import typer
+from rich.console import Console
 
 import trilith
 from trilith import checkpoint
-from trilith.tables import Adam, Sgd
+from trilith.tables import Adagrad, Adam, Sgd
 from trilith_services.cli import app, main
 from trilith_services.commands import output
 from trilith_services.ps.server import ParameterServer
@@ -126,7 +128,7 @@ def test_inspect_as_json(run, saved) -> None:
 def test_inspect_of_nothing_says_so(run, tmp_path) -> None:
     shown = run("checkpoint", "inspect", str(tmp_path / "nothing"))
     assert shown.status == 2
-    assert "no manifest.json: the checkpoint is missing or was never finished" in shown.err
+    assert shown.err == f"error: {tmp_path / 'nothing'}: no manifest.json: nothing is there\n"
 
 
 def test_verify_says_all_good_or_names_the_damage(run, cluster, tmp_path) -> None:
@@ -206,6 +208,19 @@ def test_query_errors_are_one_line(run, cluster, arguments, message) -> None:
     assert shown.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("width", [80, 160])
+def test_query_shows_names_and_numbers_whole(run, cluster, monkeypatch, width) -> None:
+    narrow = partial(Console, width=width, highlight=False)
+    monkeypatch.setattr(output, "console", lambda stderr=False: narrow(stderr=stderr))
+    with trilith.connect(cluster) as client:
+        wide = client.table("wide", dim=16, optimizer=Adagrad(learning_rate=0.1))
+        wide.apply_gradients(np.array([7], np.uint64), np.full((1, 16), 1 / 3, np.float32))
+    shown = run("query", cluster, "wide", "7")
+    assert "…" not in shown.out
+    assert all(len(line) <= width for line in shown.out.splitlines())
+    assert {"weights", "adagrad norm"} < set(re.findall(r"^  (\w+(?: \w+)?)  ", shown.out, re.MULTILINE))
+
+
 # ---- top
 
 
@@ -227,6 +242,24 @@ def test_top_shows_a_ps_that_does_not_answer_and_the_others(run, cluster) -> Non
     look = json.loads(shown.out)
     assert [shard["alive"] for shard in look["shards"]] == [True, True, False]
     assert look["tables"]["user"]["rows"] == 100
+
+
+def test_top_leaves_columns_out_where_the_terminal_is_narrow(run, cluster, monkeypatch) -> None:
+    narrow = partial(Console, width=80, highlight=False)
+    monkeypatch.setattr(output, "console", lambda stderr=False: narrow(stderr=stderr))
+    shown = run("top", cluster, "--once", "--interval", "0.1")
+    assert "…" not in shown.out
+    heading = shown.words.splitlines()[2].split()
+    assert heading[:6] == ["PS", "address", "up", "step", "rows", "memory"]
+    assert heading[-1] == "checkpoint"
+    assert "resident" not in heading
+
+
+def test_top_tells_of_ps_in_the_wrong_place(run, cluster) -> None:
+    first, second = cluster.removeprefix("static://").split(",")
+    shown = run("top", f"static://{second},{first}", "--once", "--interval", "0.1")
+    assert f"{second} is shard 1 of 2, not 0 of 2: no client accepts that" in shown.out
+    assert f"{first} is shard 0 of 2, not 1 of 2" in shown.out
 
 
 # ---- bench

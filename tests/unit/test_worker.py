@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import signal
 import time
 from contextlib import contextmanager
@@ -147,6 +148,16 @@ def test_the_meter_looks_back_on_the_newest_samples():
     assert meter.report()["loss"] == 1.0
 
 
+def test_the_last_report_counts_from_the_first_step_whatever_came_last():
+    now = [0.0]
+    meter = Meter(clock=lambda: now[0])
+    for now[0] in (100.0, 101.0, 102.0):  # it took long to begin
+        meter.add(np.array([0, 1], np.float32), np.array([0.9, 0.1], np.float32), 2.0)
+    meter.report()
+    now[0] = 104.0  # nothing was trained meanwhile
+    assert meter.summary()["samples_per_s"] == 1.0
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_view_shows_figures_with_and_without_a_terminal(terminal):
     out = io.StringIO()
@@ -169,6 +180,15 @@ def test_the_view_shows_figures_with_and_without_a_terminal(terminal):
     assert "worker-1: PS 1 is back from c, 4 steps earlier" in text
     assert "0.7000" in text
     assert ("step 10 of 20" in text) is not terminal
+
+
+def test_the_bars_show_their_numbers_whole_on_a_terminal_of_80_columns():
+    out = io.StringIO()
+    with TrainingView(Console(file=out, force_terminal=True, color_system=None, width=80), ["worker-0"]) as view:
+        view({"event": "start", "rank": 0, "total_steps": 1422})
+        figures = {"steps": 1039, "samples": 50, "samples_per_s": 11364.0, "loss": 0.5, "auc": 0.7}
+        view({"event": "progress", "rank": 0, **figures})
+    assert re.search(r"1039/1422 loss 0\.5000  auc 0\.7000  11,364 samples/s", out.getvalue())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import pickle
 import tempfile
@@ -28,6 +29,8 @@ from numba.core.serialize import dumps
 
 __all__ = ["COMPILING", "JIT_DISABLED", "KERNELS", "cache_directory", "inlined", "kernel", "part", "warm"]
 
+log = logging.getLogger(__name__)
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 JIT_DISABLED: bool = bool(numba_config.DISABLE_JIT)
@@ -43,9 +46,9 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
 def cache_directory() -> Path:
-    """Where compiled kernels are kept: $TRILITH_CACHE/kernels, else ~/.cache/trilith/kernels."""
+    """Where compiled kernels are kept: $TRILITH_CACHE/kernels, else ~/.cache/trilith/kernels (or $XDG_CACHE_HOME's)."""
     root = os.environ.get("TRILITH_CACHE")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "trilith"
+    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trilith"
     return base / "kernels"
 
 
@@ -175,6 +178,7 @@ class _KernelCache(_Cache):  # type: ignore[misc]
             except Exception:  # a damaged entry of any kind is a miss; the compiled result will replace it
                 continue
             return CompileResult._rebuild(target_context, *payload)
+        _say_compiling()
         return None
 
     def save_overload(self, sig: Any, data: CompileResult) -> None:
@@ -203,6 +207,11 @@ class _KernelCache(_Cache):  # type: ignore[misc]
     def _entry(self, sig: Any, codegen: Any) -> str:
         digest = hashlib.sha256(repr((self._identity, sig, codegen.magic_tuple())).encode()).hexdigest()
         return f"{self._name}-{digest[:32]}.bin"
+
+
+@functools.cache  # once per process
+def _say_compiling() -> None:
+    log.info("compiling kernels, which takes a minute or two and is done once", extra={"cache": str(cache_directory())})
 
 
 @functools.cache

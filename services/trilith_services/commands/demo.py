@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from trilith_services.commands import output
 from trilith_services.commands.export import ExportMode
 from trilith_services.commands.flags import AsyncPush, BatchSize, Data, Model, ModelFlag, Prefetch, Seed
 
@@ -166,7 +167,6 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
     Raises:
         TrilithError: A process could not start or kept dying, or the data could not be had.
     """
-    from trilith_services.commands import output
     from trilith_services.supervisor import StopRequest
     from trilith_services.worker.datasets import load_dataset
     from trilith_services.worker.models import settings_of
@@ -191,13 +191,13 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
             return INTERRUPTED
     table = output.grid("", ">test auc", ">samples/s", ">rows", title="the same model, data, epochs and optimizer")
     where = {
-        Mode.ps: f"{options.num_ps} PS, {options.workers} workers",
+        Mode.ps: f"{options.num_ps} PS, {output.plural(options.workers, 'worker')}",
         Mode.embedded: "embedded",
-        Mode.all_to_all: f"{options.workers} workers, all-to-all",
+        Mode.all_to_all: f"{output.plural(options.workers, 'worker')}, all-to-all",
     }[Mode(options.mode)]
     table.add_row(where, f"{result.auc:.4f}", f"{result.samples_per_s:,.0f}", f"{result.rows:,}")
     if base is not None:
-        name = f"plain torch, 1 process, {base.threads} threads"
+        name = f"plain torch, 1 process, {output.plural(base.threads, 'thread')}"
         table.add_row(name, f"{base.auc:.4f}", f"{base.samples_per_s:,.0f}", f"{base.rows:,}")
     console.print(table)
     console.print(f"checkpoint: {result.checkpoint}", highlight=False, soft_wrap=True)
@@ -270,8 +270,10 @@ class _Cluster:
                 checkpoint_dir=options.model_dir,
                 arguments=["--threads", str(_share(options.num_ps))],
             )
-            console.print(f"starting {options.num_ps} PS and {options.workers} workers; logs in {self._run_dir}")
-            if not cluster.start(timeout_s=SERVE_TIMEOUT_S, cancelled=lambda: bool(self._stop)):
+            self._say_starting(f"{options.num_ps} PS and {output.plural(options.workers, 'worker')}")
+            with console.status("waiting for the PS"):
+                served = cluster.start(timeout_s=SERVE_TIMEOUT_S, cancelled=lambda: bool(self._stop))
+            if not served:
                 raise _InterruptedError
             with TrainingView(console, [f"worker-{rank}" for rank in range(options.workers)]) as view:
                 try:
@@ -294,7 +296,7 @@ class _Cluster:
 
         options = self._options
         with Supervisor(Console(quiet=True), self._run_dir) as supervisor:
-            self._console.print(f"starting {options.workers} workers that hold the rows; logs in {self._run_dir}")
+            self._say_starting(f"{output.plural(options.workers, 'worker')} that hold the rows")
             with TrainingView(self._console, [f"worker-{rank}" for rank in range(options.workers)]) as view:
                 self._start_workers(supervisor, "--mode", "all-to-all", "--master", f"127.0.0.1:{free_ports(1)[0]}")
                 self._watch(supervisor, view)
@@ -303,6 +305,13 @@ class _Cluster:
         with connect("local://") as client:
             client.restore(newest.path)
             return self._finish(client, view.samples_per_s, checkpoint=newest.path)
+
+    def _say_starting(self, what: str) -> None:
+        from trilith.ops.jit import cache_directory
+
+        self._console.print(f"starting {what}; logs in {self._run_dir}", soft_wrap=True)
+        if not cache_directory().is_dir():
+            self._console.print("on a machine's first run they compile their kernels, which takes a few minutes")
 
     def _start_workers(self, supervisor: Supervisor, *where: str) -> None:
         from trilith_services.supervisor import ProcessSpec, trilith_argv

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["age", "console", "count", "grid", "moment", "progress", "size"]
+__all__ = ["age", "console", "count", "grid", "moment", "plural", "progress", "size"]
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -44,6 +44,11 @@ def progress(target: Console) -> Progress:
 def count(number: float) -> str:
     """A whole number with thin grouping: 1,234,567."""
     return f"{number:,.0f}"
+
+
+def plural(number: int, noun: str) -> str:
+    """So many of them: 1 row, 2 rows."""
+    return f"{count(number)} {noun}{'s' * (number != 1)}"
 
 
 def size(number: float) -> str:

@@ -6,6 +6,7 @@ import json
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from trilith_services.commands import output
 from trilith_services.commands.flags import Json
@@ -66,8 +67,8 @@ def _show(table: str, found: list[dict[str, Any]]) -> None:
         if not entry["found"]:
             console.print("  [yellow]no row[/]: never updated, below its occurrence threshold, or expired")
             continue
-        grid = output.grid("", "", "")
-        grid.show_header = False
+        grid = Table.grid("", "", padding=(0, 2, 0, 0))
+        grid.columns[0].no_wrap = True  # numbers fold, names do not
         grid.add_row("  age", output.moment(entry["last_update_unix_s"]) if entry["last_update_unix_s"] else "no time")
         grid.add_row("  weights", _numbers(entry["weights"]))
         for number, optimizer in enumerate(entry["optimizers"]):
@@ -76,7 +77,7 @@ def _show(table: str, found: list[dict[str, Any]]) -> None:
                 grid.add_row(f"  {segment}{optimizer['optimizer']}", "no state")
             for slot, value in optimizer["slots"].items():
                 grid.add_row(f"  {segment}{optimizer['optimizer']} {slot}", _numbers(value))
-        console.print(grid, soft_wrap=True)
+        console.print(grid)
 
 
 def _numbers(value: Any) -> str:

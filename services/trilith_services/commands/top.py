@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -57,7 +58,7 @@ def _show(address: str, members: Members, interval: float, *, once: bool, as_jso
             if as_json:
                 typer.echo(json.dumps(look))
             else:
-                console.print(_render(address, look))
+                console.print(_render(address, look, console.width))
             sys.stdout.flush()  # a pipe's reader wants each look when it is taken
             if once:
                 raise typer.Exit(0 if all(shard["alive"] for shard in look["shards"]) else 1)
@@ -65,7 +66,7 @@ def _show(address: str, members: Members, interval: float, *, once: bool, as_jso
     try:
         with Live(console=console, auto_refresh=False, screen=True) as live:
             for look in looks:
-                live.update(_render(address, look), refresh=True)
+                live.update(_render(address, look, console.width), refresh=True)
     except KeyboardInterrupt:
         pass
 
@@ -74,6 +75,7 @@ def _show(address: str, members: Members, interval: float, *, once: bool, as_jso
 class _Sample:
     at: float
     stats: ps_pb2.StatsResponse | None
+    identity: tuple[int, int] | None = None
     error: str = ""
 
 
@@ -82,12 +84,13 @@ def _looks(members: Members, interval: float) -> Iterator[dict[str, Any]]:
     from trilith.config import ClientConfig
 
     shards = members.shards(ClientConfig(timeout_s=min(interval, 2.0)))
+    ask = partial(_ask, {})
     with ThreadPoolExecutor(len(shards)) as pool:
         try:
-            before = list(pool.map(_ask, shards))
+            before = list(pool.map(ask, shards))
             while True:
                 time.sleep(interval)
-                now = list(pool.map(_ask, shards))
+                now = list(pool.map(ask, shards))
                 yield _describe(members.addresses(), before, now)
                 before = now
         finally:
@@ -95,15 +98,20 @@ def _looks(members: Members, interval: float) -> Iterator[dict[str, Any]]:
                 shard.close()
 
 
-def _ask(shard: RemoteShard) -> _Sample:
+def _ask(seen: dict[int, tuple[int, int]], shard: RemoteShard) -> _Sample:
+    """Ask one PS; `seen` remembers, by incarnation, which shard it says it is."""
     from trilith.errors import TrilithError
 
     try:
         # A restarted PS is no surprise to a spectator.
         shard.adopt(0)
-        return _Sample(time.monotonic(), shard.stats())
+        stats = shard.stats()
+        if stats.incarnation not in seen:
+            answer = shard.describe()
+            seen[answer.incarnation] = answer.shard_index, answer.shard_count
+        return _Sample(time.monotonic(), stats, seen.get(stats.incarnation))
     except TrilithError as error:
-        return _Sample(time.monotonic(), None, str(error))
+        return _Sample(time.monotonic(), None, error=str(error))
 
 
 def _describe(hosts: Sequence[str], before: Sequence[_Sample], now: Sequence[_Sample]) -> dict[str, Any]:
@@ -118,6 +126,9 @@ def _describe(hosts: Sequence[str], before: Sequence[_Sample], now: Sequence[_Sa
         stats = new.stats
         earlier = old.stats if old.stats is not None and old.stats.incarnation == stats.incarnation else None
         seconds = new.at - old.at
+        if new.identity not in (None, (index, len(hosts))):
+            assert new.identity is not None
+            shard["says"] = "shard {} of {}".format(*new.identity)
         shard |= {
             "incarnation": f"{stats.incarnation:016x}",
             "uptime_s": stats.uptime_seconds,
@@ -154,29 +165,53 @@ def _rate(now: int, before: int | None, seconds: float) -> float:
     return 0.0 if before is None or seconds <= 0 else max(now - before, 0) / seconds
 
 
-def _render(address: str, look: dict[str, Any]) -> RenderableType:
-    by_shard = output.grid(
-        "PS", "address", "up", ">step", ">rows", ">memory", ">limit", ">resident", ">queue", ">calls/s", "checkpoint"
-    )
-    for shard in look["shards"]:
-        if not shard["alive"]:
-            by_shard.add_row(str(shard["index"]), shard["address"], Text("no answer", style="bold red"))
-            continue
-        by_shard.add_row(
-            str(shard["index"]),
-            shard["address"],
-            Text(output.age(shard["uptime_s"]), style="green"),
-            output.count(shard["global_step"]),
-            output.count(shard["rows"]),
-            output.size(shard["memory_bytes"]),
-            output.size(shard["memory_limit_bytes"]) if shard["memory_limit_bytes"] else "none",
-            output.size(shard["resident_bytes"]),
-            output.count(shard["queued_requests"]),
-            output.count(shard["requests_per_s"]),
-            f"{output.age(look['unix_s'] - shard['last_checkpoint_unix_s'])} ago"
-            if shard["last_checkpoint_unix_s"]
-            else "none",
+# What a narrow terminal leaves out first.
+_DISPENSABLE = ("resident", "limit", "queue", "calls/s")
+_LEFT = frozenset({"PS", "address", "up", "checkpoint"})
+
+
+def _cells(shard: dict[str, Any], now: float) -> dict[str, str]:
+    """A PS's row, by heading."""
+    named = {"PS": str(shard["index"]), "address": shard["address"]}
+    if not shard["alive"]:
+        return named | {"up": "no answer"}
+    saved = shard["last_checkpoint_unix_s"]
+    return named | {
+        "up": output.age(shard["uptime_s"]),
+        "step": output.count(shard["global_step"]),
+        "rows": output.count(shard["rows"]),
+        "memory": output.size(shard["memory_bytes"]),
+        "limit": output.size(shard["memory_limit_bytes"]) if shard["memory_limit_bytes"] else "none",
+        "resident": output.size(shard["resident_bytes"]),
+        "queue": output.count(shard["queued_requests"]),
+        "calls/s": output.count(shard["requests_per_s"]),
+        "checkpoint": f"{output.age(now - saved)} ago" if saved else "none",
+    }
+
+
+def _by_shard(look: dict[str, Any], width: int) -> RenderableType:
+    rows = [_cells(shard, look["unix_s"]) for shard in look["shards"]]
+    widths = {name: max(len(name), *(len(row.get(name, "")) for row in rows)) for name in max(rows, key=len)}
+    for name in _DISPENSABLE:
+        if sum(widths.values()) + 2 * (len(widths) - 1) > width:
+            widths.pop(name, None)
+    table = output.grid(*(name if name in _LEFT else f">{name}" for name in widths))
+    for shard, row in zip(look["shards"], rows, strict=True):
+        style = "green" if shard["alive"] else "bold red"
+        table.add_row(*(Text(row.get(name, ""), style=style if name == "up" else "") for name in widths))
+    return table
+
+
+def _render(address: str, look: dict[str, Any], width: int) -> RenderableType:
+    count = len(look["shards"])
+    strange = [
+        Text(
+            f"{shard['address']} is {shard['says']}, not {shard['index']} of {count}: no client accepts that",
+            "bold red",
         )
+        for shard in look["shards"]
+        if "says" in shard
+    ]
     by_table = output.grid("table", ">rows", ">size", ">looked up/s", ">found", ">updated/s", ">filtered")
     for name, table in look["tables"].items():
         by_table.add_row(
@@ -189,5 +224,6 @@ def _render(address: str, look: dict[str, Any]) -> RenderableType:
             output.count(table["filtered_ids"]),
         )
     alive = sum(shard["alive"] for shard in look["shards"])
-    title = Text.assemble((redact(address), "bold"), f"  {alive} of {len(look['shards'])} PS answer")
-    return Group(title, Text(), by_shard, Text(), by_table if look["tables"] else Text("no tables", style="dim"))
+    title = Text.assemble((redact(address), "bold"), f"  {alive} of {count} PS answer")
+    tables = by_table if look["tables"] else Text("no tables", style="dim")
+    return Group(title, *strange, Text(), _by_shard(look, width), Text(), tables)

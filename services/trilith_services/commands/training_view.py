@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 __all__ = ["TrainingView"]
 
@@ -42,8 +43,8 @@ class TrainingView:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  auc {task.fields[auc]}  {task.fields[rate]:>8} samples/s"),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),  # on a narrow terminal the bar gives way
+            TextColumn("loss {task.fields[loss]:<6}  auc {task.fields[auc]:<6}  {task.fields[rate]:>6} samples/s"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,

@@ -176,7 +176,8 @@ class Checkpointer:
         self._report(time.perf_counter() - started, sum(file.bytes for file in response.files), succeeded=True)
         if self._incomplete is not None and self._incomplete != number:
             log.warning(
-                "a checkpoint stays incomplete: do all PS have the same --checkpoint-dir and --checkpoint-every?",
+                "a checkpoint stays incomplete: a PS was away then, or has another --checkpoint-dir or "
+                "--checkpoint-every",
                 extra={"path": self._folder.path(checkpoint.checkpoint_name(self._incomplete))},
             )
         self._incomplete = number

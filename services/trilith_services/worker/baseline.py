@@ -101,7 +101,7 @@ def train_locally(
             if stop() or (steps and meter.steps >= steps):
                 break
         seconds = time.perf_counter() - started - idle
-        emit({"event": "progress", "rank": 0, "epoch": epochs, **meter.report()})
+        emit({"event": "progress", "rank": 0, "epoch": epochs, **meter.summary()})
         emit({"event": "done", "rank": 0, "samples": meter.samples})
         return Outcome(
             auc=auc(test.labels, local.model.predict(test)),

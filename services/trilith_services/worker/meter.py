@@ -33,6 +33,8 @@ class Meter:
         self._held = 0
         self._last_time = clock()
         self._last_samples = 0
+        self._first_time = 0.0
+        self._first_samples = 0
         self.samples = 0
         self.steps = 0
 
@@ -44,6 +46,8 @@ class Meter:
             self._held -= self._newest.popleft()[0].size
         self.samples += labels.size
         self.steps += 1
+        if self.steps == 1:  # before it there were compilation and connections
+            self._first_time, self._first_samples = self._clock(), self.samples
 
     def due(self) -> bool:
         """Whether it is time for a report."""
@@ -61,4 +65,12 @@ class Meter:
             scores = np.concatenate([scores for _, scores, _ in self._newest])
             found["loss"] = sum(loss * part.size for part, _, loss in self._newest) / labels.size
             found["auc"] = auc(labels, scores)
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """The last report: samples per second since the first step, whatever came between the latest ones."""
+        found = self.report()
+        if self.steps > 1:
+            passed = max(self._last_time - self._first_time, 1e-9)
+            found["samples_per_s"] = (self.samples - self._first_samples) / passed
         return found

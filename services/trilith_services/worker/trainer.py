@@ -216,7 +216,7 @@ class Trainer:
             self._save()  # what workers hold themselves ends with them
         elif isinstance(self._dense, AllReduced):
             self._dense.publish()
-        self._progress()
+        self._progress(self._meter.summary())
         self._emit({"event": "done" if finished else "stopped", "rank": config.rank, "samples": self._meter.samples})
         return finished
 
@@ -235,7 +235,7 @@ class Trainer:
                     self._position = Position(self._position.epoch, self._position.batch + 1, self._position.steps + 1)
                     self._count_steps()
                     if self._meter.due():
-                        self._progress()
+                        self._progress(self._meter.report())
                     self._save_if_due()
             self._position = Position(self._position.epoch + 1, 0, self._position.steps)
             self._drain()
@@ -348,12 +348,12 @@ class Trainer:
     def _advance(self, count: int) -> None:
         self._cluster_step = self._client.global_step(advance=count)
 
-    def _progress(self) -> None:
+    def _progress(self, figures: dict[str, Any]) -> None:
         self._position.save(self._config.state_file)
         at = self._position
         self._emit(
             {
-                **self._meter.report(),
+                **figures,
                 "event": "progress",
                 "rank": self._config.rank,
                 "epoch": at.epoch,
