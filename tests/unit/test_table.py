@@ -337,6 +337,36 @@ def test_rates_must_be_finite() -> None:
         Table(config()).apply_gradients(u64(1), np.zeros((1, 3), np.float32), learning_rates=[np.nan])
 
 
+def test_a_table_that_is_emptied_while_a_page_is_read_gives_what_is_left(monkeypatch) -> None:
+    table = Table(config())
+    ids = np.arange(5000, dtype=np.uint64)
+    table.assign(ids, np.ones((ids.size, 3), np.float32))
+
+    class Turns:
+        """The readers' turns, before the third of which somebody empties the table and begins to fill it again."""
+
+        taken = 0
+        reading = table._stripes.reading
+
+        def __enter__(self) -> None:
+            self.taken += 1
+            if self.taken == 3:
+                table.clear()
+                table.assign(ids[:300], np.ones((300, 3), np.float32))
+            self.reading.__enter__()
+
+        def __exit__(self, *error: object) -> None:
+            self.reading.__exit__(*error)
+
+    turns = Turns()
+    monkeypatch.setattr(table._stripes, "reading", turns)
+    found, _ = table.scan(0, 1, ids.size)
+    assert turns.taken >= STRIPES
+    assert 0 < len(found) < ids.size // 8
+    assert np.isin(found.ids, ids).all()
+    assert len(np.unique(found.ids)) == len(found)
+
+
 def test_a_batch_is_grouped_by_stripe_in_order() -> None:
     ids = np.random.default_rng(2).integers(0, 50, 500).astype(np.uint64)
     starts, work, hashes, positions = (np.empty(500, np.uint64) for _ in range(4))

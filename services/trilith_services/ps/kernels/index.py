@@ -241,7 +241,6 @@ def release_row(stripe: Any, word: Any) -> Any:
         last = get(stripe, STASHED) - 1
         store_u64(word - 8, 0, load_u64(stash_at(stripe), 2 * last))
         put(word, 0, get(stash_at(stripe), 2 * last + 1))
-        put(stash_at(stripe), 2 * last + 1, 0)
         put(stripe, STASHED, last)
         return
     line = word & -64

@@ -120,7 +120,7 @@ def scan_index(stripes: int, s: int, begin: int, end: int, limit: int, ids: U64,
         stripes: Address of int64[STRIPES, COLUMNS].
         s: Stripe.
         begin: First place to look at.
-        end: One past the last place to look at.
+        end: One past the last place to look at; the index may have fewer by now.
         limit: Room in the outputs.
         ids: uint64[limit], written.
         rows: int64[limit], written: addresses of rows.
@@ -132,7 +132,8 @@ def scan_index(stripes: int, s: int, begin: int, end: int, limit: int, ids: U64,
     stripe = stripe_at(stripes, s)
     found = np.int64(0)
     place = begin
-    while place < end and found < limit:
+    last = min(end, get(stripe, SLOTS) + get(stripe, STASHED))
+    while place < last and found < limit:
         _request_time(stripe, place + _AHEAD)
         word = word_at(stripe, place)
         number = number_in(stripe, word)
@@ -142,6 +143,8 @@ def scan_index(stripes: int, s: int, begin: int, end: int, limit: int, ids: U64,
             times[found] = load_u32(time_at(stripe, number), 0)
             found += 1
         place += 1
+    if found < limit:
+        place = end
     return int((place << 32) | found)
 
 
