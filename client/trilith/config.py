@@ -59,8 +59,10 @@ class ClientConfig:
         for name in ("timeout_s", "create_timeout_s", "retry_first_s", "retry_max_s", "keepalive_s"):
             if not getattr(self, name) > 0:
                 raise InvalidRequestError(f"{name}={getattr(self, name)} is not above 0")
-        if self.max_message_bytes < 2 * _HEADER_ROOM:
-            raise InvalidRequestError(f"max_message_bytes={self.max_message_bytes} is below {2 * _HEADER_ROOM}")
+        if not 2 * _HEADER_ROOM <= self.max_message_bytes < 1 << 31:  # gRPC counts in int32
+            raise InvalidRequestError(
+                f"max_message_bytes={self.max_message_bytes} is outside {2 * _HEADER_ROOM}..{(1 << 31) - 1}"
+            )
         if self.chunk_bytes is not None and not 0 < self.chunk_bytes <= self.max_message_bytes:
             raise InvalidRequestError(f"chunk_bytes={self.chunk_bytes} is outside 1..{self.max_message_bytes}")
 

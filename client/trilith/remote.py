@@ -192,8 +192,6 @@ class RemoteShard:
         if raised is not None:
             if self._known and incarnation not in (0, self._known) and raised not in _RETRIED:
                 return self._restarted(incarnation)
-            if raised in _RETRIED:
-                return raised(f"shard {self._index} at {self._address}: {details} (attempt {attempts})")
             return raised(details)
         where = f"shard {self._index} at {self._address}: {name}"
         if code is grpc.StatusCode.CANCELLED and self._closed:

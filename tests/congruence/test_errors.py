@@ -167,6 +167,9 @@ def test_a_table_with_another_config_is_refused_with_both_shown(client, table, o
     unchanged(table, lambda: client.table(table.name, **config | other), TableExistsError, table.name)
     with pytest.raises(TableExistsError) as caught:
         client.table(table.name, **config | {"dim": 11})
+    assert "exists with another config: hash_table.entry_config.segments[0].dim_size is 4 here, 11 asked\n" in str(
+        caught.value
+    )
     assert "dim_size: 4" in str(caught.value)
     assert "dim_size: 11" in str(caught.value)
 

@@ -326,6 +326,10 @@ def test_sizes_ages_and_counts_read_well() -> None:
     ("arguments", "says"),
     [
         (["ps", "--memory-limit", "12Q"], "--memory-limit: '12Q' is not a size; write 512M, 16G or a number of bytes"),
+        (["ps", "--max-message", "5G"], "--max-message: '5G' is outside 1..2047M"),
+        (["ps", "--checkpoint-every", "5"], "--checkpoint-every 5 needs --checkpoint-dir"),
+        (["up", "--", "--steps", "5"], "flags for workers, '--steps 5', but none are started: add --workers N"),
+        (["up", "--address-file", "/no/such/a"], "--address-file /no/such/a: there is no directory /no/such"),
         (["ps", "--listen", "nonsense"], "--listen: 'nonsense' is not host:port"),
         (["serving", "entry", "--export", "x", "--http", ":70000"], "--http: ':70000' is not host:port"),
         (["data", "count", "x", "--format", "xyz"], "--format: 'xyz' is none of records, tfrecord, parquet, csv"),

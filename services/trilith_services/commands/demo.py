@@ -189,7 +189,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
         except _InterruptedError:
             console.print("stopped, as asked")
             return INTERRUPTED
-    table = output.grid("", ">test auc", ">samples/s", ">rows", title="the same model, data, epochs and optimizer")
+    table = output.grid("", ">test auc", ">samples/s", ">rows")
     where = {
         Mode.ps: f"{options.num_ps} PS, {output.plural(options.workers, 'worker')}",
         Mode.embedded: "embedded",
@@ -199,6 +199,8 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
     if base is not None:
         name = f"plain torch, 1 process, {output.plural(base.threads, 'thread')}"
         table.add_row(name, f"{base.auc:.4f}", f"{base.samples_per_s:,.0f}", f"{base.rows:,}")
+    if base is not None:
+        console.print("the same model, data, epochs and optimizer:")
     console.print(table)
     console.print(f"checkpoint: {result.checkpoint}", highlight=False, soft_wrap=True)
     base_auc = f"{base.auc:.4f}" if base is not None else "nan"

@@ -92,6 +92,12 @@ def _listening(text: str) -> None:
         raise InvalidRequestError(f"{text!r} is not host:port (0.0.0.0 for every interface, port 0 for a free one)")
 
 
+def _message(text: str) -> None:
+    """Refuse what gRPC, which counts in int32, cannot send at once."""
+    if not 0 < parse_bytes(text) < 1 << 31:
+        raise InvalidRequestError(f"{text!r} is outside 1..2047M, what a message may hold")
+
+
 size = checked(parse_bytes)
 """Callback of flags that take an amount of memory."""
 
@@ -138,7 +144,10 @@ MaxQueue = Annotated[
 MaxMessage = Annotated[
     str,
     typer.Option(
-        "--max-message", metavar="SIZE", callback=size, help="Largest message, such as 64M; larger are refused."
+        "--max-message",
+        metavar="SIZE",
+        callback=checked(_message),
+        help="Largest message, such as 64M; larger are refused.",
     ),
 ]
 Drain = Annotated[

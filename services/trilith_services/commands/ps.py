@@ -93,6 +93,7 @@ def ps(
 ) -> None:
     """Serve one shard until SIGTERM."""
     from trilith.discovery.serving import ServingDirectory
+    from trilith.errors import InvalidRequestError
     from trilith.ops.memory import tune_allocator
     from trilith_services.logs import setup_logging
     from trilith_services.ps.server import ParameterServer, PsOptions
@@ -100,6 +101,8 @@ def ps(
     from trilith_services.ps.sync.target import SyncOptions
     from trilith_services.sizes import parse_bytes
 
+    if checkpoint_every and checkpoint_dir is None:
+        raise InvalidRequestError(f"--checkpoint-every {checkpoint_every:g} needs --checkpoint-dir")
     targets = _static_targets(sync_to or [])
     waited: Directory | None = None
     if standby:

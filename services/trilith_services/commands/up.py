@@ -79,10 +79,17 @@ def up(
     would be gone, so the run ends. A worker that fails is started again; one that ends well has left, and more may join
     by hand. What dies three times within a minute ends the run, with the end of its log and exit status 2.
     """
+    from trilith.errors import InvalidRequestError
     from trilith_services.supervisor import PsCluster, StopRequest, Supervisor
 
     console = output.console(stderr=True)
+    if worker_args and not workers:
+        raise InvalidRequestError(
+            f"flags for workers, {' '.join(worker_args)!r}, but none are started: add --workers N"
+        )
     if address_file is not None:
+        if not address_file.absolute().parent.is_dir():
+            raise InvalidRequestError(f"--address-file {address_file}: there is no directory {address_file.parent}")
         address_file.unlink(missing_ok=True)  # nobody shall read the last run's
     with (
         StopRequest() as stop,

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import psutil
+from google.protobuf.message import Message
 
 from trilith.errors import (
     ClosedError,
@@ -146,7 +147,7 @@ class Store:
                 if known is not None:
                     if known.config != config:
                         raise TableExistsError(
-                            f"table {config.name!r} exists with another config:\n"
+                            f"table {config.name!r} exists with another config: {_differences(known.config, config)}\n"
                             f"here:  {_one_line(known.config)}\nasked: {_one_line(config)}"
                         )
                     continue
@@ -512,6 +513,30 @@ class Store:
     def _raise_step(self, step: int) -> None:
         with self._step_lock:
             self._step = max(self._step, step)
+
+
+def _differences(here: Message, asked: Message) -> str:
+    """What differs, field by field."""
+    ours, theirs = _fields(here), _fields(asked)
+    return "; ".join(
+        f"{name} is {ours.get(name, 'not set')} here, {theirs.get(name, 'not set')} asked"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    )
+
+
+def _fields(message: Message, prefix: str = "") -> dict[str, str]:
+    """Values of the fields that are set, by path; of an empty message, that it is there."""
+    found: dict[str, str] = {}
+    for field, value in message.ListFields():
+        many = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        for number, each in enumerate(value if many else [value]):
+            name = f"{prefix}{field.name}[{number}]" if many else f"{prefix}{field.name}"
+            if isinstance(each, Message):
+                found |= _fields(each, f"{name}.") or {name: "set"}
+            else:
+                found[name] = f"{each:.6g}" if isinstance(each, float) else str(each)
+    return found
 
 
 def _one_line(message: ps_pb2.TableConfig) -> str:
