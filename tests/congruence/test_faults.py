@@ -329,11 +329,13 @@ def test_a_call_that_waits_for_others_of_its_client_ends_at_its_deadline(local):
         for shard in made[1:] * 4:  # by then the client's threads are busy
             assert shard.entered.acquire(timeout=30)
         started = time.monotonic()
-        with pytest.raises(DeadlineExceededError, match=r"within 0\.2 s"):
-            client.lookup({table.name: np.arange(9)}, timeout_s=0.2)
-        assert time.monotonic() - started < IN_TIME_S
-        for shard in made:
-            shard.release.set()
+        try:
+            with pytest.raises(DeadlineExceededError, match=r"(no answer|nothing was sent) within 0\.[12]"):
+                client.lookup({table.name: np.arange(9)}, timeout_s=0.2)
+            assert time.monotonic() - started < IN_TIME_S
+        finally:
+            for shard in made:
+                shard.release.set()
         for call in waiting:
             call.result(timeout=30)
 
