@@ -220,8 +220,9 @@ def test_entry_gives_scores_and_takes_newer_models_over(stack: Stack, data: Clic
 def test_console_shows_the_cluster_and_a_row_of_it(stack: Stack, data: ClickData) -> None:
     with urllib.request.urlopen(f"http://127.0.0.1:{stack.ports['CONSOLE_PORT']}/", timeout=10) as reply:
         assert b"<title>" in reply.read()
+    until(lambda: cluster(stack)["totals"]["alive"] == 2, timeout_s=60)
     look = cluster(stack)
-    assert [(each["address"], each["alive"]) for each in look["shards"]] == [("ps-0:7000", True), ("ps-1:7000", True)]
+    assert [each["address"] for each in look["shards"]] == ["ps-0:7000", "ps-1:7000"]
     assert {each["address"] for each in look["replicas"]} >= {f"{name}:7100" for name in REPLICAS}
     user = int(data.features["user"].values[0])
     row = stack.get("CONSOLE_PORT", f"/api/tables/features/rows/{user}")
@@ -233,7 +234,7 @@ def test_console_shows_the_cluster_and_a_row_of_it(stack: Stack, data: ClickData
 def test_a_killed_ps_comes_back_from_its_checkpoint_while_training_and_serving_go_on(
     stack: Stack, data: ClickData
 ) -> None:
-    until(lambda: all(each["last_checkpoint"] for each in cluster(stack)["shards"]), timeout_s=60)
+    until(lambda: all(each["last_checkpoint"] for each in cluster(stack)["shards"]), timeout_s=180)
     before = cluster(stack)["shards"][1]
     load = Load(f"127.0.0.1:{stack.ports['ENTRY_PORT']}", click_records(data).payloads()[:8], threads=1)
     with load:
@@ -243,9 +244,11 @@ def test_a_killed_ps_comes_back_from_its_checkpoint_while_training_and_serving_g
             now = cluster(stack)["shards"][1]
             return now["alive"] and now["incarnation"] != before["incarnation"]
 
-        until(back, timeout_s=60)
+        until(back, timeout_s=180)
         came_back_at = step(stack)
-        until(lambda: step(stack) > came_back_at + 100, timeout_s=60)
+        until(lambda: step(stack) > came_back_at + 100, timeout_s=180)
+        for worker in WORKERS:
+            until(lambda: "PS 1 restarted and went back" in stack.log(worker), timeout_s=60)  # noqa: B023
         load.more(10)
     assert load.errors == []
     shard = cluster(stack)["shards"][1]
@@ -253,7 +256,6 @@ def test_a_killed_ps_comes_back_from_its_checkpoint_while_training_and_serving_g
     assert shard["rows"] > 0
     assert stack.containers()["ps-1"].attrs["RestartCount"] == 1
     for worker in WORKERS:
-        assert "PS 1 restarted and went back" in stack.log(worker)
         assert stack.containers()[worker].attrs["RestartCount"] == 0
 
 
@@ -266,7 +268,7 @@ def test_prometheus_sees_everybody_and_every_query_of_rules_and_dashboard_has_an
     def up() -> set[str]:
         return {each["metric"]["instance"] for each in query("up == 1")}
 
-    eventually(lambda: {*PS, *REPLICAS, "entry"} - up(), timeout_s=30)
+    eventually(lambda: {*PS, *REPLICAS, "entry"} - up(), timeout_s=120)
     groups = stack.get("PROMETHEUS_PORT", "/api/v1/rules")["data"]["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
     assert {rule["health"] for rule in rules} <= {"ok", "unknown"}, [each.get("lastError") for each in rules]
@@ -280,7 +282,7 @@ def test_prometheus_sees_everybody_and_every_query_of_rules_and_dashboard_has_an
         silent.difference_update([each for each in silent if query(each)])
         return silent
 
-    eventually(unanswered, timeout_s=60)
+    eventually(unanswered, timeout_s=120)
 
 
 def test_rules_pass_their_own_tests(engine: docker.DockerClient) -> None:
@@ -297,15 +299,16 @@ def test_rules_pass_their_own_tests(engine: docker.DockerClient) -> None:
 
 def test_in_the_end_entry_scores_as_the_trained_model_does(stack: Stack, data: ClickData) -> None:
     stack.compose("stop", *WORKERS)
-    trained = step(stack)
+    address = "static://" + ",".join(f"{stack.address(each)}:7000" for each in PS)
+    with trilith.connect(address) as client:
+        trained = client.global_step()  # as it is now; the console looks now and then
     stack.compose("up", "-d", *WORKERS, EPOCHS="1")  # they know where they were, and that this is enough
     eventually(lambda: [worker for worker in WORKERS if stack.state(worker)["Status"] != "exited"], timeout_s=120)
     assert [stack.state(worker)["ExitCode"] for worker in WORKERS] == [0, 0]
-    assert step(stack) == trained
-    until(lambda: model(stack)["model_step"] == trained, timeout_s=60)
+    until(lambda: model(stack)["model_step"] == trained, timeout_s=120)
     settings = settings_of("deepfm")
-    address = "static://" + ",".join(f"{stack.address(each)}:7000" for each in PS)
     with trilith.connect(address) as client:
+        assert client.global_step() == trained
         on_ps = settings.on_cluster(client, data.features, seed=0)
         DenseOnPs(client, on_ps.head, settings.dense_optimizer())
         expected = on_ps.predict(data)
@@ -315,7 +318,7 @@ def test_in_the_end_entry_scores_as_the_trained_model_does(stack: Stack, data: C
         found = trilith.remote_predict(f"127.0.0.1:{stack.ports['ENTRY_PORT']}", click_records(data).take(slice(1000)))
         return float(np.abs(found.scores - expected[:1000]).max())
 
-    until(lambda: largest_difference() < 0.01, timeout_s=30)  # rows are served as float16
+    until(lambda: largest_difference() < 0.01, timeout_s=120)  # rows are served as float16
 
 
 def test_sigterm_ends_every_process_well(stack: Stack) -> None:
