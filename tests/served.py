@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import trilith
+from tests.programs import PATIENCE_S
 from tests.zookeeper import eventually
 from trilith.data.click_files import click_records
 from trilith.data.clicks import ClickData
@@ -98,4 +99,4 @@ class Load:
     def more(self, count: int = 30) -> None:
         """Wait until so many more requests were answered."""
         before = len(self.answers)
-        eventually(lambda: self.errors or len(self.answers) >= before + count, timeout_s=60.0)
+        eventually(lambda: self.errors or len(self.answers) >= before + count, timeout_s=PATIENCE_S)

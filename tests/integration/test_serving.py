@@ -17,6 +17,7 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import trilith
+from tests.programs import PATIENCE_S
 from tests.served import Load, Trained, train
 from tests.zookeeper import eventually
 from trilith.errors import DataError, InvalidRequestError, UnavailableError
@@ -72,7 +73,7 @@ def test_a_standalone_export_is_served_and_a_newer_one_takes_over_without_a_fail
         load.more()
         trained.shift(1.0)
         second = exporter.export(trained.save(), base, mode="standalone")
-        eventually(lambda: load.errors or load.answers[-1].model_version == second.version, timeout_s=60.0)
+        eventually(lambda: load.errors or load.answers[-1].model_version == second.version, timeout_s=PATIENCE_S)
         load.more()
     assert load.errors == []
     new = trained.scores()
@@ -133,17 +134,24 @@ def test_requests_go_on_when_a_replica_is_killed_or_hangs_and_it_is_used_again_w
             load.more()
             processes.end("replica-1")
             load.more()
-            eventually(lambda: [each.healthy for each in predictor.status().replicas] == [True, False], timeout_s=60.0)
+            eventually(
+                lambda: [each.healthy for each in predictor.status().replicas] == [True, False], timeout_s=PATIENCE_S
+            )
             assert addresses[1] in predictor.status().replicas[1].error
             processes.start("replica-1")
-            eventually(lambda: [each.healthy for each in predictor.status().replicas] == [True, True], timeout_s=60.0)
+            processes.wait("replica-1")
+            eventually(
+                lambda: [each.healthy for each in predictor.status().replicas] == [True, True], timeout_s=PATIENCE_S
+            )
             load.more()
             processes.running["replica-0"].send_signal(signal.SIGSTOP)  # it does not even refuse
             load.more()
-            eventually(lambda: [each.healthy for each in predictor.status().replicas] == [False, True], timeout_s=60.0)
+            eventually(
+                lambda: [each.healthy for each in predictor.status().replicas] == [False, True], timeout_s=PATIENCE_S
+            )
             load.more()
             processes.running["replica-0"].send_signal(signal.SIGCONT)
-            eventually(lambda: all(each.healthy for each in predictor.status().replicas), timeout_s=60.0)
+            eventually(lambda: all(each.healthy for each in predictor.status().replicas), timeout_s=PATIENCE_S)
             before = predictor.status().replicas[0].lookups
             load.more()
             assert predictor.status().replicas[0].lookups > before, "both are asked again"
