@@ -30,7 +30,7 @@ class _Ranks:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.barrier = threading.Barrier(size, timeout=30)
+        self.barrier = threading.Barrier(size, timeout=300)
         self.mail: list[list[Any]] = [[None] * size for _ in range(size)]
 
 
