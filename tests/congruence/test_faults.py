@@ -98,8 +98,11 @@ def test_a_connection_that_breaks_before_the_answer_does_not_repeat_the_step(loc
 
 
 def test_the_same_error_again_and_again_ends_at_the_deadline(local):
+    tries = []
+
     class Down(Meddled):
         def lookup_into(self, parts, outs):
+            tries.append(1)
             raise UnavailableError("still down")
 
     with local("1-ps", wrap=Down).connect() as client:
@@ -107,7 +110,8 @@ def test_the_same_error_again_and_again_ends_at_the_deadline(local):
         started = time.monotonic()
         with pytest.raises(UnavailableError, match="still down"):
             client.lookup({table.name: [1]}, timeout_s=1.0)
-        assert 0.5 < time.monotonic() - started < IN_TIME_S
+        assert time.monotonic() - started < IN_TIME_S
+        assert len(tries) > 1
 
 
 # ---- restarts --------------------------------------------------------------------------------------------------------
@@ -330,7 +334,7 @@ def test_a_call_that_waits_for_others_of_its_client_ends_at_its_deadline(local):
             assert shard.entered.acquire(timeout=30)
         started = time.monotonic()
         try:
-            with pytest.raises(DeadlineExceededError, match=r"(no answer|nothing was sent) within 0\.[12]"):
+            with pytest.raises(DeadlineExceededError, match=r"(no answer|nothing was sent) within 0\.\d"):
                 client.lookup({table.name: np.arange(9)}, timeout_s=0.2)
             assert time.monotonic() - started < IN_TIME_S
         finally:
