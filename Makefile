@@ -18,7 +18,7 @@ VENV := .venv/.stamp
 PROTO_BIN := .venv-proto/bin
 PROTO_VENV := .venv-proto/.stamp
 PYTEST := $(BIN)/python -m pytest
-# The files that take longest come first, so that no process is left with one at the end.
+# The files that take longest come first, and stay there, so that no process is left with one at the end.
 TIERS := tests/integration tests/congruence tests/conformance tests/golden tests/unit
 
 .DEFAULT_GOAL := help
@@ -35,7 +35,7 @@ demo: $(VENV)  ## train a click model on MovieLens with two PS and two workers
 	$(BIN)/trilith demo $(ARGS)
 
 test: $(VENV)  ## all tests that need neither docker nor a quiet machine
-	$(PYTEST) -n $(JOBS) --dist loadfile $(TIERS) $(ARGS)
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TIERS) $(ARGS)
 
 quality: $(VENV)  ## the demo on three seeds, also pipelined, is as good as plain torch (minutes)
 	$(PYTEST) -s tests/quality $(ARGS)
