@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from trilith.errors import InvalidRequestError
 
-__all__ = ["MAX_MESSAGE_BYTES", "ClientConfig", "prepare_grpc"]
+__all__ = ["LARGEST_MESSAGE", "MAX_MESSAGE_BYTES", "ClientConfig", "prepare_grpc"]
 
+LARGEST_MESSAGE = (1 << 31) - 1
+"""Bytes; gRPC counts in int32."""
 MAX_MESSAGE_BYTES = 256 << 20
 """Largest gRPC message that a PS and a client accept from each other."""
 
@@ -59,9 +61,9 @@ class ClientConfig:
         for name in ("timeout_s", "create_timeout_s", "retry_first_s", "retry_max_s", "keepalive_s"):
             if not getattr(self, name) > 0:
                 raise InvalidRequestError(f"{name}={getattr(self, name)} is not above 0")
-        if not 2 * _HEADER_ROOM <= self.max_message_bytes < 1 << 31:  # gRPC counts in int32
+        if not 2 * _HEADER_ROOM <= self.max_message_bytes <= LARGEST_MESSAGE:
             raise InvalidRequestError(
-                f"max_message_bytes={self.max_message_bytes} is outside {2 * _HEADER_ROOM}..{(1 << 31) - 1}"
+                f"max_message_bytes={self.max_message_bytes} is outside {2 * _HEADER_ROOM}..{LARGEST_MESSAGE}"
             )
         if self.chunk_bytes is not None and not 0 < self.chunk_bytes <= self.max_message_bytes:
             raise InvalidRequestError(f"chunk_bytes={self.chunk_bytes} is outside 1..{self.max_message_bytes}")

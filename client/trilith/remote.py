@@ -69,8 +69,8 @@ class RemoteShard:
 
     A call is retried while the PS is unreachable or overloaded, with the same bytes, hence the same sequence, until its
     deadline; saves and restores, which may take long, until the PS has been away for as long as other calls may take. A
-    reply of another incarnation than the known one is ShardRestartedError: what the caller knows about the
-    shard may no longer hold.
+    reply of another incarnation than the known one is ShardRestartedError: what the caller knows about the shard may no
+    longer hold.
     """
 
     def __init__(self, resolve: Callable[[], str], config: ClientConfig, *, index: int = 0) -> None:

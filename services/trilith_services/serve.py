@@ -31,7 +31,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from trilith.config import MAX_MESSAGE_BYTES
+from trilith.config import LARGEST_MESSAGE, MAX_MESSAGE_BYTES
 from trilith.errors import InvalidRequestError, OverloadedError, UnavailableError
 from trilith.remote import ERROR_KEY
 from trilith_services.streams import Streams
@@ -63,8 +63,8 @@ class Limits:
     drain_s: float = 10.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_message_bytes < 1 << 31:  # gRPC counts in int32
-            raise InvalidRequestError(f"max_message_bytes={self.max_message_bytes} is outside 1..{(1 << 31) - 1}")
+        if not 0 < self.max_message_bytes <= LARGEST_MESSAGE:
+            raise InvalidRequestError(f"max_message_bytes={self.max_message_bytes} is outside 1..{LARGEST_MESSAGE}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -153,8 +153,7 @@ def test_whoever_dies_no_request_fails_and_scores_are_those_of_the_compressed_tr
         assert np.abs(after.scores - wants[second.version]).max() > 1e-3
         assert after.model_version == second.version
 
-        eventually(
-            lambda: states(zookeeper) == [ModelState.AVAILABLE], timeout_s=PATIENCE_S
-        )  # the killed one's is gone
+        # The session of the killed one ends, and its node with it.
+        eventually(lambda: states(zookeeper) == [ModelState.AVAILABLE], timeout_s=PATIENCE_S)
         assert processes.end("two", signal.SIGTERM) == 0
         assert states(zookeeper) == []  # who is asked to stop takes its node with it

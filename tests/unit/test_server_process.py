@@ -87,11 +87,17 @@ def test_without_a_directory_nobody_asks_for_the_address():
 # ---- stopped in the middle of the start ------------------------------------------------------------------------------
 
 
-def test_a_replica_that_is_stopped_before_it_has_its_rows_never_says_that_it_can_be_asked(listing):
+def test_a_replica_that_is_stopped_before_it_has_its_rows_never_says_that_it_can_be_asked(listing, monkeypatch):
     server = ReplicaServer(Replica(Store(threads=1)), listed=listing)  # type: ignore[arg-type]
     announced = threading.Event()
     announce = listing.announce
-    listing.announce = lambda *said, **how: (announce(*said, **how), announced.set())[0]  # type: ignore[method-assign]
+
+    def say(*said, **how):
+        number = announce(*said, **how)
+        announced.set()
+        return number
+
+    monkeypatch.setattr(listing, "announce", say)
     server.start()
     assert announced.wait(60)
     server.stop()
@@ -133,11 +139,16 @@ def test_a_ps_that_leaves_while_it_registers_is_not_registered_in_the_end(tmp_pa
     member.close()
 
 
-def test_a_ps_that_is_stopped_while_it_compiles_never_registers(tmp_path: Path):
+def test_a_ps_that_is_stopped_while_it_compiles_never_registers(tmp_path: Path, monkeypatch):
     store = Store(threads=1)
     server = ParameterServer(store, PsOptions(discovery=f"hosts://{tmp_path}"))
     compiling, go = threading.Event(), threading.Event()
-    store.compile = lambda: compiling.set() or go.wait(30)  # type: ignore[method-assign]
+
+    def compile_slowly() -> None:
+        compiling.set()
+        assert go.wait(30)
+
+    monkeypatch.setattr(store, "compile", compile_slowly)
     starting = threading.Thread(target=server.start)
     starting.start()
     assert compiling.wait(30)

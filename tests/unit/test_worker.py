@@ -151,7 +151,8 @@ def test_the_meter_looks_back_on_the_newest_samples():
 def test_the_last_report_counts_from_the_first_step_whatever_came_last():
     now = [0.0]
     meter = Meter(clock=lambda: now[0])
-    for now[0] in (100.0, 101.0, 102.0):  # it took long to begin
+    for second in (100.0, 101.0, 102.0):  # it took long to begin
+        now[0] = second
         meter.add(np.array([0, 1], np.float32), np.array([0.9, 0.1], np.float32), 2.0)
     meter.report()
     now[0] = 104.0  # nothing was trained meanwhile

@@ -493,7 +493,7 @@ def from_records(records: Records | Sequence[bytes], kind: Kind | str = Kind.INS
 
 
 def _check_options(options: Mapping[str, Any], of: Callable[..., Any], but: Collection[str] = ()) -> None:
-    """Refuse options that `of`, which is called when files are opened, does not take."""
+    """Refuse options that `of`, which is called when the dataset is iterated, does not take, and what is no kind."""
     known = (of.__kwdefaults__ or {}).keys() - set(but)
     if unknown := options.keys() - known:
         raise InvalidRequestError(f"unknown options {sorted(unknown)}; there are {sorted(known)}")

@@ -41,7 +41,6 @@ __all__ = [
 BLOCK_BYTES = 2 << 20
 """Bytes of a chunk's buffer, if no record is longer: as much as stays in the processor's cache."""
 
-
 _LOG = logging.getLogger(__name__)
 _KEPT_MESSAGES = 10
 

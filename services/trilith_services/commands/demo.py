@@ -197,10 +197,9 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
     }[Mode(options.mode)]
     table.add_row(where, f"{result.auc:.4f}", f"{result.samples_per_s:,.0f}", f"{result.rows:,}")
     if base is not None:
+        console.print("the same model, data, epochs and optimizer:")
         name = f"plain torch, 1 process, {output.plural(base.threads, 'thread')}"
         table.add_row(name, f"{base.auc:.4f}", f"{base.samples_per_s:,.0f}", f"{base.rows:,}")
-    if base is not None:
-        console.print("the same model, data, epochs and optimizer:")
     console.print(table)
     console.print(f"checkpoint: {result.checkpoint}", highlight=False, soft_wrap=True)
     base_auc = f"{base.auc:.4f}" if base is not None else "nan"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trilith.config import LARGEST_MESSAGE
 from trilith.errors import InvalidRequestError
 from trilith_services.sizes import parse_bytes
 
@@ -93,8 +94,8 @@ def _listening(text: str) -> None:
 
 
 def _message(text: str) -> None:
-    """Refuse what gRPC, which counts in int32, cannot send at once."""
-    if not 0 < parse_bytes(text) < 1 << 31:
+    """Refuse what gRPC cannot send at once."""
+    if not 0 < parse_bytes(text) <= LARGEST_MESSAGE:
         raise InvalidRequestError(f"{text!r} is outside 1..2047M, what a message may hold")
 
 

@@ -126,8 +126,7 @@ def _describe(hosts: Sequence[str], before: Sequence[_Sample], now: Sequence[_Sa
         stats = new.stats
         earlier = old.stats if old.stats is not None and old.stats.incarnation == stats.incarnation else None
         seconds = new.at - old.at
-        if new.identity not in (None, (index, len(hosts))):
-            assert new.identity is not None
+        if new.identity is not None and new.identity != (index, len(hosts)):
             shard["says"] = "shard {} of {}".format(*new.identity)
         shard |= {
             "incarnation": f"{stats.incarnation:016x}",

@@ -50,6 +50,7 @@ class _Scratch(threading.local):
         self.starts = np.zeros(STRIPES + 1, np.int64)
         self.work, self.work_at = np.empty(0, np.uint8), 0
         self.batch: Batch = (0, 0, 0)
+        self.unsorted_at = 0
         self.arrays = np.empty((3, 0), np.uint64)
 
 
@@ -63,8 +64,9 @@ def group(ids: UInt64Array) -> Batch:
         _SCRATCH.arrays = np.empty((3, _SCRATCH.room), np.uint64)
         start, step = address_of(_SCRATCH.arrays), 8 * _SCRATCH.room
         _SCRATCH.batch = address_of(_SCRATCH.starts), start, start + step
+        _SCRATCH.unsorted_at = start + 2 * step
     starts, hashes, positions = _SCRATCH.batch
-    index.group_by_stripe(address_of(ids), len(ids), address_of(_SCRATCH.arrays[2]), hashes, positions, starts)
+    index.group_by_stripe(address_of(ids), len(ids), _SCRATCH.unsorted_at, hashes, positions, starts)
     return _SCRATCH.batch
 
 
@@ -142,8 +144,7 @@ class Stripes:
     def clear(self) -> None:
         """Drop every row and give the memory back; the caller is `writing`."""
         self._reset(0)
-        touched = self.touched
-        if touched is not None:
+        if (touched := self.touched) is not None:
             touched.add_all()
 
     # ---- walking batches -----------------------------------------------------------------------------------------
@@ -192,8 +193,7 @@ class Stripes:
                 other.result()
         finally:
             # After the rows have changed and before the caller answers, also if only some of them did.
-            touched = self.touched  # which may be taken away at any time
-            if touched is not None:
+            if (touched := self.touched) is not None:  # looked up once: it may be taken away at any time
                 touched.add(ids)
 
     def _write(self, ids: UInt64Array, work: Callable[[Batch, int, int, int, int], int], first: int, last: int) -> None:

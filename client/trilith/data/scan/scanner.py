@@ -41,7 +41,6 @@ __all__ = [
     "warm_kernels",
 ]
 
-
 _KERNELS: dict[Kind, Callable[[int], int]] = {Kind.INSTANCE: scan_instances, Kind.EXAMPLE: scan_examples}
 _GIVEN = np.array([
     Slot.ROWS, Slot.BUFFER, Slot.OFFSETS, Slot.LENGTHS, Slot.BLOCK, Slot.PROMOTE, Slot.LISTS,
