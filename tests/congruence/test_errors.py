@@ -172,6 +172,8 @@ def test_a_table_with_another_config_is_refused_with_both_shown(client, table, o
     )
     assert "dim_size: 4" in str(caught.value)
     assert "dim_size: 11" in str(caught.value)
+    with pytest.raises(TableExistsError, match=r"learning_rate[^ ]* is 0\.05 here, 0\.05000001 asked"):
+        client.table(table.name, **config | {"optimizer": Adagrad(learning_rate=0.05000001)})
 
 
 def test_unknown_variables_are_a_key_error(client):

@@ -534,8 +534,10 @@ def _fields(message: Message, prefix: str = "") -> dict[str, str]:
             name = f"{prefix}{field.name}[{number}]" if many else f"{prefix}{field.name}"
             if isinstance(each, Message):
                 found |= _fields(each, f"{name}.") or {name: "set"}
+            elif isinstance(each, float) and np.float32(each) == each:
+                found[name] = str(np.float32(each))  # 0.05, not 0.05000000074505806
             else:
-                found[name] = f"{each:.6g}" if isinstance(each, float) else str(each)
+                found[name] = str(each)
     return found
 
 
