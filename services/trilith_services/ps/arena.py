@@ -9,7 +9,7 @@ import numpy as np
 from trilith.errors import MemoryLimitError
 from trilith.ops.memory import address_of
 
-__all__ = ["HUGE_PAGE", "Mapping"]
+__all__ = ["HUGE_PAGE", "Arena", "Mapping"]
 
 HUGE_PAGE = 2 << 20
 _MAP_NORESERVE = 0x4000  # Linux; the mmap module has no name for it
@@ -41,3 +41,22 @@ class Mapping:
                 self._map.madvise(mmap.MADV_HUGEPAGE, self._skipped + start, end - start)
             except OSError:
                 pass  # a kernel without transparent huge pages: slower, not wrong
+
+
+class Arena:
+    """Address space for numbered items of one size, an equal part of it for each stripe."""
+
+    def __init__(self, stripes: int, items: int, item_bytes: int) -> None:
+        """Reserve parts for item numbers 0 to `items`; items of 0 bytes take none."""
+        self.item_bytes = item_bytes
+        self._part = -(-(items + 1) * item_bytes // HUGE_PAGE) * HUGE_PAGE
+        self._mapping = Mapping(stripes * self._part) if item_bytes else None
+
+    def address(self, s: int) -> int:
+        """Where item number 0 of stripe `s` is; 0 if items have no bytes."""
+        return self._mapping.address + s * self._part if self._mapping else 0
+
+    def advise_huge(self, s: int, items: int) -> None:
+        """Ask for the huge pages of which so many items of stripe `s` need half or more."""
+        if self._mapping:
+            self._mapping.advise_huge(s * self._part, round(items * self.item_bytes / HUGE_PAGE) * HUGE_PAGE)

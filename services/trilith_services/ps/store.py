@@ -161,7 +161,8 @@ class Store:
                     raise
             self._tables.update(made)
         for name, table in made.items():
-            _LOG.info("table %s created: dim %d, %d bytes per row", name, table.dim, table.layout.stride)
+            size = table.layout.row_bytes + table.layout.state_bytes
+            _LOG.info("table %s created: dim %d, %d bytes per row", name, table.dim, size)
 
     def lookup(
         self, parts: Sequence[IdPart], *, float16: bool = False, timeout_s: float | None = None

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from trilith.errors import MemoryLimitError
 from trilith.ops.memory import address_of
 from trilith.shard import UInt64Array
-from trilith_services.ps.arena import HUGE_PAGE, Mapping
+from trilith_services.ps.arena import HUGE_PAGE, Arena, Mapping
 from trilith_services.ps.kernels import index
 from trilith_services.ps.kernels.index import STRIPES
 from trilith_services.ps.kernels.sweep import rebuild_index
@@ -32,6 +32,7 @@ _PIECE_BYTES = 512 << 10  # a batch is written in pieces whose gradients stay in
 _PARALLEL = 16384  # from here a batch is worth two threads
 _HUGE_BYTES = 2 * HUGE_PAGE  # rows or slots of one stripe beyond which huge pages pay
 _FIRST_SLOTS = 16
+_TIME_BYTES = 4
 _MAX_ROWS = 1 << 29  # of a stripe; a slot has bits for twice as many row numbers
 _STASH_PART = 512  # a stash has room for one in so many slots, ten times what chance puts there in a full index
 _FIRST_STASH = 8
@@ -81,9 +82,10 @@ def work_memory(size: int) -> int:
 class Stripes:
     """The rows of one table, spread over stripes by the high bits of the ids' hashes.
 
-    A stripe is an index and a range of the table's row arena. Readers and writers take turns, piece by piece; readers
-    need nothing more, writers the locks of the stripes they change. Neighbouring stripes share a lock. Rows never move:
-    the arena's address space is reserved at the start, and only an index is rebuilt as it grows, one stripe at a time.
+    A stripe is an index and a part each of the table's arenas of weights, of optimizer states and of times. Readers and
+    writers take turns, piece by piece; readers need nothing more, writers the locks of the stripes they change.
+    Neighbouring stripes share a lock. Rows never move: the arenas' address space is reserved at the start, and only an
+    index is rebuilt as it grows, one stripe at a time.
 
     Attributes:
         columns: int64[STRIPES, index.COLUMNS], what the kernels know of each stripe.
@@ -102,9 +104,7 @@ class Stripes:
         self.reading, self._writing = two_rooms()
         self.columns = np.zeros((STRIPES, index.COLUMNS), np.int64)
         self.address = address_of(self.columns)
-        self._reserved = _reserved_bytes()
-        self._max_rows = min(self._reserved // layout.stride - 1, _MAX_ROWS)
-        self._reserved_times = -(-4 * (self._max_rows + 1) // HUGE_PAGE) * HUGE_PAGE
+        self._max_rows = min(_reserved_bytes() // self.row_bytes - 1, _MAX_ROWS)
         self._indexes: list[Mapping] = []
         self._reset(-(-initial_rows // STRIPES))
 
@@ -131,8 +131,8 @@ class Stripes:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row and its time."""
-        return self._layout.stride + 4
+        """Bytes of a row, its state and its time."""
+        return self._layout.row_bytes + self._layout.state_bytes + _TIME_BYTES
 
     def growth_bytes(self, new_rows: int) -> int:
         """Index memory that `new_rows` more rows, evenly spread, will add."""
@@ -248,17 +248,17 @@ class Stripes:
     # ---- growth --------------------------------------------------------------------------------------------------
 
     def _reset(self, rows_per_stripe: int) -> None:
-        self._arena = Mapping(self._reserved * STRIPES)
-        self._times = Mapping(self._reserved_times * STRIPES)
+        sizes = self._layout.row_bytes, self._layout.state_bytes, _TIME_BYTES
+        rows, states, times = self._arenas = [Arena(STRIPES, self._max_rows, size) for size in sizes]
         self.columns[:] = 0
         self._indexes = []
         for s in range(STRIPES):
             slots = _FIRST_SLOTS
             while slots * _max_load(s) < rows_per_stripe:
                 slots *= 2
-            self.columns[s, index.ARENA] = self._arena.address + s * self._reserved
-            self.columns[s, index.ROW_BYTES] = self._layout.stride
-            self.columns[s, index.TIMES] = self._times.address + s * self._reserved_times
+            self.columns[s, [index.ROWS, index.ROW_BYTES]] = rows.address(s), rows.item_bytes
+            self.columns[s, [index.STATES, index.STATE_BYTES]] = states.address(s), states.item_bytes
+            self.columns[s, index.TIMES] = times.address(s)
             self._indexes.append(self._plan_index(self.columns[s], s, slots, 0))
             self._advise(s)
 
@@ -298,9 +298,9 @@ class Stripes:
     def _advise(self, s: int) -> None:
         """Ask for huge pages for the rows that the index of stripe `s` has room for."""
         limit = int(self.columns[s, index.LIMIT])
-        if limit * self._layout.stride >= _HUGE_BYTES:
-            self._arena.advise_huge(s * self._reserved, limit * self._layout.stride)
-            self._times.advise_huge(s * self._reserved_times, -(-4 * limit // HUGE_PAGE) * HUGE_PAGE)
+        if limit * self.row_bytes >= _HUGE_BYTES:
+            for arena in self._arenas:
+                arena.advise_huge(s, limit)
 
 
 def _index_bytes(slots: int, stash: int) -> int:

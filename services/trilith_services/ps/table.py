@@ -158,7 +158,7 @@ class Table:
 
     def contains(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """bool[n]: whether each id has a row."""
-        present: npt.NDArray[np.bool_] = self._row_addresses(as_ids(ids))[0] != 0
+        present: npt.NDArray[np.bool_] = self._row_addresses(as_ids(ids))[0][:, 0] != 0
         return present
 
     def export_rows(self, ids: npt.NDArray[Any]) -> tuple[npt.NDArray[np.bool_], Rows]:
@@ -170,7 +170,7 @@ class Table:
         ids = as_ids(ids)
         with self._stripes.reading:
             addresses, times = self._row_addresses(ids, inside=True)
-            present = addresses != 0
+            present = addresses[:, 0] != 0
             return present, self._copy_rows(ids[present], addresses[present], times[present])
 
     def export_stripe(self, s: int) -> Rows:
@@ -182,7 +182,7 @@ class Table:
         """uint64[n]: the ids of stripe `s`, as they are at one moment."""
         with self._stripes.reading:
             room = int(self._stripes.columns[s, index.SIZE])
-            ids, rows, times = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.uint32)
+            ids, rows, times = np.empty(room, np.uint64), np.empty((room, 2), np.int64), np.empty(room, np.uint32)
             if room:
                 sweep.scan_index(self._at, s, 0, int(self._stripes.places[s]), room, ids, rows, times)
         return ids
@@ -536,7 +536,7 @@ class Table:
         row_bytes = self._stripes.row_bytes
         if self._budget.has_room(len(ids) * row_bytes + self._stripes.growth_bytes(len(ids))):
             return
-        missing = len(np.unique(ids[self._row_addresses(ids)[0] == 0]))
+        missing = len(np.unique(ids[self._row_addresses(ids)[0][:, 0] == 0]))
         fresh = max(0, missing - self._stripes.freed_rows)
         needed = fresh * row_bytes + self._stripes.growth_bytes(missing)
         if missing and not self._budget.has_room(needed):
@@ -561,16 +561,16 @@ class Table:
     def _row_addresses(
         self, ids: UInt64Array, *, inside: bool = False
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
-        """int64[n] addresses of rows, 0 where there is none, and uint32[n] last updates.
+        """int64[n, 2] addresses of rows' weights and states, 0 where there is none, and uint32[n] last updates.
 
         `inside`: the caller is reading already, and may go on to read the rows themselves.
         """
-        addresses, times = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.uint32)
+        addresses, times = np.zeros((len(ids), 2), np.int64), np.zeros(len(ids), np.uint32)
         rows_at, times_at = address_of(addresses), address_of(times)
 
         def find(address: int, count: int, offset: int) -> int:
             work = work_memory(self._work_bytes)
-            return index.find_rows(self._at, address, count, work, rows_at + 8 * offset, times_at + 4 * offset)
+            return index.find_rows(self._at, address, count, work, rows_at + 16 * offset, times_at + 4 * offset)
 
         if inside:
             find(address_of(ids), len(ids), 0)
@@ -581,7 +581,7 @@ class Table:
     def _scan_stripe(self, s: int, begin: int, end: int, limit: int) -> tuple[Rows, int]:
         """Rows of the places from `begin` on, at most `limit`, and the place to go on from; the lock is held."""
         room = max(1, min(limit, int(self._stripes.columns[s, index.SIZE])))
-        ids, rows, times = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.uint32)
+        ids, rows, times = np.empty(room, np.uint64), np.empty((room, 2), np.int64), np.empty(room, np.uint32)
         packed = int(sweep.scan_index(self._at, s, begin, end, room, ids, rows, times))
         place, count = packed >> 32, packed & 0xFFFFFFFF
         return self._copy_rows(ids[:count], rows[:count], times[:count]), place
@@ -593,7 +593,7 @@ class Table:
         return Rows(ids, weights, state, times)
 
     def _no_rows(self) -> Rows:
-        return self._copy_rows(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.uint32))
+        return self._copy_rows(np.empty(0, np.uint64), np.empty((0, 2), np.int64), np.empty(0, np.uint32))
 
 
 def compile_common_kernels() -> None:

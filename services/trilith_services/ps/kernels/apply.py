@@ -24,6 +24,7 @@ from trilith_services.ps.kernels.index import (
     is_full,
     put,
     row_at,
+    state_at,
     stripe_at,
     time_at,
 )
@@ -37,7 +38,7 @@ from trilith_services.ps.kernels.plan import (
     SEG_STATE,
     SEG_WEIGHT,
     SEGMENT_COLUMNS,
-    WORDS,
+    STATE,
 )
 from trilith_services.ps.kernels.read import SCRATCH, prefetch_row
 from trilith_services.ps.kernels.write import id_stream, init_row
@@ -51,7 +52,9 @@ def _segment_step(k: int, kind: str, stochastic: bool, one_bit: bool) -> Callabl
     advance = STEPS[kind]
 
     @inlined
-    def step_segment(row: Any, grad: Any, segments: int, rates: Any, step: Any, stream: Any, scratch: Any) -> Any:
+    def step_segment(
+        row: Any, state: Any, grad: Any, segments: int, rates: Any, step: Any, stream: Any, scratch: Any
+    ) -> Any:
         dim = get(segments, k * SEGMENT_COLUMNS + SEG_DIM)
         w = row + 4 * get(segments, k * SEGMENT_COLUMNS + SEG_WEIGHT)
         g = grad + 4 * get(segments, k * SEGMENT_COLUMNS + SEG_WEIGHT)
@@ -62,7 +65,7 @@ def _segment_step(k: int, kind: str, stochastic: bool, one_bit: bool) -> Callabl
         inner = np.int64(0) if stochastic else step
         advance(
             w,
-            row + get(segments, k * SEGMENT_COLUMNS + SEG_STATE),
+            state + get(segments, k * SEGMENT_COLUMNS + SEG_STATE),
             g,
             dim,
             get(segments, k * SEGMENT_COLUMNS + SEG_PARAMS),
@@ -77,9 +80,11 @@ def _segment_step(k: int, kind: str, stochastic: bool, one_bit: bool) -> Callabl
 
 def _chain(first: Callable[..., Any], rest: Callable[..., Any]) -> Callable[..., Any]:
     @inlined
-    def step_both(row: Any, grad: Any, segments: int, rates: Any, step: Any, stream: Any, scratch: Any) -> Any:
-        first(row, grad, segments, rates, step, stream, scratch)
-        rest(row, grad, segments, rates, step, stream, scratch)
+    def step_both(
+        row: Any, state: Any, grad: Any, segments: int, rates: Any, step: Any, stream: Any, scratch: Any
+    ) -> Any:
+        first(row, state, grad, segments, rates, step, stream, scratch)
+        rest(row, state, grad, segments, rates, step, stream, scratch)
 
     return step_both
 
@@ -135,8 +140,8 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
             -1, or the position before which the stripe has to grow.
         """
         scratch = work + SCRATCH
-        size = 4 * get(plan, WORDS)
         dim = get(plan, DIM)
+        state_words = get(plan, STATE)
         seed = get(plan, SEED)
         for s in range(first, last):
             stripe = stripe_at(stripes, s)
@@ -151,14 +156,17 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
                 for t in range(count):
                     number = find_row(stripe, load_u64(hashes, j0 + t))
                     if number != 0:
-                        prefetch_row(row_at(stripe, number), size)
+                        prefetch_row(row_at(stripe, number), 4 * dim)
+                        if state_words != 0:
+                            prefetch_row(state_at(stripe, number), 4 * state_words)
                         prefetch(time_at(stripe, number))
                     elif is_full(stripe):
                         ready = t
                         break
                     else:
                         number = claim_row(stripe, load_u64(hashes, j0 + t))
-                        init_row(plan, row_at(stripe, number), unmix64(load_u64(hashes, j0 + t)))
+                        key = unmix64(load_u64(hashes, j0 + t))
+                        init_row(plan, row_at(stripe, number), state_at(stripe, number), key)
                     put(work, t, number)
                 for t in range(ready):
                     number = get(work, t)
@@ -167,7 +175,8 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
                     if rounding:
                         stream = id_stream(seed, unmix64(load_u64(hashes, j0 + t)))
                     gradient = grads + 4 * dim * get(positions, j0 + t)
-                    step_row(row_at(stripe, number), gradient, segments, rates, step, stream, scratch)
+                    row, state = row_at(stripe, number), state_at(stripe, number)
+                    step_row(row, state, gradient, segments, rates, step, stream, scratch)
                 if ready < count:
                     return int(j0 + ready)
                 j0 += count

@@ -10,7 +10,7 @@ from trilith.ops.hashing import mix64
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import copy_floats, load_u8, load_u64, store_u8, store_u64
 from trilith_services.ps.kernels.index import READ_GROUP, get
-from trilith_services.ps.kernels.plan import DIM, READ_WORDS, SERVING
+from trilith_services.ps.kernels.plan import DIM, SERVING, WORDS
 from trilith_services.ps.kernels.read import probe_group, read_row
 from trilith_services.ps.kernels.varints import put_varint
 
@@ -59,7 +59,7 @@ def gather_rows(
     """
     dim = get(plan, DIM)
     serving = get(plan, SERVING) != 0
-    size = 4 * get(plan, READ_WORDS)
+    size = 4 * get(plan, WORDS)
     present = 0
     absent = 0
     for first in range(0, n, READ_GROUP):

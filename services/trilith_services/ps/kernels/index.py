@@ -34,8 +34,8 @@ STRIPES = 1 << BITS
 
 INDEX = 0  # address of the slots, and of the stash behind them
 SLOTS = 1  # their number, 8 * 2^k, a bound for row numbers too
-ARENA = 2  # address of row number 0, which is never used
-ROW_BYTES = 3  # from a row to the next
+ROWS = 2  # address of the weights of row number 0, which is never used
+ROW_BYTES = 3  # from a row's weights to the next's
 TIMES = 4  # address of row number 0's last update, uint32 Unix seconds; the others' follow
 STASHED = 5  # entries in the stash
 STASH_ROOM = 6  # as many are possible
@@ -46,6 +46,8 @@ MOST_DELETED = 10  # deleted slots at which it must be swept first
 USED = 11  # row numbers ever handed out
 FREE = 12  # first freed row number, 0 if none; each freed row holds the next in its first four bytes
 FREED = 13  # length of that list
+STATES = 14  # address of the optimizer state of row number 0; 0 if rows have none
+STATE_BYTES = 15  # from a row's state to the next's
 COLUMNS = 16  # two cache lines
 
 STASH_ENTRY = 16  # bytes: uint64 hash, uint64 row number
@@ -90,8 +92,14 @@ def stripe_at(stripes: Any, s: Any) -> Any:
 
 @inlined
 def row_at(stripe: Any, number: Any) -> Any:
-    """Address of row `number`."""
-    return get(stripe, ARENA) + number * get(stripe, ROW_BYTES)
+    """Address of row `number`: of its weights."""
+    return get(stripe, ROWS) + number * get(stripe, ROW_BYTES)
+
+
+@inlined
+def state_at(stripe: Any, number: Any) -> Any:
+    """Address of the optimizer state of row `number`, 0 if rows have none."""
+    return get(stripe, STATES) + number * get(stripe, STATE_BYTES)
 
 
 @inlined
@@ -289,7 +297,7 @@ def group_by_stripe(ids: int, n: int, work: int, hashes: int, positions: int, st
 
 
 @kernel("int64(int64, int64, int64, int64, int64, int64)")
-def find_rows(stripes: int, ids: int, n: int, work: int, addresses: int, times: int) -> int:
+def find_rows(stripes: int, ids: int, n: int, work: int, rows: int, times: int) -> int:
     """Find where rows are.
 
     Args:
@@ -297,7 +305,7 @@ def find_rows(stripes: int, ids: int, n: int, work: int, addresses: int, times: 
         ids: Address of uint64[n].
         n: Number of ids.
         work: Address of uint64[GROUP], scratch.
-        addresses: Address of int64[n], written: the row's address, 0 if there is none.
+        rows: Address of int64[n, 2], written: the addresses of the row's weights and state, 0 if there is none.
         times: Address of uint32[n], written: the row's last update, Unix seconds, 0 if there is none.
 
     Returns:
@@ -314,11 +322,13 @@ def find_rows(stripes: int, ids: int, n: int, work: int, addresses: int, times: 
             value = load_u64(work, t)
             stripe = stripe_at(stripes, stripe_of(value))
             number = find_row(stripe, value)
-            row, time = np.int64(0), np.uint32(0)
+            row, state, time = np.int64(0), np.int64(0), np.uint32(0)
             if number != 0:
-                row, time = row_at(stripe, number), load_u32(time_at(stripe, number), 0)
+                row, state = row_at(stripe, number), state_at(stripe, number)
+                time = load_u32(time_at(stripe, number), 0)
                 present += 1
-            put(addresses, first + t, row)
+            put(rows, 2 * (first + t), row)
+            put(rows, 2 * (first + t) + 1, state)
             store_u32(times, first + t, time)
     return present
 

@@ -43,7 +43,6 @@ from trilith_services.ps.kernels.index import (
 from trilith_services.ps.kernels.plan import (
     CODED,
     DIM,
-    READ_WORDS,
     SEG_CODEC,
     SEG_CODEC_PARAMS,
     SEG_DIM,
@@ -186,7 +185,7 @@ def lookup_rows(stripes: int, ids: int, n: int, plan: int, segments: int, work: 
     """
     dim = get(plan, DIM)
     coded = get(plan, CODED) != 0
-    size = 4 * get(plan, READ_WORDS)
+    size = 4 * get(plan, WORDS)
     hits = 0
     for first in range(0, n, READ_GROUP):
         count = min(READ_GROUP, n - first)
@@ -224,7 +223,7 @@ def lookup_rows_half(stripes: int, ids: int, n: int, plan: int, segments: int, w
     """
     dim = get(plan, DIM)
     scratch = work + SCRATCH
-    size = 4 * get(plan, READ_WORDS)
+    size = 4 * get(plan, WORDS)
     hits = 0
     for first in range(0, n, READ_GROUP):
         count = min(READ_GROUP, n - first)
@@ -250,7 +249,7 @@ def export_rows(plan: int, segments: int, rows: int, count: int, weights: int, s
     Args:
         plan: Address of int64[PLAN_COLUMNS].
         segments: Address of int64[k, SEGMENT_COLUMNS].
-        rows: Address of int64[count] addresses of rows.
+        rows: Address of int64[count, 2]: addresses of rows' weights and states.
         count: How many.
         weights: Address of float32[count, dim], written.
         states: Address of float32[count, state], written.
@@ -259,9 +258,11 @@ def export_rows(plan: int, segments: int, rows: int, count: int, weights: int, s
     state = get(plan, STATE)
     for i in range(count):
         if i + 8 < count:
-            prefetch_row(get(rows, i + 8), 4 * get(plan, WORDS))
+            prefetch_row(get(rows, 2 * (i + 8)), 4 * get(plan, WORDS))
+            if state != 0:
+                prefetch_row(get(rows, 2 * (i + 8) + 1), 4 * state)
         if get(plan, SERVING) != 0:
-            read_row(plan, segments, get(rows, i), weights + 4 * dim * i)
+            read_row(plan, segments, get(rows, 2 * i), weights + 4 * dim * i)
         else:
-            copy_floats(weights + 4 * dim * i, get(rows, i), dim)
-            copy_floats(states + 4 * state * i, get(rows, i) + 4 * dim, state)
+            copy_floats(weights + 4 * dim * i, get(rows, 2 * i), dim)
+            copy_floats(states + 4 * state * i, get(rows, 2 * i + 1), state)

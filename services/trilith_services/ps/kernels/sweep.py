@@ -23,6 +23,7 @@ from trilith_services.ps.kernels.index import (
     put,
     release_row,
     row_at,
+    state_at,
     stripe_at,
     time_at,
     word_at,
@@ -112,7 +113,7 @@ def evict_rows(stripes: int, s: int, now: int, lifetimes: int, slots: int, evict
     return evicted
 
 
-@kernel("int64(int64, int64, int64, int64, int64, uint64[::1], int64[::1], uint32[::1])")
+@kernel("int64(int64, int64, int64, int64, int64, uint64[::1], int64[:, ::1], uint32[::1])")
 def scan_index(stripes: int, s: int, begin: int, end: int, limit: int, ids: U64, rows: I64, times: U32) -> int:
     """List what stands from place `begin` on, at most `limit` ids; the entries of the stash follow the slots.
 
@@ -123,7 +124,7 @@ def scan_index(stripes: int, s: int, begin: int, end: int, limit: int, ids: U64,
         end: One past the last place to look at; the index may have fewer by now.
         limit: Room in the outputs.
         ids: uint64[limit], written.
-        rows: int64[limit], written: addresses of rows.
+        rows: int64[limit, 2], written: addresses of rows' weights and states.
         times: uint32[limit], written: last updates.
 
     Returns:
@@ -139,7 +140,8 @@ def scan_index(stripes: int, s: int, begin: int, end: int, limit: int, ids: U64,
         number = number_in(stripe, word)
         if number != 0:
             ids[found] = unmix64(hash_in(stripe, s, word))
-            rows[found] = row_at(stripe, number)
+            rows[found, 0] = row_at(stripe, number)
+            rows[found, 1] = state_at(stripe, number)
             times[found] = load_u32(time_at(stripe, number), 0)
             found += 1
         place += 1

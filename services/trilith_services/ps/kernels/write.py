@@ -20,6 +20,7 @@ from trilith_services.ps.kernels.index import (
     get,
     is_full,
     row_at,
+    state_at,
     stripe_at,
     time_at,
 )
@@ -55,9 +56,11 @@ def id_stream(seed: Any, key: Any) -> Any:
 
 
 @inlined
-def init_row(plan: int, row: Any, key: Any) -> Any:
+def init_row(plan: int, row: Any, state: Any, key: Any) -> Any:
     """Give a new row its initial weights and state."""
-    copy_floats(row, get(plan, IMAGE), get(plan, WORDS))
+    words = get(plan, WORDS)
+    copy_floats(row, get(plan, IMAGE), words)
+    copy_floats(state, get(plan, IMAGE) + 4 * words, get(plan, STATE))
     random = get(plan, RANDOM)
     if random != 0:
         dim = get(plan, DIM)
@@ -140,9 +143,9 @@ def write_rows(
                     return j
                 had = np.int8(0)
                 number = claim_row(stripe, value)
-            row = row_at(stripe, number)
+            row, state = row_at(stripe, number), state_at(stripe, number)
             if had == 0 or mode == RESET:
-                init_row(plan, row, unmix64(value))
+                init_row(plan, row, state, unmix64(value))
             store_u32(time_at(stripe, number), 0, np.uint32(at))
             if existed != 0:
                 store_i8(existed, i, had)
@@ -159,7 +162,7 @@ def write_rows(
             elif mode != RESET:
                 store_row(plan, segments, row, source)
                 if mode == IMPORT:
-                    copy_floats(row + 4 * dim, states + 4 * get(plan, STATE) * i, get(plan, STATE))
+                    copy_floats(state, states + 4 * get(plan, STATE) * i, get(plan, STATE))
     return -1
 
 
