@@ -17,10 +17,12 @@ from trilith import wire
 from trilith.config import ClientConfig
 from trilith.errors import (
     BY_NAME,
+    CheckpointError,
     ClosedError,
     DeadlineExceededError,
     InternalError,
     InvalidRequestError,
+    MemoryLimitError,
     OverloadedError,
     ShardRestartedError,
     TrilithError,
@@ -55,6 +57,8 @@ _LONG = frozenset({"Save", "Restore"})
 # How gRPC says so, before the reason of the operating system.
 _UNREACHABLE = re.compile(r"^failed to connect to all addresses; last error: .*?Failed to connect to remote host: ")
 _RETRIED = (UnavailableError, OverloadedError)
+# What one PS is to blame for; any other would have refused the rest as well.
+_OF_ONE_PS = (CheckpointError, InternalError, MemoryLimitError, OverloadedError)
 _BY_CODE: Mapping[grpc.StatusCode, type[TrilithError]] = {
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
@@ -192,7 +196,10 @@ class RemoteShard:
         if raised is not None:
             if self._known and incarnation not in (0, self._known) and raised not in _RETRIED:
                 return self._restarted(incarnation)
-            return raised(details)
+            told = raised(details)
+            if isinstance(told, _OF_ONE_PS):
+                told.add_note(f"raised by shard {self._index} at {self._address}")
+            return told
         where = f"shard {self._index} at {self._address}: {name}"
         if code is grpc.StatusCode.CANCELLED and self._closed:
             return ClosedError(f"{where}: the client was closed during the call")

@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         status = app(args=list(argv) if argv is not None else None, prog_name="trilith", standalone_mode=False)
     except TrilithError as error:
-        typer.echo(f"error: {error}", err=True)
+        notes = "; ".join(getattr(error, "__notes__", ()))
+        typer.echo(f"error: {error} ({notes})" if notes else f"error: {error}", err=True)
         status = 2
     except _UsageError as error:
         _explain(error)

@@ -372,8 +372,9 @@ def test_a_full_queue_refuses_at_once_and_control_calls_still_answer(local):
         assert shard.entered.acquire(timeout=30)
         calls += [pool.submit(lambda: table.lookup([1])) for _ in range(2)]
         eventually(lambda: client.stats()[0].queued_requests == 2)
-        with pytest.raises(OverloadedError, match="2 calls are waiting"):
+        with pytest.raises(OverloadedError, match="2 calls are waiting") as caught:
             client.lookup({table.name: [1]}, timeout_s=2.0)
+        assert caught.value.__notes__ == [f"raised by shard 0 at {cluster.address.removeprefix('static://')}"]
         assert client.describe()[0].shard_index == 0
         shard.release.set()
         for call in calls:

@@ -296,6 +296,20 @@ def test_bench_notices_a_wrong_value(run, monkeypatch) -> None:
     assert "wrong" in shown.out
 
 
+def test_an_error_of_one_ps_says_which(run) -> None:
+    servers = [ParameterServer(Store(index=k, count=2, threads=1, memory_limit_bytes=1 << 16)) for k in range(2)]
+    addresses = [f"127.0.0.1:{server.start()}" for server in servers]
+    try:
+        shown = run("bench", f"static://{addresses[0]},{addresses[1]}", "--ids", "100000", "--dim", "4")
+    finally:
+        for server in servers:
+            server.stop()
+    assert shown.status == 2
+    told = re.search(r"^error: .* new rows need .* \(raised by shard (\d) at ([\d.:]+)", shown.err, re.MULTILINE)
+    assert told is not None, shown.err
+    assert told[2] == addresses[int(told[1])]
+
+
 # ---- how things are said
 
 
