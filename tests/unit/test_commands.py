@@ -310,6 +310,19 @@ def test_an_error_of_one_ps_says_which(run) -> None:
     assert told[2] == addresses[int(told[1])]
 
 
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--count", "2"], "--index must say which of the PS in static://a:7000,b:7001 this one is"),
+        (["--index", "1", "--count", "3"], "--count 3, but static://a:7000,b:7001 has 2"),
+    ],
+)
+def test_a_ps_that_contradicts_the_list_does_not_start(run, flags, why) -> None:
+    shown = run("ps", "--discovery", "static://a:7000,b:7001", *flags)
+    assert shown.status == 2
+    assert why in shown.err
+
+
 # ---- how things are said
 
 

@@ -41,7 +41,9 @@ def ps(
     ] = None,
     count: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Shards in the cluster; left out: what the scheduler says, else 1.", min=1),
+        typer.Option(
+            metavar="N", help="Shards in the cluster; left out: what the scheduler or the list says, else 1.", min=1
+        ),
     ] = None,
     listen: Listen = "0.0.0.0:7000",
     discovery: Annotated[
@@ -110,7 +112,7 @@ def ps(
         index, waited = _stand_by(discovery, index, count or 1, standby_after)
         if index is None:
             raise typer.Exit(0)
-    elif discovery is not None and (index is None or count is None):
+    elif discovery is not None:
         index, count = _placed(discovery, index, count)
     index, count = index or 0, count or 1
     setup_logging(log_format.value, level=log_level.value, role={"ps": index})
@@ -176,16 +178,26 @@ def _stand_by(
 
 
 def _placed(discovery: str, index: int | None, count: int | None) -> tuple[int | None, int | None]:
-    """Index and count as a scheduler has put them into the environment, where none were given."""
+    """Index and count, where none were given: as a scheduler has put them into the environment, or of the list."""
     from trilith.discovery import PS
     from trilith.discovery.mlp import MlpDirectory
+    from trilith.discovery.static import StaticDirectory
     from trilith.discovery.tf_config import TfConfigDirectory
     from trilith.discovery.urls import open_directory
     from trilith.errors import InvalidRequestError
 
-    if discovery.partition("://")[0] not in ("tf-config", "mlp"):
+    if discovery.partition("://")[0] not in ("tf-config", "mlp", "static"):
         return index, count
     directory = open_directory(discovery)
+    if isinstance(directory, StaticDirectory):
+        if index is None:
+            raise InvalidRequestError(f"--index must say which of the PS in {discovery} this one is, from 0")
+        listed = len(directory.query(PS))
+        if count not in (None, listed):
+            raise InvalidRequestError(f"--count {count}, but {discovery} has {listed}")
+        return index, listed
+    if index is not None and count is not None:
+        return index, count
     if not isinstance(directory, TfConfigDirectory | MlpDirectory):
         return index, count
     if directory.server_type != PS:
