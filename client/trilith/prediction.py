@@ -98,7 +98,7 @@ class Predictor:
             from trilith.discovery.serving import ServingDirectory
             from trilith.discovery.zk_url import redact
 
-            self._where = f"{redact(addresses)} lists no entry of serving model {name!r}"
+            self._where = f"{redact(addresses)} lists no entry of serving model {name!r}; they are listed when ready"
             self._directory = ServingDirectory(addresses, name, timeout_s=timeout_s)
             self._balancer = balancer = Balancer(max_message_bytes=max_message_bytes)
             try:
