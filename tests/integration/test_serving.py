@@ -100,7 +100,11 @@ def _check_http(url: str, trained: Trained, scores: np.ndarray) -> None:
     np.testing.assert_allclose(answer["outputs"]["score"], scores, atol=CLOSE)
     assert get(f"{url}/v1/predict", {"examples": ["//8="]})[0] == 400
     assert get(f"{url}/v1/predict", {})[0] == 400
-    assert get(f"{url}/v1/predict", {"what": 1})[0] == 422
+    status, answer = get(f"{url}/v1/predict", {"what": 1})
+    assert status == 400
+    assert answer == {"error": "InvalidRequestError", "message": "body.what: Extra inputs are not permitted"}
+    status, answer = get(f"{url}/v1/nothing")
+    assert (status, answer["message"]) == (404, "GET /v1/nothing: Not Found; GET /openapi.json lists what there is")
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
         assert b'trilith_serving_calls_total{method="Predict",status="OK"}' in response.read()
     with urllib.request.urlopen(f"{url}/healthz", timeout=30) as response:

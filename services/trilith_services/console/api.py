@@ -13,7 +13,6 @@ from starlette.responses import StreamingResponse
 from trilith.discovery.zk_url import redact
 from trilith.entries import parse_id
 from trilith.errors import ReadOnlyError
-from trilith_services.console.failures import FAILURES
 from trilith_services.console.reader import Reader
 from trilith_services.console.schema import (
     Counted,
@@ -28,6 +27,7 @@ from trilith_services.console.schema import (
 )
 from trilith_services.console.watcher import Watcher
 from trilith_services.console.writer import Writer
+from trilith_services.failures import FAILURES
 
 __all__ = ["routes"]
 

@@ -12,9 +12,9 @@ from fastapi.responses import Response
 from starlette.datastructures import MutableHeaders
 
 from trilith_services.console import api, debugging
-from trilith_services.console.failures import answer_failures
 from trilith_services.console.reader import Reader
 from trilith_services.console.watcher import Watcher
+from trilith_services.failures import answer_failures
 
 __all__ = ["make_app"]
 
@@ -59,7 +59,7 @@ def make_app(watcher: Watcher, *, writable: bool = False) -> FastAPI:
         openapi_url="/openapi.json",
     )
     app.add_middleware(_Headers)
-    answer_failures(app)
+    answer_failures(app, "/docs")
 
     def reader() -> Reader:
         return Reader(watcher.members)

@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from trilith_services.failures import Failure
+
 __all__ = [
     "Config",
     "Counted",
     "Distribution",
     "EntryServer",
-    "Failure",
     "Histogram",
     "Latency",
     "Look",
@@ -57,13 +58,6 @@ def numbers(values: Iterable[float]) -> list[Number]:
 
 class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True)
-
-
-class Failure(_Answer):
-    """Why a request was not answered."""
-
-    error: str = Field(description="Class of the error, as in `trilith.errors`.", examples=["UnknownTableError"])
-    message: str
 
 
 class Latency(_Answer):

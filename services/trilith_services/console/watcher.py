@@ -26,7 +26,8 @@ from trilith_services.console.sampling import (
     shard_state,
     table_states,
 )
-from trilith_services.console.schema import EntryServer, Failure, Look, Point, Replica, Shard
+from trilith_services.console.schema import EntryServer, Look, Point, Replica, Shard
+from trilith_services.failures import Failure
 
 __all__ = ["WatchOptions", "Watcher"]
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 from google.protobuf.json_format import MessageToDict
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,19 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from trilith.errors import InvalidRequestError, TrilithError, UnavailableError
 from trilith_proto import serving_pb2
 from trilith_proto.example_pb2 import Example
+from trilith_services.failures import FAILURES, answer_failures
 from trilith_services.serving.metrics import EntryMetrics
 from trilith_services.serving.servicer import PredictionServicer
 
 __all__ = ["HttpServer", "PredictBody", "make_app"]
 
-_STATUS = {
-    "INVALID_ARGUMENT": 400,
-    "DATA_LOSS": 400,
-    "NOT_FOUND": 404,
-    "RESOURCE_EXHAUSTED": 429,
-    "UNAVAILABLE": 503,
-    "DEADLINE_EXCEEDED": 504,
-}
 _START_S = 10.0
 _MAX_FID = (1 << 64) - 1
 
@@ -81,13 +74,8 @@ def _example(features: dict[str, Any]) -> bytes:
 def make_app(servicer: PredictionServicer, metrics: EntryMetrics) -> FastAPI:
     """The routes."""
     # No pages that load scripts from elsewhere: the description is at /openapi.json.
-    app = FastAPI(title="Trilith entry", docs_url=None, redoc_url=None)
-
-    @app.exception_handler(TrilithError)
-    async def on_error(request: Request, error: TrilithError) -> JSONResponse:
-        del request
-        body = {"error": type(error).__name__, "message": str(error)}
-        return JSONResponse(body, status_code=_STATUS.get(error.status, 500))
+    app = FastAPI(title="Trilith entry", docs_url=None, redoc_url=None, responses=FAILURES)
+    answer_failures(app, "/openapi.json")
 
     @app.post("/v1/predict")
     async def predict(body: PredictBody) -> dict[str, Any]:

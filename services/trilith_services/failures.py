@@ -9,12 +9,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from trilith.errors import InternalError, InvalidRequestError, ReadOnlyError, TrilithError
-from trilith_services.console.schema import Failure
+from trilith.errors import DataError, InternalError, InvalidRequestError, ReadOnlyError, TrilithError
 
-__all__ = ["FAILURES", "answer_failures", "http_status"]
+__all__ = ["FAILURES", "Failure", "answer_failures"]
 
 log = logging.getLogger(__name__)
 
@@ -29,25 +29,42 @@ _BY_STATUS = {
     "DEADLINE_EXCEEDED": HTTPStatus.GATEWAY_TIMEOUT,
 }
 
+
+class Failure(BaseModel):
+    """Why a request was not answered."""
+
+    model_config = ConfigDict(frozen=True)
+
+    error: str = Field(description="Class of the error, as in `trilith.errors`.", examples=["UnknownTableError"])
+    message: str
+
+
 FAILURES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": Failure, "description": "The request is wrong, or concerns what is not there."},
     "5XX": {"model": Failure, "description": "The cluster, or a PS of it, does not answer."},
 }
-"""What every route of the API may answer besides its own."""
+"""What every route may answer besides its own."""
 
 
-def http_status(error: TrilithError) -> int:
-    """The HTTP status of an error."""
+def _status(error: TrilithError) -> int:
     if isinstance(error, ReadOnlyError):
         return HTTPStatus.FORBIDDEN
+    if isinstance(error, DataError):
+        return HTTPStatus.BAD_REQUEST  # the records came with the request
     return _BY_STATUS.get(error.status, HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
-def answer_failures(app: FastAPI) -> None:
-    """Make every failure of `app` JSON."""
+def answer_failures(app: FastAPI, described: str) -> None:
+    """Make every failure of `app` JSON; the path `described` lists what the app has."""
+
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        message = f"{request.method} {request.url.path}: {error.detail}; GET {described} lists what there is"
+        return _json(error.status_code, InvalidRequestError.__name__, message, error.headers)
+
     app.add_exception_handler(TrilithError, _on_ours)
     app.add_exception_handler(RequestValidationError, _on_validation)
-    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, _on_other)
 
 
@@ -57,19 +74,16 @@ def _json(status: int, name: str, message: str, headers: Any = None) -> JSONResp
 
 async def _on_ours(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, TrilithError)
-    return _json(http_status(error), type(error).__name__, str(error))
+    return _json(_status(error), type(error).__name__, str(error))
 
 
 async def _on_validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     told = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+    given = request.headers.get("content-type", "")
+    if error.body and "json" not in given:
+        told.append(f"the request's content type is {given!r}, expected 'application/json'")
     return _json(HTTPStatus.BAD_REQUEST, InvalidRequestError.__name__, "; ".join(told))
-
-
-async def _on_http(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}; GET /docs lists what there is"
-    return _json(error.status_code, InvalidRequestError.__name__, message, error.headers)
 
 
 async def _on_other(request: Request, error: Exception) -> JSONResponse:
@@ -77,5 +91,5 @@ async def _on_other(request: Request, error: Exception) -> JSONResponse:
     return _json(
         HTTPStatus.INTERNAL_SERVER_ERROR,
         InternalError.__name__,
-        f"{type(error).__name__}: {error}; the console's log has the traceback",
+        f"{type(error).__name__}: {error}; the server's log has the traceback",
     )
