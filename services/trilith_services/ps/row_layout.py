@@ -124,10 +124,9 @@ _CODEC_BYTES = {codecs.RAW: 4, codecs.HALF: 2, codecs.FIXED_R8: 1, codecs.ONE_BI
 class RowLayout:
     """Sizes, offsets, initial values and kernel arguments of one table's rows; immutable but for the one-bit scales.
 
-    A training row is float32 weights[dim] and, elsewhere, float32 words of optimizer state. Lookups so have half the
-    memory to find their way in, and steps a page more to touch: measured with Adagrad against `np.take`, lookups of
-    dim 8 rose from 0.45 to 0.53, steps of dim 16 fell from 0.45 to 0.39. A serving row is its segments' compressed
-    bytes. All are padded, to `row_bytes` and `state_bytes`, so that they cross as few cache lines as their sizes allow.
+    A training row is float32 weights[dim] and, elsewhere, float32 words of optimizer state; a serving row is its
+    segments' compressed bytes. They are padded, to `row_bytes` and `state_bytes`, so that they cross as few cache lines
+    as their sizes allow.
     """
 
     def __init__(self, config: ps_pb2.TableConfig) -> None:
