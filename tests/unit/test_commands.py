@@ -315,6 +315,12 @@ def test_an_error_of_one_ps_says_which(run) -> None:
     [
         (["--count", "2"], "--index must say which of the PS in static://a:7000,b:7001 this one is"),
         (["--index", "1", "--count", "3"], "--count 3, but static://a:7000,b:7001 has 2"),
+        (["--index", "2"], "--index 2, but static://a:7000,b:7001 has 0..1"),
+        (
+            ["--index", "0", "--listen", "0.0.0.0:7001"],
+            "PS 0 is at 0.0.0.0:7001, but static://a:7000,b:7001 has",
+        ),
+        (["--index", "1", "--advertise", "b:7000"], "PS 1 is at b:7000, but static://a:7000,b:7001 has it at b:7001"),
     ],
 )
 def test_a_ps_that_contradicts_the_list_does_not_start(run, flags, why) -> None:

@@ -293,16 +293,6 @@ def test_dead_nodes_are_those_that_accept_no_connection():
 # ---- members -------------------------------------------------------------------------------------------------------
 
 
-def test_only_listed_ps_register_and_by_their_ports():
-    directory = StaticDirectory(["ps0:7000", "ps1:7001"])
-    directory.register(PS, 1, "10.0.0.7:7001")
-    directory.register(WORKER, 9, "w:1")
-    with pytest.raises(InvalidRequestError, match=r"PS 2 is not in the list, which has 0\.\.1"):
-        directory.register(PS, 2, "ps1:7001")
-    with pytest.raises(InvalidRequestError, match="PS 0 is at ps0:7001, but the list has it at ps0:7000"):
-        directory.register(PS, 0, "ps0:7001")
-
-
 def test_a_list_must_be_complete_and_of_the_number_expected(tmp_path):
     assert count_ps(StaticDirectory([A, B])) == 2
     with pytest.raises(ClusterMismatchError, match=r"lists PS \[0, 1\]; this client expects 1"):

@@ -30,20 +30,7 @@ class StaticDirectory:
         return cls([part.strip() for part in hosts.split(",") if part.strip()])
 
     def register(self, role: str, index: int, address: str) -> None:
-        """Check that the list has a PS so; it is complete from the start. It may know the host by another name.
-
-        Raises:
-            InvalidRequestError: The list has no PS of that index, or with another port.
-        """
-        if role != PS:
-            return
-        listed = self._ps.get(index)
-        if listed is None:
-            raise InvalidRequestError(f"PS {index} is not in the list, which has 0..{len(self._ps) - 1}")
-        if listed.rpartition(":")[2] != address.rpartition(":")[2]:
-            raise InvalidRequestError(
-                f"PS {index} is at {address}, but the list has it at {listed}: listen there, or advertise that address"
-            )
+        """Do nothing: a list is complete from the start."""
 
     def deregister(self, role: str, index: int, address: str) -> None:
         """Do nothing: a list does not shrink."""

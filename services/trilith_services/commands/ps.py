@@ -113,7 +113,8 @@ def ps(
         if index is None:
             raise typer.Exit(0)
     elif discovery is not None:
-        index, count = _placed(discovery, index, count)
+        announced = advertise if advertise and not advertise.endswith(":0") else listen
+        index, count = _placed(discovery, index, count, announced)
     index, count = index or 0, count or 1
     setup_logging(log_format.value, level=log_level.value, role={"ps": index})
     tune_allocator()
@@ -177,8 +178,11 @@ def _stand_by(
     return place, directory
 
 
-def _placed(discovery: str, index: int | None, count: int | None) -> tuple[int | None, int | None]:
-    """Index and count, where none were given: as a scheduler has put them into the environment, or of the list."""
+def _placed(discovery: str, index: int | None, count: int | None, at: str) -> tuple[int | None, int | None]:
+    """Index and count, where none were given: as a scheduler has put them into the environment, or of the list.
+
+    A list has to have a PS at `at`, by whatever name of its host.
+    """
     from trilith.discovery import PS
     from trilith.discovery.mlp import MlpDirectory
     from trilith.discovery.static import StaticDirectory
@@ -192,10 +196,14 @@ def _placed(discovery: str, index: int | None, count: int | None) -> tuple[int |
     if isinstance(directory, StaticDirectory):
         if index is None:
             raise InvalidRequestError(f"--index must say which of the PS in {discovery} this one is, from 0")
-        listed = len(directory.query(PS))
-        if count not in (None, listed):
-            raise InvalidRequestError(f"--count {count}, but {discovery} has {listed}")
-        return index, listed
+        listed = directory.query(PS)
+        if count not in (None, len(listed)):
+            raise InvalidRequestError(f"--count {count}, but {discovery} has {len(listed)}")
+        if index not in listed:
+            raise InvalidRequestError(f"--index {index}, but {discovery} has 0..{len(listed) - 1}")
+        if at.rpartition(":")[2] != listed[index].rpartition(":")[2]:
+            raise InvalidRequestError(f"PS {index} is at {at}, but {discovery} has it at {listed[index]}")
+        return index, len(listed)
     if index is not None and count is not None:
         return index, count
     if not isinstance(directory, TfConfigDirectory | MlpDirectory):
