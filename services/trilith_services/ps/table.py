@@ -181,11 +181,7 @@ class Table:
     def stripe_ids(self, s: int) -> UInt64Array:
         """uint64[n]: the ids of stripe `s`, as they are at one moment."""
         with self._stripes.reading:
-            room = int(self._stripes.columns[s, index.SIZE])
-            ids, rows, times = np.empty(room, np.uint64), np.empty((room, 2), np.int64), np.empty(room, np.uint32)
-            if room:
-                sweep.scan_index(self._at, s, 0, int(self._stripes.places[s]), room, ids, rows, times)
-        return ids
+            return self._scan(s, 0, int(self._stripes.places[s]), len(self))[0]
 
     def gather(
         self, ids: npt.NDArray[Any], weights: Float32Array | None = None
@@ -536,7 +532,7 @@ class Table:
         row_bytes = self._stripes.row_bytes
         if self._budget.has_room(len(ids) * row_bytes + self._stripes.growth_bytes(len(ids))):
             return
-        missing = len(np.unique(ids[self._row_addresses(ids)[0][:, 0] == 0]))
+        missing = len(np.unique(ids[~self.contains(ids)]))
         fresh = max(0, missing - self._stripes.freed_rows)
         needed = fresh * row_bytes + self._stripes.growth_bytes(missing)
         if missing and not self._budget.has_room(needed):
@@ -580,11 +576,18 @@ class Table:
 
     def _scan_stripe(self, s: int, begin: int, end: int, limit: int) -> tuple[Rows, int]:
         """Rows of the places from `begin` on, at most `limit`, and the place to go on from; the lock is held."""
+        ids, addresses, times, place = self._scan(s, begin, end, limit)
+        return self._copy_rows(ids, addresses, times), place
+
+    def _scan(
+        self, s: int, begin: int, end: int, limit: int
+    ) -> tuple[UInt64Array, npt.NDArray[np.int64], npt.NDArray[np.uint32], int]:
+        """Ids, addresses and last updates of those rows, and the place to go on from; the lock is held."""
         room = max(1, min(limit, int(self._stripes.columns[s, index.SIZE])))
         ids, rows, times = np.empty(room, np.uint64), np.empty((room, 2), np.int64), np.empty(room, np.uint32)
         packed = int(sweep.scan_index(self._at, s, begin, end, room, ids, rows, times))
         place, count = packed >> 32, packed & 0xFFFFFFFF
-        return self._copy_rows(ids[:count], rows[:count], times[:count]), place
+        return ids[:count], rows[:count], times[:count], place
 
     def _copy_rows(self, ids: UInt64Array, addresses: npt.NDArray[np.int64], times: npt.NDArray[np.uint32]) -> Rows:
         weights = np.empty((len(ids), self.dim), np.float32)
