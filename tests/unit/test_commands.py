@@ -320,6 +320,7 @@ def test_an_error_of_one_ps_says_which(run) -> None:
             ["--index", "0", "--listen", "0.0.0.0:7001"],
             "PS 0 is at 0.0.0.0:7001, but static://a:7000,b:7001 has",
         ),
+        (["--index", "1", "--advertise", "elsewhere"], "PS 1 is at elsewhere:7000, but static://a:7000,b:7001"),
         (["--index", "1", "--advertise", "b:7000"], "PS 1 is at b:7000, but static://a:7000,b:7001 has it at b:7001"),
     ],
 )

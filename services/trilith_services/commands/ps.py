@@ -113,8 +113,7 @@ def ps(
         if index is None:
             raise typer.Exit(0)
     elif discovery is not None:
-        announced = advertise if advertise and not advertise.endswith(":0") else listen
-        index, count = _placed(discovery, index, count, announced)
+        index, count = _placed(discovery, index, count, listen, advertise)
     index, count = index or 0, count or 1
     setup_logging(log_format.value, level=log_level.value, role={"ps": index})
     tune_allocator()
@@ -178,36 +177,45 @@ def _stand_by(
     return place, directory
 
 
-def _placed(discovery: str, index: int | None, count: int | None, at: str) -> tuple[int | None, int | None]:
-    """Index and count, where none were given: as a scheduler has put them into the environment, or of the list.
-
-    A list has to have a PS at `at`, by whatever name of its host.
-    """
+def _placed(
+    discovery: str, index: int | None, count: int | None, listen: str, advertise: str
+) -> tuple[int | None, int | None]:
+    """Index and count, where none were given: of the list, or as a scheduler has put them into the environment."""
     from trilith.discovery import PS
     from trilith.discovery.mlp import MlpDirectory
-    from trilith.discovery.static import StaticDirectory
     from trilith.discovery.tf_config import TfConfigDirectory
     from trilith.discovery.urls import open_directory
     from trilith.errors import InvalidRequestError
 
-    if discovery.partition("://")[0] not in ("tf-config", "mlp", "static"):
+    scheme = discovery.partition("://")[0]
+    if scheme == "static":
+        return _listed(discovery, index, count, listen, advertise)
+    if scheme not in ("tf-config", "mlp") or (index is not None and count is not None):
         return index, count
     directory = open_directory(discovery)
-    if isinstance(directory, StaticDirectory):
-        if index is None:
-            raise InvalidRequestError(f"--index must say which of the PS in {discovery} this one is, from 0")
-        listed = directory.query(PS)
-        if count not in (None, len(listed)):
-            raise InvalidRequestError(f"--count {count}, but {discovery} has {len(listed)}")
-        if index not in listed:
-            raise InvalidRequestError(f"--index {index}, but {discovery} has 0..{len(listed) - 1}")
-        if at.rpartition(":")[2] != listed[index].rpartition(":")[2]:
-            raise InvalidRequestError(f"PS {index} is at {at}, but {discovery} has it at {listed[index]}")
-        return index, len(listed)
-    if index is not None and count is not None:
-        return index, count
     if not isinstance(directory, TfConfigDirectory | MlpDirectory):
         return index, count
     if directory.server_type != PS:
         raise InvalidRequestError(f"{discovery} has this process as {directory.server_type or 'nobody'!r}, not as a PS")
     return directory.index if index is None else index, len(directory.query(PS)) if count is None else count
+
+
+def _listed(discovery: str, index: int | None, count: int | None, listen: str, advertise: str) -> tuple[int, int]:
+    """Index and count of a PS that the list has, by whatever name of its host."""
+    from trilith.discovery import PS
+    from trilith.discovery.addresses import advertised, split_address
+    from trilith.discovery.urls import open_directory
+    from trilith.errors import InvalidRequestError
+
+    listed = open_directory(discovery).query(PS)
+    if index is None:
+        raise InvalidRequestError(f"--index must say which of the PS in {discovery} this one is, from 0")
+    if count not in (None, len(listed)):
+        raise InvalidRequestError(f"--count {count}, but {discovery} has {len(listed)}")
+    if index not in listed:
+        raise InvalidRequestError(f"--index {index}, but {discovery} has 0..{len(listed) - 1}")
+    port = int(listen.rpartition(":")[2])
+    at = advertised(listen, port, advertise) if advertise else listen
+    if int(at.rpartition(":")[2]) != split_address(listed[index])[1]:
+        raise InvalidRequestError(f"PS {index} is at {at}, but {discovery} has it at {listed[index]}")
+    return index, len(listed)
