@@ -18,8 +18,9 @@ import trilith
 from tests.bench.harness import Benchmark, Context, Entry, interleave, lower
 from tests.bench.processes import Child
 from trilith.data.click_files import click_records
-from trilith.data.clicks import ClickData, Ragged
+from trilith.data.clicks import ClickData
 from trilith.data.parsers import ExampleParser
+from trilith.data.ragged import Ragged
 from trilith.data.specs import Sparse
 from trilith.data.synthetic import make_clicks
 from trilith.exports import ps_base

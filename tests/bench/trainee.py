@@ -25,7 +25,8 @@ from torch.nn import functional
 
 import trilith
 from tests.bench.draws import Zipf
-from trilith.data.clicks import ClickData, Parts, Ragged, fid
+from trilith.data.clicks import ClickData, Parts, fid
+from trilith.data.ragged import Ragged
 from trilith.nn import LocalEmbeddings
 from trilith_services.worker.meter import Meter
 from trilith_services.worker.models import ModelSettings, settings_of

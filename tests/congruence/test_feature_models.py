@@ -6,16 +6,22 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
+import trilith.data
 from tests.conformance.worker_ops.exchange import _Rank, _Ranks
 from tests.congruence.clusters import SHAPES, LocalCluster
 from trilith.data.clicks import fid
 from trilith.data.ragged import Ragged
+from trilith.data.records import Records
+from trilith.data.specs import Label, Sparse
+from trilith.data.writers import open_writer
 from trilith.errors import InvalidRequestError
 from trilith.features import FeatureRegistry, FeatureSlotConfig, FirstN, ReduceMean, ReduceSum
-from trilith.nn import FeatureEmbeddings, FeatureModel
+from trilith.nn import EmbeddingBag, EmbeddingCollection, Feature, FeatureEmbeddings, FeatureModel
 from trilith.peers import PeerClient
-from trilith.tables import Adagrad, Adam, RandomUniform, Sgd
+from trilith.tables import Adagrad, Adam, RandomUniform, Sgd, Zeros
+from trilith_proto.example_pb2 import Example
 
 
 class Model(nn.Module):
@@ -53,19 +59,13 @@ def batches():
         }
 
 
-def as_bags(batch):
-    from trilith.data.clicks import Ragged as Lists
-
-    return {name: Lists(each.values, each.row_splits) for name, each in batch.items()}
-
-
 def outputs(client, **options):
     registry = FeatureRegistry()
     body = Model(registry)
     model = FeatureModel(FeatureEmbeddings(client, registry, **options), body)
     seen = []
     for batch in batches():
-        logits = model(as_bags(batch))
+        logits = model(batch)
         seen.append(logits.detach().numpy().copy())
         torch.square(logits - 1).sum().backward()
     return np.concatenate(seen)
@@ -91,7 +91,7 @@ def test_lookups_give_shapes_until_there_is_a_batch():
     assert model.clicked.embedding_lookup(model.item) == (7, 2, 4)
     with LocalCluster("embedded") as cluster, cluster.connect() as client:
         embeddings = FeatureEmbeddings(client, registry)
-        with embeddings.looked_up(as_bags(next(batches()))):
+        with embeddings.looked_up(next(batches())):
             assert model.clicked.embedding_lookup(model.item).shape == (6, 2, 4)
         assert model.user.get_bias() == (7, 1)
 
@@ -123,3 +123,51 @@ def test_slots_of_equal_rows_may_share_a_table_with_their_own_thresholds_and_exp
     unnamed.create_feature_slot(FeatureSlotConfig(name="x")).add_feature_slice(1)
     with pytest.raises(InvalidRequestError, match="no slot_id"):
         unnamed.merged_table_specs()
+
+
+# ---- from a file to a step -------------------------------------------------------------------------------------------
+
+LOADERS = {
+    "dataset": lambda samples: samples,
+    "torch": lambda samples: samples.torch(),
+    "loader of 0": lambda samples: DataLoader(samples.torch(), batch_size=None),
+    "loader of 2": lambda samples: DataLoader(samples.torch(), batch_size=None, num_workers=2),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("widest", [0, 3])
+def test_parsed_batches_of_a_file_are_what_embeddings_take(tmp_path, loader, widest):
+    """Ids of 0 to `widest` more per row, or of one length for all rows, where numpy would make a matrix of them."""
+    rng = np.random.default_rng(5)
+    lists = [(fid(2, rng.integers(0, 9, 2 + rng.integers(0, widest + 1)))).tolist() for _ in range(40)]
+    for part in range(2):
+        payloads = []
+        for ids in lists[part::2]:
+            example = Example(label=[len(ids)])
+            example.named_feature.add(name="genres").feature.fid_v2_list.value.extend(ids)
+            example.named_feature.add(name="user").feature.fid_v2_list.value.append(ids[0])
+            payloads.append(example.SerializeToString())
+        with open_writer(str(tmp_path / f"part-{part}")) as out:
+            out.write(Records.of(payloads, "example"))
+    samples = trilith.data.read(str(tmp_path / "part-*"), kind="example")
+    samples = samples.parse({"genres": Sparse(), "user": Sparse(), "label": Label()}).batch(8)
+
+    with LocalCluster("embedded") as cluster, cluster.connect() as client:
+        table = client.table("ids", dim=2, optimizer=Sgd(learning_rate=1.0), initializer=Zeros())
+        other = client.table("users", dim=2, optimizer=Sgd(learning_rate=1.0), initializer=Zeros())
+        embeddings = EmbeddingCollection(client, {"genres": Feature(table, "sum"), "user": Feature(other)})
+        bag = EmbeddingBag(table, combiner="sum")
+        rows = 0
+        for batch in LOADERS[loader](samples):
+            vectors = embeddings({name: batch[name] for name in ("genres", "user")})
+            assert torch.equal(bag(batch["genres"]), vectors["genres"])
+            assert vectors["user"].shape == (len(batch["label"]), 2)
+            (vectors["genres"].sum() + vectors["user"].sum()).backward()
+            rows += len(batch["label"])
+        assert rows == 40
+        # With SGD of rate 1 a row has moved by -1 each time its id occurred.
+        ids, counts = np.unique(np.concatenate(lists).astype(np.uint64), return_counts=True)
+        np.testing.assert_array_equal(table.lookup(ids), np.repeat(-counts[:, None], 2, 1))
+        users, counts = np.unique(np.array([each[0] for each in lists], np.uint64), return_counts=True)
+        np.testing.assert_array_equal(other.lookup(users), np.repeat(-counts[:, None], 2, 1))

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from trilith.data import movielens
-from trilith.data.clicks import ClickData, Ragged, fid, split
+from trilith.data.clicks import ClickData, fid, split
 from trilith.data.movielens import MovieLensUnavailableError
+from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
 
 # 875747190 is 1997-10-01 23:13:10 UTC.
@@ -183,4 +184,4 @@ def test_inconsistent_samples_are_refused():
     with pytest.raises(InvalidRequestError, match="2 samples"):
         ClickData(np.zeros(3, np.float32), {"a": Ragged.of_singles([1, 2])})
     with pytest.raises(InvalidRequestError, match="row_splits"):
-        Ragged(np.zeros(3, np.uint64), np.array([0, 2]))
+        ClickData(np.zeros(1, np.float32), {"a": Ragged(np.zeros(3, np.uint64), np.array([0, 2]))})

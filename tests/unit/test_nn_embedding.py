@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.unit.nn_fakes import FakeClient
-from trilith.data.clicks import Ragged
+from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError, NonFiniteError
 from trilith.nn import Bridge, Embedding, EmbeddingBag, EmbeddingCollection, Feature, FirstN, as_bags, pick_device
 
@@ -128,6 +128,9 @@ def test_every_form_of_ids_means_the_same():
         (np.array([[1, 2]]), {"lengths": np.array([3])}),
         (np.array([[1, 2]]), {"offsets": np.array([0])}),
         (Ragged.of_singles([1]), {"offsets": np.array([0])}),
+        (Ragged(np.arange(3), np.array([0, 2, 1, 3])), {}),
+        ([[1], [2, 3]], {}),
+        ((np.array([1, 2, 3]), np.array([0, 1])), {}),
     ],
 )
 def test_ids_that_are_no_bags_are_refused(ids, options):

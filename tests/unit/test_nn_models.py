@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.unit.nn_fakes import FakeClient
-from trilith.data.clicks import ClickData, Ragged
+from trilith.data.clicks import ClickData
+from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
 from trilith.nn import (
     FFM,

@@ -10,7 +10,8 @@ import torch
 
 import trilith
 from tests.unit.nn_fakes import FakeClient
-from trilith.data.clicks import Ragged, split
+from trilith.data.clicks import split
+from trilith.data.ragged import Ragged
 from trilith.data.synthetic import make_clicks
 from trilith.errors import InvalidRequestError, ShardRestartedError, UnavailableError
 from trilith.nn import EmbeddingCollection, Feature

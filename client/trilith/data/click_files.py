@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from trilith.data.clicks import ClickData, Ragged
+from trilith.data.clicks import ClickData
 from trilith.data.dataset import Dataset, read
 from trilith.data.parsers import ParseSpec
+from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.data.specs import Features, Label, Sparse
 from trilith.data.writers import open_writer

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
 
-__all__ = ["ClickData", "Parts", "Ragged", "fid", "split"]
+__all__ = ["ClickData", "Parts", "fid", "split"]
 
 UInt64Array = npt.NDArray[np.uint64]
 Int64Array = npt.NDArray[np.int64]
@@ -40,56 +41,6 @@ def fid(slot: int, values: npt.ArrayLike) -> UInt64Array:
 
 
 @dataclass(frozen=True, slots=True)
-class Ragged:
-    """One list of ids per sample.
-
-    Attributes:
-        values: uint64[total], sample after sample.
-        row_splits: int64[n + 1]; sample i has values[row_splits[i]:row_splits[i + 1]], possibly none.
-        single: Whether every sample has exactly one id.
-    """
-
-    values: UInt64Array
-    row_splits: Int64Array
-    single: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        splits = self.row_splits
-        if splits.ndim != 1 or splits.size == 0 or splits[0] != 0 or splits[-1] != self.values.size:
-            raise InvalidRequestError(
-                f"row_splits must run from 0 to the number of values, {self.values.size}; got {splits!r}"
-            )
-        single = self.values.size == len(self) and bool((splits[1:] - splits[:-1] == 1).all())
-        object.__setattr__(self, "single", single)
-
-    def __len__(self) -> int:
-        return self.row_splits.size - 1
-
-    @property
-    def lengths(self) -> Int64Array:
-        """int64[n]: ids per sample."""
-        return self.row_splits[1:] - self.row_splits[:-1]
-
-    @classmethod
-    def of_singles(cls, values: npt.ArrayLike) -> Ragged:
-        """One id per sample: integers [n]."""
-        flat = np.ascontiguousarray(values, dtype=np.uint64).reshape(-1)
-        return cls(flat, np.arange(flat.size + 1, dtype=np.int64))
-
-    def take(self, rows: Int64Array) -> Ragged:
-        """Return the samples `rows`, int64[m], in that order."""
-        if self.single:
-            return Ragged(self.values[rows], np.arange(rows.size + 1))
-        starts = self.row_splits[rows]
-        lengths = self.row_splits[rows + 1] - starts
-        splits = np.zeros(rows.size + 1, np.int64)
-        np.cumsum(lengths, out=splits[1:])
-        # Position of every wanted value: its sample's start plus its place in the sample.
-        where = np.arange(splits[-1]) - np.repeat(splits[:-1] - starts, lengths)
-        return Ragged(self.values[where], splits)
-
-
-@dataclass(frozen=True, slots=True)
 class ClickData:
     """Labelled samples.
 
@@ -99,10 +50,11 @@ class ClickData:
     """
 
     labels: Float32Array
-    features: Mapping[str, Ragged]
+    features: Mapping[str, Ragged[np.uint64]]
 
     def __post_init__(self) -> None:
         for name, ragged in self.features.items():
+            ragged.check()
             if len(ragged) != self.labels.size:
                 raise InvalidRequestError(f"feature {name!r} has {len(ragged)} samples, the labels {self.labels.size}")
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trilith.data.clicks import ClickData, Parts, Ragged, fid, split
+from trilith.data.clicks import ClickData, Parts, fid, split
+from trilith.data.ragged import Ragged
 from trilith.errors import TrilithError
 
 __all__ = ["FEATURES", "MovieLensUnavailableError", "cache_dir", "fetch", "is_cached", "load", "parse"]

@@ -51,6 +51,12 @@ class Ragged(Generic[_Scalar]):
         np.cumsum(lengths, out=row_splits[1:])
         return cls(values, row_splits)
 
+    @classmethod
+    def of_singles(cls, values: npt.ArrayLike) -> Ragged[np.uint64]:
+        """One id per row: integers [rows]."""
+        flat = np.ascontiguousarray(values, dtype=np.uint64).reshape(-1)
+        return Ragged(flat, np.arange(flat.size + 1, dtype=np.int64))
+
     def __len__(self) -> int:
         return self.row_splits.size - 1
 
@@ -68,6 +74,16 @@ class Ragged(Generic[_Scalar]):
     def value_rowids(self) -> npt.NDArray[np.int64]:
         """int64[m]: the row of each element."""
         return np.repeat(np.arange(len(self)), self.lengths)
+
+    def check(self) -> None:
+        """Refuse splits that do not cut the values into rows; made by hand they may, and making one does not look."""
+        splits = self.row_splits
+        if splits.ndim != 1 or splits.size == 0 or splits[0] != 0 or splits[-1] != len(self.values):
+            raise InvalidRequestError(
+                f"row_splits must run from 0 to the number of values, {len(self.values)}; got {splits!r}"
+            )
+        if (splits[1:] < splits[:-1]).any():
+            raise InvalidRequestError(f"row_splits must not fall; got {splits!r}")
 
     def take(self, rows: npt.ArrayLike) -> Ragged[_Scalar]:
         """Some rows, by index or bool mask, copied."""

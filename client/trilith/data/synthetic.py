@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from trilith.data.clicks import ClickData, Ragged, fid
+from trilith.data.clicks import ClickData, fid
+from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
 
 __all__ = ["make_clicks", "zipf_ids"]
@@ -44,7 +45,7 @@ def make_clicks(
     vectors = rng.normal(0, 0.4, (features, vocabulary, 3))
     logits = np.zeros(samples)
     summed = np.zeros((samples, 3))
-    columns: dict[str, Ragged] = {}
+    columns: dict[str, Ragged[np.uint64]] = {}
     for index in range(features - 1):
         ids = zipf_ids(rng, (samples,), vocabulary, exponent)
         logits += weights[index, ids] + (summed * vectors[index, ids]).sum(1)

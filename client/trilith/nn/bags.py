@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trilith.data.clicks import Ragged
+from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
 from trilith.features.combiners import FirstN
 
@@ -18,7 +18,7 @@ __all__ = ["Bags", "Combiner", "FirstN", "IdsLike", "as_bags", "as_ids", "check_
 
 UInt64Array: TypeAlias = npt.NDArray[np.uint64]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
-IdsLike: TypeAlias = Ragged | Tensor | npt.NDArray[Any]
+IdsLike: TypeAlias = Ragged[Any] | Tensor | npt.NDArray[Any]
 
 POOLED = ("sum", "mean", "sqrtn")
 
@@ -60,7 +60,13 @@ def check_combiner(combiner: Combiner) -> Combiner:
 
 def as_ids(ids: Tensor | npt.NDArray[Any]) -> UInt64Array:
     """Make uint64 of integers of any kind, shape kept; negative ones keep their 64-bit pattern."""
-    array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    try:
+        array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"ids of type {type(ids).__name__} are no array ({error}); lists of different lengths are a Ragged: "
+            "trilith.data.Ragged.of(lists)"
+        ) from None
     if array.dtype.kind not in "iu":
         if array.size:
             raise InvalidRequestError(f"ids have dtype {array.dtype}; integers are needed")
@@ -80,8 +86,8 @@ def as_bags(
     """Make bags of any of the accepted forms.
 
     Args:
-        ids: A `Ragged`; or [b, k], a bag per row, cut to `lengths` where given; or [n] with one of the others; or [n]
-            alone, one id per bag.
+        ids: A `Ragged`, as parsed batches hold them; or [b, k], a bag per row, cut to `lengths` where given; or [n]
+            with one of the others; or [n] alone, one id per bag.
         offsets: [b], where each bag starts, as `torch.nn.EmbeddingBag` has it.
         row_splits: [b + 1], where each bag starts and the last one ends.
         lengths: [b], size of each bag.
@@ -96,7 +102,8 @@ def as_bags(
     if isinstance(ids, Ragged):
         if given:
             raise InvalidRequestError(f"ragged ids carry their own splits; {given[0]} cannot be given too")
-        return Bags(ids.values, ids.lengths)
+        ids.check()
+        return Bags(as_ids(ids.values), ids.lengths)
     flat = as_ids(ids)
     if flat.ndim == 2:
         return _padded(flat, given, lengths)
