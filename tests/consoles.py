@@ -7,7 +7,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,10 +23,17 @@ class Console:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def ask(self, path: str, method: str = "GET", body: Any = None, kind: str = "application/json") -> tuple[int, Any]:
-        """Status and decoded answer; a body of bytes travels as it is."""
+    def ask(
+        self, path: str, method: str = "GET", body: Any = None, kind: str = "application/json", **headers: str
+    ) -> tuple[int, Any]:
+        """Status and decoded answer; a body of bytes travels as it is, headers have _ for -."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": kind}, method=method)
+        request = urllib.request.Request(
+            self.url + path,
+            data,
+            {"Content-Type": kind} | {name.replace("_", "-"): value for name, value in headers.items()},
+            method=method,
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 return response.status, json.load(response)
@@ -56,10 +63,12 @@ class Console:
 
 
 @contextmanager
-def open_console(cluster: str, *, writable: bool = False, **options: Any) -> Iterator[Console]:
+def open_console(
+    cluster: str, *, writable: bool = False, hosts: Sequence[str] = (), **options: Any
+) -> Iterator[Console]:
     """A console on a free port."""
     watcher = Watcher(cluster, WatchOptions(**{"interval_s": INTERVAL_S, "timeout_s": 2.0} | options))
-    server = ConsoleServer(watcher, bind("127.0.0.1:0"), writable=writable)
+    server = ConsoleServer(watcher, bind("127.0.0.1:0"), writable=writable, hosts=hosts)
     thread = threading.Thread(target=server.serve_until_told)
     thread.start()
     try:

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from trilith.errors import DataError, InternalError, InvalidRequestError, ReadOnlyError, TrilithError
 
-__all__ = ["FAILURES", "Failure", "answer_failures"]
+__all__ = ["FAILURES", "Failure", "answer_failures", "failure"]
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def answer_failures(app: FastAPI, described: str) -> None:
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         message = f"{request.method} {request.url.path}: {error.detail}; GET {described} lists what there is"
-        return _json(error.status_code, InvalidRequestError.__name__, message, error.headers)
+        return failure(error.status_code, InvalidRequestError.__name__, message, error.headers)
 
     app.add_exception_handler(TrilithError, _on_ours)
     app.add_exception_handler(RequestValidationError, _on_validation)
@@ -68,13 +68,14 @@ def answer_failures(app: FastAPI, described: str) -> None:
     app.add_exception_handler(Exception, _on_other)
 
 
-def _json(status: int, name: str, message: str, headers: Any = None) -> JSONResponse:
+def failure(status: int, name: str, message: str, headers: Any = None) -> JSONResponse:
+    """The answer that says why there is no other, under the name of an error's class."""
     return JSONResponse(Failure(error=name, message=message).model_dump(), int(status), headers)
 
 
 async def _on_ours(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, TrilithError)
-    return _json(_status(error), type(error).__name__, str(error))
+    return failure(_status(error), type(error).__name__, str(error))
 
 
 async def _on_validation(request: Request, error: Exception) -> JSONResponse:
@@ -83,12 +84,12 @@ async def _on_validation(request: Request, error: Exception) -> JSONResponse:
     given = request.headers.get("content-type", "")
     if error.body and "json" not in given:
         told.append(f"the request's content type is {given!r}, expected 'application/json'")
-    return _json(HTTPStatus.BAD_REQUEST, InvalidRequestError.__name__, "; ".join(told))
+    return failure(HTTPStatus.BAD_REQUEST, InvalidRequestError.__name__, "; ".join(told))
 
 
 async def _on_other(request: Request, error: Exception) -> JSONResponse:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return _json(
+    return failure(
         HTTPStatus.INTERNAL_SERVER_ERROR,
         InternalError.__name__,
         f"{type(error).__name__}: {error}; the server's log has the traceback",

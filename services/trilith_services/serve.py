@@ -1,4 +1,4 @@
-"""Runs a gRPC server well: bounded queue, health, reflection, draining on SIGTERM.
+"""Runs a gRPC server well: bounded queue, health, draining on SIGTERM; reflection where it is wanted.
 
 A synchronous server on a thread pool. Measured against grpc.aio with uvloop, the three kinds called in turn by one
 client, allocator tuned, two cores with other work on them (median milliseconds a call, so look at the ratios):
@@ -34,6 +34,7 @@ from grpc_reflection.v1alpha import reflection
 from trilith.config import LARGEST_MESSAGE, MAX_MESSAGE_BYTES
 from trilith.errors import InvalidRequestError, OverloadedError, UnavailableError
 from trilith.remote import ERROR_KEY
+from trilith_services.listening import warn_if_exposed
 from trilith_services.streams import Streams
 
 __all__ = ["Limits", "Method", "Server", "serve"]
@@ -54,6 +55,7 @@ class Limits:
         max_message_bytes: Largest message accepted or sent.
         streams: Streams open at once; each holds a thread.
         drain_s: Seconds that calls in flight get to finish after SIGTERM.
+        reflection: Whether services and messages are described to whoever asks, such as grpcurl.
     """
 
     threads: int = 8
@@ -61,6 +63,7 @@ class Limits:
     max_message_bytes: int = MAX_MESSAGE_BYTES
     streams: int = 256
     drain_s: float = 10.0
+    reflection: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.max_message_bytes <= LARGEST_MESSAGE:
@@ -165,7 +168,7 @@ def _handler(method: Method, pool: ThreadPoolExecutor | None) -> grpc.RpcMethodH
 
 
 class Server:
-    """A gRPC server of one or more services, with health and reflection. Starts NOT_SERVING."""
+    """A gRPC server of one or more services, with health. Starts NOT_SERVING."""
 
     def __init__(
         self,
@@ -218,9 +221,10 @@ class Server:
             )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, pool=self._health_pool
-        )
+        if limits.reflection:
+            reflection.enable_server_reflection(
+                (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, pool=self._health_pool
+            )
         self.set_serving(False)
 
     @property
@@ -240,6 +244,7 @@ class Server:
         except RuntimeError as error:
             raise UnavailableError(f"cannot listen on {address}: {error}") from None
         self._server.start()
+        warn_if_exposed("gRPC", address.rpartition(":")[0], port)
         return port
 
     def set_serving(self, serving: bool) -> None:

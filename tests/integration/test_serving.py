@@ -53,7 +53,9 @@ def test_a_standalone_export_is_served_and_a_newer_one_takes_over_without_a_fail
     first = exporter.export(trained.save(), base, mode="standalone")
     old = trained.scores()
     http = f"127.0.0.1:{free_ports(1)[0]}"
-    address = processes.start("entry", "serving", "entry", "--export", base, "--http", http, "--poll", "0.1")
+    address = processes.start(
+        "entry", "serving", "entry", "--export", base, "--http", http, "--poll", "0.1", "--reflection"
+    )
     processes.wait("entry")
     records = trained.records.payloads()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.tables import Adagrad, Sgd
 from trilith_proto import hash_table_pb2, ps_pb2
 from trilith_services.cli import main
-from trilith_services.console.reader import age_histogram, norm_histogram
+from trilith_services.console.reader import Reader, age_histogram, norm_histogram
 from trilith_services.console.sampling import Sample, quantile
 from trilith_services.console.schema import number, numbers
 from trilith_services.console.server import bind
@@ -84,31 +85,138 @@ def test_debugging_ids_may_be_unsigned_and_are_echoed_as_they_were_written(conso
     assert "id: -1\n" in found["item"][str(TOP)]
 
 
-def test_debugging_ignores_the_content_type(console) -> None:
-    answer = console.ask("/debugging/variables", "POST", b'{"variable_names": ["scale"]}', kind="text/plain")
-    assert answer == (200, {"status": "success", "msg": '{"scale": "[1.]"}'})
+def test_debugging_shows_of_a_long_variable_both_ends() -> None:
+    server = ParameterServer(Store(index=0, count=1, threads=1))
+    address = f"static://127.0.0.1:{server.start()}"
+    with trilith.connect(address) as client, open_console(address) as console:
+        client.create_variables({"long": np.arange(200_000.0), "short": np.ones(1)}, optimizer=Sgd())
+        console.until(lambda look: look["totals"]["alive"] == 1)
+        shown = console.debug("variables", {"variable_names": ["long", "short"]})
+    server.stop()
+    assert shown["short"] == "[1.]"
+    assert shown["long"].split()[:2] == ["[0.00000e+00", "1.00000e+00"]
+    assert shown["long"].endswith("1.99999e+05]")
+    assert "..." in shown["long"]
+    assert len(shown["long"]) < 10_000
 
 
 @pytest.mark.parametrize(
     ("route", "body", "told"),
     [
         ("features", {"feature_names": ["user"], "feature_ids": []}, "1 feature_names but 0 feature_ids"),
-        ("features", {"feature_names": ["user"], "feature_ids": ["seven"]}, "invalid literal for int"),
+        (
+            "features",
+            {"feature_names": ["user"], "feature_ids": ["seven"]},
+            "feature_ids has 'seven', which is no integer",
+        ),
         ("features", {"feature_names": ["user"], "feature_ids": [1.5]}, "feature_ids has 1.5; ids are integers"),
         ("features", {"feature_names": ["user"], "feature_ids": [True]}, "feature_ids has True"),
         ("features", {"feature_names": ["user"], "feature_ids": [2**64]}, "does not fit in 64 bits"),
         ("features", {"feature_names": "user"}, "feature_names='user' is no list"),
         ("variables", {"variable_names": [1]}, "variable_names has 1; it must be strings"),
         ("variables", [], "the body is a JSON list"),
-        ("variables", b"{", "JSONDecodeError"),
-        ("variables", b"\xff", "UnicodeDecodeError"),
+        ("variables", b"{", "the body is no JSON"),
+        ("variables", b"\xff", "the body is no JSON"),
     ],
 )
-def test_debugging_failures_are_tracebacks_under_status_200(console, route, body, told) -> None:
+def test_debugging_failures_are_one_line_under_status_200(console, route, body, told) -> None:
     status, answer = console.ask(f"/debugging/{route}", "POST", body)
     assert (status, answer["status"]) == (200, "fail")
-    assert answer["msg"].startswith("Traceback (most recent call last)")
+    assert answer["msg"].startswith("InvalidRequestError: ")
     assert told in answer["msg"]
+    assert "\n" not in answer["msg"]
+
+
+def test_a_fault_of_the_console_is_told_without_its_traceback(console, monkeypatch, caplog) -> None:
+    def faulty(*given):
+        raise RuntimeError("in line 7\nof something")
+
+    monkeypatch.setattr(Reader, "values", faulty)
+    answer = console.ask("/debugging/variables", "POST", {"variable_names": ["scale"]})[1]
+    told = "InternalError: RuntimeError: in line 7 of something; the console's log has the traceback"
+    assert answer == {"status": "fail", "msg": told}
+    assert "Traceback" in caplog.text
+
+
+# ---- who may ask
+
+POSTED = ("/debugging/variables", "POST", {"variable_names": ["scale"]})
+
+
+@pytest.mark.parametrize("path", ["/", "/api/cluster", "/openapi.json", "/healthz", "/page/console.js"])
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "localhost.evil", "10.1.2.3", "a@localhost", ""],
+)
+def test_a_host_that_is_not_this_machine_is_refused(console, path, host) -> None:
+    status, answer = console.ask(path, Host=host)
+    assert (status, answer["error"]) == (403, "InvalidRequestError")
+    assert "--allowed-host" in answer["message"]
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "127.9.9.9:80", "[::1]:8080", "a.localhost"])
+def test_names_of_this_machine_are_answered(console, host) -> None:
+    assert console.ask("/healthz", Host=host)[0] == 200
+
+
+def test_further_names_are_answered_where_they_are_allowed(cluster) -> None:
+    with open_console(cluster, hosts=["console.example", "fd00::1"]) as console:
+        for host in ("console.example:443", "Console.Example.", "[fd00::1]:80"):
+            assert console.ask("/healthz", Host=host)[0] == 200
+        assert console.ask("/healthz", Host="other.example")[0] == 403
+
+
+def test_health_checks_that_name_no_host_are_answered(console) -> None:
+    host, _, port = console.url.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as stream:
+        stream.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")  # as docker-compose.yml does
+        assert stream.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://127.0.0.1:1", "http://localhost"])
+def test_pages_of_other_origins_post_nothing(console, origin) -> None:
+    status, answer = console.ask(*POSTED, Origin=origin)
+    assert (status, answer["error"]) == (403, "InvalidRequestError")
+    assert repr(origin) in answer["message"]
+
+
+def test_the_consoles_own_page_may_post(console) -> None:
+    assert console.ask(*POSTED, Origin=console.url, Sec_Fetch_Site="same-origin")[0] == 200
+    assert console.ask(*POSTED, Sec_Fetch_Site="cross-site")[0] == 403
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "text/json"]
+)
+def test_what_any_form_can_post_is_refused(console, kind) -> None:
+    status, answer = console.ask(*POSTED, kind=kind)
+    assert (status, answer["error"]) == (415, "InvalidRequestError")
+    assert f"the request's content type is {kind!r}, expected 'application/json'" in answer["message"]
+
+
+def test_json_may_say_its_encoding(console) -> None:
+    assert console.ask(*POSTED, kind="application/json; charset=utf-8")[0] == 200
+
+
+def test_a_body_beyond_all_measure_is_refused_before_it_is_read(console) -> None:
+    assert console.ask(*POSTED, Content_Length=str(10**12))[0] == 413
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PUT", "/api/tables/user/rows/7", {"weights": [1, 2]}),
+        ("DELETE", "/api/tables/user/rows/7", None),
+        ("DELETE", "/api/tables/user/expired", None),
+    ],
+)
+def test_no_other_page_and_no_other_name_changes_anything(cluster, method, path, body) -> None:
+    with open_console(cluster, writable=True) as console:
+        console.until(lambda look: look["totals"]["alive"] == 2)
+        assert console.ask(path, method, body, Origin="http://evil.example")[0] == 403
+        # A name that was made to stand for 127.0.0.1: to the browser it is the same origin.
+        assert console.ask(path, method, body, Origin="http://evil.example", Host="evil.example")[0] == 403
+        assert console.get("/api/tables/user/rows/7")["found"]
 
 
 # ---- the API
@@ -439,6 +547,28 @@ def test_debug_with_nothing_to_ask_says_so_and_succeeds(debug, kind) -> None:
     status, out, err = debug("--type", kind)
     assert (status, out) == (0, "")
     assert "are given" in err
+
+
+def test_debug_with_a_ps_away_is_one_line(capsys, tmp_path) -> None:
+    (tmp_path / "ps").mkdir()
+    (tmp_path / "ps" / "0").write_text("127.0.0.1:1")
+    with open_console(f"hosts://{tmp_path}", timeout_s=0.5) as console:
+        port = console.url.rpartition(":")[2]
+        with pytest.raises(SystemExit) as ended:
+            main(["debug", "--port", port, "--type", "debugging_variables", "--variable-names", "a"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: the console could not answer: ")
+    assert "Error: " in told.removeprefix("error: the console could not answer: ")
+    assert len(told.splitlines()) == 1
+
+
+def test_debug_goes_to_no_proxy(debug, monkeypatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert debug("--type", "debugging_variables", "--variable-names", "scale")[0] == 0
 
 
 def test_debug_without_a_console_is_one_line(capsys) -> None:

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from trilith.errors import UnavailableError
-from trilith_services.serve import Method, Server
+from trilith_services.serve import Limits, Method, Server
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICE = "trilith.ParameterServer"
@@ -176,15 +176,26 @@ def test_an_address_that_is_taken_is_said_to_be(server):
     other.stop(0)
 
 
-def test_reflection_names_the_service(server):
+def services(server):
     port = server.listen("127.0.0.1:0")
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         (reply,) = stub.ServerReflectionInfo(
             iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10
         )
-    names = {service.name for service in reply.list_services_response.service}
-    assert {SERVICE, "grpc.health.v1.Health"} <= names
+    return {service.name for service in reply.list_services_response.service}
+
+
+def test_reflection_names_the_service_where_it_is_wanted():
+    server = Server(SERVICE, {}, limits=Limits(reflection=True))
+    assert {SERVICE, "grpc.health.v1.Health"} <= services(server)
+    server.stop(0)
+
+
+def test_nothing_is_described_to_strangers_unless_wanted(server):
+    with pytest.raises(grpc.RpcError) as caught:
+        services(server)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_an_unknown_method_is_unimplemented(server):

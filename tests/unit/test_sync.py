@@ -41,6 +41,7 @@ from trilith_services.ps.sync.syncer import Syncer
 from trilith_services.ps.sync.target import SyncOptions
 from trilith_services.ps.table import Table
 from trilith_services.ps.touched import Touched, distinct
+from trilith_services.serve import Limits
 
 DIM = 4
 FAST = SyncOptions(interval_s=0.1, heartbeat_s=0.1, dense_every_s=0.1, retry_most_s=0.2, message_bytes=4096)
@@ -411,9 +412,10 @@ class Cluster:
         self.stores: dict[str, Store] = {}
         self.ports: dict[str, int] = {}
 
-    def start(self, name: str, *, port: int = 0) -> None:
+    def start(self, name: str, *, port: int = 0, reflection: bool = False) -> None:
         store = Store(threads=1)
-        self.replicas[name], self.stores[name] = ReplicaServer(Replica(store)), store
+        options = ReplicaOptions(limits=Limits(reflection=reflection))
+        self.replicas[name], self.stores[name] = ReplicaServer(Replica(store), options), store
         self.ports[name] = self.replicas[name].start(f"127.0.0.1:{port}")
 
     def add(self, name: str) -> None:
@@ -686,7 +688,7 @@ def test_replicas_are_found_in_a_directory_and_forgotten_when_they_leave_it(clus
 
 
 def test_a_replica_is_described_by_reflection_and_healthy_once_it_is_filled(cluster: Cluster) -> None:
-    cluster.start("a")
+    cluster.start("a", reflection=True)
     with grpc.insecure_channel(f"127.0.0.1:{cluster.ports['a']}") as channel:
         services = ProtoReflectionDescriptorDatabase(channel).get_services()
         assert {"trilith.ParameterServer", "monolith.parameter_sync.ParameterSync"} <= set(services)

@@ -55,6 +55,14 @@ def console(
     allow_writes: Annotated[
         bool, typer.Option("--allow-writes", help="Let whoever reaches the console set and delete rows.")
     ] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="Name by which browsers ask for it, besides localhost and the address they reach it by. May be "
+            "repeated.",
+        ),
+    ] = None,
     log_format: LogFormatFlag = LogFormat.text,
     log_level: LogLevelFlag = LogLevel.info,
 ) -> None:
@@ -84,4 +92,5 @@ def console(
         features=info.features if info is not None else {},
     )
     where = cluster or (info.cluster if info is not None else "")
-    ConsoleServer(Watcher(where, options), bind(listen), writable=allow_writes).serve_until_told()
+    hosts = [*(allowed_host or []), listen.rpartition(":")[0]]
+    ConsoleServer(Watcher(where, options), bind(listen), writable=allow_writes, hosts=hosts).serve_until_told()

@@ -12,6 +12,9 @@ import typer
 
 __all__ = ["register"]
 
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""A console is asked as PS are: not through $http_proxy, from where this machine's own addresses are others."""
+
 
 class Kind(StrEnum):
     """What is asked for."""
@@ -94,15 +97,25 @@ def _ask(url: str, body: dict[str, Any], timeout: float) -> dict[str, Any]:
 
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with _DIRECT.open(request, timeout=timeout) as response:
             answer = json.load(response)
             failed = answer["status"] != "success"
             told: dict[str, Any] = {} if failed else json.loads(answer["msg"])
+    except urllib.error.HTTPError as error:
+        with error:
+            raise UnavailableError(f"{url} does not answer: {_refusal(error)}") from None
     except (OSError, urllib.error.URLError) as error:
         reason = getattr(error, "reason", None) or error
         raise UnavailableError(f"no console answers at {url}: {reason}; `trilith console` starts one") from None
     except (ValueError, KeyError, TypeError):
         raise UnavailableError(f"what answers at {url} is no console") from None
     if failed:
-        raise InternalError(f"the console could not answer:\n{answer['msg'].rstrip()}")
+        raise InternalError(f"the console could not answer: {answer['msg']}")
     return told
+
+
+def _refusal(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.load(error)["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP status {error.code}"

@@ -16,6 +16,7 @@ from trilith_services.commands.flags import (
     LogLevelFlag,
     MaxMessage,
     MaxQueue,
+    Reflection,
     RowThreads,
     RpcThreads,
     ServingName,
@@ -51,13 +52,13 @@ def entry(
         typer.Option(metavar="N", help="This entry's number among the entries; left out: ZooKeeper gives one.", min=0),
     ] = None,
     name: ServingName = "model",
-    listen: Listen = "0.0.0.0:7200",
+    listen: Listen = "127.0.0.1:7200",
     http: Annotated[
         str,
         typer.Option(
             metavar="HOST:PORT", callback=address, help="Address for JSON and metrics over HTTP; empty: none."
         ),
-    ] = "0.0.0.0:7280",
+    ] = "127.0.0.1:7280",
     poll: Annotated[
         float, typer.Option(metavar="SECONDS", help="Time between two looks for a newer export.", min=0.05)
     ] = 1.0,
@@ -71,12 +72,14 @@ def entry(
     max_queue: MaxQueue = 128,
     max_message: MaxMessage = "64M",
     drain: Drain = 10.0,
+    reflection: Reflection = False,
     log_format: LogFormatFlag = LogFormat.text,
     log_level: LogLevelFlag = LogLevel.info,
 ) -> None:
     """Score records with the newest export until SIGTERM; a newer export takes over without failing a request."""
     from trilith.discovery.serving import ServingDirectory
     from trilith.ops.memory import tune_allocator
+    from trilith_services.listening import reached_by_others
     from trilith_services.logs import setup_logging
     from trilith_services.serving.replica_lists import ListedReplicas, ReplicaList, open_replica_list
     from trilith_services.serving.server import Entry, EntryOptions
@@ -86,7 +89,9 @@ def entry(
     tune_allocator()
     use_threads(torch_threads)
     options = EntryOptions(
-        limits=limits(rpc_threads=rpc_threads, max_queue=max_queue, max_message=max_message, drain=drain),
+        limits=limits(
+            rpc_threads=rpc_threads, max_queue=max_queue, max_message=max_message, drain=drain, reflection=reflection
+        ),
         http=http,
         poll_s=poll,
         deadline_s=deadline,
@@ -100,4 +105,5 @@ def entry(
     if replicas:
         rows = open_replica_list(replicas, name)
     listed = directory.entries() if directory is not None else None
-    raise typer.Exit(Entry(export, options, replicas=rows, listed=listed).run(listen))
+    server = Entry(export, options, replicas=rows, listed=listed)
+    raise typer.Exit(server.run(listen, bound=reached_by_others(listen, advertise, discovery)))

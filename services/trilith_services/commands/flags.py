@@ -31,10 +31,12 @@ __all__ = [
     "MaxMessage",
     "MaxQueue",
     "MemoryLimit",
+    "MetricsHost",
     "MetricsPort",
     "Model",
     "ModelFlag",
     "Prefetch",
+    "Reflection",
     "RowThreads",
     "RpcThreads",
     "Seed",
@@ -106,23 +108,35 @@ address = checked(_listening)
 """Callback of flags that take an address to serve on."""
 
 
-def limits(*, rpc_threads: int, max_queue: int, max_message: str, drain: float) -> Limits:
+def limits(*, rpc_threads: int, max_queue: int, max_message: str, drain: float, reflection: bool) -> Limits:
     """What a server takes on, by the flags of these names."""
     from trilith_services.serve import Limits
 
-    return Limits(threads=rpc_threads, max_queue=max_queue, max_message_bytes=parse_bytes(max_message), drain_s=drain)
+    return Limits(
+        threads=rpc_threads,
+        max_queue=max_queue,
+        max_message_bytes=parse_bytes(max_message),
+        drain_s=drain,
+        reflection=reflection,
+    )
 
 
 Listen = Annotated[
     str,
-    typer.Option("--listen", metavar="HOST:PORT", callback=address, help="Address to serve on; port 0: a free one."),
+    typer.Option(
+        "--listen",
+        metavar="HOST:PORT",
+        callback=address,
+        help="Address to serve on, 0.0.0.0 for every interface (nothing asks who calls); port 0: a free one.",
+    ),
 ]
 Advertise = Annotated[
     str,
     typer.Option(
         "--advertise",
         metavar="HOST:PORT",
-        help="Address to announce, port 0 for the one served on; left out: this machine's.",
+        help="Address to announce, port 0 for the one served on; left out: the one listened on, or this machine's "
+        "if that is every interface.",
     ),
 ]
 ServingName = Annotated[
@@ -163,6 +177,17 @@ MetricsPort = Annotated[
         min=0,
         max=65535,
     ),
+]
+MetricsHost = Annotated[
+    str,
+    typer.Option(
+        "--metrics-host",
+        metavar="HOST",
+        help="Interface of --metrics-port; 0.0.0.0 where Prometheus is on another machine.",
+    ),
+]
+Reflection = Annotated[
+    bool, typer.Option("--reflection", help="Describe services and messages to whoever asks, such as grpcurl.")
 ]
 LogFormatFlag = Annotated[
     LogFormat, typer.Option("--log-format", help="text: key=value, for people; json: an object per line.")

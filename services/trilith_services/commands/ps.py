@@ -17,7 +17,9 @@ from trilith_services.commands.flags import (
     MaxMessage,
     MaxQueue,
     MemoryLimit,
+    MetricsHost,
     MetricsPort,
+    Reflection,
     RowThreads,
     RpcThreads,
     limits,
@@ -45,7 +47,7 @@ def ps(
             metavar="N", help="Shards in the cluster; left out: what the scheduler or the list says, else 1.", min=1
         ),
     ] = None,
-    listen: Listen = "0.0.0.0:7000",
+    listen: Listen = "127.0.0.1:7000",
     discovery: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Directory to register in, such as zk://host:2181/trilith/demo."),
@@ -74,7 +76,9 @@ def ps(
     max_queue: MaxQueue = 128,
     max_message: MaxMessage = "256M",
     drain: Drain = 10.0,
+    reflection: Reflection = False,
     metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
     sync_to: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,6 +101,7 @@ def ps(
     from trilith.discovery.serving import ServingDirectory
     from trilith.errors import InvalidRequestError
     from trilith.ops.memory import tune_allocator
+    from trilith_services.listening import reached_by_others
     from trilith_services.logs import setup_logging
     from trilith_services.ps.server import ParameterServer, PsOptions
     from trilith_services.ps.store import Store
@@ -118,11 +123,14 @@ def ps(
     setup_logging(log_format.value, level=log_level.value, role={"ps": index})
     tune_allocator()
     options = PsOptions(
-        limits=limits(rpc_threads=rpc_threads, max_queue=max_queue, max_message=max_message, drain=drain),
+        limits=limits(
+            rpc_threads=rpc_threads, max_queue=max_queue, max_message=max_message, drain=drain, reflection=reflection
+        ),
         checkpoint_dir=checkpoint_dir,
         checkpoint_every_s=checkpoint_every,
         checkpoint_keep=checkpoint_keep,
         metrics_port=metrics_port,
+        metrics_host=metrics_host,
         discovery=discovery,
         advertise=advertise,
         sync=SyncOptions(interval_s=sync_every),
@@ -130,7 +138,9 @@ def ps(
     )
     listed = [ServingDirectory(url, sync_name).replicas(index) for url in sync_to or [] if "://" in url]
     store = Store(index=index, count=count, memory_limit_bytes=parse_bytes(memory_limit), threads=threads or None)
-    status = ParameterServer(store, options, replicas=listed).run(listen)
+    status = ParameterServer(store, options, replicas=listed).run(
+        listen, bound=reached_by_others(listen, advertise, discovery)
+    )
     if waited is not None:
         waited.close()
     raise typer.Exit(status)

@@ -19,7 +19,9 @@ from trilith_services.commands.flags import (
     MaxMessage,
     MaxQueue,
     MemoryLimit,
+    MetricsHost,
     MetricsPort,
+    Reflection,
     RowThreads,
     RpcThreads,
     ServingName,
@@ -43,7 +45,7 @@ def ps(
     replica: Annotated[
         int, typer.Option(metavar="N", help="This replica's number among those of the shard.", min=0)
     ] = 0,
-    listen: Listen = "0.0.0.0:7100",
+    listen: Listen = "127.0.0.1:7100",
     discovery: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Directory to announce the replica in, such as zk://host:2181/serving."),
@@ -79,13 +81,16 @@ def ps(
     max_queue: MaxQueue = 128,
     max_message: MaxMessage = "256M",
     drain: Drain = 10.0,
+    reflection: Reflection = False,
     metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
     log_format: LogFormatFlag = LogFormat.text,
     log_level: LogLevelFlag = LogLevel.info,
 ) -> None:
     """Hold the compressed rows of one shard, filled by its training PS, and answer lookups until SIGTERM."""
     from trilith.discovery.serving import ServingDirectory
     from trilith.ops.memory import tune_allocator
+    from trilith_services.listening import reached_by_others
     from trilith_services.logs import setup_logging
     from trilith_services.ps.replica import Replica, read_configs
     from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
@@ -95,14 +100,18 @@ def ps(
     setup_logging(log_format.value, level=log_level.value, role={"ps": index, "replica": replica})
     tune_allocator()
     options = ReplicaOptions(
-        limits=limits(rpc_threads=rpc_threads, max_queue=max_queue, max_message=max_message, drain=drain),
+        limits=limits(
+            rpc_threads=rpc_threads, max_queue=max_queue, max_message=max_message, drain=drain, reflection=reflection
+        ),
         replica=replica,
         advertise=advertise,
         rows=rows,
         wait_s=wait,
         metrics_port=metrics_port,
+        metrics_host=metrics_host,
     )
     configs = read_configs(tables.read_text()) if tables is not None else []
     store = Store(index=index, count=count, memory_limit_bytes=parse_bytes(memory_limit), threads=threads or None)
     listed = ServingDirectory(discovery, name).replicas(index) if discovery is not None else None
-    raise typer.Exit(ReplicaServer(Replica(store, configs=configs), options, listed=listed).run(listen))
+    server = ReplicaServer(Replica(store, configs=configs), options, listed=listed)
+    raise typer.Exit(server.run(listen, bound=reached_by_others(listen, advertise, discovery)))

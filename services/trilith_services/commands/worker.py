@@ -17,6 +17,7 @@ from trilith_services.commands.flags import (
     LogFormatFlag,
     LogLevel,
     LogLevelFlag,
+    MetricsHost,
     MetricsPort,
     Model,
     ModelFlag,
@@ -119,6 +120,7 @@ def worker(
         float, typer.Option(metavar="SECONDS", help="How long to wait for a PS that is away.", min=0.1)
     ] = 120.0,
     metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
     log_format: LogFormatFlag = LogFormat.text,
     log_level: LogLevelFlag = LogLevel.info,
 ) -> None:
@@ -171,6 +173,7 @@ def worker(
         model_name=model.value,
         update_queue=update_queue,
         metrics_port=metrics_port,
+        metrics_host=metrics_host,
     )
     raise typer.Exit(run_worker(options, config, follower=_exports(export, config.settings) if export else None))
 

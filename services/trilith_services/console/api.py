@@ -119,7 +119,8 @@ def _add_variables(router: APIRouter, reader: Callable[[], Reader]) -> None:
 
 
 def _add_writes(router: APIRouter, watcher: Watcher, writable: bool) -> None:
-    # PUT and DELETE only: a browser never sends those for another site's page without asking here first.
+    # PUT and DELETE only: a browser never sends those for another site's page without asking here first. To a page that
+    # has made its own name stand for this address it is no other site: `Guard` knows such a one by that name.
     def writer() -> Writer:
         if not writable:
             raise ReadOnlyError("this console only reads; `trilith console --allow-writes` starts one that writes")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, MutableMapping
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from starlette.datastructures import MutableHeaders
 
 from trilith_services.console import api, debugging
+from trilith_services.console.guard import Guard
 from trilith_services.console.reader import Reader
 from trilith_services.console.watcher import Watcher
 from trilith_services.failures import answer_failures
@@ -34,12 +35,13 @@ _Receive = Callable[[], Awaitable[_Message]]
 _Send = Callable[[_Message], Awaitable[None]]
 
 
-def make_app(watcher: Watcher, *, writable: bool = False) -> FastAPI:
+def make_app(watcher: Watcher, *, writable: bool = False, hosts: Collection[str] = ()) -> FastAPI:
     """The console over what `watcher` sees, which is started and closed with the application.
 
     Args:
         watcher: Not yet started.
         writable: Whether rows may be changed.
+        hosts: By which names it may be asked, besides those of loopback and the address it is reached by.
     """
 
     @asynccontextmanager
@@ -58,7 +60,8 @@ def make_app(watcher: Watcher, *, writable: bool = False) -> FastAPI:
         redoc_url=None,
         openapi_url="/openapi.json",
     )
-    app.add_middleware(_Headers)
+    app.add_middleware(Guard, hosts=hosts)
+    app.add_middleware(_Headers)  # the outermost: around refusals too
     answer_failures(app, "/docs")
 
     def reader() -> Reader:

@@ -1,10 +1,9 @@
-"""The debugging routes of the reference system: always HTTP 200, `msg` is a JSON string or a traceback."""
+"""The debugging routes of the reference system: always HTTP 200; `msg` is a JSON string, or one line on what failed."""
 
 from __future__ import annotations
 
 import json
-import sys
-import traceback
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,18 +14,25 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from trilith.entries import signed_id
-from trilith.errors import InvalidRequestError
+from trilith.errors import InternalError, InvalidRequestError, TrilithError
 from trilith_proto import hash_table_pb2
 from trilith_services.console.reader import Reader
+from trilith_services.failures import FAILURES
 
 __all__ = ["DebuggingAnswer", "features", "routes", "variables"]
+
+log = logging.getLogger(__name__)
+
+_MOST_VALUES = 100_000
+"""Of all variables that are asked for at once, which are numbers of some ten characters."""
+_ENDS = 100
 
 
 class DebuggingAnswer(BaseModel):
     """What both routes answer, under HTTP status 200."""
 
     status: str = Field(description='"success" or "fail".', examples=["success"])
-    msg: str = Field(description="On success JSON, as a string; else the traceback.")
+    msg: str = Field(description="On success JSON, as a string; else the class of the error and its message.")
 
 
 class _VariablesRequest(BaseModel):
@@ -39,11 +45,14 @@ class _FeaturesRequest(BaseModel):
 
 
 def variables(reader: Reader, body: dict[str, Any]) -> dict[str, str]:
-    """Text of the value by name; names that the cluster does not have are left out."""
-    names = _texts(body, "variable_names")
+    """Text of the value by name; names that the cluster does not have are left out.
+
+    Of a variable that is longer than its share of what an answer may hold, both ends are shown.
+    """
+    found = reader.values(list(dict.fromkeys(_texts(body, "variable_names"))))
+    most = _MOST_VALUES // max(len(found), 1)
     return {
-        name: np.array2string(value, threshold=sys.maxsize)
-        for name, value in reader.values(list(dict.fromkeys(names))).items()
+        name: np.array2string(value, threshold=max(most, 2 * _ENDS), edgeitems=_ENDS) for name, value in found.items()
     }
 
 
@@ -69,7 +78,7 @@ def features(reader: Reader, body: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 def routes(reader: Callable[[], Reader]) -> APIRouter:
     """Both routes; `reader` raises while there is no cluster."""
-    router = APIRouter(prefix="/debugging", tags=["debugging"])
+    router = APIRouter(prefix="/debugging", tags=["debugging"], responses=FAILURES)
 
     def documented(body: type[BaseModel]) -> dict[str, Any]:
         """The body as OpenAPI has it; it is read as it comes, whatever its content type says."""
@@ -93,12 +102,26 @@ def _answer(
     read: Callable[[Reader, dict[str, Any]], dict[str, Any]], reader: Callable[[], Reader], body: bytes
 ) -> DebuggingAnswer:
     try:
+        return DebuggingAnswer(status="success", msg=json.dumps(read(reader(), _object(body))))
+    except TrilithError as error:
+        return _failed(error)
+    except Exception as error:
+        log.exception("%s failed", read.__name__)
+        return _failed(InternalError(f"{type(error).__name__}: {error}; the console's log has the traceback"))
+
+
+def _failed(error: TrilithError) -> DebuggingAnswer:
+    return DebuggingAnswer(status="fail", msg=" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
         content = json.loads(body)
-        if not isinstance(content, dict):
-            raise InvalidRequestError(f"the body is a JSON {type(content).__name__}; it must be an object")
-        return DebuggingAnswer(status="success", msg=json.dumps(read(reader(), content)))
-    except Exception:  # noqa: BLE001 (the caller gets the traceback, whatever it was)
-        return DebuggingAnswer(status="fail", msg=traceback.format_exc())
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"the body is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InvalidRequestError(f"the body is a JSON {type(content).__name__}; it must be an object")
+    return content
 
 
 def _list(body: dict[str, Any], name: str) -> list[Any]:
@@ -119,7 +142,10 @@ def _texts(body: dict[str, Any], name: str) -> list[str]:
 def _integer(text: Any) -> int:
     if isinstance(text, bool) or not isinstance(text, int | str):
         raise InvalidRequestError(f"feature_ids has {text!r}; ids are integers, or strings of them")
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise InvalidRequestError(f"feature_ids has {str(text)[:100]!r}, which is no integer") from None
     if not -(2**63) <= value < 2**64:
         raise InvalidRequestError(f"feature_ids has {text}, which does not fit in 64 bits")
     return value

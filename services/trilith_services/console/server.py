@@ -6,14 +6,15 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
 
 from trilith.discovery.addresses import join_address
-from trilith.errors import InvalidRequestError, UnavailableError
+from trilith.errors import InvalidRequestError
+from trilith_services import listening
 from trilith_services.console.app import make_app
 from trilith_services.console.watcher import Watcher
 
@@ -35,21 +36,19 @@ def bind(listen: str) -> socket.socket:
     bare = host.removeprefix("[").removesuffix("]")
     if not colon or not (port.isascii() and port.isdigit() and int(port) < 65536) or (":" in bare and bare == host):
         raise InvalidRequestError(f"{listen!r} is not host:port (an IPv6 host stands in brackets: [::1]:8080)")
-    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
-    try:
-        return socket.create_server((bare, int(port)), family=family, backlog=128)
-    except OSError as error:
-        raise UnavailableError(f"cannot listen on {listen}: {error.strerror or error}") from None
+    return listening.bind(host, int(port))
 
 
 class ConsoleServer(uvicorn.Server):
     """A server of one console; `run` returns after a signal, or after `stop` from another thread."""
 
-    def __init__(self, watcher: Watcher, listening: socket.socket, *, writable: bool = False) -> None:
-        """Serve on a socket that is bound already."""
+    def __init__(
+        self, watcher: Watcher, listening: socket.socket, *, writable: bool = False, hosts: Collection[str] = ()
+    ) -> None:
+        """Serve on a socket that is bound already; see `make_app`."""
         super().__init__(
             uvicorn.Config(
-                make_app(watcher, writable=writable),
+                make_app(watcher, writable=writable, hosts=hosts),
                 loop="uvloop",
                 log_config=None,
                 log_level="warning",
@@ -69,6 +68,7 @@ class ConsoleServer(uvicorn.Server):
 
     def serve_until_told(self) -> None:
         """Serve."""
+        listening.warn_if_exposed("the console", *self._listening.getsockname()[:2])
         log.info("console: serving", extra={"url": self.url})
         self.run(sockets=[self._listening])
         log.info("console: stopped")

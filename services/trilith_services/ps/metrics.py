@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from wsgiref.simple_server import WSGIRequestHandler
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -22,6 +22,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from trilith_proto import ps_pb2
+from trilith_services.listening import LOOPBACK, bind, warn_if_exposed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -137,10 +138,13 @@ class Metrics:
         """Export a shard's own numbers, read when somebody scrapes."""
         self.registry.register(_ShardCollector(stats))
 
-    def serve(self, port: int, *, ready: Callable[[], bool], host: str = "0.0.0.0") -> int:
+    def serve(self, port: int, *, ready: Callable[[], bool], host: str = LOOPBACK) -> int:
         """Answer GET /metrics, and GET /healthz with 200 if `ready` and else 503, on a thread until `close`.
 
         Returns the port; `port` 0 takes any free one.
+
+        Raises:
+            UnavailableError: The address is taken, or not this machine's.
         """
         scrape = make_wsgi_app(self.registry)
 
@@ -151,8 +155,14 @@ class Metrics:
             start_response(status, [("Content-Type", "text/plain")])
             return [body]
 
-        server = make_server(host, port, answer, server_class=ThreadingWSGIServer, handler_class=_Silent)
+        server = ThreadingWSGIServer((host, port), _Silent, bind_and_activate=False)
+        server.socket.close()  # one of IPv4
+        server.socket = bind(host, port)
+        server.server_name, server.server_port = host, server.socket.getsockname()[1]
+        server.setup_environ()
+        server.set_app(answer)
         self._server = server
+        warn_if_exposed("metrics", host, server.server_port)
         threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         log.info("metrics", extra={"port": server.server_port})
         return server.server_port

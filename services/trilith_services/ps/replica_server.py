@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from trilith.errors import InvalidRequestError
 from trilith.remote import SERVICE
+from trilith_services.listening import LOOPBACK
 from trilith_services.ps.metrics import Metrics
 from trilith_services.ps.replica_servicer import SYNC_SERVICE, ReplicaServicer
 from trilith_services.ps.sync import wire
@@ -35,6 +36,7 @@ class ReplicaOptions:
         wait_s: Seconds to wait for the first full copy, where no rows were exported, before serving what there is;
             None: as long as it takes.
         metrics_port: Port of GET /metrics; None: not served, 0: any free one.
+        metrics_host: Where that port is.
         replica: Its number among the replicas of the shard.
         advertise: host:port to announce, port 0 for the one served on; empty: the host listened on, or this machine's
             if that is every interface.
@@ -46,6 +48,7 @@ class ReplicaOptions:
     rows: str | None = None
     wait_s: float | None = None
     metrics_port: int | None = None
+    metrics_host: str = LOOPBACK
 
     def __post_init__(self) -> None:
         if self.wait_s is not None and self.wait_s < 0:
@@ -88,7 +91,7 @@ class ReplicaServer(ServerProcess):
         options = self._options
         self.metrics.watch(self.servicer.stats)
         if options.metrics_port is not None:
-            self.metrics.serve(options.metrics_port, ready=lambda: self.servicer.ready)
+            self.metrics.serve(options.metrics_port, ready=lambda: self.servicer.ready, host=options.metrics_host)
         self._replica.store.compile()
         wire.compile_kernels()
         if options.rows is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from trilith.errors import InvalidRequestError
 from trilith.folder import Folder
 from trilith.remote import SERVICE
+from trilith_services.listening import LOOPBACK
 from trilith_services.ps.metrics import Metrics
 from trilith_services.ps.servicer import ParameterServerServicer
 from trilith_services.ps.sync.syncer import Syncer
@@ -46,6 +47,7 @@ class PsOptions:
         checkpoint_every_s: Seconds between checkpoints; 0: only one at the end.
         checkpoint_keep: Complete checkpoints to keep.
         metrics_port: Port of GET /metrics; None: not served, 0: any free one.
+        metrics_host: Where that port is.
         discovery: URL of the directory to register in; None: none.
         advertise: host:port to register, port 0 for the one served on; empty: the host listened on, or this machine's
             if that is every interface.
@@ -58,6 +60,7 @@ class PsOptions:
     checkpoint_every_s: float = 0.0
     checkpoint_keep: int = 3
     metrics_port: int | None = None
+    metrics_host: str = LOOPBACK
     discovery: str | None = field(default=None, repr=False)  # it may hold credentials
     advertise: str = ""
     sync: SyncOptions = field(default_factory=SyncOptions)
@@ -103,7 +106,7 @@ class ParameterServer(ServerProcess):
         started = time.perf_counter()
         self.metrics.watch(self.servicer.stats)
         if options.metrics_port is not None:
-            self.metrics.serve(options.metrics_port, ready=lambda: self.servicer.ready)
+            self.metrics.serve(options.metrics_port, ready=lambda: self.servicer.ready, host=options.metrics_host)
         if options.discovery is not None:
             from trilith_services.ps.membership import Membership
 

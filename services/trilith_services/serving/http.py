@@ -17,10 +17,11 @@ from google.protobuf.json_format import MessageToDict
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 
-from trilith.errors import InvalidRequestError, TrilithError, UnavailableError
+from trilith.errors import InvalidRequestError, TrilithError
 from trilith_proto import serving_pb2
 from trilith_proto.example_pb2 import Example
 from trilith_services.failures import FAILURES, answer_failures
+from trilith_services.listening import bind, warn_if_exposed
 from trilith_services.serving.metrics import EntryMetrics
 from trilith_services.serving.servicer import PredictionServicer
 
@@ -149,20 +150,10 @@ class HttpServer:
             UnavailableError: The address cannot be bound.
         """
         host, _, port = listen.rpartition(":")
-        config = uvicorn.Config(
-            app,
-            host=host.strip("[]"),
-            port=int(port),
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-        )
-        try:
-            self._socket = config.bind_socket()
-        except SystemExit:
-            raise UnavailableError(f"cannot listen on {listen}") from None
+        config = uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, lifespan="off")
+        self._socket = bind(host, int(port))
         self.port: int = self._socket.getsockname()[1]
+        warn_if_exposed("HTTP", host, self.port)
         self._server = uvicorn.Server(config)
         run: Callable[[], None] = lambda: self._server.run(sockets=[self._socket])  # noqa: E731
         self._thread = threading.Thread(target=run, name="http", daemon=True)

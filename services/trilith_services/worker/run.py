@@ -20,9 +20,10 @@ from trilith.client import Client
 from trilith.connect import connect
 from trilith.data.clicks import Parts
 from trilith.discovery.zk_url import redact
-from trilith.errors import InvalidRequestError
+from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.nn import pick_device
 from trilith.peers import PeerClient, connect_peers
+from trilith_services.listening import LOOPBACK, warn_if_exposed
 from trilith_services.worker.datasets import load_dataset, training_files
 from trilith_services.worker.events import Emit, EventLog
 from trilith_services.worker.trainer import Trainer, WorkerConfig
@@ -50,6 +51,7 @@ class WorkerOptions:
         model_name: What lookups are timed under.
         update_queue: Without PS: updates that may wait at their owner after they have travelled.
         metrics_port: Port where this process's timers are served for Prometheus; None: nowhere, 0: any free one.
+        metrics_host: Where that port is.
     """
 
     cluster: str = field(default="", repr=False)  # it may hold credentials
@@ -61,6 +63,7 @@ class WorkerOptions:
     model_name: str = ""
     update_queue: int = 0
     metrics_port: int | None = None
+    metrics_host: str = LOOPBACK
 
 
 def run_worker(options: WorkerOptions, config: WorkerConfig, *, follower: Follower | None = None) -> int:
@@ -84,7 +87,7 @@ def run_worker(options: WorkerOptions, config: WorkerConfig, *, follower: Follow
         raise InvalidRequestError("training together needs to know where rank 0 is: give --master host:port")
     use_threads(options.threads or max(1, (os.cpu_count() or 1) // config.world_size))
     finished = False
-    with _stop_on_signal() as stop, _events(options.events) as write, _metrics(options.metrics_port):
+    with _stop_on_signal() as stop, _events(options.events) as write, _metrics(options):
         parts = load_dataset(options.data, report=log.info)
         samples = training_files(parts)
         with (follower or _nobody)(parts) as tell, _group(options, config), _client(options, config) as client:
@@ -156,12 +159,17 @@ def _events(path: str) -> Iterator[EventLog]:
 
 
 @contextmanager
-def _metrics(port: int | None) -> Iterator[None]:
+def _metrics(options: WorkerOptions) -> Iterator[None]:
     """Serves the timers of this process, the client's lookups among them."""
+    host, port = options.metrics_host, options.metrics_port
     if port is None:
         yield
         return
-    server, thread = start_http_server(port)
+    try:
+        server, thread = start_http_server(port, host)
+    except OSError as error:
+        raise UnavailableError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+    warn_if_exposed("metrics", host, server.server_port)
     log.info("metrics", extra={"port": server.server_port})
     try:
         yield

@@ -1,0 +1,99 @@
+"""Where servers listen: who reaches an address, and what is said where that is more, or fewer, than was meant."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable, Iterable
+
+from trilith.discovery import PS
+from trilith.discovery.addresses import advertised
+from trilith.discovery.urls import open_directory
+from trilith.discovery.zk_url import ZkUrl, redact
+from trilith.errors import UnavailableError
+
+__all__ = ["LOOPBACK", "bind", "is_loopback", "reached_by_others", "warn_if_exposed"]
+
+log = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+"""Where servers listen unless they are told otherwise: no other machine reaches it."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, port 0 for a free one; an empty host is every interface.
+
+    Raises:
+        UnavailableError: The address is taken, or not this machine's.
+    """
+    bare = host.strip("[]")
+    try:
+        found = socket.getaddrinfo(bare or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return socket.create_server(found[0][4][:2], family=found[0][0], backlog=128)
+    except OSError as error:
+        raise UnavailableError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine alone; a name is, if all that it stands for is."""
+    bare = host.strip("[]").partition("%")[0]
+    try:
+        return ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        pass
+    if not bare:
+        return False
+    try:
+        found = socket.getaddrinfo(bare, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(str(each[4][0]).partition("%")[0]).is_loopback for each in found)
+
+
+def warn_if_exposed(what: str, host: str, port: int) -> None:
+    """Say loudly that others than this machine reach a server: nothing of ours encrypts, or asks who calls."""
+    if not is_loopback(host):
+        log.warning(
+            "%s listens on %s:%d, beyond this machine, in plain text and without a login: whoever reaches that address "
+            "may do everything it offers; for trusted networks only",
+            what,
+            host or "every interface",
+            port,
+        )
+
+
+def reached_by_others(listen: str, advertise: str, directory: str | None) -> Callable[[int], None]:
+    """What a server does once it knows its port: it warns where others are told of an address that they do not reach.
+
+    Args:
+        listen: host:port it was told to listen on.
+        advertise: What it was told to announce; empty: nothing.
+        directory: URL of the directory it is announced in; None: none.
+    """
+
+    def bound(port: int) -> None:
+        if directory is None or not is_loopback(listen.rpartition(":")[0]):
+            return
+        at = advertised(listen, port, advertise)
+        if is_loopback(at.rpartition(":")[0]) and all(map(is_loopback, _hosts_of(directory))):
+            return
+        log.warning(
+            "announced in %s as %s, but listens on %s, which no other machine reaches: "
+            "give --listen 0.0.0.0:%d, or an address of this machine that the others reach",
+            redact(directory),
+            at,
+            listen,
+            port,
+        )
+
+    return bound
+
+
+def _hosts_of(directory: str) -> Iterable[str]:
+    """The machines that a directory's URL, or its list, names; none for a folder of files."""
+    scheme = directory.partition("://")[0]
+    if scheme == "hosts":
+        return ()
+    addresses = ZkUrl.parse(directory).hosts if scheme == "zk" else open_directory(directory).query(PS).values()
+    return [each.rpartition(":")[0] for each in addresses]
