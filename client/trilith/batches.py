@@ -17,6 +17,7 @@ from trilith.cluster import Cluster
 from trilith.errors import InvalidRequestError
 from trilith.ops import dedup
 from trilith.shard import Float32Array, FloatArray, IdPart, Shard, UInt64Array, UpdatePart, Write
+from trilith.times import whole_seconds
 from trilith_proto import ps_pb2
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Terms:
 
     Attributes:
         step: The model's step.
-        request_time: Unix seconds; None is now.
+        request_time: Unix seconds; None is now, by each shard's clock.
         allow_non_finite: Accept NaN and infinity.
         timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
     """
@@ -199,7 +200,7 @@ class Batches:
         return self._cluster.write(
             index,
             global_step=terms.step,
-            request_time=int(time.time()) if terms.request_time is None else int(terms.request_time),
+            request_time=0 if terms.request_time is None else whole_seconds(terms.request_time),
             allow_non_finite=terms.allow_non_finite,
         )
 

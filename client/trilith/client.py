@@ -18,6 +18,7 @@ from trilith.errors import InvalidRequestError, ShardRestartedError, UnknownTabl
 from trilith.ops.dedup import gather_values
 from trilith.queues import Queues
 from trilith.shard import Float32Array, Shard, Write
+from trilith.times import whole_seconds
 from trilith_proto import ps_pb2
 
 if TYPE_CHECKING:
@@ -192,7 +193,8 @@ class Client:
             updates: By table (ids [n], float gradients [n, dim]); gradients of repeated ids are added up in float32,
                 and occurrence thresholds count every repeat.
             global_step: The model's step, at which schedules are evaluated; None takes the step this client knows.
-            request_time: Unix seconds, the rows' last update; None is now.
+            request_time: Whole Unix seconds, the rows' last update; None is now, by each shard's own clock. A time more
+                than a day ahead of that clock is refused.
             allow_non_finite: Accept NaN and infinity.
             timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
 
@@ -291,11 +293,12 @@ class Client:
 
         Args:
             tables: Which tables; all if empty.
-            now: Unix seconds to judge by; 0 takes the newest update of each shard's part of a table.
+            now: Unix seconds to judge by, at most a day ahead of a shard's clock; 0 takes that clock itself.
 
         Returns:
             Rows deleted by table.
         """
+        now = whole_seconds(now, "now")
         return self._counted(
             tables, lambda index, shard, left: shard.evict(tables, self._write(index), now=now, timeout_s=left)
         )

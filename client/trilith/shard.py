@@ -85,7 +85,7 @@ class Write:
         sequence: Counts up by one per write of that client, from 1.
         incarnation: The shard's incarnation that the caller knows; 0 accepts any.
         global_step: The model's step, for optimizers and readers that use it.
-        request_time: Unix seconds; becomes the rows' last update.
+        request_time: Unix seconds, at most a day ahead of the shard's clock; becomes the rows' last update. 0 is now.
         allow_non_finite: Accept NaN and infinity.
         dedup: Gradients only: sum the gradients of equal ids into one step each.
     """
@@ -181,7 +181,7 @@ class Shard(Protocol):
     def evict(
         self, tables: Sequence[str], write: Write, *, now: int = 0, timeout_s: float | None = None
     ) -> Mapping[str, int]:
-        """Delete expired rows of `tables` (all if empty), judged at `now` (0: each table's newest update)."""
+        """Delete expired rows of `tables` (all if empty), judged at `now` (0: the shard's clock)."""
 
     def clear(self, tables: Sequence[str], write: Write, *, timeout_s: float | None = None) -> Mapping[str, int]:
         """Drop every row of `tables`; returns rows removed by table."""

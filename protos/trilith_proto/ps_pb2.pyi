@@ -317,7 +317,7 @@ class UpdateRequest(google.protobuf.message.Message):
     rows_type: global___FloatType.ValueType
     global_step: builtins.int
     request_time: builtins.int
-    """Unix seconds; becomes the rows' last update."""
+    """Unix seconds, at most a day ahead of the PS's clock; becomes the rows' last update. 0 takes the PS's clock."""
     incarnation: builtins.int
     """The incarnation the caller knows; 0 accepts any. Another one is ABORTED, and nothing is done."""
     allow_non_finite: builtins.bool
@@ -379,6 +379,7 @@ class IdsRequest(google.protobuf.message.Message):
     table: builtins.str
     incarnation: builtins.int
     request_time: builtins.int
+    """As in UpdateRequest; Reinitialize only."""
     payload: builtins.bytes
     """uint64[n]"""
     @property
@@ -443,7 +444,7 @@ class EvictRequest(google.protobuf.message.Message):
     NOW_FIELD_NUMBER: builtins.int
     WRITE_FIELD_NUMBER: builtins.int
     now: builtins.int
-    """Unix seconds to judge by; 0 takes each table's newest update."""
+    """Unix seconds to judge by, at most a day ahead of the PS's clock; 0 takes that clock."""
     @property
     def tables(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @property
@@ -604,6 +605,7 @@ class TableStats(google.protobuf.message.Message):
     filtered_ids: builtins.int
     evicted_rows: builtins.int
     max_update_time: builtins.int
+    """Newest update, in Unix seconds: as callers dated it, and no clock."""
     def __init__(
         self,
         *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 
 import numpy as np
 import pytest
@@ -215,3 +216,13 @@ def test_all_shapes_give_the_same_bits(native):
         for one, two in zip(found["embedded"], tensors, strict=True):
             assert np.array_equal(one, two)
             assert one.any()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_sample_whose_time_cannot_be_right_is_named(client, native):
+    tables = make(client, f"t{secrets.token_hex(6)}/", native=native)
+    now = int(time.time())
+    sharded = tables.shard(BATCH, 2)
+    for wrong, match in ((now * 1000, "milliseconds"), (now + 365 * 86_400, "days ahead"), (-1, "negative")):
+        with pytest.raises(InvalidRequestError, match=rf"req_time\[1\]=.*{match}"):
+            tables.fetch(sharded, req_time=[now, wrong])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import time
 
 import cramjam
 import numpy as np
@@ -135,12 +136,22 @@ def test_saving_again_in_fewer_files_leaves_no_mixed_set(tmp_path):
 
 def test_expired_rows_are_not_saved_but_stay_in_memory(tmp_path):
     table, other = make_table(ttl_days=1), make_table()
-    for fid, time in ((1, 9_913_599), (2, 9_913_601), (3, 10_000_000)):
-        table.assign(np.array([fid]), np.ones((1, 2), np.float32), request_time=time)
+    for fid, when in ((1, 9_913_599), (2, 9_913_601), (3, 10_000_000)):
+        table.assign(np.array([fid]), np.ones((1, 2), np.float32), request_time=when)
     save_table(table, f"{tmp_path}/t")
     assert len(table) == 3
     restore_table(other, f"{tmp_path}/t")
     assert sorted(content(other)) == [2, 3]
+
+
+def test_a_time_still_to_come_expires_no_other_row(tmp_path):
+    table, other = make_table(ttl_days=30), make_table()
+    now = int(time.time())
+    for fid, when in ((1, now), (2, now + 365 * 86_400)):
+        table.assign(np.array([fid]), np.ones((1, 2), np.float32), request_time=when)
+    assert save_table(table, f"{tmp_path}/t") == 2
+    restore_table(other, f"{tmp_path}/t")
+    assert sorted(content(other)) == [1, 2]
 
 
 def test_a_serving_table_takes_weights_alone_and_cannot_be_saved(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -163,15 +164,37 @@ def test_counts_start_anew_where_the_filter_cannot_follow(make_store, tmp_path) 
     assert gate.elements == 0
 
 
-def test_expired_rows_are_not_saved(make_store, tmp_path) -> None:
+def test_a_checkpoint_holds_every_row_and_eviction_alone_drops_what_has_expired(make_store, tmp_path) -> None:
     store = make_store()
     store.create_tables([table_config("t", dim=1, optimizer=Sgd(), ttl_days=1).proto])
-    old, new = np.array([1], np.uint64), np.array([2], np.uint64)
-    store.assign([UpdatePart("t", old, np.ones((1, 1), np.float32))], Write(request_time=NOW - 86_400))
-    store.assign([UpdatePart("t", new, np.ones((1, 1), np.float32))], Write(request_time=NOW))
+    both = np.array([1, 2], np.uint64)
+    now = int(time.time())
+    for each, when in zip(both, (now - 2 * 86_400, now), strict=True):
+        store.assign([UpdatePart("t", np.array([each]), np.ones((1, 1), np.float32))], Write(request_time=when))
     (restored,) = restored_cluster(make_store, save_all([store], tmp_path / "ckpt"), 1)
-    assert restored.contains(IdPart("t", np.array([1, 2], np.uint64))).tolist() == [False, True]
-    assert len(store.table("t")) == 2
+    assert restored.contains(IdPart("t", both)).tolist() == [True, True]
+    assert restored.evict([], Write()) == {"t": 1}
+    assert restored.contains(IdPart("t", both)).tolist() == [False, True]
+
+
+def test_rows_that_a_wrong_clock_dated_ahead_live_no_longer_than_others(tmp_path) -> None:
+    day, ids = 86_400, np.array([1, 2], np.uint64)
+    clock = [NOW + 900 * day]
+    stores = [Store(threads=1, clock=lambda: clock[0]) for _ in range(2)]
+    stores[0].create_tables([table_config("t", dim=1, optimizer=Sgd(), ttl_days=3).proto])
+    stores[0].assign([UpdatePart("t", ids[:1], np.ones((1, 1), np.float32))], Write())
+    stores[0].assign([UpdatePart("t", ids[1:], np.ones((1, 1), np.float32))], Write(request_time=NOW))
+    path = save_all(stores[:1], tmp_path / "ckpt")
+    clock[0] = NOW + day
+    stores[1].restore(path)
+    assert stores[1].table("t").max_update_time == NOW + day
+    assert stores[1].evict([], Write()) == {"t": 0}
+    clock[0] = NOW + 3 * day
+    assert stores[1].evict([], Write()) == {"t": 1}
+    clock[0] = NOW + 4 * day
+    assert stores[1].evict([], Write()) == {"t": 1}, "three days after the restore, not in three years"
+    for store in stores:
+        store.close()
 
 
 def test_a_restore_replaces_what_was_there(make_store, tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from trilith.pipelining import Pusher
 from trilith.tables.config import HashTableConfig
 from trilith.tables.merged import QueueHooks, merge_configs
 from trilith.tables.spec import TableSpec
+from trilith.times import latest
 
 if TYPE_CHECKING:
     from trilith.client import Client
@@ -173,7 +175,12 @@ class PartitionedTables(QueueHooks):
         Args:
             sharded: What `shard` gives.
             req_time: int64[samples], Unix seconds; the latest becomes the rows' last update.
+
+        Raises:
+            InvalidRequestError: A sample's time is none, or more than a day ahead of this machine's clock; the message
+                says which sample.
         """
+        request_time = None if req_time is None else latest(req_time, time.time(), "req_time")
         ids = [
             {
                 table: np.ascontiguousarray(sharded["fid_list"][f"{table}:{shard}"]).view(np.uint64)
@@ -185,8 +192,7 @@ class PartitionedTables(QueueHooks):
         rows = [of_shard[table] for table in self._dims for of_shard in found]
         names = ("fid_offset", "feature_offset", "nfl_offset", "batch_size", "nfl_size", "feature_size", "fid_size")
         offsets = FidOffsets(version=VERSION, ps_num=self._client.shards, **{name: sharded[name] for name in names})
-        time = None if req_time is None else int(np.max(req_time))
-        return Fetched(ids, rows, offsets, time)
+        return Fetched(ids, rows, offsets, request_time)
 
     def lookup_raw(self, ids: Sequence[Mapping[str, Ids]]) -> list[dict[str, Floats]]:
         """Rows of ids that are spread already: per shard and table uint64[n] gives float32[n, dim]."""

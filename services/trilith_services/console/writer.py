@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 
 from trilith.errors import InvalidRequestError, TrilithError, UnknownTableError
@@ -34,7 +32,7 @@ class Writer:
         if weights.size != dim:
             raise InvalidRequestError(f"{weights.size} weights for table {table!r}, whose rows have {dim}")
         update = UpdatePart(table, np.array([value], np.uint64), weights[None])
-        shard.assign([update], Write(request_time=int(time.time())))
+        shard.assign([update], Write())
 
     def erase(self, table: str, value: int) -> int:
         """Delete a row; returns how many there were."""
@@ -42,15 +40,14 @@ class Writer:
         return self._members.shard(value % self._members.count).erase(part, Write())
 
     def evict(self, table: str) -> int:
-        """Delete what has expired by now, on every shard; returns how many rows.
+        """Delete what has expired by each shard's clock; returns how many rows.
 
         Raises:
             TrilithError: A shard failed; others may have deleted theirs.
         """
-        now = int(time.time())
         members = self._members
         answers = members.each(
-            range(members.count), lambda index: members.shard(index).evict([table], Write(), now=now).get(table, 0)
+            range(members.count), lambda index: members.shard(index).evict([table], Write()).get(table, 0)
         )
         for answer in answers.values():
             if isinstance(answer, TrilithError):

@@ -8,6 +8,7 @@ EntryDumps. Several: the same names, but inside a snappy stream and table after 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
@@ -57,8 +58,9 @@ def save_table(table: Table, base: str, *, parallel: int = -1) -> int:
         How many rows were written.
     """
     total = _shards(len(table), parallel)
-    now = table.max_update_time
+    now = _judged_at(table)
     codec = EntryCodec.of(table.layout)
+    dropped: list[int] = []
 
     def write(index: int) -> int:
         written = 0
@@ -68,11 +70,13 @@ def save_table(table: Table, base: str, *, parallel: int = -1) -> int:
                 kept = rows.take(~table.expired(rows, now))
                 writer.write(*codec.encode(kept))
                 written += len(kept)
+                dropped.append(len(rows) - len(kept))
             writer.close()
         return written
 
     written = sum(_in_parallel(write, total))
     remove_other_sets(base, total)
+    _log_dropped(table.name, base, sum(dropped))
     return written
 
 
@@ -118,7 +122,8 @@ def save_tables(
         Rows written by table.
     """
     total = _shards(sum(len(table) for table in tables.values()), parallel)
-    plans = {name: (table, table.max_update_time, EntryCodec.of(table.layout)) for name, table in tables.items()}
+    plans = {name: (table, _judged_at(table), EntryCodec.of(table.layout)) for name, table in tables.items()}
+    dropped: dict[str, list[int]] = {name: [] for name in tables}
 
     def write(index: int) -> dict[str, int]:
         counts = dict.fromkeys(tables, 0)
@@ -130,6 +135,7 @@ def save_tables(
                     kept = rows.take(~gone)
                     writer.write(*codec.encode(kept))
                     counts[name] += len(kept)
+                    dropped[name].append(len(rows) - len(kept))
             writer.close()
         with create_file(shard_file_name(f"{base}.meta", index, total)) as file:
             meta = RecordWriter(file)
@@ -143,6 +149,8 @@ def save_tables(
     written = _in_parallel(write, total)
     remove_other_sets(base, total)
     remove_other_sets(f"{base}.meta", total)
+    for name, numbers in dropped.items():
+        _log_dropped(name, base, sum(numbers))
     return {name: sum(counts[name] for counts in written) for name in tables}
 
 
@@ -243,6 +251,16 @@ def _stripes(table: Table, index: int, total: int) -> Iterator[Rows]:
     """Copies of the stripes that belong into file `index` of `total`."""
     for stripe in range(table.stripes * index // total, table.stripes * (index + 1) // total):
         yield table.export_stripe(stripe)
+
+
+def _judged_at(table: Table) -> int:
+    """The time that expiry is judged at: the reference's, which is the newest update, unless that is yet to come."""
+    return min(table.max_update_time, int(time.time()))
+
+
+def _log_dropped(name: str, base: str, rows: int) -> None:
+    if rows:
+        _log.info("table %r: %d expired rows are not in %s", name, rows, base)
 
 
 def _expired(config: hash_table_pb2.SlotExpireTimeConfig, rows: Rows, now: int) -> npt.NDArray[np.bool_]:

@@ -53,9 +53,9 @@ class Maintenance:
             due = now - last >= config.feature_evict_every_n_hours * _SECONDS_PER_HOUR
             if config.enable_feature_eviction and due:
                 self._last_eviction[name] = now
-                _LOG.info("table %s: evicted %d expired rows", name, table.evict(table.max_update_time))
+                _LOG.info("table %s: evicted %d expired rows", name, table.evict(int(now)))
         if self._budget.above_soft_limit:
-            evicted = sum(table.evict(table.max_update_time) for table in list(self._tables.values()))
+            evicted = sum(table.evict(int(now)) for table in list(self._tables.values()))
             _LOG.warning(
                 "memory: %d of %d bytes in use, above the soft limit %d; evicted %d expired rows",
                 self._budget.used,

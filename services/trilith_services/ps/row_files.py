@@ -67,7 +67,7 @@ class RowFile:
         layout: Its segments' layout, as `RowLayout` describes itself: kinds, widths, offsets, slots.
         dim: Floats per row.
         state_floats: Floats of optimizer state per row.
-        max_update_time: The table's newest update, Unix seconds; that row may be gone by now.
+        max_update_time: The table's newest update, Unix seconds, as callers dated it; that row may be gone by now.
     """
 
     config: ps_pb2.TableConfig
@@ -99,7 +99,7 @@ class RowFile:
 
 
 def write_table(folder: Folder, name: str, table: Table) -> FileRecord:
-    """Write a table's rows, stripe by stripe while others go on using it; expired rows stay out.
+    """Write all of a table's rows, stripe by stripe while others go on using it; expired ones go by eviction alone.
 
     A row is written as it is when its stripe's turn comes; each stripe is one moment, the file as a whole is not.
     """
@@ -127,9 +127,6 @@ def write_table(folder: Folder, name: str, table: Table) -> FileRecord:
 def _batches(table: Table, schema: Any) -> Iterator[Any]:
     for stripe in range(table.stripes):
         rows = table.export_stripe(stripe)
-        expired = table.expired(rows, table.max_update_time)
-        if expired.any():
-            rows = rows.take(~expired)
         for start in range(0, len(rows), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
             yield pa.record_batch(

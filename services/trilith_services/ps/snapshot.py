@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ from trilith import checkpoint
 from trilith.checkpoint import FileRecord, Manifest, Part
 from trilith.errors import CheckpointError, TableExistsError
 from trilith.folder import Folder
+from trilith.times import MAX_TIME
 from trilith_proto import ps_pb2
 from trilith_services.ps import queue_files, row_files, variable_files
 from trilith_services.ps.filter_snapshot import load_filter, write_filter
@@ -111,7 +113,7 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
         for part in parts:
             for file in part.files:
                 if file.kind == "rows":
-                    _load_rows(tables[file.table], folder, file, part, index, count)
+                    _load_rows(tables[file.table], folder, file, part, index, count, int(store.clock()))
         _load_filters(tables, folder, parts)
         store.replace_content(tables, variables, queues, manifest.global_step)
     except BaseException:
@@ -224,8 +226,13 @@ def _table_configs(store: Store, folder: Folder, parts: list[Part]) -> dict[str,
     return configs
 
 
-def _load_rows(table: Table, folder: Folder, file: FileRecord, part: Part, index: int, count: int) -> None:
-    """Load the rows that this shard owns."""
+def _load_rows(table: Table, folder: Folder, file: FileRecord, part: Part, index: int, count: int, now: int) -> None:
+    """Load the rows that this shard owns.
+
+    Times ahead of `now`, this shard's clock, become `now`: they come from a clock that was wrong, and such a row would
+    outlive all others.
+    """
+    ahead = 0
     with row_files.open_rows(folder, file.name) as rows_file:
         if (rows_file.dim, rows_file.state_floats) != (table.dim, table.layout.state_floats):
             raise CheckpointError(
@@ -236,8 +243,17 @@ def _load_rows(table: Table, folder: Folder, file: FileRecord, part: Part, index
             _check_owner(folder, file, part, rows)
             if part.shard_count != count:
                 rows = rows.take(rows.ids % np.uint64(count) == index)
+            late = rows.last_update > now
+            if late.any():
+                ahead += int(np.count_nonzero(late))
+                rows = replace(rows, last_update=np.minimum(rows.last_update, np.uint32(min(now, MAX_TIME))))
             table.import_rows(rows)
-        table.raise_max_update_time(rows_file.max_update_time)
+        table.raise_max_update_time(min(rows_file.max_update_time, now))
+    if ahead:
+        log.warning(
+            "rows with a time ahead of this PS's clock; they count as updated now",
+            extra={"path": folder.path(file.name), "rows": ahead},
+        )
 
 
 def _load_filters(tables: Mapping[str, Table], folder: Folder, parts: list[Part]) -> None:

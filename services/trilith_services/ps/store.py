@@ -27,6 +27,7 @@ from trilith.errors import (
 )
 from trilith.ops.memory import address_of
 from trilith.shard import ANY_WRITE, DensePart, Dequeued, EntryPage, Float32Array, FloatArray, IdPart, UpdatePart, Write
+from trilith.times import check_ahead, whole_seconds
 from trilith_proto import ps_pb2
 from trilith_services.ps import entries, filters, snapshot
 from trilith_services.ps.budget import MemoryBudget
@@ -72,7 +73,7 @@ class Store:
             incarnation: Identity of this life of the shard; random if left out.
             memory_limit_bytes: What rows and indexes may use together; 0 means no limit.
             threads: How many threads one large batch may use; the number of cores if left out.
-            clock: Unix seconds; for request times and eviction.
+            clock: Unix seconds; the one clock that rows expire by.
         """
         if not 0 <= index < count:
             raise InvalidRequestError(f"shard index {index} is outside 0..{count - 1}")
@@ -182,7 +183,7 @@ class Store:
         """See `Shard.apply_gradients`."""
 
         def work() -> None:
-            self._check_parts(parts, write)
+            request_time = self._check_parts(parts, write)
             for part in parts:
                 self.table(part.table).apply_gradients(
                     part.ids,
@@ -190,7 +191,7 @@ class Store:
                     learning_rates=part.learning_rates,
                     counts=part.counts,
                     global_step=write.global_step,
-                    request_time=write.request_time,
+                    request_time=request_time,
                     dedup=write.dedup,
                 )
             self._raise_step(write.global_step)
@@ -201,9 +202,9 @@ class Store:
         """See `Shard.assign`."""
 
         def work() -> None:
-            self._check_parts(parts, write)
+            request_time = self._check_parts(parts, write)
             for part in parts:
-                self.table(part.table).assign(part.ids, part.values, request_time=write.request_time)
+                self.table(part.table).assign(part.ids, part.values, request_time=request_time)
 
         self._once(write, work)
 
@@ -211,20 +212,20 @@ class Store:
         """See `Shard.assign_add`."""
 
         def work() -> None:
-            self._check_parts(parts, write)
+            request_time = self._check_parts(parts, write)
             for part in parts:
-                self.table(part.table).assign_add(part.ids, part.values, request_time=write.request_time)
+                self.table(part.table).assign_add(part.ids, part.values, request_time=request_time)
 
         self._once(write, work)
 
     def reinitialize(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> npt.NDArray[np.int8]:
-        """See `Shard.reinitialize`. The rows' time is the wall clock unless the write names one."""
+        """See `Shard.reinitialize`."""
 
         def work() -> npt.NDArray[np.int8]:
+            request_time = self._time(write.request_time)
             if part.table not in self._tables:
                 return np.full(len(part.ids), -1, np.int8)
-            now = write.request_time or int(self._clock())
-            return self.table(part.table).reinitialize(part.ids, request_time=now)
+            return self.table(part.table).reinitialize(part.ids, request_time=request_time)
 
         return self._once(write, work)
 
@@ -257,8 +258,9 @@ class Store:
         """See `Shard.evict`."""
 
         def work() -> Mapping[str, int]:
+            at = self._time(now, "now")
             chosen = [self.table(name) for name in tables or sorted(self._tables)]
-            return {table.name: table.evict(now or table.max_update_time) for table in chosen}
+            return {table.name: table.evict(at) for table in chosen}
 
         return self._once(write, work)
 
@@ -497,11 +499,27 @@ class Store:
                 + " and may lack earlier writes; nothing was done"
             )
 
-    def _check_parts(self, parts: Sequence[UpdatePart], write: Write) -> None:
-        """Raise what any part would raise, before the first one changes a row."""
+    def _time(self, given: int, what: str = "request_time") -> int:
+        """The Unix seconds that a caller gave, or the shard's own if it gave 0; never far ahead of the shard's own."""
+        now = self._clock()
+        if given == 0 and type(given) is int:
+            return int(now)
+        seconds = whole_seconds(given, what)
+        check_ahead(seconds, now, what)
+        return seconds
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Unix seconds by this shard's clock, by which rows expire."""
+        return self._clock
+
+    def _check_parts(self, parts: Sequence[UpdatePart], write: Write) -> int:
+        """Raise what any part would raise, before the first one changes a row; returns the rows' new time."""
+        request_time = self._time(write.request_time)
         for part in parts:
             self.table(part.table).check_update(as_ids(part.ids), part.values, part.learning_rates)
         self._check_finite([(part.table, part.values) for part in parts], write)
+        return request_time
 
     def _check_finite(self, named: Sequence[tuple[str, npt.NDArray[Any]]], write: Write) -> None:
         if write.allow_non_finite:

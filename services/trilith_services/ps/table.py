@@ -16,6 +16,7 @@ from trilith.ops.dedup import FIRST, scatter_values, split_distinct
 from trilith.ops.jit import warm
 from trilith.ops.memory import address_of
 from trilith.shard import Float32Array, UInt64Array
+from trilith.times import whole_seconds
 from trilith_proto import ps_pb2
 from trilith_services.ps.budget import MemoryBudget
 from trilith_services.ps.kernels import codecs, gather, index, sweep
@@ -296,14 +297,15 @@ class Table:
             raise InvalidRequestError(f"table {self.name!r}: global_step={global_step} is negative")
         if dedup:
             ids, grads, counts = _sum_repeats(ids, grads, counts)
-        self.raise_max_update_time(request_time)
+        time = whole_seconds(request_time)
+        self.raise_max_update_time(time)
         ids, grads = self._pass_gate(ids, grads, counts)
         if len(ids) == 0:
             return
         self._refresh_scales(global_step)
         self._reserve(ids)
         source, row_bytes = address_of(grads), 4 * self.dim
-        apply, rate_address, time = self._apply, address_of(rates), request_time & 0xFFFFFFFF
+        apply, rate_address = self._apply, address_of(rates)
 
         def step(batch: Batch, offset: int, first: int, last: int, begin: int) -> int:
             return apply(  # type: ignore[no-any-return]
@@ -337,20 +339,20 @@ class Table:
 
         With `skip_zero_embedding` a value whose squared norm is below the smallest normal float32 erases its id.
         """
-        ids, values = as_ids(ids), self._as_values(ids, values)
+        ids, values, time = as_ids(ids), self._as_values(ids, values), whole_seconds(request_time)
         if self.config.hash_table.skip_zero_embedding and len(ids):
             last = len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]
             ids, values = ids[last], values[last]
             zero = np.einsum("nd,nd->n", values, values) < np.finfo(np.float32).tiny
-            self.raise_max_update_time(request_time)
+            self.raise_max_update_time(time)
             self.erase(ids[zero])
             ids, values = ids[~zero], values[~zero]
-        self._write_values(ASSIGN, ids, values, request_time)
+        self._write_values(ASSIGN, ids, values, time)
 
     def assign_add(self, ids: npt.NDArray[Any], values: npt.NDArray[Any], *, request_time: int = 0) -> None:
         """Add float32 or float16 [n, dim] to raw weights, one id after another."""
         ids, values = as_ids(ids), self._as_values(ids, values)
-        self._write_values(ADD, ids, values, request_time)
+        self._write_values(ADD, ids, values, whole_seconds(request_time))
 
     def reinitialize(self, ids: npt.NDArray[Any], *, request_time: int) -> npt.NDArray[np.int8]:
         """Give ids fresh rows, without asking the gate.
@@ -360,7 +362,7 @@ class Table:
         """
         ids = as_ids(ids)
         existed = np.zeros(len(ids), np.int8)
-        self._write_rows(RESET, ids, request_time, existed=existed)
+        self._write_rows(RESET, ids, whole_seconds(request_time), existed=existed)
         return existed
 
     def import_rows(self, found: Rows) -> None:
@@ -429,7 +431,10 @@ class Table:
         return dropped
 
     def raise_max_update_time(self, time: int) -> None:
-        """Raise the newest update to at least `time`, Unix seconds, as every write and a restored checkpoint do."""
+        """Raise the newest update to at least `time`, Unix seconds, as every write and a restored checkpoint do.
+
+        A statistic, and no clock: callers chose these times.
+        """
         with self._time_lock:
             self.max_update_time = max(self.max_update_time, time)
 
@@ -512,7 +517,7 @@ class Table:
                 values_at + offset * 4 * self.dim,
                 state_at + offset * state_bytes,
                 times_at + offset * 4,
-                request_time & 0xFFFFFFFF,
+                request_time,
                 existed_at + offset if existed_at else 0,
             )
 
