@@ -34,6 +34,7 @@ __all__ = [
     "ExportManifest",
     "ModelConfig",
     "ProgramInput",
+    "RecordFeature",
     "ServedFeature",
     "entry_base",
     "list_versions",
@@ -93,19 +94,48 @@ class ProgramInput:
             float32[b, n, dim] of first rows; "dense": numbers of the records, float32[b, dim].
         names: The features; of "dense" the name in the records.
         dim: Elements, of "dense".
+        pad: Of "dense": shorter lists are filled up with zeros and longer ones cut, as parsers of training do;
+            otherwise a record whose list has not `dim` numbers is refused.
     """
 
     kind: Literal["stacked", "feature", "dense"]
     names: tuple[str, ...]
     dim: int = 0
+    pad: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("stacked", "feature", "dense"):
             raise InvalidRequestError(f"input kind {self.kind!r} is none of stacked, feature, dense")
-        if not self.names or (self.kind != "stacked" and len(self.names) != 1):
-            raise InvalidRequestError(f"a {self.kind} input of {list(self.names)}")
-        if (self.kind == "dense") != (self.dim > 0):
-            raise InvalidRequestError(f"a {self.kind} input {self.names[0]!r} with dim={self.dim}")
+        if not self.names or isinstance(self.names, str):
+            raise InvalidRequestError(f"a {self.kind} input of names={self.names!r}; it takes a tuple of feature names")
+        if self.kind != "stacked" and len(self.names) != 1:
+            raise InvalidRequestError(f"a {self.kind} input takes one name, not {list(self.names)}")
+        if self.kind == "dense" and self.dim < 1:
+            raise InvalidRequestError(
+                f"dense input {self.names[0]!r} has dim={self.dim}; it takes how many numbers a record has, at least 1"
+            )
+        if self.kind != "dense" and self.dim:
+            raise InvalidRequestError(
+                f"a {self.kind} input of {list(self.names)} takes no dim (dim={self.dim}): its size is that of its "
+                "table's rows; only a dense input has one"
+            )
+        if self.kind != "dense" and self.pad:
+            raise InvalidRequestError(f"a {self.kind} input of {list(self.names)} takes no pad; only a dense one does")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordFeature:
+    """What a model takes of the feature that has one name in records.
+
+    Attributes:
+        kind: "ids", "dense", or "both", which only an Instance can hold.
+        dim: Numbers, of "dense".
+        pad: Whether another count of numbers will do.
+    """
+
+    kind: Literal["ids", "dense", "both"]
+    dim: int = 0
+    pad: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +172,27 @@ class ModelConfig:
         if not self.outputs or len(set(self.outputs)) < len(self.outputs):
             raise InvalidRequestError(f"outputs {list(self.outputs)}: names that differ, at least one")
 
+        sizes: dict[str, int] = {}
+        for each in self.inputs:
+            if each.kind == "dense" and not each.pad and sizes.setdefault(each.names[0], each.dim) != each.dim:
+                raise InvalidRequestError(
+                    f"dense inputs {each.names[0]!r} of dim={sizes[each.names[0]]} and dim={each.dim}: "
+                    "no record has both; give pad=True where lists may be cut"
+                )
+
+    def record_features(self) -> dict[str, RecordFeature]:
+        """What records may hold, by the name that they have for it."""
+        found = {each.feature or name: RecordFeature(kind="ids") for name, each in self.features.items()}
+        for each in self.inputs:
+            if each.kind == "dense":
+                name = each.names[0]
+                before = found.get(name)
+                if before is not None and before.kind != "dense":
+                    found[name] = RecordFeature(kind="both")
+                elif before is None or before.pad:
+                    found[name] = RecordFeature(kind="dense", dim=each.dim, pad=each.pad)
+        return found
+
     def _check_stacked(self, names: Sequence[str]) -> None:
         features = [self.features[name] for name in names]
         dims = {self.dim_of(feature.table) for feature in features}
@@ -175,7 +226,7 @@ class ModelConfig:
         content = {
             "name": self.name,
             "features": {name: asdict(feature) for name, feature in self.features.items()},
-            "inputs": [asdict(each) for each in self.inputs],
+            "inputs": [_input_json(each) for each in self.inputs],
             "outputs": self.outputs,
             "tables": [MessageToDict(config, preserving_proto_field_name=True) for config in self.tables],
             "num_ps": self.num_ps,
@@ -315,6 +366,13 @@ def prune_versions(base: str, keep: int, parts: Sequence[str] = ()) -> list[int]
             folder.remove(MANIFEST)  # first, so that what is left halfway is no export
             folder.remove_all()
     return gone
+
+
+def _input_json(given: ProgramInput) -> dict[str, Any]:
+    found = asdict(given)
+    if not given.pad:
+        del found["pad"]  # who does not know it reads the others
+    return found
 
 
 def _crc(content: bytes) -> int:

@@ -135,7 +135,7 @@ class Predictor:
             timeout_s: Seconds until DeadlineExceededError.
 
         Raises:
-            DataError: A record is damaged.
+            InvalidRequestError: A record is damaged, or holds what the model cannot take.
             UnavailableError: No entry can be reached, or none can look rows up.
         """
         from trilith_proto import serving_pb2

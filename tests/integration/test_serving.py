@@ -20,7 +20,7 @@ import trilith
 from tests.programs import PATIENCE_S
 from tests.served import Load, Trained, train
 from tests.zookeeper import eventually
-from trilith.errors import DataError, InvalidRequestError, UnavailableError
+from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.exports import ps_base
 from trilith.prediction import Predictor, remote_predict
 from trilith_services.supervisor import free_ports
@@ -63,7 +63,7 @@ def test_a_standalone_export_is_served_and_a_newer_one_takes_over_without_a_fail
     np.testing.assert_allclose(found.scores, old, atol=CLOSE)
     assert found.model_version == first.version
     assert 0 < time.time() - found.rows_as_of < 300
-    with pytest.raises(DataError, match="record 1"):
+    with pytest.raises(InvalidRequestError, match="record 1"):
         remote_predict(address, [records[0], b"\xff\xff"])
     with pytest.raises(InvalidRequestError, match="0 records"):
         remote_predict(address, [])

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from trilith.data import parsers
 from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.data.specs import Dense, FeatureSpec, Slot, Sparse
-from trilith.errors import InternalError, InvalidRequestError
+from trilith.errors import DataError, InternalError, InvalidRequestError
 from trilith.exports import GRAPH, MODEL, WEIGHTS, ExportManifest, ModelConfig, read_export, read_file
 from trilith.folder import Folder
 from trilith.nn.bags import Bags
 from trilith.nn.program import Program, load_program, unpack_weights
+from trilith.nn.requests import OnUnknown, RequestExamples, RequestInstances, RequestParser
 from trilith.ops.pool import MEAN, SQRTN, SUM, pool_first_rows, pool_rows
 
 __all__ = ["Lookup", "Scores", "ServedModel", "load_model"]
@@ -43,10 +43,6 @@ class Scores(nn.Module):
         return torch.sigmoid(self.head(rows))
 
 
-class _Parsed(Protocol):
-    def parse(self, records: Records, *, promote: bool = True) -> dict[str, Any]: ...
-
-
 class ServedModel:
     """A model that scores records. Thread-safe.
 
@@ -65,15 +61,16 @@ class ServedModel:
         self._by_table: dict[str, list[str]] = {}
         for name in self._used:
             self._by_table.setdefault(config.features[name].table, []).append(name)
-        self._parsers: dict[Kind, _Parsed] = {
-            Kind.EXAMPLE: parsers.ExampleParser(self._specs(Kind.EXAMPLE)),
-            Kind.INSTANCE: parsers.InstanceParser(self._specs(Kind.INSTANCE)),
+        padded = {(each.names[0], each.dim) for each in config.inputs if each.kind == "dense" and each.pad}
+        self._parsers: dict[Kind, RequestParser] = {
+            Kind.EXAMPLE: RequestExamples(self._specs(Kind.EXAMPLE), padded),
+            Kind.INSTANCE: RequestInstances(self._specs(Kind.INSTANCE), padded),
         }
 
     def _specs(self, kind: Kind) -> dict[str, FeatureSpec]:
         specs: dict[str, FeatureSpec] = {}
-        for name in self._used:
-            feature = self.config.features[name]
+        # Those that no input takes, too: a request may have them, but not with anything inside.
+        for name, feature in self.config.features.items():
             by_slot = kind is Kind.INSTANCE and feature.slot is not None
             specs[name] = Slot(feature.slot or 0) if by_slot else Sparse(feature.feature or name)
         for place, each in enumerate(self.config.inputs):
@@ -81,20 +78,31 @@ class ServedModel:
                 specs[f"dense {place}"] = Dense(each.dim, feature=each.names[0])
         return specs
 
-    def predict(self, records: Records, *, timeout_s: float | None = None) -> dict[str, Float32Array]:
+    def predict(
+        self, records: Records, *, timeout_s: float | None = None, on_unknown: OnUnknown | None = None
+    ) -> dict[str, Float32Array]:
         """Score Examples or Instances.
+
+        Args:
+            records: What to score; a feature that one does not have is an empty bag, or zeros.
+            timeout_s: Deadline of looking rows up.
+            on_unknown: Told if records have features that the model does not know; None: nobody counts them.
 
         Returns:
             By output float32[n, ...].
 
         Raises:
-            DataError: A record is damaged.
+            InvalidRequestError: A record is damaged, or holds what the model cannot take.
             TrilithError: Rows could not be looked up within `timeout_s`.
         """
         parser = self._parsers.get(records.kind)
         if parser is None:
             raise InvalidRequestError(f"records of kind {records.kind} cannot be scored; Examples and Instances can")
-        return self.score(parser.parse(records), timeout_s=timeout_s)
+        try:
+            parsed = parser.score(records, on_unknown)
+        except DataError as error:  # the records came with the request
+            raise InvalidRequestError(str(error)) from None
+        return self.score(parsed, timeout_s=timeout_s)
 
     def score(self, parsed: Mapping[str, Any], *, timeout_s: float | None = None) -> dict[str, Float32Array]:
         """The second half of `predict`."""

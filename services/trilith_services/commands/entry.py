@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -24,7 +25,15 @@ from trilith_services.commands.flags import (
     limits,
 )
 
-__all__ = ["entry"]
+__all__ = ["Unknown", "entry"]
+
+
+class Unknown(StrEnum):
+    """In which requests features that the model does not know are refused; elsewhere they are left out and counted."""
+
+    json = "json"
+    refuse = "refuse"
+    ignore = "ignore"
 
 
 def entry(
@@ -66,6 +75,13 @@ def entry(
         float, typer.Option(metavar="SECONDS", help="How long looking rows up may take.", min=0.001)
     ] = 1.0,
     max_records: Annotated[int, typer.Option(metavar="N", help="Most records that a request may hold.", min=1)] = 8192,
+    unknown_features: Annotated[
+        Unknown,
+        typer.Option(
+            help="Features that the model does not know: json: refused in JSON, left out and counted in Examples and "
+            "Instances; refuse: refused everywhere; ignore: left out and counted everywhere."
+        ),
+    ] = Unknown.json,
     torch_threads: Annotated[int, typer.Option(metavar="N", help="Threads that one request computes with.", min=1)] = 1,
     threads: RowThreads = 0,
     rpc_threads: RpcThreads = 8,
@@ -83,6 +99,7 @@ def entry(
     from trilith_services.logs import setup_logging
     from trilith_services.serving.replica_lists import ListedReplicas, ReplicaList, open_replica_list
     from trilith_services.serving.server import Entry, EntryOptions
+    from trilith_services.serving.unknown import UnknownPolicy
     from trilith_services.worker.run import use_threads
 
     setup_logging(log_format.value, level=log_level.value, role={"entry": name})
@@ -97,6 +114,7 @@ def entry(
         deadline_s=deadline,
         max_records=max_records,
         threads=threads or None,
+        unknown=UnknownPolicy(unknown_features.value),
         replica=replica,
         advertise=advertise,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trilith.errors import InvalidRequestError, TrilithError
 from trilith_proto import serving_pb2
-from trilith_proto.example_pb2 import Example
 from trilith_services.failures import FAILURES, answer_failures
 from trilith_services.listening import bind, warn_if_exposed
 from trilith_services.serving.metrics import EntryMetrics
@@ -28,7 +26,6 @@ from trilith_services.serving.servicer import PredictionServicer
 __all__ = ["HttpServer", "PredictBody", "make_app"]
 
 _START_S = 10.0
-_MAX_FID = (1 << 64) - 1
 
 
 class PredictBody(BaseModel):
@@ -36,40 +33,33 @@ class PredictBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    records: list[dict[str, list[int | float] | int | float]] = Field(
-        default=[], description="Per record its features: whole numbers are ids; with a decimal point, dense values."
+    records: list[dict[str, Any]] = Field(
+        default=[],
+        description="Per record its features, each a number or a list of them: ids are whole numbers from 0 to "
+        "2^64 - 1, or their digits as text; a dense feature has as many numbers as the model takes. One that is left "
+        "out is empty, or zeros.",
+        examples=[[{"user": [281474976710657], "age": 31}]],
     )
     examples: list[str] = Field(default=[], description="Serialized Examples, base64.")
     instances: list[str] = Field(default=[], description="Serialized Instances, base64.")
 
-    def to_request(self) -> serving_pb2.PredictRequest:
-        """The same as the RPC takes it."""
+    def score(self, servicer: PredictionServicer) -> serving_pb2.PredictResponse:
+        """Have it answered."""
         given = [name for name in ("records", "examples", "instances") if getattr(self, name)]
         if len(given) != 1:
             raise InvalidRequestError("give one of records, examples and instances, and not an empty one")
         if self.records:
-            return serving_pb2.PredictRequest(records=[_example(each) for each in self.records])
+            return servicer.score_json(self.records)
         kind = serving_pb2.EXAMPLE if self.examples else serving_pb2.INSTANCE
-        try:
-            payloads = [base64.b64decode(each, validate=True) for each in self.examples or self.instances]
-        except binascii.Error as error:
-            raise InvalidRequestError(f"{given[0]} are not base64: {error}") from None
-        return serving_pb2.PredictRequest(kind=kind, records=payloads)
+        payloads = [_decoded(each, f"{given[0]}[{number}]") for number, each in enumerate(getattr(self, given[0]))]
+        return servicer.score(serving_pb2.PredictRequest(kind=kind, records=payloads))
 
 
-def _example(features: dict[str, Any]) -> bytes:
-    example = Example()
-    for name, given in features.items():
-        values = given if isinstance(given, list) else [given]
-        feature = example.named_feature.add(name=name).feature
-        if all(isinstance(each, int) for each in values):
-            wrong = [each for each in values if not -(1 << 63) <= each <= _MAX_FID]
-            if wrong:
-                raise InvalidRequestError(f"feature {name!r}: {wrong[0]} is no 64-bit id")
-            feature.fid_v2_list.value.extend(each & _MAX_FID for each in values)
-        else:
-            feature.float_list.value.extend(values)
-    return example.SerializeToString()
+def _decoded(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:  # binascii's, or of letters that are not even ASCII
+        raise InvalidRequestError(f"{where} is not base64: {error}") from None
 
 
 def make_app(servicer: PredictionServicer, metrics: EntryMetrics) -> FastAPI:
@@ -117,7 +107,7 @@ def _predict(servicer: PredictionServicer, body: PredictBody) -> dict[str, Any]:
     started = time.perf_counter()
     status = "OK"
     try:
-        response = servicer.score(body.to_request())
+        response = body.score(servicer)
     except TrilithError as error:
         status = error.status
         raise

@@ -37,6 +37,12 @@ class EntryMetrics:
         )
         self._calls = Counter("trilith_serving_calls_total", "Calls.", ["method", "status"], registry=self.registry)
         self._records = Counter("trilith_serving_records_total", "Records scored.", registry=self.registry)
+        self._unknown = Counter(
+            "trilith_serving_unknown_features_total",
+            "Features in requests that the model does not know; left out.",
+            ["form"],
+            registry=self.registry,
+        )
         self._refused = Counter("trilith_serving_refused_total", "Calls turned away.", registry=self.registry)
         self._loads = Counter("trilith_serving_model_loads_total", "Versions loaded.", registry=self.registry)
         self._version = Gauge("trilith_serving_model_version", "Version in use.", registry=self.registry)
@@ -58,6 +64,10 @@ class EntryMetrics:
         self._records.inc(records)
         with self._lock:
             self._scored += records
+
+    def unknown(self, form: str, features: int) -> None:
+        """So many features were left out of requests in a form, "json" or "records"."""
+        self._unknown.labels(form).inc(features)
 
     def describe(self, status: serving_pb2.ModelStatusResponse) -> None:
         """Put into `status` what requests added up to."""

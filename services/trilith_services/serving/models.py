@@ -230,7 +230,7 @@ def _warm(model: ServedModel) -> None:
     for kind in (Kind.EXAMPLE, Kind.INSTANCE):
         for size in _WARM_SIZES:
             records = Records.of([b""] * size, kind)
-            scores = model.predict(records)
+            scores = model.predict(records, on_unknown=lambda records, counts: None)
             if any(len(values) != size for values in scores.values()):
                 shapes = {name: values.shape for name, values in scores.items()}
                 raise CheckpointError(f"the model gives {shapes} for {size} records")

@@ -12,6 +12,7 @@ from trilith_services.server_process import Announcement, ServerProcess
 from trilith_services.serving.metrics import EntryMetrics
 from trilith_services.serving.models import Models
 from trilith_services.serving.servicer import SERVICE, PredictionServicer
+from trilith_services.serving.unknown import UnknownPolicy
 
 if TYPE_CHECKING:
     from trilith.discovery.serving import ServingTask
@@ -34,6 +35,7 @@ class EntryOptions:
         deadline_s: Seconds that looking rows up may take, where the caller's deadline is later or missing.
         max_records: Most that a request may hold.
         threads: That standalone rows are read with; None: one per core.
+        unknown: Whose features that the model does not know are refused.
         replica: Its number among the entries; None: one that ZooKeeper gives.
         advertise: host:port to announce, port 0 for the one served on; empty: the host listened on, or this machine's
             if that is every interface.
@@ -45,6 +47,7 @@ class EntryOptions:
     deadline_s: float = 1.0
     max_records: int = 8192
     threads: int | None = None
+    unknown: UnknownPolicy = UnknownPolicy.json
     replica: int | None = None
     advertise: str = ""
 
@@ -83,7 +86,11 @@ class Entry(ServerProcess):
             loaded=lambda loaded: self.metrics.loaded(loaded.manifest.version),
         )
         self.servicer = PredictionServicer(
-            self.models, self.metrics, timeout_s=options.deadline_s, max_records=options.max_records
+            self.models,
+            self.metrics,
+            timeout_s=options.deadline_s,
+            max_records=options.max_records,
+            unknown=options.unknown,
         )
         self.metrics.watch(self.servicer.status)
         server = Server(SERVICE, self.servicer.methods(), limits=options.limits, refused=self.metrics.refused)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from trilith.data.records import Kind, Records
 from trilith.errors import InvalidRequestError
+from trilith.exports import ModelConfig
 from trilith_proto import serving_pb2
 from trilith_services.rpc import rpc
 from trilith_services.serve import Method
+from trilith_services.serving.json_records import encode_records
 from trilith_services.serving.metrics import EntryMetrics
 from trilith_services.serving.models import Models
+from trilith_services.serving.unknown import UnknownFeatures, UnknownPolicy
 
 __all__ = ["SERVICE", "PredictionServicer"]
 
@@ -27,7 +33,15 @@ _LOOKUP_SHARE = 0.9  # of a request's time; the rest is for the model and the an
 class PredictionServicer:
     """The Prediction service."""
 
-    def __init__(self, models: Models, metrics: EntryMetrics, *, timeout_s: float, max_records: int) -> None:
+    def __init__(
+        self,
+        models: Models,
+        metrics: EntryMetrics,
+        *,
+        timeout_s: float,
+        max_records: int,
+        unknown: UnknownPolicy = UnknownPolicy.json,
+    ) -> None:
         """Answer with `models`.
 
         Args:
@@ -35,11 +49,13 @@ class PredictionServicer:
             metrics: Is told of everything.
             timeout_s: Time for looking rows up, where the caller gives more or none.
             max_records: Most that a request may hold.
+            unknown: Whose features that the model does not know are refused.
         """
         self._models = models
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._max_records = max_records
+        self._unknown = UnknownFeatures(unknown, metrics.unknown)
         self._incarnation = secrets.randbits(63) | 1
 
     @property
@@ -57,11 +73,11 @@ class PredictionServicer:
 
     def methods(self) -> dict[str, Method]:
         """For `Server`."""
-        parse = serving_pb2.PredictRequest.FromString
         serialize = serving_pb2.PredictResponse.SerializeToString
         return {
-            "Predict": Method(call=self.Predict, parse=parse, serialize=serialize),
-            "PredictStream": Method(call=self.Predict, parse=parse, serialize=serialize, stream=True),
+            # Parsed here, so that what is no PredictRequest is told so.
+            "Predict": Method(call=self.Predict, serialize=serialize),
+            "PredictStream": Method(call=self.Predict, serialize=serialize, stream=True),
             "ModelStatus": Method(
                 call=self.ModelStatus,
                 parse=serving_pb2.ModelStatusRequest.FromString,
@@ -71,12 +87,14 @@ class PredictionServicer:
         }
 
     @rpc
-    def Predict(
-        self, request: serving_pb2.PredictRequest, context: grpc.ServicerContext
-    ) -> serving_pb2.PredictResponse:
+    def Predict(self, request: bytes, context: grpc.ServicerContext) -> serving_pb2.PredictResponse:
         """Score records."""
+        try:
+            parsed = serving_pb2.PredictRequest.FromString(request)
+        except DecodeError:
+            raise InvalidRequestError(f"{len(request)} bytes are no PredictRequest") from None
         left: float | None = context.time_remaining()  # None: no deadline, whatever its type says
-        return self.score(request, timeout_s=_LOOKUP_SHARE * left if left is not None else None)
+        return self.score(parsed, timeout_s=_LOOKUP_SHARE * left if left is not None else None)
 
     @rpc
     def ModelStatus(
@@ -92,11 +110,26 @@ class PredictionServicer:
         kind = _KINDS.get(request.kind)
         if kind is None:
             raise InvalidRequestError(f"records of kind {request.kind} are neither Examples nor Instances")
-        count = len(request.records)
+        payloads = list(request.records)
+        return self._score(len(payloads), lambda config: Records.of(payloads, kind, source="request"), timeout_s)
+
+    def score_json(
+        self, records: Sequence[Mapping[str, Any]], *, timeout_s: float | None = None
+    ) -> serving_pb2.PredictResponse:
+        """Score records of JSON: per feature a number or a list of them."""
+
+        def encoded(config: ModelConfig) -> Records:
+            payloads = encode_records(records, config.record_features(), self._unknown.in_json(config))
+            return Records.of(payloads, Kind.EXAMPLE, source="request")
+
+        return self._score(len(records), encoded, timeout_s)
+
+    def _score(
+        self, count: int, make: Callable[[ModelConfig], Records], timeout_s: float | None
+    ) -> serving_pb2.PredictResponse:
         if not 1 <= count <= self._max_records:
             raise InvalidRequestError(f"{count} records in a request; 1 to {self._max_records} are taken")
         timeout = self._timeout_s if timeout_s is None else max(min(self._timeout_s, timeout_s), 0.001)
-        records = Records.of(list(request.records), kind, source="request")
         with self._models.use() as loaded:
             # Read before the rows are: these are at least as fresh.
             response = serving_pb2.PredictResponse(
@@ -104,7 +137,8 @@ class PredictionServicer:
                 model_step=loaded.manifest.step,
                 rows_as_of=self._models.as_of,
             )
-            outputs = loaded.model.predict(records, timeout_s=timeout)
+            config = loaded.model.config
+            outputs = loaded.model.predict(make(config), timeout_s=timeout, on_unknown=self._unknown.in_records(config))
         for name, values in outputs.items():
             flat = np.ascontiguousarray(values.reshape(count, -1), "<f4")
             response.outputs.add(name=name, width=flat.shape[1], values=flat.tobytes())
