@@ -165,7 +165,7 @@ def test_dense_parameters_take_the_values_a_cluster_has():
     first = nn.Linear(2, 1)
     DenseOnPs(client, first, None)
     second = nn.Linear(2, 1)
-    dense = DenseOnPs(client, second, None)
+    dense = DenseOnPs(client, second, None, prefix="dense/")
     torch.testing.assert_close(first.weight, second.weight)
     dense.step()
     assert not client.calls

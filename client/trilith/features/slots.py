@@ -6,9 +6,11 @@ the slot for one feature each, so several features may share vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from trilith.errors import InvalidRequestError
@@ -20,7 +22,7 @@ from trilith.tables.initializers import InitializerLike, RandomUniform, Zeros
 from trilith.tables.merged import merge_configs
 from trilith.tables.optimizers import Adagrad, Ftrl, OptimizerLike
 from trilith.tables.schedules import LearningRate
-from trilith.tables.spec import TableSpec, table_config
+from trilith.tables.spec import TableSpec, seed_of, table_config
 from trilith_proto.hash_table_pb2 import EntryConfig
 
 __all__ = [
@@ -34,6 +36,11 @@ __all__ = [
 ]
 
 _NEVER_DAYS = 36_500
+_MERGED = "slots that share tables"  # stands for the name that gives other tables their seed
+_Lookup = Callable[["FeatureColumn", "FeatureSlice"], object]
+
+_BOUND: ContextVar[Mapping[int, _Lookup]] = ContextVar("trilith-bound", default=MappingProxyType({}))
+"""By the identity of a registry what its columns give, in this thread or task: each goes over a batch of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +94,7 @@ class FeatureSlotConfig:
         default_vec_learning_rate: Of the other slices; None takes their optimizer's.
         occurrence_threshold: An id gets its row at the occurrence after that many.
         expire_time: Days without a write after which a row expires.
-        seed: Decides the values of new rows; None derives it from the table's name.
+        seed: Decides the values of new rows; None derives it from the table's name, where slots share tables from none.
     """
 
     name: str | None = None
@@ -229,7 +236,7 @@ class FeatureColumn:
         slot: FeatureSlot,
         feature_name: str,
         combiner: Combiner,
-        lookup: Callable[[FeatureColumn, FeatureSlice], object],
+        lookup: _Lookup,
     ) -> None:
         self.slot = slot
         self.feature_name = feature_name
@@ -269,19 +276,18 @@ class FeatureRegistry:
         self._batch_size = batch_size
         self.slots: dict[str, FeatureSlot] = {}
         self.columns: dict[str, FeatureColumn] = {}
-        self._bound: Callable[[FeatureColumn, FeatureSlice], object] | None = None
 
     @contextmanager
-    def bound(self, lookup: Callable[[FeatureColumn, FeatureSlice], object]) -> Iterator[None]:
-        """Inside, columns give what `lookup` gives for a column and a slice."""
-        before, self._bound = self._bound, lookup
+    def bound(self, lookup: _Lookup) -> Iterator[None]:
+        """Inside, and in this thread, columns give what `lookup` gives for a column and a slice."""
+        token = _BOUND.set({**_BOUND.get(), id(self): lookup})
         try:
             yield
         finally:
-            self._bound = before
+            _BOUND.reset(token)
 
     def _values(self, column: FeatureColumn, slice_: FeatureSlice) -> object:
-        return (self._bound or self._shape)(column, slice_)
+        return _BOUND.get().get(id(self), self._shape)(column, slice_)
 
     def create_feature_slot(self, config: FeatureSlotConfig) -> FeatureSlot:
         """Make a slot; a repeated name is InvalidRequestError."""
@@ -311,6 +317,8 @@ class FeatureRegistry:
         """One table for all slots of equal rows: the tables, and the name of each slot's.
 
         Every table knows the thresholds and expiry of all slots, which need slot ids: a slot's ids carry its number.
+        Slots share a table only with those of the same seed, and which others there are never changes the values of new
+        rows: all tables of slots without a seed have the same one.
         """
         named = [name for name, slot in self.slots.items() if slot.config.slot_id is None]
         if named:
@@ -321,12 +329,19 @@ class FeatureRegistry:
             days = self.slot_expire_times()
             spec = table_config(name, segments=parts, learning_rate=rates, slot_ttl_days=days)
             configs[name] = HashTableConfig(spec.proto.hash_table, rates)
-        merged, table_of = merge_configs(configs)
         thresholds = {slot: each for slot, each in self.slot_occurrence_thresholds().items() if each}
-        specs = [
-            TableSpec.of_config(name, config, slot_occurrence_thresholds=thresholds) for name, config in merged.items()
-        ]
-        return specs, table_of
+        specs: list[TableSpec] = []
+        table_of: dict[str, str] = {}
+        for seed in dict.fromkeys(slot.config.seed for slot in self.slots.values()):
+            alike = {name: each for name, each in configs.items() if self.slots[name].config.seed == seed}
+            merged, merged_into = merge_configs(alike)
+            table_of |= merged_into
+            seeded = seed_of(_MERGED) if seed is None else seed
+            specs += [
+                TableSpec.of_config(name, config, seed=seeded, slot_occurrence_thresholds=thresholds)
+                for name, config in merged.items()
+            ]
+        return sorted(specs, key=lambda spec: spec.name), table_of
 
     def slot_occurrence_thresholds(self) -> dict[int, int]:
         """By slot id, where one is given."""

@@ -65,6 +65,11 @@ class Bridge:
         self._allocate = allocate
         self._synchronize = synchronize
 
+    def to(self, device: torch.device) -> Bridge:
+        """The bridge to a device: this one, if it leads there, else a new one."""
+        same = self.device.type == device.type and self.device.index in (None, device.index)
+        return self if same else Bridge(device)
+
     def to_device(self, rows: npt.NDArray[np.float32]) -> Tensor:
         """Return the rows as a tensor on the device."""
         if not rows.flags.writeable:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,11 +14,14 @@ import torch
 from torch import Tensor, distributed, nn
 
 from trilith.errors import InvalidRequestError
+from trilith.nn.anchored import dense_parameters
 from trilith.nn.bridge import Bridge
 from trilith.nn.reduction import Fusion, average_gradients
 from trilith.pipelining import Ahead, Pusher
 
 __all__ = ["AllReduced", "DenseOnPs", "VariableClient"]
+
+_PREFIX = "dense/"
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -49,7 +55,8 @@ class DenseOnPs:
         client: The cluster.
         module: Its trainable parameters become variables, or take the values that the cluster has.
         optimizer: One of `trilith.tables`; runs on the PS.
-        prefix: Goes before the parameters' names.
+        prefix: Goes before the parameters' names in the cluster. None is "dense/", which one module of a client may have
+            at a time: others need a prefix of their own, or, to train the same values, to say "dense/" themselves.
         prefetch: Whether values are read one step ahead.
         async_push: How many steps may be on their way; 0 waits for each. `drain` waits for all.
     """
@@ -60,15 +67,14 @@ class DenseOnPs:
         module: nn.Module,
         optimizer: Any,
         *,
-        prefix: str = "dense/",
+        prefix: str | None = None,
         prefetch: bool = False,
         async_push: int = 0,
     ) -> None:
         self._client = client
         self._ahead = Ahead(self._read) if prefetch else None
         self._pusher = Pusher(async_push)
-        self._parameters = _named(module, prefix)
-        self._bridge = Bridge(next(iter(self._parameters.values())).device)
+        self._parameters = _claimed(client, module, prefix)
         self._optimizer = optimizer
         self.create()
         self.pull()
@@ -80,19 +86,24 @@ class DenseOnPs:
     def pull(self) -> int:
         """Take the current values over into the module; returns the global step."""
         values, step = self._read() if self._ahead is None else self._ahead.take()
-        _copy_into(self._parameters, values, self._bridge)
+        _copy_into(self._parameters, values)
         return step
 
     def step(self, *, learning_rate: float | None = None) -> None:
-        """Send the gradients of the last backward pass and forget them; parameters without one stay as they are."""
+        """Send the gradients of the last backward pass; parameters without one stay as they are.
+
+        They are forgotten then, also where sending them fails: the next step shall not have them in it. After a
+        backward pass that failed, call `zero_grad`.
+        """
+        bridge = _bridge(self._parameters)
         gradients = {
-            name: self._bridge.to_host(parameter.grad)
+            name: bridge.to_host(parameter.grad)
             for name, parameter in self._parameters.items()
             if parameter.grad is not None
         }
+        self.zero_grad()
         if gradients:
             self._pusher.push(lambda: self._client.apply_dense_gradients(gradients, learning_rate=learning_rate))
-        self.zero_grad()
 
     def drain(self) -> None:
         """Wait until all gradients have been applied; the next pull reads the present values."""
@@ -101,8 +112,9 @@ class DenseOnPs:
             self._ahead.forget()
 
     def close(self) -> None:
-        """End the thread that pushes; drain first to lose nothing."""
+        """End the thread that pushes, drain first to lose nothing; other modules may take the names over."""
         self._pusher.close()
+        _give_up(self._parameters)
 
     def _read(self) -> tuple[Mapping[str, Float32Array], int]:
         return self._client.pull_variables(list(self._parameters))
@@ -113,7 +125,7 @@ class DenseOnPs:
             parameter.grad = None
 
     def _values(self) -> dict[str, Float32Array]:
-        return {name: self._bridge.to_host(parameter) for name, parameter in self._parameters.items()}
+        return _values_of(self._parameters)
 
 
 class AllReduced:
@@ -127,7 +139,7 @@ class AllReduced:
         module: The dense part, the same in all workers.
         optimizer: A torch optimizer over the module's parameters.
         stored_as: One of `trilith.tables`; an optimizer the variables carry and that never runs.
-        prefix: Goes before the parameters' names.
+        prefix: As for `DenseOnPs`.
         all_publish: Whether every rank publishes, each to its own shard, rather than rank 0 to all; see `PeerClient`.
         fusion: How gradients travel: "one" collective for all, "grouped" or "none"; see `trilith.nn.reduction`.
         float16: Whether gradients travel as float16.
@@ -140,7 +152,7 @@ class AllReduced:
         optimizer: torch.optim.Optimizer,
         *,
         stored_as: Any,
-        prefix: str = "dense/",
+        prefix: str | None = None,
         all_publish: bool = False,
         fusion: Fusion = "one",
         float16: bool = False,
@@ -151,12 +163,11 @@ class AllReduced:
         self._optimizer = optimizer
         self._all_publish = all_publish
         self._fusion, self._float16 = fusion, float16
-        self._parameters = _named(module, prefix)
-        self._bridge = Bridge(next(iter(self._parameters.values())).device)
+        self._parameters = _claimed(client, module, prefix)
         client.create_variables(self._values(), optimizer=stored_as)
         # A cluster that was restored knows better than a fresh module; rank 0 decides for all what it knows.
         values, _ = client.pull_variables(list(self._parameters))
-        _copy_into(self._parameters, values, self._bridge)
+        _copy_into(self._parameters, values)
         with torch.no_grad():
             for parameter in self._parameters.values():
                 distributed.broadcast(parameter, src=0)
@@ -168,7 +179,8 @@ class AllReduced:
         """Nothing to do: every step is taken at once."""
 
     def close(self) -> None:
-        """Nothing to do: the process group is the caller's."""
+        """Other modules may take the names over; the process group is the caller's."""
+        _give_up(self._parameters)
 
     def step(self, *, learning_rate: float | None = None, scale: float = 1.0) -> None:
         """Average the gradients over all workers and take one step; parameters that no worker has one for stay.
@@ -180,6 +192,13 @@ class AllReduced:
         if learning_rate is not None:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
+        try:
+            self._average(scale)
+            self._optimizer.step()
+        finally:
+            self.zero_grad()
+
+    def _average(self, scale: float) -> None:
         parameters = list(self._parameters.values())
         present = torch.tensor([float(each.grad is not None) for each in parameters], device=parameters[0].device)
         grads = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
@@ -189,8 +208,6 @@ class AllReduced:
         assert counts is not None  # it was given
         for parameter, grad, count in zip(parameters, averaged, counts.tolist(), strict=True):
             parameter.grad = grad if count else None
-        self._optimizer.step()
-        self.zero_grad()
 
     def zero_grad(self) -> None:
         """Forget gradients."""
@@ -202,17 +219,61 @@ class AllReduced:
             self._client.assign_variables(self._values())
 
     def _values(self) -> dict[str, Float32Array]:
-        return {name: self._bridge.to_host(parameter) for name, parameter in self._parameters.items()}
+        return _values_of(self._parameters)
 
 
-def _named(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
-    found = {prefix + name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """A parameter that has its values in a variable of a client's cluster."""
+
+    client: weakref.ref[Any]
+    name: str
+    parameter: weakref.ref[nn.Parameter]
+
+
+_CLAIMS: list[_Claim] = []
+_CLAIMING = threading.Lock()
+
+
+def _claimed(client: VariableClient, module: nn.Module, prefix: str | None) -> dict[str, nn.Parameter]:
+    """The trainable parameters of a module by variable; without a prefix, refused where another module has them."""
+    found = {(prefix or _PREFIX) + name: parameter for name, parameter in dense_parameters(module)}
     if not found:
         raise InvalidRequestError(f"{type(module).__name__} has no trainable parameters")
+    if prefix is not None:
+        return found
+    with _CLAIMING:
+        _CLAIMS[:] = [each for each in _CLAIMS if each.client() is not None and each.parameter() is not None]
+        for claim in _CLAIMS:
+            if claim.client() is client and claim.parameter() is not found.get(claim.name, claim.parameter()):
+                raise InvalidRequestError(
+                    f"the variable {claim.name!r} is a parameter of another module already, and both would train the "
+                    "same values; give each a prefix of its own, such as prefix='second/', or, where that is meant, "
+                    f"prefix={_PREFIX!r}"
+                )
+        _CLAIMS.extend(_Claim(weakref.ref(client), name, weakref.ref(parameter)) for name, parameter in found.items())
     return found
 
 
-def _copy_into(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Float32Array], bridge: Bridge) -> None:
+def _give_up(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Other modules may have the names now."""
+    gone = set(map(id, parameters.values()))
+    with _CLAIMING:
+        _CLAIMS[:] = [each for each in _CLAIMS if id(each.parameter()) not in gone]
+
+
+def _bridge(parameters: Mapping[str, nn.Parameter]) -> Bridge:
+    """To where the parameters are now."""
+    return Bridge(next(iter(parameters.values())).device)
+
+
+def _values_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Float32Array]:
+    bridge = _bridge(parameters)
+    return {name: bridge.to_host(parameter) for name, parameter in parameters.items()}
+
+
+def _copy_into(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Float32Array]) -> None:
+    bridge = _bridge(parameters)
     with torch.no_grad():
         for name, parameter in parameters.items():
             loaded: Tensor = bridge.to_device(np.ascontiguousarray(values[name], np.float32))

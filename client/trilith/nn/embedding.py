@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trilith.errors import InvalidRequestError
+from trilith.nn.anchored import Anchored
 from trilith.nn.bags import Bags, Combiner, FirstN, IdsLike, as_bags, as_ids, check_combiner
 from trilith.nn.bridge import Bridge, pick_device
+from trilith.nn.eager import outside_graphs
 from trilith.nn.exchange import Exchange, RowClient
 from trilith.nn.pooling import FirstRows, Pooled, make_pooling
 from trilith.pipelining import Prefetcher
@@ -64,16 +67,25 @@ class _Output:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One forward pass: what was looked up and what its gradients will be pushed for."""
+    """One forward pass: what was looked up and what its gradients will be pushed for.
+
+    Attributes:
+        exchange: With the cluster.
+        bridge: To the device.
+        ids: By table.
+        outputs: What becomes of the rows.
+        create: Whether ids without a row may be given one; evaluation never does.
+    """
 
     exchange: Exchange
     bridge: Bridge
     ids: dict[str, npt.NDArray[np.uint64]]
     outputs: list[_Output]
+    create: bool
 
     def fetch(self) -> dict[str, npt.NDArray[np.float32]]:
         """Look all tables up in one call: per table the float32[n, dim] rows of its ids."""
-        return self.exchange.lookup(self.ids)
+        return self.exchange.lookup(self.ids, create=self.create)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +110,36 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, step: _Step, found: Mapping[str, npt.NDArray[np.float32]]
+        ctx: Any, anchor: Tensor, step: _Step, found: Mapping[str, npt.NDArray[np.float32]], learn: bool, own: bool
     ) -> tuple[Tensor, ...]:
-        """Combine the rows of all tables."""
+        """Combine the rows of all tables.
+
+        Args:
+            ctx: Of autograd.
+            anchor: Wants a gradient, so that backward is called.
+            step: What was looked up.
+            found: By table its rows.
+            learn: Whether backward applies gradients.
+            own: Whether outputs may be the memory of `found`; not where the caller can use it again.
+        """
         rows = {table: step.bridge.to_device(found[table]) for table in step.ids}
-        ctx.step = step
+        ctx.step, ctx.learn = step, learn
         ctx.set_materialize_grads(False)
-        return tuple(out.pooling.forward(rows[out.table][out.start : out.stop]) for out in step.outputs)
+        outputs = []
+        for out in step.outputs:
+            part = rows[out.table][out.start : out.stop]
+            vectors = out.pooling.forward(part)
+            outputs.append(vectors.clone() if vectors is part and not own else vectors)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None, None, None]:
         """Apply the gradients of all tables in one call."""
         step: _Step = ctx.step
+        if not ctx.learn:
+            step.exchange.say_once("a backward pass of embeddings in eval mode steps no rows")
+            return None, None, None, None, None
         parts: dict[str, list[tuple[_Output, Tensor]]] = {}
         for out, grad in zip(step.outputs, grads, strict=True):
             if grad is not None:
@@ -121,11 +150,14 @@ class _Lookup(torch.autograd.Function):
             values = torch.cat([grad for _, grad in pieces]) if len(pieces) > 1 else pieces[0][1]
             updates[table] = (np.concatenate(ids) if len(ids) > 1 else ids[0], step.bridge.to_host(values))
         step.exchange.push(updates)
-        return None, None, None
+        return None, None, None, None, None
 
 
-class _ClusterModule(nn.Module):
-    """What the modules share: the exchange with the cluster and the device."""
+class _ClusterModule(Anchored):
+    """What the modules share: the exchange with the cluster and the device.
+
+    `copy.deepcopy` makes a module over the same rows, with a thread of its own for its pushes.
+    """
 
     def __init__(
         self,
@@ -136,10 +168,8 @@ class _ClusterModule(nn.Module):
         bridge: Bridge | None = None,
         async_push: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(Bridge(pick_device(device)) if bridge is None else bridge)
         self.exchange = Exchange(client, init_missing=init_missing, async_push=async_push)
-        self.bridge = Bridge(pick_device(device)) if bridge is None else bridge
-        self.trainable = True
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Sum the gradients of every backward pass inside into one step, sent at the end."""
@@ -154,11 +184,24 @@ class _ClusterModule(nn.Module):
         self.exchange.pusher.close()
 
     def _run(self, step: _Step, rows: Mapping[str, npt.NDArray[np.float32]] | None = None) -> tuple[Tensor, ...]:
-        rows = step.fetch() if rows is None else rows
-        # The graph needs an input that wants a gradient; it is not a parameter, which optimizers would find.
-        anchor = torch.empty(0, requires_grad=self.trainable)
-        outputs: tuple[Tensor, ...] = _Lookup.apply(anchor, step, rows)  # type: ignore[no-untyped-call]
-        return outputs
+        """The vectors of a step; `rows` where they were looked up before, which the caller may use again."""
+        found = step.fetch() if rows is None else rows
+        outputs: tuple[Tensor, ...] = _Lookup.apply(  # type: ignore[no-untyped-call]
+            self.anchor, step, found, self.training, rows is None
+        )
+        return self._cast(outputs)
+
+    def _tables(self) -> Iterable[TableLike]:
+        """Handles that copies of the module share."""
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A module over the same rows."""
+        for shared in (self.exchange.client, *self._tables()):
+            memo[id(shared)] = shared
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
 
 class Embedding(_ClusterModule):
@@ -182,13 +225,17 @@ class Embedding(_ClusterModule):
         super().__init__(table.client, device=device, init_missing=init_missing, bridge=bridge)
         self.table = table
 
+    def _tables(self) -> Iterable[TableLike]:
+        return (self.table,)
+
+    @outside_graphs
     def forward(self, ids: Tensor | npt.NDArray[Any]) -> Tensor:
         """Return float32[*ids.shape, dim]."""
         array = as_ids(ids)
         flat = array.reshape(-1)
         name = self.table.name
         output = _Output(name, 0, flat.size, Pooled(None, None))
-        (rows,) = self._run(_Step(self.exchange, self.bridge, {name: flat}, [output]))
+        (rows,) = self._run(_Step(self.exchange, self.bridge, {name: flat}, [output], self._learns()))
         return rows.view(*array.shape, self.table.dim)
 
     def extra_repr(self) -> str:
@@ -220,6 +267,10 @@ class EmbeddingBag(_ClusterModule):
         self.table = table
         self.combiner = check_combiner(combiner)
 
+    def _tables(self) -> Iterable[TableLike]:
+        return (self.table,)
+
+    @outside_graphs
     def forward(
         self,
         ids: IdsLike,
@@ -235,7 +286,7 @@ class EmbeddingBag(_ClusterModule):
         pooling = make_pooling([bags], [self.combiner], self.bridge)
         name = self.table.name
         output = _Output(name, 0, bags.ids.size, pooling)
-        (vectors,) = self._run(_Step(self.exchange, self.bridge, {name: bags.ids}, [output]))
+        (vectors,) = self._run(_Step(self.exchange, self.bridge, {name: bags.ids}, [output], self._learns()))
         return vectors
 
     def extra_repr(self) -> str:
@@ -285,7 +336,10 @@ class EmbeddingCollection(_ClusterModule):
         Args:
             batch: Ids of every feature, in any form of `as_bags` that stands alone; one number of samples for all.
         """
-        step, groups, samples = self._plan(batch)
+        return self._fetch(batch, self._learns())
+
+    def _fetch(self, batch: Mapping[str, IdsLike], create: bool) -> FetchedRows:
+        step, groups, samples = self._plan(batch, create)
         return FetchedRows(step, step.fetch(), groups, samples)
 
     def prefetch(
@@ -306,16 +360,22 @@ class EmbeddingCollection(_ClusterModule):
                 travel. Rows then lack up to `lookup_queue + 1` updates more.
         """
         if not lookup_queue:
-            return Prefetcher(batches, lambda batch: self.fetch(ids(batch)), depth)
+            # The thread that looks up has a grad mode of its own: what counts is the caller's.
+            with_grad = torch.is_grad_enabled()
+            return Prefetcher(batches, lambda batch: self._fetch(ids(batch), self._learns() and with_grad), depth)
         found = Prefetcher(batches, lambda batch: self._begin(ids(batch)), lookup_queue)
         return found.then(lambda bring: bring(), depth)
 
     def _begin(self, batch: Mapping[str, IdsLike]) -> Callable[[], FetchedRows]:
         """Have a batch's rows found; the call that is returned brings them."""
-        step, groups, samples = self._plan(batch)
+        step, groups, samples = self._plan(batch, create=False)
         bring = self.exchange.begin(step.ids)
         return lambda: FetchedRows(step, bring(), groups, samples)
 
+    def _tables(self) -> Iterable[TableLike]:
+        return [feature.table for feature in self.features.values()]
+
+    @outside_graphs
     def forward(self, batch: Mapping[str, IdsLike] | FetchedRows) -> dict[str, Tensor]:
         """Return per feature float32[b, dim], with FirstN(n) float32[b, n, dim].
 
@@ -327,6 +387,7 @@ class EmbeddingCollection(_ClusterModule):
             vectors.update(zip(names, output, strict=True))
         return {name: vectors[name] for name in self.features}
 
+    @outside_graphs
     def stacked(self, batch: Mapping[str, IdsLike] | FetchedRows) -> Tensor:
         """Return float32[b, F, dim], the features in order; all must be pooled and of one dim."""
         groups = list(self._look_up(batch))
@@ -340,18 +401,21 @@ class EmbeddingCollection(_ClusterModule):
 
     def _look_up(self, batch: Mapping[str, IdsLike] | FetchedRows) -> list[tuple[list[str], Tensor]]:
         """Per run of features their names and their vectors, [features, b, ...]."""
-        fetched = batch if isinstance(batch, FetchedRows) else self.fetch(batch)
-        outputs = self._run(fetched.step, fetched.rows)
+        if isinstance(batch, FetchedRows):
+            groups, samples, outputs = batch.groups, batch.samples, self._run(batch.step, batch.rows)
+        else:
+            step, groups, samples = self._plan(batch, self._learns())
+            outputs = self._run(step)
         return [
-            (names, output.view(len(names), fetched.samples, *output.shape[1:]))
-            for names, output in zip(fetched.groups, outputs, strict=True)
+            (names, output.view(len(names), samples, *output.shape[1:]))
+            for names, output in zip(groups, outputs, strict=True)
         ]
 
-    def _plan(self, batch: Mapping[str, IdsLike]) -> tuple[_Step, list[list[str]], int]:
+    def _plan(self, batch: Mapping[str, IdsLike], create: bool) -> tuple[_Step, list[list[str]], int]:
         """What to look up, the features of each output, and the number of samples."""
         bags = self._bags(batch)
         samples = len(next(iter(bags.values())))
-        step = _Step(self.exchange, self.bridge, {}, [])
+        step = _Step(self.exchange, self.bridge, {}, [], create)
         groups: list[list[str]] = []
         for table, (pooled, first) in self._by_table.items():
             runs = ([pooled] if pooled else []) + [[name] for name in first]

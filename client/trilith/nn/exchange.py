@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ from trilith.peers import PeerClient
 from trilith.pipelining import Pusher
 
 __all__ = ["Exchange", "RowClient"]
+
+log = logging.getLogger(__name__)
 
 UInt64Array = npt.NDArray[np.uint64]
 Float32Array = npt.NDArray[np.float32]
@@ -37,9 +40,9 @@ class Exchange:
 
     Args:
         client: The cluster.
-        init_missing: A lookup answers zeros for an id that has no row yet; with this, such rows are created first, with
-            their initial values, as a table that exists in full from the start would have them. Costs a call in
-            steps that meet new ids.
+        init_missing: A lookup answers zeros for an id that has no row yet; with this, a lookup of training creates such
+            rows first, with their initial values, as a table that exists in full from the start would have them. Costs
+            a call in steps that meet new ids. Lookups of evaluation create nothing.
         async_push: How many pushes may be on their way while training goes on; see `trilith.pipelining`.
     """
 
@@ -49,13 +52,29 @@ class Exchange:
         self.pusher = Pusher(async_push)
         self._peers = client if isinstance(client, PeerClient) else None
         self._held: dict[str, list[tuple[UInt64Array, Float32Array]]] | None = None
+        self._said: set[str] = set()
 
-    def lookup(self, ids: Mapping[str, UInt64Array]) -> dict[str, Float32Array]:
-        """Per table the float32[n, dim] rows of its ids, all tables in one call."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
+        """Another exchange with the same cluster; what is on its way or held back stays with this one."""
+        return Exchange(self.client, init_missing=self.init_missing, async_push=self.pusher.depth)
+
+    def lookup(self, ids: Mapping[str, UInt64Array], *, create: bool = True) -> dict[str, Float32Array]:
+        """Per table the float32[n, dim] rows of its ids, all tables in one call.
+
+        Args:
+            ids: By table.
+            create: Whether this is a lookup of training, which with `init_missing` creates rows.
+        """
         rows = dict(self.client.lookup(ids))
-        if self.init_missing:
+        if self.init_missing and create:
             self._create_missing(ids, rows)
         return rows
+
+    def say_once(self, warning: str) -> None:
+        """Log a warning the first time."""
+        if warning not in self._said:
+            self._said.add(warning)
+            log.warning(warning)
 
     def begin(self, ids: Mapping[str, UInt64Array]) -> Callable[[], dict[str, Float32Array]]:
         """Have the owners find rows; the call that is returned lets them travel. For workers that hold the rows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from trilith.features.combiners import Combiner as FeatureCombiner
 from trilith.features.combiners import FirstN, ReduceMean
 from trilith.features.slots import FeatureColumn, FeatureRegistry, FeatureSlice
 from trilith.nn.bags import Combiner, IdsLike
+from trilith.nn.eager import outside_graphs
 from trilith.nn.embedding import EmbeddingCollection, Feature, FetchedRows, TableLike
 from trilith.nn.exchange import RowClient
 from trilith.tables.spec import TableSpec
@@ -80,6 +82,7 @@ class FeatureModel(nn.Module):
         self.embeddings = embeddings
         self.body = body
 
+    @partial(outside_graphs, inside=True)
     def forward(self, batch: Mapping[str, IdsLike] | FetchedRows) -> Any:
         """What the body makes of a batch."""
         with self.embeddings.looked_up(batch):

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trilith.nn.anchored import Anchored
 from trilith.nn.bridge import Bridge, pick_device
+from trilith.nn.eager import outside_graphs
 from trilith.ops.layout import nest_layout
 from trilith.ops.torch_layout import fused_embedding_to_layout
 from trilith.pipelining import Prefetcher
@@ -28,15 +30,17 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, tables: PartitionedTables, fetched: Fetched, bridge: Bridge
+        ctx: Any, anchor: Tensor, tables: PartitionedTables, fetched: Fetched, bridge: Bridge, learn: bool
     ) -> tuple[Tensor, ...]:
-        ctx.tables, ctx.fetched, ctx.bridge = tables, fetched, bridge
+        ctx.tables, ctx.fetched, ctx.bridge, ctx.learn = tables, fetched, bridge, learn
         ctx.set_materialize_grads(False)
         return tuple(bridge.to_device(rows.reshape(-1)) for rows in fetched.rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None, None, None]:
+        if not ctx.learn:
+            return None, None, None, None, None
         rows = ctx.fetched.rows
         ctx.tables.push(
             ctx.fetched,
@@ -45,11 +49,11 @@ class _Rows(torch.autograd.Function):
                 for each, grad in zip(rows, grads, strict=True)
             ],
         )
-        return None, None, None, None
+        return None, None, None, None, None
 
 
-class FusedLayouts(nn.Module):
-    """Layouts of a batch as tensors; backward steps the batch's rows, in one request per PS.
+class FusedLayouts(Anchored):
+    """Layouts of a batch as tensors; backward steps the batch's rows, in one request per PS, except in `eval()`.
 
     Args:
         tables: The features' tables and the layouts; its `async_push` says how many updates may be on their way.
@@ -57,10 +61,8 @@ class FusedLayouts(nn.Module):
     """
 
     def __init__(self, tables: PartitionedTables, *, device: str | torch.device | None = "cpu") -> None:
-        super().__init__()
+        super().__init__(Bridge(pick_device(device)))
         self.tables = tables
-        self.bridge = Bridge(pick_device(device))
-        self.trainable = True
 
     def prefetch(self, batches: Iterable[_T], depth: int, *, sharded: Callable[[_T], Any]) -> Prefetcher[_T, Fetched]:
         """Go over batches with their rows looked up, `depth` of them ahead.
@@ -72,14 +74,16 @@ class FusedLayouts(nn.Module):
         """
         return Prefetcher(batches, lambda batch: self.tables.fetch(sharded(batch)), depth)
 
+    @outside_graphs
     def forward(self, fetched: Fetched) -> dict[str, Any]:
         """Return by layout its tensor, or its tensors for type NONE.
 
         Args:
             fetched: What `PartitionedTables.fetch` gives.
         """
-        anchor = torch.empty(0, requires_grad=self.trainable)
-        rows = _Rows.apply(anchor, self.tables, fetched, self.bridge)  # type: ignore[no-untyped-call]
+        rows = _Rows.apply(  # type: ignore[no-untyped-call]
+            self.anchor, self.tables, fetched, self.bridge, self.training
+        )
         tensors: Any = fused_embedding_to_layout(rows, fetched.offsets, self.tables.configs)
         return dict(nest_layout(tensors, self.tables.configs))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith.features.updates import GradientUpdate
+from trilith.nn.anchored import dense_parameters
 from trilith.nn.bridge import Bridge
 from trilith.nn.exchange import Exchange
 from trilith.nn.layouts import FusedLayouts
@@ -21,28 +22,39 @@ __all__ = ["ClippedBackward", "ClippedLayouts"]
 Float32Array = npt.NDArray[np.float32]
 
 
-class _Embeddings(Protocol):
+class _OnDevice(Protocol):
+    """Any embeddings."""
+
+    @property
+    def bridge(self) -> Bridge:
+        """To where their vectors are."""
+
+
+class _Embeddings(_OnDevice, Protocol):
     """`Embedding`, `EmbeddingBag` or `EmbeddingCollection`."""
 
     exchange: Exchange
-    bridge: Bridge
 
 
 class _Clipped(ABC):
     """The dense half of a clipped backward pass.
 
     Args:
-        bridge: To the device of the module.
+        embeddings: Which know the device.
         module: The dense part.
         **options: Of `trilith.features.GradientUpdate`.
     """
 
-    def __init__(self, bridge: Bridge, module: nn.Module, **options: Any) -> None:
-        self._parameters = {name: each for name, each in module.named_parameters() if each.requires_grad}
-        self._bridge = bridge
+    def __init__(self, embeddings: _OnDevice, module: nn.Module, **options: Any) -> None:
+        self._parameters = dict(dense_parameters(module))
+        self._embeddings = embeddings
         self.update = GradientUpdate(
             apply_dense=self._take_over, apply_sparse=self._push, read_dense=self._value, **options
         )
+
+    @property
+    def _bridge(self) -> Bridge:
+        return self._embeddings.bridge
 
     def _to_host(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Float32Array | None]:
         return {name: None if each is None else self._bridge.to_host(each) for name, each in gradients.items()}
@@ -75,7 +87,7 @@ class ClippedBackward(_Clipped):
     """
 
     def __init__(self, embeddings: _Embeddings, module: nn.Module, **options: Any) -> None:
-        super().__init__(embeddings.bridge, module, **options)
+        super().__init__(embeddings, module, **options)
         self._exchange = embeddings.exchange
         self._ids: dict[str, npt.NDArray[np.uint64]] = {}
 
@@ -110,7 +122,7 @@ class ClippedLayouts(_Clipped):
     """
 
     def __init__(self, layouts: FusedLayouts, module: nn.Module, **options: Any) -> None:
-        super().__init__(layouts.bridge, module, **options)
+        super().__init__(layouts, module, **options)
         self._tensors: dict[str, Tensor] = {}
 
     def __call__(

@@ -288,9 +288,9 @@ class Trainer:
             else:
                 self._clipped(loss)
         except ShardRestartedError:
+            self._dense.zero_grad()  # what was given up shall not be in the next step
             # The others wait in their all-reduce: take part, with nothing to say.
             if isinstance(self._dense, AllReduced):
-                self._dense.zero_grad()
                 self._dense.step()
             raise
         self._dense.step()
