@@ -303,7 +303,15 @@ def test_a_restarted_ps_costs_a_batch_and_is_told(client, parts):
     client.apply_gradients = apply_gradients
     back = Rejoined(index=0, restored_from="ckpt", restored_step=8, known_step=30, missing_variables=("dense/bias",))
     client.rejoin = lambda: [back]
+    pull, stale = trainer._dense.pull, []
+
+    def pull_and_look():
+        stale.extend(each.grad for each in trainer.model.head.parameters() if each.grad is not None)
+        return pull()
+
+    trainer._dense.pull = pull_and_look
     assert trainer.run()
+    assert not stale  # the dense gradients of the batch that was given up are in no later step
     (told,) = [event for event in events if event["event"] == "rejoined"]
     assert (told["shard"], told["steps_back"], told["restored_from"]) == (0, 22, "ckpt")
     assert len(calls) == 6

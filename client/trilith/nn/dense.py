@@ -55,8 +55,8 @@ class DenseOnPs:
         client: The cluster.
         module: Its trainable parameters become variables, or take the values that the cluster has.
         optimizer: One of `trilith.tables`; runs on the PS.
-        prefix: Goes before the parameters' names in the cluster. None is "dense/", which one module of a client may have
-            at a time: others need a prefix of their own, or, to train the same values, to say "dense/" themselves.
+        prefix: Goes before the parameters' names in the cluster. None is "dense/", which one module of a client may
+            have at a time: others need a prefix of their own, or, to train the same values, to say "dense/" themselves.
         prefetch: Whether values are read one step ahead.
         async_push: How many steps may be on their way; 0 waits for each. `drain` waits for all.
     """
