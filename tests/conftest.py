@@ -1,4 +1,4 @@
-"""What every test tier shares: the hypothesis profile."""
+"""What every test tier shares: the hypothesis profile, and no proxy between tests and their servers."""
 
 from __future__ import annotations
 
@@ -15,3 +15,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("trilith")
+
+# Servers of the tests are on this machine: where proxies are the way out, they are no way to it.
+for name in ("no_proxy", "NO_PROXY"):
+    os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost,::1")))

@@ -50,6 +50,13 @@ EVERYWHERE = (
         "the faster I/O loop",
         "gRPC's own switches. Unless set, Trilith chooses the loop that it has measured to be faster.",
     ),
+    Variable(
+        "TRILITH_GRPC_PROXY",
+        "0 or 1",
+        "`0`",
+        "1: connections to PS, replicas and entries go through `$grpc_proxy`, `$https_proxy` or `$http_proxy`, but for "
+        "what `$no_proxy` lists.",
+    ),
     Variable("GRPC_VERBOSITY", "LEVEL", "`ERROR`", "What gRPC itself prints: `DEBUG`, `INFO`, `ERROR` or `NONE`."),
 )
 CREDENTIALS = Variable(

@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from trilith.channels import open_channel
 from trilith.errors import ClosedError
 from trilith.streams import StreamedMethod
 from trilith_proto import serving_pb2
@@ -60,11 +61,7 @@ class Balancer:
 
     def __init__(self, *, max_message_bytes: int) -> None:
         """Know no entry yet."""
-        self._options = [
-            ("grpc.max_send_message_length", max_message_bytes),
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_reconnect_backoff_ms", 1000),
-        ]
+        self._max_message_bytes = max_message_bytes
         self._lock = threading.Lock()
         self._connections: dict[str, Connection] = {}
         self._closed = False
@@ -92,7 +89,7 @@ class Balancer:
             each.channel.close()
 
     def _connect(self, address: str) -> Connection:
-        channel = grpc.insecure_channel(address, options=self._options)
+        channel = open_channel(address, max_message_bytes=self._max_message_bytes)
         predict = StreamedMethod(channel, f"{_SERVICE}/Predict", f"{_SERVICE}/PredictStream")
         return Connection(address, channel, predict, channel.unary_unary(f"{_SERVICE}/ModelStatus"))
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith import wire
+from trilith.channels import open_channel
 from trilith.config import ClientConfig
 from trilith.errors import (
     BY_NAME,
@@ -125,7 +126,11 @@ class RemoteShard:
                 if self._channel is not None:
                     self._channel.close()
                 self._methods = {}
-                self._channel = grpc.insecure_channel(address, options=_channel_options(self._config))
+                self._channel = open_channel(
+                    address,
+                    max_message_bytes=self._config.max_message_bytes,
+                    keepalive_s=self._config.keepalive_s,
+                )
                 self._address = address
             # Bytes in, bytes out: `wire` reads and writes the hot messages, the rest converts around the call.
             path = f"/{SERVICE}/{name}"
@@ -470,18 +475,3 @@ class RemoteShard:
                 self._channel.close()
                 self._channel = None
             self._methods = {}
-
-
-def _channel_options(config: ClientConfig) -> list[tuple[str, int]]:
-    keepalive_ms = int(1000 * config.keepalive_s)
-    return [
-        ("grpc.max_send_message_length", config.max_message_bytes),
-        ("grpc.max_receive_message_length", config.max_message_bytes),
-        # gRPC's own retries would keep a copy of every message, and cannot know what is safe to repeat.
-        ("grpc.enable_retries", 0),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 1000),
-        ("grpc.keepalive_time_ms", keepalive_ms),
-        ("grpc.keepalive_timeout_ms", keepalive_ms // 2),
-    ]

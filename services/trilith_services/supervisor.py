@@ -28,6 +28,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.text import Text
 
+from trilith.channels import open_channel
 from trilith.discovery.zk_url import AUTH_VARIABLE, ZkUrl
 from trilith.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
 from trilith_services.processes import Ended, Process, ProcessSpec, Restart, describe_status
@@ -49,6 +50,7 @@ __all__ = [
 REFUSED = 2
 # Somebody told it to leave, maybe before it could listen.
 _ASKED = frozenset({0, -signal.SIGTERM, 128 + signal.SIGTERM})
+_HEALTH_BYTES = 1 << 20
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_magenta", "bright_green")
 
 
@@ -336,14 +338,7 @@ class StopRequest:
 
 def is_serving(endpoint: str, *, timeout_s: float = 0.5) -> bool:
     """Whether the gRPC health service at host:port says SERVING, asked for at most `timeout_s`."""
-    # An own channel each time: a channel that saw a refusal waits before it tries again.
-    options = [
-        ("grpc.enable_http_proxy", 0),
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
-    ]
-    with grpc.insecure_channel(endpoint, options=options) as channel:
+    with open_channel(endpoint, max_message_bytes=_HEALTH_BYTES, own_connection=True) as channel:
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 
+from trilith.channels import open_channel
 from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.shard import UInt64Array
 from trilith_proto import parameter_sync_pb2, ps_pb2
@@ -105,7 +106,7 @@ class Target:
         self._log = changes
         self._options = options
         self._model = f"{options.model_name}:ps_{store.index}" if options.model_name else f"ps_{store.index}"
-        self._channel = grpc.insecure_channel(address, options=_channel_options(options))
+        self._channel = open_channel(address, max_message_bytes=2 * options.message_bytes + (64 << 20))
         self._push: Any = self._channel.unary_unary(PUSH_METHOD)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"sync-{name}", daemon=True)
@@ -397,16 +398,3 @@ class Target:
                 extra={"target": self.name, "address": self.address, "error": what},
                 exc_info=None if expected else error,
             )
-
-
-def _channel_options(options: SyncOptions) -> list[tuple[str, int]]:
-    return [
-        ("grpc.max_send_message_length", 2 * options.message_bytes + (64 << 20)),
-        # Rows are read anew for every attempt; gRPC's own retries would send old ones.
-        ("grpc.enable_retries", 0),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 1000),
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
-    ]
