@@ -295,7 +295,8 @@ def ps_base(base: str, shard: int) -> str:
 def list_versions(base: str) -> list[int]:
     """The complete versions directly below `base`, oldest first."""
     folder = Folder(base)
-    return sorted(int(name) for name in folder.names() if name.isdecimal() and folder.child(name).exists(MANIFEST))
+    # Listed, not asked for: a file system that fails says so here.
+    return sorted(int(name) for name in _numbered(base) if MANIFEST in folder.child(name).names())
 
 
 def new_version(base: str, *, clock: Callable[[], float] = time.time) -> int:
@@ -305,7 +306,7 @@ def new_version(base: str, *, clock: Callable[[], float] = time.time) -> int:
 
 
 def _numbered(base: str) -> list[str]:
-    return [name for name in Folder(base).names() if name.isdecimal()]
+    return [name for name in Folder(base).names() if name.isascii() and name.isdecimal() and name == str(int(name))]
 
 
 def write_model(folder: Folder, model: ModelConfig, graph: bytes, weights: bytes) -> dict[str, int]:

@@ -16,6 +16,9 @@ __all__ = ["Folder", "absolute"]
 # Here a file appears whole when it is closed, and a rename would be a copy.
 _WHOLE_ON_CLOSE = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"})
 
+# What file systems call a file's size and when it was changed.
+_STAMPS = ("size", "mtime", "created", "LastModified", "last_modified", "updated", "ETag", "etag")
+
 
 @dataclass(slots=True)
 class Folder:
@@ -58,6 +61,12 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
+
+    def stamps(self) -> dict[str, tuple[str, ...]]:
+        """Size and time of change by path of every file in the directory and below; equal as long as none changes."""
+        self._fs.invalidate_cache()
+        found = self._fs.find(self._root, detail=True)
+        return {str(path): tuple(str(about.get(key)) for key in _STAMPS) for path, about in found.items()}
 
     def child(self, name: str) -> Folder:
         """The directory `name` below this one."""

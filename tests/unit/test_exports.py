@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from trilith import exports
 from trilith.data.records import Kind, Records
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.exports import ModelConfig, ProgramInput, ServedFeature
+from trilith.folder import Folder
 from trilith.nn.program import current_weights, export_program, load_program, pack_weights, unpack_weights
 from trilith.nn.serving import ServedModel
 from trilith.ops import jit
@@ -140,6 +142,114 @@ def test_a_changed_file_is_refused_and_the_version_in_use_goes_on(trained, expor
     assert models.current.manifest.version == third.version
     assert models.load_error == ""
     models.close()
+
+
+@pytest.fixture
+def versions(trained, exporter, tmp_path) -> tuple[Path, list[int], Models, list[float]]:
+    """Two versions of an export, the newer of which is loaded, and the time by which failures are judged."""
+    path = trained.save()
+    made = [exporter.export(path, str(tmp_path / "exports"), mode="standalone").version for _ in range(2)]
+    now = [0.0]
+    models = Models(str(tmp_path / "exports"), clock=lambda: now[0])
+    assert models.refresh()
+    return tmp_path / "exports", made, models, now
+
+
+def served(models: Models) -> int:
+    assert models.current is not None
+    return models.current.manifest.version
+
+
+def test_an_export_that_arrives_file_by_file_is_loaded_when_it_is_whole(versions, tmp_path):
+    base, (_, second), models, _ = versions
+    third = base / str(second + 1)
+    files = sorted(path.relative_to(base / str(second)) for path in (base / str(second)).rglob("*") if path.is_file())
+    assert files[0].name == "manifest.json"
+    for name in files:
+        (third / name).parent.mkdir(parents=True, exist_ok=True)
+        (third / name).write_bytes((base / str(second) / name).read_bytes())
+        models.refresh()
+        if name != files[-1]:
+            assert f"version {second + 1}: " in models.load_error
+    models.refresh()  # nothing has changed since the last look
+    assert (served(models), models.load_error) == (second + 1, "")
+    models.close()
+
+
+def test_an_error_that_passes_is_not_held_against_a_version(versions, monkeypatch):
+    base, (_, second), models, now = versions
+    shutil.copytree(base / str(second), base / str(second + 1))
+    tried = []
+
+    def fail(*args: object) -> None:
+        tried.append(now[0])
+        raise OSError("input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("trilith_services.serving.models.load_model", fail)
+        for now[0] in np.arange(0.0, 40.0, 0.5).tolist():
+            assert not models.refresh()
+    assert models.load_error == f"version {second + 1}: input/output error"
+    assert tried == [0.0, 2.0, 6.0, 14.0, 30.0]
+    now[0] = 62.0
+    assert models.refresh()
+    assert (served(models), models.load_error) == (second + 1, "")
+    models.close()
+
+
+def test_a_directory_that_cannot_be_listed_for_a_while_changes_nothing(versions, monkeypatch):
+    _, (_, second), models, _ = versions
+    with monkeypatch.context() as broken:
+        broken.setattr(Folder, "names", lambda self: (_ for _ in ()).throw(OSError("stale file handle")))
+        assert not models.refresh()
+        assert "cannot be listed: OSError: stale file handle" in models.load_error
+    assert not models.refresh()
+    assert (served(models), models.load_error) == (second, "")
+    models.close()
+
+
+def test_the_version_before_takes_the_place_of_one_that_is_taken_away(versions, tmp_path):
+    base, (first, second), models, _ = versions
+    (base / str(second)).rename(tmp_path / "away")
+    assert models.refresh()
+    assert served(models) == first
+    assert models.load_error == f"version {second} is gone from {base}; version {first} is served instead"
+    assert not models.refresh()
+    assert models.load_error
+    (tmp_path / "away").rename(base / str(second))
+    assert models.refresh()
+    assert (served(models), models.load_error) == (second, "")
+    shutil.rmtree(base)
+    assert not models.refresh()
+    assert served(models) == second
+    assert models.load_error == f"version {second} is gone from {base}; it goes on as long as there is no other"
+    models.close()
+
+
+def test_an_old_version_copied_to_a_newer_number_is_served_once_under_that_number(versions):
+    base, (first, second), models, _ = versions
+    shutil.copytree(base / str(first), base / str(second + 7))
+    assert models.refresh()
+    assert served(models) == second + 7
+    assert not models.refresh()
+    models.close()
+
+
+def test_a_version_that_failed_is_forgotten_when_it_is_gone_and_holds_up_no_other(versions):
+    base, (_, second), models, _ = versions
+    for number in (second + 1, second + 2):
+        shutil.copytree(base / str(second), base / str(number))
+    (base / str(second + 2) / "weights.safetensors").unlink()
+    fresh = Models(str(base))  # such as that of an entry that starts now
+    for each in (models, fresh):
+        assert each.refresh()
+        assert served(each) == second + 1
+        assert f"version {second + 2}: " in each.load_error
+    shutil.rmtree(base / str(second + 2))
+    for each in (models, fresh):
+        assert not each.refresh()
+        assert each.load_error == ""
+        each.close()
 
 
 def test_a_checkpoint_of_another_model_is_refused(trained, tmp_path):

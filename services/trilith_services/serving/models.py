@@ -1,4 +1,4 @@
-"""Models: the newest export of a base directory, loaded, and swapped for a newer one while requests run."""
+"""Models: the newest export of a base directory that loads, swapped for a newer one while requests run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,6 +26,8 @@ __all__ = ["Loaded", "Models"]
 log = logging.getLogger(__name__)
 
 _WARM_SIZES = (1, 256)
+_FIRST_PAUSE_S = 2.0
+_LONGEST_PAUSE_S = 300.0
 
 
 @dataclass(slots=True, eq=False)
@@ -34,7 +36,7 @@ class Loaded:
 
     Attributes:
         model: Scores records.
-        manifest: Of its export.
+        manifest: Of its export; its version is the folder's number, whatever an export that was copied says of itself.
         loaded_unix_s: When.
         rows: The client of a standalone export's own rows.
         users: Requests it is at work for.
@@ -49,11 +51,35 @@ class Loaded:
     retired: bool = field(default=False)
 
 
+Stamps = dict[str, tuple[str, ...]]
+
+
+@dataclass(slots=True, eq=False)
+class _Failed:
+    """A version that could not be loaded.
+
+    Attributes:
+        why: What was wrong.
+        tried: Its files, as they were when it was tried.
+        seen: Its files, as they were at the last look.
+        pause_s: From one attempt to the next, if nothing changes.
+        due: When it is tried again, by the clock.
+    """
+
+    why: str
+    tried: Stamps
+    seen: Stamps
+    pause_s: float
+    due: float
+
+
 class Models:
     """Keeps the newest version of an export loaded.
 
     A newer one is loaded beside it, run once, and then takes its place for the requests that begin from then on; those
-    that are on their way end with the version they began with.
+    that are on their way end with the version they began with. If the version in use is taken away, the newest of the
+    others takes its place; if there are none, it goes on. A version that cannot be loaded is tried again when its files
+    have changed and are at rest, and otherwise after pauses that grow.
     """
 
     def __init__(
@@ -64,6 +90,7 @@ class Models:
         timeout_s: float = 1.0,
         threads: int | None = None,
         loaded: Callable[[Loaded], None] = lambda loaded: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Load nothing yet.
 
@@ -73,6 +100,7 @@ class Models:
             timeout_s: Deadline of a lookup that has none.
             threads: That standalone rows are read with; None: one per core.
             loaded: Told of every version that takes over.
+            clock: Seconds.
         """
         self.base = base
         self.replicas: ShardedReplicas | None = None
@@ -83,7 +111,9 @@ class Models:
         self._loaded = loaded
         self._lock = threading.Lock()
         self._current: Loaded | None = None
-        self._refused: dict[int, str] = {}
+        self._clock = clock
+        self._failed: dict[int, _Failed] = {}
+        self._gone = 0  # version that was in use when it was taken away, until another is newer or it is back
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -124,26 +154,91 @@ class Models:
                 _close(current)
 
     def refresh(self) -> bool:
-        """Load the newest version if it is newer than the one in use; whether it was.
+        """Load the newest version that can be, unless it is the one in use; whether one was loaded.
 
-        A version that cannot be loaded is not tried again.
+        `load_error` says afterwards why the newest is not in use, if it is not.
+
+        Raises:
+            InvalidRequestError: The base directory is none that could be opened.
         """
-        root = entry_base(self.base)
-        versions = list_versions(root)
-        newest = versions[-1] if versions else 0
-        current = self._current
-        if not newest or newest in self._refused or (current is not None and newest <= current.manifest.version):
-            return False
-        started = time.perf_counter()
         try:
-            fresh = self._load(Folder(root).child(str(newest)).url)
-        except Exception as error:  # the present version goes on, whatever is wrong with this one
-            if not isinstance(error, TrilithError):
-                log.exception("version %d cannot be loaded", newest)
-            self._refused[newest] = self.load_error = f"version {newest}: {error}"
-            log.error("export not loaded: %s", self.load_error)
+            root = entry_base(self.base)
+            versions = list_versions(root)
+        except InvalidRequestError:
+            raise
+        except Exception as error:  # noqa: BLE001 - of whatever file system; it may pass
+            self._tell(f"{self.base} cannot be listed: {type(error).__name__}: {error}", warn=True)
             return False
-        self.load_error = ""
+        for version in self._failed.keys() - set(versions):
+            del self._failed[version]
+        current = self._current
+        used = current.manifest.version if current is not None else 0
+        fresh = None
+        for version in reversed(versions):
+            if version == used:
+                break
+            if (fresh := self._try(root, version)) is not None:
+                break
+        if used and used not in versions:
+            self._gone = used
+        if self._gone and (self._gone in versions or (fresh is not None and fresh.manifest.version > self._gone)):
+            self._gone = 0
+        used = fresh.manifest.version if fresh is not None else used
+        self._tell(self._why_not_newest(used), warn=bool(self._gone))
+        if fresh is not None:
+            self._take_over(fresh)
+        return fresh is not None
+
+    def _try(self, root: str, version: int) -> Loaded | None:
+        """Load a version, if it is time to; None if that does not work."""
+        folder = Folder(root).child(str(version))
+        known = self._failed.get(version)
+        stamps: Stamps = {}
+        try:
+            stamps = folder.stamps()
+            if known is not None:
+                changed = stamps != known.tried and stamps == known.seen  # and nobody is at work on them
+                known.seen = stamps
+                if not changed and self._clock() < known.due:
+                    return None
+            started = time.perf_counter()
+            fresh = self._load(folder.url, version)
+        except Exception as error:  # the present version goes on, whatever is wrong with this one
+            why = f"version {version}: {error}"
+            again = known is not None and known.why == why
+            if not isinstance(error, TrilithError | OSError):
+                log.error("version %d cannot be loaded", version, exc_info=None if again else error)
+            pause_s = _FIRST_PAUSE_S if known is None else min(2 * known.pause_s, _LONGEST_PAUSE_S)
+            self._failed[version] = _Failed(why, stamps, stamps, pause_s, self._clock() + pause_s)
+            if not again:
+                log.error("export not loaded: %s", why)
+            return None
+        self._failed.pop(version, None)
+        log.info(
+            "model loaded",
+            extra={
+                "model": fresh.model.config.name,
+                "version": version,
+                "step": fresh.manifest.step,
+                "seconds": round(time.perf_counter() - started, 3),
+            },
+        )
+        return fresh
+
+    def _why_not_newest(self, used: int) -> str:
+        newer = [self._failed[version].why for version in sorted(self._failed, reverse=True) if version > used]
+        if self._gone and self._gone == used:
+            newer.append(f"version {used} is gone from {self.base}; it goes on as long as there is no other")
+        elif self._gone:
+            newer.append(f"version {self._gone} is gone from {self.base}; version {used} is served instead")
+        return "; ".join(newer)
+
+    def _tell(self, why: str, *, warn: bool) -> None:
+        if warn and why != self.load_error:
+            log.warning("%s", why)
+        self.load_error = why
+
+    def _take_over(self, fresh: Loaded) -> None:
         with self._lock:
             before, self._current = self._current, fresh
             if before is not None:
@@ -151,19 +246,9 @@ class Models:
             idle = before is not None and not before.users
         if before is not None and idle:
             _close(before)
-        log.info(
-            "model loaded",
-            extra={
-                "model": fresh.model.config.name,
-                "version": newest,
-                "step": fresh.manifest.step,
-                "seconds": round(time.perf_counter() - started, 3),
-            },
-        )
         self._loaded(fresh)
-        return True
 
-    def _load(self, path: str) -> Loaded:
+    def _load(self, path: str, version: int) -> Loaded:
         own: list[Client] = []
 
         def rows(config: ModelConfig, manifest: ExportManifest) -> Lookup:
@@ -183,6 +268,9 @@ class Models:
             for client in own:
                 client.close()
             raise
+        if manifest.version != version:
+            log.info("an export was copied", extra={"version": version, "was": manifest.version})
+            manifest = replace(manifest, version=version)
         return Loaded(model, manifest, time.time(), own[0] if own else None)
 
     def _replicas_of(self, config: ModelConfig) -> ShardedReplicas:
