@@ -5,20 +5,35 @@ What stands inside the row files is the PS's business (`trilith_services.ps.snap
     table-user.00000-of-00002.3f9c0a1b.arrow     rows of table "user" on PS 0 of 2 (and so on per table and PS)
     variables.00000-of-00002.3f9c0a1b.arrow      dense partitions of PS 0
     queues.00000-of-00002.3f9c0a1b.json          string queues, where there are any (on PS 0)
-    part.00000-of-00002.json                     what PS 0 wrote: names, sizes, CRC-32C; written after its files
+    part.00000-of-00002.81c2d4e6.json            what PS 0 wrote: names, sizes, CRC-32C; written after its files
     manifest.json                                all parts; written last, so a checkpoint is complete or absent
 
-The eight hex digits are fresh for every save, so saving again into a directory never touches a file that a manifest
-names. Paths are local or any URL that fsspec knows.
+The eight hex digits of data files are fresh for every save, so saving again into a directory never touches a file that
+a manifest names; those of a part are the life of the process that wrote it (earlier versions left them out). Empty
+files say what goes on:
+
+    round.00000001700000000000                   all PS take part by themselves; the number is its place in the order
+    order.00000001700000000000                   the same of one that a client asks for, where the clock ran backwards
+    saving.00000-of-00002.81c2d4e6               this process is writing its files
+    held.01700003600.5b7e01c3                    somebody reads or writes here until then (Unix s): not to be pruned
+
+Beside the checkpoints, `ps.00000-of-00002.json` says which process is PS 0 of 2: only its parts count. The empty file
+`leaving.00000-of-00002.00000001700000000000` says that it ends, or has ended, with that checkpoint.
+
+Checkpoints are named by the clock and ordered by when they were begun: a clock that was set back makes the names of
+later ones smaller, not them older. Paths are local or any URL that fsspec knows.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
+import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import quote
 
@@ -36,13 +51,23 @@ __all__ = [
     "checkpoint_name",
     "collect_parts",
     "file_name",
+    "hold",
+    "leaving",
     "list_checkpoints",
+    "mark_leaving",
+    "mark_order",
     "newest_complete",
+    "next_number",
+    "next_order",
     "part_name",
     "part_of",
+    "parts_there",
     "prune",
+    "read_holder",
     "read_manifest",
-    "read_part",
+    "round_name",
+    "saving_name",
+    "write_holder",
     "write_manifest",
     "write_part",
 ]
@@ -52,8 +77,23 @@ MANIFEST = "manifest.json"
 VERSION = 1
 PART_FORMAT = "trilith-checkpoint-part"
 MANIFEST_FORMAT = "trilith-checkpoint"
+HOLDER_FORMAT = "trilith-checkpoint-holder"
+
+HELD_S = 6 * 3600
+"""How long a checkpoint is kept for a reader that never says that it is done: it may have died."""
+
+_SAVING_S = 24 * 3600
+_MOST_BYTES = 1 << 28  # of a manifest: some millions of files
 
 _NUMBERED = re.compile(r"ckpt-(\d{20})")
+_ORDER = re.compile(r"(order|round)\.(\d{20})")
+_PART = re.compile(r"part\.(\d{5,})-of-(\d{5,})(?:\.([0-9a-f]{8}))?\.json")
+_SAVING = re.compile(r"saving\.(\d{5,})-of-(\d{5,})\.([0-9a-f]{8})")
+_LEAVING = re.compile(r"leaving\.(\d{5,})-of-(\d{5,})\.(\d{20})")
+_HELD = re.compile(r"held\.(\d{11,})\.[0-9a-f]{8}")
+_FILE_NAME = re.compile(r"[\w%~-][\w.%~-]*", re.ASCII)
+_KINDS = frozenset({"rows", "filter", "variables", "queues"})
+_SPARE_INCOMPLETE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +128,8 @@ class Part:
         incarnation: Which process it was.
         finished_unix_s: When the last file was there.
         files: Its data files.
+        began_unix_s: When it began: every change acknowledged before is inside. 0: unknown.
+        life: Which process wrote it, eight hex digits; empty: written by an earlier version, which did not say.
     """
 
     shard_index: int
@@ -96,6 +138,8 @@ class Part:
     incarnation: int
     finished_unix_s: float
     files: tuple[FileRecord, ...]
+    began_unix_s: float = 0.0
+    life: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +165,11 @@ class Manifest:
         return self.parts[0].global_step
 
     @property
+    def as_of_unix_s(self) -> float:
+        """Every change that was acknowledged before is inside; of earlier versions' files, the best that is known."""
+        return min(part.began_unix_s or part.finished_unix_s for part in self.parts)
+
+    @property
     def bytes(self) -> int:
         """Size of all data files."""
         return sum(file.bytes for part in self.parts for file in part.files)
@@ -141,13 +190,35 @@ class CheckpointInfo:
 
     Attributes:
         path: Its own directory.
-        number: Its tick, in Unix milliseconds; larger is newer.
+        number: Its tick, in Unix milliseconds, by which it is named.
         complete: Whether its manifest is there.
+        order: Larger is newer: its number, unless the clock ran backwards.
+        round: Whether all PS write it by themselves, not because a client asked them to.
+        names: What its directory holds.
     """
 
     path: str
     number: int
     complete: bool
+    order: int = 0
+    round: bool = False
+    names: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+
+    def is_held(self, now: float) -> bool:
+        """Whether somebody reads or writes here."""
+        held = (_HELD.fullmatch(name) for name in self.names)
+        return any(match is not None and int(match[1]) > now for match in held)
+
+    def is_written(self, holders: Mapping[tuple[int, int], str], now: float) -> bool:
+        """Whether a process is writing its part.
+
+        `holders` are the lives of PS (index, count) that are known; of one that is not, a day is believed.
+        """
+        for match in filter(None, map(_SAVING.fullmatch, self.names)):
+            life = holders.get((int(match[1]), int(match[2])))
+            if life == match[3] or (life is None and now < self.number / 1000 + _SAVING_S):
+                return True
+        return False
 
 
 def checkpoint_name(number: int) -> str:
@@ -162,12 +233,35 @@ def file_name(kind: str, table: str, index: int, count: int, token: str, suffix:
     return f"{stem}.{index:05d}-of-{count:05d}.{token}.{suffix}"
 
 
-def part_name(index: int, count: int) -> str:
+def part_name(index: int, count: int, life: str = "") -> str:
     """Name of a PS's part manifest."""
-    return f"part.{index:05d}-of-{count:05d}.json"
+    return f"part.{index:05d}-of-{count:05d}.{life}.json" if life else f"part.{index:05d}-of-{count:05d}.json"
 
 
-def part_of(index: int, count: int, response: ps_pb2.SaveResponse, *, finished_unix_s: float | None = None) -> Part:
+def saving_name(index: int, count: int, life: str) -> str:
+    """Name of the file that is there while a PS writes its part."""
+    return f"saving.{index:05d}-of-{count:05d}.{life}"
+
+
+def round_name(order: int) -> str:
+    """Name of the file that makes a checkpoint one in which all PS take part by themselves."""
+    return f"round.{order:020d}"
+
+
+def holder_name(index: int, count: int) -> str:
+    """Name of the file that says which process a PS is."""
+    return f"ps.{index:05d}-of-{count:05d}.json"
+
+
+def part_of(
+    index: int,
+    count: int,
+    response: ps_pb2.SaveResponse,
+    *,
+    finished_unix_s: float | None = None,
+    began_unix_s: float = 0.0,
+    life: str = "",
+) -> Part:
     """The part that a PS's answer to Save describes."""
     return Part(
         shard_index=index,
@@ -175,6 +269,8 @@ def part_of(index: int, count: int, response: ps_pb2.SaveResponse, *, finished_u
         global_step=response.global_step,
         incarnation=response.incarnation,
         finished_unix_s=time.time() if finished_unix_s is None else finished_unix_s,
+        began_unix_s=began_unix_s,
+        life=life,
         files=tuple(
             FileRecord(
                 name=file.name,
@@ -196,28 +292,109 @@ def _kind_of(name: str) -> str:
 
 def write_part(folder: Folder, part: Part) -> None:
     """Say what one PS wrote; its data files are there already."""
-    folder.write(part_name(part.shard_index, part.shard_count), _pack(PART_FORMAT, asdict(part)))
+    folder.write(part_name(part.shard_index, part.shard_count, part.life), _pack(PART_FORMAT, asdict(part)))
 
 
-def read_part(folder: Folder, index: int, count: int) -> Part | None:
-    """A PS's part manifest, None if it is not there yet."""
-    name = part_name(index, count)
+def parts_there(names: Collection[str], count: int) -> dict[int, list[str]]:
+    """Lives of the processes that have written parts, by PS, from the names in a checkpoint's directory."""
+    found: dict[int, list[str]] = {}
+    for name in sorted(names):
+        match = _PART.fullmatch(name)
+        if match is not None and int(match[2]) == count and int(match[1]) < count:
+            found.setdefault(int(match[1]), []).append(match[3] or "")
+    return found
+
+
+def collect_parts(folder: Folder, count: int, *, lives: Mapping[int, str] | None = None) -> list[Part] | None:
+    """The parts of all `count` PS, None while one is missing.
+
+    Args:
+        folder: The checkpoint's directory.
+        count: How many PS the cluster has.
+        lives: Which process each PS is: parts that others have written in its place do not count. Of a PS that is not
+            in it, the part that was finished last counts.
+    """
+    there = parts_there(folder.names(), count)
+    if lives:
+        there = {index: [life for life in have if life == lives.get(index, life)] for index, have in there.items()}
+    if any(not there.get(index) for index in range(count)):
+        return None
+    parts: list[Part] = []
+    for index in range(count):
+        found = [_read_part(folder, part_name(index, count, life)) for life in there[index]]
+        whole = [part for part in found if part is not None]
+        if not whole:
+            return None
+        # Of an unknown process only if there is no other: an earlier version wrote it, before this one.
+        parts.append(max(whole, key=lambda part: (bool(part.life), part.finished_unix_s)))
+    return parts
+
+
+def _read_part(folder: Folder, name: str) -> Part | None:
     try:
-        body = _unpack(folder.path(name), PART_FORMAT, folder.read(name))
+        body = _unpack(folder.path(name), PART_FORMAT, folder.read(name, most=_MOST_BYTES))
     except FileNotFoundError:
         return None
     return _part(folder.path(name), body)
 
 
-def collect_parts(folder: Folder, count: int) -> list[Part] | None:
-    """The parts of all `count` PS, None while one is missing."""
-    parts: list[Part] = []
-    for index in range(count):
-        part = read_part(folder, index, count)
-        if part is None:
-            return None
-        parts.append(part)
-    return parts
+def write_holder(directory: str, index: int, count: int, life: str) -> None:
+    """Say beside the checkpoints which process PS `index` of `count` is: parts of any other no longer count."""
+    folder = Folder(directory)
+    folder.write(holder_name(index, count), _pack(HOLDER_FORMAT, {"life": life}))
+    _unmark_leaving(folder, index, count)
+
+
+def read_holder(directory: str, index: int, count: int) -> str | None:
+    """The life of the process that PS `index` of `count` is; None if nobody has said."""
+    folder, name = Folder(directory), holder_name(index, count)
+    try:
+        return str(_unpack(folder.path(name), HOLDER_FORMAT, folder.read(name, most=_MOST_BYTES))["life"])
+    except FileNotFoundError:
+        return None
+    except KeyError as error:
+        raise CheckpointError(f"{folder.path(name)}: does not say which process a PS is: {error!r}") from None
+
+
+def mark_leaving(directory: str, index: int, count: int, number: int) -> None:
+    """Say beside the checkpoints that PS `index` of `count` ends with checkpoint `number`."""
+    folder = Folder(directory)
+    name = f"leaving.{index:05d}-of-{count:05d}.{number:020d}"
+    folder.write(name, b"")
+    _unmark_leaving(folder, index, count, but=name)
+
+
+def _unmark_leaving(folder: Folder, index: int, count: int, *, but: str = "") -> None:
+    for name in folder.names():
+        match = _LEAVING.fullmatch(name)
+        if match is not None and (int(match[1]), int(match[2])) == (index, count) and name != but:
+            folder.remove(name)
+
+
+def leaving(directory: str, count: int) -> dict[int, int]:
+    """Number of the checkpoint with which each of the PS that have left, or are about to, ends."""
+    marks = filter(None, map(_LEAVING.fullmatch, Folder(directory).names()))
+    return {int(match[1]): int(match[3]) for match in marks if int(match[2]) == count}
+
+
+@contextmanager
+def hold(path: str, *, seconds: float = HELD_S, clock: Callable[[], float] = time.time) -> Iterator[None]:
+    """Keep the checkpoint at `path` from being pruned while it is read or written, for `seconds` at most.
+
+    Where nothing can be written, it is read all the same, and may be pruned meanwhile.
+    """
+    folder = Folder(path)
+    name = f"held.{int(clock() + seconds):011d}.{secrets.token_hex(4)}"
+    try:
+        folder.write(name, b"")
+    except Exception:  # noqa: BLE001 (whatever the file system says: a read-only copy is as good to read)
+        name = ""
+    try:
+        yield
+    finally:
+        if name:
+            with suppress(Exception):
+                folder.remove(name)
 
 
 def write_manifest(path: str, parts: Sequence[Part], *, clock: Callable[[], float] = time.time) -> Manifest:
@@ -262,7 +439,7 @@ def read_manifest(path: str) -> Manifest:
     folder = Folder(path)
     where = folder.path(MANIFEST)
     try:
-        body = _unpack(where, MANIFEST_FORMAT, folder.read(MANIFEST))
+        body = _unpack(where, MANIFEST_FORMAT, folder.read(MANIFEST, most=_MOST_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         names = folder.names()
         inside = [name for name in names if _NUMBERED.fullmatch(name)]
@@ -279,10 +456,12 @@ def read_manifest(path: str) -> Manifest:
         )
     try:
         parts = tuple(_part(where, part) for part in body["parts"])
-        manifest = Manifest(parts=parts, created_unix_s=float(body["created_unix_s"]))
+        manifest = Manifest(parts=parts, created_unix_s=_seconds(body["created_unix_s"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: not a manifest: {error!r}") from None
-    if not parts or [part.shard_index for part in parts] != list(range(len(parts))):
+    if not parts or [(part.shard_index, part.shard_count) for part in parts] != [
+        (index, len(parts)) for index in range(len(parts))
+    ]:
         raise CheckpointError(f"{where}: lists PS {[part.shard_index for part in parts]}, not 0 to n-1")
     return manifest
 
@@ -294,35 +473,112 @@ def list_checkpoints(directory: str) -> list[CheckpointInfo]:
     for name in folder.names():
         if match := _NUMBERED.fullmatch(name):
             child = folder.child(name)
-            found.append(
-                CheckpointInfo(path=child.url, number=int(match.group(1)), complete=child.exists(MANIFEST)),
-            )
-    return found
+            found.append(_info(child.url, int(match.group(1)), frozenset(child.names())))
+    return sorted(found, key=lambda info: (info.order, info.number))
+
+
+def _info(path: str, number: int, names: frozenset[str]) -> CheckpointInfo:
+    marks = [match for match in map(_ORDER.fullmatch, names) if match is not None]
+    return CheckpointInfo(
+        path=path,
+        number=number,
+        complete=MANIFEST in names,
+        order=max((int(match[2]) for match in marks), default=number),
+        round=any(match[1] == "round" for match in marks),
+        names=names,
+    )
 
 
 def newest_complete(directory: str) -> CheckpointInfo | None:
-    """The newest complete checkpoint below `directory`, None if there is none."""
+    """The complete checkpoint below `directory` that was begun last, None if there is none."""
     complete = [info for info in list_checkpoints(directory) if info.complete]
     return complete[-1] if complete else None
 
 
-def prune(directory: str, keep: int) -> list[str]:
+def next_number(found: Collection[CheckpointInfo], now_ms: int) -> int:
+    """Number of a checkpoint begun at `now_ms`, Unix milliseconds: the first one from there that is not taken."""
+    taken = {info.number for info in found}
+    while now_ms in taken:
+        now_ms += 1
+    return now_ms
+
+
+def next_order(found: Collection[CheckpointInfo], number: int) -> int:
+    """Place in the order of a new checkpoint of that number: behind all there are."""
+    return max([number, *(info.order + 1 for info in found)])
+
+
+def mark_order(path: str, found: Collection[CheckpointInfo], number: int) -> None:
+    """Give the new checkpoint `number` at `path` its place behind those there are, if its name does not say so."""
+    order = next_order(found, number)
+    if order != number:
+        Folder(path).write(f"order.{order:020d}", b"")
+
+
+def prune(
+    directory: str, keep: int, *, used: Collection[str] = (), clock: Callable[[], float] = time.time
+) -> list[str]:
     """Delete all but the newest `keep` complete checkpoints, and incomplete ones older than the newest complete one.
+
+    What is held, being written or in `used` stays, and so does the complete checkpoint of the highest step: what is
+    newest may come of a cluster that lost everything. Of incomplete ones newer than all complete ones the last two
+    stay.
+
+    Args:
+        directory: Where the checkpoints are.
+        keep: How many, at least 1.
+        used: Paths of checkpoints that must stay.
+        clock: Unix seconds.
 
     Returns:
         Paths of what was deleted.
     """
     found = list_checkpoints(directory)
-    complete = [info.number for info in found if info.complete]
-    if not complete:
-        return []
-    kept = set(complete[-max(keep, 1) :])
-    gone = [info.path for info in found if info.number < complete[-1] and info.number not in kept]
-    for path in gone:
-        folder = Folder(path)
+    complete = [info for info in found if info.complete]
+    kept = {info.path for info in complete[-max(keep, 1) :]} | set(used)
+    newer = found[found.index(complete[-1]) + 1 :] if complete else found
+    kept |= {info.path for info in newer[-_SPARE_INCOMPLETE:]}
+    gone = [info for info in found if info.path not in kept and not info.is_held(clock())]
+    if any(info.complete for info in gone):
+        best = _of_highest_step(complete)
+        gone = [info for info in gone if info.path != best]
+    holders = _holders(directory, gone)
+    deleted: list[str] = []
+    for info in gone:
+        folder = Folder(info.path)
+        # What says that somebody reads or writes may have come since.
+        now = _info(info.path, info.number, frozenset(folder.names()))
+        if now.is_held(clock()) or now.is_written(holders, clock()) or now.complete != info.complete:
+            continue
         folder.remove(MANIFEST)  # first, so that what is left halfway is no checkpoint
         folder.remove_all()
-    return gone
+        deleted.append(info.path)
+    return deleted
+
+
+def _of_highest_step(complete: Sequence[CheckpointInfo]) -> str:
+    """Path of the newest of those with the highest step; of those that cannot be read, none."""
+    best, highest = "", -1
+    for info in complete:
+        with suppress(CheckpointError):
+            step = read_manifest(info.path).global_step
+            if step >= highest:
+                best, highest = info.path, step
+    return best
+
+
+def _holders(directory: str, found: Collection[CheckpointInfo]) -> dict[tuple[int, int], str]:
+    """Lives of the PS that these checkpoints say are writing."""
+    writers = {
+        (int(match[1]), int(match[2])) for info in found for match in map(_SAVING.fullmatch, info.names) if match
+    }
+    lives: dict[tuple[int, int], str] = {}
+    for index, count in writers:
+        with suppress(CheckpointError):
+            life = read_holder(directory, index, count)
+            if life is not None:
+                lives[index, count] = life
+    return lives
 
 
 def _pack(kind: str, body: Mapping[str, Any]) -> bytes:
@@ -335,7 +591,7 @@ def _pack(kind: str, body: Mapping[str, Any]) -> bytes:
 def _unpack(where: str, kind: str, raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: damaged: {error}") from None
     if not isinstance(body, dict) or body.get("format") != kind:
         raise CheckpointError(f"{where}: not a file of format {kind!r}")
@@ -355,13 +611,42 @@ def _checksum(body: Mapping[str, Any]) -> int:
 
 def _part(where: str, body: Mapping[str, Any]) -> Part:
     try:
-        return Part(
-            shard_index=int(body["shard_index"]),
-            shard_count=int(body["shard_count"]),
-            global_step=int(body["global_step"]),
-            incarnation=int(body["incarnation"]),
-            finished_unix_s=float(body["finished_unix_s"]),
-            files=tuple(FileRecord(**file) for file in body["files"]),
+        part = Part(
+            shard_index=_count(body["shard_index"]),
+            shard_count=_count(body["shard_count"]),
+            global_step=_count(body["global_step"]),
+            incarnation=_count(body["incarnation"]),
+            finished_unix_s=_seconds(body["finished_unix_s"]),
+            began_unix_s=_seconds(body.get("began_unix_s", 0.0)),
+            life=str(body.get("life", "")),
+            files=tuple(_file(file) for file in body["files"]),
         )
+        if part.shard_index >= part.shard_count:
+            raise ValueError(f"PS {part.shard_index} of {part.shard_count}")
+        return part
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: not a part manifest: {error!r}") from None
+
+
+def _file(body: Mapping[str, Any]) -> FileRecord:
+    name, kind, table = body["name"], body["kind"], body.get("table", "")
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a file in the checkpoint's directory")
+    if kind not in _KINDS or not isinstance(table, str):
+        raise ValueError(f"{name}: kind {kind!r} of table {table!r}")
+    crc32c = _count(body["crc32c"])
+    return FileRecord(
+        name=name, kind=kind, bytes=_count(body["bytes"]), crc32c=crc32c, table=table, rows=_count(body.get("rows", 0))
+    )
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**64:
+        raise ValueError(f"{value!r} where a number from 0 to 2**64 - 1 is due")
+    return value
+
+
+def _seconds(value: Any) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} where seconds are due")
+    return float(value)

@@ -14,7 +14,7 @@ from trilith.errors import CheckpointError, InvalidRequestError
 __all__ = ["Folder", "absolute"]
 
 # Here a file appears whole when it is closed, and a rename would be a copy.
-_WHOLE_ON_CLOSE = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"})
+_WHOLE_ON_CLOSE = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss"})
 
 # What file systems call a file's size and when it was changed.
 _STAMPS = ("size", "mtime", "created", "LastModified", "last_modified", "updated", "ETag", "etag")
@@ -90,10 +90,17 @@ class Folder:
         handle: IO[bytes] = self._fs.open(f"{self._root}/{name}", "rb")
         return handle
 
-    def read(self, name: str) -> bytes:
-        """Read the whole file."""
+    def read(self, name: str, *, most: int = 0) -> bytes:
+        """Read the whole file.
+
+        Raises:
+            CheckpointError: It has more than `most` bytes; 0 is no limit.
+        """
         with self.open(name) as handle:
-            return handle.read()
+            content = handle.read(most + 1 if most else -1)
+        if most and len(content) > most:
+            raise CheckpointError(f"{self.path(name)}: more than {most} bytes, which no file of its kind has")
+        return content
 
     @contextmanager
     def create(self, name: str) -> Iterator[IO[bytes]]:
@@ -107,19 +114,25 @@ class Folder:
         temporary = final if whole else f"{final}.tmp-{secrets.token_hex(4)}"
         try:
             self._fs.makedirs(self._root, exist_ok=True)
-            with self._fs.open(temporary, "wb") as handle:
+            handle = self._fs.open(temporary, "wb")
+            try:
                 yield handle
                 if self.local:
                     handle.flush()
                     os.fsync(handle.fileno())
+            except BaseException:
+                _discard(handle)
+                raise
+            handle.close()
             if self.local:
                 os.replace(temporary, final)
                 self._sync_directory()
             elif not whole:
                 self._fs.mv(temporary, final)
         except BaseException as error:
-            with suppress(Exception):
-                self._fs.rm(temporary)
+            if not whole:  # there it would be the file that this one was to replace
+                with suppress(Exception):
+                    self._fs.rm(temporary)
             if isinstance(error, OSError):
                 raise CheckpointError(f"{self.path(name)} cannot be written: {error}") from error
             raise
@@ -159,6 +172,18 @@ class Folder:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _discard(handle: Any) -> None:
+    """Close a file whose content shall not be kept: closing one of an object store would upload what is there."""
+    from fsspec.spec import AbstractBufferedFile
+
+    with suppress(Exception):
+        if isinstance(handle, AbstractBufferedFile):
+            handle.closed = True
+            handle.discard()  # what has been uploaded in pieces
+        else:
+            handle.close()
 
 
 def absolute(path: str | os.PathLike[str]) -> str:

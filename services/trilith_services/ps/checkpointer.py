@@ -1,8 +1,8 @@
-"""Periodic checkpoints of one PS, taken at the same ticks of the wall clock on every PS of a cluster.
+"""Periodic checkpoints of one PS, together with those of the other PS of its cluster.
 
-Nobody coordinates: a checkpoint is numbered by its tick (Unix milliseconds), so all PS write into the same directory;
-each writes its own files and part manifest, and whoever then finds the parts of all PS writes the manifest. Two may do
-so at once; they write the same.
+Nobody coordinates: a checkpoint is named after its tick of the wall clock (Unix milliseconds), so all PS write into the
+same directory; each writes its own files and part manifest, and whoever writes the last part writes the manifest. The
+next one is begun at the first tick after that: the slowest PS sets the pace, and every checkpoint becomes complete.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from trilith import checkpoint
 from trilith.checkpoint import CheckpointInfo
-from trilith.errors import InvalidRequestError
-from trilith.folder import Folder
+from trilith.errors import CheckpointError, InvalidRequestError, TrilithError
 from trilith_services.ps import snapshot
+from trilith_services.ps.rounds import Rounds
 
 if TYPE_CHECKING:
     from trilith_services.ps.store import Store
@@ -27,12 +27,18 @@ __all__ = ["Checkpointer", "restore_newest"]
 log = logging.getLogger(__name__)
 
 DEFAULT_KEEP = 3
-_JOIN_LOOKS = 10
-_JOIN_PAUSE_S = 0.1
+# While the other PS may still be writing, look whether they are done: seldom, if there are many.
+_FIRST_LOOK_S = 0.1
+_LAST_LOOK_S = 5.0
+_LEAVING_S = 2.0
+_LATE_S = 10.0
 
 
 def restore_newest(store: Store, directory: str) -> CheckpointInfo | None:
     """Restore the shard from the newest complete checkpoint below `directory`; None if there is none.
+
+    The PS of a cluster that starts choose the same one: to be complete, a newer one would need a part of each of them
+    (`Checkpointer.register` comes first, so that parts of earlier processes do not count).
 
     Raises:
         CheckpointError: The checkpoint is damaged. An older one is not taken silently: move the damaged directory away
@@ -42,14 +48,15 @@ def restore_newest(store: Store, directory: str) -> CheckpointInfo | None:
     if newest is None:
         log.info("no complete checkpoint: starting empty", extra={"directory": directory})
         return None
-    response = snapshot.restore_shard(store, newest.path)
+    with checkpoint.hold(newest.path):
+        response = snapshot.restore_shard(store, newest.path)
     store.restored_from = newest.path
     store.restored_step = response.global_step
     return newest
 
 
 class Checkpointer:
-    """Writes this PS's part at every tick, completes checkpoints and deletes old ones, on a thread of its own.
+    """Writes this PS's parts, completes checkpoints and deletes old ones, on a thread of its own.
 
     A failed save is logged and counted, and tried again at the next tick: training goes on. `stop` ends the thread when
     a save in progress is done, and can write a last checkpoint for what came after.
@@ -64,6 +71,7 @@ class Checkpointer:
         keep: int = DEFAULT_KEEP,
         clock: Callable[[], float] = time.time,
         observe: Callable[[float, int, bool], None] | None = None,
+        completed: Callable[[float], None] | None = None,
     ) -> None:
         """Make one; `start` starts it.
 
@@ -74,142 +82,215 @@ class Checkpointer:
             keep: Complete checkpoints to keep.
             clock: Source of Unix seconds.
             observe: Called after each save with its seconds, its bytes and whether it succeeded.
+            completed: Called with the time, Unix seconds, at which the newest complete checkpoint became so.
         """
         if every_s < 0:
             raise InvalidRequestError(f"checkpoints every {every_s} s; 0 or more is needed")
         if keep < 1:
             raise InvalidRequestError(f"keep={keep} checkpoints; at least 1 is needed")
         self._store = store
-        self._folder = Folder(directory)
+        self._rounds = Rounds(directory, store.index, store.count, store.life, keep=keep, clock=clock)
         self._every_ms = round(every_s * 1000)
-        self._keep = keep
         self._clock = clock
         self._observe = observe
+        self._completed = completed
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._incomplete: int | None = None
-        self._since = clock()
-        self._due = 0  # the tick to write next, once there are ticks
+        self._registered = False
+        self._replaced = False
+        self._unsure = True  # whether there may be a round that waits for parts
+        self._known = -1  # number of the last round that is complete
+        self._due = 0  # when to begin the next one, Unix milliseconds
+        self._looks = 0  # at the round that is waited for
+        self._waiting_since = 0.0
+        self._told_late = 0
+
+    def register(self) -> None:
+        """Be this PS from now on, for all that write here; before the shard is restored."""
+        self._rounds.register()
+        self._registered = True
 
     def start(self) -> None:
         """Begin to write at every tick from now on."""
-        self._since = self._clock()
+        if not self._registered:
+            self.register()
+        self._due = self._tick_after(self._clock())
         if self._every_ms:
-            self._due = self._number_after(self._since)
             self._thread = threading.Thread(target=self._run, name="checkpointer", daemon=True)
             self._thread.start()
 
     def stop(self, *, final: bool = True) -> bool:
-        """End the thread; with `final`, write the next tick's checkpoint now. Returns False if that failed.
+        """End the thread; with `final`, write a last checkpoint now. Returns False if that failed.
 
-        The PS of a cluster that stops as a whole complete a last checkpoint together: with ticks, each writes the tick
-        it has not written yet; without, it joins a checkpoint that another PS has begun. A PS that stops alone leaves
-        its part for the others to complete at that tick.
+        The PS of a cluster that stops as a whole complete a last checkpoint together, in which each has its part as of
+        its end. A PS that stops alone leaves its part for the others to complete at their next tick.
         """
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        return not final or self._write_last()
+        if not final or self._replaced:
+            return True
+        try:
+            if not self._rounds.held:
+                self._leave_to_other()
+                return True
+            return self._write_last()
+        except Exception:
+            log.exception("the last checkpoint failed; what was written since the one before is lost")
+            return False
 
     def _write_last(self) -> bool:
-        now = self._clock()
-        if self._every_ms:
-            return self.write(self._due or self._number_after(now))
-        number = self._begun_by_others(after=int(self._since * 1000)) or self._number_after(now)
-        written = self.write(number)
-        # Another PS may have looked for this one's before it was there, on the other side of a tick.
-        for _ in range(_JOIN_LOOKS):
-            if self._incomplete is None or not written:
-                break
-            later = self._begun_by_others(after=number)
-            if later is not None:
-                return self.write(later)
-            time.sleep(_JOIN_PAUSE_S)
-            self._complete_late()
-        return written
-
-    def _begun_by_others(self, *, after: int) -> int | None:
-        """The newest checkpoint above `after` that is neither complete nor has this PS's part."""
-        own = checkpoint.part_name(self._store.index, self._store.count)
-        for info in reversed(checkpoint.list_checkpoints(self._folder.url)):
-            if info.number > after and not info.complete and not Folder(info.path).exists(own):
-                return info.number
-        return None
+        number, pause = 0, _FIRST_LOOK_S
+        left = _LEAVING_S
+        while True:
+            last = self._rounds.last(self._tick_after(self._clock()), mine=number)
+            if last != number:
+                if not self.write(last):
+                    return False
+                number, left = last, _LEAVING_S
+            complete = self._complete(number)
+            # Another PS may have looked for this one's before it was there, and have begun another.
+            if complete and (self._store.count == 1 or self._rounds.all_leave(number)):
+                return True
+            if left <= 0:
+                if not complete:
+                    late = ", ".join(self._rounds.late(number))
+                    log.warning("the last checkpoint is left to others: it waits for %s", late)
+                return True
+            time.sleep(pause)
+            left -= pause
+            pause = min(2 * pause, 1.0)
 
     def halt(self) -> None:
-        """Begin no more saves; one in progress is not waited for."""
+        """Begin no more saves; one in progress is not waited for, and does not count."""
         self._stopping.set()
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._pause(self._due)):
-            self._complete_late()
-            if self._clock() * 1000 >= self._due:
-                self.write(self._due)
-                self._due = self._number_after(self._clock())
+        while not self._stopping.wait(self._pause()):
+            pass
 
-    def _number_after(self, now: float) -> int:
-        """The first tick later than `now`; without ticks, `now` in whole seconds, so that stopping PS may agree."""
+    def _pause(self) -> float:
+        try:
+            return self.turn()
+        except TrilithError as error:
+            log.error("checkpoints cannot be looked after; trying again: %s", error)
+        except Exception:
+            log.exception("checkpoints cannot be looked after; trying again")
+        return min(_LAST_LOOK_S, self._every_ms / 1000)
+
+    def turn(self) -> float:
+        """Do what is due, one save at most; returns the seconds until there may be more to do."""
+        now = self._clock()
+        every_s = self._every_ms / 1000
+        if self._due / 1000 - now > every_s:  # the clock was set back
+            self._due = self._tick_after(now)
+        if not self._unsure and now * 1000 < self._due:
+            return self._due / 1000 - now
+        if not self._rounds.held:
+            self._leave_to_other()
+            return every_s
+        newest = self._rounds.newest()
+        if newest is not None and not newest.complete:
+            self._unsure = True
+            if not self._rounds.has_part(newest):
+                return 0.0 if self.write(newest.number) else every_s
+            if not self._finish(newest, now):
+                return self._wait(newest.number, now)
+        if newest is not None and newest.number != self._known:
+            self._note(newest)
+        self._unsure = False
+        if now * 1000 < self._due:
+            return self._due / 1000 - now
+        number = self._rounds.begin(int(now * 1000) // self._every_ms * self._every_ms)
+        self._due = self._tick_after(now)
+        self._unsure = True
+        return 0.0 if self.write(number) else every_s
+
+    def _finish(self, newest: CheckpointInfo, now: float) -> bool:
+        """Complete the round if all parts are there: whoever wrote the last has done so, unless it died."""
+        self._looks += 1
+        if self._looks == 1:
+            self._waiting_since = now
+        due = self._looks >= (1 if self._store.index == 0 else 3)
+        return due and self._rounds.complete(newest.number, used=self._store.restored_from)
+
+    def _wait(self, number: int, now: float) -> float:
+        late_s = max(_LATE_S, self._every_ms / 1000)
+        if now - self._waiting_since > late_s and self._told_late != number:
+            self._told_late = number
+            log.warning(
+                "a checkpoint waits for %s; its other parts are there since %.0f s. A PS that never begins is away, or "
+                "has another --checkpoint-dir, or no --checkpoint-every",
+                ", ".join(self._rounds.late(number)),
+                now - self._waiting_since,
+                extra={"path": self._rounds.path(number)},
+            )
+        return float(min(_FIRST_LOOK_S * 2 ** min(self._looks, 10), _LAST_LOOK_S, max(self._every_ms / 2000, 0.05)))
+
+    def _note(self, newest: CheckpointInfo) -> None:
+        """A round has become complete: the next one is due at the first tick after that."""
+        self._known = newest.number
+        self._looks = 0
+        try:
+            created = checkpoint.read_manifest(newest.path).created_unix_s
+        except CheckpointError:  # pruned meanwhile, or damaged: no reason not to write the next one
+            created = self._clock()
+        if self._completed is not None:
+            self._completed(created)
+        self._due = max(self._due, self._tick_after(min(created, self._clock())))
+
+    def _leave_to_other(self) -> None:
+        log.error(
+            "another process has been started as PS %d of %d with this --checkpoint-dir: its checkpoints count, and "
+            "this one writes no more",
+            self._store.index,
+            self._store.count,
+        )
+        self._replaced = True
+        self._stopping.set()
+
+    def _tick_after(self, now: float) -> int:
+        """The first tick later than `now`, Unix milliseconds; without ticks, one of every ten seconds."""
         every = self._every_ms or 10_000
         return (int(now * 1000) // every + 1) * every
 
-    def _pause(self, due: int) -> float:
-        left = max(due / 1000 - self._clock(), 0.0)
-        # While the other PS may still be writing, look whether they are done.
-        return min(left, 0.5) if self._incomplete is not None else left
-
     def write(self, number: int) -> bool:
         """Write this PS's part of checkpoint `number`, and the manifest if it was the last part."""
-        path = self._folder.path(checkpoint.checkpoint_name(number))
+        path = self._rounds.path(number)
         started = time.perf_counter()
         try:
+            self._rounds.join(number)
             response = snapshot.save_shard(self._store, path, clock=self._clock)
-        except Exception:
+        except Exception as error:
             # Anything: a full disk, a bucket that refuses. A PS outlives its backups.
             last = self._stopping.is_set()
             then = "what was written since the one before is lost" if last else "the next tick tries again"
-            log.exception("checkpoint failed; %s", then, extra={"path": path})
+            log.error(
+                "checkpoint failed; %s: %s",
+                then,
+                error,
+                extra={"path": path},
+                exc_info=None if isinstance(error, TrilithError | OSError) else error,
+            )
             self._report(time.perf_counter() - started, 0, succeeded=False)
             return False
         self._store.last_checkpoint = path
         self._store.last_checkpoint_time = self._clock()
         self._report(time.perf_counter() - started, sum(file.bytes for file in response.files), succeeded=True)
-        if self._incomplete is not None and self._incomplete != number:
-            log.warning(
-                "a checkpoint stays incomplete: a PS was away then, or has another --checkpoint-dir or "
-                "--checkpoint-every",
-                extra={"path": self._folder.path(checkpoint.checkpoint_name(self._incomplete))},
-            )
-        self._incomplete = number
-        self._complete_late()
+        self._looks = 0
+        self._complete(number)
         return True
 
     def _report(self, seconds: float, size: int, *, succeeded: bool) -> None:
         if self._observe is not None:
             self._observe(seconds, size, succeeded)
 
-    def _complete_late(self) -> None:
-        """Write the manifest of the latest checkpoint if all parts are there, and delete what is too old."""
-        if self._incomplete is None:
-            return
-        number = self._incomplete
-        folder = self._folder.child(checkpoint.checkpoint_name(number))
+    def _complete(self, number: int) -> bool:
         try:
-            parts = checkpoint.collect_parts(folder, self._store.count)
-            if parts is None:
-                return
-            if not self._is_declared(folder, parts):
-                checkpoint.write_manifest(folder.url, parts, clock=self._clock)
-                log.info("checkpoint complete", extra={"path": folder.url, "step": parts[0].global_step})
-            self._incomplete = None
-            for path in checkpoint.prune(self._folder.url, self._keep):
-                log.info("old checkpoint deleted", extra={"path": path})
+            return self._rounds.complete(number, used=self._store.restored_from)
+        except TrilithError as error:
+            log.error("checkpoint could not be completed: %s", error, extra={"path": self._rounds.path(number)})
         except Exception:
-            log.exception("checkpoint could not be completed; trying again", extra={"path": folder.url})
-
-    @staticmethod
-    def _is_declared(folder: Folder, parts: list[checkpoint.Part]) -> bool:
-        """Whether the manifest says just this already."""
-        if not folder.exists(checkpoint.MANIFEST):
-            return False
-        return checkpoint.read_manifest(folder.url).parts == tuple(parts)
+            log.exception("checkpoint could not be completed", extra={"path": self._rounds.path(number)})
+        return False

@@ -75,6 +75,11 @@ class Metrics:
         self._checkpoint_failures = Counter(
             "trilith_ps_checkpoint_failures_total", "Checkpoints that failed.", registry=self.registry
         )
+        self._complete_time = Gauge(
+            "trilith_ps_last_complete_checkpoint_time_seconds",
+            "When the newest checkpoint of all PS became complete, Unix seconds; 0: none yet.",
+            registry=self.registry,
+        )
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self.registry.register(_CallCollector(self))
@@ -118,6 +123,10 @@ class Metrics:
             self._checkpoint_bytes.set(size)
         else:
             self._checkpoint_failures.inc()
+
+    def completed(self, time_s: float) -> None:
+        """The newest complete checkpoint of all PS became so at `time_s`, Unix seconds."""
+        self._complete_time.set(time_s)
 
     def requests(self) -> dict[str, int]:
         """Calls answered so far, by method."""

@@ -118,14 +118,17 @@ class ParameterServer(ServerProcess):
         if options.checkpoint_dir is not None:
             from trilith_services.ps.checkpointer import Checkpointer, restore_newest
 
-            restore_newest(self._store, options.checkpoint_dir)
-            self._checkpointer = Checkpointer(
+            checkpointer = Checkpointer(
                 self._store,
                 options.checkpoint_dir,
                 every_s=options.checkpoint_every_s,
                 keep=options.checkpoint_keep,
                 observe=self.metrics.checkpointed,
+                completed=self.metrics.completed,
             )
+            checkpointer.register()
+            restore_newest(self._store, options.checkpoint_dir)
+            self._checkpointer = checkpointer
         if self._checkpointer is not None:
             self._checkpointer.start()
         for name, address in options.sync_to.items():

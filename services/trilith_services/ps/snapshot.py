@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -46,36 +47,37 @@ def save_shard(store: Store, path: str, *, clock: Callable[[], float] = time.tim
 
     The checkpoint is complete when somebody who knows that all shards have done so writes its manifest
     (`trilith.checkpoint.write_manifest`). Saving twice into one directory is fine: file names are fresh every time.
+    What is written when a save fails goes again: the next one needs the room.
     """
     started = time.perf_counter()
     folder = Folder(path)
-    token = secrets.token_hex(4)
     identity = store.describe()
     index, count = identity.shard_index, identity.shard_count
     # Taken before the first row, so everything up to this step is in the files.
-    step = identity.global_step
-
-    def name(kind: str, table: str = "") -> str:
-        return checkpoint.file_name(kind, table, index, count, token)
-
+    step, began = identity.global_step, clock()
+    saving = checkpoint.saving_name(index, count, store.life)
     files: list[FileRecord] = []
-    for table_name, table in sorted(store.tables.items()):
-        files.append(row_files.write_table(folder, name("rows", table_name), table))
-        if isinstance(table.gate, SlidingFilter):  # the others remember nothing
-            files.append(write_filter(folder, name("filter", table_name), table_name, table.gate))
-    files.append(variable_files.write(folder, name("variables"), store.variables.export()))
-    queues = store.queues.export()
-    if queues:
-        files.append(queue_files.write(folder, checkpoint.file_name("queues", "", index, count, token, "json"), queues))
-    response = ps_pb2.SaveResponse(
-        incarnation=identity.incarnation,
-        global_step=step,
-        files=[
-            ps_pb2.ShardFile(name=file.name, bytes=file.bytes, crc32c=file.crc32c, table=file.table, rows=file.rows)
-            for file in files
-        ],
-    )
-    checkpoint.write_part(folder, checkpoint.part_of(index, count, response, finished_unix_s=clock()))
+    try:
+        folder.write(saving, b"")
+        files.extend(_write_files(store, folder, index, count))  # as they are written
+        response = ps_pb2.SaveResponse(
+            incarnation=identity.incarnation,
+            global_step=step,
+            files=[
+                ps_pb2.ShardFile(name=file.name, bytes=file.bytes, crc32c=file.crc32c, table=file.table, rows=file.rows)
+                for file in files
+            ],
+        )
+        part = checkpoint.part_of(index, count, response, finished_unix_s=clock(), began_unix_s=began, life=store.life)
+        checkpoint.write_part(folder, part)
+    except BaseException:
+        with suppress(Exception):
+            for file in files:
+                folder.remove(file.name)
+        raise
+    finally:
+        with suppress(Exception):
+            folder.remove(saving)
     log.info(
         "checkpoint part written",
         extra={
@@ -87,6 +89,22 @@ def save_shard(store: Store, path: str, *, clock: Callable[[], float] = time.tim
         },
     )
     return response
+
+
+def _write_files(store: Store, folder: Folder, index: int, count: int) -> Iterator[FileRecord]:
+    token = secrets.token_hex(4)
+
+    def name(kind: str, table: str = "", suffix: str = "arrow") -> str:
+        return checkpoint.file_name(kind, table, index, count, token, suffix)
+
+    for table_name, table in sorted(store.tables.items()):
+        yield row_files.write_table(folder, name("rows", table_name), table)
+        if isinstance(table.gate, SlidingFilter):  # the others remember nothing
+            yield write_filter(folder, name("filter", table_name), table_name, table.gate)
+    yield variable_files.write(folder, name("variables"), store.variables.export())
+    queues = store.queues.export()
+    if queues:
+        yield queue_files.write(folder, name("queues", suffix="json"), queues)
 
 
 def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:

@@ -82,6 +82,8 @@ class Store:
         self.index = index
         self.count = count
         self.incarnation = incarnation if incarnation is not None else secrets.randbits(63) | 1
+        self.life = secrets.token_hex(4)
+        """Names this process in what it writes; a restore does not change it."""
         self.variables = Variables()
         self.queues = Queues()
         self.budget = MemoryBudget(memory_limit_bytes)
