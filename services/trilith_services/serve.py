@@ -37,9 +37,12 @@ from trilith.remote import ERROR_KEY
 from trilith_services.listening import warn_if_exposed
 from trilith_services.streams import Streams
 
-__all__ = ["Limits", "Method", "Server", "serve"]
+__all__ = ["LIVE", "Limits", "Method", "Server", "serve"]
 
 log = logging.getLogger(__name__)
+
+LIVE = "live"
+"""Health of the process itself, which serves also while what it is there for cannot be answered."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -225,6 +228,9 @@ class Server:
             reflection.enable_server_reflection(
                 (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, pool=self._health_pool
             )
+        self._telling = threading.Lock()
+        self._serving: bool | None = None
+        self._health.set(LIVE, _SERVING)
         self.set_serving(False)
 
     @property
@@ -248,11 +254,15 @@ class Server:
         return port
 
     def set_serving(self, serving: bool) -> None:
-        """Tell health checks."""
-        status = _SERVING if serving else _NOT_SERVING
-        self._health.set("", status)
-        for service in self._services:
-            self._health.set(service, status)
+        """Tell health checks; saying the same again disturbs nobody."""
+        with self._telling:
+            if serving == self._serving:
+                return
+            self._serving = serving
+            status = _SERVING if serving else _NOT_SERVING
+            self._health.set("", status)
+            for service in self._services:
+                self._health.set(service, status)
 
     def stop(self, grace_s: float) -> None:
         """Refuse new calls, let those in flight finish for `grace_s` seconds, and end."""

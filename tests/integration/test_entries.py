@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 import trilith
+from tests.consoles import open_console
 from tests.programs import PATIENCE_S, Processes
 from tests.served import SETTINGS, Load, Trained, train
 from tests.zookeeper import eventually
@@ -18,10 +21,14 @@ from trilith.discovery.replicas import ModelState, ReplicaMeta
 from trilith.discovery.zk_url import ZkUrl
 from trilith.discovery.zookeeper import ZooKeeper
 from trilith.errors import UnavailableError
+from trilith.exports import ps_base
 from trilith.prediction import Predictor
 from trilith_proto import hash_table_pb2
 from trilith_services.ps.replica import serving_config
+from trilith_services.ps.server import ParameterServer
+from trilith_services.ps.store import Store
 from trilith_services.ps.table import Table
+from trilith_services.supervisor import free_ports, is_serving
 from trilith_services.worker.models import TABLE
 
 pytestmark = pytest.mark.timeout(900)
@@ -157,3 +164,53 @@ def test_whoever_dies_no_request_fails_and_scores_are_those_of_the_compressed_tr
         eventually(lambda: states(zookeeper) == [ModelState.AVAILABLE], timeout_s=PATIENCE_S)
         assert processes.end("two", signal.SIGTERM) == 0
         assert states(zookeeper) == []  # who is asked to stop takes its node with it
+
+
+def test_a_shard_whose_only_replica_is_killed_is_shown_as_missing_and_the_entry_as_not_ready(
+    processes: Processes, zk_url: str, tmp_path: Path, cleanup: Callable[..., None]
+) -> None:
+    exports, listed = str(tmp_path / "exports"), ("--discovery", zk_url, "--name", "clicks")
+    training = ParameterServer(Store(threads=1))
+    cluster = f"static://127.0.0.1:{training.start()}"
+    cleanup(training.stop)
+    with trilith.connect(cluster) as client:
+        trained = train(client, tmp_path / "model")
+        done = trained.exporter().export(trained.save(), exports)
+    rows = f"{ps_base(exports, 0)}/{done.version}/rows"
+    http = f"http://127.0.0.1:{free_ports(1)[0]}"
+    processes.start("replica", "serving", "ps", "--rows", rows, *listed)
+    processes.start("entry", "serving", "entry", "--export", exports, *listed, "--http", http.removeprefix("http://"))
+    processes.wait("replica", "entry")
+
+    def asked(path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(http + path, timeout=30) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def states(look: dict) -> tuple[list[str], list[tuple[str, bool]]]:
+        return (
+            [each["state"] for each in look["entries"]],
+            [(each["state"], each["alive"]) for each in look["replicas"]],
+        )
+
+    with open_console(cluster, serving=zk_url, model="clicks") as console:
+        console.until(lambda look: states(look) == (["available"], [("available", True)]))
+        assert asked("/healthz") == (200, "ok\n")
+        processes.end("replica")
+        eventually(lambda: asked("/healthz")[0] == 503, timeout_s=PATIENCE_S)
+        assert "no replica of shard 0 of 1 answers" in asked("/healthz")[1]
+        assert asked("/livez")[0] == 200
+        look = console.until(lambda look: states(look) == (["degraded"], [("missing", False)]), timeout_s=PATIENCE_S)
+        assert look["entries"][0]["problem"].startswith("shard 0: 0 of 1 replicas answer")
+        eventually(lambda: not is_serving(f"127.0.0.1:{processes.ports['entry']}"), timeout_s=PATIENCE_S)
+        with Predictor(f"127.0.0.1:{processes.ports['entry']}") as predictor:
+            (missing,) = predictor.status().replicas
+            assert (missing.shard, missing.healthy) == (0, False)
+            assert missing.address == f"127.0.0.1:{processes.ports['replica']}"
+        processes.start("replica")
+        processes.wait("entry")
+        assert asked("/healthz")[0] == 200
+        console.until(lambda look: states(look) == (["available"], [("available", True)]), timeout_s=PATIENCE_S)

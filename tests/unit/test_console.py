@@ -425,8 +425,9 @@ def test_replicas_are_found_in_other_directories_too(cluster, tmp_path) -> None:
     (tmp_path / "clicks-ps-1").mkdir()
     (tmp_path / "clicks-ps-1" / "4").write_text(cluster.rpartition(",")[2])  # any shard will do
     with open_console(cluster, serving=f"hosts://{tmp_path}", model="clicks") as console:
-        look = console.until(lambda look: look["replicas"] and look["replicas"][0]["alive"])
-        replica = look["replicas"][0]
+        look = console.until(lambda look: look["replicas"] and look["replicas"][-1]["alive"])
+        missing, replica = look["replicas"]
+        assert (missing["shard"], missing["state"], missing["alive"]) == (0, "missing", False)
         assert (replica["shard"], replica["name"], replica["alive"], replica["rows"]) == (1, "replica-4", True, 21)
         copies = console.get("/api/tables/user/rows/7")["replicas"]
         assert [(copy["name"], copy["found"], copy["largest_difference"]) for copy in copies] == [

@@ -16,6 +16,7 @@ __all__ = [
     "Sample",
     "add_up",
     "entry_state",
+    "missing_replicas",
     "quantile",
     "replica_state",
     "shard_state",
@@ -199,10 +200,11 @@ def entry_state(listed: Listed, answered: EntrySample | str) -> EntryServer:
     was = answered.before.stats if answered.before is not None else status
     counts = [now - before for now, before in zip(status.latency_buckets, was.latency_buckets, strict=True)]
     times = [quantile(status.latency_bounds, counts, share) for share in (0.5, 0.99)]
+    problem = _problem(status)
     return EntryServer(
         name=name,
         address=listed.address,
-        state=listed.state,
+        state="degraded" if problem and status.model else listed.state,
         alive=True,
         uptime_s=status.uptime_seconds,
         model=status.model,
@@ -220,7 +222,34 @@ def entry_state(listed: Listed, answered: EntrySample | str) -> EntryServer:
         p99_ms=None if times[1] is None else 1000 * times[1],
         replicas=len(status.replicas),
         healthy_replicas=sum(each.healthy for each in status.replicas),
+        problem=problem,
     )
+
+
+def _problem(status: serving_pb2.ModelStatusResponse) -> str:
+    """Why an entry cannot answer requests; empty if it can."""
+    if not status.model:
+        return status.load_error or "no model is loaded"
+    shards: dict[int, list[serving_pb2.ReplicaStatus]] = {}
+    for each in status.replicas:
+        shards.setdefault(each.shard, []).append(each)
+    return "; ".join(
+        f"shard {shard}: 0 of {len(known)} replicas answer ({', '.join(dict.fromkeys(one.error for one in known))})"
+        for shard, known in sorted(shards.items())
+        if not any(one.healthy for one in known)
+    )
+
+
+def missing_replicas(shards: int, replicas: Sequence[Replica], entries: Iterable[EntryServer]) -> list[Replica]:
+    """A row for every shard that has no serving replica although rows are looked up at some."""
+    if not replicas and not any(each.mode == "distributed" for each in entries):
+        return []
+    there = {each.shard for each in replicas}
+    return [
+        Replica(shard=shard, name="", address="", state="missing", alive=False, error="no serving replica is listed")
+        for shard in range(shards)
+        if shard not in there
+    ]
 
 
 def table_states(samples: Mapping[int, PsSample], count: int) -> list[TableState]:

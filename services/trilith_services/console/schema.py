@@ -77,7 +77,9 @@ class Replica(_Answer):
     shard: int
     name: str
     address: str
-    state: str = Field(description="What the directory says of it; empty if it is not listed there.")
+    state: str = Field(
+        description='What the directory says of it; empty if it is not listed there; "missing" where a shard has none.'
+    )
     alive: bool
     error: str = ""
     rows: int = 0
@@ -98,7 +100,7 @@ class EntryServer(_Answer):
 
     name: str
     address: str
-    state: str = Field(description="What the directory says of it.")
+    state: str = Field(description='What the directory says of it; "degraded" if it has a model and cannot answer.')
     alive: bool
     error: str = ""
     uptime_s: float = 0.0
@@ -119,6 +121,7 @@ class EntryServer(_Answer):
     p99_ms: float | None = None
     replicas: int = Field(default=0, description="Serving replicas that it looks rows up at.")
     healthy_replicas: int = 0
+    problem: str = Field(default="", description="Why it cannot answer requests; empty if it can.")
 
 
 class Shard(_Answer):

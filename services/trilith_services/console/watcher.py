@@ -22,6 +22,7 @@ from trilith_services.console.sampling import (
     Sample,
     add_up,
     entry_state,
+    missing_replicas,
     replica_state,
     shard_state,
     table_states,
@@ -194,12 +195,14 @@ class Watcher:
         samples, shards = self._look_at_shards(members)
         listed = self._serving.read(members.count) if self._serving is not None else []
         replicas = self._look_at_replicas(members, samples, listed)
+        entries = self._look_at_entries(members, listed)
+        replicas += missing_replicas(members.count, replicas, entries)
         return Look(
             unix_s=time.time(),
             totals=add_up(shards, replicas),
             shards=shards,
-            replicas=replicas,
-            entries=self._look_at_entries(members, listed),
+            replicas=sorted(replicas, key=lambda each: (each.shard, each.name)),
+            entries=entries,
             tables=table_states(samples, members.count),
         )
 
@@ -276,7 +279,7 @@ class Watcher:
         for key, answer in answers.items():
             own = str(answer) if isinstance(answer, TrilithError) else self._remember(key, answer)
             found.append(replica_state(key[0], targets.get(key), nodes.get(key), own))
-        return sorted(found, key=lambda each: (each.shard, each.name))
+        return found
 
     def _look_at_entries(self, members: Members, listed: list[Listed]) -> list[EntryServer]:
         nodes = [each for each in listed if each.server_type != "ps"]

@@ -91,9 +91,14 @@ def make_app(servicer: PredictionServicer, metrics: EntryMetrics) -> FastAPI:
 
     @app.get("/healthz")
     async def healthz() -> PlainTextResponse:
-        """200 when a model is loaded."""
-        status = servicer.status()
-        return PlainTextResponse("ok\n" if status.model else "no model\n", status_code=200 if status.model else 503)
+        """Readiness: 200 if requests can be answered, else 503 and why not."""
+        why = servicer.unready
+        return PlainTextResponse(f"{why or 'ok'}\n", status_code=503 if why else 200)
+
+    @app.get("/livez")
+    async def livez() -> PlainTextResponse:
+        """Liveness: 200 as long as the process answers at all; to start it again helps only if this does not."""
+        return PlainTextResponse("ok\n")
 
     @app.get("/metrics")
     async def scrape() -> Response:

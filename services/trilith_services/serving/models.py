@@ -132,6 +132,16 @@ class Models:
         """The version in use; None before the first."""
         return self._current
 
+    @property
+    def unready(self) -> str:
+        """Why requests cannot be answered; empty if they can."""
+        current = self._current
+        if current is None:
+            return f"no export of {self.base} is loaded: {self.load_error or 'there is none yet'}"
+        if current.rows is None and self.replicas is not None:
+            return self.replicas.missing()
+        return ""
+
     @contextmanager
     def use(self) -> Iterator[Loaded]:
         """The version in use, which stays as long as the body needs it.
@@ -142,7 +152,7 @@ class Models:
         with self._lock:
             current = self._current
             if current is None:
-                raise UnavailableError(f"no export of {self.base} is loaded: {self.load_error or 'there is none yet'}")
+                raise UnavailableError(self.unready)
             current.users += 1
         try:
             yield current

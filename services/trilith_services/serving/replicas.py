@@ -14,7 +14,16 @@ from functools import partial
 from trilith.batches import Batches, TableInfo
 from trilith.cluster import Cluster
 from trilith.config import ClientConfig
-from trilith.errors import ClosedError, TrilithError, UnavailableError, UnknownTableError
+from trilith.errors import (
+    ClosedError,
+    ClusterMismatchError,
+    DeadlineExceededError,
+    InternalError,
+    OverloadedError,
+    ShardRestartedError,
+    TrilithError,
+    UnavailableError,
+)
 from trilith.exports import ModelConfig
 from trilith.nn.serving import Lookup
 from trilith.remote import RemoteShard
@@ -32,6 +41,18 @@ _PROBE_S = 1.0
 _ATTEMPT_SHARE = 0.4
 """Of the time that is left, what one replica gets while there are others to ask."""
 _PAUSE_S = 0.02  # between two rounds over replicas that all failed
+_TELLING_S = 0.05
+"""A deadline nearer than this that passes says something of the caller, not of the replica."""
+# Another replica may do better; whatever else is raised is the caller's own, and the same everywhere.
+_ELSEWHERE = (
+    UnavailableError,
+    DeadlineExceededError,
+    OverloadedError,
+    InternalError,
+    ClusterMismatchError,
+    ShardRestartedError,
+    ClosedError,
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -50,10 +71,11 @@ class _Replica:
 
 @dataclass(slots=True)
 class _Books:
-    """The replicas of one shard by address, under one lock."""
+    """The replicas of one shard by address, and those that were the last to be listed, under one lock."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     replicas: dict[str, _Replica] = field(default_factory=dict)
+    missed: list[str] = field(default_factory=list)
     closed: bool = False
 
 
@@ -62,7 +84,8 @@ class ReplicaSet:
 
     A lookup goes to the replica with the fewest on their way. One that fails is left alone until a probe finds it well
     again; while it has not failed yet but does not answer either, it gets a share of the time only, and then another
-    is asked. If all fail they are asked again until the deadline.
+    is asked. If all fail they are asked again until the deadline. What a caller did wrong is told at once, and is not
+    held against a replica; neither is a queue that is full, or a deadline that was too near.
     """
 
     def __init__(self, index: int, count: int, config: ClientConfig) -> None:
@@ -88,6 +111,8 @@ class ReplicaSet:
             if self._books.closed:
                 return
             known = self._books.replicas
+            if known and not wanted:
+                self._books.missed = list(known)
             gone = [known.pop(address) for address in list(known) if address not in wanted]
             for address in wanted:
                 if address not in known:
@@ -113,6 +138,7 @@ class ReplicaSet:
 
         Raises:
             UnavailableError: There are no replicas, or none answered.
+            TrilithError: The first that answered refuses the request.
         """
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         failed: dict[_Replica, TrilithError] = {}
@@ -125,15 +151,18 @@ class ReplicaSet:
                 time.sleep(_PAUSE_S)
                 failed.clear()
                 continue
+            attempt_s = max(left * (_ATTEMPT_SHARE if others else 1.0), 0.001)
             try:
-                rows = replica.shard.lookup(
-                    parts, float16=float16, timeout_s=max(left * (_ATTEMPT_SHARE if others else 1.0), 0.001)
-                )
-            except TrilithError as error:
-                self._done(replica, error)
+                rows = replica.shard.lookup(parts, float16=float16, timeout_s=attempt_s)
+            except _ELSEWHERE as error:
+                hurried = isinstance(error, DeadlineExceededError) and attempt_s < _TELLING_S
+                self._done(replica, error, suspect=not hurried and not isinstance(error, OverloadedError | ClosedError))
                 failed[replica] = error
                 if deadline - time.monotonic() <= 0:
                     raise self._nobody(failed) from None
+            except BaseException:
+                self._done(replica, None)
+                raise
             else:
                 self._done(replica, None)
                 return rows
@@ -151,7 +180,7 @@ class ReplicaSet:
             chosen.in_flight += 1
             return chosen, len(left) > 1
 
-    def _done(self, replica: _Replica, error: TrilithError | None) -> None:
+    def _done(self, replica: _Replica, error: TrilithError | None, *, suspect: bool = False) -> None:
         with self._books.lock:
             replica.in_flight -= 1
             replica.lookups += 1
@@ -159,6 +188,8 @@ class ReplicaSet:
                 replica.suspect, replica.error = False, ""
                 return
             replica.failures += 1
+            if not suspect:
+                return
             new, replica.suspect, replica.error = not replica.suspect, True, str(error)
         if new:
             log.warning("replica left alone: %s", error, extra={"shard": self.index, "address": replica.address})
@@ -169,9 +200,6 @@ class ReplicaSet:
                 known = list(self._books.replicas)
             why = f"{len(known)} do not answer: {', '.join(known)}" if known else "none is listed"
             return UnavailableError(f"no replica of shard {self.index} of {self.count}: {why}")
-        unknown = [error for error in failed.values() if isinstance(error, UnknownTableError)]
-        if len(unknown) == len(failed):
-            return unknown[0]
         reasons = "; ".join(f"{replica.address}: {error}" for replica, error in failed.items())
         return UnavailableError(f"no replica of shard {self.index} of {self.count} answered: {reasons}")
 
@@ -214,8 +242,12 @@ class ReplicaSet:
         return min(times, default=0.0)
 
     def status(self) -> list[serving_pb2.ReplicaStatus]:
-        """What is known of each."""
+        """What is known of each; if none is listed, of those that were, or of one without an address."""
         with self._books.lock:
+            if not self._books.replicas:
+                missed = self._books.missed or [""]
+                why = "no replica of this shard is listed" + (" any more" if self._books.missed else "")
+                return [serving_pb2.ReplicaStatus(shard=self.index, address=each, error=why) for each in missed]
             return [
                 serving_pb2.ReplicaStatus(
                     shard=self.index,
@@ -275,6 +307,15 @@ class ShardedReplicas:
     def status(self) -> list[serving_pb2.ReplicaStatus]:
         """What is known of each replica."""
         return [status for each in self._sets for status in each.status()]
+
+    def missing(self) -> str:
+        """The first shard that nobody answers for, and why; empty if there is a replica of each that does."""
+        for index, each in enumerate(self._sets):
+            status = each.status()
+            if not any(replica.healthy for replica in status):
+                reasons = "; ".join(f"{replica.address}: {replica.error}".removeprefix(": ") for replica in status)
+                return f"no replica of shard {index} of {self.count} answers: {reasons}"
+        return ""
 
     def probe(self) -> None:
         """Ask every replica how it is, and wait for the answers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "EntryOptions"]
 
 log = logging.getLogger(__name__)
+
+_HEALTH_EVERY_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +99,7 @@ class Entry(ServerProcess):
         server = Server(SERVICE, self.servicer.methods(), limits=options.limits, refused=self.metrics.refused)
         super().__init__(server, advertise=options.advertise)
         self._http: HttpServer | None = None
+        self._health = threading.Thread(target=self._watch_health, name="entry-health", daemon=True)
         self._announcement = Announcement(listed, options.replica, where=lambda: self.address)
 
     @property
@@ -117,8 +121,23 @@ class Entry(ServerProcess):
             pass
         self.models.follow(options.poll_s)
         self._announcement.say(available=True)
+        self._health.start()
+
+    def _watch_health(self) -> None:
+        """Let health checks know when there is a shard that nobody answers for, and when there is none any more."""
+        ready = True
+        while not self._stopping.wait(_HEALTH_EVERY_S):
+            why = self.servicer.unready
+            if why and ready:
+                log.warning("not ready: %s", why)
+            elif not why and not ready:
+                log.info("ready again")
+            ready = not why
+            self._server.set_serving(ready)  # each time: whoever runs this process says so too, once it is prepared
 
     def _leave(self) -> None:
+        if self._health.is_alive():
+            self._health.join()
         self._announcement.withdraw()
 
     def _finish(self) -> None:

@@ -165,6 +165,11 @@ class PredictionServicer:
             status.replicas.extend(models.replicas.status())
         return status
 
+    @property
+    def unready(self) -> str:
+        """Why requests cannot be answered; empty if they can."""
+        return self._models.unready
+
     def observe(self, method: str, status: str, started: float) -> None:
         """Count a call that came another way than gRPC."""
         self._metrics.called(method, status, time.perf_counter() - started)

@@ -92,7 +92,7 @@ function showTotals() {
     tile("Looked up", `${rate(totals.lookups_per_s)}/s`, "ids", past("lookups_per_s")),
     tile("Updated", `${rate(totals.updates_per_s)}/s`, "ids", past("updates_per_s")),
     tile("Lookup p99", totals.lookup_p99_ms === null ? "–" : `${ms(totals.lookup_p99_ms)} ms`, `${queued} calls wait`, past("lookup_p99_ms")),
-    tile("Sync lag", totals.lag_s === null ? "–" : age(totals.lag_s), replicas.length ? `${replicas.filter((one) => one.alive).length} of ${replicas.length} replicas` : "no replicas", past("lag_s")),
+    tile("Sync lag", totals.lag_s === null ? "–" : age(totals.lag_s), replicas.length ? `${replicas.filter((one) => one.alive).length} of ${replicas.length} replicas` : "no replicas", past("lag_s"), replicas.some((one) => !one.alive)),
   );
 }
 
@@ -131,7 +131,7 @@ function replicaRow(replica) {
   const words = replica.copying ? "full copy" : replica.state || (replica.alive ? "answers" : "");
   const pill = replica.alive
     ? make("span", { class: replica.copying || words === "loading" ? "pill warn" : "pill good" }, words)
-    : make("span", { class: "pill bad", title: replica.error }, "no answer");
+    : make("span", { class: "pill bad", title: replica.error }, replica.state === "missing" ? "missing" : "no answer");
   const lag = replica.lag_s === null
     ? (replica.as_of_unix_s ? age(Math.max(state.look.unix_s - replica.as_of_unix_s, 0)) : "–")
     : age(replica.lag_s);
@@ -150,8 +150,9 @@ function entryRow(entry) {
     return make("tr", {}, cell("", entry.name, "head"), cell("Address", address, "whole"), told);
   }
   const refused = entry.load_error !== "";
-  const pill = make("span", { class: refused || !entry.model ? "pill warn" : "pill good", title: entry.load_error || `up for ${age(entry.uptime_s)}` },
-    refused ? "newer one refused" : entry.model ? entry.state : "no model");
+  const mood = entry.problem && entry.model ? "pill bad" : refused || !entry.model ? "pill warn" : "pill good";
+  const pill = make("span", { class: mood, title: entry.problem || entry.load_error || `up for ${age(entry.uptime_s)}` },
+    entry.model ? (refused && !entry.problem ? "not the newest" : entry.state) : "no model");
   const version = make("span", { title: entry.loaded_unix_s ? `${entry.mode}, loaded ${moment(entry.loaded_unix_s)}` : entry.mode },
     make("b", {}, entry.model || "–"), entry.model ? ` ${entry.model_version}` : "");
   const since = (unix) => (unix === null ? "–" : make("span", { title: moment(unix) }, age(Math.max(state.look.unix_s - unix, 0))));
