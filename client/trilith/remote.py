@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from trilith import wire
 from trilith.channels import open_channel
 from trilith.config import ClientConfig
+from trilith.discovery.addresses import split_address
 from trilith.errors import (
     BY_NAME,
     CheckpointError,
@@ -41,6 +43,7 @@ from trilith.shard import (
     Write,
 )
 from trilith.streams import StreamedMethod
+from trilith.waiting import Wait
 from trilith_proto import ps_pb2
 
 __all__ = ["ERROR_KEY", "INCARNATION_KEY", "SERVICE", "RemoteShard"]
@@ -55,8 +58,13 @@ INCARNATION_KEY = "trilith-incarnation"
 
 _STREAMED = frozenset({"Lookup", "ApplyGradients", "PullVariables", "ApplyDenseGradients"})
 _LONG = frozenset({"Save", "Restore"})
+# With these somebody waits for a PS to be there, or to be done, from the first attempt on.
+_AWAITED = frozenset({"Describe", "CreateTables"})
 # How gRPC says so, before the reason of the operating system.
-_UNREACHABLE = re.compile(r"^failed to connect to all addresses; last error: .*?Failed to connect to remote host: ")
+_UNREACHABLE = re.compile(
+    r"^failed to connect to all addresses; last error: (.*?Failed to connect to remote host: (connect: )?)?"
+)
+_PROBE_S = 0.3
 _RETRIED = (UnavailableError, OverloadedError)
 # What one PS is to blame for; any other would have refused the rest as well.
 _OF_ONE_PS = (CheckpointError, InternalError, MemoryLimitError, OverloadedError)
@@ -148,37 +156,56 @@ class RemoteShard:
         pause = self._config.retry_first_s
         attempts = 0
         away_since: float | None = None
-        while True:
-            attempts += 1
-            sent = time.monotonic()
-            try:
-                return self._method(name)(request, timeout=max(deadline - time.monotonic(), 0.001))  # type: ignore[no-any-return]
-            except UnavailableError as error:
-                raised = error  # discovery does not know the shard at the moment
-            except grpc.RpcError as error:
-                raised = self._error(name, error, timeout, attempts)
-            except ValueError:
-                # What grpc raises on a closed channel: ours was closed, or replaced because the shard moved.
-                if self._closed:
-                    raise ClosedError(f"the connection to shard {self._index} was closed") from None
-                raised = UnavailableError(f"shard {self._index} has moved")
-            if not isinstance(raised, _RETRIED):
-                raise raised
-            now = time.monotonic()
-            rest = deadline - now
-            if name in _LONG and isinstance(raised, UnavailableError):
-                # A connection that broke after so long had been one until then.
-                if away_since is None or now - sent > max(self._config.timeout_s, 2 * self._config.keepalive_s):
-                    away_since = now
-                rest = min(rest, away_since + self._config.timeout_s - now)
-            # Full jitter: workers that lost the same PS do not come back in step.
-            wait = pause * (0.5 + 0.5 * self._random.random())
-            if wait >= rest:
-                raise raised
-            time.sleep(wait)
-            pause = min(2 * pause, self._config.retry_max_s)
-            if isinstance(raised, UnavailableError):
-                self.follow()
+        waiting = self._wait(timeout) if name in _AWAITED else None
+        came = False
+        try:
+            while True:
+                attempts += 1
+                sent = time.monotonic()
+                try:
+                    reply: bytes = self._method(name)(request, timeout=max(deadline - time.monotonic(), 0.001))
+                    came = True
+                    return reply
+                except UnavailableError as error:
+                    raised = error  # discovery does not know the shard at the moment
+                except grpc.RpcError as error:
+                    raised = self._error(name, error, timeout, attempts)
+                except ValueError:
+                    # What grpc raises on a closed channel: ours was closed, or replaced because the shard moved.
+                    if self._closed:
+                        raise ClosedError(f"the connection to shard {self._index} was closed") from None
+                    raised = UnavailableError(f"shard {self._index} has moved")
+                if not isinstance(raised, _RETRIED):
+                    came = True
+                    raise raised
+                if waiting is None:
+                    waiting = self._wait(timeout)
+                waiting.why = str(raised).removeprefix(f"shard {self._index} at {self._address}: ")
+                now = time.monotonic()
+                rest = deadline - now
+                if name in _LONG and isinstance(raised, UnavailableError):
+                    # A connection that broke after so long had been one until then.
+                    if away_since is None or now - sent > max(self._config.timeout_s, 2 * self._config.keepalive_s):
+                        away_since = now
+                    rest = min(rest, away_since + self._config.timeout_s - now)
+                # Full jitter: workers that lost the same PS do not come back in step.
+                wait = pause * (0.5 + 0.5 * self._random.random())
+                if wait >= rest:
+                    raise raised
+                time.sleep(wait)
+                pause = min(2 * pause, self._config.retry_max_s)
+                if isinstance(raised, UnavailableError):
+                    self.follow()
+        finally:
+            if waiting is not None:
+                waiting.end(came=came)
+
+    def _wait(self, timeout_s: float) -> Wait:
+        try:
+            where = f" at {self.address}"
+        except TrilithError:
+            where = ""
+        return Wait(f"shard {self._index}{where}", most=timeout_s).begin()
 
     def follow(self) -> None:
         """Look the address up again; if the shard has moved, calls in flight are sent anew to where it is now."""
@@ -215,7 +242,11 @@ class RemoteShard:
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             return InvalidRequestError(f"{where}: {details}; send smaller batches or raise the limit on both sides")
         if code is grpc.StatusCode.UNAVAILABLE:
-            return UnavailableError(f"{where}: {_UNREACHABLE.sub('no connection: ', details)} (attempt {attempts})")
+            reason, unreachable = _UNREACHABLE.subn("no connection: ", details)
+            if unreachable and "refused" not in reason:
+                # gRPC may notice a refusal after its own patience has ended, and calls that a timeout.
+                reason = f"no connection: {_why_unreachable(self._address)}"
+            return UnavailableError(f"{where}: {reason} (attempt {attempts})")
         return _BY_CODE.get(code, InternalError)(f"{where}: {code.name}: {details}")
 
     def _restarted(self, incarnation: int) -> ShardRestartedError:
@@ -475,3 +506,11 @@ class RemoteShard:
                 self._channel.close()
                 self._channel = None
             self._methods = {}
+
+
+def _why_unreachable(address: str) -> str:
+    try:
+        with socket.create_connection(split_address(address), timeout=_PROBE_S):
+            return "it was away"
+    except (OSError, InvalidRequestError) as error:
+        return "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or str(error)

@@ -31,6 +31,7 @@ from rich.text import Text
 from trilith.channels import open_channel
 from trilith.discovery.zk_url import AUTH_VARIABLE, ZkUrl
 from trilith.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
+from trilith.waiting import Wait
 from trilith_services.processes import Ended, Process, ProcessSpec, Restart, describe_status
 
 __all__ = [
@@ -192,21 +193,27 @@ class Supervisor:
         deadline = self._clock() + timeout_s
         for name in wanted:
             process = self._process(name)
-            while not is_serving(process.spec.health):
-                if cancelled():
-                    return False
-                for ended in self.poll():
-                    if ended.name == name and not ended.restarted:
-                        raise UnavailableError(f"{name} {ended.how} before it served\n{self._last_lines(name)}")
-                time.sleep(0.05)
-                if process.status is not None:
-                    raise UnavailableError(f"{name} {describe_status(process.status)}\n{self._last_lines(name)}")
-                if self._clock() > deadline:
-                    raise DeadlineExceededError(
-                        f"{name} is not serving on {process.spec.health} after {timeout_s:g} s\n"
-                        f"{self._last_lines(name)}"
-                    )
+            left = f"{timeout_s:g} s at most; its log is {self.log_dir / name}.log"
+            with Wait(f"{name} to serve on {process.spec.health}", most=left, say=self.say) as waiting:
+                while not is_serving(process.spec.health):
+                    if cancelled():
+                        waiting.end(came=False)
+                        return False
+                    self._check_preparing(process, timeout_s if self._clock() > deadline else None)
+                    time.sleep(0.05)
         return True
+
+    def _check_preparing(self, process: Process, waited_s: float | None) -> None:
+        name = process.spec.name
+        for ended in self.poll():
+            if ended.name == name and not ended.restarted:
+                raise UnavailableError(f"{name} {ended.how} before it served\n{self._last_lines(name)}")
+        if process.status is not None:
+            raise UnavailableError(f"{name} {describe_status(process.status)}\n{self._last_lines(name)}")
+        if waited_s is not None:
+            raise DeadlineExceededError(
+                f"{name} is not serving on {process.spec.health} after {waited_s:g} s\n{self._last_lines(name)}"
+            )
 
     def stop(self, names: Iterable[str] | None = None) -> None:
         """End the named processes: SIGTERM at once to each, SIGKILL to what is left after the grace period.

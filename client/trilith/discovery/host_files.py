@@ -34,6 +34,10 @@ class HostFilesDirectory:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def __repr__(self) -> str:
+        """Where."""
+        return f"HostFilesDirectory({str(self._base)!r})"
+
     def register(self, role: str, index: int, address: str) -> None:
         """Write the member's file."""
         check_address(address)

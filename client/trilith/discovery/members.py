@@ -10,6 +10,7 @@ from trilith.discovery import PS, Directory
 from trilith.discovery.record import ClusterRecord, RecordKeeper
 from trilith.errors import ClusterMismatchError, UnavailableError
 from trilith.routing import OWNER_RULE
+from trilith.waiting import Wait
 
 __all__ = ["count_ps", "resolve_ps", "wait_for_ps"]
 
@@ -37,10 +38,11 @@ def count_ps(directory: Directory, *, num_ps: int | None = None, timeout_s: floa
     """
     if isinstance(directory, RecordKeeper):
         deadline = time.monotonic() + timeout_s
-        while (record := directory.read_record()) is None:
-            if time.monotonic() >= deadline:
-                raise UnavailableError(f"{directory!r} has no record of a cluster: no PS has registered there")
-            time.sleep(_POLL_S)
+        with Wait(f"a PS to register in {directory!r}", most=timeout_s):
+            while (record := directory.read_record()) is None:
+                if time.monotonic() >= deadline:
+                    raise UnavailableError(f"{directory!r} has no record of a cluster: no PS has registered there")
+                time.sleep(_POLL_S)
         record.check(ClusterRecord(num_ps=num_ps or record.num_ps, owner_rule=OWNER_RULE), "this client")
         return record.num_ps
     listed = sorted(directory.query(PS))
@@ -70,8 +72,12 @@ def wait_for_ps(directory: Directory, count: int, *, timeout_s: float) -> None:
 
     stop = directory.watch(PS, changed)
     try:
-        if not complete.wait(timeout_s):
-            missing = [index for index in range(count) if index not in known]
-            raise UnavailableError(f"PS {missing} of {count} are not in the directory within {timeout_s:.3g} s")
+        if complete.is_set():
+            return
+        missing = [index for index in range(count) if index not in known]
+        with Wait(f"PS {missing} of {count} to register in {directory!r}", most=timeout_s):
+            if not complete.wait(timeout_s):
+                missing = [index for index in range(count) if index not in known]
+                raise UnavailableError(f"PS {missing} of {count} are not in the directory within {timeout_s:.3g} s")
     finally:
         stop()

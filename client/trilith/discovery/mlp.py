@@ -13,6 +13,7 @@ from trilith.discovery.addresses import join_address, own_host, split_address
 from trilith.discovery.liveness import is_listening
 from trilith.discovery.watchers import Watchers
 from trilith.errors import InvalidRequestError, UnavailableError
+from trilith.waiting import Wait
 
 __all__ = ["MlpDirectory", "MlpEnvironment"]
 
@@ -223,13 +224,19 @@ class MlpDirectory:
     def _wait_listening(self, found: Mapping[int, str]) -> None:
         deadline = time.monotonic() + self._wait_s
         for index, address in found.items():
-            while address not in self._seen:
-                if is_listening(address, timeout_s=1.0):
-                    self._seen.add(address)
-                elif time.monotonic() > deadline:
-                    raise UnavailableError(f"PS {index} at {address} accepts no connection within {self._wait_s:g} s")
-                elif self._closed.wait(0.1):
-                    return
+            if address in self._seen:
+                continue
+            with Wait(f"PS {index} at {address}", most=self._wait_s):
+                self._wait_until_listening(index, address, deadline)
+
+    def _wait_until_listening(self, index: int, address: str, deadline: float) -> None:
+        while address not in self._seen:
+            if is_listening(address, timeout_s=1.0):
+                self._seen.add(address)
+            elif time.monotonic() > deadline:
+                raise UnavailableError(f"PS {index} at {address} accepts no connection within {self._wait_s:g} s")
+            elif self._closed.wait(0.1):
+                return
 
 
 def _bare(value: str) -> str:

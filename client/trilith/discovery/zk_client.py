@@ -31,6 +31,7 @@ from kazoo.security import CREATOR_ALL_ACL, OPEN_ACL_UNSAFE
 
 from trilith.discovery.zk_url import ZkUrl
 from trilith.errors import ClosedError, InternalError, InvalidRequestError, UnavailableError
+from trilith.waiting import Wait
 
 __all__ = [
     "CHANGED",
@@ -117,7 +118,10 @@ class ZkClient:
         )
         self.kazoo.add_listener(self._on_state)
         self.kazoo.start_async()
-        if not self.connected.wait(timeout_s):
+        waiting = Wait(f"ZooKeeper at {self.hosts}", most=timeout_s).begin()
+        connected = self.connected.wait(timeout_s)
+        waiting.end(came=connected)
+        if not connected:
             why = f" ({self._log.last})" if self._log.last else ""
             self.close()
             raise UnavailableError(f"no ZooKeeper at {self.hosts} within {timeout_s:g} s{why}")
@@ -258,20 +262,30 @@ class ZkClient:
         """
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout_s
-        while True:
-            if self.closed:
-                raise ClosedError(f"the connection to ZooKeeper at {self.hosts} was closed")
-            try:
-                if self.connected.wait(max(deadline - time.monotonic(), 0.0)):
-                    return attempt()
-            except PASSING:
-                time.sleep(min(_PAUSE_S, max(deadline - time.monotonic(), 0.0)))
-            except DENIED:
-                raise self.denied(self.url.root) from None
-            except KazooException as error:
-                raise InternalError(f"ZooKeeper at {self.hosts}: {type(error).__name__}: {error}") from None
-            if time.monotonic() >= deadline:
-                raise UnavailableError(f"no answer from ZooKeeper at {self.hosts} within {timeout_s:g} s")
+        waiting: Wait | None = None
+        came = False
+        try:
+            while True:
+                if self.closed:
+                    raise ClosedError(f"the connection to ZooKeeper at {self.hosts} was closed")
+                try:
+                    if waiting is None and not self.connected.is_set():
+                        waiting = Wait(f"ZooKeeper at {self.hosts}", most=timeout_s).begin()
+                    if self.connected.wait(max(deadline - time.monotonic(), 0.0)):
+                        done = attempt()
+                        came = True
+                        return done
+                except PASSING:
+                    time.sleep(min(_PAUSE_S, max(deadline - time.monotonic(), 0.0)))
+                except DENIED:
+                    raise self.denied(self.url.root) from None
+                except KazooException as error:
+                    raise InternalError(f"ZooKeeper at {self.hosts}: {type(error).__name__}: {error}") from None
+                if time.monotonic() >= deadline:
+                    raise UnavailableError(f"no answer from ZooKeeper at {self.hosts} within {timeout_s:g} s")
+        finally:
+            if waiting is not None:
+                waiting.end(came=came)
 
     def denied(self, path: str) -> InvalidRequestError:
         """What to raise when the servers refuse access to a node."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import os
 import pickle
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,9 +27,9 @@ from numba.core.compiler import Compiler, CompileResult
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.serialize import dumps
 
-__all__ = ["COMPILING", "JIT_DISABLED", "KERNELS", "cache_directory", "inlined", "kernel", "part", "warm"]
+from trilith.waiting import Wait
 
-log = logging.getLogger(__name__)
+__all__ = ["COMPILING", "JIT_DISABLED", "KERNELS", "cache_directory", "inlined", "kernel", "part", "warm"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -74,6 +74,7 @@ def kernel(signature: str, *, variant: str = "") -> Callable[[_F], _F]:
             return function
         dispatcher = numba.njit(**_OPTIONS)(function)
         dispatcher._cache = _KernelCache(function, variant)
+        dispatcher._compiler.compile = _say_compiling(dispatcher._compiler.compile)
         dispatcher.trilith_signature = signature
         return dispatcher  # type: ignore[no-any-return]
 
@@ -178,7 +179,6 @@ class _KernelCache(_Cache):  # type: ignore[misc]
             except Exception:  # a damaged entry of any kind is a miss; the compiled result will replace it
                 continue
             return CompileResult._rebuild(target_context, *payload)
-        _say_compiling()
         return None
 
     def save_overload(self, sig: Any, data: CompileResult) -> None:
@@ -209,9 +209,22 @@ class _KernelCache(_Cache):  # type: ignore[misc]
         return f"{self._name}-{digest[:32]}.bin"
 
 
-@functools.cache  # once per process
-def _say_compiling() -> None:
-    log.info("compiling kernels, which takes a minute or two and is done once", extra={"cache": str(cache_directory())})
+_compiled_s: list[float] = []
+"""Seconds that each kernel took which this process has compiled."""
+
+
+def _say_compiling(compile_: Callable[..., Any]) -> Callable[..., Any]:
+    """Numba's compilation of one kernel, all of which are one waiting: it is done once, one after another."""
+
+    def compile_and_say(*given: Any) -> Any:
+        began = time.perf_counter()
+        what = f"kernels to be compiled for this processor, once for all; they are kept in {cache_directory()}"
+        with Wait(what, most="a minute or two in all", so_far_s=sum(_compiled_s)):
+            result = compile_(*given)
+        _compiled_s.append(time.perf_counter() - began)
+        return result
+
+    return compile_and_say
 
 
 @functools.cache

@@ -259,6 +259,7 @@ class _Cluster:
         from rich.console import Console
 
         from trilith.connect import connect
+        from trilith.waiting import Wait
         from trilith_services.commands.training_view import TrainingView
         from trilith_services.supervisor import PsCluster, Supervisor
 
@@ -272,7 +273,12 @@ class _Cluster:
                 arguments=["--threads", str(_share(options.num_ps))],
             )
             self._say_starting(f"{options.num_ps} PS and {output.plural(options.workers, 'worker')}")
-            with console.status("waiting for the PS"):
+            waiting = Wait(
+                f"{options.num_ps} PS to serve (their logs are in {self._run_dir})",
+                most=SERVE_TIMEOUT_S,
+                say=console.print,
+            )
+            with console.status("waiting for the PS"), waiting:
                 served = cluster.start(timeout_s=SERVE_TIMEOUT_S, cancelled=lambda: bool(self._stop))
             if not served:
                 raise _InterruptedError

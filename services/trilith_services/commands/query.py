@@ -25,9 +25,7 @@ def query(
     address: Address,
     table: Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")],
     ids: Annotated[list[str], typer.Argument(metavar="ID", help="Ids: decimal (signed or unsigned) or 0x….")],
-    timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="How long to wait for the cluster.", min=0.1)
-    ] = 10.0,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for the cluster.", min=0.1)] = 5.0,
     as_json: Json = False,
 ) -> None:
     """Look ids up: the PS that owns each, its weights, optimizer state by slot, and age.

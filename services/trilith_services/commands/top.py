@@ -83,7 +83,7 @@ def _looks(members: Members, interval: float) -> Iterator[dict[str, Any]]:
     """One description of the cluster per interval."""
     from trilith.config import ClientConfig
 
-    shards = members.shards(ClientConfig(timeout_s=min(interval, 2.0)))
+    shards = members.shards(ClientConfig(timeout_s=min(max(interval, 0.5), 2.0)))
     ask = partial(_ask, {})
     with ThreadPoolExecutor(len(shards)) as pool:
         try:
@@ -211,6 +211,7 @@ def _render(address: str, look: dict[str, Any], width: int) -> RenderableType:
         for shard in look["shards"]
         if "says" in shard
     ]
+    silent = [Text(shard["error"], "red") for shard in look["shards"] if "error" in shard]
     by_table = output.grid("table", ">rows", ">size", ">looked up/s", ">found", ">updated/s", ">filtered")
     for name, table in look["tables"].items():
         by_table.add_row(
@@ -225,4 +226,4 @@ def _render(address: str, look: dict[str, Any], width: int) -> RenderableType:
     alive = sum(shard["alive"] for shard in look["shards"])
     title = Text.assemble((redact(address), "bold"), f"  {alive} of {count} PS answer")
     tables = by_table if look["tables"] else Text("no tables", style="dim")
-    return Group(title, *strange, Text(), _by_shard(look, width), Text(), tables)
+    return Group(title, *strange, *silent, Text(), _by_shard(look, width), Text(), tables)

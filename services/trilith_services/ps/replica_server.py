@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from trilith.errors import InvalidRequestError
 from trilith.remote import SERVICE
+from trilith.waiting import Wait
 from trilith_services.listening import LOOPBACK
 from trilith_services.ps.metrics import Metrics
 from trilith_services.ps.replica_servicer import SYNC_SERVICE, ReplicaServicer
@@ -107,11 +108,13 @@ class ReplicaServer(ServerProcess):
         """Wait for a full copy; False if the process is to end without it."""
         log.info("waiting for a full copy", extra={"seconds": wait_s})
         until = None if wait_s is None else time.monotonic() + wait_s
-        while not self._replica.complete.wait(0.05):
-            if self._stopping.is_set():
-                return False
-            if until is not None and time.monotonic() >= until:
-                break
+        with Wait(f"a full copy from the PS of shard {self._replica.store.index}", most=wait_s) as waiting:
+            while not self._replica.complete.wait(0.05):
+                if self._stopping.is_set():
+                    waiting.end(came=False)
+                    return False
+                if until is not None and time.monotonic() >= until:
+                    break
         return True
 
     def start(self, listen: str = "127.0.0.1:0") -> int:

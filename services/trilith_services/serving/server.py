@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trilith.errors import InvalidRequestError
+from trilith.waiting import Wait
 from trilith_services.serve import Limits, Server
 from trilith_services.server_process import Announcement, ServerProcess
 from trilith_services.serving.metrics import EntryMetrics
@@ -79,6 +80,7 @@ class Entry(ServerProcess):
             replicas: Where distributed exports look rows up; closed in the end.
             listed: Where the entry is announced, for clients to ask; closed in the end.
         """
+        self._base = base
         self._options = options = options or EntryOptions()
         self.metrics = EntryMetrics()
         self.models = Models(
@@ -117,8 +119,10 @@ class Entry(ServerProcess):
             self._http.start()
             log.info("http", extra={"port": self._http.port})
         self._announcement.say(available=False)
-        while not self.models.refresh() and not self._stopping.wait(min(options.poll_s, 0.2)):
-            pass
+        with Wait(f"an export in {self._base} that can be served", most=None) as waiting:
+            while not self.models.refresh() and not self._stopping.wait(min(options.poll_s, 0.2)):
+                pass
+            waiting.end(came=not self._stopping.is_set())
         self.models.follow(options.poll_s)
         self._announcement.say(available=True)
         self._health.start()

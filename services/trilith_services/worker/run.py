@@ -23,6 +23,7 @@ from trilith.discovery.zk_url import redact
 from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.nn import pick_device
 from trilith.peers import PeerClient, connect_peers
+from trilith.waiting import Wait
 from trilith_services.listening import LOOPBACK, warn_if_exposed
 from trilith_services.worker.datasets import load_dataset, training_files
 from trilith_services.worker.events import Emit, EventLog
@@ -202,13 +203,15 @@ def _group(options: WorkerOptions, config: WorkerConfig) -> Iterator[None]:
     if config.dense != "allreduce":
         yield
         return
-    distributed.init_process_group(
-        backends(pick_device(config.device).type),
-        init_method=f"tcp://{options.master}",
-        rank=config.rank,
-        world_size=config.world_size,
-        timeout=timedelta(seconds=max(options.timeout_s, 60.0)),
-    )
+    timeout_s = max(options.timeout_s, 60.0)
+    with Wait(f"all {config.world_size} workers to meet at {options.master}", most=timeout_s):
+        distributed.init_process_group(
+            backends(pick_device(config.device).type),
+            init_method=f"tcp://{options.master}",
+            rank=config.rank,
+            world_size=config.world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
     try:
         yield
     finally:
