@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.zookeeper import eventually
 from trilith.discovery import PS, WORKER
 from trilith.discovery.addresses import advertised, ipv6_only, join_address, own_host, split_address
 from trilith.discovery.host_files import HostFilesDirectory
@@ -18,10 +22,12 @@ from trilith.discovery.members import count_ps, resolve_ps
 from trilith.discovery.mlp import MlpDirectory, MlpEnvironment
 from trilith.discovery.record import ClusterRecord
 from trilith.discovery.replicas import ModelState, ReplicaMeta, ReplicaPath
+from trilith.discovery.serving import ServingDirectory
 from trilith.discovery.static import StaticDirectory
 from trilith.discovery.tf_config import TfConfigDirectory
 from trilith.discovery.urls import open_directory
 from trilith.discovery.view import ClusterView, Failover, ViewBuilder
+from trilith.discovery.zk_client import NoNodeError
 from trilith.discovery.zk_url import ZkUrl, redact
 from trilith.errors import (
     ClusterMismatchError,
@@ -31,6 +37,7 @@ from trilith.errors import (
     UnavailableError,
 )
 from trilith.tables import Adagrad, RandomUniform, table_config
+from trilith_services.serving.replica_lists import ListedReplicas
 
 A, B, C = "10.0.0.1:7000", "10.0.0.2:7000", "10.0.0.3:7000"
 
@@ -537,3 +544,95 @@ def test_options_that_may_hold_credentials_do_not_show_them():
         ZkUrl.parse("zk://u:s3cret@h/x", {}),
     ]
     assert "s3cret" not in repr(shown)
+
+
+# ---- how much is read to follow a serving model ----------------------------------------------------------------------
+
+
+class FakeZk:
+    """Nodes in memory that count how often they are read, in place of a session."""
+
+    nodes: ClassVar[dict[str, bytes]] = {}
+    reads: ClassVar[list[str]] = []
+    watchers: ClassVar[dict[str, list[Callable[[Any], None]]]] = {}
+
+    def __init__(self, url: ZkUrl, *, timeout_s: float, changed: Callable[[], None]) -> None:
+        self.connected = threading.Event()
+        self.connected.set()
+        self.closed = False
+        self.session = 1
+
+    def get(self, path: str, watch: Callable[[Any], None] | None = None) -> tuple[bytes, Any]:
+        self._read(path, watch)
+        if path not in self.nodes:
+            raise NoNodeError
+        return self.nodes[path], SimpleNamespace(version=0)
+
+    def names(self, path: str, watch: Callable[[Any], None] | None = None) -> list[str]:
+        self._read(path, watch)
+        below = {each[len(path) + 1 :].partition("/")[0] for each in self.nodes if each.startswith(f"{path}/")}
+        if not below and path not in self.nodes:
+            raise NoNodeError
+        return sorted(below)
+
+    def exists(self, path: str, watch: Callable[[Any], None] | None = None) -> None:
+        self._read(path, watch)
+
+    def _read(self, path: str, watch: Callable[[Any], None] | None) -> None:
+        self.reads.append(path)
+        if watch is not None:
+            self.watchers.setdefault(path, []).append(watch)
+
+    def change(self, path: str, body: bytes) -> None:
+        """Set a node and tell who watches it."""
+        self.nodes[path] = body
+        for watch in self.watchers.pop(path, []):
+            watch(SimpleNamespace(path=path))
+
+    def reconnect(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("shards", [2, 20])
+def test_a_serving_model_is_read_once_however_many_of_its_shards_are_followed(monkeypatch, shards):
+    def body(shard: int, number: int) -> bytes:
+        return ReplicaMeta(address=f"10.0.{shard}.{number}:7100", stat=ModelState.AVAILABLE).to_json()
+
+    monkeypatch.setattr("trilith.discovery.zookeeper.ZkClient", FakeZk)
+    replicas = {
+        f"/t/service/clicks/ps:{shard}/{number}": body(shard, number) for shard in range(shards) for number in (0, 1)
+    }
+    above = {f"/t/service/clicks/ps:{shard}": b"" for shard in range(shards)}
+    monkeypatch.setattr(FakeZk, "nodes", {"/t/service/clicks": b"", **above, **replicas})
+    monkeypatch.setattr(FakeZk, "reads", [])
+    monkeypatch.setattr(FakeZk, "watchers", {})
+    listed = ListedReplicas(ServingDirectory("zk://nowhere/t", "clicks"))
+    heard: dict[int, list[set[str]]] = {shard: [] for shard in range(shards)}
+    stops = [
+        listed.watch(shard, lambda addresses, shard=shard: heard[shard].append(set(addresses)))
+        for shard in range(shards)
+    ]
+    assert heard == {shard: [{f"10.0.{shard}.0:7100", f"10.0.{shard}.1:7100"}] for shard in range(shards)}
+    # Of each node its body and what is below it; the roots, those of containers too, once more each.
+    assert len(FakeZk.reads) <= 2 * (len(replicas) + len(above)) + 8
+
+    FakeZk.reads.clear()
+    changed = "/t/service/clicks/ps:1/0"
+    zk: Any = FakeZk(ZkUrl.parse("zk://nowhere/t"), timeout_s=1.0, changed=lambda: None)
+    zk.change(changed, body(9, 9))
+    eventually(lambda: heard[1][-1] == {"10.0.9.9:7100", "10.0.1.1:7100"})
+    assert set(FakeZk.reads) == {changed}
+    assert len(FakeZk.reads) <= 2
+    assert all(len(told) == 1 + (shard == 1) for shard, told in heard.items()), "others heard nothing"
+    for stop in stops:
+        stop()
+    FakeZk.reads.clear()
+    zk.change(changed, body(9, 8))
+    heard[0].clear()
+    listed.watch(0, lambda addresses: heard[0].append(set(addresses)))  # who begins anew reads anew
+    assert heard[0] == [{"10.0.0.0:7100", "10.0.0.1:7100"}]
+    assert heard[1][-1] == {"10.0.9.9:7100", "10.0.1.1:7100"}
+    listed.close()

@@ -52,16 +52,22 @@ class Containers:
         self._zookeeper = zookeeper
         self._model = model
 
-    def watch(self, sub_model: str, changed: Callable[[Mapping[str, str]], None]) -> Callable[[], None]:
-        """Call `changed` with the gRPC address by name of every container that has a sub-model, until told to stop."""
+    def watch(self, changed: Callable[[Mapping[str, Mapping[str, str]]], None]) -> Callable[[], None]:
+        """Call `changed` until told to stop: by sub-model, the gRPC address by name of every container that has it."""
         lock = threading.Lock()
         bound: Mapping[str, bytes] = {}
         infos: Mapping[str, bytes] | None = None
 
         def tell() -> None:
-            if infos is not None:
-                names = [rest for each in sorted(bound) if (rest := each.removeprefix(f"{sub_model}:")) != each]
-                changed({name: address for name in names if (address := _address(name, infos.get(name)))})
+            if infos is None:
+                return
+            found: dict[str, dict[str, str]] = {}
+            for binding in sorted(bound):
+                sub_model, _, name = binding.partition(":")
+                address = _address(name, infos.get(name)) if name else None
+                if address is not None:
+                    found.setdefault(sub_model, {})[name] = address
+            changed(found)
 
         def on_bindings(nodes: Mapping[str, bytes]) -> None:
             nonlocal bound

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from trilith.discovery.addresses import ipv6_only
 from trilith.discovery.urls import open_directory
+from trilith.discovery.watchers import Watchers
 from trilith.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class ServingDirectory:
         self._directory: Directory = open_directory(url, timeout_s=timeout_s)
         self._name = name
         self._replicas: Replicas | None = None
-        self._containers: Containers | None = None
+        self._processes: _Processes | None = None
         if url.startswith("zk://"):
             from trilith.discovery.containers import Containers
             from trilith.discovery.replicas import Replicas
@@ -71,7 +72,7 @@ class ServingDirectory:
             assert isinstance(self._directory, ZooKeeperDirectory)
             try:
                 self._replicas = Replicas(self._directory.zookeeper, name)
-                self._containers = Containers(self._directory.zookeeper, name)
+                self._processes = _Processes(self._replicas, Containers(self._directory.zookeeper, name))
             except BaseException:
                 self._directory.close()
                 raise
@@ -86,8 +87,8 @@ class ServingDirectory:
 
     def _task(self, server_type: str, index: int) -> ServingTask:
         if self._replicas is not None:
-            assert self._containers is not None
-            return _InZooKeeper(self._directory, self._replicas, self._containers, server_type, index)
+            assert self._processes is not None
+            return _InZooKeeper(self._directory, self._replicas, self._processes, server_type, index)
         return _InDirectory(self._directory, f"{self._name}-{server_type}-{index}")
 
     def close(self) -> None:
@@ -124,15 +125,95 @@ class _InDirectory:
         self._directory.close()
 
 
+class _Processes:
+    """Who does which task of a model: read once while anybody watches any of them, and told to all who do.
+
+    A name is the replica's number, after its data centre and cluster where it has any, or a container's. Where there is
+    an address of either family, it is IPv4's, except on machines that have IPv6 alone.
+    """
+
+    def __init__(self, replicas: Replicas, containers: Containers) -> None:
+        self._replicas, self._containers = replicas, containers
+        self._ipv6 = ipv6_only()
+        self._starting = threading.Lock()  # not held by those who deliver
+        self._stops: list[Callable[[], None]] = []
+        self._users = 0
+        self._merging = threading.Lock()
+        self._nodes: dict[tuple[str, str], dict[str, str]] | None = None
+        self._bound: dict[tuple[str, str], Mapping[str, str]] | None = None
+        self._watchers: Watchers[tuple[str, str], Mapping[str, str]] = Watchers({})
+
+    def watch(self, changed: Callable[[Mapping[tuple[str, str], Mapping[str, str]]], None]) -> Callable[[], None]:
+        """Tell of everybody, now and after every change, until told to stop.
+
+        Args:
+            changed: Gets the address by name of all who are in one list. There are ("available", "type:index") and
+                ("loading", "type:index") of those that registered, and ("container", sub-model).
+        """
+        with self._starting:
+            if not self._users:
+                self._start()
+            self._users += 1
+        stop_watching = self._watchers.add(changed)
+        stopped = False
+
+        def stop() -> None:
+            nonlocal stopped
+            stop_watching()
+            with self._starting:
+                self._users -= not stopped
+                stopped = True
+                if not self._users:
+                    self._end()
+
+        return stop
+
+    def _start(self) -> None:
+        try:
+            self._stops.append(self._containers.watch(self._on_containers))
+            self._stops.append(self._replicas.watch(self._on_replicas))
+        except BaseException:
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        while self._stops:
+            self._stops.pop()()
+        self._nodes = self._bound = None
+
+    def _on_replicas(self, found: list[Replica]) -> None:
+        from trilith.discovery.replicas import ModelState
+
+        states: Mapping[int, str] = {ModelState.AVAILABLE: "available", ModelState.LOADING: "loading"}
+        nodes: dict[tuple[str, str], dict[str, str]] = {}
+        for each in found:
+            address, state = each.meta.reachable_at(ipv6=self._ipv6), states.get(each.meta.stat)
+            if address is not None and state is not None:
+                name = "/".join(filter(None, (each.path.location, str(each.path.replica))))
+                nodes.setdefault((state, each.path.task), {})[name] = address
+        with self._merging:
+            self._nodes = nodes
+            self._publish()
+
+    def _on_containers(self, found: Mapping[str, Mapping[str, str]]) -> None:
+        with self._merging:
+            self._bound = {("container", sub_model): members for sub_model, members in found.items()}
+            self._publish()
+
+    def _publish(self) -> None:
+        if self._nodes is not None and self._bound is not None:
+            self._watchers.publish({**self._nodes, **self._bound})
+
+
 class _InZooKeeper:
     """Nodes `service/<name>/<type>:<index>/<replica>`, in every data centre and cluster, and containers of agents."""
 
     def __init__(
-        self, directory: Directory, replicas: Replicas, containers: Containers, server_type: str, index: int
+        self, directory: Directory, replicas: Replicas, processes: _Processes, server_type: str, index: int
     ) -> None:
         self._directory = directory
         self._replicas = replicas
-        self._containers = containers
+        self._processes = processes
         self._type, self._index = server_type, index
         self._sub_model = f"ps_{index}" if server_type == "ps" else server_type
 
@@ -157,63 +238,23 @@ class _InZooKeeper:
         self._replicas.deregister(self._replicas.path(self._type, self._index, replica))
 
     def watch(self, changed: Callable[[Mapping[str, str]], None], *, loading: bool = False) -> Callable[[], None]:
-        """See `ServingTask`.
+        """See `ServingTask`."""
+        task = f"{self._type}:{self._index}"
+        wanted = [("available", task), *([("loading", task)] if loading else []), ("container", self._sub_model)]
+        last: dict[str, str] | None = None
 
-        A name is the replica's number, after its data centre and cluster where it has any, or a container's. Where
-        there is an address of either family, it is IPv4's, except on machines that have IPv6 alone.
-        """
-        from trilith.discovery.replicas import ModelState
+        def told(lists: Mapping[tuple[str, str], Mapping[str, str]]) -> None:
+            nonlocal last
+            members: dict[str, str] = {}
+            for each in wanted:
+                before = set(members.values())  # who is in several lists counts once
+                members |= {name: at for name, at in lists.get(each, {}).items() if at not in before}
+            if members != last:
+                last = members
+                changed(dict(members))
 
-        wanted = {ModelState.AVAILABLE, ModelState.LOADING} if loading else {ModelState.AVAILABLE}
-        ipv6 = ipv6_only()
-        told = _Together(changed, 2)
-
-        def on_replicas(found: list[Replica]) -> None:
-            members = {}
-            for each in found:
-                mine = (each.path.server_type, each.path.index) == (self._type, self._index)
-                address = each.meta.reachable_at(ipv6=ipv6)
-                if mine and each.meta.stat in wanted and address is not None:
-                    name = "/".join(filter(None, (each.path.location, str(each.path.replica))))
-                    members[name] = address
-            told(0, members)
-
-        stop_containers = self._containers.watch(self._sub_model, lambda members: told(1, members))
-        try:
-            stop_replicas = self._replicas.watch(on_replicas)
-        except BaseException:
-            stop_containers()
-            raise
-
-        def stop() -> None:
-            stop_replicas()
-            stop_containers()
-
-        return stop
+        return self._processes.watch(told)
 
     def close(self) -> None:
         """See `ServingTask`."""
         self._directory.close()
-
-
-class _Together:
-    """Tells of several lists as one, once all are known, and when it is another; who is in several counts once."""
-
-    def __init__(self, changed: Callable[[Mapping[str, str]], None], lists: int) -> None:
-        self._changed = changed
-        self._lists: list[Mapping[str, str] | None] = [None] * lists
-        self._last: dict[str, str] | None = None
-        self._lock = threading.Lock()
-
-    def __call__(self, which: int, members: Mapping[str, str]) -> None:
-        with self._lock:
-            self._lists[which] = members
-            merged: dict[str, str] = {}
-            for each in self._lists:
-                if each is None:
-                    return
-                before = set(merged.values())
-                merged |= {name: address for name, address in each.items() if address not in before}
-            if merged != self._last:
-                self._last = merged
-                self._changed(dict(merged))
