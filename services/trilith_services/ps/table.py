@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +27,16 @@ from trilith_services.ps.kernels.values import all_finite, widen_halves
 from trilith_services.ps.kernels.write import ADD, ASSIGN, IMPORT, RESET, write_rows
 from trilith_services.ps.row_layout import RowLayout
 from trilith_services.ps.rows import Rows, as_ids
-from trilith_services.ps.stripes import Batch, Stripes, work_memory
+from trilith_services.ps.stripes import RANGE, Batch, Stripes, work_memory
 from trilith_services.ps.touched import Touched
 
 __all__ = ["OccurrenceGate", "Table", "TableCounters", "compile_common_kernels"]
 
 _SECONDS_PER_DAY = 86400
 _GATHERED = 16384
+_MOST_AGAIN = 3  # times that a walk through a stripe begins anew, before it takes the stripe in one turn
+_EVICTED_PART = 16  # rows are moved together after a sweep that leaves at least one in so many free
+_Copied = TypeVar("_Copied")
 
 
 class OccurrenceGate(Protocol):
@@ -97,6 +100,7 @@ class Table:
         self._budget = budget if budget is not None else MemoryBudget(0)
         self._lifetimes = _lifetimes(config)
         self._time_lock = threading.Lock()
+        self._compacting = threading.Lock()
         self._stripes = Stripes(self.layout, config.hash_table.initial_capacity, pool)
         self._at = self._stripes.address
         self._work_bytes = work_bytes(self.dim)
@@ -116,8 +120,13 @@ class Table:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of rows and indexes in use."""
+        """Bytes of rows and indexes in use; those of freed rows count until `compact` gives them back."""
         return self._stripes.memory_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of them that are freed rows': new rows take them, and `compact` gives them back."""
+        return self._stripes.freed_rows * self._stripes.row_bytes
 
     def compile(self) -> None:
         """Compile or load every kernel that serving this table may run."""
@@ -175,14 +184,66 @@ class Table:
             return present, self._copy_rows(ids[present], addresses[present], times[present])
 
     def export_stripe(self, s: int) -> Rows:
-        """Copy all rows of stripe `s`, as they are at one moment."""
-        with self._stripes.reading:
-            return self._scan_stripe(s, 0, int(self._stripes.places[s]), len(self))[0]
+        """Copy all rows of stripe `s`; see `export_pieces`."""
+        return Rows.concatenate([self._no_rows(), *self.export_pieces(s)])
+
+    def export_pieces(self, s: int, rows: int = RANGE) -> Iterator[Rows]:
+        """Copy all rows of stripe `s`, about `rows` at a time, while others read and write.
+
+        Every row that is there from the beginning to the end comes once, none twice, each as it is at one moment. A
+        row that is erased and made again meanwhile may be left out.
+        """
+        waiting, count = [self._no_rows()], 0
+        for piece, kept in self._walk(s, self._copy_rows):
+            waiting.append(piece if kept is None else piece.take(kept))
+            count += len(waiting[-1])
+            if count >= rows:
+                yield Rows.concatenate(waiting)
+                waiting, count = [self._no_rows()], 0
+        if count:
+            yield Rows.concatenate(waiting)
 
     def stripe_ids(self, s: int) -> UInt64Array:
-        """uint64[n]: the ids of stripe `s`, as they are at one moment."""
-        with self._stripes.reading:
-            return self._scan(s, 0, int(self._stripes.places[s]), len(self))[0]
+        """uint64[n]: the ids of stripe `s`; see `export_pieces`."""
+        pieces = [ids if kept is None else ids[kept] for ids, kept in self._walk(s, lambda ids, rows, times: ids)]
+        return np.concatenate([np.empty(0, np.uint64), *pieces])
+
+    def _walk(
+        self, s: int, copy: Callable[[UInt64Array, npt.NDArray[np.int64], npt.NDArray[np.uint32]], _Copied]
+    ) -> Iterator[tuple[_Copied, npt.NDArray[np.bool_] | None]]:
+        """Go through stripe `s` by ranges of places.
+
+        Args:
+            s: Which stripe.
+            copy: Takes ids, addresses and times of some rows while others may read, not write.
+
+        Yields:
+            What it returned, and bool[n] which of those rows belong to the walk; None: all.
+        """
+        stripes, taken = self._stripes, list[UInt64Array]()
+        generation, place, again = -1, 0, 0
+        before = np.empty(0, np.uint64)  # rows that came before the places changed their meaning
+        with stripes.scanning(s) as scan:
+            while True:
+                with stripes.reading:
+                    if generation != stripes.generation(s):
+                        generation, place, again = stripes.generation(s), 0, again + 1
+                        before = np.concatenate([before, *taken])
+                    slots, places = int(stripes.columns[s, index.SLOTS]), int(stripes.places[s])
+                    # The stash comes whole, since its entries change their places; and after some rebuilds all the rest.
+                    end = places if place + RANGE >= slots or again > _MOST_AGAIN else place + RANGE
+                    ids, addresses, times, _ = self._scan(s, place, end, end - place)
+                    piece = copy(ids, addresses, times)
+                    strangers = [before, *scan.erased]
+                place = end
+                kept = None
+                if sum(map(len, strangers)):
+                    kept = ~np.isin(ids, np.concatenate(strangers))
+                    ids = ids[kept]
+                taken.append(ids)
+                yield piece, kept
+                if place >= places:
+                    return
 
     def gather(
         self, ids: npt.NDArray[Any], weights: Float32Array | None = None
@@ -241,7 +302,7 @@ class Table:
         while at < end and room > 0:
             s = int(np.searchsorted(bounds, at, "right")) - 1
             with self._stripes.reading:
-                stop = min(end, int(bounds[s + 1])) - int(bounds[s])
+                stop = min(end, int(bounds[s + 1]), at + RANGE) - int(bounds[s])
                 piece, place = self._scan_stripe(s, at - int(bounds[s]), stop, room)
             pieces.append(piece)
             room -= len(piece)
@@ -392,10 +453,11 @@ class Table:
         erased: list[int] = []
 
         def erase(batch: Batch, offset: int, first: int, last: int, begin: int) -> int:
+            self._stripes.note_erased(ids[offset : offset + RANGE * 4], first, last)
             erased.append(index.erase_rows(self._at, first, last, *batch[:2]))
             return -1
 
-        self._stripes.write(ids, erase)
+        self._write(ids, erase)
         return sum(erased)
 
     def evict(self, now: int) -> int:
@@ -411,22 +473,43 @@ class Table:
     def _evict(self, now: int, lifetimes: npt.NDArray[np.int64]) -> int:
         evicted = 0
         for s in range(STRIPES):
-            with self._stripes.writing(s):
-                touched = self._stripes.touched
-                room = int(self._stripes.columns[s, index.SIZE]) if touched is not None else 0
-                ids = np.empty(room, np.uint64)
-                ids_at = address_of(ids) if room else 0
-                gone = int(sweep.evict_rows(self._at, s, now, address_of(lifetimes), len(lifetimes), ids_at))
-                if touched is not None:
-                    touched.add(ids[:gone])
-                evicted += gone
+            gone: list[int] = []
+
+            def evict(begin: int, end: int, s: int = s, gone: list[int] = gone) -> None:
+                ids = np.empty(end - begin, np.uint64)
+                room = address_of(lifetimes), len(lifetimes), address_of(ids)
+                gone.append(int(sweep.evict_rows(self._at, s, begin, end, now, *room)))
+                ids = ids[: gone[-1]]
+                self._stripes.note_erased(ids, s, s + 1)
+                if (touched := self._stripes.touched) is not None:
+                    touched.add(ids)
+
+            self._stripes.sweep(s, evict)
+            evicted += sum(gone)
+        if evicted:
+            self.compact(1 / _EVICTED_PART)
         return evicted
+
+    def compact(self, least: float = 0.0) -> int:
+        """Give the memory of freed rows back to the machine, while others read and write.
+
+        Args:
+            least: Share of a stripe's rows that must be free for it to be looked at.
+
+        Returns:
+            Bytes.
+        """
+        with self._compacting:
+            given_back = self._stripes.compact(least)
+        self._charge()
+        return given_back
 
     def clear(self) -> int:
         """Drop every row and give the memory back; returns how many rows there were."""
         with self._stripes.writing():
             dropped = len(self)
             self._stripes.clear()
+        self._stripes.unmap()
         self._charge()
         return dropped
 
@@ -540,7 +623,7 @@ class Table:
         missing = len(np.unique(ids[~self.contains(ids)]))
         fresh = max(0, missing - self._stripes.freed_rows)
         needed = fresh * row_bytes + self._stripes.growth_bytes(missing)
-        if missing and not self._budget.has_room(needed):
+        if missing and not self._budget.make_room(needed):
             raise MemoryLimitError(
                 f"table {self.name!r}: {missing} new rows need {needed} bytes, but {self._budget.used} of the "
                 f"{self._budget.limit} bytes of this PS are in use; nothing was written"
@@ -610,7 +693,11 @@ def compile_common_kernels() -> None:
         index.group_by_stripe,
         index.find_rows,
         index.erase_rows,
-        sweep.rebuild_index,
+        sweep.copy_places,
+        sweep.match_index,
+        sweep.sort_freed,
+        sweep.drop_freed,
+        sweep.move_rows,
         sweep.evict_rows,
         sweep.scan_index,
         sweep.mark_expired,

@@ -44,8 +44,8 @@ SIZE = 8  # rows
 LIMIT = 9  # rows at which the index must grow before another is added
 MOST_DELETED = 10  # deleted slots at which it must be swept first
 USED = 11  # row numbers ever handed out
-FREE = 12  # first freed row number, 0 if none; each freed row holds the next in its first four bytes
-FREED = 13  # length of that list
+FREE = 12  # address of the stack of freed row numbers, uint32: outside the rows, whose pages can so be given back
+FREED = 13  # how many it holds
 STATES = 14  # address of the optimizer state of row number 0; 0 if rows have none
 STATE_BYTES = 15  # from a row's state to the next's
 COLUMNS = 16  # two cache lines
@@ -215,7 +215,6 @@ def place_row(stripe: Any, value: Any, number: Any) -> Any:
                 return
     entry = get(stripe, STASHED)
     put(stripe, STASHED, entry + 1)
-    # A rebuild counts on, to learn how much room it takes.
     if entry < get(stripe, STASH_ROOM):
         store_u64(stash_at(stripe), 2 * entry, value)
         put(stash_at(stripe), 2 * entry + 1, number)
@@ -224,10 +223,10 @@ def place_row(stripe: Any, value: Any, number: Any) -> Any:
 @inlined
 def claim_row(stripe: Any, value: Any) -> Any:
     """Give hash `value`, which has none, a row, freed ones first; returns its number. The index is not full."""
-    number = get(stripe, FREE)
-    if number != 0:
-        put(stripe, FREE, np.int64(load_u32(row_at(stripe, number), 0)))
-        put(stripe, FREED, get(stripe, FREED) - 1)
+    freed = get(stripe, FREED)
+    if freed != 0:
+        number = np.int64(load_u32(get(stripe, FREE), freed - 1))
+        put(stripe, FREED, freed - 1)
     else:
         number = get(stripe, USED) + 1
         put(stripe, USED, number)
@@ -237,13 +236,26 @@ def claim_row(stripe: Any, value: Any) -> Any:
 
 
 @inlined
+def renumber(stripe: Any, word: Any, number: Any) -> Any:
+    """Put another row's number into the word at address `word`, which holds one."""
+    if word < stash_at(stripe):
+        number = (get(word, 0) & -get(stripe, SLOTS)) | number
+    put(word, 0, number)
+
+
+@inlined
 def release_row(stripe: Any, word: Any) -> Any:
     """Delete the row whose number is in the word at address `word`."""
-    number = number_in(stripe, word)
-    store_u32(row_at(stripe, number), 0, np.uint32(get(stripe, FREE)))
-    put(stripe, FREE, number)
-    put(stripe, FREED, get(stripe, FREED) + 1)
+    freed = get(stripe, FREED)
+    store_u32(get(stripe, FREE), freed, np.uint32(number_in(stripe, word)))
+    put(stripe, FREED, freed + 1)
     put(stripe, SIZE, get(stripe, SIZE) - 1)
+    forget_word(stripe, word)
+
+
+@inlined
+def forget_word(stripe: Any, word: Any) -> Any:
+    """Let the index lead nowhere from the word at address `word`, which holds a row's number."""
     if word >= stash_at(stripe):
         # The last entry takes its place.
         last = get(stripe, STASHED) - 1

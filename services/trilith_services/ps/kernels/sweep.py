@@ -1,4 +1,4 @@
-"""Kernels that go through the whole index of a stripe: rebuild, evict, list."""
+"""Kernels that go through the index of a stripe, range after range: rebuild, close up, evict, list."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ import numpy.typing as npt
 
 from trilith.ops.hashing import unmix64
 from trilith.ops.jit import inlined, kernel
-from trilith.ops.memory import load_u32, prefetch, store_u64
+from trilith.ops.memory import copy_floats, load_u32, load_u64, prefetch, store_u32, store_u64
 from trilith_services.ps.kernels.index import (
-    DELETED,
+    FREE,
+    FREED,
     GROUP,
+    ROW_BYTES,
     SLOTS,
+    STASH_ROOM,
     STASHED,
+    STATE_BYTES,
+    find_row,
+    find_word,
+    forget_word,
     get,
     hash_in,
     home_line,
@@ -22,6 +29,7 @@ from trilith_services.ps.kernels.index import (
     place_row,
     put,
     release_row,
+    renumber,
     row_at,
     state_at,
     stripe_at,
@@ -44,23 +52,22 @@ def _request_time(stripe: Any, place: Any) -> Any:
         prefetch(time_at(stripe, number_in(stripe, word_at(stripe, place))))
 
 
-@kernel("void(int64, int64, int64)")
-def rebuild_index(old: int, s: int, new: int) -> None:
-    """Put all that one index of stripe `s` leads to into another, empty one.
+@kernel("void(int64, int64, int64, int64, int64)")
+def copy_places(old: int, s: int, new: int, begin: int, end: int) -> None:
+    """Put what some places of an index of stripe `s` lead to into another index, unless it is there already.
 
     Args:
         old: Address of int64[COLUMNS], which describes the stripe as it is.
         s: Number of the stripe.
-        new: Address of int64[COLUMNS] with the new index, written: how many entries its stash has to hold, and no slot
-            is a deleted one.
+        new: Address of int64[COLUMNS] with the other index, written; once its stash is full, nothing more is copied.
+        begin: First place.
+        end: One past the last place; there may be fewer.
     """
-    put(new, STASHED, 0)
-    put(new, DELETED, 0)
     hashes = np.empty(GROUP, np.uint64)
     numbers = np.empty(GROUP, np.int64)
-    places = get(old, SLOTS) + get(old, STASHED)
-    place = np.int64(0)
-    while place < places:
+    places = min(end, get(old, SLOTS) + get(old, STASHED))
+    place = begin
+    while place < places and get(new, STASHED) < get(new, STASH_ROOM):
         m = 0
         while place < places and m < GROUP:
             word = word_at(old, place)
@@ -72,7 +79,110 @@ def rebuild_index(old: int, s: int, new: int) -> None:
                 m += 1
             place += 1
         for t in range(m):
-            place_row(new, hashes[t], numbers[t])
+            if get(new, STASHED) < get(new, STASH_ROOM) and find_row(new, hashes[t]) == 0:
+                place_row(new, hashes[t], numbers[t])
+
+
+@kernel("void(int64, int64, int64, int64)")
+def match_index(old: int, new: int, hashes: int, n: int) -> None:
+    """Make an index lead from some hashes to where another one leads.
+
+    Args:
+        old: Address of int64[COLUMNS], which describes the stripe as it is.
+        new: Address of int64[COLUMNS] with the other index, written; once its stash is full, nothing more is changed.
+        hashes: Address of uint64[n], repeats allowed.
+        n: Number of hashes.
+    """
+    for i in range(n):
+        if get(new, STASHED) >= get(new, STASH_ROOM):
+            return
+        value = load_u64(hashes, i)
+        right = find_row(old, value)
+        word = find_word(new, value)
+        has = number_in(new, word) if word != 0 else np.int64(0)
+        if right != has:
+            if has == 0:
+                place_row(new, value, right)
+            elif right == 0:
+                forget_word(new, word)
+            else:
+                renumber(new, word, right)
+
+
+@kernel("int64(int64, int64)")
+def sort_freed(stripe: int, bound: int) -> int:
+    """Put the freed row numbers above `bound` at the bottom of their stack, so that they are taken last.
+
+    Args:
+        stripe: Address of int64[COLUMNS].
+        bound: A row number.
+
+    Returns:
+        How many are above it.
+    """
+    free = get(stripe, FREE)
+    high = np.int64(0)
+    for i in range(get(stripe, FREED)):
+        number = load_u32(free, i)
+        if np.int64(number) > bound:
+            store_u32(free, i, load_u32(free, high))
+            store_u32(free, high, number)
+            high += 1
+    return high
+
+
+@kernel("void(int64, int64)")
+def drop_freed(stripe: int, count: int) -> None:
+    """Forget the `count` freed row numbers at the bottom of their stack.
+
+    Args:
+        stripe: Address of int64[COLUMNS], written.
+        count: How many.
+    """
+    free = get(stripe, FREE)
+    left = get(stripe, FREED) - count
+    for i in range(left):
+        store_u32(free, i, load_u32(free, i + count))
+    put(stripe, FREED, left)
+
+
+@kernel("int64(int64, int64, int64, int64, int64)")
+def move_rows(stripe: int, begin: int, end: int, bound: int, high: int) -> int:
+    """Move rows with numbers above `bound` to freed ones below it; the two numbers change their roles.
+
+    Args:
+        stripe: Address of int64[COLUMNS], written.
+        begin: First place to look at.
+        end: One past the last place to look at; the index may have fewer.
+        bound: A row number.
+        high: How many numbers at the bottom of the stack of freed ones are above `bound`, from `sort_freed` or here.
+
+    Returns:
+        As many by now; -1 if the number on top of the stack was above `bound`, or none was left.
+    """
+    free = get(stripe, FREE)
+    for place in range(begin, min(end, get(stripe, SLOTS) + get(stripe, STASHED))):
+        if place + _AHEAD < get(stripe, SLOTS):
+            coming = number_in(stripe, word_at(stripe, place + _AHEAD))
+            if coming > bound:
+                prefetch(row_at(stripe, coming))
+                prefetch(state_at(stripe, coming))
+        word = word_at(stripe, place)
+        number = number_in(stripe, word)
+        if number > bound:
+            freed = get(stripe, FREED)
+            target = np.int64(load_u32(free, freed - 1)) if freed > 0 else bound + 1
+            if target > bound:
+                return -1
+            copy_floats(row_at(stripe, target), row_at(stripe, number), get(stripe, ROW_BYTES) // 4)
+            copy_floats(state_at(stripe, target), state_at(stripe, number), get(stripe, STATE_BYTES) // 4)
+            store_u32(time_at(stripe, target), 0, load_u32(time_at(stripe, number), 0))
+            renumber(stripe, word, target)
+            # On top, the freed number would be taken by the next new row.
+            store_u32(free, freed - 1, load_u32(free, high))
+            store_u32(free, high, np.uint32(number))
+            high += 1
+    return high
 
 
 @inlined
@@ -81,17 +191,22 @@ def lifetime(lifetimes: Any, slots: Any, key: Any) -> Any:
     return get(lifetimes, np.int64((key >> np.uint64(48)) & np.uint64(slots - 1)))
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64)")
-def evict_rows(stripes: int, s: int, now: int, lifetimes: int, slots: int, evicted_ids: int) -> int:
-    """Delete the expired rows of one stripe: those with now - last update >= lifetime.
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
+def evict_rows(
+    stripes: int, s: int, begin: int, end: int, now: int, lifetimes: int, slots: int, evicted_ids: int
+) -> int:
+    """Delete the expired rows at some places of one stripe: those with now - last update >= lifetime.
 
     Args:
         stripes: Address of int64[STRIPES, COLUMNS], written.
         s: Stripe.
+        begin: First place.
+        end: One past the last place; the index may have fewer. Ranges are to be gone through from the last to the
+            first, the whole stash in one.
         now: Unix seconds to judge by.
         lifetimes: Address of int64[slots], seconds.
         slots: 1, or 32768 for lifetimes by slot.
-        evicted_ids: Address of uint64[rows of the stripe], written: the ids deleted; 0 to leave out.
+        evicted_ids: Address of uint64[end - begin], written: the ids deleted.
 
     Returns:
         How many rows were deleted.
@@ -99,7 +214,7 @@ def evict_rows(stripes: int, s: int, now: int, lifetimes: int, slots: int, evict
     stripe = stripe_at(stripes, s)
     evicted = 0
     # From the end, since the last entry of the stash takes the place of one that goes.
-    for place in range(get(stripe, SLOTS) + get(stripe, STASHED) - 1, -1, -1):
+    for place in range(min(end, get(stripe, SLOTS) + get(stripe, STASHED)) - 1, begin - 1, -1):
         _request_time(stripe, place - _AHEAD)
         word = word_at(stripe, place)
         number = number_in(stripe, word)
@@ -107,8 +222,7 @@ def evict_rows(stripes: int, s: int, now: int, lifetimes: int, slots: int, evict
             key = unmix64(hash_in(stripe, s, word))
             if now - np.int64(load_u32(time_at(stripe, number), 0)) >= lifetime(lifetimes, slots, key):
                 release_row(stripe, word)
-                if evicted_ids != 0:
-                    store_u64(evicted_ids, evicted, key)
+                store_u64(evicted_ids, evicted, key)
                 evicted += 1
     return evicted
 
