@@ -21,7 +21,7 @@ def cores() -> int:
         allowed = len(os.sched_getaffinity(0))
     except (AttributeError, OSError):
         allowed = os.cpu_count() or 1
-    return max(1, min(allowed, math.ceil(_cpu_quota())))
+    return max(1, math.ceil(min(allowed, _cpu_quota())))
 
 
 def memory_bytes() -> int:
@@ -31,7 +31,7 @@ def memory_bytes() -> int:
     for folder in _folders("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
             limit = _numbers(folder / name)
-            if limit and 0 < limit[0] < machine:
+            if len(limit) == 1 and 0 < limit[0] < machine:
                 found.append(int(limit[0]))
     return min(found)
 
@@ -62,7 +62,7 @@ def _folders(controller: str) -> Iterator[Path]:
     except OSError:
         return
     for line in lines:
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers and controller not in controllers.split(","):
             continue
         # Version 1 mounts a controller by its name or with those that it shares a mount with. A container may see its

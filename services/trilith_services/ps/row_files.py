@@ -101,7 +101,7 @@ class RowFile:
 def write_table(folder: Folder, name: str, table: Table) -> FileRecord:
     """Write all of a table's rows, stripe by stripe while others go on using it; expired ones go by eviction alone.
 
-    A row is written as it is when its stripe's turn comes; each stripe is one moment, the file as a whole is not.
+    Every row is as it was at one moment; the file as a whole is not. See `Table.export_pieces`.
     """
     layout = table.layout
     metadata = {
@@ -126,15 +126,13 @@ def write_table(folder: Folder, name: str, table: Table) -> FileRecord:
 
 def _batches(table: Table, schema: Any) -> Iterator[Any]:
     for stripe in range(table.stripes):
-        rows = table.export_stripe(stripe)
-        for start in range(0, len(rows), CHUNK_ROWS):
-            part = slice(start, start + CHUNK_ROWS)
+        for rows in table.export_pieces(stripe, CHUNK_ROWS):
             yield pa.record_batch(
                 [
-                    pa.array(rows.ids[part]),
-                    _lists(rows.weights[part], schema.field(1).type),
-                    _lists(rows.state[part], schema.field(2).type),
-                    pa.array(rows.last_update[part]),
+                    pa.array(rows.ids),
+                    _lists(rows.weights, schema.field(1).type),
+                    _lists(rows.state, schema.field(2).type),
+                    pa.array(rows.last_update),
                 ],
                 schema=schema,
             )

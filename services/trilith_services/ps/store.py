@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import threading
 import time
@@ -25,6 +24,7 @@ from trilith.errors import (
     TableExistsError,
     UnknownTableError,
 )
+from trilith.machine import cores
 from trilith.ops.memory import address_of
 from trilith.shard import ANY_WRITE, DensePart, Dequeued, EntryPage, Float32Array, FloatArray, IdPart, UpdatePart, Write
 from trilith.times import check_ahead, whole_seconds
@@ -72,7 +72,7 @@ class Store:
             count: Of how many.
             incarnation: Identity of this life of the shard; random if left out.
             memory_limit_bytes: What rows and indexes may use together; 0 means no limit.
-            threads: How many threads one large batch may use; the number of cores if left out.
+            threads: How many threads one large batch may use; the cores that this process may use if left out.
             clock: Unix seconds; the one clock that rows expire by.
         """
         if not 0 <= index < count:
@@ -99,10 +99,11 @@ class Store:
         self._sequences = Sequences()
         self._step = 0
         self._step_lock = threading.Lock()
-        threads = threads or os.cpu_count() or 1
+        threads = threads or cores()
         self._pool = ThreadPoolExecutor(threads - 1, "ps-stripes") if threads > 1 else None
         self._started = time.monotonic()
         self._closed = False
+        self.budget.reclaim, self.budget.free = self._reclaim, self._free
         self._maintenance = Maintenance(self._tables, self.budget, clock=clock)
         self._maintenance.start()
 
@@ -489,6 +490,14 @@ class Store:
     def _once(self, write: Write, work: Callable[[], _Result]) -> _Result:
         self._check_incarnation(write.incarnation)
         return self._sequences.once(write, work)[0]
+
+    def _reclaim(self) -> None:
+        """Give the memory of freed rows back, of whatever table, so that any may grow."""
+        for table in list(self._tables.values()):
+            table.compact()
+
+    def _free(self) -> int:
+        return sum(table.free_bytes for table in list(self._tables.values()))
 
     def _check_incarnation(self, incarnation: int) -> None:
         if self._closed:

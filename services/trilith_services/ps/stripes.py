@@ -53,7 +53,7 @@ _GIVEN_BACK = 8 << 20  # bytes of rows given back to the machine in one turn
 _TRIES = 3  # times that a stripe is gone through range by range while it is rebuilt under whoever does so
 _SHAPE = [index.SLOTS, index.STASH_ROOM]  # columns that say how large an index is
 _LINE = 64  # bytes of a cache line, which slots are aligned to
-_USE = [index.USED, index.FREED, *_SHAPE]
+_USE = [index.USED, *_SHAPE]
 _FREE_BYTES = 4
 
 Batch = tuple[int, int, int]
@@ -169,9 +169,12 @@ class Stripes:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of rows, their times and indexes in use; rows that were freed and not given back count."""
-        used, freed, slots, stash = self.columns[:, _USE].sum(axis=0).tolist()
-        size = used * self.row_bytes + freed * _FREE_BYTES + _index_bytes(slots, stash)
+        """Bytes of rows, their times and indexes in use; rows that were freed and not given back count.
+
+        Four bytes for each freed row's number do not: they are there only until `compact`.
+        """
+        used, slots, stash = self.columns[:, _USE].sum(axis=0).tolist()
+        size = used * self.row_bytes + _index_bytes(slots, stash)
         if self._rebuilds:
             for rebuild in list(self._rebuilds.values()):
                 size += _index_bytes(*rebuild.columns[_SHAPE].tolist())

@@ -230,7 +230,7 @@ class Table:
                         generation, place, again = stripes.generation(s), 0, again + 1
                         before = np.concatenate([before, *taken])
                     slots, places = int(stripes.columns[s, index.SLOTS]), int(stripes.places[s])
-                    # The stash comes whole, since its entries change their places; and after some rebuilds all the rest.
+                    # The stash comes whole: its entries change their places. So does all, after some rebuilds.
                     end = places if place + RANGE >= slots or again > _MOST_AGAIN else place + RANGE
                     ids, addresses, times, _ = self._scan(s, place, end, end - place)
                     piece = copy(ids, addresses, times)

@@ -128,7 +128,7 @@ def sort_freed(stripe: int, bound: int) -> int:
             store_u32(free, i, load_u32(free, high))
             store_u32(free, high, number)
             high += 1
-    return high
+    return int(high)
 
 
 @kernel("void(int64, int64)")
