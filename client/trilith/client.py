@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -395,13 +396,14 @@ class Client:
         The manifest is written last, so the checkpoint is complete or absent. The PS may take `timeout_s` to write; one
         that cannot be reached is waited for no longer than by other calls.
         """
-        from trilith.checkpoint import part_of, write_manifest
+        from trilith.checkpoint import hold, part_of, write_manifest
         from trilith.folder import absolute
 
-        where = absolute(path)
-        replies = self.save_shards(where, timeout_s=timeout_s)
-        parts = [part_of(index, len(replies), reply) for index, reply in enumerate(replies)]
-        return write_manifest(where, parts).global_step
+        where, began = absolute(path), time.time()
+        with hold(where):
+            replies = self.save_shards(where, timeout_s=timeout_s)
+            parts = [part_of(index, len(replies), reply, began_unix_s=began) for index, reply in enumerate(replies)]
+            return write_manifest(where, parts).global_step
 
     def save_shards(self, path: str, *, timeout_s: float = 3600.0) -> list[ps_pb2.SaveResponse]:
         """Have every shard write its files of a checkpoint, which is complete once somebody writes its manifest."""

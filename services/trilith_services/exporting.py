@@ -132,7 +132,7 @@ class Exporter:
             "step": manifest.global_step,
             "checkpoint": Folder(checkpoint).url,
             # Every change acknowledged before the first part began is inside.
-            "checkpoint_unix_s": min(part.finished_unix_s for part in manifest.parts),
+            "checkpoint_unix_s": manifest.as_of_unix_s,
             "created_unix_s": clock(),
         }
         files = write_model(folder, model, graph, pack_weights(weights))

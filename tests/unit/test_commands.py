@@ -389,3 +389,20 @@ def test_every_command_and_option_says_what_it_is() -> None:
             check(f"{name} {child}", subcommand)
 
     check("trilith", typer.main.get_command(app))
+
+
+def test_up_keeps_positions_beside_the_checkpoints_that_they_belong_to(saved, tmp_path) -> None:
+    from trilith_services.commands.up import _positions
+
+    with _positions(str(tmp_path / "model")) as first:
+        (Path(first) / "worker-0.json").write_text("{}")
+    assert first.startswith(str(tmp_path / "model"))
+    with _positions(str(tmp_path / "model")) as again:
+        assert list(Path(again).iterdir()) == [], "there is no checkpoint to go on from"
+    with _positions(str(saved)) as kept:
+        (Path(kept) / "worker-0.json").write_text("{}")
+    with _positions(str(saved)) as kept:
+        assert [file.name for file in Path(kept).iterdir()] == ["worker-0.json"]
+    with _positions(None) as temporary:
+        assert Path(temporary).is_dir()
+    assert not Path(temporary).exists()

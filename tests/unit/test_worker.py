@@ -8,6 +8,7 @@ import signal
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -116,6 +117,14 @@ def test_a_position_outlives_its_worker(tmp_path):
     Position(1, 2, 3).save(path)
     assert Position.load(path) == Position(1, 2, 3)
     Position(9, 9, 9).save("")
+    Position(1, 2, 3).save(path, config(batch_size=64, seed=1))
+    assert Position.load(path, config(batch_size=64, seed=1)) == Position(1, 2, 3)
+    for other in ({"batch_size": 32, "seed": 1}, {"batch_size": 64, "seed": 2}, {"batch_size": 64, "world_size": 2}):
+        with pytest.raises(InvalidRequestError, match=r"counts batches of (batch_size|seed|world_size)"):
+            Position.load(path, config(**other))
+    Path(path).write_text("[")
+    with pytest.raises(InvalidRequestError, match="does not say where a worker is"):
+        Position.load(path)
     assert Position.load("") == Position()
 
 
@@ -264,18 +273,48 @@ def test_steps_limit_a_worker(client, parts):
 
 
 @compiled_only
-def test_rank_0_saves_at_the_start_as_steps_go_by_and_at_the_end(client, parts, tmp_path):
+def test_rank_0_saves_once_it_has_trained_as_steps_go_by_and_at_the_end(client, parts, tmp_path):
     events: list[dict] = []
     directory = str(tmp_path / "model")
     work = config(model_dir=directory, save_every=16, steps=40, validate=False)
     Trainer(work, client, parts, events.append).run()
     saved = [event["step"] for event in events if event["event"] == "saved"]
-    assert saved == [0, 16, 32, 40]
+    assert saved == [8, 24, 40]
     assert len(list_checkpoints(directory)) == 3
-    newest = newest_complete(directory)
     path, step = save_checkpoint(client, directory, clock=lambda: 0.0)
     assert step == 40
-    assert path > newest.path, "a clock that went back must not make the newest checkpoint look old"
+    newest = newest_complete(directory)
+    assert newest.path == path, "a clock that went back must not make the newest checkpoint look old"
+
+
+@compiled_only
+def test_a_start_neither_saves_nor_prunes_and_refuses_a_directory_that_is_ahead_of_its_cluster(client, parts, tmp_path):
+    directory = str(tmp_path / "model")
+    work = config(model_dir=directory, save_every=16, steps=40, validate=False)
+    Trainer(work, client, parts, lambda event: None).run()
+    before = list_checkpoints(directory)
+    for _ in range(3):
+        with trilith.connect("local://") as empty:
+            trainer = Trainer(work, empty, parts, lambda event: None)
+            with pytest.raises(InvalidRequestError, match="of step 40, the cluster is at step 0"):
+                trainer.run()
+            assert list_checkpoints(directory) == before
+        with trilith.connect("local://") as restored:
+            restored.restore(before[-1].path)
+            assert Trainer(work, restored, parts, lambda event: None).run(lambda: True) is False
+            assert list_checkpoints(directory) == before, "stopped before its first step, it has nothing to save"
+
+
+@compiled_only
+def test_the_checkpoint_of_most_steps_outlives_any_number_of_empty_ones(client, parts, tmp_path):
+    directory = str(tmp_path / "model")
+    Trainer(config(model_dir=directory, steps=16, validate=False), client, parts, lambda event: None).run()
+    trained = newest_complete(directory)
+    with trilith.connect("local://") as empty:
+        for _ in range(5):
+            save_checkpoint(empty, directory)
+    assert trained in list_checkpoints(directory)
+    assert len(list_checkpoints(directory)) == 4
 
 
 @compiled_only
@@ -283,7 +322,7 @@ def test_a_checkpoint_that_fails_does_not_end_training(client, parts, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("not a directory")
     events: list[dict] = []
-    assert Trainer(config(model_dir=str(blocker), steps=2), client, parts, events.append).run()
+    assert Trainer(config(model_dir=str(blocker), steps=10), client, parts, events.append).run()
     assert "save_failed" in [event["event"] for event in events]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -73,7 +75,7 @@ def up(
 
     Starts the PS on free ports, waits until they serve, then starts the workers: `trilith worker --cluster CLUSTER
     --rank I --world-size M` with your WORKER_ARGS. Every line of output is shown with its process's name and kept in
-    a log.
+    a log. With --checkpoint-dir workers remember there how far they are, and a later run goes on from that.
 
     A PS that dies is started again on its port and restores its newest checkpoint; without --checkpoint-dir its rows
     would be gone, so the run ends. A worker that fails is started again; one that ends well has left, and more may join
@@ -93,7 +95,7 @@ def up(
         address_file.unlink(missing_ok=True)  # nobody shall read the last run's
     with (
         StopRequest() as stop,
-        TemporaryDirectory(prefix="trilith-up-") as positions,
+        _positions(checkpoint_dir) as positions,
         Supervisor(console, log_dir, grace_s=grace) as supervisor,
     ):
         cluster = PsCluster(
@@ -112,6 +114,25 @@ def up(
             _start_workers(supervisor, cluster, workers, positions, worker_args or [])
             _watch(supervisor, stop, workers)
         supervisor.say("stopping", style="")
+
+
+@contextmanager
+def _positions(checkpoint_dir: str | None) -> Iterator[str]:
+    """The directory where workers remember how far they are: beside the checkpoints they go on from, if it can be."""
+    from trilith.checkpoint import newest_complete
+    from trilith.folder import Folder
+
+    folder = None if checkpoint_dir is None else Folder(checkpoint_dir)
+    if folder is None or not folder.local:
+        with TemporaryDirectory(prefix="trilith-up-") as temporary:
+            yield temporary
+        return
+    kept = Path(folder.local_path("positions"))
+    kept.mkdir(parents=True, exist_ok=True)
+    if newest_complete(folder.url) is None:
+        for stale in kept.glob("worker-*.json"):
+            stale.unlink()  # what they have trained is gone
+    yield str(kept)
 
 
 def _write_whole(path: Path, text: str) -> None:

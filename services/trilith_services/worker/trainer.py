@@ -16,7 +16,15 @@ import torch
 from torch import distributed
 from torch.nn import functional
 
-from trilith.checkpoint import checkpoint_name, list_checkpoints, prune
+from trilith.checkpoint import (
+    checkpoint_name,
+    list_checkpoints,
+    mark_order,
+    newest_complete,
+    next_number,
+    prune,
+    read_manifest,
+)
 from trilith.client import Client
 from trilith.data.click_files import ClickFiles
 from trilith.data.clicks import ClickData, Parts
@@ -58,7 +66,7 @@ class WorkerConfig:
         validate: Whether rank 0 scores the validation part after every epoch.
         model_dir: Where checkpoints go; empty for none.
         save_every: Steps of the cluster between two checkpoints by rank 0, which then saves also when all is done; 0:
-            only at the start.
+            only soon after the start, and only where there is no checkpoint yet.
         state_file: Remembers the position, so that a worker that is started again goes on there; empty for none.
         prefetch: Batches whose rows are looked up ahead; dense values are then read one step ahead.
         async_push: Updates that may be on their way, of embeddings and of dense values; 0 waits for each. What the two
@@ -115,19 +123,44 @@ class Position:
     steps: int = 0
 
     @classmethod
-    def load(cls, path: str) -> Position:
-        """Read what `save` wrote; the start if there is no such file."""
+    def load(cls, path: str, config: WorkerConfig | None = None) -> Position:
+        """Read what `save` wrote; the start if there is no such file.
+
+        Raises:
+            InvalidRequestError: It counts other batches than `config` has, or is none.
+        """
+        if not path:
+            return cls()
         try:
-            return cls(**json.loads(Path(path).read_text())) if path else cls()
+            body = json.loads(Path(path).read_text())
+            place = cls(*(int(body[name]) for name in ("epoch", "batch", "steps")))
         except FileNotFoundError:
             return cls()
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidRequestError(
+                f"--state {path} does not say where a worker is ({error!r}); delete it to begin at the first sample"
+            ) from None
+        for name, value in _order_of_samples(config).items():
+            if body.get(name, value) != value:
+                raise InvalidRequestError(
+                    f"--state {path} counts batches of {name} {body[name]}, this run has {name} {value}: it would "
+                    "leave out samples never trained on; keep the flag, or delete the file to begin at the first"
+                )
+        return place
 
-    def save(self, path: str) -> None:
-        """Write in one step."""
+    def save(self, path: str, config: WorkerConfig | None = None) -> None:
+        """Write in one step, with what the order of samples depends on."""
         if path:
             fresh = Path(f"{path}.{os.getpid()}")
-            fresh.write_text(json.dumps(asdict(self)))
+            fresh.write_text(json.dumps(asdict(self) | _order_of_samples(config)))
             fresh.replace(path)
+
+
+def _order_of_samples(config: WorkerConfig | None) -> dict[str, int]:
+    if config is None:
+        return {}
+    names = ("rank", "world_size", "batch_size", "seed")
+    return {name: getattr(config, name) for name in names}
 
 
 class Trainer:
@@ -174,10 +207,11 @@ class Trainer:
             self._clipped = ClippedBackward(self._embeddings, self.model.head, clip_norm=config.clip_norm)
         self._meter = Meter()
         self._samples_per_epoch = self._agree_on_samples()
-        self._position = Position.load(config.state_file)
+        self._position = Position.load(config.state_file, config)
         self._uncounted = 0
         self._cluster_step = 0
         self._saved_step = 0
+        self._first_save = False  # whether there is no checkpoint yet that a PS could come back from
 
     def _make_dense(self) -> DenseOnPs | AllReduced:
         settings, head = self._config.settings, self.model.head
@@ -199,7 +233,7 @@ class Trainer:
         config = self._config
         self._cluster_step = self._saved_step = self._client.global_step()
         if (self._leads or self._peers) and config.model_dir:
-            self._save()  # so that a PS that dies early has something to start from
+            self._check_model_dir()
         self._describe()
         self._emit(
             {"event": "start", "rank": config.rank, "total_steps": self._total_steps(), **asdict(self._position)}
@@ -239,7 +273,7 @@ class Trainer:
                     self._save_if_due()
             self._position = Position(self._position.epoch + 1, 0, self._position.steps)
             self._drain()
-            self._position.save(config.state_file)
+            self._position.save(config.state_file, config)
             if config.validate and self._peers:
                 if self._should_stop(stop):
                     return False
@@ -349,7 +383,7 @@ class Trainer:
         self._cluster_step = self._client.global_step(advance=count)
 
     def _progress(self, figures: dict[str, Any]) -> None:
-        self._position.save(self._config.state_file)
+        self._position.save(self._config.state_file, self._config)
         at = self._position
         self._emit(
             {
@@ -370,9 +404,34 @@ class Trainer:
         self._emit({"event": "validation", "rank": 0, "epoch": self._position.epoch, "auc": score})
         log.info("validated", extra={"epoch": self._position.epoch, "auc": f"{score:.4f}"})
 
+    def _check_model_dir(self) -> None:
+        """See that what this run will save is not less than what is there already; nothing is written.
+
+        Raises:
+            InvalidRequestError: The newest checkpoint is ahead of the cluster.
+        """
+        directory = self._config.model_dir
+        newest = newest_complete(directory)
+        self._first_save = newest is None if not self._peers else self._cluster_step == 0
+        if newest is None:
+            return
+        step = read_manifest(newest.path).global_step
+        if step > self._cluster_step:
+            raise InvalidRequestError(
+                f"--model-dir {directory} is ahead of the cluster: its newest checkpoint, {newest.path}, is of step "
+                f"{step}, the cluster is at step {self._cluster_step}. Start the PS with --checkpoint-dir {directory}, "
+                "or restore it (Client.restore), or name another directory"
+            )
+
     def _save_if_due(self) -> None:
         config = self._config
-        if not (self._leads or self._peers) or not config.save_every:
+        if not (self._leads or self._peers) or not config.model_dir:
+            return
+        if self._first_save and self._cluster_step > self._saved_step:
+            self._first_save = False
+            self._save()  # so that a PS that dies early has something to start from
+            return
+        if not config.save_every:
             return
         # The counter goes back when PS 0 does.
         self._saved_step = min(self._saved_step, self._cluster_step)
@@ -415,10 +474,12 @@ def save_checkpoint(
 ) -> tuple[str, int]:
     """Write the next numbered checkpoint below `model_dir` and, if `tidy`, drop old ones; returns its path and step."""
     there = list_checkpoints(model_dir)
-    # A PS that was stopped names its last checkpoint after the coming tick, which may lie ahead of now.
-    number = max(int(clock() * 1000), there[-1].number + 1 if there else 0)
+    number = next_number(there, int(clock() * 1000))
     path = f"{model_dir.rstrip('/')}/{checkpoint_name(number)}"
+    if tidy:
+        mark_order(path, there, number)
     step = int(client.save(path))
     if tidy:
-        prune(model_dir, KEEP_CHECKPOINTS)
+        used = {answer.restored_from for answer in client.describe()} if isinstance(client, Client) else set()
+        prune(model_dir, KEEP_CHECKPOINTS, used=used)
     return path, step
