@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import date
+from decimal import Decimal
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trilith.data.columnar import Column, ragged_column
+import trilith.data
+from trilith.data import Dense, Extra, Label, Sparse
+from trilith.data.column_types import Column, ragged_column
 from trilith.data.readers import Position, open_records, position_of
 from trilith.data.records import Records
 from trilith.data.writers import open_writer
@@ -145,7 +150,8 @@ def test_bad_cells_and_lines_of_csv_are_named_or_skipped(tmp_path):
     [
         ({"columns": [Column("none", "int")]}, "no column 'none'"),
         ({"columns": [Column("text", "int")]}, "cannot be read as int"),
-        ({"columns": [Column("small", "fid_v2")]}, "cannot be read as fid_v2"),
+        ({"columns": [Column("text", "fid_v2")]}, "cannot be read as fid_v2"),
+        ({"columns": [Column("ids", "bytes")]}, "cannot be read as bytes"),
         ({"columns": [Column("__UID__", "fid_v2")]}, "fills line_id.uid"),
         ({"columns": [Column("ids", "int"), Column("ids", "int")]}, "asked for twice"),
         ({"kind": "instance"}, "not 'instance'"),
@@ -240,8 +246,8 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path):
 
 def test_ragged_columns_of_slices_have_their_own_values():
     array = pa.array([[1], [2, 3], None, [4]], pa.list_(pa.int64()))
-    found, splits = ragged_column(array.slice(1, 3), "int")
-    assert (np.asarray(found).tolist(), splits.tolist()) == ([2, 3, 4], [0, 2, 2, 3])
+    found, bad = ragged_column(array.slice(1, 3), "int")
+    assert (found.values.tolist(), found.row_splits.tolist(), bad) == ([2, 3, 4], [0, 2, 2, 3], {})
 
 
 def test_examples_written_as_parquet_read_back(tmp_path):
@@ -279,3 +285,202 @@ def test_what_parquet_cannot_hold_is_refused_and_leaves_no_file(tmp_path):
 def _write(path, records):
     with open_writer(str(path), format="parquet") as writer:
         writer.write(records)
+
+
+def ids_of(path, **options):
+    samples = trilith.data.read(path, **options).parse({"u": Sparse()})
+    return [[each % 2**64 for each in row] for batch in samples.batch(100) for row in batch["u"].tolist()]
+
+
+INTEGERS = [
+    pa.array([1, None, 100], getattr(pa, f"{sign}int{bits}")()) for sign in ("", "u") for bits in (8, 16, 32, 64)
+]
+WHOLE = [
+    *INTEGERS,
+    pa.array([Decimal(1), None, Decimal(100)], pa.decimal128(20, 0)),
+    pa.array([Decimal(1), None, Decimal(100)], pa.decimal256(40, 0)),
+    pa.array([1, None, 100]).dictionary_encode(),
+    pa.array([[1], None, [100]], pa.large_list(pa.int32())),
+    pa.array([[1], None, [100]], pa.list_(pa.uint16(), 1)),
+    pa.array([[1], None, [100]], pa.list_(pa.decimal128(9, 0))),
+]
+
+
+@pytest.mark.parametrize("given", WHOLE, ids=lambda given: str(given.type))
+@pytest.mark.parametrize("columns", [None, [Column("u", "fid_v2")], [Column("u", "int")]])
+def test_every_integer_is_an_id(tmp_path, given, columns):
+    path = str(tmp_path / "t.parquet")
+    pq.write_table(pa.table({"u": given}), path)
+    assert ids_of(path, columns=columns) == [[1], [], [100]]
+
+
+@pytest.mark.parametrize("columns", [None, [Column("u", "fid_v2")]])
+@pytest.mark.parametrize(
+    "given",
+    [
+        pa.array([2**64 - 1, 2**63, 0], pa.uint64()),
+        pa.array([-1, -(2**63), 0], pa.int64()),
+        pa.array([Decimal(2**64 - 1), Decimal(2**63), Decimal(0)], pa.decimal128(38, 0)),
+    ],
+    ids=["uint64", "int64", "decimal"],
+)
+def test_ids_of_64_bits(tmp_path, given, columns):
+    path = str(tmp_path / "t.parquet")
+    pq.write_table(pa.table({"u": given}), path)
+    assert ids_of(path, columns=columns) == [[2**64 - 1], [2**63], [0]]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pa.array([True, False, None]),
+        pa.array([1, 0, None], pa.int8()),
+        pa.array([1.0, 0.0, None], pa.float64()),
+        pa.array(np.array([1, 0], np.float16)),
+        pa.array([Decimal("1.00"), Decimal("0.00"), None], pa.decimal128(9, 2)),
+        pa.array([1, 0, None]).dictionary_encode(),
+    ],
+    ids=lambda given: str(given.type),
+)
+@pytest.mark.parametrize("name", ["__LABEL__", "label"])
+@pytest.mark.parametrize("declared", [True, False])
+def test_labels_of_every_type(tmp_path, given, name, declared):
+    path = str(tmp_path / "t.parquet")
+    pq.write_table(pa.table({name: given}), path)
+    columns = [Column(name, "float")] if declared else None
+    (found,) = trilith.data.read(path, columns=columns).parse({"y": Label()}).batch(10)
+    assert found["y"][:2].tolist() == [[1], [0]]
+
+
+@pytest.mark.parametrize("columns", [None, [Column("u", "fid_v2"), Column("x", "float"), Column("n", "bytes")]])
+def test_a_column_without_any_value_is_empty(tmp_path, columns):
+    path = str(tmp_path / "t.parquet")
+    table = pa.table({"u": pa.nulls(2), "x": pa.array([[None], None], pa.list_(pa.null())), "n": pa.nulls(2)})
+    pq.write_table(table, path)
+    samples = trilith.data.read(path, columns=columns)
+    (found,) = samples.parse({"u": Sparse(), "x": Dense(), "n": Dense(1, "string")}).batch(10)
+    assert (found["u"].tolist(), found["n"].tolist()) == ([[], []], [[b""], [b""]])
+
+
+TIMES = [
+    *(
+        pa.array([1_700_000_000 * n + n // 2, None], pa.timestamp(unit))
+        for unit, n in zip(["s", "ms", "us", "ns"], [1, 10**3, 10**6, 10**9], strict=True)
+    ),
+    pa.array([1_700_000_000], pa.timestamp("s", "Asia/Shanghai")),
+]
+
+
+@pytest.mark.parametrize("given", TIMES, ids=lambda given: str(given.type))
+def test_times_are_seconds(tmp_path, given):
+    path = str(tmp_path / "t.parquet")
+    pq.write_table(pa.table({"t": given, "__REQ_TIME__": given.fill_null(given[0])}), path)
+    for columns in (None, [Column("t", "int"), Column("__REQ_TIME__", "int")]):
+        samples = trilith.data.read(path, columns=columns)
+        (found,) = samples.parse({"t": Dense(1, "int64"), "req_time": Extra()}).batch(10)
+        assert found["t"][0].tolist() == found["req_time"][0].tolist() == [1_700_000_000]
+
+
+def test_dates_are_seconds(tmp_path):
+    path = str(tmp_path / "t.parquet")
+    days = [date(2023, 11, 14), date(1969, 12, 31)]
+    pq.write_table(pa.table({"a": pa.array(days, pa.date32()), "b": pa.array(days, pa.date64())}), path)
+    (found,) = trilith.data.read(path).parse({"a": Dense(1, "int64"), "b": Dense(1, "int64")}).batch(10)
+    assert found["a"].tolist() == found["b"].tolist() == [[1_699_920_000], [-86400]]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.binary(1),
+        pa.dictionary(pa.int32(), pa.string()),
+    ],
+    ids=str,
+)
+def test_strings_of_every_type(tmp_path, stored):
+    path = str(tmp_path / "t.parquet")
+    pq.write_table(
+        pa.table(
+            {"s": pa.array(["a", None, "b"]).cast(pa.binary(1) if stored == pa.binary(1) else pa.string()).cast(stored)}
+        ),
+        path,
+    )
+    (found,) = trilith.data.read(path).parse({"s": Dense(1, "string")}).batch(10)
+    assert found["s"].tolist() == [[b"a"], [b""], [b"b"]]
+
+
+@pytest.mark.parametrize("stored", ["list_view", "large_list_view"])
+def test_views_of_lists(stored):
+    if not hasattr(pa, stored):
+        pytest.skip("pyarrow is older")
+    given = pa.array([[1, 2], None, [3]], getattr(pa, stored)(pa.int64()))
+    found, bad = ragged_column(given, "fid_v2")
+    assert (found.tolist(), bad) == ([[1, 2], [], [3]], {})
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "why"),
+    [
+        (pa.array([1.0, 1.5]), "fid_v2", "1.5 is no whole number"),
+        (pa.array([1.0, 2.0**53 + 2]), "fid_v2", "no whole number that a double holds exactly"),
+        (pa.array([1.0, 2.0**25], pa.float32()), "int", "no whole number that a float holds exactly"),
+        (pa.array([1.0, float("inf")]), "fid_v1", "inf is no whole number"),
+        (pa.array([1.0, 1e39]), "float", r"1e\+39 is beyond float32"),
+        (pa.array([1, 2**63], pa.uint64()), "int", "9223372036854775808 is no int64; read the column as fid_v2"),
+        (pa.array([Decimal(1), Decimal(2**64)], pa.decimal128(38, 0)), "fid_v2", "no id of 64 bits"),
+        (pa.array([[1.0], [0.5, 1e300]]), "float", "is beyond float32"),
+    ],
+)
+def test_a_value_that_does_not_fit_costs_its_row(tmp_path, given, kind, why):
+    path = str(tmp_path / "t.parquet")
+    pq.write_table(pa.table({"u": given}), path)
+    options = {"columns": [Column("u", kind)]}
+    with pytest.raises(DataError, match=rf"t.parquet: record 1, byte 0: column 'u': .*{why}"):
+        examples(path, **options)
+    assert len(examples(path, **options, on_error="skip")) == 1
+
+
+def test_floats_that_are_whole_numbers_are_ids_where_that_is_declared(tmp_path):
+    path = str(tmp_path / "t.parquet")
+    pq.write_table(pa.table({"u": pa.array([5.0, None, float("nan"), -1.0, 2.0**53])}), path)
+    assert ids_of(path, columns=[Column("u", "fid_v2")]) == [[5], [], [], [2**64 - 1], [2**53]]
+    assert ids_of(path, columns=[Column("u", "int")])[0] == [5]
+
+
+def test_files_whose_columns_differ(tmp_path):
+    columns = {
+        "0": {"u": pa.array([1, 2], pa.int64()), "x": [1.0, 2.0]},
+        "1": {"x": [1.0, 2.0], "u": pa.array([3, 2**64 - 4], pa.uint64()), "new": ["a", "b"]},
+        "2": {"u": pa.array([5.0, None]), "x": [1, 2]},
+        "3": {"u": pa.array([6, 7], pa.int32()), "x": pa.array([1, 2], pa.int8())},
+        "4": {"u": pa.nulls(2), "x": pa.nulls(2)},
+        "5": {"u": pa.array([[8, 9], []]), "x": [True, False]},
+    }
+    for name, table in columns.items():
+        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+    wanted = [[1], [2], [3], [2**64 - 4], [5], [], [6], [7], [], [], [8, 9], []]
+    path = str(tmp_path / "*.parquet")
+    assert ids_of(path, columns=[Column("u", "fid_v2"), Column("x", "float")]) == wanted
+    assert ids_of(path, exclude=lambda name: name.endswith("2.parquet")) == wanted[:4] + wanted[6:]
+    samples = trilith.data.read(path).parse({"x": Dense(), "new": Dense(1, "string")})
+    assert len(next(iter(samples.batch(100)))["x"]) == 12
+
+
+def test_batches_of_a_column_of_differing_types(tmp_path):
+    path = str(tmp_path / "t.parquet")
+    given = [*range(1200), 2**64 - 1, *range(1300)]  # of the chunks of rows only the second needs ids
+    pq.write_table(pa.table({"u": pa.array(given, pa.uint64())}), path)
+    options = {"kind": "examplebatch", "batch_size": 1500, "drop_remainder": False}
+    assert ids_of(path, **options) == [[each] for each in given]
+
+
+def test_two_columns_of_one_name_are_refused_where_they_are_wanted(tmp_path):
+    path = str(tmp_path / "t.parquet")
+    pq.write_table(pa.table([pa.array([1]), pa.array([2]), pa.array([3])], ["u", "t", "t"]), path)
+    assert ids_of(path) == [[1]]
+    with pytest.raises(InvalidRequestError, match="2 columns are called 't'"):
+        examples(path, columns=[Column("t", "int")])

@@ -9,7 +9,7 @@ from typing import IO, Any, Protocol
 
 import cramjam
 
-from trilith.data.streams import ByteStream, skip_by_reading
+from trilith.data.streams import STDIN, ByteStream, open_file, skip_by_reading
 from trilith.errors import DataError, InvalidRequestError
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Compression",
     "Sink",
     "compressing",
+    "compression_of",
     "decompressing",
     "effective_compression",
 ]
@@ -38,6 +39,31 @@ class Compression(StrEnum):
     ZLIB = "zlib"
     GZIP = "gzip"
 
+
+_ENDINGS = {
+    ".gz": Compression.GZIP,
+    ".gzip": Compression.GZIP,
+    ".zst": Compression.ZSTD,
+    ".zstd": Compression.ZSTD,
+    ".zz": Compression.ZLIB,
+    ".zlib": Compression.ZLIB,
+}
+_MARKS = {
+    b"\x28\xb5\x2f\xfd": Compression.ZSTD,
+    b"\x1f\x8b": Compression.GZIP,
+    b"\x78\x01": Compression.ZLIB,
+    b"\x78\x5e": Compression.ZLIB,
+    b"\x78\x9c": Compression.ZLIB,
+    b"\x78\xda": Compression.ZLIB,
+}
+_UNREADABLE = (".bz2", ".xz", ".zip", ".lz4", ".7z")
+_UNREADABLE_MARKS = {
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"7z\xbc\xaf": "7-Zip",
+}
 
 # The reference's names and codes; 0 and 1 both mean none, and only 0 leaves the choice open.
 _CODES = {
@@ -72,6 +98,44 @@ def effective_compression(
             raise InvalidRequestError(f"{path}: a file to be read as snappy cannot have compression={str(given)!r}")
         return Compression.SNAPPY
     return given or Compression.NONE
+
+
+def compression_of(
+    path: str,
+    format: str,  # noqa: A002 - what a file's format is called
+    *,
+    compression: Compression | str | int | None = None,
+    use_snappy: bool | None = None,
+) -> Compression:
+    """How a file that is to be read is compressed: as `effective_compression` says, if it says anything.
+
+    Otherwise the ending of the name does, unless the file begins otherwise, as one does that a browser unpacked; and in
+    formats whose files cannot begin like it, the mark of gzip or zstd.
+
+    Raises:
+        DataError: It is packed in a way that cannot be read.
+        NoSuchFileError: It does not exist.
+    """
+    said = _compression(compression)
+    if said is not None or use_snappy is not None or path == STDIN:
+        return effective_compression(path, compression=compression, use_snappy=use_snappy)
+    name = path.partition("::")[0].lower() if "://" in path else path.lower()
+    if name.endswith(".snappy"):
+        return Compression.SNAPPY
+    named = next((each for ending, each in _ENDINGS.items() if name.endswith(ending)), None)
+    marked = format in ("tfrecord", "csv")
+    if named is None and not marked and not name.endswith(tuple(_UNREADABLE)):
+        return Compression.NONE
+    with open_file(path) as file:
+        head = file.read(6)
+    if (marked or name.endswith(tuple(_UNREADABLE))) and (
+        packed := next((each for mark, each in _UNREADABLE_MARKS.items() if head.startswith(mark)), None)
+    ):
+        raise DataError(f"{path}: record 0, byte 0: it is packed by {packed}, which is not read: unpack it first")
+    for mark, each in _MARKS.items():
+        if head.startswith(mark) and (each is named or (marked and each is not Compression.ZLIB)):
+            return each
+    return Compression.NONE
 
 
 def _compression(value: Compression | str | int | None) -> Compression | None:

@@ -10,6 +10,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from trilith.data.records import Kind, Records
+from trilith.data.tf_example import HINT, is_tf_example
 from trilith.errors import DataError, InvalidRequestError
 from trilith_proto import example_pb2, feature_pb2, proto_parser_pb2
 
@@ -281,7 +282,8 @@ def message_of(payload: bytes, kind: Kind) -> Message:
     try:
         return _CLASSES[kind].FromString(payload)
     except DecodeError:
-        raise DataError(f"the payload is no {_CLASSES[kind].DESCRIPTOR.name}") from None
+        hint = f"; {HINT}" if is_tf_example(payload) else ""
+        raise DataError(f"the payload is no {_CLASSES[kind].DESCRIPTOR.name}{hint}") from None
 
 
 def read_message(records: Records, index: int, *, pruning: Pruning = Pruning.AS_IS) -> Message:

@@ -1,95 +1,194 @@
-"""CSV files with a header line as Examples or ExampleBatches."""
+"""CSV files as Examples or ExampleBatches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from trilith.data.columnar import Column, ColumnarReader, ColumnType
-from trilith.data.streams import open_file
-from trilith.errors import DataError
+from trilith.data.column_types import Column, ColumnType
+from trilith.data.columnar import LABEL, ColumnarReader, Rows, line_id_type
+from trilith.data.compression import Compression, decompressing
+from trilith.data.csv_cells import Cells, guess_type
+from trilith.data.ragged import Ragged
+from trilith.data.records import Kind
+from trilith.data.streams import ByteStream, open_stream
+from trilith.data.text import Utf8Stream
+from trilith.errors import DataError, InvalidRequestError
 
-__all__ = ["CsvReader"]
+__all__ = ["CsvForm", "CsvReader"]
 
-_STORED = {
-    ColumnType.INT: pa.int64(),
-    ColumnType.FID_V1: pa.uint64(),
-    ColumnType.FID_V2: pa.uint64(),
-    ColumnType.FLOAT: pa.float32(),
-    ColumnType.BYTES: pa.binary(),
-}
+_FOREIGN = (b"<html", b"<!doctype", b"<?xml", b"{")
+_OTHER_DELIMITERS = "\t;|"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CsvForm:
+    """How a CSV file is written.
+
+    Attributes:
+        compression: Of the file.
+        delimiter: What stands between cells: one character.
+        header: Names of the columns of a file without a header line; None where its first line has them.
+        list_separator: What stands between the values of a cell; None where a cell is one value.
+        encoding: Of the text, by a name that Python knows; None is UTF-8, or UTF-16 or UTF-32 behind their mark.
+    """
+
+    compression: Compression = Compression.NONE
+    delimiter: str = ","
+    header: tuple[str, ...] | None = None
+    list_separator: str | None = None
+    encoding: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.delimiter) != 1 or ord(self.delimiter) > 127 or self.delimiter in '"\r\n':
+            raise InvalidRequestError(f"delimiter={self.delimiter!r}: give one ASCII character, such as ',' or '\\t'")
+        if self.list_separator is not None and self.list_separator in ("", self.delimiter):
+            raise InvalidRequestError(f"list_separator={self.list_separator!r}: give something else than the delimiter")
+        if self.header is not None and (not self.header or len(set(self.header)) < len(self.header)):
+            raise InvalidRequestError(f"header={list(self.header)}: give every column a name of its own")
 
 
 class CsvReader(ColumnarReader):
     """Rows of a CSV file; an empty cell is no value.
 
     Cells are read as text and turned into numbers here, so that a bad cell is known by its row and, when skipped, costs
-    one row.
+    one row. A column that nothing was said about is what its first values are: integers, floats or bytes; integers may
+    become floats later on, and what is no number then is damage.
+
+    Args: as `ColumnarReader` takes them, and
+        form: How the file is written.
     """
 
-    def _open(self) -> pa.Schema:
-        with open_file(self._name) as handle:
-            schema = self._parser(handle, None).schema
-        self._handle: Any = open_file(self._name)
-        self._size = self._handle.seek(0, 2)
-        self._handle.seek(0)
-        return schema
+    def __init__(self, path: str, *, form: CsvForm | None = None, **options: Any) -> None:
+        self._form = form or CsvForm()
+        super().__init__(path, **options)
 
-    def _all(self, schema: pa.Schema) -> list[Column]:
-        return super()._all([field for field in schema if field.type != pa.null()])
+    def _open(self) -> dict[str, str]:
+        form = self._form
+        self._stream: ByteStream = decompressing(open_stream(self._name), form.compression)
+        try:
+            self._text = Utf8Stream(self._stream, form.encoding)
+            self._lines, names = (0, list(form.header)) if form.header is not None else self._header()
+        except (DataError, InvalidRequestError) as error:
+            self._stream.close()
+            raise type(error)(f"{self._name}: record 0, byte 0: {error}") from None
+        except OSError as error:
+            self._stream.close()
+            raise DataError(f"{self._name}: record 0, byte 0: reading failed: {error}") from error
+        self._names = names
+        self._guessed: list[ColumnType | None] = []
+        return dict.fromkeys(names, "")
+
+    def _header(self) -> tuple[int, list[str]]:
+        """Lines up to the end of the header, and the names in it."""
+        lines = 0
+        while (line := self._text.readline()) and not line.strip():
+            lines += 1
+        if self._text.damage is not None and not line.endswith((b"\n", b"\r")):
+            raise self._text.damage
+        if not line:
+            raise DataError("no CSV file: it is empty, without even a header line; header=[...] names columns of one")
+        while line.count(b'"') % 2 and (more := self._text.readline()):  # a name may have a line break
+            line += more
+        if line.lstrip().lower().startswith(_FOREIGN):
+            raise DataError(f"no CSV file: it begins with {line.lstrip()[:20]!r}")
+        if b"\0" in line:
+            raise DataError("no CSV file, or one in another encoding: its header has zero bytes; encoding='utf-16-le'?")
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"the header is no UTF-8 ({error.reason} at byte {error.start}): give its encoding, such as "
+                f"encoding='latin-1' or encoding='gbk'"
+            ) from None
+        (names,) = csv.reader(io.StringIO(text), delimiter=self._form.delimiter)
+        return lines + line.count(b"\n"), names
+
+    def _all(self) -> list[Column]:
+        types = [line_id_type(name) if self.kind is Kind.EXAMPLE else None for name in self._names]
+        self._guessed = [
+            ColumnType.FLOAT if name == LABEL else each for name, each in zip(self._names, types, strict=True)
+        ]
+        return [Column(name, each or ColumnType.BYTES) for name, each in zip(self._names, self._guessed, strict=True)]
+
+    def _check(self, available: Mapping[str, str]) -> None:
+        doubled = sorted({name for name in self._names if self._names.count(name) > 1})
+        if doubled:
+            raise InvalidRequestError(f"{self._name}: two columns are called {doubled[0]!r}; header=[...] renames them")
+        try:
+            super()._check(available)
+        except InvalidRequestError as error:
+            others = [each for each in _OTHER_DELIMITERS if len(self._names) == 1 and each in self._names[0]]
+            if not others:
+                raise
+            raise type(error)(f"{error}; is it delimiter={others[0]!r}?") from None
 
     @property
     def progress(self) -> tuple[int, int | None]:
-        """Bytes taken so far, and how many there are."""
-        return (self._size if self._handle.closed else self._handle.tell()), self._size
+        """Bytes taken so far, as they are stored, and how many there are."""
+        return self._stream.raw_bytes, self._stream.raw_size
 
     def close(self) -> None:
         """Close the file."""
         super().close()
-        self._handle.close()
+        self._stream.close()
 
-    def _parser(self, handle: Any, names: Sequence[str] | None) -> pa_csv.CSVStreamingReader:
+    def _parser(self, wanted: Sequence[str]) -> pa_csv.CSVStreamingReader | None:
+        """A reader of the rows; None if there are none."""
         self._bad_lines: list[Any] = []
-        convert = pa_csv.ConvertOptions(strings_can_be_null=True, quoted_strings_can_be_null=False, null_values=[""])
-        if names is not None:
-            convert.column_types = dict.fromkeys(names, pa.binary())
-            convert.include_columns = list(names)
-        try:
-            return pa_csv.open_csv(
-                pa.PythonFile(handle, mode="r"),
-                read_options=pa_csv.ReadOptions(block_size=self._block, use_threads=False),
-                parse_options=pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=self._invalid),
-                convert_options=convert,
-            )
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{self._name}: record 0, byte 0: no CSV file: {error}") from None
+        if not self._text.peek():
+            return None
+        return pa_csv.open_csv(
+            pa.PythonFile(self._text, mode="r"),
+            read_options=pa_csv.ReadOptions(block_size=self._block, use_threads=False, column_names=self._names),
+            parse_options=pa_csv.ParseOptions(
+                delimiter=self._form.delimiter, newlines_in_values=True, invalid_row_handler=self._invalid
+            ),
+            convert_options=pa_csv.ConvertOptions(
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
+                null_values=[""],
+                check_utf8=False,
+                column_types=dict.fromkeys(self._names, pa.binary()),
+                include_columns=list(wanted),
+            ),
+        )
 
     def _invalid(self, row: Any) -> str:
         self._bad_lines.append(row)
         return "skip"
 
-    def _read(self, first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-        names = [column.name for column in self.columns]
-        reader = self._parser(self._handle, names)
+    def _read(self, first: int) -> Iterator[Rows]:
         row = 0
-        while True:
-            try:
+        try:
+            reader = self._parser([column.name for column in self.columns])
+            while reader is not None:
                 batch = reader.read_next_batch()
-            except StopIteration:
-                self._report_lines(row)
-                return
-            except (pa.ArrowException, OSError) as error:
-                self._lost(row, 1, error)
-                return
-            count = batch.num_rows
-            if row + count > first:
-                skipped = max(0, first - row)
-                yield from self._converted(row + skipped, batch.slice(skipped))
-                self._report_lines(row + count)
-            row += count
+                if row + batch.num_rows > first or None in self._guessed or ColumnType.INT in self._guessed:
+                    rows, bad = self._typed(row, batch)  # what columns are is found from the first row on
+                    if row + batch.num_rows > first:
+                        skipped = max(0, first - row)
+                        bad = {index - skipped: reason for index, reason in bad.items() if index >= skipped}
+                        yield from self._sound(rows.take(slice(skipped, None)) if skipped else rows, bad)
+                        self._report_lines(row + batch.num_rows)
+                row += batch.num_rows
+        except StopIteration:
+            pass
+        except (pa.ArrowException, OSError, ValueError) as error:
+            self._report_lines(row)
+            if not (isinstance(error, pa.ArrowInvalid) and str(error).startswith("Empty CSV file")):
+                self._lost(row, 1, f"{error}; the rest of the file is lost")
+        self._report_lines(row)
+        if (damage := self._text.damage) is not None:
+            self._text.damage = None
+            self._lost(row, 1, f"{damage}; the rest of the file is lost")
 
     def _report_lines(self, row: int) -> None:
         """Report lines in front of a row whose number of cells is wrong; they are no rows."""
@@ -97,30 +196,31 @@ class CsvReader(ColumnarReader):
         for line in lines:
             text = str(line.text)[:80]
             cells = f"{line.actual_columns} cells where {line.expected_columns} are due"
-            self._lost(row, 1, f"line {line.number} of the file has {cells}: {text!r}")
+            number = "a line" if line.number is None else f"line {line.number + self._lines}"
+            self._lost(row, 1, f"{number} of the file has {cells}: {text!r}")
 
-    def _converted(self, row: int, batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
-        try:
-            yield row, self._typed(batch)
-        except pa.ArrowException:
-            # One row at a time: at most one block per damage, and every other row survives.
-            for index in range(batch.num_rows):
-                try:
-                    typed = self._typed(batch.slice(index, 1))
-                except pa.ArrowException as error:
-                    self._lost(row + index, 1, error)
+    def _typed(self, row: int, batch: pa.RecordBatch) -> tuple[Rows, dict[int, str]]:
+        """Rows of a batch of cells, and what is wrong with which of them."""
+        columns: list[tuple[int, Column]] = []
+        lists: list[Ragged[Any]] = []
+        bad: dict[int, str] = {}
+        for index, column in enumerate(self.columns):
+            cells = Cells(batch.column(index), self._form.list_separator)
+            kind = ColumnType(column.type)
+            if not self._declared:
+                guess = guess_type(cells, self._guessed[index])
+                self._guessed[index] = guess
+                if guess is None:
                     continue
-                yield row + index, typed
-
-    def _typed(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        arrays = [self._cells(batch.column(index), column) for index, column in enumerate(self.columns)]
-        return pa.RecordBatch.from_arrays(arrays, [column.name for column in self.columns])
-
-    def _cells(self, cells: pa.Array, column: Column) -> pa.Array:
-        stored = _STORED[ColumnType(column.type)]
-        if stored == pa.binary():
-            return cells
-        try:
-            return cells.cast(pa.string()).cast(stored)
-        except pa.ArrowException as error:
-            raise pa.ArrowInvalid(f"column {column.name!r}: {error}") from None
+                kind = guess
+                column = Column(column.name, kind)
+            given, odd = cells.read(kind)
+            if odd and not self._declared and kind is ColumnType.INT and self._fields[index] is None:
+                wide, still = cells.read(ColumnType.FID_V2)
+                if len(still) < len(odd):  # nobody asked for int64; ids of 64 bits are no damage
+                    column, given, odd = Column(column.name, ColumnType.FID_V2), wide, still
+            columns.append((index, column))
+            lists.append(given)
+            for place, reason in odd.items():
+                bad.setdefault(place, f"column {column.name!r}: {reason}")
+        return Rows(row + np.arange(batch.num_rows), columns, lists), bad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import weakref
 import zlib
@@ -10,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from trilith.data.absent import Absent, check_absent
 from trilith.data.choices import OnError, check_on_error
 from trilith.data.compression import effective_compression
 from trilith.data.nodes import (
@@ -40,6 +42,7 @@ from trilith.data.samples.chunk import SampleOp
 from trilith.data.sources import Memory
 from trilith.data.specs import check_specs
 from trilith.data.stages import Stage
+from trilith.data.text import check_encoding
 from trilith.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -252,16 +255,24 @@ class Dataset:
 
     # ---- batches -----------------------------------------------------------------------------------------------------
 
-    def parse(self, spec: Any) -> Dataset:
+    def parse(self, spec: Any, *, absent: Absent | None = None) -> Dataset:
         """Make arrays of records, once per batch.
 
         Args:
             spec: Feature specs by name (`Sparse`, `Dense`, `Label`, ... of `trilith.data`), a `ParseSpec`, or any
                 function of `Records`.
+            absent: What to do about a feature that no record has: "raise", "warn" in the log, or "allow". None raises
+                InvalidRequestError for a name that is no column of any file read, when the first batch is parsed; in
+                records without columns, where a feature may be rare, it warns when 10,000 records, or all, had it not.
         """
+        from trilith.data.parsers import ParseSpec
+
+        check_absent(absent)
         if isinstance(spec, Mapping):
             check_specs(spec)
-            return self._on_batches(Parse(dict(spec)))
+            return self._on_batches(Parse(dict(spec), absent))
+        if isinstance(spec, ParseSpec):
+            return self._on_batches(Parse(spec.features, absent, spec))
         function = getattr(spec, "parse", spec)
         if not callable(function):
             raise InvalidRequestError(f"{spec!r} is neither feature specs nor a function of Records")
@@ -433,7 +444,7 @@ class DatasetIterator:
 
 
 def read(
-    files: str | Sequence[str],
+    files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     cycle_length: int = 1,
     block_length: int = 1,
@@ -456,9 +467,10 @@ def read(
     _at_least("block_length", block_length, 1)
     _check_options(options, open_records, but={"start", "on_error", "blocks"})
     check_on_error(on_error)
-    FileFormat(options.get("format", FileFormat.RECORDS))
+    FileFormat(options.get("format") or FileFormat.RECORDS)
     effective_compression("", compression=options.get("compression"), use_snappy=options.get("use_snappy"))
-    patterns = (files,) if isinstance(files, str) else tuple(files)
+    check_encoding(options.get("encoding"))
+    patterns = (os.fspath(files),) if isinstance(files, str | os.PathLike) else tuple(os.fspath(each) for each in files)
     return Dataset(
         (
             Read(
@@ -497,7 +509,7 @@ def _check_options(options: Mapping[str, Any], of: Callable[..., Any], but: Coll
     known = (of.__kwdefaults__ or {}).keys() - set(but)
     if unknown := options.keys() - known:
         raise InvalidRequestError(f"unknown options {sorted(unknown)}; there are {sorted(known)}")
-    Kind(options.get("kind", Kind.INSTANCE))
+    Kind(options.get("kind") or Kind.INSTANCE)
 
 
 def _on_error(nodes: tuple[Node, ...]) -> OnError:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trilith.data.absent import Absent, AbsentFeatures, SourceColumns, Watched
 from trilith.data.blocks import Blocks
 from trilith.data.choices import OnError
 from trilith.data.files import match_files, shard_files
@@ -23,6 +24,9 @@ from trilith.data.sources import ListedFiles, Memory, Merging, Reading, Streamin
 from trilith.data.specs import Features, FeatureSpec
 from trilith.data.stages import Batching, Repeating, Replayed, Skipping, Stage, Stepping, Striding, Taking
 from trilith.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from trilith.data.parsers import ParseSpec
 
 __all__ = [
     "Apply",
@@ -61,6 +65,7 @@ class Context:
         helpers: Threads for functions; None runs them where they are asked for.
         losses: Adds up what is skipped.
         on_error: Whether steps raise at damaged records or leave them out.
+        columns: Of the files read, where they have any.
     """
 
     epoch: int = 0
@@ -68,6 +73,7 @@ class Context:
     helpers: Helpers | None = None
     losses: Losses = field(default_factory=Losses)
     on_error: OnError = "raise"
+    columns: SourceColumns = field(default_factory=SourceColumns)
 
     def lost(self, records: int) -> None:
         """Count records that a step left out as damaged."""
@@ -127,9 +133,24 @@ class Read(Node):
         options = {"block_bytes": block, "blocks": Blocks(), **self.options}
 
         def opener(name: str, start: Position) -> RecordReader:
-            return open_records(name, start=start, on_error=self.on_error, **options)
+            reader = open_records(name, start=start, on_error=self.on_error, **options)
+            context.columns.opened(reader.available)
+            return reader
 
-        stage = Reading(dealer, opener, context.losses, cycle_length=self.cycle_length, block_length=self.block_length)
+        def available() -> Iterator[Mapping[str, str] | None]:
+            for name in match_files(self.patterns, exclude=self.exclude):
+                with open_records(name, on_error="skip", **options) as reader:
+                    yield reader.available
+
+        context.columns.expect(available)
+        stage = Reading(
+            dealer,
+            opener,
+            context.losses,
+            cycle_length=self.cycle_length,
+            block_length=self.block_length,
+            skip=self.on_error == "skip",
+        )
         return Striding(stage, index, count) if stride else stage
 
 
@@ -143,6 +164,8 @@ class Topics(Node):
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """See `Node`; several workers are members of one group, which divides the partitions."""
         from trilith.data.kafka import KafkaReader
+
+        context.columns.plain = True
 
         def opener(at: Position | None) -> RecordReader:
             return KafkaReader(self.topics, **{**self.options, "start": at or self.options.get("start")})
@@ -158,6 +181,7 @@ class Held(Node):
 
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """See `Node`."""
+        context.columns.plain = True
         stage = Memory(self.records)
         return Striding(stage, *context.worker) if context.worker[1] > 1 else stage
 
@@ -255,15 +279,18 @@ class Convert(Node):
 
 @dataclass(frozen=True, slots=True)
 class Parse(Node):
-    """Arrays by name of batches."""
+    """Arrays by name of batches; `given` parses them, if there is one."""
 
     features: Mapping[str, FeatureSpec]
+    absent: Absent | None = None
+    given: ParseSpec | None = None
 
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """See `Node`."""
         from trilith.data.parsers import ParseSpec
 
-        spec = ParseSpec(self.features, on_error=context.on_error)
+        spec = self.given or ParseSpec(self.features, on_error=context.on_error)
+        watch = AbsentFeatures(spec, context.columns, self.absent)
         counting = threading.Lock()
 
         def parse(records: Records) -> Features:
@@ -277,9 +304,10 @@ class Parse(Node):
                 lost = 0 if records.kind is Kind.EXAMPLE_BATCH else len(records) - rows
             if lost:
                 context.lost(lost)
+            watch.look(records)
             return batch
 
-        return mapped(upstream(context), parse, context)
+        return Watched(mapped(upstream(context), parse, context), watch)
 
 
 @dataclass(frozen=True, slots=True)

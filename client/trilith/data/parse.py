@@ -51,7 +51,7 @@ def _records(samples: Any, kind: Kind) -> tuple[Records, bool]:
 
 @functools.lru_cache(maxsize=128)
 def _parser(kind: type[Parser], specs: tuple[tuple[str, FeatureSpec], ...], on_error: OnError) -> Parser:
-    return kind(dict(specs), on_error=on_error)
+    return kind(dict(specs), on_error=on_error, strict=False)
 
 
 class _Request:

@@ -32,16 +32,18 @@ from trilith.data.specs import (
     dense_dtype,
 )
 from trilith.errors import DataError, InvalidRequestError
-from trilith_proto import example_pb2
+from trilith_proto import example_pb2, feature_pb2
 
 __all__ = ["BatchParser", "ExampleParser", "InstanceParser", "ParseSpec", "Parser"]
 
 _TINY = np.finfo(np.float32).tiny
+_LARGEST = float(np.finfo(np.float32).max)
 _ELEMENTS = {"f": Element.FLOAT, "i": Element.INT, "O": Element.BYTES}
 _LABEL, _WEIGHT, _LINE_ID = "__LABEL__", "instance_weight", "__LINE_ID__"
 _SHARED = 1
-_FID_MEMBERS = (1, 2)
 _DENSE_MEMBERS = {Element.FLOAT: (3, 4), Element.INT: (5,), Element.BYTES: (6,)}
+_INT_MEMBER, _DOUBLE_MEMBER, _EMPTY = 5, 4, 255
+_INSTANCE_MEMBERS = {Element.FLOAT: (3, 5), Element.INT: (4,), Element.BYTES: (5,)}  # bytes may hold quantized floats
 
 
 class Parser(ABC):
@@ -50,19 +52,42 @@ class Parser(ABC):
     Args:
         specs: What is wanted, by the name that it gets in the batch.
         on_error: Raise `DataError` for the first damaged record, or leave damaged records out and count them.
+        strict: Take a feature that holds something else than its spec wants, or another number of elements, for damage;
+            otherwise it reads as the reference's parse functions read it, which is mostly as if it were not there.
 
     Attributes:
+        strict: As given.
         skipped: Damaged records left out so far, by this parser.
+        unseen: Outputs of which no record had the feature so far, with the names that it could have; what has a default
+            (weights) is not among them. Kept by strict parsers only.
     """
 
     kind: Kind
 
-    def __init__(self, specs: Mapping[str, FeatureSpec], *, on_error: OnError = "raise") -> None:
+    def __init__(self, specs: Mapping[str, FeatureSpec], *, on_error: OnError = "raise", strict: bool = True) -> None:
         check_specs(specs)
         check_on_error(on_error)
         self.specs = dict(specs)
         self.skipped = 0
+        self.unseen = {out: self._feature_names(out, spec) for out, spec in specs.items()} if strict else {}
+        self.unseen = {out: names for out, names in self.unseen.items() if names}
         self._on_error = on_error
+        self.strict = strict
+
+    def _feature_names(self, out: str, spec: FeatureSpec) -> tuple[str, ...]:
+        """What the feature of an output can be called in records; empty for one that need not be there."""
+        match spec:
+            case Sparse() | Dense():
+                return (spec.feature or out,)
+            case Slot():
+                return (f"slot {spec.slot}",)
+            case Label():
+                return (_LABEL,) if self.kind is Kind.EXAMPLE_BATCH else (_LABEL, "label")
+            case Extra():
+                about = line_field(spec.field or out)
+                return (_LINE_ID,) if self.kind is Kind.EXAMPLE_BATCH else (f"__{about.name.upper()}__",)
+            case _:
+                return ()
 
     @abstractmethod
     def parse(self, records: Records, *, promote: bool = True) -> Features:
@@ -84,21 +109,95 @@ class Parser(ABC):
 
 
 _Make: TypeAlias = Callable[[Scan], Any]
+_Wrong: TypeAlias = tuple[npt.NDArray[np.bool_], Callable[[int], str]]
+"""bool[rows] of records whose feature is not what was asked for, and the reason by row."""
 
 
 class _ColumnParser(Parser):
     """A parser of what a scanner reads row by row. How each output is made of a scan is found out once."""
 
-    def __init__(self, specs: Mapping[str, FeatureSpec], *, on_error: OnError = "raise") -> None:
-        super().__init__(specs, on_error=on_error)
+    def __init__(self, specs: Mapping[str, FeatureSpec], *, on_error: OnError = "raise", strict: bool = True) -> None:
+        super().__init__(specs, on_error=on_error, strict=strict)
         self._scanner = Scanner(self.kind, self._fields(), np.int64)
         self._outputs = [(name, self._output(name, spec)) for name, spec in self.specs.items()]
+        numbers = self._scanner.schema.name_numbers
+        self._sparse_numbers = np.array(
+            [numbers[name] for name in dict.fromkeys(self._names(Sparse).values())], np.intp
+        )
 
     def parse(self, records: Records, *, promote: bool = True) -> Features:
         """See `Parser`."""
         scan = self._scanner.scan(records, on_error=self._on_error, promote=promote)
         self.skipped += scan.skipped
+        if self.strict:
+            scan = self._fitting(scan)
+            if self.unseen:
+                self._see(scan)
         return {name: make(scan) for name, make in self._outputs}
+
+    def _fitting(self, scan: Scan) -> Scan:
+        """The scan without records whose features are not what was asked for, or `DataError` for the first of them."""
+        wrong = [each for each in (self._odd_sparse(scan), *self._odd_dense(scan)) if each is not None]
+        if not wrong:
+            return scan
+        if self._on_error == "raise":
+            odd, reason = min(wrong, key=lambda each: int(each[0].argmax()))
+            row = int(odd.argmax())
+            raise DataError(f"{scan.records.where(row)}: {reason(row)}")
+        keep = ~np.logical_or.reduce([odd for odd, _ in wrong])
+        self.skipped += int(keep.size - keep.sum())
+        return scan.take(keep)
+
+    def _odd_sparse(self, scan: Scan) -> _Wrong | None:
+        """Records with something else than ids where ids are wanted."""
+        numbers = self._sparse_numbers
+        if not numbers.size:
+            return None
+        seen = scan.seen[:, numbers]
+        odd = seen - np.uint8(3) < np.uint8(252)  # all but 0, 1, 2 and 255
+        if self.kind is Kind.EXAMPLE:
+            odd &= seen != _INT_MEMBER
+        else:
+            odd &= seen != 6  # lists of fids
+            for number in np.flatnonzero(odd.any(axis=0)):
+                columns, name = self._scanner.schema.named_columns, self._scanner.schema.names[numbers[number]]
+                odd[:, number] &= np.diff(scan.splits[columns[name, Element.FID]]) == 0
+        rows: npt.NDArray[np.bool_] = np.asarray(odd.any(axis=1))
+        if not rows.any():
+            return None
+
+        def reason(row: int) -> str:
+            column = int(odd[row].argmax())
+            return _no_ids(self._scanner.schema.names[numbers[column]], int(seen[row, column]), self.kind)
+
+        return rows, reason
+
+    def _odd_dense(self, scan: Scan) -> list[_Wrong]:
+        """Per dense feature that has any, records with something else than `dim` elements of the type wanted."""
+        return []
+
+    def _see(self, scan: Scan) -> None:
+        """Note the outputs whose features were there."""
+        schema = self._scanner.schema
+        for out in list(self.unseen):
+            spec = self.specs[out]
+            match spec:
+                case Sparse() | Dense():
+                    there = bool(scan.seen[:, schema.name_numbers[spec.feature or out]].any())
+                case Slot():
+                    there = len(scan.values[schema.slot_columns[spec.slot]]) > 0
+                case Extra():
+                    about = line_field(spec.field or out)
+                    if about.repeated:
+                        there = len(scan.values[schema.line_columns[about.name]]) > 0
+                    else:
+                        there = bool(scan.present[schema.line_cells[about.name]].any())
+                case _:
+                    there = len(scan.values[schema.label_column]) > 0
+                    if self.kind is Kind.EXAMPLE:
+                        there |= bool(scan.seen[:, schema.name_numbers["label"]].any())
+            if there:
+                self.unseen.pop(out, None)
 
     @abstractmethod
     def _fields(self) -> Fields:
@@ -150,8 +249,8 @@ def _first_column(values: npt.NDArray[Any], dim: int) -> npt.NDArray[Any]:
 class InstanceParser(_ColumnParser):
     """Parses Instances.
 
-    Fids of slots come as logged (v1), and as v2 once any named fid feature is asked for; a dense feature whose length
-    is not `dim` counts as missing.
+    Fids of slots come as logged (v1), and as v2 once any named fid feature is asked for; to a parser that is not strict
+    a dense feature whose length is not `dim` counts as missing.
     """
 
     kind = Kind.INSTANCE
@@ -181,7 +280,8 @@ class InstanceParser(_ColumnParser):
         if isinstance(spec, Sparse):
             return _fids(schema.named_columns[spec.feature or name, Element.FID])
         if isinstance(spec, Dense):
-            return partial(self._dense, spec.feature or name, spec.dim, _ELEMENTS[dense_dtype(spec.dtype).kind])
+            make = self._fitted if self.strict and spec.lengths == "fit" else self._dense
+            return partial(make, spec.feature or name, spec.dim, _ELEMENTS[dense_dtype(spec.dtype).kind])
         if isinstance(spec, Label):
             return lambda scan: ragged_of(schema, scan, schema.label_column).dense(spec.dim)
         if isinstance(spec, InstanceWeight):
@@ -192,27 +292,59 @@ class InstanceParser(_ColumnParser):
         weight = scalars_of(scan, self._scanner.schema.weight_cell, np.dtype(np.float32), 1.0)
         return _first_column(weight.values, dim)
 
+    def _odd_dense(self, scan: Scan) -> list[_Wrong]:
+        """See `_ColumnParser`; a quantized vector is checked where it is unpacked."""
+        wrong = []
+        for out, spec in self.specs.items():
+            if isinstance(spec, Dense):
+                element, name = _ELEMENTS[dense_dtype(spec.dtype).kind], spec.feature or out
+                schema = self._scanner.schema
+                member = member_of(schema, scan, name)
+                lengths = np.diff(scan.splits[schema.named_columns[name, element]])
+                found = _odd_values(name, spec, element, member, _INSTANCE_MEMBERS[element], lengths, self.kind)
+                if found is None and element is Element.FLOAT and (member == 5).any():
+                    rows, _, squeezed = self._vectors(scan, name)
+                    odd = member == 5
+                    odd[rows[squeezed]] = False
+                    if odd.any():
+                        found = odd, partial(_no_floats, name, member, self.kind)
+                if found is not None:
+                    wrong.append(found)
+        return wrong
+
     def _dense(self, feature: str, dim: int, element: Element, scan: Scan) -> npt.NDArray[Any]:
+        return self._filled(feature, dim, element, scan, exact=True)
+
+    def _fitted(self, feature: str, dim: int, element: Element, scan: Scan) -> npt.NDArray[Any]:
+        return self._filled(feature, dim, element, scan, exact=False)
+
+    def _filled(self, feature: str, dim: int, element: Element, scan: Scan, *, exact: bool) -> npt.NDArray[Any]:
         schema = self._scanner.schema
         ragged = ragged_of(schema, scan, schema.named_columns[feature, element])
-        out = ragged.dense(dim, b"" if element is Element.BYTES else 0, exact=True)
+        out = ragged.dense(dim, b"" if element is Element.BYTES else 0, exact=exact)
         if element is Element.FLOAT:
             self._dequantize(scan, feature, dim, out)
         return out
 
-    def _dequantize(self, scan: Scan, feature: str, dim: int, out: npt.NDArray[Any]) -> None:
-        """Overwrite rows whose feature holds a quantized vector."""
+    def _vectors(
+        self, scan: Scan, feature: str
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Rows and spans of the byte strings of a feature, and which of them are quantized vectors."""
         column = self._scanner.schema.named_columns[feature, Element.BYTES]
         spans, splits = scan.values[column], scan.splits[column]
+        prefix = np.frombuffer(PREFIX, np.uint8)
+        heads = scan.records.buffer[spans[:, :1] + np.arange(prefix.size)]
+        squeezed = (spans[:, 1] >= prefix.size) & (heads == prefix).all(axis=1)
+        return np.repeat(np.arange(splits.size - 1), np.diff(splits)), spans, squeezed
+
+    def _dequantize(self, scan: Scan, feature: str, dim: int, out: npt.NDArray[Any]) -> None:
+        """Overwrite rows whose feature holds a quantized vector."""
+        rows, spans, squeezed = self._vectors(scan, feature)
         if not len(spans):
             return
-        buffer, prefix = scan.records.buffer, np.frombuffer(PREFIX, np.uint8)
-        heads = buffer[spans[:, :1] + np.arange(prefix.size)]
-        squeezed = (spans[:, 1] >= prefix.size) & (heads == prefix).all(axis=1)
-        rows = np.repeat(np.arange(len(out)), np.diff(splits))[squeezed]
-        spans = spans[squeezed]
+        buffer, rows, spans = scan.records.buffer, rows[squeezed], spans[squeezed]
         last = np.append(rows[1:] != rows[:-1], True)[: rows.size]  # the last vector of a feature counts
-        rows, starts, sizes = rows[last], spans[last, 0] + prefix.size, spans[last, 1] - prefix.size
+        rows, starts, sizes = rows[last], spans[last, 0] + len(PREFIX), spans[last, 1] - len(PREFIX)
         lengths = np.where(sizes > 8, sizes - 4, np.where(sizes % 2 == 0, sizes // 2, -1))
         if (lengths != dim).any():
             wrong = int(np.flatnonzero(lengths != dim)[0])
@@ -229,16 +361,19 @@ class InstanceParser(_ColumnParser):
 
 
 class ExampleParser(_ColumnParser):
-    """Parses Examples. Fids come as v2; lists are cut to `dim` or filled up with zeros, labels with `INVALID_LABEL`."""
+    """Parses Examples. Fids come as v2; labels are cut or filled up with `INVALID_LABEL`.
+
+    A parser that is not strict cuts lists to `dim` or fills them up with zeros.
+    """
 
     kind = Kind.EXAMPLE
 
     def _fields(self) -> Fields:
         named, _ = _named_elements(self)
-        if self._has(Label):
-            named["label", Element.FLOAT] = None
-        if self._has(InstanceWeight):
-            named[_WEIGHT, Element.FLOAT] = None
+        for name in ["label"] * self._has(Label) + [_WEIGHT] * self._has(InstanceWeight):
+            named[name, Element.FLOAT] = None
+            if self.strict:
+                named[name, Element.INT] = None
         return Fields(
             label=self._has(Label),
             instance_weight=self._has(InstanceWeight),
@@ -248,7 +383,13 @@ class ExampleParser(_ColumnParser):
 
     def _output(self, name: str, spec: FeatureSpec) -> _Make:
         if isinstance(spec, Sparse):
-            return _fids(self._scanner.schema.named_columns[spec.feature or name, Element.FID_V2])
+            columns = self._scanner.schema.named_columns
+            feature = spec.feature or name
+            if (feature, Element.ID) in columns:
+                return _fids(columns[feature, Element.ID])
+            if self.strict:  # its integers are asked for by another name, too
+                return partial(self._merged, feature, Element.FID_V2)
+            return _fids(columns[feature, Element.FID_V2])
         if isinstance(spec, Dense):
             return partial(self._dense, spec.feature or name, spec.dim, _ELEMENTS[dense_dtype(spec.dtype).kind])
         if isinstance(spec, Label):
@@ -258,10 +399,63 @@ class ExampleParser(_ColumnParser):
         assert isinstance(spec, Extra)
         return self._line_output(name, spec)
 
+    def _merged(self, feature: str, element: Element, scan: Scan) -> Ragged[Any]:
+        """Values of a feature, of which some records may have integers instead."""
+        schema = self._scanner.schema
+        own = ragged_of(schema, scan, schema.named_columns[feature, element])
+        if (feature, Element.INT) not in schema.named_columns:
+            return own
+        return _either(own, ragged_of(schema, scan, schema.named_columns[feature, Element.INT]))
+
+    def _odd_dense(self, scan: Scan) -> list[_Wrong]:
+        """See `_ColumnParser`."""
+        schema, wrong = self._scanner.schema, []
+        for out, spec in self.specs.items():
+            if isinstance(spec, Dense):
+                element, name = _ELEMENTS[dense_dtype(spec.dtype).kind], spec.feature or out
+                member = member_of(schema, scan, name)
+                ragged = self._merged(name, element, scan) if element is Element.FLOAT else None
+                splits = scan.splits[schema.named_columns[name, element]] if ragged is None else ragged.row_splits
+                found = _odd_values(name, spec, element, member, _held(element), np.diff(splits), self.kind)
+                if found is None and ragged is not None:
+                    found = self._too_large(scan, name, member, ragged)
+                if found is not None:
+                    wrong.append(found)
+        for name in (_LABEL,) * self._has(Label) + (_WEIGHT,) * self._has(InstanceWeight):
+            member = member_of(schema, scan, name)
+            odd = ~np.isin(member, (0, 3, _EMPTY) if name == _LABEL else (0, 3, 4, _INT_MEMBER, _EMPTY))
+            if odd.any():
+                wrong.append((odd, partial(_no_floats, name, member, self.kind)))
+        if self._has(Label):
+            member = member_of(schema, scan, "label")
+            odd = ~np.isin(member, (0, *_held(Element.FLOAT), _EMPTY))
+            if odd.any():
+                wrong.append((odd, partial(_no_floats, "label", member, self.kind)))
+        return wrong
+
+    def _too_large(self, scan: Scan, name: str, member: npt.NDArray[np.uint8], ragged: Ragged[Any]) -> _Wrong | None:
+        """Records with a double that is no float32; an infinite one is."""
+        if not (member == _DOUBLE_MEMBER).any() or not np.isinf(ragged.values).any():
+            return None
+        exact = Scanner(self.kind, Fields(named=((name, Element.DOUBLE),)))
+        doubles = ragged_of(exact.schema, exact.scan(scan.records), exact.schema.named_columns[name, Element.DOUBLE])
+        over = np.isfinite(doubles.values) & (np.abs(doubles.values) > _LARGEST)
+        odd = np.zeros(len(doubles), np.bool_)
+        odd[doubles.value_rowids[over]] = True
+        if not odd.any():
+            return None
+        return (
+            odd,
+            lambda row: f"feature {name!r}: {doubles[row].tolist()} is beyond float32, whose largest is {_LARGEST}",
+        )
+
     def _dense(self, feature: str, dim: int, element: Element, scan: Scan) -> npt.NDArray[Any]:
         schema = self._scanner.schema
         member = member_of(schema, scan, feature)
-        _check_members(scan.records, feature, member, element)
+        if not self.strict:
+            _check_members(scan.records, feature, member, element)
+        if self.strict and element is Element.FLOAT:
+            return _padded(self._merged(feature, element, scan), member, dim, element)
         return _padded(ragged_of(schema, scan, schema.named_columns[feature, element]), member, dim, element)
 
     def _labels(self, dim: int, scan: Scan) -> npt.NDArray[Any]:
@@ -270,8 +464,9 @@ class ExampleParser(_ColumnParser):
         member = member_of(schema, scan, "label")
         named = member != 0
         if named.any():
-            _check_members(scan.records, "label", member, Element.FLOAT)
-            instead = ragged_of(schema, scan, schema.named_columns["label", Element.FLOAT]).dense(dim, INVALID_LABEL)
+            if not self.strict:
+                _check_members(scan.records, "label", member, Element.FLOAT)
+            instead = self._merged("label", Element.FLOAT, scan).dense(dim, INVALID_LABEL)
             out[named] = instead[named]
         return out
 
@@ -280,11 +475,11 @@ class ExampleParser(_ColumnParser):
         weight = scalars_of(scan, schema.weight_cell, np.dtype(np.float32), 1.0).values
         out = _first_column(np.where(weight > 0, weight, np.float32(1)), dim)
         member = member_of(schema, scan, _WEIGHT)
-        named = (member != 0) & (member != 255)
+        named = (member != 0) & (member != _EMPTY)
         if named.any():
-            _check_members(scan.records, _WEIGHT, member, Element.FLOAT)
-            ragged = ragged_of(schema, scan, schema.named_columns[_WEIGHT, Element.FLOAT])
-            out[named] = _padded(ragged, member, dim, Element.FLOAT)[named]
+            if not self.strict:
+                _check_members(scan.records, _WEIGHT, member, Element.FLOAT)
+            out[named] = _padded(self._merged(_WEIGHT, Element.FLOAT, scan), member, dim, Element.FLOAT)[named]
         return out
 
 
@@ -293,15 +488,101 @@ def _named_elements(parser: Parser) -> tuple[dict[tuple[str, Element], None], bo
     if any(isinstance(spec, Slot) for spec in parser.specs.values()):
         raise InvalidRequestError("only Instances have fids of slots; name the feature, such as Sparse('fc_slot_3')")
     named: dict[tuple[str, Element], None] = {}
+    dense: dict[tuple[str, Element], None] = {}
     for out, spec in parser.specs.items():
-        if isinstance(spec, Sparse):
-            named[spec.feature or out, Element.FID_V2] = None
-        elif isinstance(spec, Dense):
+        if isinstance(spec, Dense):
             dtype = dense_dtype(spec.dtype)
             if dtype == np.object_ and spec.dim != 1:
                 raise InvalidRequestError(f"{out!r}: strings of an Example have dim 1, not {spec.dim}")
-            named[spec.feature or out, _ELEMENTS[dtype.kind]] = None
+            element = _ELEMENTS[dtype.kind]
+            dense[spec.feature or out, element] = None
+            if parser.strict and element is Element.FLOAT:  # which integers are, too
+                dense[spec.feature or out, Element.INT] = None
+    for out, spec in parser.specs.items():
+        if isinstance(spec, Sparse):
+            name = spec.feature or out
+            ids = parser.strict and (name, Element.INT) not in dense
+            named[name, Element.ID if ids else Element.FID_V2] = None
+    named |= dense
     return named, any(isinstance(spec, Extra) for spec in parser.specs.values())
+
+
+def _held(element: Element) -> tuple[int, ...]:
+    """Members of an Example's feature that a strict parser reads as elements of a type."""
+    return (*_DENSE_MEMBERS[element], _INT_MEMBER) if element is Element.FLOAT else _DENSE_MEMBERS[element]
+
+
+def _holds(name: str, member: int, kind: Kind) -> str:
+    """What a feature holds, in words."""
+    message = feature_pb2.Feature if kind is Kind.INSTANCE else example_pb2.Feature
+    held = message.DESCRIPTOR.fields_by_number.get(member)
+    return f"feature {name!r} holds a {held.name if held else 'value of another type'}"
+
+
+def _no_ids(name: str, member: int, kind: Kind) -> str:
+    """Why a feature cannot be read as ids."""
+    if kind is Kind.INSTANCE:
+        advice = "Sparse reads the fids of an Instance; write them as fid, or read the feature as Dense"
+    elif member in _DENSE_MEMBERS[Element.BYTES]:
+        advice = "Sparse takes integers; make integers of the strings first, by a dictionary or a hash"
+    elif member in _DENSE_MEMBERS[Element.FLOAT]:
+        advice = (
+            f"Sparse takes integers; where whole numbers are stored as floats, read the column as "
+            f"Column({name!r}, 'fid_v2'), or read the feature as Dense"
+        )
+    else:
+        advice = "Sparse takes a list of fids or of integers"
+    return f"{_holds(name, member, kind)}, which are no ids: {advice}"
+
+
+def _no_floats(name: str, member: npt.NDArray[np.uint8], kind: Kind, row: int) -> str:
+    return f"{_holds(name, int(member[row]), kind)}, which is no list of float values"
+
+
+def _odd_values(
+    name: str,
+    spec: Dense,
+    element: Element,
+    member: npt.NDArray[np.uint8],
+    members: tuple[int, ...],
+    lengths: npt.NDArray[np.int64],
+    kind: Kind,
+) -> _Wrong | None:
+    """Records whose dense feature is of another type, or has another number of elements than wanted."""
+    first = member[0] if member.size else 0
+    if not ((member == first).all() and first in members):
+        # A feature of an Instance may hold several kinds of values; then the one that is wanted counts.
+        odd = ~np.isin(member, (0, _EMPTY, *members)) & (lengths == 0)
+        if odd.any():
+
+            def held(row: int) -> str:
+                return f"{_holds(name, int(member[row]), kind)}, which is no list of {element} values"
+
+            return odd, held
+    if spec.lengths == "exact":
+        odd = (lengths != spec.dim) & (lengths != 0)
+        if odd.any():
+            return (
+                odd,
+                lambda row: (
+                    f"feature {name!r} has {int(lengths[row])} values where Dense({spec.dim}) takes {spec.dim}; "
+                    f"Dense(..., lengths='fit') cuts them or fills them up with zeros"
+                ),
+            )
+    return None
+
+
+def _either(own: Ragged[Any], ints: Ragged[Any]) -> Ragged[Any]:
+    """Lists of which each is in one of two; integers become what the others are."""
+    if not ints.values.size:
+        return own
+    if not own.values.size:
+        return Ragged(ints.values.astype(own.values.dtype), ints.row_splits)
+    lengths = own.lengths + ints.lengths
+    from_ints = np.repeat(ints.lengths > 0, lengths)
+    values = np.empty(from_ints.size, own.values.dtype)
+    values[from_ints], values[~from_ints] = ints.values, own.values
+    return Ragged.of_lengths(values, lengths)
 
 
 def _check_members(records: Records, name: str, member: npt.NDArray[np.uint8], element: Element) -> None:
@@ -329,18 +610,18 @@ class BatchParser(Parser):
     """Parses an ExampleBatch, which is a batch already: one record gives one batch of its `batch_size` rows.
 
     Lists that are shared are repeated for every row. Labels, weights and LineId fields are zero, not their defaults,
-    where the batch has no list of them.
+    where the batch has no list of them. What is damaged costs the whole batch.
     """
 
     kind = Kind.EXAMPLE_BATCH
 
-    def __init__(self, specs: Mapping[str, FeatureSpec], *, on_error: OnError = "raise") -> None:
-        super().__init__(specs, on_error=on_error)
+    def __init__(self, specs: Mapping[str, FeatureSpec], *, on_error: OnError = "raise", strict: bool = True) -> None:
+        super().__init__(specs, on_error=on_error, strict=strict)
         named, extras = _named_elements(self)
-        if self._has(Label):
-            named[_LABEL, Element.FLOAT] = None
-        if self._has(InstanceWeight):
-            named[_WEIGHT, Element.FLOAT] = None
+        for name in [_LABEL] * self._has(Label) + [_WEIGHT] * self._has(InstanceWeight):
+            named[name, Element.FLOAT] = None
+            if self.strict:
+                named[name, Element.INT] = None
         if extras:
             named[_LINE_ID, Element.BYTES] = None
         self._scanner = BatchScanner(Fields(named=tuple(named)), np.int64)
@@ -372,15 +653,17 @@ class BatchParser(Parser):
                 out[name] = self.sparse(batch, spec.feature or name)
             elif isinstance(spec, Dense):
                 element = _ELEMENTS[dense_dtype(spec.dtype).kind]
-                out[name] = self._dense(batch, spec.feature or name, element, spec.dim)
+                out[name] = self._dense(batch, spec.feature or name, element, spec)
             elif isinstance(spec, Label):
-                ragged, member = self.column(batch, _LABEL, Element.FLOAT)
-                _check_members(batch.scan.records, _LABEL, member, Element.FLOAT)
-                out[name] = ragged.dense(spec.dim)
+                out[name] = self._floats(batch, _LABEL)[0].dense(spec.dim)
             elif isinstance(spec, InstanceWeight):
                 out[name] = self._weights(batch, spec.dim)
             elif isinstance(spec, Extra):
                 out[name] = self._extra(lines, batch.batch_size, line_field(spec.field or name), spec.dim)
+        for name, features in list(self.unseen.items()):
+            number = self._scanner.schema.name_numbers.get(features[0])
+            if number is not None and batch.lists[number, 0] >= 0:
+                self.unseen.pop(name, None)
         return out
 
     def column(self, batch: BatchScan, name: str, element: Element) -> tuple[Ragged[Any], npt.NDArray[np.uint8]]:
@@ -404,19 +687,47 @@ class BatchParser(Parser):
 
     def sparse(self, batch: BatchScan, name: str) -> Ragged[np.int64]:
         """Fids of one list."""
-        return self.column(batch, name, Element.FID_V2)[0]
+        if not self.strict:
+            return self.column(batch, name, Element.FID_V2)[0]
+        merged = (name, Element.ID) not in self._scanner.schema.named_columns
+        ragged, member = self.column(batch, name, Element.FID_V2 if merged else Element.ID)
+        odd = ~np.isin(member, (0, 1, 2, _INT_MEMBER, _EMPTY))
+        if odd.any():
+            row = int(odd.argmax())
+            reason = _no_ids(name, int(member[row]), self.kind)
+            raise DataError(f"{batch.scan.records.where(0)}: row {row} of the batch: {reason}")
+        return _either(ragged, self.column(batch, name, Element.INT)[0]) if merged else ragged
 
-    def _dense(self, batch: BatchScan, name: str, element: Element, dim: int) -> npt.NDArray[Any]:
-        ragged, member = self.column(batch, name, element)
-        _check_members(batch.scan.records, name, member, element)
-        return _padded(ragged, member, dim, element)
+    def _floats(self, batch: BatchScan, name: str) -> tuple[Ragged[Any], npt.NDArray[np.uint8]]:
+        """Floats of one list, integers among them if the parser is strict; and what the rows hold."""
+        ragged, member = self.column(batch, name, Element.FLOAT)
+        if not self.strict:
+            _check_members(batch.scan.records, name, member, Element.FLOAT)
+            return ragged, member
+        odd = ~np.isin(member, (0, *_held(Element.FLOAT), _EMPTY))
+        if odd.any():
+            row = int(odd.argmax())
+            reason = _no_floats(name, member, self.kind, row)
+            raise DataError(f"{batch.scan.records.where(0)}: row {row} of the batch: {reason}")
+        return _either(ragged, self.column(batch, name, Element.INT)[0]), member
+
+    def _dense(self, batch: BatchScan, name: str, element: Element, spec: Dense) -> npt.NDArray[Any]:
+        if element is Element.FLOAT:
+            ragged, member = self._floats(batch, name)
+        else:
+            ragged, member = self.column(batch, name, element)
+            _check_members(batch.scan.records, name, member, element)
+        if self.strict:
+            wrong = _odd_values(name, spec, element, member, _held(element), ragged.lengths, self.kind)
+            if wrong is not None:
+                row = int(wrong[0].argmax())
+                raise DataError(f"{batch.scan.records.where(0)}: row {row} of the batch: {wrong[1](row)}")
+        return _padded(ragged, member, spec.dim, element)
 
     def _weights(self, batch: BatchScan, dim: int) -> npt.NDArray[Any]:
         if batch.lists[self._scanner.schema.name_numbers[_WEIGHT], 0] < 0:
             return np.zeros((batch.batch_size, dim), np.float32)
-        ragged, member = self.column(batch, _WEIGHT, Element.FLOAT)
-        _check_members(batch.scan.records, _WEIGHT, member, Element.FLOAT)
-        first = ragged.dense(1)[:, 0]
+        first = self._floats(batch, _WEIGHT)[0].dense(1)[:, 0]
         return _first_column(np.where(first > 0, first, np.float32(1)), dim)
 
     def _lines(self, batch: BatchScan, records: Records, row: int) -> Scan | None:
@@ -499,6 +810,13 @@ class ParseSpec:
     def skipped(self) -> int:
         """Damaged records left out so far."""
         return sum(parser.skipped for parser in self._parsers.values())
+
+    @property
+    def unseen(self) -> dict[str, tuple[str, ...]]:
+        """Outputs of which no record had the feature so far, with the names that it could have."""
+        parsers = list(self._parsers.values())
+        found = dict(parsers[0].unseen) if parsers else {}
+        return {out: names for out, names in found.items() if all(out in each.unseen for each in parsers)}
 
     def parse(self, records: Records) -> Features:
         """Make a batch of records."""

@@ -7,19 +7,21 @@ record of the chunk, is where another reader goes on.
 from __future__ import annotations
 
 import logging
+import os
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
 from trilith.data.blocks import Blocks
 from trilith.data.choices import Choice, OnError, check_on_error
-from trilith.data.compression import Compression, decompressing, effective_compression
+from trilith.data.compression import Compression, compression_of, decompressing, effective_compression
 from trilith.data.framing import MAX_PAYLOAD, Framing, Scratch, explain, split_frames
 from trilith.data.records import PADDING, Kind, Records
-from trilith.data.streams import ByteStream, open_stream, stream_name
+from trilith.data.streams import STDIN, ByteStream, NoSuchFileError, open_file, open_stream, stream_name
+from trilith.data.text import check_encoding
 from trilith.errors import DataError, InvalidRequestError
 from trilith.ops import framing as kernels
 from trilith.ops.memory import address_of
@@ -31,6 +33,7 @@ __all__ = [
     "BLOCK_BYTES",
     "FileFormat",
     "Losses",
+    "MissingColumnError",
     "Position",
     "RecordReader",
     "StreamReader",
@@ -43,6 +46,7 @@ BLOCK_BYTES = 2 << 20
 
 _LOG = logging.getLogger(__name__)
 _KEPT_MESSAGES = 10
+_COMPRESSED = (".gz", ".gzip", ".zst", ".zstd", ".zz", ".zlib", ".snappy", ".bz2", ".xz")
 
 
 class FileFormat(Choice):
@@ -53,6 +57,21 @@ class FileFormat(Choice):
     TFRECORD = "tfrecord"
     PARQUET = "parquet"
     CSV = "csv"
+
+
+_ENDINGS = {
+    ".parquet": FileFormat.PARQUET,
+    ".pq": FileFormat.PARQUET,
+    ".csv": FileFormat.CSV,
+    ".tsv": FileFormat.CSV,
+    ".tab": FileFormat.CSV,
+    ".tfrecord": FileFormat.TFRECORD,
+    ".tfrecords": FileFormat.TFRECORD,
+}
+
+
+class MissingColumnError(InvalidRequestError):
+    """A file does not have a column that is to be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +109,8 @@ class Losses:
         self.bytes += size
         if len(self.messages) < _KEPT_MESSAGES:
             self.messages.append(message)
-        _LOG.warning("skipped: %s", message)
+            more = "; more of this file are counted only" if len(self.messages) == _KEPT_MESSAGES else ""
+            _LOG.warning("skipped: %s%s", message, more)
 
 
 class RecordReader(Protocol):
@@ -98,6 +118,8 @@ class RecordReader(Protocol):
 
     kind: Kind
     losses: Losses
+    available: Mapping[str, str] | None = None
+    """Columns that the file has, each with why it cannot be read, if so; None where a format has no columns."""
 
     def __iter__(self) -> Iterator[Records]:
         return self
@@ -132,14 +154,18 @@ def position_of(records: Records, index: int) -> Position:
 
 
 def open_records(
-    path: str,
+    path: str | os.PathLike[str],
     *,
-    kind: Kind | str = Kind.INSTANCE,
-    format: FileFormat | str = FileFormat.RECORDS,  # noqa: A002 - what a file's format is called
+    kind: Kind | str | None = None,
+    format: FileFormat | str | None = None,  # noqa: A002 - what a file's format is called
     framing: Framing | None = None,
     compression: Compression | str | int | None = None,
     use_snappy: bool | None = None,
     columns: Sequence[Column] | None = None,
+    delimiter: str | None = None,
+    header: Sequence[str] | None = None,
+    list_separator: str | None = None,
+    encoding: str | None = None,
     batch_size: int = 512,
     drop_remainder: bool = True,
     block_bytes: int = BLOCK_BYTES,
@@ -150,57 +176,137 @@ def open_records(
     """Open one file for reading as chunks of records, in order. Kafka topics have a reader of their own, `KafkaReader`.
 
     What can be read is given out before a damage is reported. After a damaged header the rest of a file of records is
-    lost; a TFRecord whose payload's checksum is wrong costs only itself. A file that ends inside a record is damaged,
-    too, and so is a compressed stream that ends too early.
+    lost; a TFRecord whose payload's checksum is wrong costs only itself, and so does a row of a CSV file with a bad
+    cell. A file that ends inside a record is damaged, too, and so is a compressed stream that ends too early.
 
     Args:
         path: A path or any URL that fsspec knows; the empty string is standard input ("records" and "tfrecord").
-        kind: What the payloads are. From Parquet and CSV the readers make "example" or "examplebatch" ("plaintext": the
-            same bytes as "examplebatch").
-        format: How records are stored.
+        kind: What the payloads are: "instance" by default. From Parquet and CSV the readers make "example", their
+            default, or "examplebatch" ("plaintext": the same bytes as "examplebatch").
+        format: How records are stored; left out, the name's ending says it (`.parquet`, `.csv`, `.tsv`, `.tfrecord`),
+            or the mark of a Parquet file, and "records" are all others.
         framing: "records": what stands in front of payloads; nothing but the length, if left out.
-        compression: "records" and "tfrecord": None leaves it to the name, whose ending `.snappy` means snappy.
+        compression: All formats but Parquet: None leaves it to the name's ending (`.snappy`, `.gz`, `.zst`, `.zz`), and
+            of TFRecord and CSV files also to their first bytes.
         use_snappy: "records" and "tfrecord": as `effective_compression` takes it.
         columns: Parquet and CSV: what to read and as what; all columns by their own types, if left out.
+        delimiter: CSV: what stands between cells; left out, a tab for `.tsv` and `.tab`, else a comma.
+        header: CSV: the names of all columns of a file whose first line does not have them.
+        list_separator: CSV: what stands between the values of a cell, in all columns; left out, a cell is one value.
+        encoding: CSV: of the text, such as "latin-1", "gbk" or "utf-16-le"; left out, UTF-8, or what a mark at the
+            beginning says.
         batch_size: Parquet and CSV with "examplebatch": rows of each batch.
         drop_remainder: Parquet and CSV with "examplebatch": whether a last batch that is not full is dropped.
         block_bytes: Bytes of a chunk's buffer; a longer record gets a buffer of its own size.
         blocks: "records" and "tfrecord": where buffers come from; readers of one file after another may share them.
         start: Where to begin; the position of another reader of the same file.
         on_error: "raise" a DataError that names file, record and byte; or "skip" what is damaged, count it in `losses`
-            and log it.
+            and log it. A file of which nothing can be read, or that is gone, is one loss.
 
     Raises:
         InvalidRequestError: The file cannot be opened, or the arguments do not go together.
     """
-    kind, file_format, start = Kind(kind), FileFormat(format), start or Position()
+    path = os.fspath(path)
+    file_format = _format_of(path) if format is None else FileFormat(format)
+    columnar = file_format in (FileFormat.PARQUET, FileFormat.CSV)
+    kind = Kind(kind or (Kind.EXAMPLE if columnar else Kind.INSTANCE))
     check_on_error(on_error)
-    if file_format in (FileFormat.PARQUET, FileFormat.CSV):
-        from trilith.data.csv import CsvReader
-        from trilith.data.parquet import ParquetReader
-
-        reader = ParquetReader if file_format is FileFormat.PARQUET else CsvReader
-        return reader(
-            path,
-            kind=kind,
-            columns=columns,
-            batch_size=batch_size,
-            drop_remainder=drop_remainder,
-            block_bytes=block_bytes,
-            start=start,
-            on_error=on_error,
+    check_encoding(encoding)
+    form = {"delimiter": delimiter, "header": header, "list_separator": list_separator, "encoding": encoding}
+    if file_format is not FileFormat.CSV and (given := [name for name, each in form.items() if each is not None]):
+        raise InvalidRequestError(f"{path}: {given[0]} is for CSV files; this one is read as {file_format}")
+    if not columnar and columns is not None:
+        raise InvalidRequestError(f"{path}: columns are for Parquet and CSV files; this one is read as {file_format}")
+    if file_format is FileFormat.PARQUET and effective_compression("", compression=compression) is not Compression.NONE:
+        raise InvalidRequestError(
+            f"{path}: compression={compression!r}: a Parquet file says itself how it is compressed"
         )
-    effective = effective_compression(path, compression=compression, use_snappy=use_snappy)
-    return StreamReader(
-        decompressing(open_stream(path), effective),
-        name=stream_name(path),
-        kind=kind,
-        framing=None if file_format is FileFormat.TFRECORD else framing or Framing(),
-        block_bytes=block_bytes,
-        blocks=blocks,
-        start=start,
-        on_error=on_error,
-    )
+    start = start or Position()
+    try:
+        if not columnar:
+            stored = compression_of(path, file_format, compression=compression, use_snappy=use_snappy)
+            return StreamReader(
+                decompressing(open_stream(path), stored),
+                name=stream_name(path),
+                kind=kind,
+                framing=None if file_format is FileFormat.TFRECORD else framing or Framing(),
+                block_bytes=block_bytes,
+                blocks=blocks,
+                start=start,
+                on_error=on_error,
+            )
+        options: dict[str, Any] = {
+            "kind": kind,
+            "columns": columns,
+            "batch_size": batch_size,
+            "drop_remainder": drop_remainder,
+            "block_bytes": block_bytes,
+            "start": start,
+            "on_error": on_error,
+        }
+        if file_format is FileFormat.PARQUET:
+            from trilith.data.parquet import ParquetReader
+
+            return ParquetReader(path, **options)
+        from trilith.data.csv import CsvForm, CsvReader
+
+        csv_form = CsvForm(
+            compression=compression_of(path, file_format, compression=compression, use_snappy=use_snappy),
+            delimiter=delimiter or ("\t" if _bare(path).endswith((".tsv", ".tab")) else ","),
+            header=None if header is None else tuple(header),
+            list_separator=list_separator,
+            encoding=encoding,
+        )
+        return CsvReader(path, form=csv_form, **options)
+    except (DataError, NoSuchFileError) as error:
+        if on_error == "raise":
+            raise
+        return _Unread(kind, str(error), columnar=columnar)
+
+
+def _bare(path: str) -> str:
+    """A name in lower case without the ending of its compression."""
+    name = path.partition("::")[0].lower() if "://" in path else path.lower()
+    ending = next((each for each in _COMPRESSED if name.endswith(each)), "")
+    return name.removesuffix(ending)
+
+
+def _format_of(path: str) -> FileFormat:
+    """How the records of a file are stored, from its name or the mark that it begins with."""
+    named = next((each for ending, each in _ENDINGS.items() if _bare(path).endswith(ending)), None)
+    if named is not None or path == STDIN or "://" in path:
+        return named or FileFormat.RECORDS
+    try:
+        with open_file(path) as file:
+            return FileFormat.PARQUET if file.read(4) == b"PAR1" else FileFormat.RECORDS
+    except (InvalidRequestError, OSError):  # whoever reads it will say so
+        return FileFormat.RECORDS
+
+
+class _Unread(RecordReader):
+    """A file of which nothing can be read, which is skipped: one loss, no records."""
+
+    def __init__(self, kind: Kind, reason: str, *, columnar: bool) -> None:
+        self.kind = kind
+        self.losses = Losses()
+        self.losses.add(f"{reason}; the file is lost", 0)
+        self.available = {} if columnar else None
+
+    def __next__(self) -> Records:
+        raise StopIteration
+
+    @property
+    def position(self) -> Position:
+        """The beginning."""
+        return Position()
+
+    @property
+    def progress(self) -> tuple[int, int | None]:
+        """Nothing of nothing."""
+        return 0, 0
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class StreamReader(RecordReader):

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from trilith.data.queue import FileDealer
-from trilith.data.readers import Losses, Position, RecordReader, position_of
+from trilith.data.readers import Losses, MissingColumnError, Position, RecordReader, position_of
 from trilith.data.records import Records
 from trilith.data.stages import Stage, State
 from trilith.errors import InvalidRequestError
@@ -116,10 +116,19 @@ class Reading:
         losses: Where what was skipped is added up.
         cycle_length: Files open at a time.
         block_length: Records of one file before it is the next one's turn.
+        skip: Whether a file without a column that is wanted is skipped and counted; if it is all files, that is still
+            an error.
     """
 
     def __init__(
-        self, files: FileDealer, opener: OpenFile, losses: Losses, *, cycle_length: int = 1, block_length: int = 1
+        self,
+        files: FileDealer,
+        opener: OpenFile,
+        losses: Losses,
+        *,
+        cycle_length: int = 1,
+        block_length: int = 1,
+        skip: bool = False,
     ) -> None:
         self._files = files
         self._open = opener
@@ -127,6 +136,9 @@ class Reading:
         self._block = block_length
         self._slots: list[_File | None] = [None] * cycle_length
         self._more = True
+        self._skip = skip
+        self._opened = False
+        self._misfit: MissingColumnError | None = None
 
     def __next__(self) -> Records:
         return self._one_file() if len(self._slots) == 1 else self._in_turns()
@@ -156,8 +168,25 @@ class Reading:
             name = self._files.take() if self._more else None
             if name is None:
                 self._more = False
+                if self._misfit is not None and not self._opened:
+                    raise self._misfit
                 return None
-            self._slots[number] = _File(name, self._open(name, Position()))
+            self._slots[number] = self._file(name, Position())
+            if self._slots[number] is None:
+                self._files.finish(name)
+
+    def _file(self, name: str, start: Position) -> _File | None:
+        """Open a file; None if it is skipped."""
+        try:
+            reader = self._open(name, start)
+        except MissingColumnError as error:
+            if not self._skip:
+                raise
+            self._misfit = error
+            self._losses.add(f"{error}; the file is lost", 0)
+            return None
+        self._opened = True
+        return _File(name, reader)
 
     def _end(self, number: int, file: _File) -> None:
         self._slots[number] = None
@@ -188,7 +217,7 @@ class Reading:
             if slot is not None:
                 name, records, offset = slot
                 if self._files.take(claim=name) is not None:  # else another worker has it by now
-                    self._slots[number] = _File(name, self._open(name, Position(records, offset)))
+                    self._slots[number] = self._file(name, Position(records, offset))
 
     def close(self) -> None:
         """See `Stage`."""

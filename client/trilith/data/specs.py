@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,9 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Sparse:
-    """Fids of a named feature, as a `Ragged` of int64.
+    """Ids of a named feature, as a `Ragged` of int64: fids, or an Example's integers as they are.
+
+    A feature that holds floats or bytes is refused.
 
     Attributes:
         feature: Name of the feature in the records; the output's name by default.
@@ -63,21 +65,26 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """Numbers or strings of a named feature, as an array [rows, dim].
+    """Numbers or strings of a named feature, as an array [rows, dim]; an Example's integers are floats, too.
 
     Attributes:
         dim: Elements per row.
         dtype: "float32", "int64" or "string" (bytes objects).
         feature: Name of the feature in the records; the output's name by default.
+        lengths: "exact": a record has `dim` elements or, without such a feature, none, which reads zeros; any other
+            number is damage. "fit": what is too long is cut, what is too short is filled up with zeros.
     """
 
     dim: int = 1
     dtype: str = "float32"
     feature: str | None = None
+    lengths: Literal["exact", "fit"] = "exact"
 
     def __post_init__(self) -> None:
         if self.dim < 1:
             raise InvalidRequestError(f"dim={self.dim} of a dense feature is not positive")
+        if self.lengths not in ("exact", "fit"):
+            raise InvalidRequestError(f"lengths={self.lengths!r} of a dense feature is neither 'exact' nor 'fit'")
         dense_dtype(self.dtype)
 
 

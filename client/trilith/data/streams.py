@@ -8,10 +8,23 @@ from typing import IO, Any, Protocol
 
 from trilith.errors import InvalidRequestError
 
-__all__ = ["STDIN", "ByteStream", "FileStream", "open_file", "open_stream", "skip_by_reading", "stream_name"]
+__all__ = [
+    "STDIN",
+    "ByteStream",
+    "FileStream",
+    "NoSuchFileError",
+    "open_file",
+    "open_stream",
+    "skip_by_reading",
+    "stream_name",
+]
 
 STDIN = ""
 """The file name that means standard input."""
+
+
+class NoSuchFileError(InvalidRequestError):
+    """A file that is to be read does not exist, or no longer."""
 
 
 class ByteStream(Protocol):
@@ -52,7 +65,8 @@ def open_file(path: str, mode: str = "rb") -> IO[bytes]:
     """
     try:
         if "://" not in path:
-            return open(path, mode, buffering=0) if mode == "rb" else open(path, mode)
+            place = path if os.path.exists(path) else os.path.expanduser(path)
+            return open(place, mode, buffering=0) if mode == "rb" else open(place, mode)
         import fsspec
 
         fs, place = fsspec.core.url_to_fs(path)
@@ -60,7 +74,7 @@ def open_file(path: str, mode: str = "rb") -> IO[bytes]:
             return open(place, "rb", buffering=0)
         opened: IO[bytes] = fs.open(place, mode)
     except FileNotFoundError:
-        raise InvalidRequestError(f"{path}: no such file") from None
+        raise NoSuchFileError(f"{path}: no such file") from None
     except (OSError, ValueError, ImportError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InvalidRequestError(f"{path}: cannot be opened: {reason}") from None

@@ -44,7 +44,7 @@ class RequestExamples(ExampleParser):
     """
 
     def __init__(self, specs: Mapping[str, FeatureSpec], padded: Collection[tuple[str, int]] = ()) -> None:
-        super().__init__(specs)
+        super().__init__(specs, strict=False)
         self._padded = frozenset(padded)
         numbers = self._scanner.schema.name_numbers
         self._refused = np.zeros(len(numbers), np.uint8)
@@ -99,7 +99,7 @@ class RequestInstances(InstanceParser):
 
     def __init__(self, specs: Mapping[str, FeatureSpec], padded: Collection[tuple[str, int]] = ()) -> None:
         self._padded = frozenset(padded)
-        super().__init__(specs)
+        super().__init__(specs, strict=False)
 
     def score(self, records: Records, on_unknown: OnUnknown | None) -> Features:
         """See `RequestExamples`."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from trilith.data.choices import OnError, check_on_error
+from trilith.data.ragged import Ragged
 from trilith.data.records import PADDING, Kind, Records, measure_payloads
 from trilith.data.scan.batches import measure_batch, scan_batch, scan_line_ids
 from trilith.data.scan.examples import scan_examples
@@ -72,6 +73,19 @@ class Scan:
     cells: npt.NDArray[np.uint64]
     present: npt.NDArray[np.uint8]
     seen: npt.NDArray[np.uint8]
+
+    def take(self, rows: npt.NDArray[np.bool_]) -> Scan:
+        """Some of the rows, by a mask."""
+        parts = [Ragged(*each).take(rows) for each in zip(self.values, self.splits, strict=True)]
+        return Scan(
+            records=self.records.take(rows),
+            skipped=self.skipped + int(rows.size - rows.sum()),
+            splits=[part.row_splits for part in parts],
+            values=[part.values for part in parts],
+            cells=self.cells[:, rows],
+            present=self.present[:, rows],
+            seen=self.seen[rows],
+        )
 
     def strings(self, column: int) -> npt.NDArray[np.object_]:
         """object[m]: the byte strings of a column."""
@@ -137,7 +151,10 @@ class Scanner:
                 if unreadable:
                     if on_error == "raise":
                         row, reason = unreadable[0]
-                        raise DataError(f"{records.where(row)}: {reason}")
+                        from trilith.data.tf_example import HINT, is_tf_example
+
+                        hint = f"; {HINT}" if is_tf_example(records.payload(row)) else ""
+                        raise DataError(f"{records.where(row)}: {reason}{hint}")
                     skipped += len(unreadable)
                     keep = np.ones(len(records), np.bool_)
                     keep[[row for row, _ in unreadable]] = False
@@ -319,9 +336,12 @@ def bounds_of(records: Records) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.i
 
 def damage(records: Records, row: int, status: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> DataError:
     """The error that says which record is damaged, where and how."""
+    from trilith.data.tf_example import HINT, is_tf_example
+
+    hint = f"; {HINT}" if is_tf_example(records.payload(row)) else ""
     return DataError(
         f"{records.where(row)}: no sound {records.kind}: {CODES[int(status[row])]}, at byte {int(places[row])} of "
-        f"{int(records.lengths[row])}"
+        f"{int(records.lengths[row])}{hint}"
     )
 
 

@@ -36,6 +36,7 @@ class Element(Choice):
 
     FID: fids as logged (uint64): those of an Instance's fid, then of its fid_lists; of either list of an Example.
     FID_V2: the same as v2, the form that tables know.
+    ID: as FID_V2; of an Example also integers, which are ids as they are.
     FLOAT: float32; a list of doubles is narrowed.
     DOUBLE: float64, lists of doubles only; FLOAT and DOUBLE of one feature cannot be had together.
     INT: int64. BYTES: bytes.
@@ -43,6 +44,7 @@ class Element(Choice):
 
     FID = "fid"
     FID_V2 = "fid_v2"
+    ID = "id"
     FLOAT = "float"
     DOUBLE = "double"
     INT = "int"
@@ -245,10 +247,12 @@ class Schema:
         instance = self.kind is Kind.INSTANCE
         places: dict[int, int]
         dtype: npt.DTypeLike
-        if element in (Element.FID, Element.FID_V2):
+        if element in (Element.FID, Element.FID_V2, Element.ID):
             dtype = self._fid
-            first = wire.V1_TO_V2 if element is Element.FID_V2 else wire.FIXED64
+            first = wire.FIXED64 if element is Element.FID else wire.V1_TO_V2
             places = {2: wire.FIXED64, 6: wire.FIXED64} if instance else {1: first, 2: wire.FIXED64}
+            if element is Element.ID and not instance:
+                places[5] = wire.VARINT
         elif element is Element.FLOAT:
             dtype = np.float32
             places = {3: wire.FIXED32} if instance else {3: wire.FIXED32, 4: wire.DOUBLE_TO_FLOAT}

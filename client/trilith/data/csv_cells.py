@@ -1,0 +1,166 @@
+"""Cells of a CSV column as values: all at once where they are sound, one by one around those that are not."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trilith.data.column_types import ColumnType, Values
+from trilith.data.ragged import Ragged
+
+__all__ = ["Cells", "guess_type"]
+
+_WHOLE = re.compile(rb"[+-]?[0-9]+(\.0*)?\Z")
+_NUMBER = re.compile(rb"[+-]?([0-9]+\.?[0-9]*([eE][+-]?[0-9]+)?|\.[0-9]+([eE][+-]?[0-9]+)?|inf|infinity|nan)\Z", re.I)
+_BOOLS = {b"true": 1, b"false": 0}
+_FEW = 256
+_SHOWN = 40
+_INT64_MAX, _UINT64_MAX, _INT64_MIN = (1 << 63) - 1, (1 << 64) - 1, -(1 << 63)
+_STORED = {ColumnType.INT: pa.int64(), ColumnType.FLOAT: pa.float32()}
+_DTYPES = {ColumnType.INT: np.int64, ColumnType.FLOAT: np.float32}
+_WANTED = {
+    ColumnType.INT: "no integer of 64 bits",
+    ColumnType.FLOAT: "no number within float32",
+    ColumnType.FID_V1: "no id of 64 bits",
+    ColumnType.FID_V2: "no id of 64 bits",
+}
+
+
+class Cells:
+    """The cells of some rows of a column.
+
+    Args:
+        cells: Binary; null is no value.
+        separator: What stands between the values of a cell, if it may have several.
+    """
+
+    def __init__(self, cells: pa.Array, separator: str | None) -> None:
+        self._rows = len(cells)
+        if separator is not None:
+            pieces = pc.split_pattern(cells, separator.encode())
+            lengths = pc.fill_null(pc.list_value_length(pieces), 0).to_numpy(zero_copy_only=False)
+            rows = np.repeat(np.arange(self._rows), lengths)
+            flat = pieces.flatten()
+            there = pc.greater(pc.binary_length(flat), 0)
+            self.flat = flat.filter(there)
+            rows = rows[there.to_numpy(zero_copy_only=False)]
+        else:
+            rows = np.flatnonzero(cells.is_valid().to_numpy(zero_copy_only=False))
+            self.flat = cells.drop_null() if cells.null_count else cells
+        self._of = rows
+        self._numbers: tuple[pa.Array, npt.NDArray[np.int64]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.flat)
+
+    def texts(self) -> tuple[pa.Array, npt.NDArray[np.int64]]:
+        """What may be numbers, and int64[m] rows: quotes with nothing inside are no number."""
+        if self._numbers is None:
+            full = pc.greater(pc.binary_length(self.flat), 0)
+            if pc.all(full).as_py() in (True, None):
+                self._numbers = self.flat, self._of
+            else:
+                self._numbers = self.flat.filter(full), self._of[full.to_numpy(zero_copy_only=False)]
+        return self._numbers
+
+    def read(self, kind: ColumnType) -> tuple[Ragged[Any], dict[int, str]]:
+        """Values of a type, with anything in place of those that are none; and by row which those are."""
+        if kind is ColumnType.BYTES:
+            values = np.empty(len(self.flat), np.object_)
+            values[:] = self.flat.to_pylist()
+            return self._ragged(values, self._of), {}
+        texts, rows = self.texts()
+        numbers, odd = _read(texts, kind)
+        bad: dict[int, str] = {}
+        for place in odd:
+            bad.setdefault(int(rows[place]), f"{_shown(texts[place].as_py())} is {_WANTED[kind]}")
+        return self._ragged(numbers, rows), bad
+
+    def _ragged(self, values: Values, rows: npt.NDArray[np.int64]) -> Ragged[Any]:
+        return Ragged.of_lengths(values, np.bincount(rows, minlength=self._rows).astype(np.int64))
+
+
+def guess_type(cells: Cells, before: ColumnType | None) -> ColumnType | None:
+    """What a column is, given what it was in front of these cells; None as long as it has no values."""
+    if before in (ColumnType.FLOAT, ColumnType.BYTES):
+        return before
+    texts, _ = cells.texts()
+    if not len(texts):
+        return ColumnType.BYTES if before is None and len(cells) else before
+    no_ids = len(_read(texts, ColumnType.FID_V2)[1])
+    if not no_ids:
+        pointed = pc.any(pc.match_substring(texts, b".")).as_py()  # 7.0
+        return ColumnType.FLOAT if pointed else ColumnType.INT
+    no_floats = len(_read(texts, ColumnType.FLOAT)[1])
+    if before is None:
+        return ColumnType.BYTES if no_floats else ColumnType.FLOAT
+    return ColumnType.FLOAT if no_floats < no_ids else before
+
+
+def _read(texts: pa.Array, kind: ColumnType) -> tuple[Values, list[int]]:
+    """Numbers, with anything in place of what is none; and which those are."""
+    dtype = _DTYPES.get(kind, np.uint64)
+    out = np.zeros(len(texts), dtype)
+    odd: list[int] = []
+    waiting = [(0, len(texts))]
+    while waiting:
+        start, stop = waiting.pop()
+        part = texts.slice(start, stop - start)
+        whole = _cast(part, kind)
+        if whole is not None:
+            out[start:stop] = whole
+        elif stop - start > _FEW:
+            middle = (start + stop) // 2
+            waiting += [(middle, stop), (start, middle)]  # the first half comes next
+        else:
+            for place, text in enumerate(part.to_pylist(), start):
+                number = _number(text.strip(), kind)
+                if number is None:
+                    odd.append(place)
+                else:
+                    out[place] = number
+    return out, odd
+
+
+def _cast(texts: pa.Array, kind: ColumnType) -> Values | None:
+    """All at once; None if there is one that may be none."""
+    try:
+        strings = texts.cast(pa.string())
+        if kind in _STORED:
+            numbers: Values = strings.cast(_STORED[kind]).to_numpy(zero_copy_only=False)
+            return None if kind is ColumnType.FLOAT and np.isinf(numbers).any() else numbers
+        try:
+            ids: Values = strings.cast(pa.uint64()).to_numpy(zero_copy_only=False)
+        except pa.ArrowException:
+            ids = strings.cast(pa.int64()).to_numpy(zero_copy_only=False).view(np.uint64)
+        return ids
+    except pa.ArrowException:
+        return None
+
+
+def _number(text: bytes, kind: ColumnType) -> Any:
+    """One value; None if it is none."""
+    if (known := _BOOLS.get(text.lower())) is not None:
+        return known
+    if kind is ColumnType.FLOAT:
+        if not _NUMBER.match(text):
+            return None
+        with np.errstate(over="ignore"):
+            value = np.float32(float(text))
+        return None if np.isinf(value) and b"inf" not in text.lower() else value
+    if not _WHOLE.match(text):
+        return None
+    whole = int(text.partition(b".")[0])
+    if kind is ColumnType.INT:
+        return whole if _INT64_MIN <= whole <= _INT64_MAX else None
+    return whole & _UINT64_MAX if _INT64_MIN <= whole <= _UINT64_MAX else None
+
+
+def _shown(text: bytes) -> str:
+    shown = text.decode(errors="backslashreplace")
+    return repr(shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "…")
