@@ -14,6 +14,7 @@ from trilith.batches import Batches, TableInfo, Terms
 from trilith.cluster import Cluster, Rejoined
 from trilith.dense import Variables
 from trilith.discovery import Directory
+from trilith.discovery.members import Members
 from trilith.discovery.record import ClusterRecord, RecordKeeper
 from trilith.errors import InvalidRequestError, ShardRestartedError, UnknownTableError
 from trilith.ops.dedup import gather_values
@@ -37,10 +38,10 @@ class Client:
     shard may have succeeded on another. Arrays are checked before anything is sent.
     """
 
-    def __init__(self, cluster: Cluster, *, directory: Directory | None = None) -> None:
+    def __init__(self, cluster: Cluster, *, members: Members | None = None) -> None:
         """Use `trilith.connect`."""
         self._cluster = cluster
-        self.directory = directory
+        self._members = members
         self.features: dict[str, str] = {}
         """Name of its table by feature, as recorded through this client."""
         self._tables: dict[str, TableInfo] = {}
@@ -94,6 +95,11 @@ class Client:
         from trilith.timers import TimedBatches
 
         return TimedBatches(self._cluster, self._info, float16=float16)
+
+    @property
+    def directory(self) -> Directory | None:
+        """Where the PS are listed; None for an embedded cluster."""
+        return self._members.directory if self._members is not None else None
 
     @property
     def shards(self) -> int:
@@ -442,8 +448,8 @@ class Client:
     def close(self) -> None:
         """Release connections; further calls raise ClosedError."""
         self._cluster.close()
-        if self.directory is not None:
-            self.directory.close()
+        if self._members is not None:
+            self._members.close()
 
     def __enter__(self) -> Client:
         """Return the client itself."""

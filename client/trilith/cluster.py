@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import secrets
 import sys
 import threading
@@ -21,6 +22,7 @@ from trilith.errors import (
     ShardRestartedError,
     TrilithError,
 )
+from trilith.forks import renew_in_children
 from trilith.remote import RemoteShard
 from trilith.routing import OWNER_RULE
 from trilith.shard import Shard, Write
@@ -79,17 +81,35 @@ class Cluster:
         self.remote = all(isinstance(shard, RemoteShard) for shard in shards)
         self.float16 = config.float16 and self.remote
         self.step = 0
-        self._client_id = secrets.randbits(63) | 1
-        self._sequences = [itertools.count(1) for _ in self.shards]
         self._known = [0] * self.count
-        self._closed = False
-        self._pool_lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
+        self._closed = ""
+        self._process = os.getpid()
+        self._begin()
+        renew_in_children(self)
         answers = self.describe()
         self._check_identity(answers)
         for index, answer in enumerate(answers):
             self._adopt(index, answer)
         self.step = answers[0].global_step
+
+    def _begin(self) -> None:
+        """Take an identity for writes, and no threads yet."""
+        self._client_id = secrets.randbits(63) | 1
+        self._sequences = [itertools.count(1) for _ in self.shards]
+        self._pool_lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def after_fork(self) -> None:
+        """A child is a client of its own; a shard within the parent's process stays there, with the parent's threads.
+
+        Both would count the same sequences otherwise, and a PS would take the writes of one for repeats of the other's.
+        """
+        self._begin()
+        if not self.remote and not self._closed:
+            self._closed = (
+                f"this cluster is embedded in process {self._process}, from which this one was forked: its threads and"
+                " locks are not here; open one after the fork, or have both connect to `trilith ps`"
+            )
 
     # ---- identity ----------------------------------------------------------------------------------------------------
 
@@ -233,7 +253,7 @@ class Cluster:
             TrilithError: The first failure by shard index, after every call has ended; the others may have succeeded.
         """
         if self._closed:
-            raise ClosedError("the client was closed")
+            raise ClosedError(self._closed)
         timeout = self.config.timeout_s if timeout_s is None else timeout_s
         if not timeout > 0:
             raise InvalidRequestError(f"timeout_s={timeout} is not above 0")
@@ -278,7 +298,7 @@ class Cluster:
     def _submit(self, run: Callable[[int], _T], index: int) -> Future[_T]:
         with self._pool_lock:
             if self._closed:
-                raise ClosedError("the client was closed")
+                raise ClosedError(self._closed)
             if self._pool is None:
                 threads = min(_MAX_THREADS, 4 * self.count)
                 self._pool = ThreadPoolExecutor(threads, thread_name_prefix="trilith-call")
@@ -289,7 +309,7 @@ class Cluster:
         with self._pool_lock:
             if self._closed:
                 return
-            self._closed = True
+            self._closed = "the client was closed"
             pool = self._pool
         for shard in self.shards:
             shard.close()

@@ -12,7 +12,7 @@ from trilith.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from trilith.client import Client
-    from trilith.discovery import Directory
+    from trilith.discovery.members import Members
     from trilith.remote import RemoteShard
     from trilith.shard import Shard
 
@@ -81,17 +81,18 @@ def connect(
         from trilith_services.ps.store import Store
 
         return Client(Cluster([Store(threads=threads, memory_limit_bytes=memory_limit_bytes)], config))
+    from trilith.discovery.members import Members
     from trilith.discovery.urls import open_directory
     from trilith.ops import memory
 
     if tune_allocator:
         memory.tune_allocator()
     started = time.monotonic()
-    directory = open_directory(address, timeout_s=timeout_s)
+    members = Members(lambda: open_directory(address, timeout_s=timeout_s))
     try:
-        return _open(directory, config, num_ps, max(timeout_s - (time.monotonic() - started), 0.1))
+        return _open(members, config, num_ps, max(timeout_s - (time.monotonic() - started), 0.1))
     except BaseException:
-        directory.close()
+        members.close()
         raise
 
 
@@ -115,17 +116,17 @@ def open_part(
     return Client(Cluster([shard], ClientConfig(), part=(index, count))), shard
 
 
-def _open(directory: Directory, config: ClientConfig, num_ps: int | None, timeout_s: float) -> Client:
+def _open(members: Members, config: ClientConfig, num_ps: int | None, timeout_s: float) -> Client:
     from trilith.client import Client
     from trilith.cluster import Cluster
-    from trilith.discovery import PS
-    from trilith.discovery.members import count_ps, resolve_ps, wait_for_ps
+    from trilith.discovery.members import count_ps, wait_for_ps
     from trilith.remote import RemoteShard
 
     deadline = time.monotonic() + timeout_s
+    directory = members.directory
     count = count_ps(directory, num_ps=num_ps, timeout_s=timeout_s)
     wait_for_ps(directory, count, timeout_s=max(deadline - time.monotonic(), 0.1))
-    shards = [RemoteShard(partial(resolve_ps, directory, index), config, index=index) for index in range(count)]
+    shards = [RemoteShard(partial(members.resolve, index), config, index=index) for index in range(count)]
     try:
         cluster = Cluster(shards, config)
     except BaseException:
@@ -133,8 +134,8 @@ def _open(directory: Directory, config: ClientConfig, num_ps: int | None, timeou
             shard.close()
         raise
     # A call that hangs at an address where the PS no longer is would otherwise do so until its deadline.
-    directory.watch(PS, partial(_follow, shards))
-    return Client(cluster, directory=directory)
+    members.follow(partial(_follow, shards))
+    return Client(cluster, members=members)
 
 
 def _follow(shards: list[RemoteShard], members: Mapping[int, str]) -> None:

@@ -7,6 +7,7 @@ the two they have. Every rank makes the same calls in the same order, with ids o
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -18,7 +19,8 @@ from trilith.arrays import as_ids, as_rows, as_values, refuse_non_finite
 from trilith.batches import Terms, Verb
 from trilith.client import Client, Table
 from trilith.connect import open_part
-from trilith.errors import ClusterMismatchError, InvalidRequestError, NonFiniteError, UnknownVariableError
+from trilith.errors import ClosedError, ClusterMismatchError, InvalidRequestError, NonFiniteError, UnknownVariableError
+from trilith.forks import keep_for_ever, renew_in_children
 from trilith.ops.reorder import EMPTY_FROM
 from trilith.pipelining import Pusher
 from trilith.routing import partition_owner, partition_sizes
@@ -121,6 +123,19 @@ class PeerBatches:
         self._peers.update_owned(verb, updates, terms)
 
 
+class _Elsewhere:
+    """Stands for what another process has: whatever is asked of it is ClosedError."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def close(self) -> None:
+        """Nothing is here to be closed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ClosedError(self._why)
+
+
 class PeerClient:
     """The shards of all ranks together; see `trilith.Client` for the verbs.
 
@@ -161,6 +176,18 @@ class PeerClient:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._specs: dict[str, TableSpec] = {}
         self._exchanges: _Exchanges | None = None
+        self._process = os.getpid()
+        renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """Rows and exchanges stay with the rank that was forked."""
+        there: Any = _Elsewhere(
+            f"rank {self.rank} of this cluster is process {self._process}; one that was forked from it has no part in"
+            " its exchanges: look rows up there, in the batches' order"
+        )
+        keep_for_ever(self._asking, self._lookups, self._updates, self._assigns, self._control, self._exchanges)
+        self._asking = self._lookups = self._updates = self._assigns = self._control = there
+        self._client = self._shard = self._exchanges = there
 
     # ---- tables ------------------------------------------------------------------------------------------------
 

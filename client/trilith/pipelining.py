@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from trilith.errors import InvalidRequestError
+from trilith.errors import ClosedError, InvalidRequestError
+from trilith.forks import renew_in_children
 
 __all__ = ["Ahead", "Fetch", "Prefetcher", "Pusher"]
 
@@ -73,6 +74,15 @@ class Prefetcher(Generic[_T, _R]):
         if depth and background:
             self._thread = threading.Thread(target=self._run, name="trilith-prefetch", daemon=True)
             self._thread.start()
+            renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """The items are the parent's, whose thread is amid them: a child that goes on with them is told."""
+        self._ready = queue.SimpleQueue()
+        self._ready.put(
+            ClosedError("this process was forked while batches were fetched ahead; prefetch after the fork")
+        )
+        self._closed = threading.Event()
 
     def __iter__(self) -> Iterator[tuple[_T, Fetch[_R]]]:
         """Items in order, with their fetches; an error of `items` is raised in its place."""
@@ -174,6 +184,14 @@ class Pusher:
         self._error: BaseException | None = None
         self._closed = False
         self._thread: threading.Thread | None = None
+        if depth:
+            renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """A child begins with nothing on its way: what was is the parent's."""
+        self._waiting.clear()
+        self._changed = threading.Condition()
+        self._unfinished, self._error, self._closed, self._thread = 0, None, False, None
 
     def push(self, call: Callable[[], object]) -> None:
         """Have `call` made; waits while `depth` are not finished."""
@@ -264,6 +282,11 @@ class Ahead(Generic[_R]):
         self._background = background
         self._next: Fetch[_R] | None = None
         self._thread: threading.Thread | None = None
+        renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """A child reads anew."""
+        self._thread = self._next = None
 
     def take(self) -> _R:
         """The value that was read during the last step; begins to read the next one."""

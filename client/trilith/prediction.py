@@ -23,9 +23,10 @@ from trilith.errors import (
     TrilithError,
     UnavailableError,
 )
+from trilith.forks import keep_for_ever, renew_grpc, renew_in_children
 
 if TYPE_CHECKING:
-    from trilith.balancer import Connection
+    from trilith.balancer import Balancer, Connection
     from trilith.data.records import Records
     from trilith.discovery.serving import ServingDirectory
     from trilith.shard import Float32Array
@@ -36,8 +37,22 @@ __all__ = ["Prediction", "Predictor", "remote_predict"]
 _PAUSE_S = 0.02  # between two rounds over entries that all failed
 _ATTEMPT_SHARE = 0.4
 """Of the time that is left, what one entry gets while others are well."""
-_KEPT: dict[tuple[str, str], Predictor] = {}
-_KEPT_LOCK = threading.Lock()
+
+
+class _Kept:
+    """The connections of `remote_predict`."""
+
+    def __init__(self) -> None:
+        self.predictors: dict[tuple[str, str], Predictor] = {}
+        self.after_fork()
+        renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """Another thread may have held the lock; predictors renew themselves."""
+        self.lock = threading.Lock()
+
+
+_KEPT = _Kept()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,29 +105,57 @@ class Predictor:
             UnavailableError: The directory cannot be reached.
         """
         prepare_grpc()
-        from trilith.balancer import Balancer
-
         self._timeout_s = timeout_s
-        self._directory: ServingDirectory | None = None
+        self._max_message_bytes = max_message_bytes
+        self._url = ""
+        self._name = name
+        self._addresses: list[str] = []
         if isinstance(addresses, str) and "://" in addresses:
-            from trilith.discovery.serving import ServingDirectory
             from trilith.discovery.zk_url import redact
 
+            self._url = addresses
             self._where = f"{redact(addresses)} lists no entry of serving model {name!r}; they are listed when ready"
-            self._directory = ServingDirectory(addresses, name, timeout_s=timeout_s)
-            self._balancer = balancer = Balancer(max_message_bytes=max_message_bytes)
-            try:
-                self._directory.entries().watch(lambda members: balancer.set_addresses(members.values()))
-            except BaseException:
-                self.close()
-                raise
-            return
-        given = [each.strip() for each in (addresses.split(",") if isinstance(addresses, str) else addresses)]
-        if not any(given):
-            raise InvalidRequestError("no address of an entry")
-        self._where = "no entry is known"
-        self._balancer = Balancer(max_message_bytes=max_message_bytes)
-        self._balancer.set_addresses(map(check_address, given))
+        else:
+            given = [each.strip() for each in (addresses.split(",") if isinstance(addresses, str) else addresses)]
+            if not any(given):
+                raise InvalidRequestError("no address of an entry")
+            self._where = "no entry is known"
+            self._addresses = [check_address(each) for each in given]
+        self._lock = threading.Lock()
+        self._directory: ServingDirectory | None = None
+        self._balancer: Balancer | None = None
+        self._connect()
+        renew_in_children(self)
+
+    def _connect(self) -> Balancer:
+        from trilith.balancer import Balancer
+
+        with self._lock:
+            if self._balancer is not None:
+                return self._balancer
+            renew_grpc()
+            balancer = Balancer(max_message_bytes=self._max_message_bytes)
+            if self._url:
+                from trilith.discovery.serving import ServingDirectory
+
+                directory = ServingDirectory(self._url, self._name, timeout_s=self._timeout_s)
+                try:
+                    directory.entries().watch(lambda members: balancer.set_addresses(members.values()))
+                except BaseException:
+                    directory.close()
+                    balancer.close()
+                    raise
+                self._directory = directory
+            else:
+                balancer.set_addresses(self._addresses)
+            self._balancer = balancer
+            return balancer
+
+    def after_fork(self) -> None:
+        """A child connects anew when it first asks."""
+        keep_for_ever(self._directory, self._balancer)
+        self._lock = threading.Lock()
+        self._directory = self._balancer = None
 
     def __enter__(self) -> Self:
         return self
@@ -170,8 +213,9 @@ class Predictor:
         deadline = time.monotonic() + timeout
         tried: set[Connection] = set()
         raised: TrilithError | None = None
+        balancer = self._balancer or self._connect()
         while True:
-            to, others = self._balancer.take(tried)
+            to, others = balancer.take(tried)
             left = deadline - time.monotonic()
             if to is None:
                 if left <= _PAUSE_S:
@@ -191,7 +235,7 @@ class Predictor:
                 return reply
             finally:
                 away = isinstance(failure, UnavailableError | DeadlineExceededError)
-                self._balancer.give_back(to, failure if away else None)
+                balancer.give_back(to, failure if away else None)
             if not isinstance(failure, UnavailableError | OverloadedError | DeadlineExceededError):
                 raise failure
             # What came before a deadline says more than the deadline.
@@ -205,7 +249,8 @@ class Predictor:
         """Close the connections."""
         if self._directory is not None:
             self._directory.close()
-        self._balancer.close()
+        if self._balancer is not None:
+            self._balancer.close()
 
 
 def remote_predict(
@@ -226,10 +271,10 @@ def remote_predict(
         kind: What the records are.
         timeout_s: Seconds until DeadlineExceededError.
     """
-    with _KEPT_LOCK:
-        predictor = _KEPT.get((address, name))
+    with _KEPT.lock:
+        predictor = _KEPT.predictors.get((address, name))
         if predictor is None:
-            predictor = _KEPT[address, name] = Predictor(address, name=name)
+            predictor = _KEPT.predictors[address, name] = Predictor(address, name=name)
     return predictor.predict(records, kind=kind, timeout_s=timeout_s)
 
 

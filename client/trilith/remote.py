@@ -31,6 +31,7 @@ from trilith.errors import (
     TrilithError,
     UnavailableError,
 )
+from trilith.forks import keep_for_ever, renew_grpc, renew_in_children
 from trilith.shard import (
     ANY_WRITE,
     DensePart,
@@ -104,6 +105,14 @@ class RemoteShard:
         self._channel: grpc.Channel | None = None
         self._methods: dict[str, Any] = {}
         self._random = random.Random()
+        renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """A child connects anew when it first calls."""
+        keep_for_ever(self._channel, self._methods)
+        self._lock = threading.Lock()
+        self._channel, self._methods = None, {}
+        self._random = random.Random()
 
     @property
     def address(self) -> str:
@@ -129,6 +138,7 @@ class RemoteShard:
         with self._lock:
             if self._closed:
                 raise ClosedError(f"the connection to shard {self._index} was closed")
+            renew_grpc()
             address = self._resolve()
             if self._channel is None or address != self._address:
                 if self._channel is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trilith.data.files import expand_glob
 from trilith.errors import InvalidRequestError, QueueFullError, TrilithError
+from trilith.forks import renew_in_children
 
 if TYPE_CHECKING:
     from trilith.client import Client
@@ -189,8 +190,16 @@ class SharedFiles:
         self._closed = threading.Event()
         self._keeper: threading.Thread | None = None
         weakref.finalize(self, self._closed.set)
+        renew_in_children(self)
         client.queues.create(self._files)
         client.queues.create(self._patterns, patterns)
+
+    def after_fork(self) -> None:
+        """A child is another worker, with no file yet: those that were taken are the parent's to read."""
+        self._worker = f"{self._worker}-{secrets.token_hex(4)}"
+        self._leases = {}
+        self._closed = threading.Event()
+        self._keeper = None
 
     def take(self, claim: str = "") -> str | None:
         """See `FileDealer`."""

@@ -4,17 +4,67 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from trilith.discovery import PS, Directory
 from trilith.discovery.record import ClusterRecord, RecordKeeper
 from trilith.errors import ClusterMismatchError, UnavailableError
+from trilith.forks import keep_for_ever, renew_in_children
 from trilith.routing import OWNER_RULE
 from trilith.waiting import Wait
 
-__all__ = ["count_ps", "resolve_ps", "wait_for_ps"]
+__all__ = ["Members", "count_ps", "resolve_ps", "wait_for_ps"]
 
 _POLL_S = 0.1
+
+
+class Members:
+    """The directory of a client, and who follows its PS; a forked child opens one of its own when it first asks."""
+
+    def __init__(self, open_directory: Callable[[], Directory]) -> None:
+        """Open the directory."""
+        self._open = open_directory
+        self._lock = threading.Lock()
+        self._changed: Callable[[Mapping[int, str]], None] | None = None
+        self._directory: Directory | None = open_directory()
+        renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """The session, and the thread that follows it, are the parent's."""
+        keep_for_ever(self._directory)
+        self._lock = threading.Lock()
+        self._directory = None
+
+    @property
+    def directory(self) -> Directory:
+        """The directory of this process."""
+        found = self._directory
+        return found if found is not None else self._open_again()
+
+    def _open_again(self) -> Directory:
+        with self._lock:
+            if self._directory is not None:
+                return self._directory
+            directory = self._directory = self._open()
+        if self._changed is not None:
+            threading.Thread(
+                target=directory.watch, args=(PS, self._changed), name="trilith-follow", daemon=True
+            ).start()
+        return directory
+
+    def follow(self, changed: Callable[[Mapping[int, str]], None]) -> None:
+        """Call `changed` with the PS as they are now, and whenever they change."""
+        self._changed = changed
+        self.directory.watch(PS, changed)
+
+    def resolve(self, index: int) -> str:
+        """Where a PS is at the moment; see `resolve_ps`."""
+        return resolve_ps(self.directory, index)
+
+    def close(self) -> None:
+        """Close the directory, if this process has one."""
+        if self._directory is not None:
+            self._directory.close()
 
 
 def resolve_ps(directory: Directory, index: int) -> str:
