@@ -6,6 +6,8 @@ import os
 
 import grpc
 
+from trilith.forks import renew_grpc
+
 __all__ = ["PROXY_VARIABLE", "open_channel"]
 
 PROXY_VARIABLE = "TRILITH_GRPC_PROXY"
@@ -28,7 +30,11 @@ def open_channel(
         keepalive_s: How often a silent connection is probed, so that a vanished host is noticed.
         own_connection: Share none with other channels to the address: one that saw a refusal waits before it tries
             again.
+
+    Raises:
+        UnavailableError: This process was forked, and gRPC cannot begin anew in it; see `trilith.forks`.
     """
+    renew_grpc()
     keepalive_ms = int(1000 * keepalive_s)
     options = [
         ("grpc.enable_http_proxy", int(os.environ.get(PROXY_VARIABLE) == "1")),

@@ -23,7 +23,7 @@ from trilith.errors import (
     TrilithError,
     UnavailableError,
 )
-from trilith.forks import keep_for_ever, renew_grpc, renew_in_children
+from trilith.forks import keep_for_ever, renew_in_children
 
 if TYPE_CHECKING:
     from trilith.balancer import Balancer, Connection
@@ -133,7 +133,6 @@ class Predictor:
         with self._lock:
             if self._balancer is not None:
                 return self._balancer
-            renew_grpc()
             balancer = Balancer(max_message_bytes=self._max_message_bytes)
             if self._url:
                 from trilith.discovery.serving import ServingDirectory

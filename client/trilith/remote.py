@@ -31,7 +31,7 @@ from trilith.errors import (
     TrilithError,
     UnavailableError,
 )
-from trilith.forks import keep_for_ever, renew_grpc, renew_in_children
+from trilith.forks import keep_for_ever, renew_in_children
 from trilith.shard import (
     ANY_WRITE,
     DensePart,
@@ -138,7 +138,6 @@ class RemoteShard:
         with self._lock:
             if self._closed:
                 raise ClosedError(f"the connection to shard {self._index} was closed")
-            renew_grpc()
             address = self._resolve()
             if self._channel is None or address != self._address:
                 if self._channel is not None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from trilith.forks import renew_in_children
+
 __all__ = ["Wait"]
 
 log = logging.getLogger(__name__)
@@ -18,9 +20,22 @@ _FACTOR = 3.0
 _MOST_APART_S = 60.0
 _MOST_KNOWN = 10_000
 
-_lock = threading.Lock()
-_silent_until: dict[str, float] = {}
-"""By what is waited for, until when nothing more is said of it, by the monotonic clock: many may wait for the same."""
+
+class _Spoken:
+    """What was spoken of in this process."""
+
+    def __init__(self) -> None:
+        self.silent_until: dict[str, float] = {}
+        """By what is waited for, until when nothing more is said of it, by the monotonic clock."""
+        self.after_fork()
+        renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """Another thread may have held the lock."""
+        self.lock = threading.Lock()
+
+
+_SPOKEN = _Spoken()
 
 
 class Wait:
@@ -67,8 +82,8 @@ class Wait:
             return
         self._over.set()
         if came:
-            with _lock:
-                _silent_until.pop(self._what, None)
+            with _SPOKEN.lock:
+                _SPOKEN.silent_until.pop(self._what, None)
             if self._told:
                 log.info("%s: there, after %.1f s", self._what, self._elapsed_s())
 
@@ -95,13 +110,13 @@ class Wait:
 
     def _is_due(self, apart_s: float) -> bool:
         now = time.monotonic()
-        with _lock:
-            if now < _silent_until.get(self._what, 0.0):
+        with _SPOKEN.lock:
+            if now < _SPOKEN.silent_until.get(self._what, 0.0):
                 return False
-            if len(_silent_until) >= _MOST_KNOWN:
-                _silent_until.clear()
+            if len(_SPOKEN.silent_until) >= _MOST_KNOWN:
+                _SPOKEN.silent_until.clear()
             # A little less: who begins anew at every failure is a little late each time.
-            _silent_until[self._what] = now + 0.9 * apart_s
+            _SPOKEN.silent_until[self._what] = now + 0.9 * apart_s
             return True
 
     def _line(self) -> str:

@@ -146,7 +146,8 @@ def test_shared_files_go_to_one_worker_of_a_loader_each(cluster, tmp_path):
 from torch.utils.data import DataLoader
 import trilith.data
 with trilith.connect(sys.argv[1], timeout_s=20) as client:
-    samples = trilith.data.read(sys.argv[2] + "/*.csv", format="csv", columns=[trilith.data.Column("id", "fid_v2")])
+    columns = [trilith.data.Column("id", "fid_v2")]
+    samples = trilith.data.read(sys.argv[2] + "/*.csv", format="csv", kind="example", columns=columns)
     samples = samples.share(client, "pass")
     loader = DataLoader(samples.torch(), batch_size=None, num_workers=2)
     count = sum(1 for _ in loader)

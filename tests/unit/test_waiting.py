@@ -28,9 +28,9 @@ PATIENCE_S = 30.0
 def soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Three seconds pass at once."""
     monkeypatch.setattr(waiting, "FIRST_S", 0.05)
-    waiting._silent_until.clear()
+    waiting._SPOKEN.silent_until.clear()
     yield
-    waiting._silent_until.clear()
+    waiting._SPOKEN.silent_until.clear()
 
 
 @pytest.fixture
