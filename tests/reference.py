@@ -58,6 +58,13 @@ EVERYWHERE = (
         "what `$no_proxy` lists.",
     ),
     Variable("GRPC_VERBOSITY", "LEVEL", "`ERROR`", "What gRPC itself prints: `DEBUG`, `INFO`, `ERROR` or `NONE`."),
+    Variable(
+        "GRPC_ENABLE_FORK_SUPPORT",
+        "0 or 1",
+        "`0`",
+        "1: gRPC's own handling of forks, which may lock up a child while other threads are in calls; clients here "
+        "do without it.",
+    ),
 )
 CREDENTIALS = Variable(
     "ZK_AUTH", "USER:PASSWORD", "", "ZooKeeper's credentials, where a `zk://` URL has neither these nor `auth_file`."
