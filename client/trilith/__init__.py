@@ -26,6 +26,8 @@ __all__ = [
     "tables",
 ]  # and `nn`, where torch is installed
 
+__version__ = "0.1.0"  # pyproject.toml has it too
+
 _LAZY = {"Client": "trilith.client", "Table": "trilith.client", "remote_predict": "trilith.prediction"}
 
 
@@ -35,3 +37,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "nn"})

@@ -19,6 +19,7 @@ TrilithError
 ├── DeadlineExceededError                   the answer did not come in time
 ├── CheckpointError                         a checkpoint is missing, incomplete or damaged
 ├── DataError                               a record or file of records is damaged or not what it was read as
+├── MissingExtraError (also ImportError)    a package is not installed that an extra brings
 ├── ClosedError                             the client or PS was closed
 └── InternalError                           a fault of Trilith's own
 """
@@ -37,6 +38,7 @@ __all__ = [
     "InternalError",
     "InvalidRequestError",
     "MemoryLimitError",
+    "MissingExtraError",
     "NonFiniteError",
     "OverloadedError",
     "QueueFullError",
@@ -158,6 +160,12 @@ class DataError(TrilithError):
     """A record, or a file of records, is damaged or not what it was read as; names file, record and byte."""
 
     status = "DATA_LOSS"
+
+
+class MissingExtraError(TrilithError, ImportError):
+    """A package that is not installed is needed, which an extra of Trilith brings; the message names it."""
+
+    status = "FAILED_PRECONDITION"
 
 
 class ClosedError(TrilithError):

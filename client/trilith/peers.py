@@ -20,6 +20,7 @@ from trilith.batches import Terms, Verb
 from trilith.client import Client, Table
 from trilith.connect import open_part
 from trilith.errors import ClosedError, ClusterMismatchError, InvalidRequestError, NonFiniteError, UnknownVariableError
+from trilith.extras import need
 from trilith.forks import keep_for_ever, renew_in_children
 from trilith.ops.reorder import EMPTY_FROM
 from trilith.pipelining import Pusher
@@ -48,6 +49,7 @@ def connect_peers(
         threads: Of this rank's engine; None: one per core.
         update_queue: Updates that may wait at their owners; see `PeerClient`.
     """
+    need("torch", extra="torch")
     from trilith.tables.all_to_all import TorchCollective
 
     def exchange(rows: bool) -> TorchCollective:

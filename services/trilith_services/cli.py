@@ -6,12 +6,14 @@ import importlib
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+import trilith
 from trilith.config import prepare_grpc
 from trilith.errors import TrilithError
+from trilith.extras import missing_extra
 
 __all__ = ["app", "main"]
 
@@ -42,6 +44,21 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"trilith {trilith.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and end.")
+    ] = False,
+) -> None:
+    del version
+
+
 # What typer raises for a wrong command line; of its classes only this one's child has a public name in every version.
 _UsageError: type[BaseException] = typer.BadParameter.__mro__[1]
 
@@ -55,6 +72,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a subcommand; what is wrong with it, its flags or a file is one line on stderr and status 2."""
     try:
         status = app(args=list(argv) if argv is not None else None, prog_name="trilith", standalone_mode=False)
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error)
+        if missing is error:
+            raise
+        typer.echo(f"error: {missing}", err=True)
+        status = 2
     except TrilithError as error:
         notes = "; ".join(getattr(error, "__notes__", ()))
         typer.echo(f"error: {error} ({notes})" if notes else f"error: {error}", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ import typer
 from rich.console import Console
 
 import trilith
+import trilith.data
 from trilith import checkpoint
 from trilith.tables import Adagrad, Adam, Sgd
 from trilith_services.cli import app, main
@@ -24,6 +26,7 @@ from trilith_services.commands import output
 from trilith_services.ps.server import ParameterServer
 from trilith_services.ps.store import Store
 
+ROOT = Path(__file__).parents[2]
 IDS = np.arange(100, dtype=np.uint64)
 
 
@@ -333,6 +336,26 @@ def test_a_ps_that_contradicts_the_list_does_not_start(run, flags, why) -> None:
 # ---- how things are said
 
 
+def test_the_version_is_that_of_the_project(run) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert run("--version").out == f"trilith {project['version']}\n"
+    assert trilith.__version__ == project["version"]
+
+
+def test_what_is_loaded_late_is_listed_all_the_same() -> None:
+    for module in (trilith, trilith.data):
+        assert set(module.__all__) <= set(dir(module))
+        assert all(getattr(module, name) is not None for name in dir(module))
+    assert "nn" in dir(trilith)
+
+
+def test_a_ps_that_would_keep_nothing_says_so(run, monkeypatch) -> None:
+    monkeypatch.setattr(ParameterServer, "run", lambda self, listen, **more: 0)
+    for flags, said in (([], True), (["--checkpoint-every", "60"], False)):
+        shown = run("ps", "--checkpoint-dir", "/no/such", *flags)
+        assert (shown.status, "give --checkpoint-every SECONDS" in shown.err) == (0, said)
+
+
 def test_sizes_ages_and_counts_read_well() -> None:
     assert [output.size(n) for n in (0, 999, 1500, 2_000_000, 3.2e9, 5e12)] == [
         "0 B",
@@ -367,6 +390,10 @@ def test_sizes_ages_and_counts_read_well() -> None:
         (["ps", "--listen", "nonsense"], "--listen: 'nonsense' is not host:port"),
         (["serving", "entry", "--export", "x", "--http", ":70000"], "--http: ':70000' is not host:port"),
         (["data", "count", "x", "--format", "xyz"], "--format: 'xyz' is none of records, tfrecord, parquet, csv"),
+        (
+            ["data", "convert", "x", "-o", "y", "--to-format", "csv"],
+            "--to-format: 'csv' is none of records, tfrecord, parquet",
+        ),
         (["data", "count", "x", "--kind", "xyz"], "--kind: 'xyz' is none of instance, "),
         (["export", __file__, "x", "--features", "user"], f"{__file__}: no manifest.json"),
         (["ps", "--index=-1"], "--index: it should be greater than or equal to 0, not '-1'; see trilith ps --help"),

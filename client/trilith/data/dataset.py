@@ -44,6 +44,7 @@ from trilith.data.specs import check_specs
 from trilith.data.stages import Stage
 from trilith.data.text import check_encoding
 from trilith.errors import InvalidRequestError
+from trilith.extras import need
 
 if TYPE_CHECKING:
     from trilith.client import Client
@@ -338,6 +339,7 @@ class Dataset:
 
         Workers take every n-th file, or record if there are fewer files than workers.
         """
+        need("torch", extra="torch")
         from torch.utils.data import IterableDataset
 
         dataset = self
@@ -492,6 +494,7 @@ def read_kafka(topics: str | Sequence[str], **options: Any) -> Dataset:
         topics: One or several.
         **options: Of `trilith.data.kafka.KafkaReader`: group_id, servers, kind, framing, stream_timeout, ...
     """
+    need("confluent_kafka", extra="data")
     from trilith.data.kafka import KafkaReader
 
     _check_options(options, KafkaReader.__init__)

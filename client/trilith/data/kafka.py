@@ -15,6 +15,7 @@ from trilith.data.framing import Framing, Scratch, explain, split_frames
 from trilith.data.readers import Losses, Position, RecordReader
 from trilith.data.records import Kind, Records
 from trilith.errors import DataError, InvalidRequestError, UnavailableError
+from trilith.extras import need
 
 __all__ = ["KafkaReader", "client_settings"]
 
@@ -104,6 +105,7 @@ class KafkaReader(RecordReader):
         start: Position | None = None,
         on_error: OnError = "raise",
     ) -> None:
+        need("confluent_kafka", extra="data")
         from confluent_kafka import Consumer, KafkaException, TopicPartition
 
         if stream_timeout < -1:

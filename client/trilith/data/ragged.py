@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
+from trilith.extras import need
 from trilith.ops.jit import kernel
 from trilith.ops.memory import address_of, load_u32, load_u64, store_u32
 
@@ -130,12 +131,13 @@ class Ragged(Generic[_Scalar]):
 
     def torch_nested(self) -> torch.Tensor:
         """A jagged nested tensor [rows, *] that shares this memory."""
+        values, row_splits = self._tensors()
         import torch
 
-        values, row_splits = self._tensors()
         return torch.nested.nested_tensor_from_jagged(values, row_splits)
 
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        need("torch", extra="torch")
         import torch
 
         values = self.values.view(np.int64) if self.values.dtype == np.uint64 else self.values

@@ -1,8 +1,14 @@
 """torch modules over a cluster: embeddings, reference models, dense parameters, AUC."""
 
+from trilith.extras import missing_extra
+
+try:
+    from trilith.nn.bridge import Bridge, pick_device  # the first that needs torch, as most of what follows does
+except ModuleNotFoundError as error:
+    raise missing_extra(error) from None
+
 from trilith.nn.auc import auc
 from trilith.nn.bags import Bags, Combiner, FirstN, as_bags
-from trilith.nn.bridge import Bridge, pick_device
 from trilith.nn.click_model import ClickModel
 from trilith.nn.deepfm import DeepFM
 from trilith.nn.dense import AllReduced, DenseOnPs

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith.errors import CheckpointError, InvalidRequestError
+from trilith.extras import need
 from trilith.ops.jit import COMPILING
 
 __all__ = [
@@ -196,6 +197,7 @@ def set_parameters(module: nn.Module, values: Mapping[str, npt.NDArray[np.float3
 
 def pack_weights(weights: Mapping[str, Tensor]) -> bytes:
     """As a safetensors file."""
+    need("safetensors", extra="serving")
     from safetensors.torch import save
 
     return save(dict(weights))
@@ -207,6 +209,7 @@ def unpack_weights(content: bytes, *, where: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: It is none.
     """
+    need("safetensors", extra="serving")
     from safetensors import SafetensorError
     from safetensors.torch import load
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from trilith.extras import need
 from trilith_services.commands.flags import (
     CLUSTER_FORMS,
     Listen,
@@ -74,11 +75,9 @@ def console(
     from trilith.errors import InvalidRequestError
     from trilith_services.logs import setup_logging
 
-    try:
-        from trilith_services.console.server import ConsoleServer, bind
-        from trilith_services.console.watcher import Watcher, WatchOptions
-    except ModuleNotFoundError as error:
-        raise InvalidRequestError(f"{error.name} is not installed; pip install 'trilith[console]' brings it") from None
+    need("fastapi", "uvicorn", extra="console")
+    from trilith_services.console.server import ConsoleServer, bind
+    from trilith_services.console.watcher import Watcher, WatchOptions
 
     setup_logging(log_format.value, level=log_level.value, role={"role": "console"})
     if not cluster and not model_dir:

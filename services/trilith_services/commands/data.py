@@ -22,8 +22,8 @@ from trilith_services.commands.data_flags import (
     KindOption,
     SkipOption,
     known_compression,
-    known_format,
     known_kind,
+    known_output_format,
 )
 from trilith_services.commands.flags import Json
 
@@ -243,7 +243,10 @@ def convert(
     compression: CompressionOption = None,
     columns: ColumnsOption = None,
     to_format: Annotated[
-        str, typer.Option(metavar="FORMAT", callback=known_format, help="records, tfrecord or parquet (of examples).")
+        str,
+        typer.Option(
+            metavar="FORMAT", callback=known_output_format, help="records, tfrecord or parquet (of examples)."
+        ),
     ] = "records",
     to_kind: Annotated[
         str | None,

@@ -23,14 +23,15 @@ __all__ = [
     "known_compression",
     "known_format",
     "known_kind",
+    "known_output_format",
 ]
 
 
-def _among(module: str, name: str) -> Callable[[typer.CallbackParam, str | None], str | None]:
-    """A callback that refuses what is no value of an enum; the module is imported when the command runs."""
+def _among(module: str, name: str, *, but: str = "") -> Callable[[typer.CallbackParam, str | None], str | None]:
+    """A callback that refuses what is no value of an enum, or `but`; the module is imported when the command runs."""
 
     def check(value: str) -> None:
-        known = [str(each.value) for each in getattr(importlib.import_module(module), name)]
+        known = [str(each.value) for each in getattr(importlib.import_module(module), name) if each.value != but]
         if value not in known:
             raise InvalidRequestError(f"{value!r} is none of {', '.join(known)}")
 
@@ -38,6 +39,7 @@ def _among(module: str, name: str) -> Callable[[typer.CallbackParam, str | None]
 
 
 known_format = _among("trilith.data.readers", "FileFormat")
+known_output_format = _among("trilith.data.readers", "FileFormat", but="csv")
 known_kind = _among("trilith.data.records", "Kind")
 known_compression = _among("trilith.data.compression", "Compression")
 

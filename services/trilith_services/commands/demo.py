@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from trilith.extras import need
 from trilith_services.commands import output
 from trilith_services.commands.export import ExportMode
 from trilith_services.commands.flags import AsyncPush, BatchSize, Data, Model, ModelFlag, Prefetch, Seed
@@ -131,6 +132,9 @@ def demo(
     ] = ExportMode.distributed,
 ) -> None:
     """Train a click model on MovieLens with PS and worker processes of this machine, and say how good it is."""
+    need("torch", extra="torch")
+    if export is not None:
+        need("safetensors", extra="serving")
     from trilith.data.movielens import cache_dir
     from trilith.errors import InvalidRequestError
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trilith.extras import need
 from trilith_services.commands.flags import (
     Advertise,
     Drain,
@@ -93,6 +94,7 @@ def entry(
     log_level: LogLevelFlag = LogLevel.info,
 ) -> None:
     """Score records with the newest export until SIGTERM; a newer export takes over without failing a request."""
+    need("torch", "safetensors", "fastapi", "uvicorn", extra="serving")
     from trilith.discovery.serving import ServingDirectory
     from trilith.ops.memory import tune_allocator
     from trilith_services.listening import reached_by_others

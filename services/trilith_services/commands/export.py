@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from trilith.extras import need
 from trilith_services.commands.flags import Json, Model
 
 __all__ = ["ExportMode", "register"]
@@ -56,6 +57,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a trained reference model: a torch.export program, safetensors weights, configs and serving rows."""
+    need("torch", "safetensors", extra="serving")
     from dataclasses import asdict
 
     from trilith_services.exporting import find_checkpoint, reference_exporter

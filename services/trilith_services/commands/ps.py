@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from trilith.discovery import Directory
 
 __all__ = ["register"]
+
+log = logging.getLogger(__name__)
 
 
 def register(app: typer.Typer) -> None:
@@ -121,6 +124,12 @@ def ps(
         index, count = _placed(discovery, index, count, listen, advertise)
     index, count = index or 0, count or 1
     setup_logging(log_format.value, level=log_level.value, role={"ps": index})
+    if checkpoint_dir is not None and not checkpoint_every:
+        log.warning(
+            "the only checkpoint in %s will be that of a clean end (SIGTERM): give --checkpoint-every SECONDS, such as "
+            "60, or what is learned is lost with the process",
+            checkpoint_dir,
+        )
     tune_allocator()
     options = PsOptions(
         limits=limits(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trilith.extras import need
 from trilith_services.commands import output
 from trilith_services.commands.flags import size
 
@@ -81,6 +82,8 @@ def up(
     would be gone, so the run ends. A worker that fails is started again; one that ends well has left, and more may join
     by hand. What dies three times within a minute ends the run, with the end of its log and exit status 2.
     """
+    if workers:
+        need("torch", extra="torch")
     from trilith.errors import InvalidRequestError
     from trilith_services.supervisor import PsCluster, StopRequest, Supervisor
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trilith.extras import need
 from trilith_services.commands.flags import (
     CLUSTER_FORMS,
     AsyncPush,
@@ -125,6 +126,9 @@ def worker(
     log_level: LogLevelFlag = LogLevel.info,
 ) -> None:
     """Train a shard of the data until it is done or SIGTERM comes; other workers may come and go meanwhile."""
+    need("torch", extra="torch")
+    if export:
+        need("safetensors", extra="serving")
     from trilith.errors import InvalidRequestError
 
     if mode is WorkerMode.ps and not cluster:
