@@ -37,8 +37,9 @@ from trilith_services.ps.store import Store
 from trilith_services.ps.stripes import Stripes
 from trilith_services.ps.sync import wire
 from trilith_services.ps.sync.changes import ChangeLog
+from trilith_services.ps.sync.encoded import EncodedChanges
 from trilith_services.ps.sync.syncer import Syncer
-from trilith_services.ps.sync.target import SyncOptions
+from trilith_services.ps.sync.target import SyncOptions, Target
 from trilith_services.ps.table import Table
 from trilith_services.ps.touched import Touched, distinct
 from trilith_services.serve import Limits
@@ -577,7 +578,7 @@ def test_clearing_and_restoring_reach_the_replica(cluster: Cluster) -> None:
 
 
 def test_a_replica_that_lags_beyond_what_is_kept_is_given_whole_tables() -> None:
-    made = Cluster(SyncOptions(interval_s=0.1, heartbeat_s=0.1, retry_most_s=0.1, most_ids=1024, message_bytes=4096))
+    made = Cluster(SyncOptions(interval_s=0.1, heartbeat_s=0.1, retry_most_s=0.1, noted_bytes=8192, message_bytes=4096))
     try:
         made.start("a")
         made.add("a")
@@ -592,6 +593,118 @@ def test_a_replica_that_lags_beyond_what_is_kept_is_given_whole_tables() -> None
         made.check()
     finally:
         made.close()
+
+
+def test_a_replica_of_a_table_that_changes_all_over_all_the_time_is_filled() -> None:
+    made = Cluster(SyncOptions(interval_s=30.0, heartbeat_s=0.1, noted_bytes=8192, message_bytes=4096))
+    ids = np.arange(3000, dtype=np.uint64)
+    busy = threading.Event()
+    busy.set()
+
+    def write() -> None:
+        made.store.assign([UpdatePart("user", ids, np.full((3000, DIM), time.time() % 97, np.float32))], ANY_WRITE)
+        made.syncer.look()  # which finds more than is noted
+
+    try:
+        write()
+        made.start("a")
+        replica = made.replicas["a"].servicer._replica
+        push = replica.push
+
+        def push_while_all_changes(data: bytes) -> parameter_sync_pb2.PushResponse:
+            if busy.is_set():
+                write()
+            return push(data)
+
+        replica.push = push_while_all_changes  # type: ignore[method-assign]
+        made.add("a")
+        until(replica.complete.is_set)
+        first = replica.stats.as_of
+        assert 0 < time.time() - first < PATIENCE_S
+        until(lambda: replica.stats.as_of > first)  # another copy has ended
+        assert made.syncer.stats()[0].copying
+        assert made.syncer.stats()[0].lag_seconds < PATIENCE_S
+        busy.clear()
+        made.check()
+    finally:
+        busy.clear()
+        made.close()
+
+
+class FakeChannel(Target):
+    """A target whose pushes are kept; the test takes its turns."""
+
+    def __init__(self, name: str, store: Store, changes: ChangeLog, encoded: EncodedChanges) -> None:
+        super().__init__(name, "127.0.0.1:1", store, changes, FAST, encoded)
+        self.pushed: list[bytes] = []
+        self._push = self.keep
+
+    def keep(self, message: bytes, *, timeout: float) -> bytes:
+        self.pushed.append(message)
+        return parameter_sync_pb2.PushResponse().SerializeToString()
+
+
+def test_a_copy_goes_on_however_much_changes_beside_it() -> None:
+    store = Store(threads=1)
+    store.create_tables([config()])
+    ids = np.arange(3000, dtype=np.uint64)
+    store.assign([UpdatePart("user", ids, np.ones((3000, DIM), np.float32))], ANY_WRITE)
+    changes = ChangeLog(1 << 20)
+    changes.append({}, (), ["user"], 1.0, 2.0)
+    target = FakeChannel("a", store, changes, EncodedChanges())
+    target._turn()  # the copy has begun
+    begun = wire.unpack_push(target.pushed[-1])[0].rows_to_come
+    assert begun > 2000
+    changes.append({"user": ids}, (), ["user"], 2.0, 3.0)  # as much as there is to be copied
+    target.pushed.clear()
+    target._turn()
+    target._channel.close()
+    sent = sum(len(delta.ids) for each in target.pushed for delta in wire.unpack_push(each)[1])
+    assert sent > 3000 + 2000
+    assert wire.unpack_push(target.pushed[-1])[0].rows_to_come < 500
+    store.close()
+
+
+def test_what_changed_is_encoded_once_for_all_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(threads=1)
+    store.create_tables([config()])
+    gathered: list[int] = []
+    gather_rows = Table.gather
+
+    def counted(table: Table, ids: np.ndarray, *room: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        gathered.append(len(ids))
+        return gather_rows(table, ids, *room)
+
+    changes, encoded = ChangeLog(1 << 20), EncodedChanges()
+    changes.append({}, (), ["user"], 1.0, 2.0)
+    encoded.wanted = True
+    targets = [FakeChannel(name, store, changes, encoded) for name in ("a", "b", "c")]
+    for each in targets:
+        each._turn()  # of an empty table
+    ids = np.arange(500, dtype=np.uint64)
+    store.assign([UpdatePart("user", ids, np.ones((500, DIM), np.float32))], ANY_WRITE)
+    store.erase(IdPart("user", u64(7)), ANY_WRITE)
+    changes.append({"user": ids}, (), ["user"], 2.0, 3.0)
+    monkeypatch.setattr(Table, "gather", counted)
+    for each in targets:
+        each.pushed.clear()
+        each._turn()
+        each._channel.close()
+    assert sum(gathered) == 500
+    for each in targets:
+        deltas = [delta for push in each.pushed for delta in wire.unpack_push(push)[1]]
+        sent = [one for delta in deltas for one in delta.ids.tolist()]
+        assert sorted(sent) == [one for one in range(500) if one != 7]
+        assert [one for delta in deltas for one in delta.erased.tolist()] == [7]
+        assert wire.unpack_push(each.pushed[-1])[0].as_of == 3.0
+        assert (each.stats().rows, each.stats().erased) == (499, 1)
+        assert each.stats().bytes >= sum(map(len, each.pushed))
+    # What is restored under the same name is not what was encoded.
+    fresh = store.new_table(config())
+    fresh.assign(u64(1), np.full((1, DIM), 5.0, np.float32))
+    delta = wire.Delta("user", DIM, ids[:1].copy(), np.empty((0, DIM), np.float32))
+    assert encoded.get(1, 0, delta, fresh).erased == 1
+    store.close()
 
 
 def test_dense_variables_and_the_step_travel_and_the_replica_says_how_fresh_it_is(cluster: Cluster) -> None:

@@ -24,6 +24,7 @@ from trilith_services.commands.flags import (
     RowThreads,
     RpcThreads,
     limits,
+    size,
 )
 
 if TYPE_CHECKING:
@@ -94,6 +95,15 @@ def ps(
         float,
         typer.Option(metavar="SECONDS", help="Time from one push of what has changed to the next.", min=0.1),
     ] = 1.0,
+    sync_memory: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            callback=size,
+            help="Memory for ids that have changed and are still to be sent, for each table and for all replicas "
+            "together; where more changes, whole tables are sent again and again.",
+        ),
+    ] = "64M",
     sync_name: Annotated[
         str, typer.Option(metavar="NAME", help="Serving model whose replicas the directory lists.")
     ] = "model",
@@ -142,7 +152,7 @@ def ps(
         metrics_host=metrics_host,
         discovery=discovery,
         advertise=advertise,
-        sync=SyncOptions(interval_s=sync_every),
+        sync=SyncOptions(interval_s=sync_every, noted_bytes=parse_bytes(sync_memory)),
         sync_to=targets,
     )
     listed = [ServingDirectory(url, sync_name).replicas(index) for url in sync_to or [] if "://" in url]

@@ -15,12 +15,13 @@ __all__ = ["ChangeLog", "Changes"]
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """What was touched between two moments; `number` is one higher than the last batch's."""
+    """What was touched between two moments; `number` is one higher than the last batch's, or the last of `merged`."""
 
     number: int
     since: float
     ids: Mapping[str, UInt64Array]
     whole: frozenset[str]
+    merged: bool = False
 
     @property
     def rows(self) -> int:
@@ -37,6 +38,7 @@ class Changes:
         whole: Tables of which anything may have changed.
         since: Unix seconds; no change in it is older.
         until: Every change acknowledged before this time is in it, or was read before.
+        batch: Number of the batch that `ids` are, as everybody reads them; -1: they are of several.
     """
 
     cursor: int
@@ -44,6 +46,7 @@ class Changes:
     whole: frozenset[str]
     since: float
     until: float
+    batch: int = -1
 
 
 class ChangeLog:
@@ -118,7 +121,9 @@ class ChangeLog:
         found = {name: [batch.ids[name] for batch in batches if name in batch.ids] for name in sorted(names)}
         ids = {name: each[0] if len(each) == 1 else distinct(*each) for name, each in found.items()}
         whole = frozenset(name for batch in batches for name in batch.whole)
-        return Changes(after, ids, whole, batches[0].since if batches else until, until)
+        # A batch that others were merged into is another than the one whose number it has.
+        number = batches[0].number if len(batches) == 1 and not batches[0].merged else -1
+        return Changes(after, ids, whole, batches[0].since if batches else until, until, number)
 
     def waiting(self, cursor: int) -> tuple[int, float]:
         """How many ids come after `cursor`, about, and since when the first of them has waited; 0 for nothing."""
@@ -136,7 +141,7 @@ class ChangeLog:
         names = {name for batch in self._batches for name in batch.ids}
         ids = {name: distinct(*(b.ids[name] for b in self._batches if name in b.ids)) for name in names}
         whole = frozenset(name for batch in self._batches for name in batch.whole)
-        merged = _Batch(self._next - 1, self._batches[0].since, ids, whole)
+        merged = _Batch(self._next - 1, self._batches[0].since, ids, whole, merged=True)
         self._batches.clear()
         if merged.rows > self._most // 2:
             self._first = self._next

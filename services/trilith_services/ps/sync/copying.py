@@ -13,13 +13,20 @@ __all__ = ["TableCopy"]
 class TableCopy:
     """The ids of a table, stripe after stripe, each stripe as it is when its turn comes.
 
-    What changes behind the copy is in the change log. `peek` gives the same ids until `arrived` says that the replica
-    has them; nothing is listed before the replica knows that the copy begins.
+    What changes behind the copy is in the change log; if there is too much of it, the table is copied `again` when this
+    copy has ended, not anew in the middle of it, so that copies end however much is written. `peek` gives the same ids
+    until `arrived` says that the replica has them; nothing is listed before the replica knows that the copy begins.
+
+    Attributes:
+        since: Unix seconds before the first id was listed: what was acknowledged by then is in the copy.
+        before: Up to when the copy before this one brought the table; 0: there was none.
     """
 
-    def __init__(self, name: str, table: Table) -> None:
+    def __init__(self, name: str, table: Table, *, before: float = 0.0) -> None:
         self.name = name
         self.table = table
+        self.since = 0.0
+        self.before = before
         self.begun = False
         self.again = False
         self._stripe = 0

@@ -13,6 +13,7 @@ from trilith.shard import UInt64Array
 from trilith_proto import ps_pb2
 from trilith_services.ps.sync import wire
 from trilith_services.ps.sync.changes import ChangeLog
+from trilith_services.ps.sync.encoded import EncodedChanges
 from trilith_services.ps.sync.target import SyncOptions, Target
 from trilith_services.ps.touched import Touched
 
@@ -36,6 +37,7 @@ class Syncer:
         self._store = store
         self._options = options or SyncOptions()
         self._log = ChangeLog(self._options.most_ids)
+        self._encoded = EncodedChanges()
         self._targets: dict[str, Target] = {}
         self._changing = threading.Lock()  # over the targets
         self._looking = threading.Lock()  # over what is noted
@@ -89,7 +91,8 @@ class Syncer:
             known = self._targets.get(name)
             if (known is not None and known.address == address) or self._stopping.is_set():
                 return
-            target = self._targets[name] = Target(name, address, self._store, self._log, self._options)
+            target = self._targets[name] = Target(name, address, self._store, self._log, self._options, self._encoded)
+            self._encoded.wanted = len(self._targets) > 1
         if known is not None:
             known.stop()
         log.info("sync: a target is added", extra={"target": name, "address": address})
@@ -100,6 +103,9 @@ class Syncer:
         """Forget a target; one that is not there is no error."""
         with self._changing:
             target = self._targets.pop(name, None)
+            self._encoded.wanted = len(self._targets) > 1
+        if not self._encoded.wanted:
+            self._encoded.clear()
         if target is not None:
             target.stop()
             log.info("sync: a target is gone", extra={"target": name, "address": target.address})

@@ -22,6 +22,7 @@ from trilith_proto import parameter_sync_pb2, ps_pb2
 from trilith_services.ps.sync import wire
 from trilith_services.ps.sync.copying import TableCopy
 from trilith_services.ps.sync.dense import DenseFeed
+from trilith_services.ps.sync.encoded import EncodedChanges
 
 if TYPE_CHECKING:
     from trilith_services.ps.store import Store
@@ -49,7 +50,9 @@ class SyncOptions:
         message_bytes: What a push is split at.
         timeout_s: Deadline of one push.
         heartbeat_s: Seconds after which a replica that lacks nothing is told so.
-        most_ids: Touched ids kept for replicas that lag, 8 bytes each; one that lags further gets whole tables.
+        noted_bytes: Memory for the ids that were touched in a table since the last look, and for those that wait for
+            replicas that lag, 8 bytes each; where there are more, the table is copied whole, again and again if it
+            must be.
         model_name: Put before "ps_<i>" in the pushes' model name.
         retry_first_s: Pause after a failed push; doubles, with jitter.
         retry_most_s: Longest pause.
@@ -60,7 +63,7 @@ class SyncOptions:
     message_bytes: int = 4 << 20
     timeout_s: float = 10.0
     heartbeat_s: float = 1.0
-    most_ids: int = 1 << 22
+    noted_bytes: int = 64 << 20
     model_name: str = ""
     retry_first_s: float = 0.1
     retry_most_s: float = 2.0
@@ -73,18 +76,32 @@ class SyncOptions:
                 raise InvalidRequestError(f"{name}={getattr(self, name)} is not above 0")
         if not 1 << 12 <= self.message_bytes <= 128 << 20:
             raise InvalidRequestError(f"message_bytes={self.message_bytes} is outside 4096..{128 << 20}")
-        if self.most_ids < 1024:
-            raise InvalidRequestError(f"most_ids={self.most_ids} is below 1024")
+        if self.noted_bytes < 8192:
+            raise InvalidRequestError(f"noted_bytes={self.noted_bytes} is below 8192")
+
+    @property
+    def most_ids(self) -> int:
+        """What fits into `noted_bytes`."""
+        return self.noted_bytes // 8
 
 
 @dataclass(slots=True)
 class _Piece:
-    """Ids of one table that are to be sent, and the copy that they belong to."""
+    """Ids of one table that are to be sent: of a copy, or of the log, with their place in a batch of it."""
 
     name: str
     ids: UInt64Array
     copy: TableCopy | None = None
     copy_ends: bool = False
+    batch: int = -1
+    start: int = 0
+
+    def split(self, count: int) -> tuple[_Piece, _Piece]:
+        """The first `count` ids, and the others."""
+        return (
+            _Piece(self.name, self.ids[:count], batch=self.batch, start=self.start),
+            _Piece(self.name, self.ids[count:], batch=self.batch, start=self.start + count),
+        )
 
 
 class _UnknownStreamError(Exception):
@@ -99,7 +116,16 @@ class Target:
     whatever fails is sent again as it then is.
     """
 
-    def __init__(self, name: str, address: str, store: Store, changes: ChangeLog, options: SyncOptions) -> None:
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        store: Store,
+        changes: ChangeLog,
+        options: SyncOptions,
+        encoded: EncodedChanges | None = None,
+    ) -> None:
+        self._encoded = encoded or EncodedChanges()
         self.name = name
         self.address = address
         self._store = store
@@ -206,13 +232,16 @@ class Target:
             self._send(begin)
         while self._changes:
             self._send(self._next_changes())
+            # Copies get their share, however much changes: the changes that wait longer for it become fewer thereby.
+            if self._changes and (copies := self._next_copies()):
+                self._send(copies)
         for piece, more in self._dense.due(self._options.message_bytes):
-            self._request(variables=[piece], more=more)
-        if self._copies:
-            self._send(self._next_copies())
+            self._request(variables=[piece], as_of=0.0 if more else self._as_of())
+        if copies := self._next_copies():
+            self._send(copies)
         # With nothing to send this tells the replica how fresh it is, and finds out whether it still is who it was.
         if self._inventory != self._sent_inventory or time.monotonic() - self._pushed_at >= self._options.heartbeat_s:
-            self._request()
+            self._request(as_of=self._as_of())
 
     def _begin(self) -> None:
         """Begin a stream: every table will be copied, and every variable sent."""
@@ -231,21 +260,21 @@ class Target:
         self._begun = True
         log.info("sync: a full copy begins", extra={"target": self.name, "address": self.address})
 
-    def _copy(self, name: str) -> None:
+    def _copy(self, name: str, *, before: float = 0.0) -> None:
         for copy in self._copies:
             if copy.name == name:
                 copy.again = copy.again or copy.begun
                 return
         table = self._store.tables.get(name)
         if table is not None:
-            self._copies.append(TableCopy(name, table))
+            self._copies.append(TableCopy(name, table, before=before))
 
     def _read_log(self) -> None:
         changes = self._log.read(self._cursor)
         if changes.ids or changes.whole:
             self._behind_since = self._behind_since or changes.since
         for name, ids in changes.ids.items():
-            self._changes.append(_Piece(name, ids))
+            self._changes.append(_Piece(name, ids, batch=changes.batch))
         for name in sorted(changes.whole):
             self._copy(name)
         self._cursor = changes.cursor
@@ -264,9 +293,8 @@ class Target:
             fits = max(1, room // self._row_bytes(piece.name))
             if fits < len(piece.ids):
                 # The rest takes the piece's place, so that an end in the middle of a message is no special case.
-                self._changes[0] = _Piece(piece.name, piece.ids[fits:])
-                self._changes.appendleft(_Piece(piece.name, piece.ids[:fits]))
-                piece = self._changes[0]
+                piece, self._changes[0] = piece.split(fits)
+                self._changes.appendleft(piece)
             pieces.append(piece)
             room -= len(piece.ids) * self._row_bytes(piece.name)
             self._changes.popleft()
@@ -279,7 +307,7 @@ class Target:
         room = self._options.message_bytes
         pieces = []
         for copy in list(self._copies):
-            if room <= 0:
+            if room <= 0 or not copy.begun:
                 break
             ids, ends = copy.peek(max(1, room // self._row_bytes(copy.name)))
             pieces.append(_Piece(copy.name, ids, copy, ends))
@@ -300,6 +328,8 @@ class Target:
             if table is None:
                 continue  # restored away; the inventory says so
             begins = piece.copy is not None and not piece.copy.begun
+            if piece.copy is not None and begins:
+                piece.copy.since = time.time()
             config = table.config if begins else None
             weights = np.empty((0, table.dim), np.float32)
             deltas.append(
@@ -314,29 +344,49 @@ class Target:
                 )
             )
             tables.append(table)
-        changes = sum(piece.copy is None for piece in pieces)
-        ending = sum(piece.copy_ends and piece.copy is not None and not piece.copy.again for piece in pieces)
-        self._request(deltas, tables, more=changes < len(self._changes) or ending < len(self._copies))
+        as_of = self._as_of(pieces)
+        shared = [(piece.batch, piece.start) for piece in pieces if piece.name in self._store.tables]
+        self._request(deltas, tables, shared=shared if len(shared) == len(deltas) else (), as_of=as_of)
         for piece in pieces:
             if piece.copy is None:
                 self._changes.popleft()
             elif piece.copy_ends:
                 self._copies.popleft()
                 if piece.copy.again:
-                    self._copy(piece.name)
+                    self._copy(piece.name, before=piece.copy.since)
             else:
                 piece.copy.arrived(len(piece.ids))
         if not self._changes and not self._copies:
             self._behind_since = 0.0
+        elif as_of:
+            self._behind_since = max(self._behind_since, as_of)
+
+    def _as_of(self, pieces: Sequence[_Piece] = ()) -> float:
+        """Up to when the replica is fresh once these pieces have arrived; 0: that cannot be said.
+
+        A table that is copied again is as fresh as the copy before left it, so a replica of a table that changes all
+        over all the time is filled, and stays about as fresh as a copy is long.
+        """
+        if sum(piece.copy is None for piece in pieces) < len(self._changes):
+            return 0.0
+        times = [self._until]
+        ending = [piece.copy for piece in pieces if piece.copy_ends]
+        for copy in self._copies:
+            if copy not in ending:
+                times.append(copy.before)
+            elif copy.again:
+                times.append(copy.since)
+        return min(times)
 
     def _request(
         self,
         deltas: Sequence[wire.Delta] = (),
         tables: Sequence[Table] = (),
         *,
+        shared: Sequence[tuple[int, int]] = (),
         variables: list[parameter_sync_pb2.DeltaVariable] | None = None,
         begins: bool = False,
-        more: bool = False,
+        as_of: float = 0.0,
     ) -> None:
         """Push once; raises unless the replica has taken it."""
         self._sequence += 1
@@ -357,9 +407,18 @@ class Target:
         if inventory != self._sent_inventory:
             header.inventory.CopyFrom(inventory)
         header.rows_to_come = sum(copy.rows_to_come for copy in self._copies)
-        if not begins and not more and (deltas or not (self._changes or self._copies)) and self._until:
-            header.as_of = self._until
-        message, sent = wire.pack_rows(header, deltas, tables)
+        if as_of:
+            header.as_of = as_of
+        if self._encoded.wanted and shared and all(batch >= 0 for batch, _ in shared):
+            bodies = [
+                self._encoded.get(batch, start, delta, table)
+                for (batch, start), delta, table in zip(shared, deltas, tables, strict=True)
+            ]
+            message = b"".join([header.SerializeToString(), *(body.message for body in bodies)])
+            rows, erased = sum(body.rows for body in bodies), sum(body.erased for body in bodies)
+        else:
+            message, sent = wire.pack_rows(header, deltas, tables)
+            rows, erased = sum(len(delta.ids) for delta in sent), sum(len(delta.erased) for delta in sent)
         reply = parameter_sync_pb2.PushResponse.FromString(self._push(message, timeout=self._options.timeout_s))
         if reply.status_code == _UNKNOWN_STREAM:
             self._begun = False
@@ -370,8 +429,8 @@ class Target:
         self._pushed_at = time.monotonic()
         with self._lock:
             self._stats.pushes += 1
-            self._stats.rows += sum(len(delta.ids) for delta in sent)
-            self._stats.erased += sum(len(delta.erased) for delta in sent)
+            self._stats.rows += rows
+            self._stats.erased += erased
             self._stats.bytes += len(message)
             self._stats.error = ""
 

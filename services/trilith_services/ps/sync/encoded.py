@@ -1,0 +1,78 @@
+"""EncodedChanges: rows of the change log's batches as they travel, encoded once for all targets."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trilith_proto import parameter_sync_pb2
+from trilith_services.ps.sync import wire
+
+if TYPE_CHECKING:
+    from trilith_services.ps.table import Table
+
+__all__ = ["EncodedChanges", "EncodedDelta"]
+
+_MOST = 16  # targets that are further apart encode for themselves
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedDelta:
+    """One delta of a PushRequest.
+
+    Attributes:
+        table: Whose rows it has; one that was restored has its name only.
+        message: The bytes of a PushRequest that holds it and nothing else.
+        rows: Ids with a row.
+        erased: Ids without.
+    """
+
+    table: Table
+    message: bytes
+    rows: int
+    erased: int
+
+
+class EncodedChanges:
+    """The last pieces that some target sent; thread-safe.
+
+    A piece is the ids of one table between two places of one batch. Its rows may be read at any time after the batch
+    was closed: whatever changes later is in a later batch, which every target has still to send.
+
+    Attributes:
+        wanted: Whether there are targets enough for it to be worth a copy of the message.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._lock = threading.Lock()
+        self._pieces: OrderedDict[tuple[int, int, int, int], Future[EncodedDelta]] = OrderedDict()
+
+    def get(self, batch: int, start: int, delta: wire.Delta, table: Table) -> EncodedDelta:
+        """A delta, without weights yet, with the rows of `table`; who asks first encodes it."""
+        key = id(table), batch, start, len(delta.ids)  # the table lives as long as its piece does
+        with self._lock:
+            found = self._pieces.get(key)
+            mine = found is None
+            if found is None:
+                found = self._pieces[key] = Future()
+                while len(self._pieces) > _MOST:
+                    self._pieces.popitem(last=False)
+        if mine:
+            try:
+                message, (sent,) = wire.pack_rows(parameter_sync_pb2.PushRequest(), [delta], [table])
+                found.set_result(EncodedDelta(table, message, len(sent.ids), len(sent.erased)))
+            except BaseException as error:
+                with self._lock:
+                    self._pieces.pop(key, None)
+                found.set_exception(error)
+                raise
+        return found.result()
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._pieces.clear()
