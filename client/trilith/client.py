@@ -274,16 +274,16 @@ class Client:
         return sum(pieces)
 
     def dump_entries(self, table: str, *, page: int = 1000) -> Iterator[bytes]:
-        """Every row of a table as a serialized EntryDump with its id, shard after shard, `page` rows at a time."""
+        """Every row of a table as a serialized EntryDump with its id, shard by shard, up to `page` rows at a time."""
         self._info(table)
         for index in range(self._cluster.count):
             offset = 0
             while True:
                 dumped = self._dump_page(table, index, page, offset)
                 yield from dumped.entries
-                if len(dumped.entries) < page:
-                    break
                 offset = dumped.offset
+                if offset == 0:
+                    break
 
     def _dump_page(self, table: str, index: int, page: int, offset: int) -> Any:
         return self._cluster.fan_out(

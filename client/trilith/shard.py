@@ -104,7 +104,7 @@ ANY_WRITE = Write()
 
 @dataclass(frozen=True, slots=True)
 class EntryPage:
-    """One page of a table's dump: serialized EntryDumps with ids, and the offset of the next page."""
+    """One page of a table's dump: serialized EntryDumps with ids, and the offset of the next page; 0: there is none."""
 
     entries: list[bytes]
     offset: int = field(default=0)
@@ -173,7 +173,10 @@ class Shard(Protocol):
     def dump_entries(
         self, table: str, *, part: int, parts: int, limit: int, offset: int = 0, timeout_s: float | None = None
     ) -> EntryPage:
-        """Page through `part` of `parts` of the table's rows; fewer than `limit` entries mean the part is done."""
+        """Page through `part` of `parts` of the table's rows, up to `limit` at a time, until a page's offset is 0.
+
+        A page is bounded (some megabytes), so it may have fewer entries than `limit` before the part is done.
+        """
 
     def erase(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> int:
         """Delete rows; returns how many there were."""

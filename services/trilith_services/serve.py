@@ -81,7 +81,8 @@ class Method:
         call: Takes (request, context), returns the reply.
         parse: From bytes to request; None hands the bytes over.
         serialize: From reply to bytes; None takes bytes as they are.
-        control: Runs on threads of its own, beside the queue: it answers also when the server is overloaded.
+        control: Runs on threads of its own, beside the queue: it answers also when the server is overloaded. Quick.
+        long: Runs on other threads of its own, where calls that take minutes wait for nobody but each other.
         stream: Every request of a stream is answered in turn; otherwise a call is one request.
     """
 
@@ -89,6 +90,7 @@ class Method:
     parse: Callable[[bytes], Any] | None = None
     serialize: Callable[[Any], bytes] | None = None
     control: bool = False
+    long: bool = False
     stream: bool = False
 
 
@@ -118,6 +120,19 @@ class _Pool(ThreadPoolExecutor):
             self.waiting -= 1
 
 
+@dataclass(frozen=True, slots=True)
+class _Pools:
+    """The threads of a server: for work, for quick calls about the server itself, and for those that take long."""
+
+    work: _Pool
+    control: _Pool
+    long: _Pool
+
+    def of(self, method: Method) -> _Pool:
+        """Where a method runs."""
+        return self.control if method.control else self.long if method.long else self.work
+
+
 class _Dispatcher(grpc.GenericRpcHandler):
     """Finds a call's handler, before the call takes a place in the queue."""
 
@@ -125,31 +140,32 @@ class _Dispatcher(grpc.GenericRpcHandler):
         self,
         service: str,
         methods: Mapping[str, Method],
-        pools: tuple[_Pool, _Pool],
+        pools: _Pools,
         streams: Streams,
         max_queue: int,
         refused: Callable[[], None],
     ) -> None:
-        self._work, control = pools
         self._max_queue, self._refused = max_queue, refused
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for name, method in methods.items():
             if method.stream:
                 handler = streams.handler(method.call, method.parse, method.serialize)
             else:
-                handler = _handler(method, control if method.control else None)
+                handler = _handler(method, pools.of(method))
             self._handlers[f"/{service}/{name}"] = handler
-        self._queued = frozenset(
-            f"/{service}/{name}" for name, method in methods.items() if not method.control and not method.stream
-        )
-        # Refused on a control thread: the working ones are busy, or there would be no need to.
-        self._overloaded = _handler(Method(call=self._refuse), control)
+        self._queues = {
+            f"/{service}/{name}": pools.of(method)
+            for name, method in methods.items()
+            if not method.control and not method.stream
+        }
+        # Refused on a control thread: the others are busy, or there would be no need to.
+        self._overloaded = _handler(Method(call=self._refuse), pools.control)
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        path = details.method
-        if self._work.waiting >= self._max_queue and path in self._queued:
+        queue = self._queues.get(details.method)
+        if queue is not None and queue.waiting >= self._max_queue:
             return self._overloaded
-        return self._handlers.get(path)
+        return self._handlers.get(details.method)
 
     def _refuse(self, request: bytes, context: grpc.ServicerContext) -> None:
         del request
@@ -158,16 +174,12 @@ class _Dispatcher(grpc.GenericRpcHandler):
         context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._max_queue} calls are waiting already")
 
 
-def _handler(method: Method, pool: ThreadPoolExecutor | None) -> grpc.RpcMethodHandler[Any, Any]:
-    call = method.call
-    if pool is not None:
+def _handler(method: Method, pool: _Pool) -> grpc.RpcMethodHandler[Any, Any]:
+    def on_pool(request: Any, context: grpc.ServicerContext) -> Any:
+        return method.call(request, context)
 
-        def on_pool(request: Any, context: grpc.ServicerContext) -> Any:
-            return method.call(request, context)
-
-        on_pool.experimental_thread_pool = pool  # type: ignore[attr-defined]
-        call = on_pool
-    return grpc.unary_unary_rpc_method_handler(call, method.parse, method.serialize)
+    on_pool.experimental_thread_pool = pool  # type: ignore[attr-defined]
+    return grpc.unary_unary_rpc_method_handler(on_pool, method.parse, method.serialize)
 
 
 class Server:
@@ -194,15 +206,14 @@ class Server:
         self.limits = limits = limits or Limits()
         services = {service: methods, **(beside or {})}
         self._services = tuple(services)
-        self._work = _Pool(limits.threads, "rpc")
-        self._control = _Pool(4, "rpc-control")
+        self._pools = _Pools(_Pool(limits.threads, "rpc"), _Pool(4, "rpc-control"), _Pool(4, "rpc-long"))
         self._streams = Streams(
             most=limits.streams, workers=limits.threads, max_queue=limits.max_queue, refused=refused
         )
         self._health_pool = _Pool(2, "rpc-health")
         self._health = health.HealthServicer(experimental_non_blocking=True, experimental_thread_pool=self._health_pool)
         self._server = grpc.server(
-            self._work,
+            self._pools.work,
             options=[
                 ("grpc.max_send_message_length", limits.max_message_bytes),
                 ("grpc.max_receive_message_length", limits.max_message_bytes),
@@ -216,10 +227,9 @@ class Server:
                 ("grpc.keepalive_timeout_ms", 20_000),
             ],
         )
-        pools = self._work, self._control
         self._server.add_generic_rpc_handlers(
             tuple(
-                _Dispatcher(name, each, pools, self._streams, limits.max_queue, refused)
+                _Dispatcher(name, each, self._pools, self._streams, limits.max_queue, refused)
                 for name, each in services.items()
             )
         )
@@ -236,7 +246,7 @@ class Server:
     @property
     def queued(self) -> int:
         """Calls that wait for a thread."""
-        return self._work.waiting + self._streams.waiting
+        return self._pools.work.waiting + self._streams.waiting
 
     def listen(self, address: str) -> int:
         """Bind `address` (port 0: any free one) and answer; returns the port.
@@ -270,7 +280,7 @@ class Server:
         stopped = self._server.stop(grace_s)
         self._streams.drain()
         stopped.wait()
-        for pool in (self._work, self._control, self._health_pool):
+        for pool in (self._pools.work, self._pools.control, self._pools.long, self._health_pool):
             pool.shutdown(wait=False)
         self._streams.close()
 

@@ -317,3 +317,37 @@ def test_a_clone_is_equal_and_its_own():
         twin.add(u64(1 << 40))
         assert twin != original
     assert filled() != CountingFilter(50)
+
+
+@pytest.mark.parametrize(
+    "make", [SlidingFilter, lambda: CountingFilter(300), lambda: ProbabilisticFilter(Thresholds.constant(2))]
+)
+def test_arrays_of_another_layout_are_read_rightly_or_refused(make):
+    ids = np.arange(40, dtype=np.uint64)
+    for each in (np.stack([ids, ids], 1)[:, 0], ids.view(np.int64), np.repeat(ids, 2)[::2]):
+        np.testing.assert_array_equal(make().filtered(each), make().filtered(ids))
+    counts = np.arange(40) * 7 % 20
+    for each in (counts, counts.astype(np.uint8), np.repeat(counts, 3)[::3]):
+        np.testing.assert_array_equal(make().filtered(ids, each), make().filtered(ids, counts.astype(np.uint32)))
+    for wrong in (
+        {"counts": counts.astype(float)},
+        {"counts": counts[:-1].astype(np.uint32)},
+        {"counts": counts - 1},
+        {"present": np.zeros(40, np.uint8)},
+        {"present": np.zeros(39, np.bool_)},
+    ):
+        with pytest.raises(InvalidRequestError):
+            make().filtered(ids, **wrong)
+    with pytest.raises(InvalidRequestError):
+        make().filtered(ids.astype(np.float32))
+    with pytest.raises(InvalidRequestError, match="thresholds are int64"):
+        Thresholds(np.ones(1, np.int64))
+
+
+def test_a_state_of_other_types_is_refused():
+    made = SlidingFilter(300)
+    state, cells = made.export_state(), np.stack([made.export_block(b)[0] for b in range(made.blocks)])
+    with pytest.raises(InvalidRequestError, match="state is int32"):
+        made.import_all(state.astype(np.int32), cells)
+    with pytest.raises(InvalidRequestError, match="cells are uint8"):
+        made.import_all(state, cells.astype(np.uint8))

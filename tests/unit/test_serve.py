@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -205,3 +207,28 @@ def test_an_unknown_method_is_unimplemented(server):
             channel.unary_unary(f"/{SERVICE}/Nothing")(b"", timeout=10)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
         assert channel.unary_unary(f"/{SERVICE}/Echo")(b"hello", timeout=10) == b"hello"
+
+
+def test_calls_that_take_minutes_keep_nobody_from_answering() -> None:
+    go = threading.Event()
+    methods = {
+        "Save": Method(call=lambda request, context: go.wait(30) and request, long=True),
+        "Describe": Method(call=lambda request, context: request, control=True),
+        "Lookup": Method(call=lambda request, context: request),
+    }
+    server = Server(SERVICE, methods, limits=Limits(max_queue=3))
+    port = server.listen("127.0.0.1:0")
+    server.set_serving(True)
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        calls = [channel.unary_unary(f"/{SERVICE}/Save").future(b"x", timeout=60) for _ in range(20)]
+        ended: queue.Queue[grpc.Future] = queue.Queue()
+        for call in calls:
+            call.add_done_callback(ended.put)
+        refused = [ended.get(timeout=30) for _ in range(20 - 4 - 3)]  # four are at work, three wait
+        assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        for method in ("Describe", "Lookup"):
+            assert channel.unary_unary(f"/{SERVICE}/{method}")(b"y", timeout=10) == b"y"
+        assert health(port) == SERVING
+        go.set()
+        assert [call.result(timeout=10) for call in calls if call not in refused] == [b"x"] * 7
+    server.stop(0)

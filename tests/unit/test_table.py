@@ -312,11 +312,43 @@ def test_lookup_writes_float16_and_into_unaligned_memory() -> None:
     np.testing.assert_array_equal(out[0], values[0])
 
 
+def step(table: Table, **options: object) -> None:
+    table.apply_gradients(u64(1), np.ones((1, DIM), np.float32), **options)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.uint64, ">i4"])
+def test_counts_of_other_integers_count_as_they_say(dtype: str) -> None:
+    table = Table(config(), gate=ThirdTime())
+    grads = np.ones((3, DIM), np.float32)
+    table.apply_gradients(u64(1, 2, 3), grads, counts=np.array([1, 2, 1, 9, 9], dtype)[:3])
+    table.apply_gradients(u64(1, 2, 3), grads, counts=np.array([1, 0, 2, 0, 1], dtype)[::2])
+    assert table.contains(u64(1, 2, 3)).tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda t: t.lookup(np.zeros(3, np.float32)), r"ids are float32\[3\]"),
+        (lambda t: t.lookup([1, 2]), "ids are list, expected an array"),
         (lambda t: t.lookup(u64(1), np.zeros((1, 9), np.float32)), r"out is \(1, 9\), expected \(1, 3\)"),
+        (lambda t: t.lookup(u64(1), np.zeros((1, 3))), "out is float64, expected float32 or float16"),
+        (lambda t: t.lookup(u64(1), np.zeros((1, 3), ">f4")), "out is >f4, expected float32 or float16"),
+        (lambda t: t.lookup(u64(1, 2), np.zeros((2, 6), np.float32)[:, ::2]), "out is no C-contiguous array"),
+        (lambda t: t.lookup(u64(1, 2), np.zeros((4, 3), np.float32)[::-2]), "out is no C-contiguous array"),
+        (lambda t: t.lookup(u64(1), np.frombuffer(bytes(12), np.float32).reshape(1, 3)), "out is read-only"),
+        (lambda t: t.gather(u64(1), np.zeros((1, 3))), "weights is float64, expected float32"),
+        (lambda t: t.gather(u64(1), np.zeros((1, 2), np.float32)), r"weights is \(1, 2\), expected \(1, 3\)"),
+        (lambda t: t.assign(u64(1), [[1, 2, 3]]), "values are list, expected an array"),
+        (lambda t: step(t, counts=np.ones(1)), r"counts are float64\[1\], expected uint32\[1\]"),
+        (lambda t: step(t, counts=np.ones(2, np.uint32)), r"counts are uint32\[2\], expected uint32\[1\]"),
+        (lambda t: step(t, counts=np.array([-1])), r"counts from -1 to -1 are outside 0\.\.4294967295"),
+        (lambda t: step(t, counts=[1]), "counts are list, expected uint32"),
+        (
+            lambda t: t.import_rows(
+                Rows(u64(1), np.ones((1, 3), np.float32), np.ones((1, 0), np.float32), u64().view("u4"))
+            ),
+            r"\(0,\) times for 1 rows",
+        ),
         (lambda t: t.assign(u64(1), np.zeros((1, 2), np.float32)), r"expected float32 or float16 \[1, 3\]"),
         (lambda t: t.assign(u64(1), np.zeros((1, 3))), "values are float64"),
         (

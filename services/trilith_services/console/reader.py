@@ -174,9 +174,14 @@ class Reader:
 
         def ask(index: int) -> tuple[int, list[bytes]]:
             shard = members.shard(index)
-            page = shard.dump_entries(table, part=0, parts=1, limit=limit)
+            found: list[bytes] = []
+            offset = -1
+            while offset and len(found) < limit:
+                page = shard.dump_entries(table, part=0, parts=1, limit=limit - len(found), offset=max(0, offset))
+                found += page.entries
+                offset = page.offset
             rows = next((each.rows for each in shard.stats().tables if each.table == table), 0)
-            return rows, page.entries
+            return rows, found
 
         answers = members.each(range(members.count), ask)
         failures = {index: answer for index, answer in answers.items() if isinstance(answer, TrilithError)}

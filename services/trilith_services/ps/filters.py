@@ -20,6 +20,7 @@ from trilith.ops.jit import warm
 from trilith.ops.memory import address_of
 from trilith_proto import hash_table_pb2, ps_pb2
 from trilith_services.ps.kernels import filters as kernels
+from trilith_services.ps.rows import as_counts, as_ids
 
 __all__ = [
     "CountingFilter",
@@ -57,6 +58,13 @@ class Thresholds:
     """
 
     values: Counts
+
+    def __post_init__(self) -> None:
+        values = self.values
+        if values.dtype != np.uint32 or values.shape not in {(1,), (_SLOTS,)} or not values.flags.c_contiguous:
+            raise InvalidRequestError(
+                f"thresholds are {values.dtype}{list(values.shape)}, expected uint32[1] or uint32[{_SLOTS}]"
+            )
 
     @classmethod
     def constant(cls, threshold: int) -> Thresholds:
@@ -166,6 +174,7 @@ class ProbabilisticFilter:
     ) -> Bools:
         """Decide by drawing."""
         chosen = thresholds or self.thresholds
+        ids, counts, present = _checked(ids, counts, present)
         out = np.empty(ids.size, np.bool_)
         kernels.probabilistic_filter(
             np.uint64(self._seed ^ next(self._calls)),
@@ -235,6 +244,7 @@ class CountingFilter:
 
     def add(self, ids: Ids, counts: Counts | None = None) -> Counts:
         """Count ids; uint32[n] how often each had been counted before, 15 where there was no cell."""
+        ids, counts, _ = _checked(ids, counts)
         out = np.empty(ids.size, np.uint32)
         with self._lock:
             kernels.counting_add(
@@ -263,6 +273,7 @@ class CountingFilter:
     ) -> Bools:
         """Decide by counting."""
         chosen = thresholds or self.thresholds
+        ids, counts, present = _checked(ids, counts, present)
         limit = chosen.values[(ids >> np.uint64(48)) & np.uint64(chosen.mask)]
         counted = limit > 0 if present is None else (limit > 0) & ~present
         out = np.zeros(ids.size, np.bool_)
@@ -362,6 +373,7 @@ class SlidingFilter:
 
     def add(self, ids: Ids, counts: Counts | None = None) -> Counts:
         """Count ids; uint32[n] how often each had been counted before, 15 where there was no cell."""
+        ids, counts, _ = _checked(ids, counts)
         out = np.empty(ids.size, np.uint32)
         with self._lock:
             kernels.sliding_add(
@@ -390,6 +402,7 @@ class SlidingFilter:
     ) -> Bools:
         """Decide by counting."""
         chosen = thresholds or self.thresholds
+        ids, counts, present = _checked(ids, counts, present)
         out = np.empty(ids.size, np.bool_)
         with self._lock:
             kernels.sliding_filter(
@@ -436,9 +449,13 @@ class SlidingFilter:
 
     def import_all(self, state: npt.NDArray[np.int64], cells: npt.NDArray[np.uint16]) -> None:
         """Take over a whole state: int64[3 + blocks] and uint16[blocks, total + 64], which the filter keeps."""
-        if state.shape != self._state.shape or cells.shape != self._cells.shape:
+        if state.shape != self._state.shape or state.dtype != np.int64 or not state.flags.c_contiguous:
             raise InvalidRequestError(
-                f"state {state.shape} and cells {cells.shape} do not fit {self._state.shape} and {self._cells.shape}"
+                f"state is {state.dtype}{list(state.shape)}, expected int64{list(self._state.shape)}"
+            )
+        if cells.shape != self._cells.shape or cells.dtype != np.uint16:
+            raise InvalidRequestError(
+                f"cells are {cells.dtype}{list(cells.shape)}, expected uint16{list(self._cells.shape)}"
             )
         with self._lock:
             self._state, self._cells = state, np.ascontiguousarray(cells)
@@ -461,6 +478,16 @@ class SlidingFilter:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _checked(ids: Ids, counts: Counts | None, present: Bools | None = None) -> tuple[Ids, Counts | None, Bools | None]:
+    """The arrays as kernels read them."""
+    ids = as_ids(ids)
+    if present is not None:
+        if present.dtype != np.bool_ or present.shape != ids.shape:
+            raise InvalidRequestError(f"present is {present.dtype}{list(present.shape)}, expected bool[{ids.size}]")
+        present = np.ascontiguousarray(present)
+    return ids, as_counts(counts, ids.size), present
 
 
 def make_filter(config: ps_pb2.TableConfig) -> OccurrenceFilter | None:

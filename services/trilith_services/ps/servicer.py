@@ -88,6 +88,7 @@ class ParameterServerServicer:
                 parse=None if name in _RAW else getattr(ps_pb2, method.input_type.name).FromString,
                 serialize=None if name in _RAW_REPLY else _serialize,
                 control=name in _CONTROL,
+                long=name in _LONG,
                 stream=method.name != name,
             )
         return found
@@ -345,8 +346,10 @@ _RAW = frozenset(
     }
 )
 _RAW_REPLY = frozenset({"Lookup", "Reinitialize", "Contains", "PullVariables"})
-# Few, but slow or needed when all else waits; on threads of their own.
-_CONTROL = frozenset({"Describe", "Stats", "CreateTables", "CreateVariables", "Save", "Restore", "Evict", "Clear"})
+# Needed when all else waits, and quick; on threads of their own.
+_CONTROL = frozenset({"Describe", "Stats"})
+# Few, but they compile kernels or go through all rows; on other threads, so that nobody waits for them but each other.
+_LONG = frozenset({"CreateTables", "CreateVariables", "Save", "Restore", "Evict", "Clear"})
 
 
 @functools.cache

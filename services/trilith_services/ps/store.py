@@ -44,6 +44,9 @@ __all__ = ["OWNER_RULE", "Store"]
 _LOG = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
+# One page of a dump, whatever was asked for; rows are encoded a few at a time, so that it is not passed by much.
+_PAGE_ROWS, _PAGE_BYTES, _PAGE_STEP = 100_000, 8 << 20, 256
+
 OWNER_RULE = "mod"
 """An id belongs to the shard whose index is the id, unsigned, modulo the number of shards."""
 
@@ -248,8 +251,19 @@ class Store:
     ) -> EntryPage:
         """See `Shard.dump_entries`."""
         source = self.table(table)
-        found, next_offset = source.scan(part, parts, limit, offset)
-        return EntryPage(entries.entry_list(source.layout, found, with_id=True), next_offset)
+        dumped: list[bytes] = []
+        size = 0
+        most = min(limit, _PAGE_ROWS)
+        while True:
+            asked = min(most - len(dumped), _PAGE_STEP) if limit > 0 else limit
+            found, offset = source.scan(part, parts, asked, offset)
+            more = entries.entry_list(source.layout, found, with_id=True)
+            dumped += more
+            size += sum(map(len, more))
+            if len(found) < asked:
+                return EntryPage(dumped)
+            if len(dumped) >= most or size >= _PAGE_BYTES:
+                return EntryPage(dumped, offset)
 
     def erase(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> int:
         """See `Shard.erase`."""
@@ -528,7 +542,7 @@ class Store:
         """Raise what any part would raise, before the first one changes a row; returns the rows' new time."""
         request_time = self._time(write.request_time)
         for part in parts:
-            self.table(part.table).check_update(as_ids(part.ids), part.values, part.learning_rates)
+            self.table(part.table).check_update(as_ids(part.ids), part.values, part.learning_rates, part.counts)
         self._check_finite([(part.table, part.values) for part in parts], write)
         return request_time
 

@@ -26,7 +26,7 @@ from trilith_services.ps.kernels.read import export_rows, lookup_rows, lookup_ro
 from trilith_services.ps.kernels.values import all_finite, widen_halves
 from trilith_services.ps.kernels.write import ADD, ASSIGN, IMPORT, RESET, write_rows
 from trilith_services.ps.row_layout import RowLayout
-from trilith_services.ps.rows import Rows, as_ids
+from trilith_services.ps.rows import Rows, as_counts, as_ids, check_target
 from trilith_services.ps.stripes import RANGE, Batch, Stripes, work_memory
 from trilith_services.ps.touched import Touched
 
@@ -34,6 +34,7 @@ __all__ = ["OccurrenceGate", "Table", "TableCounters", "compile_common_kernels"]
 
 _SECONDS_PER_DAY = 86400
 _GATHERED = 16384
+_FLOAT32, _FLOAT16 = np.dtype(np.float32), np.dtype(np.float16)
 _MOST_AGAIN = 3  # times that a walk through a stripe begins anew, before it takes the stripe in one turn
 _EVICTED_PART = 16  # rows are moved together after a sweep that leaves at least one in so many free
 _Copied = TypeVar("_Copied")
@@ -149,8 +150,8 @@ class Table:
         ids = as_ids(ids)
         if out is None:
             out = np.empty((len(ids), self.dim), np.float32)
-        elif out.shape != (len(ids), self.dim):
-            raise InvalidRequestError(f"table {self.name!r}: out is {out.shape}, expected {(len(ids), self.dim)}")
+        else:
+            check_target(f"table {self.name!r}: out", out, (len(ids), self.dim), _FLOAT32, _FLOAT16)
         if len(ids) == 0:
             return out
         kernel = lookup_rows if out.dtype == np.float32 else lookup_rows_half
@@ -261,6 +262,8 @@ class Table:
         found, missing = np.empty(len(ids), np.uint64), np.empty(len(ids), np.uint64)
         if weights is None:
             weights = np.empty((len(ids), self.dim), np.float32)
+        else:
+            check_target(f"table {self.name!r}: weights", weights, (len(ids), self.dim), _FLOAT32)
         present = 0
         for start in range(0, len(ids), _GATHERED):  # in pieces, so that writers get their turn
             count = min(_GATHERED, len(ids) - start)
@@ -354,6 +357,7 @@ class Table:
             raise InvalidRequestError(f"table {self.name!r} is a serving table: it has no optimizer")
         ids, grads = as_ids(ids), self._as_values(ids, grads)
         rates = self._as_rates(learning_rates)
+        counts = as_counts(counts, len(ids))
         if global_step < 0 and any(kind == "batch_softmax" for kind, _, _ in self.layout.structure):
             raise InvalidRequestError(f"table {self.name!r}: global_step={global_step} is negative")
         if dedup:
@@ -386,14 +390,23 @@ class Table:
 
         self._write(ids, step)
 
-    def check_update(self, ids: UInt64Array, values: npt.NDArray[Any], learning_rates: npt.ArrayLike | None) -> None:
+    def check_update(
+        self,
+        ids: UInt64Array,
+        values: npt.NDArray[Any],
+        learning_rates: npt.ArrayLike | None,
+        counts: npt.NDArray[Any] | None = None,
+    ) -> None:
         """Raise what a write of these would raise for its shapes, dtypes or rates."""
+        if not isinstance(values, np.ndarray):
+            raise InvalidRequestError(f"table {self.name!r}: values are {type(values).__name__}, expected an array")
         if values.shape != (len(ids), self.dim) or values.dtype not in (np.float32, np.float16):
             raise InvalidRequestError(
                 f"table {self.name!r}: values are {values.dtype}{list(values.shape)}, "
                 f"expected float32 or float16 [{len(ids)}, {self.dim}]"
             )
         self._as_rates(learning_rates)
+        as_counts(counts, len(ids))
 
     def assign(self, ids: npt.NDArray[Any], values: npt.NDArray[Any], *, request_time: int = 0) -> None:
         """Set raw weights, float32 or float16 [n, dim]; the last of repeated ids wins.
@@ -439,6 +452,8 @@ class Table:
                 f"do not fit dim={self.dim} and {self.layout.state_floats} state words"
             )
         times = np.ascontiguousarray(found.last_update, np.uint32)
+        if times.shape != (len(found),):
+            raise InvalidRequestError(f"table {self.name!r}: {times.shape} times for {len(found)} rows")
         if self.layout.serving:
             times = np.zeros_like(times)  # as upstream: a serving row's time stays 0
         self._write_rows(IMPORT, as_ids(found.ids), 0, values=weights, state=state, times=times)
