@@ -10,6 +10,8 @@ ARGS ?=
 # Shards and trainers of `make up`.
 PS ?= 2
 WORKERS ?= 0
+# Parts that `make quick` tests; empty: those that have changed.
+PART ?=
 # Processes that share the tests.
 JOBS ?= 2
 
@@ -23,7 +25,7 @@ TIERS := tests/integration tests/congruence tests/conformance tests/golden tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test quality test-nojit lint format docs proto proto-check wheel-check conformance bench up down \
+.PHONY: help venv demo test quick quality test-nojit lint format docs proto proto-check wheel-check conformance bench up down \
   compose-check clean
 
 help:  ## list the tasks
@@ -36,6 +38,9 @@ demo: $(VENV)  ## train a click model on MovieLens with two PS and two workers
 
 test: $(VENV)  ## all tests that need neither docker nor a quiet machine
 	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TIERS) $(ARGS)
+
+quick: $(VENV)  ## unit tests of what has changed since main, or of PART=engine|data|client|serving|nn|ops (a minute)
+	$(BIN)/python -m tests.quick $(PART) $(ARGS)
 
 quality: $(VENV)  ## the demo on three seeds, also pipelined, is as good as plain torch (minutes)
 	$(PYTEST) -s tests/quality $(ARGS)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.quality import test_models
 from trilith.data import movielens
 from trilith.data.clicks import ClickData, fid, split
 from trilith.data.movielens import MovieLensUnavailableError
@@ -185,3 +186,16 @@ def test_inconsistent_samples_are_refused():
         ClickData(np.zeros(3, np.float32), {"a": Ragged.of_singles([1, 2])})
     with pytest.raises(InvalidRequestError, match="row_splits"):
         ClickData(np.zeros(1, np.float32), {"a": Ragged(np.zeros(3, np.uint64), np.array([0, 2]))})
+
+
+def test_without_data_quality_is_left_out_but_fails_in_ci(monkeypatch) -> None:
+    def no_data(**options):
+        raise movielens.MovieLensUnavailableError("no data")
+
+    monkeypatch.setattr(movielens, "fetch", no_data)
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="no data; with CI=true that is no reason to skip"):
+        test_models.require_movielens()
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="no data"):
+        test_models.require_movielens()
