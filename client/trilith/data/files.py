@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import glob
 import itertools
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from trilith.errors import DataError, InvalidRequestError
 
@@ -20,45 +22,177 @@ __all__ = [
     "shard_files",
 ]
 
+_LOG = logging.getLogger(__name__)
 _DAY, _HOUR = "%Y%m%d", "%Y%m%d%H"
 _PLACEHOLDER = re.compile(r"\{(DATE|INT)\((\d+),(\d+)\)\}")
 
 
-def expand_glob(pattern: str) -> list[str]:
-    """Names of the files that a pattern matches, sorted; of one without wildcards itself, if there is such a file.
+def expand_glob(pattern: str | os.PathLike[str]) -> list[str]:
+    """Names of the files that a pattern matches, sorted.
+
+    What exists under the very name is meant itself, whatever characters it has; only otherwise, and behind folders that
+    exist under their very names, are `*`, `?` and brackets wildcards. A folder stands for all files in it and below.
+    Files and folders whose names begin with `.` or `_` (`_SUCCESS`, `._part-0.crc`) are left out, unless the pattern
+    says so itself, or they are partitions (`_day=1`). Wildcards that match folders only stand for the files in them.
 
     Args:
-        pattern: A path with shell wildcards (`**` crosses folders), on disk or at any URL that fsspec knows.
+        pattern: A path with shell wildcards (`**` crosses folders; `~` is the home folder), on disk or at any URL that
+            fsspec knows, also a chain of them (`zip://*.csv::file:///data/*.zip`).
     """
-    scheme, separator, _ = pattern.partition("://")
-    if not separator:
-        if glob.has_magic(pattern):
-            return sorted(name for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name))
-        return [pattern] if os.path.exists(pattern) else []
+    pattern = os.fspath(pattern)
+    if "://" not in pattern or os.path.exists(pattern):
+        return _expand_local(pattern if os.path.exists(pattern) else os.path.expanduser(pattern))
+    first, chained, rest = pattern.partition("::")
+    if not chained:
+        return _expand_url(pattern, "")
+    if "://" not in first:  # a cache in front of what is looked for
+        return [f"{first}::{name}" for name in expand_glob(rest)]
+    inner = [rest] if not glob.has_magic(rest) else expand_glob(rest)
+    return [name for each in inner for name in _expand_url(first, f"::{each}")]
+
+
+def _expand_local(pattern: str) -> list[str]:
+    if os.path.isdir(pattern):
+        return sorted(_below(pattern))
+    if os.path.exists(pattern):
+        return [pattern]
     if not glob.has_magic(pattern):
-        return [pattern]  # not every remote system can be asked without reading
+        return []
+    folder, rest = _literal_folder(pattern, os.path.isdir)
+    places = [(glob.escape(folder) + rest, rest)]
+    if glob.has_magic(folder):  # what has wildcards in its name may still be meant as a pattern
+        places.append((pattern, pattern))
+    for place, open_part in places:
+        found = [name for name in glob.glob(place, recursive=True) if not _hidden(name, open_part)]
+        names = [name for name in found if not os.path.isdir(name)]
+        if not names:
+            names = [name for each in found if os.path.isdir(each) for name in _below(each)]
+        if names:
+            return sorted(set(names))
+    return []
+
+
+def _below(folder: str) -> Iterator[str]:
+    """All files in a folder and below, but for those that are hidden."""
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        yield from (os.path.join(root, name) for name in sorted(names) if not _is_hidden(name))
+
+
+def _literal_folder(pattern: str, is_folder: Callable[[str], bool]) -> tuple[str, str]:
+    """The longest part of a pattern, up to a slash, that exists as a folder under its very name; and what is behind."""
+    end = 0
+    while (slash := pattern.find("/", end)) >= 0:
+        if glob.has_magic(pattern[end:slash]) and not is_folder(pattern[:slash]):
+            break
+        end = slash + 1
+    return pattern[:end], pattern[end:]
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a name is that of what is left beside data; `_day=1` is a partition."""
+    return name.startswith(".") or (name.startswith("_") and "=" not in name)
+
+
+def _hidden(name: str, pattern: str) -> bool:
+    """Whether a name that a pattern matches goes through something hidden that the pattern does not name."""
+    wanted = [part for part in pattern.split("/") if part]
+    parts = [part for part in name.rstrip("/").split("/") if part]
+    if "**" not in wanted:
+        pairs = zip(parts[-len(wanted) :], wanted, strict=False)
+        return any(_is_hidden(part) and not part.startswith(asked[0]) for part, asked in pairs)
+    # How much `**` took is unknown; what stands in front of it is as asked for.
+    named = {part[0] for part in wanted if part[0] in "._"}
+    return any(_is_hidden(part) and part[0] not in named for part in parts[wanted.index("**") :])
+
+
+def _expand_url(pattern: str, chain: str) -> list[str]:
+    """Names of one URL, in front of the rest of a chain."""
     import fsspec
 
-    files, _ = fsspec.core.url_to_fs(pattern)
-    found = files.glob(pattern, detail=True)
-    return sorted(f"{scheme}://{name.lstrip('/')}" for name, entry in found.items() if entry["type"] != "directory")
+    scheme, separator, rest = pattern.partition("://")
+    pattern = scheme + separator + (rest.rstrip("/") or rest)
+    if scheme in _WEB and not glob.has_magic(pattern):
+        return [pattern + chain]
+    try:
+        files, place = fsspec.core.url_to_fs(pattern + chain)
+        if not glob.has_magic(place) and not (scheme in _NEAR or "." not in place.rsplit("/", 1)[-1]):
+            return [pattern + chain]  # not every remote system answers quickly whether that is a folder
+        found = _matches(files, place)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, ImportError) as error:
+        raise InvalidRequestError(f"{pattern}{chain}: cannot be looked at: {error}") from None
+    return [_url(files, pattern, place, name) + chain for name in found]
 
 
-def match_files(patterns: str | Sequence[str], *, exclude: Callable[[str], bool] | None = None) -> list[str]:
+_WEB = ("http", "https")
+_NEAR = ("file", "local", "memory", "zip", "tar")
+
+
+def _matches(files: Any, place: str) -> list[str]:
+    """Paths of a file system that a path or pattern stands for."""
+    if not glob.has_magic(place) or files.exists(place):
+        if not files.exists(place):
+            return []
+        return sorted(_listed(files, place)) if files.isdir(place) else [place]
+    folder, rest = _literal_folder(place, files.isdir)
+    escaped = re.sub(r"([*?[])", r"[\1]", folder)
+    found = files.glob(escaped + rest, detail=True)
+    shown = {name: entry for name, entry in found.items() if not _hidden(name, rest)}
+    names = [name for name, entry in shown.items() if entry["type"] != "directory"]
+    return sorted(names or (name for each in shown for name in _listed(files, each)))
+
+
+def _listed(files: Any, folder: str) -> Iterator[str]:
+    """All files in a folder of a file system, but for those that are hidden."""
+    for name in files.find(folder):
+        below = str(name)[len(folder.rstrip("/")) :].strip("/")
+        if not any(map(_is_hidden, below.split("/"))):
+            yield str(name)
+
+
+def _url(files: Any, pattern: str, place: str, name: str) -> str:
+    """The URL of a path, as the pattern writes it: with its host, and whatever else its path has not."""
+    pairs = zip(reversed(pattern), reversed(place), strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if name.startswith(place[: len(place) - same]):
+        return pattern[: len(pattern) - same] + name[len(place) - same :]
+    return str(files.unstrip_protocol(name))
+
+
+def match_files(
+    patterns: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, exclude: Callable[[str], bool] | None = None
+) -> list[str]:
     """The files of all patterns, pattern after pattern, each one's sorted.
 
     Args:
-        patterns: Paths or globs; a file that several match is there once.
+        patterns: As `expand_glob` takes them; a file that several match is there once.
         exclude: Says of a name whether to leave it out.
 
     Raises:
         DataError: Nothing matches.
     """
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    found = dict.fromkeys(name for pattern in wanted for name in expand_glob(pattern))
+    wanted = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
+    found: dict[str, None] = {}
+    for pattern in wanted:
+        names = expand_glob(pattern)
+        if not names and len(wanted) > 1:
+            _LOG.warning("no file matches %s", _looked_for(os.fspath(pattern)))
+        found |= dict.fromkeys(names)
     if not found:
-        raise DataError(f"no file matches {wanted}")
+        raise DataError(f"no file matches {', '.join(_looked_for(os.fspath(each)) for each in wanted) or wanted}")
     return [name for name in found if exclude is None or not exclude(name)]
+
+
+def _looked_for(pattern: str) -> str:
+    """A pattern as it was understood."""
+    if "://" in pattern:
+        return repr(pattern)
+    place = os.path.abspath(os.path.expanduser(pattern))
+    notes = [f"looked for as {place!r}"] * (place != pattern)
+    notes += ["a folder without files"] * os.path.isdir(place)
+    return f"{pattern!r} ({', '.join(notes)})" if notes else repr(pattern)
 
 
 def shard_files(names: Sequence[str], index: int, count: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from typing import IO, Any, Protocol
 
 from trilith.errors import InvalidRequestError
@@ -73,6 +74,7 @@ def open_file(path: str, mode: str = "rb") -> IO[bytes]:
         if mode == "rb" and fs.protocol in ("file", ("file", "local")):
             return open(place, "rb", buffering=0)
         opened: IO[bytes] = fs.open(place, mode)
+        weakref.finalize(opened, _nothing, fs)  # a file system closes with it what its files read from
     except FileNotFoundError:
         raise NoSuchFileError(f"{path}: no such file") from None
     except (OSError, ValueError, ImportError) as error:
@@ -80,6 +82,10 @@ def open_file(path: str, mode: str = "rb") -> IO[bytes]:
         raise InvalidRequestError(f"{path}: cannot be opened: {reason}") from None
     else:
         return opened
+
+
+def _nothing(kept: object) -> None:
+    """What is bound to it lives as long."""
 
 
 def open_stream(path: str) -> FileStream:
