@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import trilith.data
-from trilith.data import transforms
+from trilith.data import reference, transforms
 from trilith.data.dataset import from_records, read, read_kafka
 from trilith.data.parsers import ParseSpec
 from trilith.data.positions import from_json, to_json
@@ -181,12 +181,113 @@ def test_shuffling_depends_on_seed_and_epoch_only(files):
     assert sorted(first) == ALL
     assert first != ALL
     assert max(abs(place - first.index(number)) for place, number in enumerate(ALL[:30])) > 5
-    assert ints(dataset) == first
+    assert ints(dataset.iterate()) == first
     assert ints(read(files, kind="plaintext").shuffle(20, seed=3)) == first  # in chunks of any size
     assert ints(dataset.iterate(epoch=1)) != first
     assert ints(small(files).shuffle(20, seed=4)) != first
     two = ints(dataset.repeat(2))
     assert two == first + ints(dataset.iterate(epoch=1))
+
+
+def test_every_pass_has_an_order_of_its_own_that_the_seed_decides(files):
+    dataset = small(files).shuffle(50, seed=3).batch(7)
+    passes = [batches(dataset) for _ in range(3)]
+    assert [sorted(itertools.chain(*each)) for each in passes] == [ALL] * 3
+    assert passes[0] != passes[1] != passes[2] != passes[0]
+    assert passes == [batches(dataset.iterate(epoch=epoch)) for epoch in range(3)]
+    assert passes == [batches(again) for again in [small(files).shuffle(50, seed=3).batch(7)] * 3]
+    dataset.set_epoch(1)
+    assert [batches(dataset), batches(dataset)] == passes[1:]
+    # Two at a time: each a whole pass.
+    dataset.set_epoch(0)
+    assert [list(each) for each in zip(*map(batches, [dataset, dataset]), strict=True)] == [
+        list(each) for each in zip(*passes[:2], strict=True)
+    ]
+    one, two = iter(dataset), iter(dataset)
+    found = [(ints(a.payloads()), ints(b.payloads())) for a, b in zip(one, two, strict=True)]
+    assert [sorted(itertools.chain(*each)) for each in zip(*found, strict=True)] == [ALL] * 2
+    with pytest.raises(InvalidRequestError, match="epoch=-1"):
+        dataset.set_epoch(-1)
+
+
+def test_a_position_goes_on_in_its_epoch_and_the_next_pass_is_the_one_behind(files):
+    dataset = small(files).shuffle(50, seed=3).batch(7)
+    passes = [batches(dataset) for _ in range(4)]
+    iterator = dataset.iterate(epoch=2)
+    assert [ints(next(iterator).payloads()) for _ in range(5)] == passes[2][:5]
+    again = small(files).shuffle(50, seed=3).batch(7)
+    resumed = again.iterate(state=iterator.state_dict())
+    assert resumed.epoch == 2
+    assert batches(resumed) == passes[2][5:]
+    assert batches(again) == passes[3]
+
+
+def test_the_length_is_known_where_records_are_in_memory_and_nothing_drops_them(files):
+    ten = from_records([str(number).encode() for number in range(10)])
+    for dataset, length in (
+        (ten, 10),
+        (ten.shuffle(3).batch(4), 3),
+        (ten.batch(4, drop_remainder=True).repeat(2).prefetch(), 4),
+        (ten.skip(3).take(5).parse(numbers_of).batch(2), 3),
+        (ten.shard(1, 3, by="records").repeat(2), 6),
+        (ten.skip(30), 0),
+    ):
+        assert len(dataset) == length == len(list(dataset))
+    for dataset in (small(files), small(files).take(3), ten.filter(even), ten.repeat(), ten.merge(ten)):
+        with pytest.raises(TypeError, match="when it is read"):
+            len(dataset)
+        assert dataset
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda files: files.shard(0, 2).deal(lambda epoch: None),
+        lambda files: files.deal(lambda epoch: None).shard(0, 2),
+        lambda files: files.shard(0, 2).share("static://x:1", "q"),
+        lambda files: files.share("static://x:1", "q").shard(0, 2),
+        lambda files: files.share("static://x:1", "q").shard(0, 2, by="records"),
+        lambda files: files.shard(0, 2, by="records").share("static://x:1", "q"),
+        lambda files: files.share("static://x:1", "q").deal(lambda epoch: None, shared=False),
+        lambda files: files.merge(files.share("static://x:1", "q")).shard(0, 2, by="records"),
+        lambda files: read("").shard(0, 2),
+        lambda files: read("").deal(lambda epoch: None, shared=False),
+        lambda files: read("").share("static://x:1", "q"),
+    ],
+)
+def test_shares_that_contradict_each_other_are_refused_when_they_are_named(files, build):
+    with pytest.raises(InvalidRequestError, match=r"shard|dealt|standard input"):
+        build(small(files))
+
+
+def test_ranks_that_are_more_than_the_files_divide_the_records(files, caplog):
+    for pattern in (files, files.replace("*", "[34]"), files.replace("*", "4")):
+        whole = ints(small(pattern))
+        for count in (2, 4, 6, 7):
+            shares = [ints(small(pattern).shard(index, count)) for index in range(count)]
+            assert sorted(itertools.chain(*shares)) == whole
+            assert all(shares)
+    # Some of the ranks may themselves divide their files among ranks of a second kind.
+    nested = [ints(small(files).shard(i, 2).shard(j, 4)) for i in range(2) for j in range(4)]
+    assert sorted(itertools.chain(*nested)) == ALL
+    assert all(nested)
+    assert not caplog.records
+    assert ints(from_records([b"1", b"2"]).shard(3, 4, by="records")) == []
+    assert "share 3 of 4 is empty: 2 records are all" in caplog.text
+
+
+def test_files_that_are_dealt_out_are_divided_among_ranks_and_exclusions_count(files):
+    def dealt(**options):
+        return reference.DistributedFilePBDataset(
+            [files], enable_dynamic_sharding=True, input_pb_type="plaintext", has_sort_id=False, **options
+        )
+
+    assert sorted(ints(dealt())) == ALL
+    for count in (2, 3, 8):
+        shares = [ints(dealt(shard_num=count, shard_index=index)) for index in range(count)]
+        assert sorted(itertools.chain(*shares)) == ALL
+        assert all(shares)
+    assert max(ints(dealt(exclude_fn=lambda name: name.endswith("4")))) == 339
 
 
 def test_a_whole_shuffle_is_fair():

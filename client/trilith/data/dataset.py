@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import weakref
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from trilith.data.absent import Absent, check_absent
 from trilith.data.choices import OnError, check_on_error
 from trilith.data.compression import effective_compression
+from trilith.data.division import divides_itself, open_divided
 from trilith.data.nodes import (
     Apply,
     Batch,
@@ -32,10 +32,9 @@ from trilith.data.nodes import (
     Span,
     Stride,
     Topics,
-    open_nodes,
 )
 from trilith.data.positions import pack_state, unpack_state
-from trilith.data.queue import FileDealer, SharedFiles
+from trilith.data.queue import FileDealer, OneQueue
 from trilith.data.readers import FileFormat, Losses, open_records
 from trilith.data.records import Kind, Records
 from trilith.data.samples.chunk import SampleOp
@@ -43,17 +42,19 @@ from trilith.data.sources import Memory
 from trilith.data.specs import check_specs
 from trilith.data.stages import Stage
 from trilith.data.text import check_encoding
+from trilith.data.workers import check_travels, torch_worker
 from trilith.errors import InvalidRequestError
 from trilith.extras import need
 
 if TYPE_CHECKING:
     from trilith.client import Client
+    from trilith.data.torch_dataset import TorchDataset
 
 __all__ = ["Dataset", "DatasetIterator", "from_records", "read", "read_kafka"]
 
 
 class Dataset:
-    """A description of a pipeline; immutable, so every method returns another dataset.
+    """A description of a pipeline, which every method returns another of; it remembers which epoch comes next.
 
     Records flow in chunks through filters and sample ops, which see a whole chunk at once. A parser is attached with
     `parse` and runs once per batch, after shuffling and batching. Iterating gives the payload of each record (bytes)
@@ -65,6 +66,12 @@ class Dataset:
         self._nodes = nodes
         self._deferred = deferred
         self._batched = batched
+        self._epoch = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Itself, or a clear refusal where a function in it cannot be sent to another process."""
+        _check_travels((*self._nodes, *self._deferred))
+        return self.__dict__.copy()
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -170,25 +177,37 @@ class Dataset:
     # ---- shares and spans --------------------------------------------------------------------------------------------
 
     def shard(self, index: int, count: int, *, by: Literal["files", "records"] = "files") -> Dataset:
-        """Take the share of one of several workers: every `count`-th file, or record, from the `index`-th on."""
+        """Take the share of one of several ranks: every `count`-th file, or record, from the `index`-th on.
+
+        Where there are fewer files than ranks, these divide the records, and each reads all files. Shares by files hold
+        different numbers of records; shares by records differ by one at most, if no filter follows. Ranks that wait for
+        each other at every step, as an all-reduce does, need as many batches each: `take` as many as the smallest has.
+        """
         _at_least("count", count, 1)
         if not 0 <= index < count:
             raise InvalidRequestError(f"shard {index} of {count}: the index must be in 0..{count - 1}")
         if by == "records":
             self._records_only("shard by records")
+            _refuse_shared(self._nodes, f"shard({index}, {count}, by='records')")
             return self._then(Stride(index, count))
         source = self._nodes[0]
         if not isinstance(source, Read) or by != "files":
             raise InvalidRequestError(f"shard by={by!r}: 'records', or 'files' where files are read")
+        if count > 1:
+            _refuse_shared(self._nodes, f"shard({index}, {count})")
+            if source.patterns == ("",):
+                raise InvalidRequestError("standard input is one file of one process: shard it by='records'")
         return self._with_source(dataclasses.replace(source, shares=(*source.shares, (index, count))))
 
-    def share(self, client: Client, name: str, *, worker: str = "", lease_s: float = 60.0) -> Dataset:
+    def share(self, client: Client | str, name: str, *, worker: str = "", lease_s: float = 60.0) -> Dataset:
         """Take files from a queue on PS 0, so that each goes to one of the workers that share it.
 
-        A worker that dies loses its lease, and its file is read by another one.
+        A worker that dies loses its lease, and its file is read by another one. Workers of a DataLoader are workers of
+        the queue.
 
         Args:
-            client: An open `trilith.Client`.
+            client: An open `trilith.Client`, or an address, to which whoever iterates connects: an open client cannot
+                be sent to a spawned process.
             name: Of the queue; all workers that share it read the same patterns.
             worker: A name of its own that this worker keeps when it is started again; random if empty.
             lease_s: Seconds until the file of a silent worker is handed out again.
@@ -196,19 +215,35 @@ class Dataset:
         source = self._nodes[0]
         if not isinstance(source, Read):
             raise InvalidRequestError("share works where files are read")
-        patterns = source.patterns
+        return self._dealt(OneQueue(client, name, source.patterns, worker, lease_s), shared=True, what="share")
 
-        def dealer(epoch: int) -> FileDealer:
-            return SharedFiles(client, f"{name}/{epoch}", patterns, worker=worker, lease_s=lease_s)
+    def deal(self, dealer: Callable[[int], FileDealer], *, shared: bool | None = None) -> Dataset:
+        """Take files from what `dealer` makes for an epoch, in place of the files named.
 
-        return self.deal(dealer)
+        Args:
+            dealer: Makes a dealer of files.
+            shared: Whether all processes that make one take from the same queue (True), or each deals out all files
+                (False): these are then divided among ranks that `shard` and among the workers of a DataLoader. Both
+                refuse a dealer of which nobody has said.
+        """
+        return self._dealt(dealer, shared=shared, what="deal")
 
-    def deal(self, dealer: Callable[[int], FileDealer]) -> Dataset:
-        """Take files from what `dealer` makes for an epoch, in place of the files named."""
+    def _dealt(self, dealer: Callable[[int], FileDealer], *, shared: bool | None, what: str) -> Dataset:
         source = self._nodes[0]
         if not isinstance(source, Read):
-            raise InvalidRequestError("deal works where files are read")
-        return self._with_source(dataclasses.replace(source, deal=dealer))
+            raise InvalidRequestError(f"{what} works where files are read")
+        if source.deal is not None:
+            raise InvalidRequestError(f"{what}: the files of this dataset are dealt out already")
+        if source.patterns == ("",):
+            raise InvalidRequestError(f"{what}: standard input is no file that can be dealt out")
+        dataset = self._with_source(dataclasses.replace(source, deal=dealer, shared=shared))
+        for index, count in source.shares:
+            if count > 1:
+                _refuse_shared(dataset._nodes, f"shard({index}, {count})")
+        for node in self._nodes:
+            if isinstance(node, Stride):
+                _refuse_shared(dataset._nodes, str(node))
+        return dataset
 
     def _with_source(self, source: Node) -> Dataset:
         return Dataset((source, *self._nodes[1:]), deferred=self._deferred, batched=self._batched)
@@ -313,20 +348,47 @@ class Dataset:
     # ---- iterating ---------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> DatasetIterator:
-        """A new iterator, of epoch 0."""
-        return self.iterate()
+        """A new iterator, of the next epoch: 0, 1, 2, ... of this very dataset; each has an order of its own."""
+        epoch, self._epoch = self._epoch, self._epoch + 1
+        return self.iterate(epoch=epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next `iter` of this dataset be of this epoch, and those behind it of the ones that follow."""
+        _at_least("epoch", epoch, 0)
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        """Elements of an epoch: records, or batches behind `batch`.
+
+        Raises:
+            TypeError: That shows when they are read only: there are files, a topic, a filter, ...
+        """
+        count, batched = self._nodes[0].length(0), False
+        for node in self._nodes[1:]:
+            batched = batched or isinstance(node, Batch)
+            if not (batched and isinstance(node, Apply)):  # one of one, behind batch
+                count = None if count is None else node.length(count)
+        if count is None:
+            raise TypeError("how many elements this dataset has shows when it is read only")
+        return count
+
+    def __bool__(self) -> bool:
+        """True, however many elements there are."""
+        return True
 
     def iterate(self, *, epoch: int = 0, state: Mapping[str, Any] | None = None) -> DatasetIterator:
         """A new iterator.
 
         Args:
             epoch: Decides, with the seeds, the order and what is drawn.
-            state: Where to go on: what `DatasetIterator.state_dict` of an iterator of this dataset gave.
+            state: Where to go on: what `DatasetIterator.state_dict` of an iterator of this dataset gave. The epoch is
+                that of the state, and the next `iter` gives the one behind it.
         """
         ready = self if self._batched or not self._deferred else self.batch(1)
         iterator = DatasetIterator(ready._nodes, epoch, payloads=not ready._batched)
         if state is not None:
             iterator.load_state_dict(state)
+            self._epoch = iterator.epoch + 1
         return iterator
 
     def chunks(self, *, epoch: int = 0) -> DatasetIterator:
@@ -334,21 +396,21 @@ class Dataset:
         self._records_only("chunks")
         return DatasetIterator(self._nodes, epoch, payloads=False)
 
-    def torch(self, *, epoch: int = 0) -> Any:
+    def torch(self, *, epoch: int = 0) -> TorchDataset:
         """An `IterableDataset` for a torch DataLoader (with `batch_size=None`); its workers share the data.
 
-        Workers take every n-th file, or record if there are fewer files than workers.
+        Together they give what one process gives. They take every n-th file, or record if there are fewer files than
+        workers. Where the dataset has a step that depends on all records before it (`take`, `skip`, `shard` by records,
+        a dropped remainder), each worker reads up to there alike and goes on with every n-th record or batch. Each has
+        a pool of negatives of its own. Every pass is the next epoch.
+
+        Args:
+            epoch: That of the first pass.
         """
         need("torch", extra="torch")
-        from torch.utils.data import IterableDataset
+        from trilith.data.torch_dataset import TorchDataset
 
-        dataset = self
-
-        class Iterable(IterableDataset):  # type: ignore[type-arg]
-            def __iter__(self) -> Iterator[Any]:
-                return dataset.iterate(epoch=epoch)
-
-        return Iterable()
+        return TorchDataset(self, epoch)
 
 
 class DatasetIterator:
@@ -359,20 +421,26 @@ class DatasetIterator:
         self._mark = zlib.crc32("|".join(node.mark for node in nodes if node.mark).encode())
         self._epoch = epoch
         self._payloads = payloads
+        self._process = os.getpid()
+        self._worker = torch_worker()
         self._losses = Losses()
         self._nodes = nodes
         self._stage = self._open()
         self._begun = False
+        self._follows: Callable[[], Callable[[], dict[str, Any]]] | None = None
         self._chunk: Records | None = None
         self._at = 0
 
     def _open(self) -> Stage:
-        context = Context(
-            epoch=self._epoch, worker=_torch_worker(), losses=self._losses, on_error=_on_error(self._nodes)
-        )
-        stage = open_nodes(self._nodes, context)
-        weakref.finalize(self, stage.close)
+        context = Context(epoch=self._epoch, worker=self._worker, losses=self._losses, on_error=_on_error(self._nodes))
+        stage = open_divided(self._nodes, context)
+        weakref.finalize(self, _close, stage, self._process)
         return stage
+
+    @property
+    def epoch(self) -> int:
+        """Which epoch it is a pass of."""
+        return self._epoch
 
     @property
     def losses(self) -> Losses:
@@ -385,29 +453,52 @@ class DatasetIterator:
 
     def __next__(self) -> Any:
         """The next payload, batch, or whatever the last function makes."""
-        self._begun = True
         if not self._payloads:
-            return next(self._stage)
+            return self._pull()
         while self._chunk is None or self._at == len(self._chunk):
-            self._chunk, self._at = next(self._stage), 0
+            self._chunk, self._at = self._pull(), 0
         self._at += 1
         return self._chunk.payload(self._at - 1)
+
+    def _pull(self) -> Any:
+        self._begun = True
+        if os.getpid() != self._process:
+            raise InvalidRequestError(
+                "this iterator was made before the process was forked, and its files and threads are the parent's: "
+                "iterate the dataset in the child"
+            )
+        return next(self._stage)
 
     def state_dict(self) -> dict[str, Any]:
         """Where it is behind the last element given out: None, numbers, strings, bytes, lists and dicts.
 
-        It holds what shuffle buffers and the like hold. `trilith.data.to_json` makes a line of text of it.
+        It holds what shuffle buffers and the like hold. `trilith.data.to_json` makes a line of text of it. While
+        something fetches ahead of a loop (`trilith.pipelining.Prefetcher`), the last element given out is the loop's.
         """
+        return (self.position() if self._follows is None else self._follows())()
+
+    def position(self) -> Callable[[], dict[str, Any]]:
+        """Where it is now, as a function that makes the `state_dict`: knowing the place is cheap, packing it is not."""
         rest = None
         if self._chunk is not None and self._at < len(self._chunk):
             rest = self._chunk.take(slice(self._at, None))
-        return {
-            "version": 1,
-            "pipeline": self._mark,
-            "epoch": self._epoch,
-            "rest": pack_state(rest),
-            "stage": pack_state(self._stage.state()),
-        }
+        stage = self._stage.state()
+
+        def state() -> dict[str, Any]:
+            found = {
+                "version": 1,
+                "pipeline": self._mark,
+                "epoch": self._epoch,
+                "rest": pack_state(rest),
+                "stage": pack_state(stage),
+            }
+            return found if self._worker[1] == 1 else {**found, "worker": list(self._worker)}
+
+        return state
+
+    def follow(self, position: Callable[[], Callable[[], dict[str, Any]]]) -> None:
+        """Have `state_dict` say where `position` says a loop is, whatever has been taken ahead of it."""
+        self._follows = position
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go where another iterator of the same dataset was."""
@@ -417,6 +508,11 @@ class DatasetIterator:
             raise InvalidRequestError(f"a position of version {state.get('version')!r}; this program reads version 1")
         if state["pipeline"] != self._mark:
             raise InvalidRequestError("the position is of an iterator of another pipeline")
+        saved, now = tuple(state.get("worker", (0, 1))), self._worker
+        if saved != now:
+            raise InvalidRequestError(
+                f"the position is of DataLoader worker {saved[0]} of {saved[1]}; this is {now[0]} of {now[1]}"
+            )
         if state["epoch"] != self._epoch:
             self._stage.close()
             self._epoch = state["epoch"]
@@ -424,11 +520,14 @@ class DatasetIterator:
         self._chunk, self._at = unpack_state(state["rest"]), 0
         self._stage.restore(unpack_state(state["stage"]))
 
+    def __getstate__(self) -> None:
+        raise TypeError("an iterator cannot be pickled; send its dataset, or its state_dict()")
+
     def close(self) -> None:
         """Let go of files and threads; there will be no more elements."""
         self._begun = True
         self._chunk = None
-        self._stage.close()
+        _close(self._stage, self._process)
         self._stage = Memory(Records.of([], Kind.PLAINTEXT))
 
     def __enter__(self) -> Self:
@@ -526,14 +625,35 @@ def _on_error(nodes: tuple[Node, ...]) -> OnError:
     return found
 
 
-def _torch_worker() -> tuple[int, int]:
-    """This process's index among the workers of a torch DataLoader, and their number; (0, 1) outside of one."""
-    if "torch" not in sys.modules:
-        return 0, 1
-    from torch.utils.data import get_worker_info
+def _close(stage: Stage, process: int) -> None:
+    """Close a stage where it was made; in a forked process its threads are gone, and its files and leases another's."""
+    if os.getpid() == process:
+        stage.close()
 
-    info = get_worker_info()
-    return (0, 1) if info is None else (info.id, info.num_workers)
+
+def _refuse_shared(nodes: tuple[Node, ...], step: str) -> None:
+    """Refuse a share of files that are shared in another way, or perhaps."""
+    source = nodes[0]
+    if isinstance(source, Merge):
+        for each in source.pipelines:
+            _refuse_shared(each, step)
+    if not isinstance(source, Read) or not divides_itself(nodes):
+        return
+    if source.shared:
+        raise InvalidRequestError(f"{step} and share exclude each other: a queue deals each file to one worker already")
+    raise InvalidRequestError(
+        f"{step} and deal: say deal(..., shared=False) if each process deals out all files; shared=True excludes shares"
+    )
+
+
+def _check_travels(nodes: tuple[Node, ...]) -> None:
+    """Refuse functions that cannot be pickled, by the step that holds them."""
+    for node in nodes:
+        for function, step in node.functions():
+            check_travels(function, step)
+        if isinstance(node, Merge):
+            for pipeline in node.pipelines:
+                _check_travels(pipeline)
 
 
 def _at_least(name: str, value: int, least: int) -> None:

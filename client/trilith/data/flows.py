@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,11 +13,12 @@ from typing import Any, Literal
 import numpy as np
 
 from trilith.data.choices import OnError
+from trilith.data.division import divides_itself, open_divided
 from trilith.data.fids import data_source_key
-from trilith.data.nodes import Context, Node, open_nodes
+from trilith.data.nodes import Context, Node
 from trilith.data.records import Kind, Records
 from trilith.data.rewrite import rewrite
-from trilith.data.stages import Stage, State
+from trilith.data.stages import Stage, State, Striding
 from trilith.errors import DataError, InvalidRequestError
 
 __all__ = ["Flow", "FlowSplitter", "with_source_names"]
@@ -51,22 +54,39 @@ class FlowSplitter:
             raise InvalidRequestError(f"max_queue_size={max_queue_size} is below 1")
         if unknown not in ("raise", "drop"):
             raise InvalidRequestError(f"unknown={unknown!r}: 'raise' or 'drop'")
-        self._nodes = nodes
+        self.nodes = nodes
         self._names = list(names)
         self._keys = np.array(keys, np.uint32)
         self._limit = max_queue_size
         self._raises = unknown == "raise"
+        self._begin()
+
+    def _begin(self) -> None:
+        """Have nothing read yet, in this process."""
+        self._process = os.getpid()
         self._lock = threading.Condition()
-        self._queues: list[deque[Records]] = [deque() for _ in names]
-        self._waiting = [0] * len(keys)
-        self._open = [False] * len(keys)
+        self._queues: list[deque[Records]] = [deque() for _ in self._names]
+        self._waiting = [0] * len(self._names)
+        self._open = [False] * len(self._names)
         self._joined: set[int] = set()
         self._upstream: Stage | None = None
         self._ended: BaseException | None = None
         self._reading = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is to be split, not how far it has been."""
+        run = ("_process", "_lock", "_queues", "_waiting", "_open", "_joined", "_upstream", "_ended", "_reading")
+        return {name: value for name, value in self.__dict__.items() if name not in run}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See `__getstate__`."""
+        self.__dict__.update(state)
+        self._begin()
+
     def join(self, flow: int, context: Context) -> None:
         """Begin to read a flow; one that was read before begins another pass over all of them."""
+        if self._process != os.getpid():
+            self._begin()  # forked: files and threads are the parent's
         with self._lock:
             if flow in self._joined and any(self._open):
                 reading = [name for name, open_ in zip(self._names, self._open, strict=True) if open_]
@@ -76,7 +96,7 @@ class FlowSplitter:
             if flow in self._joined:
                 self._reset()
             if not self._joined:
-                self._upstream, self._ended = open_nodes(self._nodes, context), None
+                self._upstream, self._ended = open_divided(self.nodes, context), None
             self._joined.add(flow)
             self._open[flow] = True
 
@@ -202,8 +222,12 @@ class Flow(Node):
     on_error: OnError = "raise"
 
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
-        """See `Node`."""
-        return _FlowStage(self.splitter, self.flow, context)
+        """See `Node`; flows of one splitter may need different shares, so each takes its own of all records."""
+        index, count = context.worker
+        if count == 1 or divides_itself(self.splitter.nodes):
+            return _FlowStage(self.splitter, self.flow, context)
+        alone = dataclasses.replace(context, worker=(0, 1))
+        return Striding(_FlowStage(self.splitter, self.flow, alone), index, count)
 
 
 def with_source_names(records: Records) -> Records:

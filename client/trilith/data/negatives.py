@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,9 @@ DEFAULT_CHANNEL = 3
 _EPSILON = 1e-5
 _MASK = (1 << 64) - 1
 _SNAPSHOT_EVERY = 16_384
+_WORKER_SEEDS = 0xBF58476D1CE4E5B9  # far apart, so that workers of a DataLoader draw differently
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,7 +357,11 @@ class NegativesNode(Node):
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """See `Node`."""
         lost = context.lost if context.on_error == "skip" else None
-        sampler = NegativeSampler(self.config, self.pool, seed=self.seed + context.epoch, lost=lost)
+        index, count = context.worker
+        if self.pool is not None and count > 1:
+            log.warning("a pool of negatives that is passed is copied to each DataLoader worker; nothing comes back")
+        seed = self.seed + context.epoch + _WORKER_SEEDS * index
+        sampler = NegativeSampler(self.config, self.pool, seed=seed, lost=lost)
         return Replayed(_Sampling(upstream(context), sampler), every=_SNAPSHOT_EVERY)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,14 +18,14 @@ from trilith.data.blocks import Blocks
 from trilith.data.choices import OnError
 from trilith.data.files import match_files, shard_files
 from trilith.data.prefetch import Helpers, Overlapping, Prefetching
-from trilith.data.queue import FileDealer
+from trilith.data.queue import AllowedFiles, FileDealer
 from trilith.data.readers import BLOCK_BYTES, Losses, Position, RecordReader, open_records
 from trilith.data.records import Kind, Records
 from trilith.data.samples.chunk import SampleOp, apply_ops
 from trilith.data.shuffle import Shuffling
 from trilith.data.sources import ListedFiles, Memory, Merging, Reading, Streaming
 from trilith.data.specs import Features, FeatureSpec
-from trilith.data.stages import Batching, Repeating, Replayed, Skipping, Stage, Stepping, Striding, Taking
+from trilith.data.stages import Batching, Picking, Repeating, Replayed, Skipping, Stage, Stepping, Striding, Taking
 from trilith.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ __all__ = [
     "Prefetch",
     "Read",
     "Repeat",
+    "Share",
     "Shuffle",
     "Span",
     "Stride",
@@ -50,9 +54,9 @@ __all__ = [
     "open_nodes",
 ]
 
-_COUNTING = threading.Lock()
 _LEAST_BLOCK = 1 << 18  # of files that are read in turns, so that many of them do not take much memory
 _EPOCH_SEEDS = 0x9E3779B97F4A7C15  # far apart, so that no epoch repeats another seed's
+_WORKER_SEEDS = 0xD1342543DE82EF95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,7 @@ class Context:
         losses: Adds up what is skipped.
         on_error: Whether steps raise at damaged records or leave them out.
         columns: Of the files read, where they have any.
+        counting: Held while `losses` are added to.
     """
 
     epoch: int = 0
@@ -74,10 +79,11 @@ class Context:
     losses: Losses = field(default_factory=Losses)
     on_error: OnError = "raise"
     columns: SourceColumns = field(default_factory=SourceColumns)
+    counting: Any = field(default_factory=threading.Lock)
 
     def lost(self, records: int) -> None:
         """Count records that a step left out as damaged."""
-        with _COUNTING:
+        with self.counting:
             self.losses.add(f"{records} damaged records were left out", 0)
             self.losses.records += records - 1
 
@@ -99,6 +105,19 @@ class Node:
         """What a saved position must agree with; empty if this step has no part in one."""
         return type(self).__name__
 
+    @property
+    def whole(self) -> bool:
+        """Whether what becomes of a record depends on those before it, so that all have to go through one process."""
+        return False
+
+    def length(self, count: int) -> int | None:
+        """How many elements it makes of so many, where that is known without making them; a source of none."""
+        return None
+
+    def functions(self) -> Iterator[tuple[Callable[..., Any], str]]:
+        """The caller's functions that it holds, each with how to call the step."""
+        yield from ()
+
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
 
@@ -115,19 +134,25 @@ class Read(Node):
     on_error: OnError
     shares: tuple[tuple[int, int], ...] = ()
     deal: Callable[[int], FileDealer] | None = None
+    shared: bool | None = None
+    """Whether all processes that make a dealer of `deal` take from one queue; None if nobody has said."""
 
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
-        """See `Node`."""
+        """See `Node`; ranks and workers divide files, and records where there are fewer files than them."""
         index, count = context.worker
-        dealer: FileDealer
-        if self.deal is not None:
-            dealer, stride = self.deal(context.epoch), False
+        strides: list[tuple[int, int, bool]] = []
+        if self.deal is not None and (self.shared or not (self.shares or count > 1)):
+            dealer = self._dealer(context.epoch)
         else:
-            names = list(self.patterns) if self.patterns == ("",) else match_files(self.patterns, exclude=self.exclude)
-            for share in self.shares:
-                names = shard_files(names, *share)
-            stride = len(names) < count
-            dealer = ListedFiles(names if stride else shard_files(names, index, count))
+            names = self._names(context.epoch, count)
+            for place, of in (*self.shares, (index, count)):
+                if strides or len(names) < of:
+                    strides.append((place, of, len(strides) < len(self.shares)))
+                else:
+                    names = shard_files(names, place, of)
+            if strides:
+                self._refuse_pipes(names)
+            dealer = ListedFiles(names)
 
         block = max(BLOCK_BYTES // self.cycle_length, _LEAST_BLOCK)
         options = {"block_bytes": block, "blocks": Blocks(), **self.options}
@@ -143,7 +168,7 @@ class Read(Node):
                     yield reader.available
 
         context.columns.expect(available)
-        stage = Reading(
+        stage: Stage = Reading(
             dealer,
             opener,
             context.losses,
@@ -151,7 +176,50 @@ class Read(Node):
             block_length=self.block_length,
             skip=self.on_error == "skip",
         )
-        return Striding(stage, index, count) if stride else stage
+        for place, of, rank in strides:
+            stage = Striding(stage, place, of, rank=rank) if of > 1 else stage
+        return stage
+
+    def _dealer(self, epoch: int) -> FileDealer:
+        assert self.deal is not None
+        dealer = self.deal(epoch)
+        return dealer if self.exclude is None else AllowedFiles(dealer, self.exclude)
+
+    def _names(self, epoch: int, workers: int) -> list[str]:
+        """All files that ranks and workers divide."""
+        if self.deal is not None:
+            if self.shared is None:
+                raise InvalidRequestError(
+                    f"{workers} DataLoader workers each make a dealer of files: say deal(..., shared=True) if they all "
+                    "take from one queue, shared=False if each deals out all files"
+                )
+            dealer = self._dealer(epoch)
+            names = []
+            while (name := dealer.take()) is not None:
+                names.append(name)
+            dealer.close()
+            return names
+        if self.patterns != ("",):
+            return match_files(self.patterns, exclude=self.exclude)
+        if multiprocessing.parent_process() is not None:
+            raise InvalidRequestError(
+                "standard input is the main process's: read it there, with num_workers=0, not in a child"
+            )
+        return list(self.patterns)
+
+    @staticmethod
+    def _refuse_pipes(names: list[str]) -> None:
+        """Refuse to share what can be read once."""
+        for name in names:
+            if "://" not in name and os.path.exists(name) and stat.S_ISFIFO(os.stat(name).st_mode):
+                raise InvalidRequestError(f"{name}: a pipe can be read by one process, not shared by several")
+
+    def functions(self) -> Iterator[tuple[Callable[..., Any], str]]:
+        """See `Node`."""
+        if self.exclude is not None:
+            yield self.exclude, "read(exclude=...)"
+        if self.deal is not None:
+            yield self.deal, "share" if self.shared else "deal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +230,19 @@ class Topics(Node):
     options: Mapping[str, Any]
 
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
-        """See `Node`; several workers are members of one group, which divides the partitions."""
+        """See `Node`; several workers are members of one group, or divide the partitions of `start`."""
         from trilith.data.kafka import KafkaReader
 
         context.columns.plain = True
+        index, count = context.worker
+        start: Position | None = self.options.get("start")
+        if start is not None and start.partitions and count > 1:
+            start = dataclasses.replace(start, partitions=start.partitions[index::count])
+            if not start.partitions:
+                return Memory(Records.of([], Kind.PLAINTEXT))
 
         def opener(at: Position | None) -> RecordReader:
-            return KafkaReader(self.topics, **{**self.options, "start": at or self.options.get("start")})
+            return KafkaReader(self.topics, **{**self.options, "start": at or start})
 
         return Streaming(opener, context.losses)
 
@@ -185,6 +259,10 @@ class Held(Node):
         stage = Memory(self.records)
         return Striding(stage, *context.worker) if context.worker[1] > 1 else stage
 
+    def length(self, count: int) -> int:
+        """See `Node`."""
+        return len(self.records)
+
 
 @dataclass(frozen=True, slots=True)
 class Merge(Node):
@@ -195,7 +273,9 @@ class Merge(Node):
 
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """See `Node`."""
-        return Merging([open_nodes(each, context) for each in self.pipelines], self.block_length)
+        from trilith.data.division import open_divided
+
+        return Merging([open_divided(each, context) for each in self.pipelines], self.block_length)
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
@@ -241,6 +321,10 @@ class Apply(Node):
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """See `Node`."""
         return mapped(upstream(context), self.function, context)
+
+    def functions(self) -> Iterator[tuple[Callable[..., Any], str]]:
+        """See `Node`."""
+        yield (self.function.keep, "filter") if isinstance(self.function, Kept) else (self.function, "apply or map")
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +393,10 @@ class Parse(Node):
 
         return Watched(mapped(upstream(context), parse, context), watch)
 
+    def length(self, count: int) -> int:
+        """See `Node`."""
+        return count
+
 
 @dataclass(frozen=True, slots=True)
 class Shuffle(Node):
@@ -324,8 +412,12 @@ class Shuffle(Node):
 
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """See `Node`."""
-        seed = self.seed + _EPOCH_SEEDS * context.epoch
+        seed = self.seed + _EPOCH_SEEDS * context.epoch + _WORKER_SEEDS * context.worker[0]
         return Replayed(Shuffling(upstream(context), self.size, seed), every=max(self.size, 4096))
+
+    def length(self, count: int) -> int:
+        """See `Node`."""
+        return count
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +434,32 @@ class Stride(Node):
 
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """See `Node`."""
-        return Striding(upstream(context), self.index, self.count)
+        return Striding(upstream(context), self.index, self.count, rank=True)
+
+    @property
+    def whole(self) -> bool:
+        """See `Node`."""
+        return True
+
+    def __str__(self) -> str:
+        return f"shard({self.index}, {self.count}, by='records')"
+
+    def length(self, count: int) -> int:
+        """See `Node`."""
+        return len(range(self.index, count, self.count))
+
+
+@dataclass(frozen=True, slots=True)
+class Share(Node):
+    """Every n-th record or batch: what is one worker's of a DataLoader."""
+
+    index: int
+    count: int
+    records: bool
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`."""
+        return (Striding if self.records else Picking)(upstream(context), self.index, self.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,12 +475,24 @@ class Span(Node):
         """See `Node`."""
         return repr(self)
 
+    @property
+    def whole(self) -> bool:
+        """See `Node`."""
+        return True
+
+    def __str__(self) -> str:
+        return f"skip({self.skipped})" if self.limit is None else f"take({self.limit})"
+
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """See `Node`."""
         stage = upstream(context)
         if self.limit is None:
             return Skipping(stage, self.skipped, records=self.records)
         return Taking(stage, self.limit, records=self.records)
+
+    def length(self, count: int) -> int:
+        """See `Node`."""
+        return max(0, count - self.skipped) if self.limit is None else min(count, self.limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,6 +515,10 @@ class Repeat(Node):
 
         return Repeating(make, self.epochs)
 
+    def length(self, count: int) -> int | None:
+        """See `Node`."""
+        return None if self.epochs is None else self.epochs * count
+
 
 @dataclass(frozen=True, slots=True)
 class Batch(Node):
@@ -402,6 +535,15 @@ class Batch(Node):
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """See `Node`."""
         return Batching(upstream(context), self.size, drop_remainder=self.drop_remainder)
+
+    @property
+    def whole(self) -> bool:
+        """See `Node`: else the remainder of every worker would be dropped."""
+        return self.drop_remainder
+
+    def length(self, count: int) -> int:
+        """See `Node`."""
+        return count // self.size if self.drop_remainder else -(-count // self.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,3 +562,7 @@ class Prefetch(Node):
         """See `Node`."""
         helpers = Helpers(self.threads - 1)
         return Prefetching(upstream(dataclasses.replace(context, helpers=helpers)), helpers, self.depth)
+
+    def length(self, count: int) -> int:
+        """See `Node`."""
+        return count

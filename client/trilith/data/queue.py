@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trilith.data.files import expand_glob
+from trilith.data.workers import torch_worker
 from trilith.errors import InvalidRequestError, QueueFullError, TrilithError
 from trilith.forks import renew_in_children
 
 if TYPE_CHECKING:
     from trilith.client import Client
 
-__all__ = ["FileDealer", "LocalFiles", "SharedFiles", "StrQueue"]
+__all__ = ["AllOf", "AllowedFiles", "FileDealer", "LocalFiles", "OneQueue", "SharedFiles", "StrQueue"]
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +153,95 @@ class LocalFiles:
         """See `FileDealer`; several iterators may deal from the same queues, so they stay as they are."""
 
 
+@dataclass(frozen=True, slots=True)
+class AllOf:
+    """Makes, for any epoch, a dealer of all files that patterns match."""
+
+    patterns: tuple[str, ...]
+
+    def __call__(self, epoch: int) -> LocalFiles:
+        """A dealer of all of them."""
+        return LocalFiles(self.patterns)
+
+
+@dataclass(frozen=True, slots=True)
+class OneQueue:
+    """Makes, for an epoch, a dealer of the files of one queue on PS 0; see `SharedFiles`.
+
+    Attributes:
+        client: An open `trilith.Client`, or the address of its cluster.
+        name: Of the queue.
+        patterns: Paths or globs.
+        worker: Name of this worker; random if empty.
+        lease_s: Seconds until a silent worker's file is handed out again.
+        process: Where this was made.
+    """
+
+    client: Client | str
+    name: str
+    patterns: tuple[str, ...]
+    worker: str
+    lease_s: float
+    process: int = field(default_factory=os.getpid)
+
+    def __call__(self, epoch: int) -> SharedFiles:
+        """A dealer for this process; each worker of a DataLoader has a name of its own."""
+        index, count = torch_worker()
+        worker = f"{self.worker}/{index}" if self.worker and count > 1 else self.worker
+        if isinstance(self.client, str):
+            from trilith.connect import connect
+
+            client, owned = connect(self.client), True
+        else:
+            client, owned = self.client, False
+        if not client.addresses and os.getpid() != self.process:
+            client.close()
+            raise InvalidRequestError(
+                "share: a cluster in this process (local://) has a queue in each process that is forked or spawned, "
+                "which would each deal out all files; share through a PS"
+            )
+        name = f"{self.name}/{epoch}"
+        return SharedFiles(client, name, self.patterns, worker=worker, lease_s=self.lease_s, owned=owned)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not isinstance(self.client, str):
+            raise TypeError("an open client; give share the cluster's address instead")
+        return OneQueue, (self.client, self.name, self.patterns, self.worker, self.lease_s, self.process)
+
+
+class AllowedFiles:
+    """What another dealer deals, without the files that are left out."""
+
+    def __init__(self, dealer: FileDealer, exclude: Callable[[str], bool]) -> None:
+        """Leave out the files of `dealer` of which `exclude` is true."""
+        self._dealer = dealer
+        self._exclude = exclude
+
+    def take(self, claim: str = "") -> str | None:
+        """See `FileDealer`."""
+        while (name := self._dealer.take(claim)) is not None and self._exclude(name):
+            self._dealer.finish(name)
+            if claim:
+                return None
+        return name
+
+    def finish(self, name: str) -> None:
+        """See `FileDealer`."""
+        self._dealer.finish(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `FileDealer`."""
+        return self._dealer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `FileDealer`."""
+        self._dealer.load_state_dict(state)
+
+    def close(self) -> None:
+        """See `FileDealer`."""
+        self._dealer.close()
+
+
 class SharedFiles:
     """Deals from queues on PS 0 that all workers of a job share, so that every file goes to one of them.
 
@@ -167,6 +259,7 @@ class SharedFiles:
         worker: str = "",
         lease_s: float = 60.0,
         pause: Callable[[float], None] = time.sleep,
+        owned: bool = False,
     ) -> None:
         """Join the workers that share `name`; the first one's patterns count.
 
@@ -178,6 +271,7 @@ class SharedFiles:
                 then a restarted worker waits for its old lease to lapse.
             lease_s: Seconds until a silent worker's file is handed out again.
             pause: Waits so many seconds before asking again.
+            owned: Whether `close` closes the client.
         """
         if not lease_s > 0:
             raise InvalidRequestError(f"lease_s={lease_s} is not above 0")
@@ -185,6 +279,7 @@ class SharedFiles:
         self._worker = worker or f"worker-{secrets.token_hex(8)}"
         self._lease_s = lease_s
         self._pause = pause
+        self._owned = owned
         self._patterns, self._files = f"{name}/patterns", f"{name}/files"
         self._leases: dict[str, int] = {}
         self._closed = threading.Event()
@@ -245,6 +340,8 @@ class SharedFiles:
                 self._client.queues.release_leases(self._worker)
             except TrilithError as error:
                 log.warning("unfinished files come back when their leases lapse: %s", error)
+        if self._owned:
+            self._client.close()
 
     def _keep_leases(self) -> None:
         if self._keeper is None:

@@ -11,7 +11,7 @@ from trilith.data.files import match_files, match_input_patterns, shard_files
 from trilith.data.framing import Framing
 from trilith.data.item_pool import ItemPool
 from trilith.data.operators import cache_one, merged_window
-from trilith.data.queue import LocalFiles
+from trilith.data.queue import AllOf
 from trilith.data.records import Kind
 from trilith.errors import InvalidRequestError
 
@@ -232,8 +232,8 @@ class DistributedFilePBDataset(Dataset):
             patterns: Paths or globs; none is standard input.
             flags: Defaults.
             exclude_fn: Says of a file name whether to leave it out.
-            enable_dynamic_sharding: Files come from a queue, one after another; see `Dataset.share` for a queue that
-                workers share.
+            enable_dynamic_sharding: Files come from a queue, one after another; the workers divide them all the same.
+                See `Dataset.share` for a queue that workers share.
             shard_num: Workers that the files are divided among.
             shard_index: This one's number.
             use_parquet: Files are Parquet.
@@ -253,7 +253,7 @@ class DistributedFilePBDataset(Dataset):
         dataset = read(self.patterns, cycle_length=turns, exclude=exclude_fn, **taken)
         if dynamic:
             dataset = dynamic_sharding_dataset(self.patterns, dataset)
-        elif shard_num > 1:
+        if shard_num > 1 or shard_index:
             dataset = dataset.shard(shard_index, shard_num)
         super().__init__(_converted(dataset, kind, options.get("feature_pruning_type")).nodes)
 
@@ -442,11 +442,13 @@ def create_instance_dataset(
 def dynamic_sharding_dataset(patterns: Sequence[str], dataset: Dataset) -> Dataset:
     """A dataset of files that takes them, pattern after pattern, from a queue of its iterator.
 
+    Ranks that `shard` it and workers of a DataLoader divide the files; see `Dataset.share` for a queue on PS 0.
+
     Args:
         patterns: Globs; those that match nothing are passed over.
         dataset: What reads the files.
     """
-    return dataset.deal(lambda epoch: LocalFiles(list(patterns)))
+    return dataset.deal(AllOf(tuple(patterns)), shared=False)
 
 
 def create_item_pool(start_num: int, max_item_num_per_channel: int, shared_name: str = "") -> ItemPool:

@@ -7,12 +7,26 @@ is cheap to take, is never changed afterwards, and says where a stage is behind 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 from trilith.data.records import Records
 
-__all__ = ["Batching", "Repeating", "Replayed", "Skipping", "Stage", "State", "Stepping", "Striding", "Taking"]
+__all__ = [
+    "Batching",
+    "Picking",
+    "Repeating",
+    "Replayed",
+    "Skipping",
+    "Stage",
+    "State",
+    "Stepping",
+    "Striding",
+    "Taking",
+]
+
+log = logging.getLogger(__name__)
 
 State: TypeAlias = Mapping[str, Any]
 
@@ -123,18 +137,47 @@ class Skipping(_Counting):
 
 
 class Striding(_Counting):
-    """Every `count`-th record, from the `index`-th on."""
+    """Every `count`-th record, from the `index`-th on.
+
+    Args:
+        upstream: Where records come from.
+        index: The first.
+        count: From one to the next.
+        rank: Whether the share is a rank's, which others may wait for: it is said when there is nothing in it.
+    """
+
+    def __init__(self, upstream: Stage, index: int, count: int, *, rank: bool = False) -> None:
+        super().__init__(upstream)
+        self._index = index
+        self._stride = count
+        self._rank = rank
+
+    def __next__(self) -> Records:
+        try:
+            records: Records = next(self._upstream)
+        except StopIteration:
+            if self._rank and self._count <= self._index:
+                log.warning("share %d of %d is empty: %d records are all", self._index, self._stride, self._count)
+            raise
+        first = (self._index - self._count) % self._stride
+        self._count += len(records)
+        return records.take(slice(first, None, self._stride))
+
+
+class Picking(_Counting):
+    """Every `count`-th element, from the `index`-th on."""
 
     def __init__(self, upstream: Stage, index: int, count: int) -> None:
         super().__init__(upstream)
         self._index = index
         self._stride = count
 
-    def __next__(self) -> Records:
-        records: Records = next(self._upstream)
-        first = (self._index - self._count) % self._stride
-        self._count += len(records)
-        return records.take(slice(first, None, self._stride))
+    def __next__(self) -> Any:
+        while True:
+            element = next(self._upstream)
+            self._count += 1
+            if (self._count - 1 - self._index) % self._stride == 0:
+                return element
 
 
 class Repeating:

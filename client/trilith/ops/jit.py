@@ -42,6 +42,14 @@ KERNELS: list[Callable[..., Any]] = []
 COMPILING: AbstractContextManager[Any] = global_compiler_lock
 """Held while a kernel is compiled or loaded; who changes what kernels see, as `torch.export` does, holds it too."""
 
+if hasattr(os, "register_at_fork"):
+    # A child that is forked while another thread compiles would find the lock held for ever, and LLVM amid something.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
+
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
