@@ -399,6 +399,70 @@ def test_pushes_of_another_shard_are_refused() -> None:
         Pushes()(shard_index=1, shard_count=2)
 
 
+def variable(**options) -> ps_pb2.VariableSpec:
+    spec = ps_pb2.VariableSpec(**{"name": "w", "size": 2, **options})
+    spec.optimizer.sgd.SetInParent()
+    return spec
+
+
+def piece(offset: int = 0, floats: int = 1, extra: bytes = b"", **options) -> parameter_sync_pb2.DeltaVariable:
+    return parameter_sync_pb2.DeltaVariable(spec=variable(**options), offset=offset, values=bytes(4 * floats) + extra)
+
+
+WIDE = np.ones((1, 2 * DIM), np.float32)
+FORGED = {
+    "a time to come": ((), {"as_of": time.time() + 10 * 86400}, "as_of=.* is no time up to now"),
+    "milliseconds": ((), {"as_of": 1000 * time.time()}, "as_of="),
+    "no time": ((), {"as_of": float("nan")}, "as_of=nan"),
+    "a step below 0": ((), {"global_step": -1}, "global_step=-1"),
+    "no stream": ((), {"stream": 0, "stream_begins": True}, "stream 0"),
+    "another service": ((), {"signature_name": "predict"}, "signature 'predict'"),
+    "another size": ((wire.Delta("user", 2 * DIM, u64(9), WIDE),), {}, "rows of 4 floats here and of 8 in the push"),
+    "no config": ((rows_of(9, copy_begins=True),), {}, "begins without a config"),
+    "another's config": ((rows_of(9, copy_begins=True, config=config("item")),), {}, "its config is of table 'item'"),
+    "a config of another size": ((rows_of(9, copy_begins=True, config=config(dim=5)),), {}, "rows of 5 floats"),
+    "a config that is none": ((rows_of(9, copy_begins=True, config=ps_pb2.TableConfig(name="user")),), {}, "no type"),
+    "a huge variable": ((), {"delta_variables": [piece(size=2**60)]}, "of 1152921504606846976 floats"),
+    "an empty variable": ((), {"delta_variables": [piece(size=0)]}, "of 0 floats"),
+    "a nameless variable": ((), {"delta_variables": [piece(name="")]}, "it takes a name"),
+    "the middle of a variable": ((), {"delta_variables": [piece(1)]}, r"floats 1\.\.2 of 2"),
+    "too much of it": ((), {"delta_variables": [piece(floats=3)]}, r"floats 0\.\.3 of 2"),
+    "a gap": ((), {"delta_variables": [piece(size=9), piece(3, size=9)]}, r"floats 3\.\.4 of 9"),
+    "another size in the middle": ((), {"delta_variables": [piece(size=9), piece(1, size=99)]}, r"1\.\.2 of 99"),
+    "a broken float": ((), {"delta_variables": [piece(floats=0, extra=b"abc")]}, r"\(3 bytes\)"),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_push_that_makes_no_sense_is_refused_before_it_changes_anything(what: str) -> None:
+    deltas, fields, why = FORGED[what]
+    push = Pushes()
+    push.begin()
+    push(rows_of(1, copy_ends=True, **BEGIN), delta_variables=[piece(floats=2, name="kept")], as_of=5.0)
+    before = push.replica.stats
+    with pytest.raises(InvalidRequestError, match=why):
+        push(rows_of(2, 3), *deltas, inventory=parameter_sync_pb2.Inventory(tables=["user"]), **fields)
+    assert push.rows(1, 2, 3, 9) == [True, False, False, False]
+    assert [each.spec.name for each in push.replica.store.variables] == ["kept"]
+    assert push.replica.stats == before
+    push.sequence -= 1  # nor is it the last one seen
+    assert push(rows_of(2)).status_code == 0
+
+
+def test_rows_that_an_export_brought_are_not_changed_before_their_copy_begins(tmp_path) -> None:
+    push = Pushes()
+    push.replica.store.put_table(push.replica.store.new_table(serving_config(config())))
+    push.begin()
+    assert push(rows_of(1)).status_code == grpc.StatusCode.FAILED_PRECONDITION.value[0]
+    assert push.rows(1) == [False]
+
+
+def test_pushes_of_another_ps_by_name_are_refused() -> None:
+    with pytest.raises(ClusterMismatchError, match="serves ps_0; the push is of clicks:ps_1"):
+        Pushes()(model_name="clicks:ps_1")
+    assert Pushes()(model_name="clicks:ps_0", stream_begins=True).status_code == 0
+
+
 # ---- all of it -------------------------------------------------------------------------------------------------------
 
 
