@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -210,17 +211,18 @@ class Batches:
         batch = [self._prepare(verb, name, ids, values, terms) for name, (ids, values) in updates.items()]
         concerned = _concerned([rows.split for rows in batch], cluster.count)
         frames = {index: self._frame(index, batch, terms) for index in concerned}
-        for place, rows in enumerate(batch):
-            dim = rows.values.shape[1]
-            blocks = [frames[s][place].values if s in frames else _no_rows(dim) for s in range(cluster.count)]
-            finite = dedup.scatter_values(rows.split, rows.values, blocks, float16=self._float16)
-            if not finite and not terms.allow_non_finite:
-                refuse_non_finite(f"table {rows.name!r}", _WHAT[verb], rows.values, float16=self._float16)
-        cluster.fan_out(
-            concerned,
-            lambda index, shard, left: self._send(verb, index, shard, frames[index], terms, left),
-            timeout_s=terms.timeout_s,
-        )
+        with _closing(frames):
+            for place, rows in enumerate(batch):
+                dim = rows.values.shape[1]
+                blocks = [frames[s][place].values if s in frames else _no_rows(dim) for s in range(cluster.count)]
+                finite = dedup.scatter_values(rows.split, rows.values, blocks, float16=self._float16)
+                if not finite and not terms.allow_non_finite:
+                    refuse_non_finite(f"table {rows.name!r}", _WHAT[verb], rows.values, float16=self._float16)
+            cluster.fan_out(
+                concerned,
+                lambda index, shard, left: self._send(verb, index, shard, frames[index], terms, left),
+                timeout_s=terms.timeout_s,
+            )
 
     def update_owned(self, verb: Verb, updates: Sequence[Mapping[str, tuple[Any, ...]]], terms: Terms) -> None:
         """Write rows of ids that are arranged by owner already; repeats are applied one after another.
@@ -232,30 +234,31 @@ class Batches:
         """
         names = {name for tables in updates for name in tables}
         rates = {name: self._rates(verb, self._info(name), terms) for name in sorted(names)}
-        frames = {}
+        frames: dict[int, wire.UpdateFrame] = {}
         concerned = self._owners_of(
             updates, {index: {name: each[0] for name, each in tables.items()} for index, tables in enumerate(updates)}
         )
-        for index in concerned:
-            layouts = [
-                wire.UpdateLayout(name, ids.size, self._info(name).dim, bool(counts), rates[name])
-                for name, (ids, _, *counts) in updates[index].items()
-            ]
-            frames[index] = frame = self._room(index, layouts, terms)
-            for part, (ids, values, *counts) in zip(frame, updates[index].values(), strict=True):
-                part.ids[:] = ids
-                if part.counts is not None:
-                    part.counts[:] = counts[0]
-                rows = as_rows(part.table, _WHAT[verb], values, ids.size, part.values.shape[1])
-                split = dedup.Split(part.ids, (0, ids.size), None)
-                finite = dedup.scatter_values(split, rows, [part.values], float16=self._float16)
-                if not finite and not terms.allow_non_finite:
-                    refuse_non_finite(f"table {part.table!r}", _WHAT[verb], rows, float16=self._float16)
-        self._cluster.fan_out(
-            concerned,
-            lambda index, shard, left: self._send(verb, index, shard, frames[index], terms, left),
-            timeout_s=terms.timeout_s,
-        )
+        with _closing(frames):
+            for index in concerned:
+                layouts = [
+                    wire.UpdateLayout(name, ids.size, self._info(name).dim, bool(counts), rates[name])
+                    for name, (ids, _, *counts) in updates[index].items()
+                ]
+                frames[index] = frame = self._room(index, layouts, terms)
+                for part, (ids, values, *counts) in zip(frame, updates[index].values(), strict=True):
+                    part.ids[:] = ids
+                    if part.counts is not None:
+                        part.counts[:] = counts[0]
+                    rows = as_rows(part.table, _WHAT[verb], values, ids.size, part.values.shape[1])
+                    split = dedup.Split(part.ids, (0, ids.size), None)
+                    finite = dedup.scatter_values(split, rows, [part.values], float16=self._float16)
+                    if not finite and not terms.allow_non_finite:
+                        refuse_non_finite(f"table {part.table!r}", _WHAT[verb], rows, float16=self._float16)
+            self._cluster.fan_out(
+                concerned,
+                lambda index, shard, left: self._send(verb, index, shard, frames[index], terms, left),
+                timeout_s=terms.timeout_s,
+            )
 
     def _rates(self, verb: Verb, info: TableInfo, terms: Terms) -> Float32Array | None:
         """The rates that travel with an update, evaluated once for all shards."""
@@ -327,6 +330,16 @@ class Batches:
                 counts = None if part.counts is None else part.counts[piece]
                 cut = UpdatePart(part.table, part.ids[piece], values, counts, part.learning_rates)
                 call([cut], self.write(index, terms), timeout_s=_left(deadline))
+
+
+@contextmanager
+def _closing(frames: Mapping[int, wire.UpdateFrame]) -> Iterator[None]:
+    """Within it frames may be sent; afterwards nobody sends them, even if an error that somebody keeps holds them."""
+    try:
+        yield
+    finally:
+        for frame in frames.values():
+            frame.write.ticket.close()
 
 
 _WHAT: dict[Verb, str] = {"apply_gradients": "gradients", "assign": "values", "assign_add": "values"}

@@ -20,6 +20,7 @@ from trilith.errors import InvalidRequestError, ShardRestartedError, UnknownTabl
 from trilith.ops.dedup import gather_values
 from trilith.queues import Queues
 from trilith.shard import Float32Array, Shard, Write
+from trilith.steps import as_step
 from trilith.times import whole_seconds
 from trilith_proto import ps_pb2
 
@@ -126,7 +127,7 @@ class Client:
             if any(has) and not all(has):
                 self._refuse_half_lost(config.name, has)
         cluster.everywhere(
-            lambda index, shard, left: shard.create_tables(configs, incarnation=cluster.known(index), timeout_s=left),
+            lambda index, shard, left: shard.create_tables(configs, cluster.write(index), timeout_s=left),
             timeout_s=cluster.config.create_timeout_s,
         )
 
@@ -208,7 +209,7 @@ class Client:
         Raises:
             NonFiniteError: A gradient, or a sum of them, is NaN or infinite; nothing was sent.
         """
-        step = self._cluster.step if global_step is None else int(global_step)
+        step = self._cluster.step if global_step is None else as_step(global_step)
         terms = Terms(step, request_time, allow_non_finite, timeout_s)
         self._batches.update("apply_gradients", updates, terms)
 
@@ -375,9 +376,8 @@ class Client:
         """Read the model's step counter (PS 0 keeps it), after advancing or setting it."""
         if advance is not None and set_to is not None:
             raise InvalidRequestError(f"advance={advance} and set_to={set_to} cannot both be done")
-        for name, value in (("advance", advance), ("set_to", set_to)):
-            if value is not None and value < 0:
-                raise InvalidRequestError(f"{name}={value} is below 0")
+        advance = None if advance is None else as_step(advance, "advance")
+        set_to = None if set_to is None else as_step(set_to, "set_to")
         cluster = self._cluster
         write = cluster.write(0) if advance is not None or set_to is not None else Write()
         cluster.step = cluster.fan_out(
@@ -413,17 +413,19 @@ class Client:
 
     def save_shards(self, path: str, *, timeout_s: float = 3600.0) -> list[ps_pb2.SaveResponse]:
         """Have every shard write its files of a checkpoint, which is complete once somebody writes its manifest."""
-        return self._cluster.everywhere(lambda _, shard, left: shard.save(path, timeout_s=left), timeout_s=timeout_s)
+        cluster = self._cluster
+        return cluster.everywhere(
+            lambda index, shard, left: shard.save(path, cluster.write(index), timeout_s=left), timeout_s=timeout_s
+        )
 
     def restore(self, path: str, *, timeout_s: float = 3600.0) -> int:
-        """Replace the cluster's content by that of a complete checkpoint, of any number of PS; returns its step."""
+        """Replace the cluster's content by that of a complete checkpoint, of any number of PS; returns its step.
+
+        To other clients it is as if every PS had restarted: their next call raises ShardRestartedError.
+        """
         from trilith.folder import absolute
 
-        where = absolute(path)
-        replies = self._cluster.everywhere(
-            lambda _, shard, left: shard.restore(where, timeout_s=left), timeout_s=timeout_s
-        )
-        self._cluster.step = replies[0].global_step
+        self._cluster.restore(absolute(path), timeout_s=timeout_s)
         return self._cluster.step
 
     def rejoin(self, *, recreate_tables: bool = False) -> list[Rejoined]:

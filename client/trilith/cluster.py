@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import os
-import secrets
 import sys
 import threading
 import time
@@ -18,11 +17,13 @@ from trilith.errors import (
     ClosedError,
     ClusterMismatchError,
     DeadlineExceededError,
+    InDoubtError,
     InvalidRequestError,
     ShardRestartedError,
     TrilithError,
 )
 from trilith.forks import renew_in_children
+from trilith.identity import Identity
 from trilith.remote import RemoteShard
 from trilith.routing import OWNER_RULE
 from trilith.shard import Shard, Write
@@ -84,7 +85,7 @@ class Cluster:
         self._known = [0] * self.count
         self._closed = ""
         self._process = os.getpid()
-        self._begin()
+        self._begin([0.0] * self.count)
         renew_in_children(self)
         answers = self.describe()
         self._check_identity(answers)
@@ -92,10 +93,9 @@ class Cluster:
             self._adopt(index, answer)
         self.step = answers[0].global_step
 
-    def _begin(self) -> None:
-        """Take an identity for writes, and no threads yet."""
-        self._client_id = secrets.randbits(63) | 1
-        self._sequences = [itertools.count(1) for _ in self.shards]
+    def _begin(self, shard_times: Sequence[float]) -> None:
+        """Take an identity for writes to each shard, and no threads yet."""
+        self._identities = [Identity(self._origin(index), time) for index, time in enumerate(shard_times)]
         self._pool_lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
 
@@ -104,7 +104,7 @@ class Cluster:
 
         Both would count the same sequences otherwise, and a PS would take the writes of one for repeats of the other's.
         """
-        self._begin()
+        self._begin([identity.shard_time for identity in self._identities])
         if not self.remote and not self._closed:
             self._closed = (
                 f"this cluster is embedded in process {self._process}, from which this one was forked: its threads and"
@@ -170,7 +170,7 @@ class Cluster:
             lost = [table for table in tables if table.name in shard.missing_tables]
             if lost:
                 self.shards[shard.index].create_tables(
-                    lost, incarnation=self._known[shard.index], timeout_s=self.config.create_timeout_s
+                    lost, self.write(shard.index), timeout_s=self.config.create_timeout_s
                 )
         return back
 
@@ -194,6 +194,7 @@ class Cluster:
 
     def _adopt(self, index: int, answer: ps_pb2.DescribeResponse) -> None:
         self._known[index] = answer.incarnation
+        self._identities[index].renew(answer.unix_time)
         shard = self.shards[index]
         if isinstance(shard, RemoteShard):
             shard.adopt(answer.incarnation)
@@ -217,14 +218,33 @@ class Cluster:
         self, index: int, *, global_step: int = 0, request_time: int = 0, allow_non_finite: bool = False
     ) -> Write:
         """Name the next write to a shard."""
-        return Write(
-            client_id=self._client_id,
-            sequence=next(self._sequences[index]),
+        return self._identities[index].write(
             incarnation=self._known[index],
             global_step=global_step,
             request_time=request_time,
             allow_non_finite=allow_non_finite,
         )
+
+    def _origin(self, index: int) -> int:
+        """A shard's index in the cluster."""
+        return index if self._part is None else self._part[0]
+
+    def restore(self, path: str, *, timeout_s: float) -> list[ps_pb2.RestoreResponse]:
+        """Have every shard restore a checkpoint, whatever became of it so far, and adopt what it is then."""
+        answers = self.describe()
+        self._check_identity(answers)
+
+        def call(index: int, shard: Shard, left: float) -> ps_pb2.RestoreResponse:
+            answer = answers[index]
+            write = Identity(self._origin(index), answer.unix_time).write(incarnation=answer.incarnation)
+            return shard.restore(path, write, timeout_s=left)
+
+        replies = self.everywhere(call, timeout_s=timeout_s)
+        for index, (answer, reply) in enumerate(zip(answers, replies, strict=True)):
+            answer.incarnation = reply.incarnation
+            self._adopt(index, answer)
+        self.step = replies[0].global_step
+        return replies
 
     def batch_bytes(self, index: int) -> int:
         """Bytes of arrays that one call to a shard may carry; nothing is too large within a process."""
@@ -259,14 +279,14 @@ class Cluster:
             raise InvalidRequestError(f"timeout_s={timeout} is not above 0")
         chosen = list(indexes)
         if len(chosen) == 1:  # no hop to another thread
-            return {chosen[0]: call(chosen[0], self.shards[chosen[0]], timeout)}
+            return {chosen[0]: self._call(chosen[0], call, timeout)}
         deadline = time.monotonic() + timeout
 
         def run(index: int) -> _T:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise unsent(index)
-            return call(index, self.shards[index], left)
+            return self._call(index, call, left)
 
         def unsent(index: int) -> DeadlineExceededError:
             return DeadlineExceededError(
@@ -294,6 +314,15 @@ class Cluster:
         if failures:
             raise _gravest(failures)
         return results
+
+    def _call(self, index: int, call: Callable[[int, Shard, float], _T], left: float) -> _T:
+        try:
+            return call(index, self.shards[index], left)
+        except InDoubtError:
+            # The shard does not know us any more: what comes next is named so that it can tell it to be new.
+            with contextlib.suppress(TrilithError):
+                self._identities[index].renew(self.shards[index].describe(timeout_s=self.config.timeout_s).unix_time)
+            raise
 
     def _submit(self, run: Callable[[int], _T], index: int) -> Future[_T]:
         with self._pool_lock:

@@ -13,6 +13,7 @@ from trilith.cluster import Cluster
 from trilith.errors import InvalidRequestError, UnknownVariableError
 from trilith.routing import partition_owner, partition_sizes
 from trilith.shard import DensePart, Float32Array, Shard
+from trilith.steps import as_step
 from trilith_proto import hash_table_pb2, ps_pb2
 
 __all__ = ["Variables"]
@@ -49,7 +50,7 @@ class Variables:
             lambda i, shard, left: shard.create_variables(
                 [spec for spec, _ in by_shard[i]],
                 [piece for _, piece in by_shard[i]],
-                incarnation=cluster.known(i),
+                cluster.write(i),
                 timeout_s=left,
             ),
         )
@@ -98,7 +99,7 @@ class Variables:
             raise InvalidRequestError(f"learning_rate={learning_rate} is not a finite number above 0")
         rate = learning_rate or 0.0
         cluster = self._cluster
-        step = cluster.step if global_step is None else int(global_step)
+        step = cluster.step if global_step is None else as_step(global_step)
         parts = self._parts("gradients", gradients, allow_non_finite)
         cluster.fan_out(
             sorted(parts),

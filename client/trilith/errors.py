@@ -17,6 +17,7 @@ TrilithError
 ├── OverloadedError                         the PS's queue is full; worth retrying
 ├── UnavailableError                        the PS cannot be reached; worth retrying
 ├── DeadlineExceededError                   the answer did not come in time
+│   └── InDoubtError                        a repeated write may have been done; it was not done now
 ├── CheckpointError                         a checkpoint is missing, incomplete or damaged
 ├── DataError                               a record or file of records is damaged or not what it was read as
 ├── MissingExtraError (also ImportError)    a package is not installed that an extra brings
@@ -35,6 +36,7 @@ __all__ = [
     "ClusterMismatchError",
     "DataError",
     "DeadlineExceededError",
+    "InDoubtError",
     "InternalError",
     "InvalidRequestError",
     "MemoryLimitError",
@@ -148,6 +150,10 @@ class DeadlineExceededError(TrilithError):
     """The answer did not come before the deadline."""
 
     status = "DEADLINE_EXCEEDED"
+
+
+class InDoubtError(DeadlineExceededError):
+    """The PS no longer knows whether a write was done before, or what it gave; it did nothing now."""
 
 
 class CheckpointError(TrilithError):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 from trilith.cluster import Cluster
 from trilith.errors import InvalidRequestError
@@ -42,11 +45,9 @@ class Queues:
         Returns:
             Whether this call created it; one that exists keeps what it holds.
         """
-        known = self._cluster.known(QUEUE_SHARD)
-        first = _strings(elements)
-        return self._call(
-            lambda shard, left: shard.create_queue(name, first, capacity=capacity, incarnation=known, timeout_s=left)
-        )
+        _check_number(f"queue {name!r}: capacity", capacity)
+        write, first = self._cluster.write(QUEUE_SHARD), _strings(elements)
+        return self._call(lambda shard, left: shard.create_queue(name, first, write, capacity=capacity, timeout_s=left))
 
     def enqueue(self, name: str, elements: Iterable[str]) -> None:
         """Append elements, all or, with QueueFullError, none."""
@@ -62,6 +63,7 @@ class Queues:
             lease_s: Seconds until it is handed out again; 0 consumes it at once.
             claim: Take this very element if it waits or is this worker's already.
         """
+        _check_seconds(lease_s)
         write = self._cluster.write(QUEUE_SHARD)
         queues = [names] if isinstance(names, str) else list(names)
         return self._call(
@@ -80,6 +82,7 @@ class Queues:
         Returns:
             Whether the lease was still held; if not, nothing was done, and another worker may be at the element.
         """
+        _check_number("lease", lease)
         write, more = self._cluster.write(QUEUE_SHARD), _strings(elements)
         return self._call(
             lambda shard, left: shard.acknowledge(worker, lease, write, queue=queue, elements=more, timeout_s=left)
@@ -94,8 +97,20 @@ class Queues:
         return self._hold(worker, 0.0)
 
     def _hold(self, worker: str, lease_s: float) -> int:
-        known = self._cluster.known(QUEUE_SHARD)
-        return self._call(lambda shard, left: shard.hold_leases(worker, lease_s, incarnation=known, timeout_s=left))
+        _check_seconds(lease_s)
+        write = self._cluster.write(QUEUE_SHARD)
+        return self._call(lambda shard, left: shard.hold_leases(worker, lease_s, write, timeout_s=left))
+
+
+def _check_number(what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**63:
+        raise InvalidRequestError(f"{what}={value!r} is no whole number from 0 to {2**63 - 1}")
+
+
+def _check_seconds(value: Any) -> None:
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
+        raise InvalidRequestError(f"lease_s={value!r}; finite seconds from 0 are needed")
 
 
 def _strings(elements: Iterable[str]) -> list[str]:

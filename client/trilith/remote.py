@@ -61,6 +61,8 @@ _STREAMED = frozenset({"Lookup", "ApplyGradients", "PullVariables", "ApplyDenseG
 _LONG = frozenset({"Save", "Restore"})
 # With these somebody waits for a PS to be there, or to be done, from the first attempt on.
 _AWAITED = frozenset({"Describe", "CreateTables"})
+_TELLS = frozenset({"Describe", "Restore"})
+"""Methods whose answers may be of another incarnation than the known one."""
 # How gRPC says so, before the reason of the operating system.
 _UNREACHABLE = re.compile(
     r"^failed to connect to all addresses; last error: (.*?Failed to connect to remote host: (connect: )?)?"
@@ -158,7 +160,13 @@ class RemoteShard:
             self._methods[name] = method
             return method
 
-    def _call(self, name: str, request: bytes, timeout_s: float | None) -> bytes:
+    def _call(self, name: str, request: bytes, timeout_s: float | None, write: Write = ANY_WRITE) -> bytes:
+        try:
+            return self._until_answered(name, request, timeout_s)
+        finally:
+            write.ticket.close()
+
+    def _until_answered(self, name: str, request: bytes, timeout_s: float | None) -> bytes:
         timeout = self._config.timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout
         raised: TrilithError
@@ -235,7 +243,8 @@ class RemoteShard:
         incarnation = int(metadata.get(INCARNATION_KEY, 0))
         raised = BY_NAME.get(str(metadata.get(ERROR_KEY, "")))
         if raised is not None:
-            if self._known and incarnation not in (0, self._known) and raised not in _RETRIED:
+            strange = incarnation not in (0, self._known) and name != "Restore"
+            if self._known and strange and raised not in _RETRIED:
                 return self._restarted(incarnation)
             told = raised(details)
             if isinstance(told, _OF_ONE_PS):
@@ -269,10 +278,14 @@ class RemoteShard:
         if incarnation != self._known and self._known:
             raise self._restarted(incarnation)
 
-    def _ask(self, name: str, request: Any, kind: type[_T], timeout_s: float | None) -> _T:
-        """Call a method whose messages are small."""
-        reply: Any = kind.FromString(self._call(name, request.SerializeToString(), timeout_s))  # type: ignore[attr-defined]
-        if name != "Describe":
+    def _ask(self, name: str, request: Any, kind: type[_T], timeout_s: float | None, write: Write = ANY_WRITE) -> _T:
+        """Call a method whose messages are small; of a write, identity and incarnation are put into the request."""
+        if write is not ANY_WRITE:
+            request.incarnation = write.incarnation
+            if (identity := wire.write_id(write)) is not None:
+                request.write.CopyFrom(identity)
+        reply: Any = kind.FromString(self._call(name, request.SerializeToString(), timeout_s, write))  # type: ignore[attr-defined]
+        if name not in _TELLS:
             self._check(reply.incarnation)
         return reply  # type: ignore[no-any-return]
 
@@ -283,11 +296,11 @@ class RemoteShard:
         return self._ask("Describe", ps_pb2.DescribeRequest(), ps_pb2.DescribeResponse, timeout_s)
 
     def create_tables(
-        self, configs: Sequence[ps_pb2.TableConfig], *, incarnation: int = 0, timeout_s: float | None = None
+        self, configs: Sequence[ps_pb2.TableConfig], write: Write = ANY_WRITE, *, timeout_s: float | None = None
     ) -> None:
         """See `Shard`."""
-        request = ps_pb2.CreateTablesRequest(tables=configs, incarnation=incarnation)
-        self._ask("CreateTables", request, ps_pb2.CreateTablesResponse, timeout_s)
+        request = ps_pb2.CreateTablesRequest(tables=configs)
+        self._ask("CreateTables", request, ps_pb2.CreateTablesResponse, timeout_s, write)
 
     def lookup(
         self, parts: Sequence[IdPart], *, float16: bool = False, timeout_s: float | None = None
@@ -303,7 +316,7 @@ class RemoteShard:
         return wire.new_update_request(layouts, write, float16=float16)
 
     def _update(self, name: str, parts: Sequence[UpdatePart], write: Write, timeout_s: float | None) -> None:
-        reply = self._call(name, wire.pack_update_request(parts, write), timeout_s)
+        reply = self._call(name, wire.pack_update_request(parts, write), timeout_s, write)
         self._check(ps_pb2.UpdateResponse.FromString(reply).incarnation)
 
     def apply_gradients(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
@@ -319,7 +332,7 @@ class RemoteShard:
         self._update("AssignAdd", parts, write, timeout_s)
 
     def _statuses(self, name: str, part: IdPart, write: Write, timeout_s: float | None) -> npt.NDArray[np.int8]:
-        incarnation, statuses = wire.unpack_statuses(self._call(name, wire.pack_ids(part, write), timeout_s))
+        incarnation, statuses = wire.unpack_statuses(self._call(name, wire.pack_ids(part, write), timeout_s, write))
         self._check(incarnation)
         return statuses
 
@@ -348,7 +361,7 @@ class RemoteShard:
 
     def erase(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> int:
         """See `Shard`."""
-        reply = ps_pb2.CountsResponse.FromString(self._call("Erase", wire.pack_ids(part, write), timeout_s))
+        reply = ps_pb2.CountsResponse.FromString(self._call("Erase", wire.pack_ids(part, write), timeout_s, write))
         self._check(reply.incarnation)
         return sum(reply.rows.values())
 
@@ -356,13 +369,13 @@ class RemoteShard:
         self, tables: Sequence[str], write: Write, *, now: int = 0, timeout_s: float | None = None
     ) -> Mapping[str, int]:
         """See `Shard`."""
-        request = ps_pb2.EvictRequest(tables=tables, now=now, write=wire.write_id(write))
-        return dict(self._ask("Evict", request, ps_pb2.CountsResponse, timeout_s).rows)
+        request = ps_pb2.EvictRequest(tables=tables, now=now)
+        return dict(self._ask("Evict", request, ps_pb2.CountsResponse, timeout_s, write).rows)
 
     def clear(self, tables: Sequence[str], write: Write, *, timeout_s: float | None = None) -> Mapping[str, int]:
         """See `Shard`."""
-        request = ps_pb2.ClearRequest(tables=tables, write=wire.write_id(write))
-        return dict(self._ask("Clear", request, ps_pb2.CountsResponse, timeout_s).rows)
+        request = ps_pb2.ClearRequest(tables=tables)
+        return dict(self._ask("Clear", request, ps_pb2.CountsResponse, timeout_s, write).rows)
 
     def stats(self, *, timeout_s: float | None = None) -> ps_pb2.StatsResponse:
         """See `Shard`."""
@@ -372,12 +385,12 @@ class RemoteShard:
         self,
         specs: Sequence[ps_pb2.VariableSpec],
         initial: Sequence[Float32Array],
+        write: Write = ANY_WRITE,
         *,
-        incarnation: int = 0,
         timeout_s: float | None = None,
     ) -> list[bool]:
         """See `Shard`."""
-        data = self._call("CreateVariables", wire.pack_create_variables(specs, initial, incarnation), timeout_s)
+        data = self._call("CreateVariables", wire.pack_create_variables(specs, initial, write), timeout_s, write)
         reply = ps_pb2.CreateVariablesResponse.FromString(data)
         self._check(reply.incarnation)
         return list(reply.created)
@@ -397,7 +410,7 @@ class RemoteShard:
     def _dense(
         self, name: str, parts: Sequence[DensePart], write: Write, learning_rate: float, timeout_s: float | None
     ) -> None:
-        reply = self._call(name, wire.pack_dense_update(parts, write, learning_rate), timeout_s)
+        reply = self._call(name, wire.pack_dense_update(parts, write, learning_rate), timeout_s, write)
         self._check(ps_pb2.UpdateResponse.FromString(reply).incarnation)
 
     def apply_dense_gradients(
@@ -424,32 +437,30 @@ class RemoteShard:
         timeout_s: float | None = None,
     ) -> int:
         """See `Shard`."""
-        request = ps_pb2.GlobalStepRequest(write=wire.write_id(write), incarnation=write.incarnation)
+        request = ps_pb2.GlobalStepRequest()
         if advance is not None:
             request.advance = advance
         elif set_to is not None:
             request.set = set_to
-        return self._ask("GlobalStep", request, ps_pb2.GlobalStepResponse, timeout_s).global_step
+        return self._ask("GlobalStep", request, ps_pb2.GlobalStepResponse, timeout_s, write).global_step
 
     def create_queue(
         self,
         name: str,
         elements: Sequence[str] = (),
+        write: Write = ANY_WRITE,
         *,
         capacity: int = 0,
-        incarnation: int = 0,
         timeout_s: float | None = None,
     ) -> bool:
         """See `Shard`."""
-        request = ps_pb2.CreateQueueRequest(name=name, elements=elements, capacity=capacity, incarnation=incarnation)
-        return self._ask("CreateQueue", request, ps_pb2.CreateQueueResponse, timeout_s).created
+        request = ps_pb2.CreateQueueRequest(name=name, elements=elements, capacity=capacity)
+        return self._ask("CreateQueue", request, ps_pb2.CreateQueueResponse, timeout_s, write).created
 
     def enqueue(self, queue: str, elements: Sequence[str], write: Write, *, timeout_s: float | None = None) -> None:
         """See `Shard`."""
-        request = ps_pb2.EnqueueRequest(
-            queue=queue, elements=elements, write=wire.write_id(write), incarnation=write.incarnation
-        )
-        self._ask("Enqueue", request, ps_pb2.EnqueueResponse, timeout_s)
+        request = ps_pb2.EnqueueRequest(queue=queue, elements=elements)
+        self._ask("Enqueue", request, ps_pb2.EnqueueResponse, timeout_s, write)
 
     def dequeue(
         self,
@@ -462,15 +473,8 @@ class RemoteShard:
         timeout_s: float | None = None,
     ) -> Dequeued:
         """See `Shard`."""
-        request = ps_pb2.DequeueRequest(
-            queues=queues,
-            worker=worker,
-            lease_s=lease_s,
-            claim=claim,
-            write=wire.write_id(write),
-            incarnation=write.incarnation,
-        )
-        reply = self._ask("Dequeue", request, ps_pb2.DequeueResponse, timeout_s)
+        request = ps_pb2.DequeueRequest(queues=queues, worker=worker, lease_s=lease_s, claim=claim)
+        reply = self._ask("Dequeue", request, ps_pb2.DequeueResponse, timeout_s, write)
         return Dequeued(reply.queue, reply.element, reply.lease, reply.exhausted)
 
     def acknowledge(
@@ -484,28 +488,23 @@ class RemoteShard:
         timeout_s: float | None = None,
     ) -> bool:
         """See `Shard`."""
-        request = ps_pb2.AcknowledgeRequest(
-            worker=worker,
-            lease=lease,
-            queue=queue,
-            elements=elements,
-            write=wire.write_id(write),
-            incarnation=write.incarnation,
-        )
-        return self._ask("Acknowledge", request, ps_pb2.AcknowledgeResponse, timeout_s).held
+        request = ps_pb2.AcknowledgeRequest(worker=worker, lease=lease, queue=queue, elements=elements)
+        return self._ask("Acknowledge", request, ps_pb2.AcknowledgeResponse, timeout_s, write).held
 
-    def hold_leases(self, worker: str, lease_s: float, *, incarnation: int = 0, timeout_s: float | None = None) -> int:
+    def hold_leases(
+        self, worker: str, lease_s: float, write: Write = ANY_WRITE, *, timeout_s: float | None = None
+    ) -> int:
         """See `Shard`."""
-        request = ps_pb2.HoldLeasesRequest(worker=worker, lease_s=lease_s, incarnation=incarnation)
-        return self._ask("HoldLeases", request, ps_pb2.HoldLeasesResponse, timeout_s).leases
+        request = ps_pb2.HoldLeasesRequest(worker=worker, lease_s=lease_s)
+        return self._ask("HoldLeases", request, ps_pb2.HoldLeasesResponse, timeout_s, write).leases
 
-    def save(self, path: str, *, timeout_s: float | None = None) -> ps_pb2.SaveResponse:
+    def save(self, path: str, write: Write = ANY_WRITE, *, timeout_s: float | None = None) -> ps_pb2.SaveResponse:
         """See `Shard`."""
-        return self._ask("Save", ps_pb2.SaveRequest(path=path), ps_pb2.SaveResponse, timeout_s)
+        return self._ask("Save", ps_pb2.SaveRequest(path=path), ps_pb2.SaveResponse, timeout_s, write)
 
-    def restore(self, path: str, *, timeout_s: float | None = None) -> ps_pb2.RestoreResponse:
-        """See `Shard`."""
-        return self._ask("Restore", ps_pb2.RestoreRequest(path=path), ps_pb2.RestoreResponse, timeout_s)
+    def restore(self, path: str, write: Write = ANY_WRITE, *, timeout_s: float | None = None) -> ps_pb2.RestoreResponse:
+        """See `Shard`; the caller adopts the incarnation that the answer names."""
+        return self._ask("Restore", ps_pb2.RestoreRequest(path=path), ps_pb2.RestoreResponse, timeout_s, write)
 
     def close(self) -> None:
         """Close the channel; calls in flight end with ClosedError."""

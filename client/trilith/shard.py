@@ -20,6 +20,7 @@ __all__ = [
     "FloatArray",
     "IdPart",
     "Shard",
+    "Ticket",
     "UInt64Array",
     "UpdatePart",
     "Write",
@@ -76,27 +77,47 @@ class DensePart:
     values: Float32Array
 
 
+class Ticket:
+    """What a write holds as long as it may still be sent."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        """Say that nobody will send the write any more."""
+
+
+NO_TICKET = Ticket()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Write:
     """What travels with every write.
 
     Attributes:
-        client_id: Random per client object; 0 means the write has no identity and is never deduplicated.
+        client_id: Random per client object and shard; 0 means the write has no identity and is never deduplicated.
         sequence: Counts up by one per write of that client, from 1.
+        lowest_open: The lowest sequence that the client may still send; 0 if it does not say.
+        client_started: When the client took its id, Unix microseconds by the shard's clock; 0 if it does not say.
+        origin: The shard that the write was first sent to.
         incarnation: The shard's incarnation that the caller knows; 0 accepts any.
         global_step: The model's step, for optimizers and readers that use it.
         request_time: Unix seconds, at most a day ahead of the shard's clock; becomes the rows' last update. 0 is now.
         allow_non_finite: Accept NaN and infinity.
         dedup: Gradients only: sum the gradients of equal ids into one step each.
+        ticket: Closed by the call that the write was made for.
     """
 
     client_id: int = 0
     sequence: int = 0
+    lowest_open: int = 0
+    client_started: int = 0
+    origin: int = 0
     incarnation: int = 0
     global_step: int = 0
     request_time: int = 0
     allow_non_finite: bool = False
     dedup: bool = False
+    ticket: Ticket = field(default=NO_TICKET, repr=False, compare=False)
 
 
 ANY_WRITE = Write()
@@ -135,15 +156,20 @@ class Dequeued:
 class Shard(Protocol):
     """One shard of every table: the ids that one PS owns.
 
-    A call is one unit of routing, not a transaction: rows change atomically one by one. Every method raises the classes
+    A call is one unit of routing: it is refused as a whole, before anything has changed, or done as a whole, though
+    readers may see a part of it first. A repeated write is not done again. Every method raises the classes
     of `trilith.errors` and takes a `timeout_s` (seconds until DeadlineExceededError; an embedded store ignores it).
     """
+
+    @property
+    def incarnation(self) -> int:
+        """Names the shard's content: another after a restart or a restore."""
 
     def describe(self, *, timeout_s: float | None = None) -> ps_pb2.DescribeResponse:
         """Say which shard this is and what it holds."""
 
     def create_tables(
-        self, configs: Sequence[ps_pb2.TableConfig], *, incarnation: int = 0, timeout_s: float | None = None
+        self, configs: Sequence[ps_pb2.TableConfig], write: Write = ANY_WRITE, *, timeout_s: float | None = None
     ) -> None:
         """Create tables; repeating is fine, another config under a known name is TableExistsError."""
 
@@ -196,8 +222,8 @@ class Shard(Protocol):
         self,
         specs: Sequence[ps_pb2.VariableSpec],
         initial: Sequence[Float32Array],
+        write: Write = ANY_WRITE,
         *,
-        incarnation: int = 0,
         timeout_s: float | None = None,
     ) -> list[bool]:
         """Create partitions with initial float32[size] values; existing ones keep theirs. True: created now."""
@@ -228,15 +254,15 @@ class Shard(Protocol):
         write: Write = ANY_WRITE,
         timeout_s: float | None = None,
     ) -> int:
-        """Read the step counter, after advancing or setting it."""
+        """Read the step counter, after advancing or setting it; steps are 0..`trilith.steps.MAX_STEP`."""
 
     def create_queue(
         self,
         name: str,
         elements: Sequence[str] = (),
+        write: Write = ANY_WRITE,
         *,
         capacity: int = 0,
-        incarnation: int = 0,
         timeout_s: float | None = None,
     ) -> bool:
         """Create a string queue of at most `capacity` elements (0: 100,000); False if it exists, which then stays."""
@@ -271,14 +297,16 @@ class Shard(Protocol):
     ) -> bool:
         """Say that a leased element is done and append `elements` to `queue`, at once; False if the lease was lost."""
 
-    def hold_leases(self, worker: str, lease_s: float, *, incarnation: int = 0, timeout_s: float | None = None) -> int:
+    def hold_leases(
+        self, worker: str, lease_s: float, write: Write = ANY_WRITE, *, timeout_s: float | None = None
+    ) -> int:
         """Prolong a worker's leases, or give them back if `lease_s` is 0; returns how many there are."""
 
-    def save(self, path: str, *, timeout_s: float | None = None) -> ps_pb2.SaveResponse:
+    def save(self, path: str, write: Write = ANY_WRITE, *, timeout_s: float | None = None) -> ps_pb2.SaveResponse:
         """Write this shard's files of a checkpoint; the caller writes the manifest."""
 
-    def restore(self, path: str, *, timeout_s: float | None = None) -> ps_pb2.RestoreResponse:
-        """Replace this shard's content by its part of a complete checkpoint."""
+    def restore(self, path: str, write: Write = ANY_WRITE, *, timeout_s: float | None = None) -> ps_pb2.RestoreResponse:
+        """Replace this shard's content by its part of a complete checkpoint; its incarnation is another then."""
 
     def close(self) -> None:
         """Release what the shard holds; further calls raise ClosedError."""

@@ -47,17 +47,31 @@ class WriteId(google.protobuf.message.Message):
 
     CLIENT_ID_FIELD_NUMBER: builtins.int
     SEQUENCE_FIELD_NUMBER: builtins.int
+    LOWEST_OPEN_FIELD_NUMBER: builtins.int
+    CLIENT_STARTED_FIELD_NUMBER: builtins.int
+    ORIGIN_FIELD_NUMBER: builtins.int
     client_id: builtins.int
-    """Random per client object."""
+    """Random per client object and PS; a client that has been idle for long takes another."""
     sequence: builtins.int
     """Counts up by one per write, from 1."""
+    lowest_open: builtins.int
+    """The lowest sequence that the client may still send or repeat; the PS keeps nothing about those below. 0: not said."""
+    client_started: builtins.int
+    """When the client took its id, in Unix microseconds by the PS's clock (DescribeResponse.unix_time). 0: not said. A PS
+    that does not know the id refuses it if it might have forgotten it, and does nothing.
+    """
+    origin: builtins.int
+    """The shard that the write was first sent to: sequences count per shard."""
     def __init__(
         self,
         *,
         client_id: builtins.int = ...,
         sequence: builtins.int = ...,
+        lowest_open: builtins.int = ...,
+        client_started: builtins.int = ...,
+        origin: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["client_id", b"client_id", "sequence", b"sequence"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client_id", b"client_id", "client_started", b"client_started", "lowest_open", b"lowest_open", "origin", b"origin", "sequence", b"sequence"]) -> None: ...
 
 global___WriteId = WriteId
 
@@ -141,12 +155,13 @@ class DescribeResponse(google.protobuf.message.Message):
     RESTORED_FROM_FIELD_NUMBER: builtins.int
     RESTORED_STEP_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    UNIX_TIME_FIELD_NUMBER: builtins.int
     shard_index: builtins.int
     shard_count: builtins.int
     owner_rule: builtins.str
     """"mod": unsigned id modulo shard_count."""
     incarnation: builtins.int
-    """Random per process start."""
+    """Random per process start and restore: names the content. Writes from before a change are not done again."""
     durability: builtins.str
     """"none", "os" or "fsync"."""
     global_step: builtins.int
@@ -154,6 +169,8 @@ class DescribeResponse(google.protobuf.message.Message):
     """The checkpoint this process started from, empty if none, and the step it was taken at."""
     restored_step: builtins.int
     version: builtins.str
+    unix_time: builtins.float
+    """The PS's clock, in Unix seconds."""
     @property
     def tables(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TableConfig]: ...
     @property
@@ -172,8 +189,9 @@ class DescribeResponse(google.protobuf.message.Message):
         restored_from: builtins.str = ...,
         restored_step: builtins.int = ...,
         version: builtins.str = ...,
+        unix_time: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["durability", b"durability", "global_step", b"global_step", "incarnation", b"incarnation", "owner_rule", b"owner_rule", "restored_from", b"restored_from", "restored_step", b"restored_step", "shard_count", b"shard_count", "shard_index", b"shard_index", "tables", b"tables", "variables", b"variables", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["durability", b"durability", "global_step", b"global_step", "incarnation", b"incarnation", "owner_rule", b"owner_rule", "restored_from", b"restored_from", "restored_step", b"restored_step", "shard_count", b"shard_count", "shard_index", b"shard_index", "tables", b"tables", "unix_time", b"unix_time", "variables", b"variables", "version", b"version"]) -> None: ...
 
 global___DescribeResponse = DescribeResponse
 
@@ -183,17 +201,22 @@ class CreateTablesRequest(google.protobuf.message.Message):
 
     TABLES_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
+    WRITE_FIELD_NUMBER: builtins.int
     incarnation: builtins.int
     """The incarnation the caller knows; 0 accepts any."""
     @property
     def tables(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TableConfig]: ...
+    @property
+    def write(self) -> global___WriteId: ...
     def __init__(
         self,
         *,
         tables: collections.abc.Iterable[global___TableConfig] | None = ...,
         incarnation: builtins.int = ...,
+        write: global___WriteId | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "tables", b"tables"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["write", b"write"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "tables", b"tables", "write", b"write"]) -> None: ...
 
 global___CreateTablesRequest = CreateTablesRequest
 
@@ -443,8 +466,10 @@ class EvictRequest(google.protobuf.message.Message):
     TABLES_FIELD_NUMBER: builtins.int
     NOW_FIELD_NUMBER: builtins.int
     WRITE_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
     now: builtins.int
     """Unix seconds to judge by, at most a day ahead of the PS's clock; 0 takes that clock."""
+    incarnation: builtins.int
     @property
     def tables(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @property
@@ -455,9 +480,10 @@ class EvictRequest(google.protobuf.message.Message):
         tables: collections.abc.Iterable[builtins.str] | None = ...,
         now: builtins.int = ...,
         write: global___WriteId | None = ...,
+        incarnation: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["write", b"write"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["now", b"now", "tables", b"tables", "write", b"write"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "now", b"now", "tables", b"tables", "write", b"write"]) -> None: ...
 
 global___EvictRequest = EvictRequest
 
@@ -467,6 +493,8 @@ class ClearRequest(google.protobuf.message.Message):
 
     TABLES_FIELD_NUMBER: builtins.int
     WRITE_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    incarnation: builtins.int
     @property
     def tables(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @property
@@ -476,9 +504,10 @@ class ClearRequest(google.protobuf.message.Message):
         *,
         tables: collections.abc.Iterable[builtins.str] | None = ...,
         write: global___WriteId | None = ...,
+        incarnation: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["write", b"write"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["tables", b"tables", "write", b"write"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "tables", b"tables", "write", b"write"]) -> None: ...
 
 global___ClearRequest = ClearRequest
 
@@ -864,20 +893,25 @@ class CreateVariablesRequest(google.protobuf.message.Message):
 
     VARIABLES_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
+    WRITE_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
     incarnation: builtins.int
     payload: builtins.bytes
     """Initial values, float32[size] partition after partition; a partition that exists keeps its own."""
     @property
     def variables(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___VariableSpec]: ...
+    @property
+    def write(self) -> global___WriteId: ...
     def __init__(
         self,
         *,
         variables: collections.abc.Iterable[global___VariableSpec] | None = ...,
         incarnation: builtins.int = ...,
+        write: global___WriteId | None = ...,
         payload: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "payload", b"payload", "variables", b"variables"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["write", b"write"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "payload", b"payload", "variables", b"variables", "write", b"write"]) -> None: ...
 
 global___CreateVariablesRequest = CreateVariablesRequest
 
@@ -1058,12 +1092,15 @@ class CreateQueueRequest(google.protobuf.message.Message):
     ELEMENTS_FIELD_NUMBER: builtins.int
     CAPACITY_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
+    WRITE_FIELD_NUMBER: builtins.int
     name: builtins.str
     capacity: builtins.int
     """Most elements it may hold, leased ones included; 0 takes 100000."""
     incarnation: builtins.int
     @property
     def elements(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @property
+    def write(self) -> global___WriteId: ...
     def __init__(
         self,
         *,
@@ -1071,8 +1108,10 @@ class CreateQueueRequest(google.protobuf.message.Message):
         elements: collections.abc.Iterable[builtins.str] | None = ...,
         capacity: builtins.int = ...,
         incarnation: builtins.int = ...,
+        write: global___WriteId | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "elements", b"elements", "incarnation", b"incarnation", "name", b"name"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["write", b"write"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "elements", b"elements", "incarnation", b"incarnation", "name", b"name", "write", b"write"]) -> None: ...
 
 global___CreateQueueRequest = CreateQueueRequest
 
@@ -1264,18 +1303,23 @@ class HoldLeasesRequest(google.protobuf.message.Message):
     WORKER_FIELD_NUMBER: builtins.int
     LEASE_S_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
+    WRITE_FIELD_NUMBER: builtins.int
     worker: builtins.str
     lease_s: builtins.float
     """Seconds from now; 0 gives them all back, which is what to say for a worker that died."""
     incarnation: builtins.int
+    @property
+    def write(self) -> global___WriteId: ...
     def __init__(
         self,
         *,
         worker: builtins.str = ...,
         lease_s: builtins.float = ...,
         incarnation: builtins.int = ...,
+        write: global___WriteId | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "lease_s", b"lease_s", "worker", b"worker"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["write", b"write"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "lease_s", b"lease_s", "worker", b"worker", "write", b"write"]) -> None: ...
 
 global___HoldLeasesRequest = HoldLeasesRequest
 
@@ -1303,14 +1347,22 @@ class SaveRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     PATH_FIELD_NUMBER: builtins.int
+    WRITE_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
     path: builtins.str
     """A directory, any fsspec URL."""
+    incarnation: builtins.int
+    @property
+    def write(self) -> global___WriteId: ...
     def __init__(
         self,
         *,
         path: builtins.str = ...,
+        write: global___WriteId | None = ...,
+        incarnation: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["path", b"path"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["write", b"write"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "path", b"path", "write", b"write"]) -> None: ...
 
 global___SaveRequest = SaveRequest
 
@@ -1369,13 +1421,22 @@ class RestoreRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     PATH_FIELD_NUMBER: builtins.int
+    WRITE_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
     path: builtins.str
+    incarnation: builtins.int
+    """As everywhere; a repetition of a restore that was done is answered also if it names the incarnation before it."""
+    @property
+    def write(self) -> global___WriteId: ...
     def __init__(
         self,
         *,
         path: builtins.str = ...,
+        write: global___WriteId | None = ...,
+        incarnation: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["path", b"path"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["write", b"write"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "path", b"path", "write", b"write"]) -> None: ...
 
 global___RestoreRequest = RestoreRequest
 
@@ -1403,6 +1464,7 @@ class RestoreResponse(google.protobuf.message.Message):
     GLOBAL_STEP_FIELD_NUMBER: builtins.int
     ROWS_FIELD_NUMBER: builtins.int
     incarnation: builtins.int
+    """The new one."""
     global_step: builtins.int
     @property
     def rows(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...

@@ -343,7 +343,8 @@ class ParameterServerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GlobalStep(self, request, context):
-        """Reads, sets or advances the model's step counter (kept on every PS; PS 0's counts).
+        """Reads, sets or advances the model's step counter (kept on every PS; PS 0's counts). It is 0 to 2^53. A write raises it
+        to its own global_step, but by 2^30 at most: one that is further ahead is INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -160,7 +160,9 @@ class ParameterServerStub:
         trilith_proto.ps_pb2.GlobalStepRequest,
         trilith_proto.ps_pb2.GlobalStepResponse,
     ]
-    """Reads, sets or advances the model's step counter (kept on every PS; PS 0's counts)."""
+    """Reads, sets or advances the model's step counter (kept on every PS; PS 0's counts). It is 0 to 2^53. A write raises it
+    to its own global_step, but by 2^30 at most: one that is further ahead is INVALID_ARGUMENT.
+    """
 
     CreateQueue: grpc.UnaryUnaryMultiCallable[
         trilith_proto.ps_pb2.CreateQueueRequest,
@@ -342,7 +344,9 @@ class ParameterServerAsyncStub:
         trilith_proto.ps_pb2.GlobalStepRequest,
         trilith_proto.ps_pb2.GlobalStepResponse,
     ]
-    """Reads, sets or advances the model's step counter (kept on every PS; PS 0's counts)."""
+    """Reads, sets or advances the model's step counter (kept on every PS; PS 0's counts). It is 0 to 2^53. A write raises it
+    to its own global_step, but by 2^30 at most: one that is further ahead is INVALID_ARGUMENT.
+    """
 
     CreateQueue: grpc.aio.UnaryUnaryMultiCallable[
         trilith_proto.ps_pb2.CreateQueueRequest,
@@ -570,7 +574,9 @@ class ParameterServerServicer(metaclass=abc.ABCMeta):
         request: trilith_proto.ps_pb2.GlobalStepRequest,
         context: _ServicerContext,
     ) -> typing.Union[trilith_proto.ps_pb2.GlobalStepResponse, collections.abc.Awaitable[trilith_proto.ps_pb2.GlobalStepResponse]]:
-        """Reads, sets or advances the model's step counter (kept on every PS; PS 0's counts)."""
+        """Reads, sets or advances the model's step counter (kept on every PS; PS 0's counts). It is 0 to 2^53. A write raises it
+        to its own global_step, but by 2^30 at most: one that is further ahead is INVALID_ARGUMENT.
+        """
 
     @abc.abstractmethod
     def CreateQueue(

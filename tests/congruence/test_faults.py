@@ -320,7 +320,7 @@ def test_a_save_waits_for_a_ps_that_is_away_no_longer_than_other_calls_do(local,
         started = time.monotonic()
         with pytest.raises(UnavailableError, match=r"shard 0 at 127\.0\.0\.1:\d+: Save: .*\(attempt "):
             client.save(str(tmp_path))
-        with pytest.raises(UnavailableError, match="Restore"):
+        with pytest.raises(UnavailableError, match="Describe"):
             client.restore(str(tmp_path))
         assert time.monotonic() - started < IN_TIME_S
 

@@ -21,6 +21,9 @@ WRITES = st.builds(
     Write,
     client_id=st.integers(1, 2**64 - 1),
     sequence=U64,
+    lowest_open=U64,
+    client_started=I64,
+    origin=st.integers(0, 2**32 - 1),
     incarnation=U64,
     global_step=I64,
     request_time=I64,
@@ -178,14 +181,23 @@ def test_pulled_variables_have_the_librarys_bytes_and_read_back(sizes, incarnati
     assert [value.tolist() for value in got] == [value.tolist() for value in values]
 
 
-@given(sizes=st.lists(st.tuples(NAMES, st.integers(0, 9), COUNTS), max_size=4), incarnation=U64)
-def test_a_create_variables_request_has_the_librarys_bytes_and_reads_back(sizes, incarnation):
+@given(sizes=st.lists(st.tuples(NAMES, st.integers(0, 9), COUNTS), max_size=4), write=WRITES)
+def test_a_create_variables_request_has_the_librarys_bytes_and_reads_back(sizes, write):
     specs = [ps_pb2.VariableSpec(name=name, partition=p, size=n) for name, p, n in sizes]
     initial = [np.arange(n, dtype=np.float32) for _, _, n in sizes]
-    data = wire.pack_create_variables(specs, initial, incarnation)
+    data = wire.pack_create_variables(specs, initial, write)
     assert ps_pb2.CreateVariablesRequest.FromString(data).SerializeToString() == data
     header, got = wire.unpack_create_variables(data)
     assert list(header.variables) == specs
+    identity = Write(
+        client_id=write.client_id,
+        sequence=write.sequence,
+        lowest_open=write.lowest_open,
+        client_started=write.client_started,
+        origin=write.origin,
+        incarnation=write.incarnation,
+    )
+    assert wire.unpack_write(header.write, header.incarnation) == identity
     assert [value.tolist() for value in got] == [value.tolist() for value in initial]
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from trilith.batches import Terms
 from trilith.errors import InvalidRequestError
+from trilith.steps import as_step
 from trilith.tables.config import HashTableConfig
 from trilith.tables.merged import QueueHooks
 from trilith.tables.spec import TableSpec
@@ -117,7 +118,7 @@ class DistributedTables(QueueHooks):
         return self._client.reinitialize(self._specs[name].name, ids, request_time=request_time)
 
     def _terms(self, global_step: int | None, req_time: int | None) -> Terms:
-        step = self._client.known_step if global_step is None else int(global_step)
+        step = self._client.known_step if global_step is None else as_step(global_step)
         return Terms(step, req_time, timeout_s=self._timeout_s)
 
     def _named(self, updates: Mapping[str, Any]) -> dict[str, Any]:

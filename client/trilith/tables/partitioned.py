@@ -15,6 +15,7 @@ from trilith.errors import InvalidRequestError
 from trilith.ops.layout import FidOffsets, fused_embedding_to_layout, fused_embedding_to_layout_grad, nest_layout
 from trilith.ops.layout_config import FeatureConfig, FeatureConfigs, OutConfig, PoolingType
 from trilith.pipelining import Pusher
+from trilith.steps import as_step
 from trilith.tables.config import HashTableConfig
 from trilith.tables.merged import QueueHooks, merge_configs
 from trilith.tables.spec import TableSpec
@@ -251,7 +252,7 @@ class PartitionedTables(QueueHooks):
             for shard, of_shard in enumerate(fetched.ids)
         ]
         # The step is the batch's own also if the update is late.
-        step = self._client.known_step if global_step is None else int(global_step)
+        step = self._client.known_step if global_step is None else as_step(global_step)
         terms = Terms(step, fetched.request_time, timeout_s=self._timeout_s)
         self.pusher.push(lambda: self._batches.update_owned("apply_gradients", updates, terms))
 

@@ -24,6 +24,7 @@ from trilith.wire.update import (
     pack_update_request,
     plain_update,
     unpack_update_request,
+    unpack_write,
     write_id,
 )
 
@@ -50,5 +51,6 @@ __all__ = [
     "unpack_pulled",
     "unpack_statuses",
     "unpack_update_request",
+    "unpack_write",
     "write_id",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from trilith.shard import DensePart, Float32Array, Write
 from trilith.wire.payload import FLOAT32, Payload, cut, pack, unpack
-from trilith.wire.update import write_id
+from trilith.wire.update import unpack_write, write_id
 from trilith_proto import ps_pb2
 
 __all__ = [
@@ -23,11 +23,10 @@ def _cut_partitions(what: str, sizes: Sequence[int], payload: Payload) -> list[F
     return cut(what, payload, [(FLOAT32, size) for size in sizes])
 
 
-def pack_create_variables(
-    specs: Sequence[ps_pb2.VariableSpec], initial: Sequence[Float32Array], incarnation: int
-) -> bytes:
+def pack_create_variables(specs: Sequence[ps_pb2.VariableSpec], initial: Sequence[Float32Array], write: Write) -> bytes:
     """Encode a CreateVariablesRequest."""
-    return pack(ps_pb2.CreateVariablesRequest(variables=specs, incarnation=incarnation), *initial)
+    header = ps_pb2.CreateVariablesRequest(variables=specs, write=write_id(write), incarnation=write.incarnation)
+    return pack(header, *initial)
 
 
 def unpack_create_variables(data: bytes) -> tuple[ps_pb2.CreateVariablesRequest, list[Float32Array]]:
@@ -55,10 +54,9 @@ def unpack_dense_update(data: bytes) -> tuple[list[DensePart], Write, float]:
     header, payload = unpack(ps_pb2.DenseUpdateRequest, data)
     values = _cut_partitions("DenseUpdateRequest", [ref.size for ref in header.partitions], payload)
     parts = [DensePart(ref.name, ref.partition, value) for ref, value in zip(header.partitions, values, strict=True)]
-    write = Write(
-        client_id=header.write.client_id,
-        sequence=header.write.sequence,
-        incarnation=header.incarnation,
+    write = unpack_write(
+        header.write,
+        header.incarnation,
         global_step=header.global_step,
         allow_non_finite=header.allow_non_finite,
     )

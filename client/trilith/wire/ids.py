@@ -8,7 +8,7 @@ import numpy.typing as npt
 from trilith.errors import InvalidRequestError
 from trilith.shard import IdPart, Write
 from trilith.wire.payload import UINT64, cut, pack, unpack
-from trilith.wire.update import write_id
+from trilith.wire.update import unpack_write, write_id
 from trilith_proto import ps_pb2
 
 __all__ = ["pack_ids", "pack_statuses", "unpack_ids", "unpack_statuses"]
@@ -29,12 +29,7 @@ def unpack_ids(data: bytes) -> tuple[IdPart, Write]:
     if size % 8:
         raise InvalidRequestError(f"IdsRequest: {size} bytes of payload are no whole number of uint64")
     (ids,) = cut("IdsRequest", payload, [(UINT64, size // 8)])
-    write = Write(
-        client_id=header.write.client_id,
-        sequence=header.write.sequence,
-        incarnation=header.incarnation,
-        request_time=header.request_time,
-    )
+    write = unpack_write(header.write, header.incarnation, request_time=header.request_time)
     return IdPart(header.table, ids), write
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "pack_update_request",
     "plain_update",
     "unpack_update_request",
+    "unpack_write",
     "write_id",
 ]
 
@@ -147,10 +148,9 @@ def unpack_update_request(data: bytes) -> tuple[list[UpdatePart], Write]:
         values = next(arrays)
         rates = np.array(batch.learning_rates, np.float32) if batch.learning_rates else None
         parts.append(UpdatePart(batch.table, ids, values, counts, rates))
-    write = Write(
-        client_id=header.write.client_id,
-        sequence=header.write.sequence,
-        incarnation=header.incarnation,
+    write = unpack_write(
+        header.write,
+        header.incarnation,
         global_step=header.global_step,
         request_time=header.request_time,
         allow_non_finite=header.allow_non_finite,
@@ -173,4 +173,25 @@ def _update_header(write: Write, rows_type: ps_pb2.FloatType.ValueType) -> ps_pb
 
 def write_id(write: Write) -> ps_pb2.WriteId | None:
     """The identity of a write as it travels; None for a write without one."""
-    return ps_pb2.WriteId(client_id=write.client_id, sequence=write.sequence) if write.client_id else None
+    if not write.client_id:
+        return None
+    return ps_pb2.WriteId(
+        client_id=write.client_id,
+        sequence=write.sequence,
+        lowest_open=write.lowest_open,
+        client_started=write.client_started,
+        origin=write.origin,
+    )
+
+
+def unpack_write(identity: ps_pb2.WriteId, incarnation: int, **terms: Any) -> Write:
+    """A write by its identity as it travelled; `terms` are its other attributes."""
+    return Write(
+        client_id=identity.client_id,
+        sequence=identity.sequence,
+        lowest_open=identity.lowest_open,
+        client_started=identity.client_started,
+        origin=identity.origin,
+        incarnation=incarnation,
+        **terms,
+    )

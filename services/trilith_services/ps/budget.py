@@ -17,6 +17,7 @@ class MemoryBudget:
         limit: Bytes; 0 means none.
         soft_limit: Bytes from which a PS evicts what may be evicted; 0 means none.
         used: Bytes in use.
+        reserved: Bytes kept for writes under way.
         reclaim: Gives back to the machine what freed rows use, and takes it off the account, before a request is
             refused for want of memory.
         free: Says how many bytes that would be.
@@ -26,19 +27,43 @@ class MemoryBudget:
         self.limit = limit
         self.soft_limit = int(limit * _SOFT_SHARE)
         self.used = 0
+        self.reserved = 0
         self.reclaim: Callable[[], None] = lambda: None
         self.free: Callable[[], int] = lambda: 0
         self._lock = threading.Lock()
+        self._released = threading.Condition(self._lock)
 
-    def has_room(self, size: int) -> bool:
-        """Whether `size` more bytes stay within the limit."""
-        return self.limit == 0 or self.used + size <= self.limit
+    def reserve(self, size: int, *, wait: bool = False) -> bool:
+        """Keep `size` more bytes for a write until `release`, unless they would exceed the limit.
+
+        Args:
+            size: Bytes.
+            wait: Wait for other writes that keep what is missing and may not need it. A write reserves once, for all
+                that it does, so none that waits keeps anything.
+
+        Returns:
+            Whether they are kept.
+        """
+        with self._lock:
+            while self.limit and self.used + self.reserved + size > self.limit:
+                if not wait or self.used + size > self.limit:
+                    return False
+                self._released.wait()
+            self.reserved += size
+        return True
 
     def make_room(self, size: int) -> bool:
-        """Whether `size` more bytes stay within the limit, perhaps once the memory of freed rows is given back."""
-        if not self.has_room(size) and self.used + size - self.free() <= self.limit:
-            self.reclaim()
-        return self.has_room(size)
+        """Give the memory of freed rows back if `size` more bytes fit then; returns whether it was done."""
+        if self.used + size - self.free() > self.limit:
+            return False
+        self.reclaim()
+        return True
+
+    def release(self, size: int) -> None:
+        """Keep `size` bytes no longer: the write has ended, and what it used is accounted for."""
+        with self._lock:
+            self.reserved -= size
+            self._released.notify_all()
 
     def add(self, size: int) -> None:
         """Account for `size` more bytes (fewer if negative)."""

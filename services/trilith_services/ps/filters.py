@@ -116,6 +116,9 @@ class OccurrenceFilter(Protocol):
             bool[n], True where the id shall not get a row yet.
         """
 
+    def may_pass(self, ids: Ids, counts: Counts | None = None) -> Bools:
+        """bool[n]: false for ids that `filtered` would surely leave out, by the filter's thresholds; counts nothing."""
+
     def compile(self) -> None:
         """Compile or load the kernels that deciding runs."""
 
@@ -140,6 +143,10 @@ class DummyFilter:
     ) -> Bools:
         """Pass every id."""
         return np.zeros(ids.size, np.bool_)
+
+    def may_pass(self, ids: Ids, counts: Counts | None = None) -> Bools:
+        """True for every id."""
+        return np.ones(ids.size, np.bool_)
 
     def compile(self) -> None:
         """Do nothing: there is no kernel."""
@@ -188,6 +195,10 @@ class ProbabilisticFilter:
             address_of(out),
         )
         return out
+
+    def may_pass(self, ids: Ids, counts: Counts | None = None) -> Bools:
+        """True for every id: it is drawn."""
+        return np.ones(ids.size, np.bool_)
 
     def compile(self) -> None:
         """Compile or load the kernels that deciding runs."""
@@ -280,6 +291,10 @@ class CountingFilter:
         chosen_counts = None if counts is None else counts[counted]
         out[counted] = self.add(ids[counted], chosen_counts) < limit[counted]
         return out
+
+    def may_pass(self, ids: Ids, counts: Counts | None = None) -> Bools:
+        """By the counts there are and all of these."""
+        return _may_reach(self.thresholds, ids, counts, self.get(ids))
 
     def compile(self) -> None:
         """Compile or load the kernels that deciding runs."""
@@ -421,9 +436,13 @@ class SlidingFilter:
             )
         return out
 
+    def may_pass(self, ids: Ids, counts: Counts | None = None) -> Bools:
+        """By the counts there are and all of these."""
+        return _may_reach(self.thresholds, ids, counts, self.get(ids))
+
     def compile(self) -> None:
         """Compile or load the kernels that deciding runs."""
-        warm(kernels.sliding_filter)
+        warm(kernels.sliding_filter, kernels.sliding_add)
 
     def save(self, base: str) -> None:
         """Write one file per split. Blocks are copied one by one, so ids counted meanwhile may or may not be in."""
@@ -488,6 +507,16 @@ def _checked(ids: Ids, counts: Counts | None, present: Bools | None = None) -> t
             raise InvalidRequestError(f"present is {present.dtype}{list(present.shape)}, expected bool[{ids.size}]")
         present = np.ascontiguousarray(present)
     return ids, as_counts(counts, ids.size), present
+
+
+def _may_reach(thresholds: Thresholds, ids: Ids, counts: Counts | None, before: Counts) -> Bools:
+    """bool[n]: whether an id counted `before` reaches its threshold within a call that counts all of these."""
+    distinct, places = np.unique(ids, return_inverse=True)
+    totals = np.zeros(distinct.size, np.int64)
+    np.add.at(totals, places, 1 if counts is None else counts)
+    limit = thresholds.values[(ids >> np.uint64(48)) & np.uint64(thresholds.mask)]
+    reached: Bools = before + totals[places] >= limit
+    return reached
 
 
 def make_filter(config: ps_pb2.TableConfig) -> OccurrenceFilter | None:

@@ -55,6 +55,10 @@ class _Gate:
             present = None
         return self._filter.filtered(ids, counts, thresholds, present)
 
+    def may_pass(self, ids: Ids, counts: npt.NDArray[np.uint32] | None = None) -> npt.NDArray[np.bool_]:
+        """As `OccurrenceFilter.may_pass`."""
+        return self._filter.may_pass(ids, counts)
+
     @contextmanager
     def for_all_ids(self) -> Iterator[None]:
         """In this thread, ids that have rows are judged and counted too."""

@@ -79,8 +79,8 @@ class Queues:
         """Create a queue holding `elements`; False if it exists, which then stays as it is."""
         if not name:
             raise InvalidRequestError("a queue needs a name")
-        if capacity < 0:
-            raise InvalidRequestError(f"queue {name!r}: capacity={capacity} is below 0")
+        if not 0 <= capacity < 2**63:
+            raise InvalidRequestError(f"queue {name!r}: capacity={capacity} is outside 0..{2**63 - 1}")
         first = list(elements)
         with self._lock:
             if name in self._queues:

@@ -16,6 +16,7 @@ from google.protobuf import json_format
 from trilith.config import LARGEST_MESSAGE
 from trilith.errors import ClusterMismatchError, InvalidRequestError
 from trilith.shard import DensePart, Float32Array
+from trilith.steps import as_step
 from trilith.tables import check_table_config
 from trilith.tables.checks import check_optimizer
 from trilith_proto import hash_table_pb2, parameter_sync_pb2, ps_pb2
@@ -96,6 +97,7 @@ class Replica:
         """
         header, deltas = wire.unpack_push(data)
         self._check_sender(header)
+        as_step(header.global_step)
         with self._lock:
             begins = header.stream_begins and header.stream != self._stream
             if not begins and header.stream != self._stream:

@@ -59,7 +59,7 @@ class ReplicaServicer(ParameterServerServicer):
         """Read the step."""
         if request.WhichOneof("action") is not None:
             raise ReadOnlyError("GlobalStep: this is a serving replica; its step changes on the training PS only")
-        return ps_pb2.GlobalStepResponse(incarnation=self._incarnation, global_step=self._shard.global_step())
+        return ps_pb2.GlobalStepResponse(incarnation=self.incarnation, global_step=self._shard.global_step())
 
     def _add_replica(self, stats: ps_pb2.StatsResponse) -> None:
         stats.replica.CopyFrom(self._replica.stats)

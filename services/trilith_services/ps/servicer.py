@@ -58,7 +58,6 @@ class ParameterServerServicer:
         self._metrics = metrics
         self._queued = queued
         self._add_stats = add_stats
-        self._incarnation = shard.describe().incarnation
         self.ready = False
 
     # ---- what `rpc` needs --------------------------------------------------------------------------------------------
@@ -70,8 +69,8 @@ class ParameterServerServicer:
 
     @property
     def incarnation(self) -> int:
-        """The shard's incarnation."""
-        return self._incarnation
+        """The shard's incarnation, which a restore changes."""
+        return self._shard.incarnation
 
     def admit(self, method: str) -> None:
         """Refuse calls before the shard is restored and compiled."""
@@ -122,18 +121,18 @@ class ParameterServerServicer:
         self, request: ps_pb2.CreateTablesRequest, context: grpc.ServicerContext
     ) -> ps_pb2.CreateTablesResponse:
         """Create tables."""
-        self._shard.create_tables(request.tables, incarnation=request.incarnation)
-        return ps_pb2.CreateTablesResponse(incarnation=self._incarnation)
+        self._shard.create_tables(request.tables, _write(request))
+        return ps_pb2.CreateTablesResponse(incarnation=self.incarnation)
 
     @rpc
     def Save(self, request: ps_pb2.SaveRequest, context: grpc.ServicerContext) -> ps_pb2.SaveResponse:
         """Write this shard's files of a checkpoint."""
-        return self._shard.save(request.path)
+        return self._shard.save(request.path, _write(request))
 
     @rpc
     def Restore(self, request: ps_pb2.RestoreRequest, context: grpc.ServicerContext) -> ps_pb2.RestoreResponse:
         """Replace the shard's content."""
-        return self._shard.restore(request.path)
+        return self._shard.restore(request.path, _write(request))
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
@@ -145,14 +144,14 @@ class ParameterServerServicer:
             rows = self._shard.lookup(parts, float16=float16)
             _check_dims(parts, dims, [block.shape[1] for block in rows])
             reply, outs = wire.new_lookup_response(
-                self._incarnation, parts, [block.shape[1] for block in rows], float16=float16
+                self.incarnation, parts, [block.shape[1] for block in rows], float16=float16
             )
             for out, block in zip(outs, rows, strict=True):
                 out[:] = block
         else:
             held = [self._in_place.table(part.table).dim for part in parts]
             _check_dims(parts, dims, held)
-            reply, outs = wire.new_lookup_response(self._incarnation, parts, held, float16=float16)
+            reply, outs = wire.new_lookup_response(self.incarnation, parts, held, float16=float16)
             self._in_place.lookup_into(parts, outs)
         self._metrics.carried("Lookup", sum([part.ids.size for part in parts]), len(request), len(reply))
         return reply
@@ -161,7 +160,7 @@ class ParameterServerServicer:
         parts, write = wire.unpack_update_request(request)
         call(parts, write)
         self._metrics.carried(name, sum(part.ids.size for part in parts), len(request), 0)
-        return ps_pb2.UpdateResponse(incarnation=self._incarnation)
+        return ps_pb2.UpdateResponse(incarnation=self.incarnation)
 
     @rpc
     def ApplyGradients(self, request: bytes, context: grpc.ServicerContext) -> ps_pb2.UpdateResponse:
@@ -182,7 +181,7 @@ class ParameterServerServicer:
     def Reinitialize(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         """Reset rows."""
         part, write = wire.unpack_ids(request)
-        reply = wire.pack_statuses(self._incarnation, self._shard.reinitialize(part, write))
+        reply = wire.pack_statuses(self.incarnation, self._shard.reinitialize(part, write))
         self._metrics.carried("Reinitialize", part.ids.size, len(request), len(reply))
         return reply
 
@@ -190,7 +189,7 @@ class ParameterServerServicer:
     def Contains(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         """Say which ids have rows."""
         part, _ = wire.unpack_ids(request)
-        reply = wire.pack_statuses(self._incarnation, self._shard.contains(part).view(np.int8))
+        reply = wire.pack_statuses(self.incarnation, self._shard.contains(part).view(np.int8))
         self._metrics.carried("Contains", part.ids.size, len(request), len(reply))
         return reply
 
@@ -200,7 +199,7 @@ class ParameterServerServicer:
         part, _ = wire.unpack_ids(request)
         entries = self._shard.lookup_entries(part)
         self._metrics.carried("LookupEntries", part.ids.size, len(request), 0)
-        return ps_pb2.EntriesResponse(incarnation=self._incarnation, entries=entries)
+        return ps_pb2.EntriesResponse(incarnation=self.incarnation, entries=entries)
 
     @rpc
     def DumpEntries(
@@ -210,7 +209,7 @@ class ParameterServerServicer:
         page = self._shard.dump_entries(
             request.table, part=request.part, parts=request.parts, limit=request.limit, offset=request.offset
         )
-        return ps_pb2.DumpEntriesResponse(incarnation=self._incarnation, offset=page.offset, entries=page.entries)
+        return ps_pb2.DumpEntriesResponse(incarnation=self.incarnation, offset=page.offset, entries=page.entries)
 
     @rpc
     def Erase(self, request: bytes, context: grpc.ServicerContext) -> ps_pb2.CountsResponse:
@@ -218,19 +217,19 @@ class ParameterServerServicer:
         part, write = wire.unpack_ids(request)
         rows = self._shard.erase(part, write)
         self._metrics.carried("Erase", part.ids.size, len(request), 0)
-        return ps_pb2.CountsResponse(incarnation=self._incarnation, rows={part.table: rows})
+        return ps_pb2.CountsResponse(incarnation=self.incarnation, rows={part.table: rows})
 
     @rpc
     def Evict(self, request: ps_pb2.EvictRequest, context: grpc.ServicerContext) -> ps_pb2.CountsResponse:
         """Delete expired rows."""
-        rows = self._shard.evict(request.tables, _write(request.write), now=request.now)
-        return ps_pb2.CountsResponse(incarnation=self._incarnation, rows=rows)
+        rows = self._shard.evict(request.tables, _write(request), now=request.now)
+        return ps_pb2.CountsResponse(incarnation=self.incarnation, rows=rows)
 
     @rpc
     def Clear(self, request: ps_pb2.ClearRequest, context: grpc.ServicerContext) -> ps_pb2.CountsResponse:
         """Drop all rows of tables."""
-        rows = self._shard.clear(request.tables, _write(request.write))
-        return ps_pb2.CountsResponse(incarnation=self._incarnation, rows=rows)
+        rows = self._shard.clear(request.tables, _write(request))
+        return ps_pb2.CountsResponse(incarnation=self.incarnation, rows=rows)
 
     # ---- dense variables ---------------------------------------------------------------------------------------------
 
@@ -238,29 +237,29 @@ class ParameterServerServicer:
     def CreateVariables(self, request: bytes, context: grpc.ServicerContext) -> ps_pb2.CreateVariablesResponse:
         """Create partitions."""
         header, initial = wire.unpack_create_variables(request)
-        created = self._shard.create_variables(header.variables, initial, incarnation=header.incarnation)
-        return ps_pb2.CreateVariablesResponse(incarnation=self._incarnation, created=created)
+        created = self._shard.create_variables(header.variables, initial, _write(header))
+        return ps_pb2.CreateVariablesResponse(incarnation=self.incarnation, created=created)
 
     @rpc
     def PullVariables(self, request: ps_pb2.PullVariablesRequest, context: grpc.ServicerContext) -> bytes:
         """Answer with values."""
         refs = [(ref.name, ref.partition) for ref in request.partitions]
         values, step = self._shard.pull_variables(refs) if refs else ([], self._shard.global_step())
-        return wire.pack_pulled(self._incarnation, refs, values, step)
+        return wire.pack_pulled(self.incarnation, refs, values, step)
 
     @rpc
     def ApplyDenseGradients(self, request: bytes, context: grpc.ServicerContext) -> ps_pb2.UpdateResponse:
         """Step partitions."""
         parts, write, rate = wire.unpack_dense_update(request)
         self._shard.apply_dense_gradients(parts, write, learning_rate=rate)
-        return ps_pb2.UpdateResponse(incarnation=self._incarnation)
+        return ps_pb2.UpdateResponse(incarnation=self.incarnation)
 
     @rpc
     def AssignVariables(self, request: bytes, context: grpc.ServicerContext) -> ps_pb2.UpdateResponse:
         """Set partitions."""
         parts, write, _ = wire.unpack_dense_update(request)
         self._shard.assign_variables(parts, write)
-        return ps_pb2.UpdateResponse(incarnation=self._incarnation)
+        return ps_pb2.UpdateResponse(incarnation=self.incarnation)
 
     @rpc
     def GlobalStep(self, request: ps_pb2.GlobalStepRequest, context: grpc.ServicerContext) -> ps_pb2.GlobalStepResponse:
@@ -269,9 +268,9 @@ class ParameterServerServicer:
         step = self._shard.global_step(
             advance=request.advance if action == "advance" else None,
             set_to=request.set if action == "set" else None,
-            write=_write(request.write, request.incarnation),
+            write=_write(request),
         )
-        return ps_pb2.GlobalStepResponse(incarnation=self._incarnation, global_step=step)
+        return ps_pb2.GlobalStepResponse(incarnation=self.incarnation, global_step=step)
 
     # ---- queues ------------------------------------------------------------------------------------------------------
 
@@ -280,16 +279,14 @@ class ParameterServerServicer:
         self, request: ps_pb2.CreateQueueRequest, context: grpc.ServicerContext
     ) -> ps_pb2.CreateQueueResponse:
         """Create a queue."""
-        created = self._shard.create_queue(
-            request.name, request.elements, capacity=request.capacity, incarnation=request.incarnation
-        )
-        return ps_pb2.CreateQueueResponse(incarnation=self._incarnation, created=created)
+        created = self._shard.create_queue(request.name, request.elements, _write(request), capacity=request.capacity)
+        return ps_pb2.CreateQueueResponse(incarnation=self.incarnation, created=created)
 
     @rpc
     def Enqueue(self, request: ps_pb2.EnqueueRequest, context: grpc.ServicerContext) -> ps_pb2.EnqueueResponse:
         """Append to a queue."""
-        self._shard.enqueue(request.queue, request.elements, _write(request.write, request.incarnation))
-        return ps_pb2.EnqueueResponse(incarnation=self._incarnation)
+        self._shard.enqueue(request.queue, request.elements, _write(request))
+        return ps_pb2.EnqueueResponse(incarnation=self.incarnation)
 
     @rpc
     def Dequeue(self, request: ps_pb2.DequeueRequest, context: grpc.ServicerContext) -> ps_pb2.DequeueResponse:
@@ -297,12 +294,12 @@ class ParameterServerServicer:
         given = self._shard.dequeue(
             request.queues,
             request.worker,
-            _write(request.write, request.incarnation),
+            _write(request),
             lease_s=request.lease_s,
             claim=request.claim,
         )
         return ps_pb2.DequeueResponse(
-            incarnation=self._incarnation,
+            incarnation=self.incarnation,
             queue=given.queue,
             element=given.element,
             lease=given.lease,
@@ -317,17 +314,17 @@ class ParameterServerServicer:
         held = self._shard.acknowledge(
             request.worker,
             request.lease,
-            _write(request.write, request.incarnation),
+            _write(request),
             queue=request.queue,
             elements=request.elements,
         )
-        return ps_pb2.AcknowledgeResponse(incarnation=self._incarnation, held=held)
+        return ps_pb2.AcknowledgeResponse(incarnation=self.incarnation, held=held)
 
     @rpc
     def HoldLeases(self, request: ps_pb2.HoldLeasesRequest, context: grpc.ServicerContext) -> ps_pb2.HoldLeasesResponse:
         """Prolong or end leases."""
-        leases = self._shard.hold_leases(request.worker, request.lease_s, incarnation=request.incarnation)
-        return ps_pb2.HoldLeasesResponse(incarnation=self._incarnation, leases=leases)
+        leases = self._shard.hold_leases(request.worker, request.lease_s, _write(request))
+        return ps_pb2.HoldLeasesResponse(incarnation=self.incarnation, leases=leases)
 
 
 _RAW = frozenset(
@@ -364,8 +361,9 @@ def _serialize(message: Any) -> bytes:
     return message.SerializeToString()  # type: ignore[no-any-return]
 
 
-def _write(identity: ps_pb2.WriteId, incarnation: int = 0) -> Write:
-    return Write(client_id=identity.client_id, sequence=identity.sequence, incarnation=incarnation)
+def _write(request: Any) -> Write:
+    """The write that a request is, as far as its fields `write` and `incarnation` say."""
+    return wire.unpack_write(request.write, request.incarnation)
 
 
 def _check_dims(parts: Sequence[IdPart], asked: Sequence[int], held: Sequence[int]) -> None:

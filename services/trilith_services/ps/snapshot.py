@@ -149,7 +149,7 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
             "seconds": round(time.perf_counter() - started, 3),
         },
     )
-    return ps_pb2.RestoreResponse(incarnation=identity.incarnation, global_step=manifest.global_step, rows=rows)
+    return ps_pb2.RestoreResponse(incarnation=store.incarnation, global_step=manifest.global_step, rows=rows)
 
 
 def parts_for(manifest: Manifest, index: int, count: int) -> list[Part]:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ import psutil
 from google.protobuf.message import Message
 
 from trilith.errors import (
+    CheckpointError,
     ClosedError,
     InvalidRequestError,
     NonFiniteError,
@@ -27,6 +29,7 @@ from trilith.errors import (
 from trilith.machine import cores
 from trilith.ops.memory import address_of
 from trilith.shard import ANY_WRITE, DensePart, Dequeued, EntryPage, Float32Array, FloatArray, IdPart, UpdatePart, Write
+from trilith.steps import MAX_STEP, MAX_STEPS_AHEAD, as_step
 from trilith.times import check_ahead, whole_seconds
 from trilith_proto import ps_pb2
 from trilith_services.ps import entries, filters, snapshot
@@ -34,9 +37,10 @@ from trilith_services.ps.budget import MemoryBudget
 from trilith_services.ps.kernels.values import all_finite
 from trilith_services.ps.maintenance import Maintenance
 from trilith_services.ps.queues import Queues, QueueState
+from trilith_services.ps.rooms import two_rooms
 from trilith_services.ps.rows import as_ids
 from trilith_services.ps.sequences import Sequences
-from trilith_services.ps.table import Table, compile_common_kernels
+from trilith_services.ps.table import RowWrite, Table, compile_common_kernels, room_for
 from trilith_services.ps.variables import Variables, VariableState
 
 __all__ = ["OWNER_RULE", "Store"]
@@ -54,8 +58,9 @@ OWNER_RULE = "mod"
 class Store:
     """Implements `trilith.shard.Shard` in this process; see there for the verbs.
 
-    Guarantees: a write with an identity (client_id, sequence) is done once; a request that names another incarnation
-    changes nothing; all parts of a request are looked at before the first row changes. Thread-safe throughout.
+    Guarantees: a write with an identity (client_id, origin, sequence) is done once, see `Sequences`; a request that
+    names another incarnation changes nothing; all that can be wrong with any part of a request, and the memory that all
+    parts need together, is looked at before the first row changes. Thread-safe throughout.
     """
 
     def __init__(
@@ -73,7 +78,7 @@ class Store:
         Args:
             index: Which shard this is, from 0.
             count: Of how many.
-            incarnation: Identity of this life of the shard; random if left out.
+            incarnation: Identity of the shard's content until a restore; random if left out.
             memory_limit_bytes: What rows and indexes may use together; 0 means no limit.
             threads: How many threads one large batch may use; the cores that this process may use if left out.
             clock: Unix seconds; the one clock that rows expire by.
@@ -99,7 +104,8 @@ class Store:
         """Told of tables before they appear, created or restored; what it raises, the caller gets, and none appears."""
         self._tables: dict[str, Table] = {}
         self._creating = threading.Lock()
-        self._sequences = Sequences()
+        self._sequences = Sequences(clock=clock)
+        self._changing, self._replacing = two_rooms()
         self._step = 0
         self._step_lock = threading.Lock()
         threads = threads or cores()
@@ -137,16 +143,22 @@ class Store:
             global_step=self._step,
             restored_from=self.restored_from,
             restored_step=self.restored_step,
+            unix_time=self._clock(),
         )
 
     # ---- tables ------------------------------------------------------------------------------------------------
 
     def create_tables(
-        self, configs: Sequence[ps_pb2.TableConfig], *, incarnation: int = 0, timeout_s: float | None = None
+        self, configs: Sequence[ps_pb2.TableConfig], write: Write = ANY_WRITE, *, timeout_s: float | None = None
     ) -> None:
         """See `Shard.create_tables`. Kernels are compiled before the tables appear; other tables answer meanwhile."""
-        self._check_incarnation(incarnation)
+        self._check_incarnation(write.incarnation)
+        with closing(write.ticket):
+            self._sequences.once(write, lambda: self._create_tables(configs, write))
+
+    def _create_tables(self, configs: Sequence[ps_pb2.TableConfig], write: Write) -> None:
         with self._creating:
+            self._check_incarnation(write.incarnation)  # a restore may have come first
             made: dict[str, Table] = {}
             for config in configs:
                 # Not `or`: an empty table is false.
@@ -188,8 +200,13 @@ class Store:
     def apply_gradients(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
         """See `Shard.apply_gradients`."""
 
-        def work() -> None:
-            request_time = self._check_parts(parts, write)
+        def check() -> None:
+            self._check_step(write)
+            for part in parts:
+                table, ids = self.table(part.table), as_ids(part.ids)
+                table.check_gradients(ids, part.values, part.learning_rates, part.counts, write.global_step)
+
+        def work(request_time: int) -> None:
             for part in parts:
                 self.table(part.table).apply_gradients(
                     part.ids,
@@ -199,41 +216,47 @@ class Store:
                     global_step=write.global_step,
                     request_time=request_time,
                     dedup=write.dedup,
+                    has_room=True,
                 )
             self._raise_step(write.global_step)
 
-        self._once(write, work)
+        self._write_rows(parts, write, check, work)
 
     def assign(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
         """See `Shard.assign`."""
 
-        def work() -> None:
-            request_time = self._check_parts(parts, write)
+        def work(request_time: int) -> None:
             for part in parts:
-                self.table(part.table).assign(part.ids, part.values, request_time=request_time)
+                self.table(part.table).assign(part.ids, part.values, request_time=request_time, has_room=True)
 
-        self._once(write, work)
+        self._write_rows(parts, write, lambda: self._check_values(parts), work)
 
     def assign_add(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
         """See `Shard.assign_add`."""
 
-        def work() -> None:
-            request_time = self._check_parts(parts, write)
+        def work(request_time: int) -> None:
             for part in parts:
-                self.table(part.table).assign_add(part.ids, part.values, request_time=request_time)
+                self.table(part.table).assign_add(part.ids, part.values, request_time=request_time, has_room=True)
 
-        self._once(write, work)
+        self._write_rows(parts, write, lambda: self._check_values(parts), work)
 
     def reinitialize(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> npt.NDArray[np.int8]:
         """See `Shard.reinitialize`."""
+        with ExitStack() as held:
 
-        def work() -> npt.NDArray[np.int8]:
-            request_time = self._time(write.request_time)
-            if part.table not in self._tables:
-                return np.full(len(part.ids), -1, np.int8)
-            return self.table(part.table).reinitialize(part.ids, request_time=request_time)
+            def check() -> None:
+                self._time(write.request_time)
+                if part.table in self._tables:
+                    row_write = RowWrite(self.table(part.table), as_ids(part.ids), passed=True)
+                    held.enter_context(room_for(self.budget, [row_write]))
 
-        return self._once(write, work)
+            def work() -> npt.NDArray[np.int8]:
+                table = self._tables.get(part.table)
+                if table is None:
+                    return np.full(len(part.ids), -1, np.int8)
+                return table.reinitialize(part.ids, request_time=self._time(write.request_time), has_room=True)
+
+            return self._once(write, work, check)
 
     def contains(self, part: IdPart, *, timeout_s: float | None = None) -> npt.NDArray[np.bool_]:
         """See `Shard.contains`."""
@@ -267,27 +290,32 @@ class Store:
 
     def erase(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> int:
         """See `Shard.erase`."""
-        return self._once(write, lambda: self.table(part.table).erase(part.ids))
+        return self._once(write, lambda: self.table(part.table).erase(part.ids), lambda: self.table(part.table))
 
     def evict(
         self, tables: Sequence[str], write: Write, *, now: int = 0, timeout_s: float | None = None
     ) -> Mapping[str, int]:
         """See `Shard.evict`."""
+        chosen: list[Table] = []
+
+        def check() -> None:
+            self._time(now, "now")
+            chosen[:] = [self.table(name) for name in tables or sorted(self._tables)]
 
         def work() -> Mapping[str, int]:
             at = self._time(now, "now")
-            chosen = [self.table(name) for name in tables or sorted(self._tables)]
             return {table.name: table.evict(at) for table in chosen}
 
-        return self._once(write, work)
+        return self._once(write, work, check)
 
     def clear(self, tables: Sequence[str], write: Write, *, timeout_s: float | None = None) -> Mapping[str, int]:
         """See `Shard.clear`."""
+        chosen: list[Table] = []
 
-        def work() -> Mapping[str, int]:
-            return {table.name: table.clear() for table in [self.table(name) for name in tables]}
+        def check() -> None:
+            chosen[:] = [self.table(name) for name in tables]
 
-        return self._once(write, work)
+        return self._once(write, lambda: {table.name: table.clear() for table in chosen}, check)
 
     def stats(self, *, timeout_s: float | None = None) -> ps_pb2.StatsResponse:
         """See `Shard.stats`."""
@@ -322,13 +350,14 @@ class Store:
         self,
         specs: Sequence[ps_pb2.VariableSpec],
         initial: Sequence[Float32Array],
+        write: Write = ANY_WRITE,
         *,
-        incarnation: int = 0,
         timeout_s: float | None = None,
     ) -> list[bool]:
         """See `Shard.create_variables`."""
-        self._check_incarnation(incarnation)
-        return self.variables.create(specs, initial)
+        self._check_incarnation(write.incarnation)
+        made = self.variables.make(specs, initial)  # compiles, which others need not wait for
+        return self._once(write, lambda: self.variables.add(made))
 
     def pull_variables(
         self, refs: Sequence[tuple[str, int]], *, timeout_s: float | None = None
@@ -346,21 +375,25 @@ class Store:
     ) -> None:
         """See `Shard.apply_dense_gradients`."""
 
-        def work() -> None:
+        def check() -> None:
+            self._check_step(write)
+            self.variables.check_gradients(parts, learning_rate)
             self._check_finite([(part.name, part.values) for part in parts], write)
+
+        def work() -> None:
             self.variables.apply_gradients(parts, learning_rate=learning_rate, global_step=write.global_step)
             self._raise_step(write.global_step)
 
-        self._once(write, work)
+        self._once(write, work, check)
 
     def assign_variables(self, parts: Sequence[DensePart], write: Write, *, timeout_s: float | None = None) -> None:
         """See `Shard.assign_variables`."""
 
-        def work() -> None:
+        def check() -> None:
+            self.variables.check_values(parts)
             self._check_finite([(part.name, part.values) for part in parts], write)
-            self.variables.assign(parts)
 
-        self._once(write, work)
+        self._once(write, lambda: self.variables.assign(parts), check)
 
     def global_step(
         self,
@@ -376,7 +409,12 @@ class Store:
 
         def work() -> int:
             with self._step_lock:
-                self._step = set_to if set_to is not None else self._step + (advance or 0)
+                if set_to is not None:
+                    self._step = as_step(set_to, "set_to")
+                else:
+                    self._step = as_step(
+                        self._step + as_step(advance, "advance"), f"global_step {self._step} + advance"
+                    )
                 return self._step
 
         return self._once(write, work)
@@ -387,14 +425,13 @@ class Store:
         self,
         name: str,
         elements: Sequence[str] = (),
+        write: Write = ANY_WRITE,
         *,
         capacity: int = 0,
-        incarnation: int = 0,
         timeout_s: float | None = None,
     ) -> bool:
         """See `Shard.create_queue`."""
-        self._check_incarnation(incarnation)
-        return self.queues.create(name, elements, capacity)
+        return self._once(write, lambda: self.queues.create(name, elements, capacity))
 
     def enqueue(self, queue: str, elements: Sequence[str], write: Write, *, timeout_s: float | None = None) -> None:
         """See `Shard.enqueue`."""
@@ -426,20 +463,30 @@ class Store:
         """See `Shard.acknowledge`."""
         return self._once(write, lambda: self.queues.acknowledge(worker, lease, queue, elements))
 
-    def hold_leases(self, worker: str, lease_s: float, *, incarnation: int = 0, timeout_s: float | None = None) -> int:
+    def hold_leases(
+        self, worker: str, lease_s: float, write: Write = ANY_WRITE, *, timeout_s: float | None = None
+    ) -> int:
         """See `Shard.hold_leases`."""
-        self._check_incarnation(incarnation)
-        return self.queues.hold(worker, lease_s)
+        return self._once(write, lambda: self.queues.hold(worker, lease_s))
 
     # ---- checkpoints and the end ---------------------------------------------------------------------------------
 
-    def save(self, path: str, *, timeout_s: float | None = None) -> ps_pb2.SaveResponse:
+    def save(self, path: str, write: Write = ANY_WRITE, *, timeout_s: float | None = None) -> ps_pb2.SaveResponse:
         """See `Shard.save`."""
-        return snapshot.save_shard(self, path)
+        self._check_incarnation(write.incarnation)
+        with closing(write.ticket):
+            return self._sequences.once(write, lambda: snapshot.save_shard(self, path))[0]
 
-    def restore(self, path: str, *, timeout_s: float | None = None) -> ps_pb2.RestoreResponse:
+    def restore(self, path: str, write: Write = ANY_WRITE, *, timeout_s: float | None = None) -> ps_pb2.RestoreResponse:
         """See `Shard.restore`."""
-        return snapshot.restore_shard(self, path)
+
+        def work() -> ps_pb2.RestoreResponse:
+            # Not before: a repetition comes with the incarnation that the first one ended.
+            self._check_incarnation(write.incarnation)
+            return snapshot.restore_shard(self, path)
+
+        with closing(write.ticket):
+            return self._sequences.once(write, work)[0]
 
     def compile(self) -> None:
         """Compile or load what no table's config has a say in; a table's own kernels follow when it is created."""
@@ -478,15 +525,24 @@ class Store:
         queues: Sequence[QueueState],
         step: int,
     ) -> None:
-        """Put what a checkpoint holds in the place of everything that is there, at once; for `snapshot`."""
+        """Put what a checkpoint holds in the place of everything that is there, at once; for `snapshot`.
+
+        The incarnation is another then, and no write from before is done: to clients it is as if the PS had restarted.
+        """
+        if not 0 <= step <= MAX_STEP:
+            raise CheckpointError(f"the checkpoint's step is {step}; steps are 0..{MAX_STEP}")
+        partitions = self.variables.remake(variables)
         with self._creating:
             self.admit_tables([table.config for table in tables.values()])
-            self.variables.replace(variables)
-            self.queues.replace(queues)
-            old = list(self._tables.values())
-            self._tables.clear()
-            self._tables.update(tables)
-            self._step = step
+            with self._replacing:
+                self.incarnation = secrets.randbits(63) | 1
+                self._sequences.clear()
+                self.variables.replace(partitions)
+                self.queues.replace(queues)
+                old = list(self._tables.values())
+                self._tables.clear()
+                self._tables.update(tables)
+                self._step = step
         for table in old:
             table.release()
 
@@ -501,9 +557,32 @@ class Store:
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
-    def _once(self, write: Write, work: Callable[[], _Result]) -> _Result:
-        self._check_incarnation(write.incarnation)
-        return self._sequences.once(write, work)[0]
+    def _once(self, write: Write, work: Callable[[], _Result], check: Callable[[], object] | None = None) -> _Result:
+        """Do a write that has not been done, while nothing replaces what it changes; see `Sequences.once`."""
+        try:
+            with self._changing:
+                self._check_incarnation(write.incarnation)
+                return self._sequences.once(write, work, check=check)[0]
+        finally:
+            write.ticket.close()
+
+    def _write_rows(
+        self, parts: Sequence[UpdatePart], write: Write, check: Callable[[], None], work: Callable[[int], None]
+    ) -> None:
+        """Do `work`, which takes the rows' new time, after all that can be wrong with any part has been looked at."""
+        with ExitStack() as held:
+            request_time = 0
+
+            def begin() -> None:
+                nonlocal request_time
+                request_time = self._time(write.request_time)
+                check()
+                self._check_finite([(part.table, part.values) for part in parts], write)
+                if self.budget.limit:
+                    writes = [RowWrite(self.table(part.table), as_ids(part.ids), part.counts) for part in parts]
+                    held.enter_context(room_for(self.budget, writes))
+
+            self._once(write, lambda: work(request_time), begin)
 
     def _reclaim(self) -> None:
         """Give the memory of freed rows back, of whatever table, so that any may grow."""
@@ -538,13 +617,18 @@ class Store:
         """Unix seconds by this shard's clock, by which rows expire."""
         return self._clock
 
-    def _check_parts(self, parts: Sequence[UpdatePart], write: Write) -> int:
-        """Raise what any part would raise, before the first one changes a row; returns the rows' new time."""
-        request_time = self._time(write.request_time)
+    def _check_values(self, parts: Sequence[UpdatePart]) -> None:
         for part in parts:
-            self.table(part.table).check_update(as_ids(part.ids), part.values, part.learning_rates, part.counts)
-        self._check_finite([(part.table, part.values) for part in parts], write)
-        return request_time
+            self.table(part.table).check_update(as_ids(part.ids), part.values)
+
+    def _check_step(self, write: Write) -> None:
+        """Refuse the step of a write if no step is that large, or if it is a mistake beyond doubt."""
+        step = as_step(write.global_step)
+        if step > self._step + MAX_STEPS_AHEAD:
+            raise InvalidRequestError(
+                f"global_step={step} is more than {MAX_STEPS_AHEAD} ahead of the step counter, which is at "
+                f"{self._step}; global_step(set_to=...) sets that further"
+            )
 
     def _check_finite(self, named: Sequence[tuple[str, npt.NDArray[Any]]], write: Write) -> None:
         if write.allow_non_finite:

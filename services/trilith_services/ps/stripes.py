@@ -200,8 +200,9 @@ class Stripes:
         """Index memory that `new_rows` more rows, evenly spread, will add."""
         if new_rows == 0:
             return 0
-        full = self.columns[:, index.SIZE] + new_rows // STRIPES + 1 > self.columns[:, index.LIMIT]
-        return 8 * int(self.columns[full, index.SLOTS].sum())
+        filled = (self.columns[:, index.SIZE] + new_rows // STRIPES + 1) / self.columns[:, index.LIMIT]
+        times = np.exp2(np.ceil(np.log2(np.maximum(filled, 1.0))))  # an index grows to twice its size, again and again
+        return 8 * int((self.columns[:, index.SLOTS] * (times - 1)).sum())
 
     def generation(self, s: int) -> int:
         """Changes whenever the places of stripe `s` change their meaning; for one turn."""

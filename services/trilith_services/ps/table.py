@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -30,7 +31,7 @@ from trilith_services.ps.rows import Rows, as_counts, as_ids, check_target
 from trilith_services.ps.stripes import RANGE, Batch, Stripes, work_memory
 from trilith_services.ps.touched import Touched
 
-__all__ = ["OccurrenceGate", "Table", "TableCounters", "compile_common_kernels"]
+__all__ = ["OccurrenceGate", "RowWrite", "Table", "TableCounters", "compile_common_kernels", "room_for"]
 
 _SECONDS_PER_DAY = 86400
 _GATHERED = 16384
@@ -54,6 +55,9 @@ class OccurrenceGate(Protocol):
 
         `thresholds` None takes the gate's own.
         """
+
+    def may_pass(self, ids: UInt64Array, counts: npt.NDArray[np.uint32] | None = None) -> npt.NDArray[np.bool_]:
+        """bool[n]: false for writes that `filtered` would surely leave out; counts nothing."""
 
 
 @dataclass(slots=True)
@@ -109,6 +113,8 @@ class Table:
         self._segments = address_of(self.layout.segment_table)
         self._apply = make_apply(self.layout.structure) if self.layout.structure else None
         self._charged = 0
+        self._released = False
+        self._pending = 0  # rows that writes under way may add
         self._charge()
 
     def __len__(self) -> int:
@@ -341,6 +347,7 @@ class Table:
         global_step: int = 0,
         request_time: int = 0,
         dedup: bool = False,
+        has_room: bool = False,
     ) -> None:
         """Take optimizer steps; a missing row that passes the gate is created first.
 
@@ -352,14 +359,13 @@ class Table:
             global_step: For batch_softmax, one-bit readers and stochastic rounding.
             request_time: Unix seconds, the rows' new last update.
             dedup: Sum the gradients of equal ids into one step; otherwise repeats are steps of their own, in order.
+            has_room: The caller holds `room_for` this write.
         """
-        if self._apply is None:
-            raise InvalidRequestError(f"table {self.name!r} is a serving table: it has no optimizer")
-        ids, grads = as_ids(ids), self._as_values(ids, grads)
-        rates = self._as_rates(learning_rates)
+        ids = as_ids(ids)
+        self.check_gradients(ids, grads, learning_rates, counts, global_step)
+        assert self._apply is not None  # just checked
+        grads, rates = self._as_values(ids, grads), self._as_rates(learning_rates)
         counts = as_counts(counts, len(ids))
-        if global_step < 0 and any(kind == "batch_softmax" for kind, _, _ in self.layout.structure):
-            raise InvalidRequestError(f"table {self.name!r}: global_step={global_step} is negative")
         if dedup:
             ids, grads, counts = _sum_repeats(ids, grads, counts)
         time = whole_seconds(request_time)
@@ -367,8 +373,6 @@ class Table:
         ids, grads = self._pass_gate(ids, grads, counts)
         if len(ids) == 0:
             return
-        self._refresh_scales(global_step)
-        self._reserve(ids)
         source, row_bytes = address_of(grads), 4 * self.dim
         apply, rate_address = self._apply, address_of(rates)
 
@@ -388,16 +392,29 @@ class Table:
                 time,
             )
 
-        self._write(ids, step)
+        with self._room(ids, has_room):
+            self._refresh_scales(global_step)
+            self._write(ids, step)
 
-    def check_update(
+    def check_gradients(
         self,
         ids: UInt64Array,
-        values: npt.NDArray[Any],
+        grads: npt.NDArray[Any],
         learning_rates: npt.ArrayLike | None,
-        counts: npt.NDArray[Any] | None = None,
+        counts: npt.NDArray[Any] | None,
+        global_step: int,
     ) -> None:
-        """Raise what a write of these would raise for its shapes, dtypes or rates."""
+        """Raise what `apply_gradients` would raise for its arguments, memory apart."""
+        if self._apply is None:
+            raise InvalidRequestError(f"table {self.name!r} is a serving table: it has no optimizer")
+        self.check_update(ids, grads)
+        self._as_rates(learning_rates)
+        as_counts(counts, len(ids))
+        if global_step < 0 and any(kind == "batch_softmax" for kind, _, _ in self.layout.structure):
+            raise InvalidRequestError(f"table {self.name!r}: global_step={global_step} is negative")
+
+    def check_update(self, ids: UInt64Array, values: npt.NDArray[Any]) -> None:
+        """Raise what a write of these would raise for its shapes or dtypes."""
         if not isinstance(values, np.ndarray):
             raise InvalidRequestError(f"table {self.name!r}: values are {type(values).__name__}, expected an array")
         if values.shape != (len(ids), self.dim) or values.dtype not in (np.float32, np.float16):
@@ -405,10 +422,10 @@ class Table:
                 f"table {self.name!r}: values are {values.dtype}{list(values.shape)}, "
                 f"expected float32 or float16 [{len(ids)}, {self.dim}]"
             )
-        self._as_rates(learning_rates)
-        as_counts(counts, len(ids))
 
-    def assign(self, ids: npt.NDArray[Any], values: npt.NDArray[Any], *, request_time: int = 0) -> None:
+    def assign(
+        self, ids: npt.NDArray[Any], values: npt.NDArray[Any], *, request_time: int = 0, has_room: bool = False
+    ) -> None:
         """Set raw weights, float32 or float16 [n, dim]; the last of repeated ids wins.
 
         With `skip_zero_embedding` a value whose squared norm is below the smallest normal float32 erases its id.
@@ -421,14 +438,16 @@ class Table:
             self.raise_max_update_time(time)
             self.erase(ids[zero])
             ids, values = ids[~zero], values[~zero]
-        self._write_values(ASSIGN, ids, values, time)
+        self._write_values(ASSIGN, ids, values, time, has_room)
 
-    def assign_add(self, ids: npt.NDArray[Any], values: npt.NDArray[Any], *, request_time: int = 0) -> None:
+    def assign_add(
+        self, ids: npt.NDArray[Any], values: npt.NDArray[Any], *, request_time: int = 0, has_room: bool = False
+    ) -> None:
         """Add float32 or float16 [n, dim] to raw weights, one id after another."""
         ids, values = as_ids(ids), self._as_values(ids, values)
-        self._write_values(ADD, ids, values, whole_seconds(request_time))
+        self._write_values(ADD, ids, values, whole_seconds(request_time), has_room)
 
-    def reinitialize(self, ids: npt.NDArray[Any], *, request_time: int) -> npt.NDArray[np.int8]:
+    def reinitialize(self, ids: npt.NDArray[Any], *, request_time: int, has_room: bool = False) -> npt.NDArray[np.int8]:
         """Give ids fresh rows, without asking the gate.
 
         Returns:
@@ -436,7 +455,7 @@ class Table:
         """
         ids = as_ids(ids)
         existed = np.zeros(len(ids), np.int8)
-        self._write_rows(RESET, ids, whole_seconds(request_time), existed=existed)
+        self._write_rows(RESET, ids, whole_seconds(request_time), existed=existed, has_room=has_room)
         return existed
 
     def import_rows(self, found: Rows) -> None:
@@ -539,7 +558,7 @@ class Table:
     # ---- inside ------------------------------------------------------------------------------------------------
 
     def _as_values(self, ids: npt.NDArray[Any], values: npt.NDArray[Any]) -> Float32Array:
-        self.check_update(ids, values, None)
+        self.check_update(ids, values)
         values = np.ascontiguousarray(values)
         if values.dtype == np.float32:
             return values
@@ -557,6 +576,8 @@ class Table:
             )
         if not np.isfinite(rates).all():
             raise NonFiniteError(f"table {self.name!r}: learning rates {rates.tolist()} are not finite")
+        if (rates < 0).any():
+            raise InvalidRequestError(f"table {self.name!r}: learning rates {rates.tolist()} must not be negative")
         return rates
 
     def _pass_gate(
@@ -579,10 +600,12 @@ class Table:
                 grown = one_bit.init_scale * (1.0 + 0.005 * global_step) ** 0.5
                 segment.codec_parameters[1] = min(grown, one_bit.max_scale)
 
-    def _write_values(self, mode: int, ids: UInt64Array, values: Float32Array, request_time: int) -> None:
+    def _write_values(
+        self, mode: int, ids: UInt64Array, values: Float32Array, request_time: int, has_room: bool
+    ) -> None:
         self.raise_max_update_time(request_time)
         ids, values = self._pass_gate(ids, values, None)
-        self._write_rows(mode, ids, request_time, values=values)
+        self._write_rows(mode, ids, request_time, values=values, has_room=has_room)
 
     def _write_rows(
         self,
@@ -594,10 +617,10 @@ class Table:
         state: Float32Array | None = None,
         times: npt.NDArray[np.uint32] | None = None,
         existed: npt.NDArray[np.int8] | None = None,
+        has_room: bool = False,
     ) -> None:
         if len(ids) == 0:
             return
-        self._reserve(ids)
         times_at, existed_at = _address(times), _address(existed)
         values_at, state_at, state_bytes = _address(values), _address(state), 4 * self.layout.state_floats
 
@@ -619,7 +642,8 @@ class Table:
                 existed_at + offset if existed_at else 0,
             )
 
-        self._write(ids, write)
+        with self._room(ids, has_room):
+            self._write(ids, write)
 
     def _write(self, ids: UInt64Array, work: Callable[[Batch, int, int, int, int], int]) -> None:
         """Run a kernel that may add rows, then settle the memory account."""
@@ -628,34 +652,59 @@ class Table:
         finally:
             self._charge()
 
-    def _reserve(self, ids: UInt64Array) -> None:
-        """Make sure that a write of `ids` fits the budget, before any row changes; MemoryLimitError if it does not."""
-        if self._budget.limit == 0:
+    @contextmanager
+    def _room(self, ids: UInt64Array, has_room: bool) -> Iterator[None]:
+        """Within it a write of `ids` fits the budget: the caller holds the room for it, or it is reserved here."""
+        if has_room or self._budget.limit == 0:
+            yield
             return
-        row_bytes = self._stripes.row_bytes
-        if self._budget.has_room(len(ids) * row_bytes + self._stripes.growth_bytes(len(ids))):
-            return
-        missing = len(np.unique(ids[~self.contains(ids)]))
-        fresh = max(0, missing - self._stripes.freed_rows)
-        needed = fresh * row_bytes + self._stripes.growth_bytes(missing)
-        if missing and not self._budget.make_room(needed):
-            raise MemoryLimitError(
-                f"table {self.name!r}: {missing} new rows need {needed} bytes, but {self._budget.used} of the "
-                f"{self._budget.limit} bytes of this PS are in use; nothing was written"
-            )
+        with room_for(self._budget, [RowWrite(self, ids, passed=True)]):
+            yield
+
+    def new_rows(self, write: RowWrite) -> int:
+        """How many rows a write may add at most: distinct ids that have none and might pass the gate."""
+        ids = write.ids
+        missing = ~self.contains(ids)
+        if self.gate is not None and not write.passed and missing.any():
+            counts = None if write.counts is None else write.counts[missing]
+            missing[missing] = self.gate.may_pass(ids[missing], counts)
+        return len(np.unique(ids[missing]))
+
+    def expect(self, rows: int, *, all_new: bool) -> int:
+        """Count `rows` among those that writes under way may add, until `unexpect`.
+
+        Args:
+            rows: How many.
+            all_new: Leave aside that freed rows can be used again.
+
+        Returns:
+            Bytes that they take at most, whatever the other writes come to add.
+        """
+        with self._time_lock:
+            freed = 0 if all_new else max(0, self._stripes.freed_rows - self._pending)
+            self._pending += rows
+            return max(0, rows - freed) * self._stripes.row_bytes + self._stripes.growth_bytes(self._pending)
+
+    def unexpect(self, rows: int) -> None:
+        """Undo `expect`: the write has ended."""
+        with self._time_lock:
+            self._pending -= rows
 
     def _charge(self) -> None:
         """Tell the budget what the table uses now."""
         with self._time_lock:
+            if self._released:  # a write that was under way then
+                return
             now = self.memory_bytes
             self._budget.add(now - self._charged)
             self._charged = now
 
     def release(self) -> None:
-        """Take the table off the budget; it must not be written to afterwards."""
+        """Take the table off the budget, for good: what a write that is under way adds goes with the table."""
         with self._time_lock:
             self._budget.add(-self._charged)
             self._charged = 0
+            self._released = True
 
     def _row_addresses(
         self, ids: UInt64Array, *, inside: bool = False
@@ -700,6 +749,80 @@ class Table:
 
     def _no_rows(self) -> Rows:
         return self._copy_rows(np.empty(0, np.uint64), np.empty((0, 2), np.int64), np.empty(0, np.uint32))
+
+
+@dataclass(frozen=True, slots=True)
+class RowWrite:
+    """One table's part of a write that may add rows.
+
+    Attributes:
+        table: The table.
+        ids: uint64[n].
+        counts: uint32[n] occurrences each id stands for, or None for one each.
+        passed: Whether the table's gate has let all ids through, or is not asked.
+    """
+
+    table: Table
+    ids: UInt64Array
+    counts: npt.NDArray[np.uint32] | None = None
+    passed: bool = False
+
+
+@contextmanager
+def room_for(budget: MemoryBudget, writes: Sequence[RowWrite]) -> Iterator[None]:
+    """Hold the room that writes of rows need together, before the first row changes.
+
+    Raises:
+        MemoryLimitError: They do not fit, whatever other writes under way come to need.
+    """
+    if budget.limit == 0:
+        yield
+        return
+    rows: dict[Table, int] = {}  # several parts may be of one table
+    for each in writes:
+        rows[each.table] = rows.get(each.table, 0) + len(each.ids)
+    with _expected(rows, all_new=True) as size:
+        if budget.reserve(size):
+            try:
+                yield
+            finally:
+                budget.release(size)
+            return
+    # Look more closely: most ids may have rows.
+    rows = dict.fromkeys(rows, 0)
+    for each in writes:
+        rows[each.table] += each.table.new_rows(each)
+    rows = {table: count for table, count in rows.items() if count}
+    for again in (False, True):
+        with _expected(rows, all_new=False) as size:
+            if not rows or budget.reserve(size, wait=True):
+                try:
+                    yield
+                finally:
+                    budget.release(size)
+                return
+        if again or not budget.make_room(size):
+            break
+    names = ", ".join(repr(table.name) for table in rows)
+    raise MemoryLimitError(
+        f"table {names}: {sum(rows.values())} new rows need {size} bytes, but {budget.used} of the "
+        f"{budget.limit} bytes of this PS are in use; nothing was written"
+    )
+
+
+@contextmanager
+def _expected(rows: dict[Table, int], *, all_new: bool) -> Iterator[int]:
+    """Within it so many rows by table are among those that writes under way may add; gives the bytes they take."""
+    taken: list[tuple[Table, int]] = []
+    try:
+        size = 0
+        for table, count in rows.items():
+            size += table.expect(count, all_new=all_new)
+            taken.append((table, count))
+        yield size
+    finally:
+        for table, count in taken:
+            table.unexpect(count)
 
 
 def compile_common_kernels() -> None:

@@ -61,9 +61,16 @@ class Variables:
         Returns:
             Per partition, whether it was created now.
         """
+        return self.add(self.make(specs, initial))
+
+    def make(self, specs: Sequence[ps_pb2.VariableSpec], initial: Sequence[Float32Array]) -> list[Partition]:
+        """Partitions that are not here yet, their kernels compiled."""
         if len(specs) != len(initial):
             raise InvalidRequestError(f"{len(specs)} variables but {len(initial)} initial values")
-        made = [_new_partition(spec, values) for spec, values in zip(specs, initial, strict=True)]
+        return [_new_partition(spec, values) for spec, values in zip(specs, initial, strict=True)]
+
+    def add(self, made: Sequence[Partition]) -> list[bool]:
+        """Put partitions here, all or, with TableExistsError, none; see `create`."""
         with self._lock:
             for partition in made:
                 known = self._partitions.get(_key(partition.spec))
@@ -85,6 +92,7 @@ class Variables:
 
     def apply_gradients(self, parts: Sequence[DensePart], *, learning_rate: float, global_step: int) -> None:
         """One optimizer step per partition; `learning_rate` 0 takes the optimizer's own."""
+        self.check_gradients(parts, learning_rate)
         for partition, grads in self._checked(parts, "gradients"):
             rate = np.float32(learning_rate if learning_rate else partition.layout.learning_rate)
             with partition.lock:
@@ -98,6 +106,16 @@ class Variables:
                     global_step,
                 )
                 partition.version += 1
+
+    def check_gradients(self, parts: Sequence[DensePart], learning_rate: float) -> None:
+        """Raise what `apply_gradients` would raise."""
+        if not 0 <= learning_rate <= np.finfo(np.float32).max:
+            raise InvalidRequestError(f"learning_rate={learning_rate} is no finite number from 0")
+        self._checked(parts, "gradients")
+
+    def check_values(self, parts: Sequence[DensePart]) -> None:
+        """Raise what `assign` would raise."""
+        self._checked(parts, "values")
 
     def assign(self, parts: Sequence[DensePart]) -> None:
         """Set values; optimizer state stays."""
@@ -123,8 +141,9 @@ class Variables:
                 )
         return states
 
-    def replace(self, states: Sequence[VariableState]) -> None:
-        """Put partitions back as a checkpoint holds them, in the place of all that are there."""
+    @staticmethod
+    def remake(states: Sequence[VariableState]) -> dict[tuple[str, int], Partition]:
+        """Partitions as a checkpoint holds them, for `replace`."""
         made = {}
         for each in states:
             partition = _new_partition(each.spec, each.values)
@@ -135,6 +154,10 @@ class Variables:
                 )
             partition.state[:] = each.state
             made[_key(each.spec)] = partition
+        return made
+
+    def replace(self, made: dict[tuple[str, int], Partition]) -> None:
+        """Put partitions that `remake` made in the place of all that are there."""
         with self._lock:
             self._partitions = made
 
