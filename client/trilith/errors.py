@@ -1,32 +1,35 @@
 """Every error Trilith raises; embedded and remote callers see the same classes.
 
+Where Python has a class for the same thing, an error is one of those too, so that what catches them catches it.
+
 TrilithError
-├── InvalidRequestError (also ValueError)   the call itself is wrong
-│   └── NonFiniteError                      NaN or infinity where a gradient or weight was due
-├── UnknownTableError (also KeyError)       no such table
-├── UnknownVariableError (also KeyError)    no such dense variable
-├── UnknownQueueError (also KeyError)       no such string queue
-├── QueueFullError                          a string queue would hold more than its capacity
-├── TableExistsError                        the name is taken by another config
-│   └── TableMismatchError                  another config than the cluster's record has
-├── ClusterMismatchError                    shards disagree with the caller about who they are
-│   └── TableMismatchError                  the same: it is both
-├── ShardRestartedError                     a PS came back without what this caller had written
-├── MemoryLimitError                        the PS refuses new rows
-├── ReadOnlyError                           a write was sent to a serving replica
-├── OverloadedError                         the PS's queue is full; worth retrying
-├── UnavailableError                        the PS cannot be reached; worth retrying
-├── DeadlineExceededError                   the answer did not come in time
-│   └── InDoubtError                        a repeated write may have been done; it was not done now
-├── CheckpointError                         a checkpoint is missing, incomplete or damaged
-├── DataError                               a record or file of records is damaged or not what it was read as
-├── MissingExtraError (also ImportError)    a package is not installed that an extra brings
-├── ClosedError                             the client or PS was closed
-└── InternalError                           a fault of Trilith's own
+├── InvalidRequestError (also ValueError)    the call itself is wrong
+│   └── NonFiniteError                       NaN or infinity where a gradient or weight was due
+├── UnknownTableError (also KeyError)        no such table
+├── UnknownVariableError (also KeyError)     no such dense variable
+├── UnknownQueueError (also KeyError)        no such string queue
+├── QueueFullError (also queue.Full)         a string queue would hold more than its capacity
+├── TableExistsError                         the name is taken by another config
+│   └── TableMismatchError                   another config than the cluster's record has
+├── ClusterMismatchError                     shards disagree with the caller about who they are
+│   └── TableMismatchError                   the same: it is both
+├── ShardRestartedError                      a PS came back without what this caller had written
+├── MemoryLimitError (also MemoryError)      the PS refuses new rows
+├── ReadOnlyError                            a write was sent to a serving replica
+├── OverloadedError                          the PS's queue is full; worth retrying
+├── UnavailableError (also ConnectionError)  the PS cannot be reached; worth retrying
+├── DeadlineExceededError (also TimeoutError)  the answer did not come in time
+│   └── InDoubtError                         a repeated write may have been done; it was not done now
+├── CheckpointError                          a checkpoint is missing, incomplete or damaged
+├── DataError                                a record or file of records is damaged or not what it was read as
+├── MissingExtraError (also ImportError)     a package is not installed that an extra brings
+├── ClosedError                              the client or PS was closed
+└── InternalError (also RuntimeError)        a fault of Trilith's own
 """
 
 from __future__ import annotations
 
+import queue
 from typing import ClassVar
 
 __all__ = [
@@ -94,7 +97,7 @@ class UnknownQueueError(TrilithError, KeyError):
     status = "NOT_FOUND"
 
 
-class QueueFullError(TrilithError):
+class QueueFullError(TrilithError, queue.Full):
     """The elements would exceed the queue's capacity; none was enqueued."""
 
     status = "RESOURCE_EXHAUSTED"
@@ -122,7 +125,7 @@ class ShardRestartedError(TrilithError):
     status = "ABORTED"
 
 
-class MemoryLimitError(TrilithError):
+class MemoryLimitError(TrilithError, MemoryError):
     """The PS is at its memory limit and refuses new rows; rows it holds go on being served."""
 
     status = "RESOURCE_EXHAUSTED"
@@ -140,13 +143,13 @@ class OverloadedError(TrilithError):
     status = "RESOURCE_EXHAUSTED"
 
 
-class UnavailableError(TrilithError):
+class UnavailableError(TrilithError, ConnectionError):
     """The PS cannot be reached; worth retrying."""
 
     status = "UNAVAILABLE"
 
 
-class DeadlineExceededError(TrilithError):
+class DeadlineExceededError(TrilithError, TimeoutError):
     """The answer did not come before the deadline."""
 
     status = "DEADLINE_EXCEEDED"
@@ -180,7 +183,7 @@ class ClosedError(TrilithError):
     status = "FAILED_PRECONDITION"
 
 
-class InternalError(TrilithError):
+class InternalError(TrilithError, RuntimeError):
     """A fault of Trilith's own; the log of the process that raised it has the traceback."""
 
 

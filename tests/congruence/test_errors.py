@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import queue
+
 import numpy as np
 import pytest
+import torch
 
 from trilith import errors
 from trilith.errors import (
@@ -34,6 +38,65 @@ def unchanged(table, call, error, match):
 # ---- the call itself is wrong ----------------------------------------------------------------------------------------
 
 
+def test_errors_are_those_of_python_too():
+    kin = {
+        InvalidRequestError: ValueError,
+        UnknownTableError: KeyError,
+        MemoryLimitError: MemoryError,
+        errors.DeadlineExceededError: TimeoutError,
+        errors.UnavailableError: ConnectionError,
+        errors.QueueFullError: queue.Full,
+        errors.InternalError: RuntimeError,
+    }
+    for ours, pythons in kin.items():
+        assert issubclass(ours, pythons)
+    for name, each in errors.BY_NAME.items():  # as they come over the wire
+        told = each("what was wrong")
+        again = copy.deepcopy(told)
+        assert (type(again).__name__, str(again), repr(again)) == (name, "what was wrong", repr(told))
+
+
+@pytest.mark.parametrize("shape", ["1-ps", "3-ps"])
+def test_nobody_at_an_address_is_a_connection_error_and_no_answer_a_timeout(local, shape, name):
+    with local(shape) as cluster, cluster.connect(timeout_s=1.0) as client:
+        table = client.table(name, dim=4)
+        cluster.kill(0)
+        with pytest.raises(ConnectionError, match="refused"):
+            table.lookup([0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [5, 2**63 + 9],
+        (5, 2**63 + 9),
+        [np.uint64(5), np.int64(-(2**63) + 9)],
+        np.array([5, 2**63 + 9], object),
+        np.array([5, 2**63 + 9], ">u8"),
+        np.array([5, 0, -(2**63) + 9], np.int64)[::2],
+        torch.tensor([5, -(2**63) + 9]),
+    ],
+    ids=str,
+)
+def test_ids_are_integers_of_any_kind_and_keep_all_bits(client, table, ids):
+    rows = np.arange(8, dtype=np.float32).reshape(2, 4)
+    table.assign(ids, rows)
+    exact = np.array([5, 2**63 + 9], np.uint64)
+    np.testing.assert_array_equal(table.lookup(exact), rows)
+    np.testing.assert_array_equal(table.lookup(ids), rows)
+    assert table.contains(ids).all()
+    assert table.lookup_entries(ids) == table.lookup_entries(exact)
+    assert list(table.reinitialize(ids)) == [1, 1]
+    assert table.erase(ids) == 2
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64])
+def test_ids_of_every_width_are_the_same_ids(table, dtype):
+    table.assign(range(100, 103), ONES[[0, 0, 0]])
+    for ids in (np.arange(100, 103, dtype=dtype), torch.from_numpy(np.arange(100, 103, dtype=dtype))):
+        assert table.contains(ids).all()
+
+
 @pytest.mark.parametrize(
     ("ids", "match"),
     [
@@ -42,9 +105,14 @@ def unchanged(table, call, error, match):
         ([1.5, 2.0], "float64, they must be integers"),
         (["a", "b"], "must be integers"),
         ([True, False], "bool, they must be integers"),
-        ([1, 2**64], "must be integers|not an array"),
+        ([1, 2**64], r"ids\[1\] is 18446744073709551616, ids must be integers of 64 bits"),
+        ([-(2**63) - 1, 2**63], r"ids\[0\] is -9223372036854775809"),
+        ([2**63, -1, True], "such as True|float64"),
+        ([2**63, 1.0], "float64, they must be integers"),
+        (np.array([1.0, 2.0]), "float64, they must be integers; integers that became floats"),
+        (np.array([1, None]), "such as None"),
         ([[1], [2, 3]], "not an array"),
-        (None, "one-dimensional"),
+        (None, "None .NoneType., they must be integers"),
         (np.empty(0, np.float32), "must be integers"),
     ],
 )

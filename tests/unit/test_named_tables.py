@@ -294,6 +294,16 @@ def test_features_of_one_config_share_a_table_named_by_their_md5():
     }
 
 
+def test_signed_unsigned_and_pythons_ids_of_features_that_share_a_table_keep_all_bits():
+    table = make_merged()
+    high = 2**63 + 9
+    table.assign({"s0": (np.array([high], np.uint64), [[7]]), "s1": (np.array([5, -1]), [[8], [9]])})
+    exact = {"s0": np.array([high, 5, 2**64 - 1], np.uint64), "s1": [5, high]}
+    assert rows(table.lookup(exact)) == {"s0": [[7], [8], [9]], "s1": [[8], [7]]}
+    mixed = {"s0": [5, high], "s1": np.array([high - 2**64])}
+    assert rows(table.lookup(mixed)) == {"s0": [[8], [7]], "s1": [[7]]}
+
+
 def test_the_last_assignment_in_sorted_order_wins():
     table = make_merged()
     table.assign({"s1": ([1], [[1]]), "s0": ([1], [[7]])}).assign_add({"s1": ([], [])})

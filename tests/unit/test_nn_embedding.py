@@ -138,6 +138,12 @@ def test_ids_that_are_no_bags_are_refused(ids, options):
         as_bags(ids, **options)
 
 
+@pytest.mark.parametrize("ids", [[5, 2**63 + 9], (5, 2**63 + 9), np.array([5, 2**63 + 9], object)], ids=repr)
+def test_pythons_ids_keep_all_bits(ids):
+    assert as_bags(ids).ids.tolist() == [5, 2**63 + 9]
+    assert as_bags([ids, ids]).ids.tolist() == [5, 2**63 + 9] * 2
+
+
 def test_an_unknown_combiner_is_refused():
     with pytest.raises(InvalidRequestError, match="max"):
         EmbeddingBag(filled().table("t"), combiner="max")  # type: ignore[arg-type]

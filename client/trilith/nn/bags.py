@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from trilith.arrays import id_array
 from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
 from trilith.features.combiners import FirstN
@@ -18,7 +20,7 @@ __all__ = ["Bags", "Combiner", "FirstN", "IdsLike", "as_bags", "as_ids", "check_
 
 UInt64Array: TypeAlias = npt.NDArray[np.uint64]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
-IdsLike: TypeAlias = Ragged[Any] | Tensor | npt.NDArray[Any]
+IdsLike: TypeAlias = Ragged[Any] | Tensor | npt.NDArray[Any] | Sequence[int] | Sequence[Sequence[int]]
 
 POOLED = ("sum", "mean", "sqrtn")
 
@@ -58,22 +60,17 @@ def check_combiner(combiner: Combiner) -> Combiner:
     raise InvalidRequestError(f"combiner {combiner!r} is none of {', '.join(POOLED)}, FirstN(n)")
 
 
-def as_ids(ids: Tensor | npt.NDArray[Any]) -> UInt64Array:
-    """Make uint64 of integers of any kind, shape kept; negative ones keep their 64-bit pattern."""
+def as_ids(ids: Any) -> UInt64Array:
+    """Make uint64 of integers of any kind, shape kept and C-contiguous; negative ones keep their 64-bit pattern."""
     try:
-        array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-    except ValueError as error:
-        raise InvalidRequestError(
-            f"ids of type {type(ids).__name__} are no array ({error}); lists of different lengths are a Ragged: "
-            "trilith.data.Ragged.of(lists)"
-        ) from None
-    if array.dtype.kind not in "iu":
-        if array.size:
-            raise InvalidRequestError(f"ids have dtype {array.dtype}; integers are needed")
-        return np.empty(array.shape, np.uint64)
-    if array.dtype == np.uint64:
-        return np.ascontiguousarray(array).reshape(array.shape)
-    return np.ascontiguousarray(array, dtype=np.int64).reshape(array.shape).view(np.uint64)
+        array = id_array("a batch", ids)
+    except InvalidRequestError as error:
+        if isinstance(ids, Sequence) and any(isinstance(each, Sequence) for each in ids):
+            raise InvalidRequestError(
+                f"{error}; lists of different lengths are a Ragged: trilith.data.Ragged.of(lists)"
+            ) from None
+        raise
+    return np.ascontiguousarray(array).reshape(array.shape)
 
 
 def as_bags(

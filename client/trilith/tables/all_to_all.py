@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed
 
+from trilith.arrays import as_ids
 from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.ops.fused_gather import fused_gather_embeddings_by_input, fused_gather_embeddings_by_input_gradient
 from trilith.ops.ragged import as_floats, as_integers
@@ -183,7 +184,7 @@ class AllToAllTables:
             ids: By table int64[n], at least 0; a table without ids may be left out.
         """
         self._check_names(ids)
-        lists = [np.asarray(ids.get(name, ()), np.int64) for name in self.names]
+        lists = [as_ids(name, ids.get(name, ())).view(np.int64) for name in self.names]
         return fused_reorder_by_indices(lists, self._collective.size, self._dims.tolist())
 
     def route(self, updates: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> list[dict[str, tuple[Ints, Floats]]]:
@@ -245,7 +246,7 @@ class AllToAllTables:
 
     def ask_owned(self, ids: Sequence[Mapping[str, npt.ArrayLike]]) -> Asked:
         """`ask` for ids that are arranged by owner already: per rank and table int64[n]."""
-        cells = [np.asarray(of_rank.get(name, ()), np.int64) for of_rank in ids for name in self.names]
+        cells = [as_ids(name, of_rank.get(name, ())).view(np.int64) for of_rank in ids for name in self.names]
         exchanged = self._send_cells(self._asking, cells)
         return Asked(exchanged, self._rows(exchanged))
 
@@ -350,7 +351,8 @@ class AllToAllTables:
         """Let rows of ids travel that are arranged by owner: per rank and table ids and rows."""
         empty = np.empty(0, np.int64), np.empty(0, np.float32)
         given = [of_rank.get(name, empty) for of_rank in updates for name in self.names]
-        exchanged = self._send_cells(self._collective, [np.asarray(ids, np.int64) for ids, _ in given])
+        cells = [as_ids("", ids).view(np.int64) for ids, _ in given]
+        exchanged = self._send_cells(self._collective, cells)
         rows = [np.asarray(each, np.float32).reshape(-1) for _, each in given]
         sizes = exchanged.sent @ self._dims, exchanged.sizes @ self._dims
         return self._returned(exchanged, self._collective.all_to_all(np.concatenate(rows), *sizes), None)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from trilith.arrays import id_array
 from trilith.errors import InvalidRequestError
 from trilith.tables.config import HashTableConfig
 
@@ -146,7 +147,7 @@ class MergedTables(QueueHooks):
         groups = self._groups(ids)
         sizes = {inner: [np.asarray(ids[name]).size for name in names] for inner, names in groups.items()}
         if merged_ids is None:
-            merged_ids = {inner: _concatenate([ids[name] for name in names]) for inner, names in groups.items()}
+            merged_ids = {inner: _concatenate_ids(ids, names) for inner, names in groups.items()}
         found = self.inner.lookup(merged_ids)
         rows: dict[str, Floats] = {}
         for inner, names in groups.items():
@@ -207,7 +208,7 @@ class MergedTables(QueueHooks):
     def _merge(self, updates: Mapping[str, Update]) -> dict[str, Update]:
         return {
             inner: (
-                _concatenate([updates[name][0] for name in names]),
+                _concatenate_ids({name: updates[name][0] for name in names}, names),
                 _concatenate([updates[name][1] for name in names], np.float32),
             )
             for inner, names in self._groups(updates).items()
@@ -224,7 +225,12 @@ def _given(**options: int | None) -> dict[str, int]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _concatenate(pieces: Sequence[npt.ArrayLike], dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
-    """The pieces one after another; empty ones say nothing about dtype or width."""
+def _concatenate_ids(ids: Mapping[str, npt.ArrayLike], names: Sequence[str]) -> npt.NDArray[np.uint64]:
+    """The ids of features one after another; signed and unsigned ones would become floats together."""
+    return np.concatenate([id_array(f"feature {name!r}", ids[name]).reshape(-1) for name in names])
+
+
+def _concatenate(pieces: Sequence[npt.ArrayLike], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """The pieces one after another; empty ones say nothing about width."""
     arrays = [array for piece in pieces if (array := np.asarray(piece, dtype)).size]
-    return np.concatenate(arrays) if arrays else np.empty(0, dtype or np.int64)
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype)

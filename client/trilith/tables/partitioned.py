@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from trilith.arrays import as_ids
 from trilith.batches import Terms, Verb
 from trilith.errors import InvalidRequestError
 from trilith.ops.layout import FidOffsets, fused_embedding_to_layout, fused_embedding_to_layout_grad, nest_layout
@@ -284,7 +285,7 @@ class PartitionedTables(QueueHooks):
             for table, (ids, values) in of_shard.items():
                 if table not in self._named:
                     raise InvalidRequestError(f"no table {table!r}; there are {self.table_names}")
-                mine = np.asarray(ids, np.int64).view(np.uint64)
+                mine = as_ids(table, ids)
                 astray = mine % np.uint64(shards) != shard
                 if astray.any():
                     raise InvalidRequestError(

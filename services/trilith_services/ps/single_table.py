@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from trilith.arrays import id_array
 from trilith.errors import InvalidRequestError
 from trilith_services.ps.assets import find_restore_base
 from trilith_services.ps.delay_compensation import delay_compensated
@@ -182,11 +183,7 @@ class SingleTable:
 
 def as_ids(ids: npt.ArrayLike | Sequence[int]) -> npt.NDArray[np.uint64]:
     """uint64[n] out of integers of any type; negative ones are taken as two's complement."""
-    array = np.asarray(ids)
-    if not array.size:
-        return np.empty(0, np.uint64)
-    if array.dtype == object:
-        array = np.array([int(each) & 0xFFFFFFFFFFFFFFFF for each in array.ravel()], np.uint64)
-    if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise InvalidRequestError(f"ids of dtype {array.dtype} and shape {array.shape}: ids are integers[n]")
-    return np.ascontiguousarray(array.astype(np.int64) if array.dtype.kind == "i" else array).astype(np.uint64)
+    array = id_array("the table", ids)
+    if array.size and array.ndim != 1:
+        raise InvalidRequestError(f"ids of shape {array.shape}: ids are integers[n]")
+    return np.ascontiguousarray(array).reshape(array.size)
