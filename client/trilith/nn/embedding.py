@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -156,7 +155,7 @@ class _Lookup(torch.autograd.Function):
 class _ClusterModule(Anchored):
     """What the modules share: the exchange with the cluster and the device.
 
-    `copy.deepcopy` makes a module over the same rows, with a thread of its own for its pushes.
+    A copy of a module has the same rows, and a thread of its own for its pushes.
     """
 
     def __init__(
@@ -191,17 +190,12 @@ class _ClusterModule(Anchored):
         )
         return self._cast(outputs)
 
-    def _tables(self) -> Iterable[TableLike]:
-        """Handles that copies of the module share."""
-        raise NotImplementedError
+    def _shared(self) -> Iterable[object]:
+        return (self.exchange.client, *self._tables())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A module over the same rows."""
-        for shared in (self.exchange.client, *self._tables()):
-            memo[id(shared)] = shared
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+    def _tables(self) -> Iterable[TableLike]:
+        """The tables whose rows the module has."""
+        raise NotImplementedError
 
 
 class Embedding(_ClusterModule):
