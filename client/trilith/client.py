@@ -16,6 +16,7 @@ from trilith.dense import Variables
 from trilith.discovery import Directory
 from trilith.discovery.members import Members
 from trilith.discovery.record import ClusterRecord, RecordKeeper
+from trilith.discovery.zk_url import redact
 from trilith.errors import InvalidRequestError, ShardRestartedError, UnknownTableError
 from trilith.ops.dedup import gather_values
 from trilith.queues import Queues
@@ -45,6 +46,8 @@ class Client:
         self._members = members
         self.features: dict[str, str] = {}
         """Name of its table by feature, as recorded through this client."""
+        self.opened_by: tuple[Callable[..., Client], tuple[Any, ...]] | None = None
+        """What opens the same cluster elsewhere; None where the cluster is in this process."""
         self._tables: dict[str, TableInfo] = {}
         self._batches = self._new_batches(None)
         self._variables = Variables(cluster)
@@ -452,6 +455,28 @@ class Client:
         self._cluster.close()
         if self._members is not None:
             self._members.close()
+
+    def __reduce__(self) -> tuple[Callable[..., Client], tuple[Any, ...]]:
+        """Pickled, a client is its address: unpickling connects anew, with an identity of its own.
+
+        Raises:
+            InvalidRequestError: The cluster is in this process, or the address holds a password.
+        """
+        if self.opened_by is None:
+            raise InvalidRequestError(
+                "the rows of an embedded cluster are in this process, so its client, tables and modules cannot be "
+                "pickled; save the cluster with Client.save and a model with state_dict()"
+            )
+        address = self.opened_by[1][0]
+        if redact(address) != address:
+            raise InvalidRequestError(
+                f"{redact(address)!r} has credentials, which no pickle shall hold; give them by ?auth_file= or ZK_AUTH"
+            )
+        return self.opened_by
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Client:
+        """The client itself: copies of a model look at the same rows."""
+        return self
 
     def __enter__(self) -> Client:
         """Return the client itself."""

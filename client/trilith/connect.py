@@ -81,19 +81,28 @@ def connect(
         from trilith_services.ps.store import Store
 
         return Client(Cluster([Store(threads=threads, memory_limit_bytes=memory_limit_bytes)], config))
+    return _connect_remote(address, config, num_ps, tune_allocator)
+
+
+def _connect_remote(address: str, config: ClientConfig, num_ps: int | None, tune_allocator: bool) -> Client:
+    """Open a cluster of processes; what a pickled client is made of again, wherever it is unpickled."""
     from trilith.discovery.members import Members
     from trilith.discovery.urls import open_directory
     from trilith.ops import memory
 
+    prepare_grpc()
     if tune_allocator:
         memory.tune_allocator()
     started = time.monotonic()
+    timeout_s = config.timeout_s
     members = Members(lambda: open_directory(address, timeout_s=timeout_s))
     try:
-        return _open(members, config, num_ps, max(timeout_s - (time.monotonic() - started), 0.1))
+        client = _open(members, config, num_ps, max(timeout_s - (time.monotonic() - started), 0.1))
     except BaseException:
         members.close()
         raise
+    client.opened_by = (_connect_remote, (address, config, num_ps, tune_allocator))
+    return client
 
 
 def open_part(

@@ -181,6 +181,14 @@ class PeerClient:
         self._process = os.getpid()
         renew_in_children(self)
 
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled."""
+        raise InvalidRequestError("the rows are in the ranks' processes, so their client cannot be pickled")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PeerClient:
+        """The client itself: copies of a model look at the same rows."""
+        return self
+
     def after_fork(self) -> None:
         """Rows and exchanges stay with the rank that was forked."""
         there: Any = _Elsewhere(

@@ -21,6 +21,9 @@ class FakeClient:
     calls: list[str] = field(default_factory=list)
     step: int = 0
 
+    def __deepcopy__(self, memo: object) -> FakeClient:
+        return self
+
     def table(self, name: str) -> FakeTable:
         return FakeTable(self, name)
 

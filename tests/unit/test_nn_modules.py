@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -208,6 +209,21 @@ def test_an_embedded_cluster_is_shared_by_copies_too():
         twin = copy.deepcopy(nn.Sequential(bag))
         bag(np.array([1])).sum().backward()
         torch.testing.assert_close(twin(np.array([1])), torch.full((1, DIM), -1.0))
+
+
+def test_an_embedded_cluster_is_not_pickled():
+    with trilith.connect("local://") as client:
+        bag = EmbeddingBag(client.table("t", dim=DIM))
+        with pytest.raises(InvalidRequestError, match="in this process.*state_dict"):
+            ForkingPickler.dumps(bag)
+
+
+def test_credentials_are_not_pickled():
+    with trilith.connect("local://") as client:
+        client.opened_by = (trilith.connect, ("zk://me:secret@zk1/path",))
+        with pytest.raises(InvalidRequestError, match=r"zk://\*\*\*@zk1/path.*auth_file") as caught:
+            ForkingPickler.dumps(client)
+        assert "secret" not in str(caught.value)
 
 
 def test_a_state_dict_holds_the_dense_part_alone(client):

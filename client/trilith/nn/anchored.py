@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ class Anchored(nn.Module):
 
     What torch users decide by parameters thereby holds for the rows: `.to()` moves the vectors to a device or dtype;
     `requires_grad_(False)`, also of a module around this one, freezes the rows. In `eval()` a backward pass applies no
-    gradients either. Optimizers find the anchor and leave it at zero; no `state_dict` holds it. A `copy.deepcopy` has the
+    gradients either. Optimizers find the anchor and leave it at zero; no `state_dict` holds it. Copies have the
     same rows.
 
     Args:
@@ -55,17 +54,6 @@ class Anchored(nn.Module):
         """float32 vectors in the module's dtype, as `.half()` or `.to(torch.bfloat16)` want them."""
         dtype = self.anchor.dtype
         return vectors if dtype == torch.float32 else tuple(each.to(dtype) for each in vectors)
-
-    def _shared(self) -> Iterable[object]:
-        """What leads to the rows, which copies of the module share."""
-        raise NotImplementedError
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A module over the same rows."""
-        memo |= {id(each): each for each in self._shared()}
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

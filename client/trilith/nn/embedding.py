@@ -190,13 +190,6 @@ class _ClusterModule(Anchored):
         )
         return self._cast(outputs)
 
-    def _shared(self) -> Iterable[object]:
-        return (self.exchange.client, *self._tables())
-
-    def _tables(self) -> Iterable[TableLike]:
-        """The tables whose rows the module has."""
-        raise NotImplementedError
-
 
 class Embedding(_ClusterModule):
     """A table as `torch.nn.Embedding`: one row per id, whatever the ids' shape.
@@ -218,9 +211,6 @@ class Embedding(_ClusterModule):
     ) -> None:
         super().__init__(table.client, device=device, init_missing=init_missing, bridge=bridge)
         self.table = table
-
-    def _tables(self) -> Iterable[TableLike]:
-        return (self.table,)
 
     @outside_graphs
     def forward(self, ids: Tensor | npt.NDArray[Any]) -> Tensor:
@@ -260,9 +250,6 @@ class EmbeddingBag(_ClusterModule):
         super().__init__(table.client, device=device, init_missing=init_missing, bridge=bridge)
         self.table = table
         self.combiner = check_combiner(combiner)
-
-    def _tables(self) -> Iterable[TableLike]:
-        return (self.table,)
 
     @outside_graphs
     def forward(
@@ -365,9 +352,6 @@ class EmbeddingCollection(_ClusterModule):
         step, groups, samples = self._plan(batch, create=False)
         bring = self.exchange.begin(step.ids)
         return lambda: FetchedRows(step, bring(), groups, samples)
-
-    def _tables(self) -> Iterable[TableLike]:
-        return [feature.table for feature in self.features.values()]
 
     @outside_graphs
     def forward(self, batch: Mapping[str, IdsLike] | FetchedRows) -> dict[str, Tensor]:

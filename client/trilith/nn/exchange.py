@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,6 +58,10 @@ class Exchange:
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
         """Another exchange with the same cluster; what is on its way or held back stays with this one."""
         return Exchange(self.client, init_missing=self.init_missing, async_push=self.pusher.depth)
+
+    def __reduce__(self) -> Any:
+        """The same for another process, where the client, unpickled, connects by itself."""
+        return partial(Exchange, init_missing=self.init_missing, async_push=self.pusher.depth), (self.client,)
 
     def lookup(self, ids: Mapping[str, UInt64Array], *, create: bool = True) -> dict[str, Float32Array]:
         """Per table the float32[n, dim] rows of its ids, all tables in one call.

@@ -87,9 +87,6 @@ class FusedLayouts(Anchored):
         tensors: Any = fused_embedding_to_layout(rows, fetched.offsets, self.tables.configs)
         return dict(nest_layout(tensors, self.tables.configs))
 
-    def _shared(self) -> Iterable[object]:
-        return (self.tables,)
-
     def drain(self) -> None:
         """Wait until all gradients have been applied; raises what a push in the background ended with."""
         self.tables.drain()

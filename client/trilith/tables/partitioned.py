@@ -138,6 +138,10 @@ class PartitionedTables(QueueHooks):
         client.record_features({prefix + feature: self._named[table] for feature, table in self.table_of.items()})
         self._batches = client.batches(float16=transfer_float16)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PartitionedTables:
+        """The tables themselves: copies of a model look at the same rows."""
+        return self
+
     @property
     def table_names(self) -> list[str]:
         """Sorted."""
