@@ -10,6 +10,7 @@ One thread; tables without a pool; ids all present; times are medians.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,7 @@ __all__ = ["BENCHMARKS"]
 Float32Array = npt.NDArray[np.float32]
 
 _FILL = 65_536
+_STALL_STEP_S = 0.002  # between two steps of the table whose lookups are timed
 
 
 def make_table(optimizer: Any, dim: int, rows: int = 1) -> Table:
@@ -227,6 +229,72 @@ def grow(context: Context) -> list[Entry]:
     ]
 
 
+def stall(context: Context) -> list[Entry]:
+    """Small lookups of a table that is exported, or swept, against those of one beside which another table is.
+
+    So the second thread costs the first as much time on both sides, and what is left is what the lookups wait for the
+    table itself. Rows are stepped now and then, since only a writer that waits makes readers wait for readers. The
+    worse of the two kinds of work counts.
+    """
+    sizes = context.sizes
+    dim = 16
+    keys = Keys(sizes.stall_rows)
+    array = make_array(sizes.stall_rows, dim)
+    table, other = (make_table(Adagrad(), dim, sizes.stall_rows) for _ in range(2))
+    for each in (table, other):
+        fill(context, each, keys, array)
+    out = np.empty((sizes.small_ids, dim), np.float32)
+    grads = np.random.default_rng(8).normal(size=(sizes.small_ids, dim)).astype(np.float32)
+
+    def export(busy: Table) -> None:
+        for s in range(busy.stripes):
+            busy.export_stripe(s)
+
+    def sweep(busy: Table) -> None:
+        busy.evict(2)
+
+    def measure(work: Callable[[Table], None], busy: Table) -> list[float]:
+        ended = threading.Event()
+
+        def run() -> None:
+            while not ended.is_set():
+                work(busy)
+
+        def train() -> None:
+            while not ended.wait(_STALL_STEP_S):
+                table.apply_gradients(keys.uniform(sizes.small_ids)[1], grads, request_time=2)
+
+        threads = [threading.Thread(target=each) for each in (run, train)]
+        for thread in threads:
+            thread.start()
+        seconds = []
+        for _ in range(sizes.stall_lookups):
+            ids = keys.uniform(sizes.small_ids)[1]
+            started = time.perf_counter()
+            table.lookup(ids, out)
+            seconds.append(time.perf_counter() - started)
+        ended.set()
+        for thread in threads:
+            thread.join()
+        return seconds
+
+    found: list[tuple[float, float]] = []
+    for work in (export, sweep):
+        own: list[float] = []
+        others: list[float] = []
+        for round_ in range(sizes.stall_rounds):
+            context.progress(f"lookups beside {work.__name__}", round_, sizes.stall_rounds)
+            own += measure(work, table)
+            others += measure(work, other)
+        found.append((float(np.percentile(own, 99)), float(np.percentile(others, 99))))
+        context.note(
+            f"lookups of {sizes.small_ids} ids, 99th percentile: {1e3 * found[-1][0]:.2f} ms while the table is at its "
+            f"{work.__name__}, {1e3 * found[-1][1]:.2f} ms while another one is"
+        )
+    worst = max(found, key=lambda pair: pair[0] / pair[1])
+    return [lower("engine.stall.export", 1e3 * worst[0], 1e3 * worst[1], "ms a lookup", 5.0)]
+
+
 BENCHMARKS = (
     Benchmark(("engine.lookup.d8",), partial(lookup, dim=8, target=0.5, align=False)),
     Benchmark(("engine.lookup.d16",), partial(lookup, dim=16, target=0.5, align=True)),
@@ -235,4 +303,5 @@ BENCHMARKS = (
     Benchmark(("engine.adam.d16",), partial(step, optimizer="adam", target=0.2)),
     Benchmark(("engine.threads.lookup", "engine.threads.apply"), threads),
     Benchmark(("engine.grow.stall", "engine.grow.bytes"), grow),
+    Benchmark(("engine.stall.export",), stall),
 )

@@ -23,6 +23,9 @@ class Sizes:
         thread_rounds: Rounds of the thread benchmarks.
         thread_batches: Batches per thread and round there.
         grow_runs: Tables grown from capacity 1; the best run counts.
+        stall_rows: Rows of the table that is exported and swept while it is looked up.
+        stall_rounds: Times that both sides of that figure are measured for each kind of work.
+        stall_lookups: Timed lookups of a side and round there.
         rpc_rows: Rows of the table behind gRPC.
         rpc_calls: Timed calls per side of an RPC figure.
         flights: Rounds of the benchmark with four calls in flight.
@@ -37,6 +40,7 @@ class Sizes:
         op_rounds: Timed rounds per side of its figures.
         discovery_kills: Times that a PS is killed.
         step_batch: Samples of a step through tables.
+        many_tables: Tables that one PS is given.
         serving_samples: Samples whose ids have rows.
         serving_batch: Records of a request.
         serving_calls: Timed requests per side.
@@ -65,6 +69,9 @@ class Sizes:
     thread_rounds: int = 50
     thread_batches: int = 8
     grow_runs: int = 3
+    stall_rows: int = 1_500_000
+    stall_rounds: int = 5
+    stall_lookups: int = 2000
     rpc_rows: int = 1_000_000
     rpc_calls: int = 150
     flights: int = 50
@@ -79,6 +86,7 @@ class Sizes:
     op_rounds: int = 15
     discovery_kills: int = 3
     step_batch: int = 4096
+    many_tables: int = 1000
     serving_samples: int = 100_000
     serving_batch: int = 256
     serving_calls: int = 500
@@ -110,6 +118,9 @@ QUICK = Sizes(
     thread_rounds=4,
     thread_batches=2,
     grow_runs=1,
+    stall_rows=50_000,
+    stall_rounds=1,
+    stall_lookups=100,
     rpc_rows=50_000,
     rpc_calls=8,
     flights=4,
@@ -122,6 +133,7 @@ QUICK = Sizes(
     op_rounds=3,
     discovery_kills=1,
     step_batch=256,
+    many_tables=20,
     serving_samples=5000,
     serving_calls=20,
     sync_rows=40_000,

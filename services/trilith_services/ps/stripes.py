@@ -339,30 +339,33 @@ class Stripes:
                 if first <= scan.stripe < last:
                     scan.erased.append(ids.copy())
 
-    def sweep(self, s: int, work: Callable[[int, int], None]) -> None:
+    def sweep(self, s: int, look: Callable[[int, int], bool], work: Callable[[int, int], None]) -> None:
         """Run `work(begin, end)`, which may erase rows, over all places of stripe `s`, from the last to the first.
 
-        The caller has every range for itself, and others their turns between. If the index is rebuilt meanwhile, it is
-        gone through again.
+        Where `look(begin, end)` says that there is nothing to do, only writers wait meanwhile; else the caller has the
+        range for itself. Others have their turns between. If the index is rebuilt, it is gone through again.
         """
         for attempt in range(_TRIES):
-            generation, place = -1, 0
+            with self.reading:
+                generation, end = self._generations[s], int(self.places[s])
+                # The stash comes whole, with the last slots.
+                begin = max(0, int(self.columns[s, index.SLOTS]) - RANGE)
             while True:
-                with self.writing(s):
-                    self._cancel(s)
-                    if generation < 0:
-                        generation, place = self._generations[s], int(self.places[s])
-                        begin = max(0, min(place, int(self.columns[s, index.SLOTS])) - RANGE)
-                    elif generation != self._generations[s]:
+                if attempt == _TRIES - 1:
+                    begin = 0
+                with self.reading:
+                    if generation != self._generations[s]:
                         break
-                    else:
-                        begin = max(0, place - RANGE)
-                    if attempt == _TRIES - 1:
-                        begin = 0
-                    work(begin, place)
-                place = begin
-                if place == 0:
+                    found = look(begin, end)
+                if found:
+                    with self.writing(s):
+                        if generation != self._generations[s]:
+                            break
+                        self._cancel(s)
+                        work(begin, end)
+                if begin == 0:
                     return
+                begin, end = max(0, begin - RANGE), begin
 
     def compact(self, least: float) -> int:
         """Move rows together and give what is behind them back to the machine; returns how many bytes.

@@ -509,6 +509,10 @@ class Table:
         for s in range(STRIPES):
             gone: list[int] = []
 
+            def look(begin: int, end: int, s: int = s) -> bool:
+                found = sweep.any_expired(self._at, s, begin, end, now, address_of(lifetimes), len(lifetimes))
+                return bool(found)
+
             def evict(begin: int, end: int, s: int = s, gone: list[int] = gone) -> None:
                 ids = np.empty(end - begin, np.uint64)
                 room = address_of(lifetimes), len(lifetimes), address_of(ids)
@@ -518,7 +522,7 @@ class Table:
                 if (touched := self._stripes.touched) is not None:
                     touched.add(ids)
 
-            self._stripes.sweep(s, evict)
+            self._stripes.sweep(s, look, evict)
             evicted += sum(gone)
         if evicted:
             self.compact(1 / _EVICTED_PART)
@@ -836,6 +840,7 @@ def compile_common_kernels() -> None:
         sweep.sort_freed,
         sweep.drop_freed,
         sweep.move_rows,
+        sweep.any_expired,
         sweep.evict_rows,
         sweep.scan_index,
         sweep.mark_expired,

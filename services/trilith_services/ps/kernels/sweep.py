@@ -191,6 +191,34 @@ def lifetime(lifetimes: Any, slots: Any, key: Any) -> Any:
     return get(lifetimes, np.int64((key >> np.uint64(48)) & np.uint64(slots - 1)))
 
 
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+def any_expired(stripes: int, s: int, begin: int, end: int, now: int, lifetimes: int, slots: int) -> int:
+    """Say whether a place of one stripe leads to an expired row: one with now - last update >= lifetime.
+
+    Args:
+        stripes: Address of int64[STRIPES, COLUMNS].
+        s: Stripe.
+        begin: First place.
+        end: One past the last place; the index may have fewer.
+        now: Unix seconds to judge by.
+        lifetimes: Address of int64[slots], seconds.
+        slots: 1, or 32768 for lifetimes by slot.
+
+    Returns:
+        1 or 0.
+    """
+    stripe = stripe_at(stripes, s)
+    for place in range(begin, min(end, get(stripe, SLOTS) + get(stripe, STASHED))):
+        _request_time(stripe, place + _AHEAD)
+        word = word_at(stripe, place)
+        number = number_in(stripe, word)
+        if number != 0:
+            key = unmix64(hash_in(stripe, s, word))
+            if now - np.int64(load_u32(time_at(stripe, number), 0)) >= lifetime(lifetimes, slots, key):
+                return 1
+    return 0
+
+
 @kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
 def evict_rows(
     stripes: int, s: int, begin: int, end: int, now: int, lifetimes: int, slots: int, evicted_ids: int
