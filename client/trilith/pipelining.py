@@ -13,18 +13,38 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from trilith.errors import ClosedError, InvalidRequestError
 from trilith.forks import renew_in_children
 
-__all__ = ["Ahead", "Fetch", "Prefetcher", "Pusher"]
+__all__ = ["Ahead", "Fetch", "Place", "Placed", "Prefetcher", "Pusher"]
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 _S = TypeVar("_S")
 
 _POLL_S = 0.1
+
+Place: TypeAlias = Callable[[], dict[str, Any]]
+"""A place among items, cheap to keep: makes the state from which an iterator goes on behind it."""
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """Items that know where they are, such as those of `trilith.data.DatasetIterator`."""
+
+    def position(self) -> Place:
+        """Behind the last item that was taken."""
+
+    def follow(self, place: Callable[[], Place]) -> None:
+        """Have `state_dict` say where `place` says that a loop is, for which items are taken ahead."""
+
+
+def _nowhere() -> dict[str, Any]:
+    raise InvalidRequestError(
+        "these items have no place to go on from; prefetch the iterator of a dataset, samples.iterate(), itself"
+    )
 
 
 class Fetch(Generic[_R]):
@@ -52,7 +72,8 @@ class Prefetcher(Generic[_T, _R]):
     """Goes over items, each with what `fetch` gave for it, fetched up to `depth` items ahead by one thread.
 
     An item's fetch begins when the item `depth` places before it is taken, not earlier. Used as a context manager or
-    closed, so that its thread ends when the loop is left early.
+    closed, so that its thread ends when the loop is left early. Of items that are `Placed`, `state_dict` says where the
+    loop is, whatever has been taken ahead of it, and so does that of the items themselves.
 
     Args:
         items: Read by the thread.
@@ -67,7 +88,13 @@ class Prefetcher(Generic[_T, _R]):
         self._items = iter(items)
         self._fetch = fetch
         self._depth = depth
-        self._ready: queue.SimpleQueue[tuple[_T, Fetch[_R]] | BaseException | None] = queue.SimpleQueue()
+        self._follows: Callable[[], Place] | None = None
+        self._placed = next((each for each in (self._items, items) if isinstance(each, Placed)), None)
+        self._place: Place = _nowhere
+        if self._placed is not None:
+            self._place = self._placed.position()
+            self._placed.follow(self._loop_place)
+        self._ready: queue.SimpleQueue[tuple[_T, Fetch[_R], Place] | BaseException | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(depth)
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -96,17 +123,40 @@ class Prefetcher(Generic[_T, _R]):
             if isinstance(found, BaseException):
                 raise found
             self._room.release()
-            yield found
+            item, fetched, self._place = found
+            yield item, fetched
 
     def _in_this_thread(self) -> Iterator[tuple[_T, Fetch[_R]]]:
-        ahead: deque[tuple[_T, Fetch[_R]]] = deque()
-        for item in self._items:
+        ahead: deque[tuple[_T, Fetch[_R], Place]] = deque()
+        for taken in self._items:
             if self._closed.is_set():
                 return
-            ahead.append((item, Fetch(lambda item=item: self._fetch(item))))  # type: ignore[misc]
+            ahead.append(self._fetched(taken))
             if len(ahead) > self._depth:
-                yield ahead.popleft()
-        yield from ahead
+                item, fetched, self._place = ahead.popleft()
+                yield item, fetched
+        for item, fetched, self._place in ahead:
+            yield item, fetched
+
+    def _fetched(self, item: _T) -> tuple[_T, Fetch[_R], Place]:
+        """The item last taken, with its fetch and the place behind it."""
+        place = _nowhere if self._placed is None else self._placed.position()
+        return item, Fetch(lambda: self._fetch(item)), place
+
+    def position(self) -> Place:
+        """Behind the item last given out; making a state of it is an error where the items do not know their places."""
+        return self._place
+
+    def follow(self, place: Callable[[], Place]) -> None:
+        """See `Placed`."""
+        self._follows = place
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the items' `state_dict` would be had only those been taken that were given to the loop."""
+        return self._loop_place()()
+
+    def _loop_place(self) -> Place:
+        return self.position() if self._follows is None else self._follows()
 
     def _run(self) -> None:
         try:
@@ -116,7 +166,7 @@ class Prefetcher(Generic[_T, _R]):
                 while not self._room.acquire(timeout=_POLL_S):
                     if self._closed.is_set():
                         return
-                self._ready.put((item, Fetch(lambda item=item: self._fetch(item))))  # type: ignore[misc]
+                self._ready.put(self._fetched(item))
             self._ready.put(None)
         except BaseException as error:  # noqa: BLE001 - raised in the thread that reads
             self._ready.put(error)
@@ -156,6 +206,18 @@ class _Followed(Prefetcher[_T, _S]):
     def __iter__(self) -> Iterator[tuple[_T, Fetch[_S]]]:
         for (item, _), fetched in self._pairs:
             yield item, fetched
+
+    def position(self) -> Place:
+        """Behind the item last given out."""
+        return self._pairs.position()
+
+    def follow(self, place: Callable[[], Place]) -> None:
+        """See `Placed`."""
+        self._pairs.follow(place)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Prefetcher`."""
+        return self._pairs.state_dict()
 
     def close(self) -> None:
         """End both threads, the later one first: it is where the items that were taken have brought it."""

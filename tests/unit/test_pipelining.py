@@ -11,12 +11,16 @@ import torch
 import trilith
 from tests.unit.nn_fakes import FakeClient
 from trilith.data.clicks import split
+from trilith.data.dataset import from_records
+from trilith.data.positions import from_json, to_json
 from trilith.data.ragged import Ragged
+from trilith.data.specs import Slot
 from trilith.data.synthetic import make_clicks
 from trilith.errors import InvalidRequestError, ShardRestartedError, UnavailableError
 from trilith.nn import EmbeddingCollection, Feature
 from trilith.ops.jit import JIT_DISABLED
 from trilith.pipelining import Ahead, Prefetcher, Pusher
+from trilith_proto.proto_parser_pb2 import Instance
 from trilith_services.worker.models import TABLE, settings_of
 from trilith_services.worker.trainer import Trainer, WorkerConfig
 
@@ -104,6 +108,70 @@ def test_a_fetch_may_follow_another_and_both_have_fetched_what_was_asked_for_whe
                 break
     assert followed == [item - 2 for item in range(7 + second)]
     assert begun == list(range(7 + second + first + (second > 0)))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("followed", [0, 2])
+@pytest.mark.parametrize("threads", [0, 2])
+def test_the_position_is_that_of_the_loop_whatever_was_taken_ahead(depth, background, followed, threads):
+    samples = from_records([str(number).encode() for number in range(40)]).shuffle(9, seed=3).batch(3)
+    samples = samples.map(lambda records: [int(each) for each in records.payloads()])
+    samples = samples.prefetch(2, threads=threads) if threads else samples
+    whole = list(samples.iterate(epoch=2))
+    iterator = samples.iterate(epoch=2)
+    ahead = Prefetcher(iterator, sum, depth, background=background)
+    ahead = ahead.then(lambda each: each, followed) if followed else ahead
+    seen, states = [], [(iterator.state_dict(), ahead.state_dict())]
+    with ahead:
+        for batch, fetched in ahead:
+            assert fetched.result() == sum(batch)
+            seen.append(batch)
+            states.append((iterator.state_dict(), ahead.state_dict()))
+            if len(seen) == 11:
+                break
+    states.append((iterator.state_dict(), ahead.state_dict()))  # what was fetched ahead is forgotten, not passed over
+    assert seen == whole[:11]
+    for done, both in enumerate(states):
+        done = min(done, 11)
+        for state in both:
+            assert seen[:done] + list(samples.iterate(state=state)) == whole
+
+
+def test_items_without_a_place_have_no_position():
+    with Prefetcher(iter(range(9)), abs, 2) as ahead:
+        next(iter(ahead))
+        with pytest.raises(InvalidRequestError, match=r"samples\.iterate\(\)"):
+            ahead.state_dict()
+
+
+def test_training_that_is_resumed_sees_each_batch_once(tmp_path):
+    """The rows are those of a run that was never interrupted, with batches fetched ahead in all."""
+    payloads = [Instance(fid=[1 << 54 | number % 7, 1 << 54 | number % 3]).SerializeToString() for number in range(60)]
+    samples = from_records(payloads).shuffle(20, seed=1).parse({"f": Slot(1)}).batch(4)
+
+    def train(client, iterator, steps=None):
+        collection = EmbeddingCollection(client, {"f": Feature(client.table("t"), "sum")})
+        state = None
+        with collection.prefetch(iterator, 2, ids=lambda batch: batch) as batches:
+            for done, (_, fetched) in enumerate(batches, 1):
+                collection(fetched.result())["f"].sum().backward()
+                state = iterator.state_dict()
+                if done == steps:
+                    break
+        return state
+
+    found = []
+    for interrupted in (False, True):
+        client = FakeClient({"t": 1})
+        if interrupted:
+            state = from_json(to_json(train(client, samples.iterate(epoch=1), 5)))
+            train(client, samples.iterate(state=state))
+        else:
+            train(client, samples.iterate(epoch=1))
+        found.append({key: value.tolist() for key, value in client.rows.items()})
+    assert found[0] == found[1]
+    assert len(found[0]) == 7
 
 
 def test_depths_below_zero_are_refused():

@@ -333,6 +333,8 @@ class EmbeddingCollection(_ClusterModule):
     ) -> Prefetcher[_T, FetchedRows]:
         """Go over batches with their rows looked up, `depth` of them ahead.
 
+        Over the iterator of a dataset, `state_dict` of what is returned, or of the iterator, says where the loop is.
+
         Args:
             batches: Anything.
             depth: 0 looks every batch up when it is taken.
