@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -61,10 +61,9 @@ class ServedModel:
         self._by_table: dict[str, list[str]] = {}
         for name in self._used:
             self._by_table.setdefault(config.features[name].table, []).append(name)
-        padded = {(each.names[0], each.dim) for each in config.inputs if each.kind == "dense" and each.pad}
         self._parsers: dict[Kind, RequestParser] = {
-            Kind.EXAMPLE: RequestExamples(self._specs(Kind.EXAMPLE), padded),
-            Kind.INSTANCE: RequestInstances(self._specs(Kind.INSTANCE), padded),
+            Kind.EXAMPLE: RequestExamples(self._specs(Kind.EXAMPLE)),
+            Kind.INSTANCE: RequestInstances(self._specs(Kind.INSTANCE)),
         }
 
     def _specs(self, kind: Kind) -> dict[str, FeatureSpec]:
@@ -75,7 +74,8 @@ class ServedModel:
             specs[name] = Slot(feature.slot or 0) if by_slot else Sparse(feature.feature or name)
         for place, each in enumerate(self.config.inputs):
             if each.kind == "dense":
-                specs[f"dense {place}"] = Dense(each.dim, feature=each.names[0])
+                lengths: Literal["exact", "fit"] = "fit" if each.pad else "exact"
+                specs[f"dense {place}"] = Dense(each.dim, feature=each.names[0], lengths=lengths)
         return specs
 
     def predict(
