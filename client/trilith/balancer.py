@@ -120,12 +120,13 @@ class Balancer:
             self._probe(each)
         return chosen, len(well or left) > 1
 
-    def give_back(self, connection: Connection, failure: Exception | None) -> None:
-        """Say that the request ended, and how: with None it is well."""
+    def give_back(self, connection: Connection, failure: Exception | None, *, telling: bool = True) -> None:
+        """Say that the request ended, and how: with None it is well; if not `telling`, it is as it was."""
         with self._lock:
             connection.in_flight -= 1
-            new = failure is not None and not connection.suspect and not self._closed
-            connection.suspect = failure is not None
+            new = telling and failure is not None and not connection.suspect and not self._closed
+            if telling:
+                connection.suspect = failure is not None
             if new:
                 connection.probe_after = time.monotonic() + _PROBE_EVERY_S
             ended = not connection.wanted and not connection.in_flight

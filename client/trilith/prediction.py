@@ -24,6 +24,7 @@ from trilith.errors import (
     UnavailableError,
 )
 from trilith.forks import keep_for_ever, renew_in_children
+from trilith.kept import Kept
 
 if TYPE_CHECKING:
     from trilith.balancer import Balancer, Connection
@@ -35,24 +36,10 @@ if TYPE_CHECKING:
 __all__ = ["Prediction", "Predictor", "remote_predict"]
 
 _PAUSE_S = 0.02  # between two rounds over entries that all failed
+_TELLING_S = 0.05
+"""A deadline nearer than this that passes says something of the caller, not of the entry."""
 _ATTEMPT_SHARE = 0.4
 """Of the time that is left, what one entry gets while others are well."""
-
-
-class _Kept:
-    """The connections of `remote_predict`."""
-
-    def __init__(self) -> None:
-        self.predictors: dict[tuple[str, str], Predictor] = {}
-        self.after_fork()
-        renew_in_children(self)
-
-    def after_fork(self) -> None:
-        """Another thread may have held the lock; predictors renew themselves."""
-        self.lock = threading.Lock()
-
-
-_KEPT = _Kept()
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +220,9 @@ class Predictor:
             else:
                 return reply
             finally:
-                away = isinstance(failure, UnavailableError | DeadlineExceededError)
-                balancer.give_back(to, failure if away else None)
+                late = isinstance(failure, DeadlineExceededError)
+                away = late or isinstance(failure, UnavailableError)
+                balancer.give_back(to, failure if away else None, telling=not late or attempt_s >= _TELLING_S)
             if not isinstance(failure, UnavailableError | OverloadedError | DeadlineExceededError):
                 raise failure
             # What came before a deadline says more than the deadline.
@@ -260,7 +248,7 @@ def remote_predict(
     kind: Literal["example", "instance"] = "example",
     timeout_s: float = 5.0,
 ) -> Prediction:
-    """Score serialized records at an entry; the connection is kept for the next call.
+    """Score serialized records at an entry; the connection is kept for the next call, for a minute, with 15 others.
 
     Args:
         address: The URL of a directory that lists entries, such as "zk://host:2181/serving"; or host:port of an entry,
@@ -270,11 +258,18 @@ def remote_predict(
         kind: What the records are.
         timeout_s: Seconds until DeadlineExceededError.
     """
-    with _KEPT.lock:
-        predictor = _KEPT.predictors.get((address, name))
-        if predictor is None:
-            predictor = _KEPT.predictors[address, name] = Predictor(address, name=name)
-    return predictor.predict(records, kind=kind, timeout_s=timeout_s)
+    started = time.monotonic()
+    with _KEPT.use((address, name), timeout_s) as predictor:
+        left = max(timeout_s - (time.monotonic() - started), 0.001)
+        return predictor.predict(records, kind=kind, timeout_s=left)
+
+
+def _connected(key: tuple[str, str], timeout_s: float) -> Predictor:
+    address, name = key
+    return Predictor(address, name=name, timeout_s=timeout_s)
+
+
+_KEPT: Kept[tuple[str, str], Predictor] = Kept(_connected, Predictor.close)
 
 
 def _error(where: str, error: Any, timeout_s: float) -> TrilithError:

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 import trilith
+from tests.zookeeper import eventually
+from trilith import prediction
 from trilith.discovery.serving import ServingDirectory
 from trilith.errors import (
     ClosedError,
@@ -24,6 +26,7 @@ from trilith.errors import (
     TrilithError,
     UnavailableError,
 )
+from trilith.kept import Kept
 from trilith.prediction import Predictor
 from trilith.remote import ERROR_KEY
 from trilith_proto import serving_pb2
@@ -221,3 +224,123 @@ def test_a_closed_predictor_says_so(two) -> None:
         two.predictor.predict([b""])
     with pytest.raises(InvalidRequestError, match="no address"):
         Predictor("")
+
+
+# ---- connections that are kept ---------------------------------------------------------------------------------------
+
+
+def test_a_deadline_that_is_too_near_is_held_against_no_entry(start):
+    entry = start()
+    with Predictor(entry.address) as predictor:
+        predictor.predict([b"x"])
+        entry.free.clear()
+        with pytest.raises(DeadlineExceededError):
+            predictor.predict([b"x"], timeout_s=0.01)
+        (connection,) = predictor._balancer._connections.values()
+        assert not connection.suspect
+        with pytest.raises(DeadlineExceededError):
+            predictor.predict([b"x"], timeout_s=0.1)
+        assert connection.suspect
+        with pytest.raises(DeadlineExceededError):
+            predictor.predict([b"x"], timeout_s=0.01)
+        assert connection.suspect
+
+
+class Connections:
+    """Makes connections as a test lets it."""
+
+    def __init__(self, **options: float) -> None:
+        self.made: list[str] = []
+        self.closed: list[str] = []
+        self.hold: dict[str, threading.Event] = {}
+        self.failure: Exception | None = None
+        self.kept: Kept[str, str] = Kept(self.make, self.closed.append, **options)  # type: ignore[arg-type]
+
+    def make(self, key: str, timeout_s: float) -> str:
+        self.made.append(key)
+        if key in self.hold:
+            assert self.hold[key].wait(60)
+        if self.failure is not None:
+            raise self.failure
+        return key
+
+    def use(self, key: str, timeout_s: float = 60.0) -> None:
+        with self.kept.use(key, timeout_s) as found:
+            assert found == key
+
+
+def test_only_so_many_connections_are_kept_and_the_longest_unused_goes_first():
+    these = Connections(most=3)
+    for key in "abcadb":  # b gives way to d, and c to b
+        these.use(key)
+    assert (these.made, these.closed, len(these.kept)) == (list("abcdb"), ["b", "c"], 3)
+    with these.kept.use("x", 1.0), these.kept.use("y", 1.0), these.kept.use("z", 1.0), these.kept.use("a", 1.0):
+        pass
+    assert len(these.kept) == 3
+    assert set(these.closed) >= {"d"}
+
+
+def test_a_connection_that_nobody_uses_is_closed_without_another_call():
+    these = Connections(idle_s=0.05)
+    with these.kept.use("a", 1.0):
+        these.use("b")
+        eventually(lambda: these.closed == ["b"], timeout_s=60.0)
+    eventually(lambda: these.closed == ["b", "a"], timeout_s=60.0)
+    assert len(these.kept) == 0
+
+
+def test_who_connects_slowly_holds_nobody_else_up():
+    these = Connections()
+    these.hold["slow"] = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(these.use, "slow")
+        eventually(lambda: these.made == ["slow"], timeout_s=60.0)
+        these.use("quick")
+        with pytest.raises(DeadlineExceededError, match="slow: not connected within 0.01 s"):
+            these.use("slow", 0.01)
+        these.hold["slow"].set()
+        slow.result(60)
+    these.use("slow")
+    assert these.made == ["slow", "quick"]
+
+
+def test_a_connection_that_failed_is_not_kept():
+    these = Connections()
+    these.failure = UnavailableError("nobody is there")
+    with pytest.raises(UnavailableError, match="nobody is there"):
+        these.use("a")
+    assert len(these.kept) == 0
+    these.failure = None
+    these.use("a")
+    assert these.made == ["a", "a"]
+
+
+def test_a_forked_child_waits_for_no_connection_that_its_parent_was_making():
+    these = Connections()
+    hold = these.hold["a"] = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(these.use, "a")
+        eventually(lambda: these.made == ["a"], timeout_s=60.0)
+        these.use("b")
+        held = these.kept._lock
+        held.acquire()
+        these.kept.after_fork()  # what a child does, whoever holds the lock
+        held.release()
+        assert len(these.kept) == 1
+        del these.hold["a"]
+        these.use("b")
+        these.use("a")
+        assert these.made == ["a", "b", "a"]
+        hold.set()
+        slow.result(60)
+
+
+def test_asking_once_in_a_while_keeps_few_connections(start, monkeypatch):
+    closed: list[str] = []
+    kept = Kept(prediction._connected, lambda each: (closed.append(each._addresses[0]), each.close()), most=2)
+    monkeypatch.setattr(prediction, "_KEPT", kept)
+    entries = [start(float(number)) for number in range(3)]
+    for number, entry in enumerate(entries):
+        assert trilith.remote_predict(entry.address, [b"x"]).scores.tolist() == [number]
+    assert closed == [entries[0].address]
+    assert trilith.remote_predict(entries[0].address, [b"x"]).scores.tolist() == [0]
