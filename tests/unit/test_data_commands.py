@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
 import sys
 import types
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from trilith.data.compression import Compression
@@ -16,6 +19,7 @@ from trilith.data.framing import Framing, frame_records
 from trilith.data.readers import open_records
 from trilith.data.records import Records
 from trilith.data.writers import open_writer
+from trilith_proto import tf_example_pb2
 from trilith_proto.example_pb2 import Example
 from trilith_proto.line_id_pb2 import LineId
 from trilith_proto.proto_parser_pb2 import Instance
@@ -211,3 +215,37 @@ def test_errors_are_one_line(run, file, arguments, wrong):
     assert (status, out, len(lines)) == (2, "", 1)
     assert lines[0].startswith("error: ")
     assert wrong in lines[0]
+
+
+def test_a_parquet_file_without_rows_shows_its_columns(run, tmp_path):
+    table = pa.table(
+        {"u": pa.array([], pa.int32()), "n": pa.nulls(0), "m": pa.array([], pa.map_(pa.int8(), pa.int8()))}
+    )
+    pq.write_table(table, tmp_path / "t.parquet")
+    code, out, _ = run("inspect", tmp_path / "t.parquet")
+    shown = " ".join(out.split())
+    assert code == 0
+    assert "columns: u (int), n (no values), m (column 'm' is stored as map" in shown
+    assert "no records" in out
+
+
+def test_tf_examples_are_recognized(run, tmp_path):
+    message = tf_example_pb2.Example()
+    message.features.feature["user"].int64_list.value.append(7)
+    with open_writer(str(tmp_path / "t.tfrecord"), format="tfrecord") as writer:
+        writer.write(Records.of([message.SerializeToString()] * 3, "plaintext"))
+    code, out, _ = run("inspect", tmp_path / "t.tfrecord")
+    assert (code, "TFExampleConverter" in " ".join(out.split())) == (0, True)
+    assert json.loads(run("inspect", "--json", tmp_path / "t.tfrecord")[1])["tf_examples"] is True
+    code, _, err = run("validate", "--kind", "example", tmp_path / "t.tfrecord")
+    assert (code, "TFExampleConverter" in err) == (1, True)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--format", "csv"), ("--format", "csv", "--compression", "gzip")])
+def test_compressed_csv_files_are_read_as_they_are_called(run, tmp_path, arguments):
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"u,s\n7,1\n8,2\n"))
+    (tmp_path / "t.tsv.gz").write_bytes(gzip.compress(b"u\ts\n7\t1\n8\t2\n"))
+    for name in ("t.csv.gz", "t.tsv.gz"):
+        code, out, _ = run("count", "--json", *arguments, tmp_path / name)
+        assert (code, json.loads(out)["records"]) == (0, 2)
+    assert "csv, gzip compression" in " ".join(run("inspect", tmp_path / "t.csv.gz")[1].split())

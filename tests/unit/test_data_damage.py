@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import os
 import random
@@ -18,6 +19,10 @@ from trilith.errors import DataError, InvalidRequestError, TrilithError
 from trilith_proto.example_pb2 import Example
 
 ROWS = 500
+
+
+def zstd(data):
+    return pa.compress(data, "zstd", asbytes=True)
 
 
 def make_parquet(path):
@@ -164,3 +169,41 @@ def test_parquet_files_cut_anywhere_are_errors(tmp_path, kept):
         open_records(str(path))
     with open_records(str(path), on_error="skip") as reader:
         assert (list(reader), reader.losses.records) == ([], 1)
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "T.PARQUET", "t.pq", "whatever", "t.tfrecord", "t.tfrecords", "t.csv"])
+def test_a_format_that_is_not_given_is_told_by_the_name_or_the_file(tmp_path, name):
+    path = tmp_path / name
+    kind = "csv" if name.endswith("csv") else "tfrecord" if "tfrecord" in name else "parquet"
+    MAKERS[kind](path)
+    samples = trilith.data.read(path, kind="example" if kind == "tfrecord" else None)
+    assert sum(1 for _ in samples) == ROWS
+
+
+@pytest.mark.parametrize("file_format", [None, "tfrecord"])
+def test_a_file_of_which_no_record_can_be_read_names_who_guesses(tmp_path, file_format):
+    path = tmp_path / "t.pb"
+    path.write_bytes(b"\xff" * 100)
+    with pytest.raises(DataError, match="record 0, byte 0: .*read as .*`trilith data inspect`"):
+        list(trilith.data.read(path, format=file_format))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstd])
+@pytest.mark.parametrize("ending", ["", ".packed"])
+def test_packed_tfrecords_are_known_by_their_mark(tmp_path, pack, ending):
+    make_tfrecord(tmp_path / "plain")
+    path = tmp_path / f"t.tfrecord{ending}"
+    path.write_bytes(pack((tmp_path / "plain").read_bytes()))
+    assert sum(1 for _ in trilith.data.read(path, format="tfrecord", kind="example")) == ROWS
+
+
+def test_packed_records_are_known_by_their_name(tmp_path):
+    make_records(tmp_path / "plain")
+    plain = (tmp_path / "plain").read_bytes()
+    (tmp_path / "t.pb.gz").write_bytes(gzip.compress(plain))
+    (tmp_path / "t.pb.zst").write_bytes(zstd(plain))
+    (tmp_path / "u.pb.gz").write_bytes(plain)  # a browser unpacked it
+    for name in ("t.pb.gz", "t.pb.zst", "u.pb.gz"):
+        assert sum(1 for _ in trilith.data.read(tmp_path / name, kind="example")) == ROWS
+    with pytest.raises(DataError, match="gzip stream is damaged"):
+        list(trilith.data.read(tmp_path / "u.pb.gz", kind="example", compression="gzip"))

@@ -49,6 +49,11 @@ def test_auc_refuses_what_it_cannot_order():
         auc([0, 1], [0.5])
     with pytest.raises(InvalidRequestError, match="NaN"):
         auc([0, 1], [0.5, float("nan")])
+    with pytest.raises(InvalidRequestError, match="a label is NaN"):
+        auc([0, float("nan")], [0.5, 0.6])
+    with pytest.raises(InvalidRequestError, match="takes labels first"):
+        auc([0.2, 0.7, 0.4], [0, 1, 1])
+    assert auc([0.0, 1.0], [1, 0]) == 0.0  # predictions may be 0 or 1
 
 
 def test_ffm_is_the_sum_over_pairs_of_fields():

@@ -11,11 +11,12 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from trilith.data.compression import Compression, decompressing
+from trilith.data.compression import Compression, compression_of, decompressing
 from trilith.data.framing import Framing, Scratch, split_all, split_frames
-from trilith.data.readers import FileFormat
+from trilith.data.readers import FileFormat, named_format
 from trilith.data.records import Kind, Records
 from trilith.data.streams import ByteStream, FileStream, open_file
+from trilith.data.tf_example import is_tf_example
 from trilith.data.tfrecord import concatenate, frame_records, read_records
 from trilith.errors import DataError
 from trilith.ops import framing as kernels
@@ -49,12 +50,14 @@ class Detected:
         compression: Of the stream.
         framing: What stands in front of payloads of format "records".
         kind: What the payloads are; plaintext if they are no samples.
+        tf_examples: Whether they are tf.Examples.
     """
 
     format: FileFormat
     compression: Compression = Compression.NONE
     framing: Framing = field(default_factory=Framing)
     kind: Kind = Kind.PLAINTEXT
+    tf_examples: bool = False
 
 
 def detect(path: str) -> Detected:
@@ -69,8 +72,8 @@ def detect(path: str) -> Detected:
         raise DataError(f"{path} is empty: there is no record to guess from")
     if head.startswith(b"PAR1"):
         return Detected(format=FileFormat.PARQUET, kind=Kind.EXAMPLE)
-    if path.endswith(".csv"):
-        return Detected(format=FileFormat.CSV, kind=Kind.EXAMPLE)
+    if named_format(path) is FileFormat.CSV:
+        return Detected(format=FileFormat.CSV, compression=compression_of(path, FileFormat.CSV), kind=Kind.EXAMPLE)
     named = next((each for magic, each in _MAGIC.items() if head.startswith(magic)), None)
     for compression in (Compression.NONE, Compression.SNAPPY) if named is None else (named, Compression.NONE):
         data, whole = _beginning(path, compression)
@@ -98,7 +101,12 @@ def _beginning(path: str, compression: Compression) -> tuple[bytes, bool]:
 
 def _detect_bytes(data: bytes, whole: bool) -> Detected | None:
     if len(data) >= kernels.FRAME_BYTES and _is_tfrecord(data):
-        return Detected(format=FileFormat.TFRECORD, kind=_kind(_first_tfrecords(data))[0])
+        records = _first_tfrecords(data)
+        kind = _kind(records)[0]
+        looked_at = [records.payload(index) for index in range(min(_PARSED, len(records)))]
+        if looked_at and all(map(is_tf_example, looked_at)):
+            return Detected(format=FileFormat.TFRECORD, tf_examples=True)
+        return Detected(format=FileFormat.TFRECORD, kind=kind)
     best: tuple[tuple[int, ...], Detected] | None = None
     flags = [
         Framing(kafka_dump_prefix=prefix, has_sort_id=sort_id, kafka_dump=dump)

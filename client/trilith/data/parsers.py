@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -121,9 +121,15 @@ class _ColumnParser(Parser):
         self._scanner = Scanner(self.kind, self._fields(), np.int64)
         self._outputs = [(name, self._output(name, spec)) for name, spec in self.specs.items()]
         numbers = self._scanner.schema.name_numbers
-        self._sparse_numbers = np.array(
-            [numbers[name] for name in dict.fromkeys(self._names(Sparse).values())], np.intp
-        )
+        self._dense_specs = [
+            (spec.feature or out, spec, _ELEMENTS[dense_dtype(spec.dtype).kind])
+            for out, spec in self.specs.items()
+            if isinstance(spec, Dense)
+        ]
+        self._sparse_names = list(dict.fromkeys(self._names(Sparse).values()))
+        places = [numbers[name] for name in self._sparse_names]
+        # They are the first, but for reserved names; a slice of what was seen is no copy.
+        self._sparse_places = slice(len(places)) if places == list(range(len(places))) else np.array(places)
 
     def parse(self, records: Records, *, promote: bool = True) -> Features:
         """See `Parser`."""
@@ -150,31 +156,42 @@ class _ColumnParser(Parser):
 
     def _odd_sparse(self, scan: Scan) -> _Wrong | None:
         """Records with something else than ids where ids are wanted."""
-        numbers = self._sparse_numbers
-        if not numbers.size:
+        names = self._sparse_names
+        if not names:
             return None
-        seen = scan.seen[:, numbers]
+        seen = scan.seen[:, self._sparse_places]
         odd = seen - np.uint8(3) < np.uint8(252)  # all but 0, 1, 2 and 255
         if self.kind is Kind.EXAMPLE:
             odd &= seen != _INT_MEMBER
         else:
             odd &= seen != 6  # lists of fids
-            for number in np.flatnonzero(odd.any(axis=0)):
-                columns, name = self._scanner.schema.named_columns, self._scanner.schema.names[numbers[number]]
-                odd[:, number] &= np.diff(scan.splits[columns[name, Element.FID]]) == 0
-        rows: npt.NDArray[np.bool_] = np.asarray(odd.any(axis=1))
-        if not rows.any():
+            if odd.any():
+                for number in np.flatnonzero(odd.any(axis=0)):
+                    column = self._scanner.schema.named_columns[names[number], Element.FID]
+                    odd[:, number] &= np.diff(scan.splits[column]) == 0
+        if not odd.any():
             return None
+        rows: npt.NDArray[np.bool_] = np.asarray(odd.any(axis=1))
 
         def reason(row: int) -> str:
             column = int(odd[row].argmax())
-            return _no_ids(self._scanner.schema.names[numbers[column]], int(seen[row, column]), self.kind)
+            return _no_ids(names[column], int(seen[row, column]), self.kind)
 
         return rows, reason
 
     def _odd_dense(self, scan: Scan) -> list[_Wrong]:
         """Per dense feature that has any, records with something else than `dim` elements of the type wanted."""
         return []
+
+    def _dense_to_check(self, scan: Scan) -> Iterator[tuple[str, Dense, Element, bool]]:
+        """Names and specs of dense features; and whether every record has all `dim` elements of the type wanted."""
+        ramps: dict[int, npt.NDArray[np.int64]] = {}
+        for name, spec, element in self._dense_specs:
+            splits = scan.splits[self._scanner.schema.named_columns[name, element]]
+            ramp = ramps.get(spec.dim)
+            if ramp is None:
+                ramp = ramps[spec.dim] = np.arange(splits.size) * spec.dim
+            yield name, spec, element, bool(splits[-1] == ramp[-1] and (splits == ramp).all())
 
     def _see(self, scan: Scan) -> None:
         """Note the outputs whose features were there."""
@@ -295,21 +312,21 @@ class InstanceParser(_ColumnParser):
     def _odd_dense(self, scan: Scan) -> list[_Wrong]:
         """See `_ColumnParser`; a quantized vector is checked where it is unpacked."""
         wrong = []
-        for out, spec in self.specs.items():
-            if isinstance(spec, Dense):
-                element, name = _ELEMENTS[dense_dtype(spec.dtype).kind], spec.feature or out
-                schema = self._scanner.schema
-                member = member_of(schema, scan, name)
-                lengths = np.diff(scan.splits[schema.named_columns[name, element]])
-                found = _odd_values(name, spec, element, member, _INSTANCE_MEMBERS[element], lengths, self.kind)
-                if found is None and element is Element.FLOAT and (member == 5).any():
-                    rows, _, squeezed = self._vectors(scan, name)
-                    odd = member == 5
-                    odd[rows[squeezed]] = False
-                    if odd.any():
-                        found = odd, partial(_no_floats, name, member, self.kind)
-                if found is not None:
-                    wrong.append(found)
+        schema = self._scanner.schema
+        for name, spec, element, whole in self._dense_to_check(scan):
+            if whole:
+                continue
+            member = member_of(schema, scan, name)
+            lengths = np.diff(scan.splits[schema.named_columns[name, element]])
+            found = _odd_values(name, spec, element, member, _INSTANCE_MEMBERS[element], lengths, self.kind)
+            if found is None and element is Element.FLOAT and (member == 5).any():
+                rows, _, squeezed = self._vectors(scan, name)
+                odd = member == 5
+                odd[rows[squeezed]] = False
+                if odd.any():
+                    found = odd, partial(_no_floats, name, member, self.kind)
+            if found is not None:
+                wrong.append(found)
         return wrong
 
     def _dense(self, feature: str, dim: int, element: Element, scan: Scan) -> npt.NDArray[Any]:
@@ -410,17 +427,19 @@ class ExampleParser(_ColumnParser):
     def _odd_dense(self, scan: Scan) -> list[_Wrong]:
         """See `_ColumnParser`."""
         schema, wrong = self._scanner.schema, []
-        for out, spec in self.specs.items():
-            if isinstance(spec, Dense):
-                element, name = _ELEMENTS[dense_dtype(spec.dtype).kind], spec.feature or out
+        for name, spec, element, whole in self._dense_to_check(scan):
+            column = schema.named_columns[name, element]
+            found = None
+            if not whole:
+                splits = (
+                    self._merged(name, element, scan).row_splits if element is Element.FLOAT else scan.splits[column]
+                )
                 member = member_of(schema, scan, name)
-                ragged = self._merged(name, element, scan) if element is Element.FLOAT else None
-                splits = scan.splits[schema.named_columns[name, element]] if ragged is None else ragged.row_splits
                 found = _odd_values(name, spec, element, member, _held(element), np.diff(splits), self.kind)
-                if found is None and ragged is not None:
-                    found = self._too_large(scan, name, member, ragged)
-                if found is not None:
-                    wrong.append(found)
+            if found is None and element is Element.FLOAT and np.isinf(scan.values[column]).any():
+                found = self._too_large(scan, name)
+            if found is not None:
+                wrong.append(found)
         for name in (_LABEL,) * self._has(Label) + (_WEIGHT,) * self._has(InstanceWeight):
             member = member_of(schema, scan, name)
             odd = ~np.isin(member, (0, 3, _EMPTY) if name == _LABEL else (0, 3, 4, _INT_MEMBER, _EMPTY))
@@ -433,9 +452,9 @@ class ExampleParser(_ColumnParser):
                 wrong.append((odd, partial(_no_floats, "label", member, self.kind)))
         return wrong
 
-    def _too_large(self, scan: Scan, name: str, member: npt.NDArray[np.uint8], ragged: Ragged[Any]) -> _Wrong | None:
+    def _too_large(self, scan: Scan, name: str) -> _Wrong | None:
         """Records with a double that is no float32; an infinite one is."""
-        if not (member == _DOUBLE_MEMBER).any() or not np.isinf(ragged.values).any():
+        if not (member_of(self._scanner.schema, scan, name) == _DOUBLE_MEMBER).any():
             return None
         exact = Scanner(self.kind, Fields(named=((name, Element.DOUBLE),)))
         doubles = ragged_of(exact.schema, exact.scan(scan.records), exact.schema.named_columns[name, Element.DOUBLE])

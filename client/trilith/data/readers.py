@@ -37,6 +37,7 @@ __all__ = [
     "Position",
     "RecordReader",
     "StreamReader",
+    "named_format",
     "open_records",
     "position_of",
 ]
@@ -271,9 +272,14 @@ def _bare(path: str) -> str:
     return name.removesuffix(ending)
 
 
+def named_format(path: str) -> FileFormat | None:
+    """How the records of a file are stored, if its name says so."""
+    return next((each for ending, each in _ENDINGS.items() if _bare(path).endswith(ending)), None)
+
+
 def _format_of(path: str) -> FileFormat:
     """How the records of a file are stored, from its name or the mark that it begins with."""
-    named = next((each for ending, each in _ENDINGS.items() if _bare(path).endswith(ending)), None)
+    named = named_format(path)
     if named is not None or path == STDIN or "://" in path:
         return named or FileFormat.RECORDS
     try:
@@ -448,6 +454,13 @@ class StreamReader(RecordReader):
 
     # ---- damage ----------------------------------------------------------------------------------------------------
 
+    def _hint(self) -> str:
+        """What to say of a file of which not even the first record can be read."""
+        if self._records:
+            return ""
+        what = "TFRecord" if self._framing is None else "format 'records' with this framing"
+        return f" (read as {what}; `trilith data inspect` guesses how a file is stored)"
+
     def _where(self) -> str:
         return f"{self._name}: record {self._records}, byte {self._offset}"
 
@@ -455,7 +468,7 @@ class StreamReader(RecordReader):
         """Report the record at the beginning of the data; pass over it, or over all that is left."""
         scratch = self._scratch
         left = self._end - self._begin
-        message = f"{self._where()}: {explain(scratch.status, left, scratch.need)}"
+        message = f"{self._where()}: {explain(scratch.status, left, scratch.need)}{self._hint()}"
         if not self._skip_damage:
             raise DataError(message)
         if scratch.status == kernels.BAD_PAYLOAD:
@@ -484,7 +497,7 @@ class StreamReader(RecordReader):
         if self._damage is None and not left:
             return
         reason = self._damage or explain(kernels.WHOLE, left, self._scratch.need)
-        message = f"{self._where()}: {reason}"
+        message = f"{self._where()}: {reason}{self._hint()}"
         if not self._skip_damage:
             raise DataError(message)
         self.losses.add(message, left)

@@ -21,14 +21,22 @@ def auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
         A number in 0..1; 0.5 when only one class is present, which orders nothing.
 
     Raises:
-        InvalidRequestError: The lengths differ, or a score is NaN.
+        InvalidRequestError: The lengths differ, a score or label is NaN, or labels and scores changed places: the
+            scores are all 0 or 1, and the labels are not.
     """
-    positive = np.asarray(labels).reshape(-1) > 0.5
+    given = np.asarray(labels).reshape(-1)
+    positive = given > 0.5
     values = np.asarray(scores, dtype=np.float64).reshape(-1)
     if positive.size != values.size:
         raise InvalidRequestError(f"{positive.size} labels but {values.size} scores")
     if np.isnan(values).any():
         raise InvalidRequestError("a score is NaN, so the samples cannot be ordered")
+    if given.dtype.kind == "f" and np.isnan(given).any():
+        raise InvalidRequestError("a label is NaN, which is neither positive nor negative")
+    if np.isin(values, (0, 1)).all() and given.dtype.kind == "f" and (given != np.trunc(given)).any():
+        raise InvalidRequestError(
+            "all scores are 0 or 1 and the labels are not: auc(labels, scores) takes labels first"
+        )
     positives = int(positive.sum())
     negatives = positive.size - positives
     if positives == 0 or negatives == 0:

@@ -81,7 +81,7 @@ class _Input:
 
     def _guess(self, path: str) -> Detected:
         """What was left out, guessed where there is a beginning to look at; a note says so."""
-        from trilith.data.compression import effective_compression
+        from trilith.data.compression import compression_of
         from trilith.data.detect import Detected, detect
         from trilith.data.readers import FileFormat
         from trilith.data.records import Kind
@@ -91,7 +91,7 @@ class _Input:
         columnar = file_format in (FileFormat.PARQUET, FileFormat.CSV)
         plain = Detected(
             format=file_format,
-            compression=effective_compression(path, compression=self.compression),
+            compression=compression_of(path, file_format, compression=self.compression),
             kind=Kind.EXAMPLE if columnar else Kind.INSTANCE,
         )
         asked = [self.format, self.kind, "" if file_format is not FileFormat.RECORDS else self.framing]
@@ -120,6 +120,7 @@ def inspect(path: File, as_json: Json = False) -> None:
     opened = _Input(guess.format, guess.kind, flags, guess.compression)
     with opened.open(path) as reader:
         chunk = next(reader, None)
+        names = _column_names(reader)
     found: dict[str, Any] = {
         "file": path,
         "format": guess.format,
@@ -127,6 +128,7 @@ def inspect(path: File, as_json: Json = False) -> None:
         "framing": flags,
         "kind": guess.kind,
         "looked_at": 0 if chunk is None else len(chunk),
+        "tf_examples": guess.tf_examples,
     }
     features: Counter[tuple[str, str]] = Counter()
     if chunk is not None and len(chunk):
@@ -147,7 +149,15 @@ def inspect(path: File, as_json: Json = False) -> None:
     console.print(f"[bold]{path}[/]: {guess.format}, {packed} compression, kind {guess.kind} (a guess)")
     if guess.format is FileFormat.RECORDS:
         console.print(f"framing: {flags}")
-    if chunk is not None and len(chunk):
+    if guess.tf_examples:
+        from trilith.data.tf_example import HINT
+
+        console.print(HINT)
+    if names:
+        console.print(f"columns: {', '.join(names)}", markup=False)
+    if chunk is None or not len(chunk):
+        console.print("no records")
+    else:
         console.print(
             f"first {output.count(len(chunk))} records: {found['bytes_min']} to {found['bytes_max']} bytes, "
             f"median {found['bytes_median']}"
@@ -307,6 +317,7 @@ def validate(
     """Read every record and parse it; name what is damaged. Exit status 1 if anything is."""
     from trilith.data.convert import message_of
     from trilith.data.records import Kind
+    from trilith.data.tf_example import HINT, is_tf_example
     from trilith.errors import DataError
 
     opened = _Input(format_, kind, framing, compression, columns, skip=True)
@@ -320,8 +331,11 @@ def validate(
                 good += len(chunk)
                 continue
             for index in range(len(chunk)):
+                payload = chunk.payload(index)
                 try:
-                    message_of(chunk.payload(index), reader.kind)
+                    message_of(payload, reader.kind)
+                    if is_tf_example(payload):  # which may look like another message by chance
+                        raise DataError(f"no {reader.kind}: {HINT}")
                 except DataError as error:
                     problems.append(f"{chunk.where(index)}: {error}")
                 else:
@@ -404,6 +418,16 @@ def _framing(text: str) -> Framing:
 
 def _names(framing: Framing) -> str:
     return ",".join(name for name, flag in _FLAGS.items() if getattr(framing, flag)) or "none"
+
+
+def _column_names(reader: RecordReader) -> list[str]:
+    """The columns of a file, of Parquet with what they are read as; empty where there are none."""
+    from trilith.data.parquet import ParquetReader
+
+    if not isinstance(reader, ParquetReader):
+        return list(reader.available or {})
+    types = {each.name: str(each.type) for each in reader.columns}
+    return [f"{name} ({types.get(name) or reason or 'no values'})" for name, reason in (reader.available or {}).items()]
 
 
 def _columns(text: str | None) -> list[Any] | None:
