@@ -248,7 +248,7 @@ def round_name(order: int) -> str:
     return f"round.{order:020d}"
 
 
-def holder_name(index: int, count: int) -> str:
+def _holder_name(index: int, count: int) -> str:
     """Name of the file that says which process a PS is."""
     return f"ps.{index:05d}-of-{count:05d}.json"
 
@@ -341,13 +341,13 @@ def _read_part(folder: Folder, name: str) -> Part | None:
 def write_holder(directory: str, index: int, count: int, life: str) -> None:
     """Say beside the checkpoints which process PS `index` of `count` is: parts of any other no longer count."""
     folder = Folder(directory)
-    folder.write(holder_name(index, count), _pack(HOLDER_FORMAT, {"life": life}))
+    folder.write(_holder_name(index, count), _pack(HOLDER_FORMAT, {"life": life}))
     _unmark_leaving(folder, index, count)
 
 
 def read_holder(directory: str, index: int, count: int) -> str | None:
     """The life of the process that PS `index` of `count` is; None if nobody has said."""
-    folder, name = Folder(directory), holder_name(index, count)
+    folder, name = Folder(directory), _holder_name(index, count)
     try:
         return str(_unpack(folder.path(name), HOLDER_FORMAT, folder.read(name, most=_MOST_BYTES))["life"])
     except FileNotFoundError:

@@ -106,6 +106,8 @@ def test_every_form_of_ids_means_the_same():
     padded = np.array([[3, 1, 0, 0], [0, 0, 0, 0], [4, 1, 5, 9]])
     for got in (
         as_bags(torch.from_numpy(ids), torch.tensor([0, 2, 2])),
+        as_bags((torch.from_numpy(ids), torch.tensor([0, 2, 2]))),
+        as_bags((ids, np.array([0, 2, 2]))),
         as_bags(ids, row_splits=np.array([0, 2, 2, 6])),
         as_bags(ids.astype(np.int32), lengths=np.array([2, 0, 4])),
         as_bags(padded, lengths=torch.tensor([2, 0, 4])),

@@ -20,7 +20,14 @@ __all__ = ["Bags", "Combiner", "FirstN", "IdsLike", "as_bags", "as_ids", "check_
 
 UInt64Array: TypeAlias = npt.NDArray[np.uint64]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
-IdsLike: TypeAlias = Ragged[Any] | Tensor | npt.NDArray[Any] | Sequence[int] | Sequence[Sequence[int]]
+IdsLike: TypeAlias = (
+    Ragged[Any]
+    | Tensor
+    | npt.NDArray[Any]
+    | Sequence[int]
+    | Sequence[Sequence[int]]
+    | tuple[Tensor | npt.NDArray[Any], Tensor | npt.NDArray[Any]]
+)
 
 POOLED = ("sum", "mean", "sqrtn")
 
@@ -84,11 +91,15 @@ def as_bags(
 
     Args:
         ids: A `Ragged`, as parsed batches hold them; or [b, k], a bag per row, cut to `lengths` where given; or [n]
-            with one of the others; or [n] alone, one id per bag.
+            with one of the others; or [n] alone, one id per bag; or two arrays or tensors [n] and [b], ids and offsets.
         offsets: [b], where each bag starts, as `torch.nn.EmbeddingBag` has it.
         row_splits: [b + 1], where each bag starts and the last one ends.
         lengths: [b], size of each bag.
     """
+    if isinstance(ids, tuple) and len(ids) == 2 and all(isinstance(each, (Tensor, np.ndarray)) for each in ids):
+        if offsets is not None:
+            raise InvalidRequestError("ids in a pair carry their own offsets; offsets cannot be given too")
+        ids, offsets = ids  # type: ignore[assignment] # a pair of arrays, as was just seen
     given = [
         name
         for name, value in (("offsets", offsets), ("row_splits", row_splits), ("lengths", lengths))
