@@ -132,7 +132,8 @@ def test_every_form_of_ids_means_the_same():
         (Ragged.of_singles([1]), {"offsets": np.array([0])}),
         (Ragged(np.arange(3), np.array([0, 2, 1, 3])), {}),
         ([[1], [2, 3]], {}),
-        ((np.array([1, 2, 3]), np.array([0, 1])), {}),
+        ((np.array([1, 2, 3]), np.array([1, 2])), {}),
+        ((np.array([1, 2, 3]), np.array([0, 1])), {"offsets": np.array([0, 1])}),
     ],
 )
 def test_ids_that_are_no_bags_are_refused(ids, options):
