@@ -25,8 +25,8 @@ TIERS := tests/integration tests/congruence tests/conformance tests/golden tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test quick quality test-nojit lint format docs proto proto-check wheel-check conformance bench up down \
-  compose-check clean
+.PHONY: help venv demo test quick quality test-nojit fuzz lint format docs proto proto-check wheel-check conformance bench up \
+  down compose-check clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -85,6 +85,9 @@ wheel-check: $(VENV)  ## build the wheel and check that it holds the three packa
 	tops = sorted({name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}); \
 	print(wheel.name, tops); \
 	sys.exit(tops != ["trilith", "trilith_proto", "trilith_services"])'
+
+fuzz: $(VENV)  ## damage and forge saved files for a minute: readers refuse them, none crashes (ARGS="--seconds 1800")
+	$(BIN)/python -m tests.fuzz.files $(ARGS)
 
 conformance: $(VENV)  ## run the vector files: engine, worker_ops, data
 	@for part in engine worker_ops data; do \

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 
 from trilith import checkpoint
@@ -170,3 +175,102 @@ def test_local_paths_become_absolute_and_urls_stay(monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     assert absolute("ckpt") == str(tmp_path / "ckpt")
     assert absolute("s3://bucket/ckpt") == "s3://bucket/ckpt"
+
+
+@pytest.fixture
+def bucket() -> Iterator[dict[str, bytes]]:
+    """A store of objects whose files appear when they are closed, as S3's do; answers to oss://."""
+    from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
+
+    objects: dict[str, bytes] = {}
+
+    class File(AbstractBufferedFile):
+        def _upload_chunk(self, final: bool = False) -> bool:
+            if final:
+                objects[self.path] = self.buffer.getvalue()
+            return final
+
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            return objects[self.path][start:end]
+
+    class Bucket(AbstractFileSystem):
+        protocol = "oss"
+
+        def _open(self, path: str, mode: str = "rb", **options: Any) -> File:
+            return File(self, path, mode, **options)
+
+        def info(self, path: str, **options: Any) -> dict[str, Any]:
+            if path not in objects:
+                raise FileNotFoundError(path)
+            return {"name": path, "size": len(objects[path]), "type": "file"}
+
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            pass
+
+        def _rm(self, path: str) -> None:
+            del objects[path]
+
+    fsspec.register_implementation("oss", Bucket, clobber=True)
+    yield objects
+    Bucket.clear_instance_cache()
+
+
+def test_a_file_of_an_object_store_that_fails_halfway_is_never_uploaded(bucket: dict[str, bytes]) -> None:
+    folder = Folder("oss://bucket/ckpt")
+    folder.write("kept", b"old")
+
+    def fail(name: str) -> None:
+        with folder.create(name) as handle:
+            handle.write(b"half")
+            raise RuntimeError("disk")
+
+    for name in ("kept", "fresh"):
+        with pytest.raises(RuntimeError, match="disk"):
+            fail(name)
+    gc.collect()  # a file that is forgotten closes itself
+    assert bucket == {"bucket/ckpt/kept": b"old"}
+
+
+def test_what_is_held_used_or_being_written_is_not_pruned(tmp_path: Path) -> None:
+    names = {number: str(tmp_path / checkpoint.checkpoint_name(number)) for number in range(1, 9)}
+    for number in (1, 2, 3, 7, 8):
+        complete(names[number])
+    for number in (4, 5, 6):
+        write_parts(names[number])
+    Folder(names[4]).write(checkpoint.saving_name(1, 2, "0000aaaa"), b"")  # of a process that lives
+    Folder(names[5]).write(checkpoint.saving_name(1, 2, "0000bbbb"), b"")  # of one that is gone
+    checkpoint.write_holder(str(tmp_path), 1, 2, "0000aaaa")
+    with checkpoint.hold(names[1]):
+        checkpoint.prune(str(tmp_path), keep=1, used=[names[2]])
+    left = [info.number for info in checkpoint.list_checkpoints(str(tmp_path))]
+    assert left == [1, 2, 4, 8]
+    checkpoint.prune(str(tmp_path), keep=1, used=[names[2]])
+    assert [info.number for info in checkpoint.list_checkpoints(str(tmp_path))] == [2, 4, 8], "held no longer"
+
+
+def test_a_reader_that_never_came_back_holds_for_a_while_only(tmp_path: Path) -> None:
+    for number in (1, 2):
+        complete(str(tmp_path / checkpoint.checkpoint_name(number)))
+    hold = checkpoint.hold(str(tmp_path / checkpoint.checkpoint_name(1)), clock=lambda: 1000.0)
+    hold.__enter__()
+    assert checkpoint.prune(str(tmp_path), keep=1, clock=lambda: 1000.0 + checkpoint.HELD_S - 1) == []
+    assert len(checkpoint.prune(str(tmp_path), keep=1, clock=lambda: 1001.0 + checkpoint.HELD_S)) == 1
+
+
+def test_the_complete_checkpoint_of_the_highest_step_stays(tmp_path: Path) -> None:
+    for number, step in ((1, 7), (2, 900), (3, 0), (4, 0), (5, 0)):
+        path = str(tmp_path / checkpoint.checkpoint_name(number))
+        checkpoint.write_manifest(path, write_parts(path, step=step))
+    checkpoint.prune(str(tmp_path), keep=2)
+    assert [info.number for info in checkpoint.list_checkpoints(str(tmp_path))] == [2, 4, 5]
+
+
+def test_parts_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    old = write_parts(str(tmp_path), 2)  # without a life in their names
+    assert checkpoint.collect_parts(folder, 2) == old
+    checkpoint.write_part(folder, replace(old[1], life="0000aaaa", global_step=99))
+    collected = checkpoint.collect_parts(folder, 2)
+    assert collected is not None
+    assert [part.global_step for part in collected] == [7, 99]
+    assert checkpoint.collect_parts(folder, 2, lives={1: "0000bbbb"}) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,13 +16,15 @@ from hypothesis import strategies as st
 
 from trilith import checkpoint
 from trilith.errors import CheckpointError, TableExistsError
+from trilith.folder import Folder
 from trilith.routing import partition_owner, partition_sizes
 from trilith.shard import DensePart, IdPart, UpdatePart, Write
 from trilith.tables import Adagrad, Adam, RandomUniform, Sgd, table_config
 from trilith_proto import hash_table_pb2, ps_pb2
-from trilith_services.ps import snapshot, variable_files
+from trilith_services.ps import queue_files, snapshot, variable_files
 from trilith_services.ps.checkpointer import Checkpointer, restore_newest
 from trilith_services.ps.filters import SlidingFilter
+from trilith_services.ps.queues import QueueState
 from trilith_services.ps.store import Store
 from trilith_services.ps.variables import VariableState
 
@@ -443,3 +446,148 @@ def test_creating_an_empty_table_again_keeps_it(make_store) -> None:
     assert store.table("user") is before
     with pytest.raises(TableExistsError, match="table 'user' exists with another config"):
         store.create_tables([table_config("user", dim=5, optimizer=Sgd()).proto])
+
+
+# ---- what stands in files is not trusted -----------------------------------------------------------------------------
+
+
+def forge(path: str, kind: str, change: Callable[[pa.Schema, list[pa.RecordBatch]], tuple], **options) -> None:
+    """Rewrite the first Arrow file of a kind, with the size and checksum that the manifest then says."""
+    import google_crc32c
+
+    manifest = checkpoint.read_manifest(path)
+    record = next(file for part in manifest.parts for file in part.files if file.kind == kind)
+    file = Path(path) / record.name
+    with pa.ipc.open_file(file.read_bytes()) as reader:
+        schema, batches = change(reader.schema, [reader.get_batch(k) for k in range(reader.num_record_batches)])
+    with pa.ipc.new_file(str(file), schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    raw = file.read_bytes()
+    body = json.loads((Path(path) / checkpoint.MANIFEST).read_bytes())
+    for part in body["parts"]:
+        for each in part["files"]:
+            if each["name"] == record.name:
+                each |= {"bytes": len(raw), "crc32c": google_crc32c.value(raw)}
+    repack(path, body)
+
+
+def repack(path: str, body: dict) -> None:
+    kind = body.pop("format")
+    del body["crc32c"], body["version"]
+    (Path(path) / checkpoint.MANIFEST).write_bytes(checkpoint._pack(kind, body))
+
+
+def state_with(word: int, value: int) -> Callable:
+    def change(schema, batches):
+        metadata = {key.decode(): text.decode() for key, text in schema.metadata.items()}
+        state = json.loads(metadata["trilith.state"])
+        state[word] = value
+        schema = schema.with_metadata(metadata | {"trilith.state": json.dumps(state)})
+        return schema, [batch.replace_schema_metadata(schema.metadata) for batch in batches]
+
+    return change
+
+
+def cells_with(column: str, value: int) -> Callable:
+    def change(schema, batches):
+        columns = {name: batches[0].column(name).to_numpy().copy() for name in schema.names}
+        columns[column][0] = value
+        return schema, [pa.record_batch([pa.array(each) for each in columns.values()], schema=schema), *batches[1:]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(state_with(0, 1_000_000_000), id="head-far-behind-the-last-block"),
+        pytest.param(state_with(0, -1), id="head-before-the-first-block"),
+        pytest.param(state_with(1, -(2**62)), id="moves"),
+        pytest.param(state_with(2, -1), id="failures"),
+        pytest.param(cells_with("block", 60_000), id="block"),
+        pytest.param(cells_with("cell", 2**32 - 1), id="cell"),
+    ],
+)
+def test_a_filter_with_forged_numbers_is_refused_before_a_kernel_follows_them(make_store, tmp_path, change) -> None:
+    path = save_all(filled_cluster(make_store, 1), tmp_path / "ckpt")
+    forge(path, "filter", change)
+    store = make_store()
+    with pytest.raises(CheckpointError, match="filter-rare"):
+        store.restore(path)
+    assert dict(store.tables) == {}
+    assert any("filter-rare" in problem for _, problem in snapshot.verify(path))
+
+
+@pytest.mark.parametrize("kind", ["rows", "filter", "variables"])
+def test_a_compressed_file_is_refused_before_it_is_unpacked(make_store, tmp_path, kind) -> None:
+    path = save_all(filled_cluster(make_store, 1), tmp_path / "ckpt")
+    forge(path, kind, lambda schema, batches: (schema, batches), compression="zstd")
+    with pytest.raises(CheckpointError, match="compressed record batches"):
+        make_store().restore(path)
+
+
+def test_nulls_in_a_row_file_are_damage(make_store, tmp_path) -> None:
+    path = save_all(filled_cluster(make_store, 1), tmp_path / "ckpt")
+
+    def without_first(schema, batches):
+        batch = batches[0]
+        ids = pa.array([None, *batch.column(0).to_pylist()[1:]], pa.uint64())
+        return schema, [pa.record_batch([ids, *batch.columns[1:]], schema=schema), *batches[1:]]
+
+    forge(path, "rows", without_first)
+    with pytest.raises(CheckpointError, match="nulls in column 'id'"):
+        make_store().restore(path)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", "", "a/b", 7])
+def test_a_manifest_names_files_of_its_own_directory_only(make_store, tmp_path, name) -> None:
+    path = save_all(filled_cluster(make_store, 1), tmp_path / "ckpt")
+    body = json.loads((Path(path) / checkpoint.MANIFEST).read_bytes())
+    body["parts"][0]["files"][0]["name"] = name
+    repack(path, body)
+    with pytest.raises(CheckpointError, match="is no name of a file in the checkpoint's directory"):
+        make_store().restore(path)
+
+
+def test_a_failed_save_leaves_nothing_and_says_so_in_a_line(make_store, tmp_path, monkeypatch, caplog) -> None:
+    (store,) = filled_cluster(make_store, 1)
+
+    def full(*args: object) -> None:
+        raise CheckpointError("no space left on device")
+
+    monkeypatch.setattr(variable_files, "write", full)  # behind the rows
+    writer = Checkpointer(store, str(tmp_path), every_s=10)
+    assert not writer.write(10)
+    (place,) = checkpoint.list_checkpoints(str(tmp_path))
+    assert [name for name in place.names if not name.startswith("round.")] == []
+    (record,) = [record for record in caplog.records if "checkpoint failed" in record.getMessage()]
+    assert "no space left on device" in record.getMessage()
+    assert not record.exc_info
+
+
+def test_a_queue_file_is_read_as_a_queue_or_refused(tmp_path) -> None:
+    folder = Folder(str(tmp_path))
+    queue_files.write(
+        folder, "queues.json", [QueueState(name="q", capacity=3, waiting=("a",), leased=((1, "w", 2.0, "b"),))]
+    )
+    good = json.loads(folder.read("queues.json"))
+    assert queue_files.read(folder, "queues.json")[0].waiting == ("a",)
+    for field, value in [
+        ("waiting", "abc"),
+        ("waiting", [1]),
+        ("capacity", -1),
+        ("capacity", 2**64),
+        ("leased", [[2**63, "w", 2.0, "b"]]),
+        ("leased", [[1, "w", float("inf"), "b"]]),
+        ("leased", [[1, "w", 2.0, "b"], [1, "w", 2.0, "c"]]),
+        ("name", None),
+    ]:
+        bad = json.loads(json.dumps(good))
+        bad["queues"][0][field] = value
+        folder.write("queues.json", json.dumps(bad).encode())
+        with pytest.raises(CheckpointError, match="damaged"):
+            queue_files.read(folder, "queues.json")
+    folder.write("queues.json", b"[" * 100_000)
+    with pytest.raises(CheckpointError, match="damaged"):
+        queue_files.read(folder, "queues.json")

@@ -129,9 +129,9 @@ def _check_meta(sliding: SlidingFilter, meta: hash_table_pb2.HashFilterSplitMeta
     for field, (found, wants) in wanted.items():
         if found != wants:
             raise CheckpointError(f"{name}: {field}={found}, and this filter has {wants}")
-    if shared.head >= sliding.blocks:
+    if not 0 <= shared.head < sliding.blocks:
         raise CheckpointError(f"{name}: head={shared.head} of {sliding.blocks} blocks")
-    if meta.num_elements > sliding.block_capacity:
+    if not 0 <= meta.num_elements <= sliding.block_capacity:
         raise CheckpointError(f"{name}: {meta.num_elements} elements in a block of {sliding.block_capacity}")
 
 

@@ -14,16 +14,18 @@ import numpy as np
 import pyarrow as pa
 
 from trilith.checkpoint import FileRecord
-from trilith.errors import CheckpointError
+from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.folder import Folder
+from trilith_services.ps.damage import as_damage, checked_batches
 from trilith_services.ps.filters import SlidingFilter
-from trilith_services.ps.kernels.filters import EXTRA_CELLS
+from trilith_services.ps.kernels.filters import EXTRA_CELLS, SLIDING_WORDS
 from trilith_services.ps.row_files import open_arrow, write_arrow
 
 __all__ = ["load_filter", "write_filter"]
 
 FORMAT = "trilith-filter"
 VERSION = 1
+_COLUMNS = [("block", pa.uint16()), ("cell", pa.uint32()), ("value", pa.uint16())]
 
 
 def write_filter(folder: Folder, name: str, table: str, occurrence_filter: SlidingFilter) -> FileRecord:
@@ -69,23 +71,32 @@ def load_filter(folder: Folder, name: str, occurrence_filter: SlidingFilter) -> 
     """
     where = folder.path(name)
     with open_arrow(folder, name) as reader:
-        metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
-        if metadata.get("trilith.format") != FORMAT or metadata.get("trilith.version") != str(VERSION):
-            raise CheckpointError(f"{where}: not a file of format {FORMAT!r}, version {VERSION}")
-        ours, theirs = _shape(occurrence_filter), json.loads(metadata["trilith.shape"])
-        if ours != theirs:
-            raise CheckpointError(f"{where}: a filter of {theirs}; the table's has {ours}")
-        state = np.array(json.loads(metadata["trilith.state"]), np.int64)
+        with as_damage(where):
+            metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
+            if metadata.get("trilith.format") != FORMAT or metadata.get("trilith.version") != str(VERSION):
+                raise CheckpointError(f"{where}: not a file of format {FORMAT!r}, version {VERSION}")
+            columns = [(field.name, field.type) for field in reader.schema]
+            if columns != _COLUMNS:
+                raise CheckpointError(f"{where}: its columns are {columns}, not those of a filter")
+            ours, theirs = _shape(occurrence_filter), json.loads(metadata["trilith.shape"])
+            if ours != theirs:
+                raise CheckpointError(f"{where}: a filter of {theirs}; the table's has {ours}")
+            state = np.array(json.loads(metadata["trilith.state"]), np.int64)
+            if state.shape != (SLIDING_WORDS + occurrence_filter.blocks,):
+                raise CheckpointError(f"{where}: a state of {state.shape} words")
         # Zeroed address space: memory is used where cells are written.
         cells = np.zeros((occurrence_filter.blocks, occurrence_filter.total + EXTRA_CELLS), np.uint16)
-        elements = state[-occurrence_filter.blocks :]
+        elements = state[SLIDING_WORDS:]
         elements[:] = 0
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            block, cell, value = (batch.column(i).to_numpy() for i in range(3))
-            cells[block, cell] = value
-            elements += np.bincount(block, minlength=occurrence_filter.blocks)
-    occurrence_filter.import_all(state, cells)
+        for batch in checked_batches(reader, where):
+            with as_damage(where):
+                block, cell, value = (batch.column(i).to_numpy() for i in range(3))
+                cells[block, cell] = value
+                elements += np.bincount(block, minlength=occurrence_filter.blocks)
+    try:
+        occurrence_filter.import_all(state, cells)
+    except InvalidRequestError as error:
+        raise CheckpointError(f"{where}: damaged: {error}") from None
 
 
 def _shape(occurrence_filter: SlidingFilter) -> dict[str, int]:

@@ -467,7 +467,11 @@ class SlidingFilter:
             return self._cells[block].copy(), int(self._state[kernels.SLIDING_WORDS + block])
 
     def import_all(self, state: npt.NDArray[np.int64], cells: npt.NDArray[np.uint16]) -> None:
-        """Take over a whole state: int64[3 + blocks] and uint16[blocks, total + 64], which the filter keeps."""
+        """Take over a whole state: int64[3 + blocks] and uint16[blocks, total + 64], which the filter keeps.
+
+        Raises:
+            InvalidRequestError: It is of another shape, or no state that counting leads to; kernels would follow it.
+        """
         if state.shape != self._state.shape or state.dtype != np.int64 or not state.flags.c_contiguous:
             raise InvalidRequestError(
                 f"state is {state.dtype}{list(state.shape)}, expected int64{list(self._state.shape)}"
@@ -476,6 +480,14 @@ class SlidingFilter:
             raise InvalidRequestError(
                 f"cells are {cells.dtype}{list(cells.shape)}, expected uint16{list(self._cells.shape)}"
             )
+        head, moves, failures = (int(word) for word in state[: kernels.SLIDING_WORDS])
+        if not 0 <= head < self.blocks:
+            raise InvalidRequestError(f"head={head} of {self.blocks} blocks")
+        if not (0 <= moves < 2**62 and 0 <= failures < 2**62):
+            raise InvalidRequestError(f"moves={moves}, failures={failures}: not between 0 and 2**62")
+        elements = state[kernels.SLIDING_WORDS :]
+        if elements.min() < 0 or elements.max() > self.block_capacity:
+            raise InvalidRequestError(f"{elements.tolist()} elements in blocks of {self.block_capacity}")
         with self._lock:
             self._state, self._cells = state, np.ascontiguousarray(cells)
 

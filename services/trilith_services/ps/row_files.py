@@ -24,6 +24,7 @@ from trilith.checkpoint import FileRecord
 from trilith.errors import CheckpointError
 from trilith.folder import Folder
 from trilith_proto import ps_pb2
+from trilith_services.ps.damage import as_damage, checked_batches, refuse_compressed, whole_number
 from trilith_services.ps.rows import Rows
 from trilith_services.ps.table import Table
 
@@ -85,17 +86,15 @@ class RowFile:
 
     def batches(self) -> Iterator[Rows]:
         """The rows, batch after batch; arrays may be read-only views of the file."""
-        for number in range(self._reader.num_record_batches):
-            try:
-                batch = self._reader.get_batch(number)
-            except pa.ArrowException as error:
-                raise CheckpointError(f"{self._where}: record batch {number} is damaged: {error}") from None
-            yield Rows(
-                ids=batch.column(0).to_numpy(),
-                weights=_matrix(batch.column(1), self.dim),
-                state=_matrix(batch.column(2), self.state_floats),
-                last_update=batch.column(3).to_numpy(),
-            )
+        for batch in checked_batches(self._reader, self._where):
+            with as_damage(self._where):
+                rows = Rows(
+                    ids=batch.column(0).to_numpy(),
+                    weights=_matrix(batch.column(1), self.dim),
+                    state=_matrix(batch.column(2), self.state_floats),
+                    last_update=batch.column(3).to_numpy(),
+                )
+            yield rows
 
 
 def write_table(folder: Folder, name: str, table: Table) -> FileRecord:
@@ -197,10 +196,9 @@ def open_arrow(folder: Folder, name: str) -> Iterator[Any]:
     except OSError as error:
         raise CheckpointError(f"{where}: cannot be read: {error}") from None
     with source:
-        try:
+        with as_damage(where):
+            refuse_compressed(source, where)
             reader = pa.ipc.open_file(source)
-        except pa.ArrowException as error:
-            raise CheckpointError(f"{where}: not an Arrow file: {error}") from None
         yield reader
 
 
@@ -213,31 +211,38 @@ def open_rows(folder: Folder, name: str) -> Iterator[RowFile]:
     """
     where = folder.path(name)
     with open_arrow(folder, name) as reader:
-        metadata = _metadata(reader.schema)
-        if metadata.get("trilith.format") != FORMAT:
-            raise CheckpointError(f"{where}: not a file of format {FORMAT!r}")
-        if metadata.get("trilith.version") != str(VERSION):
-            raise CheckpointError(
-                f"{where}: version {metadata.get('trilith.version')}; this program reads version {VERSION}"
-            )
-        schema = reader.schema
-        want = [("id", pa.uint64()), ("last_update", pa.uint32())]
-        lists = [name for name in ("weights", "state") if not pa.types.is_fixed_size_list(schema.field(name).type)]
-        if (
-            schema.names != ["id", "weights", "state", "last_update"]
-            or lists
-            or any(schema.field(name).type != kind for name, kind in want)
-        ):
-            raise CheckpointError(f"{where}: its columns are {schema.names}, not those of a row file")
-        yield RowFile(
-            config=ps_pb2.TableConfig.FromString(base64.b64decode(metadata["trilith.table_config"])),
-            layout=json.loads(metadata["trilith.layout"]),
-            dim=schema.field("weights").type.list_size,
-            state_floats=schema.field("state").type.list_size,
-            max_update_time=int(metadata.get("trilith.max_update_time", "0")),
-            _reader=reader,
-            _where=where,
+        with as_damage(where):
+            opened = _row_file(reader, where)
+        yield opened
+
+
+def _row_file(reader: Any, where: str) -> RowFile:
+    schema = reader.schema
+    metadata = _metadata(schema)
+    if metadata.get("trilith.format") != FORMAT:
+        raise CheckpointError(f"{where}: not a file of format {FORMAT!r}")
+    if metadata.get("trilith.version") != str(VERSION):
+        raise CheckpointError(
+            f"{where}: version {metadata.get('trilith.version')}; this program reads version {VERSION}"
         )
+    columns = {field.name: field.type for field in schema}
+    lists = [kind for name, kind in columns.items() if name in ("weights", "state")]
+    if (
+        schema.names != ["id", "weights", "state", "last_update"]
+        or any(not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32() for kind in lists)
+        or (columns["id"], columns["last_update"]) != (pa.uint64(), pa.uint32())
+    ):
+        raise CheckpointError(f"{where}: its columns are {schema.names}, not those of a row file")
+    newest = int(metadata.get("trilith.max_update_time", "0"))
+    return RowFile(
+        config=ps_pb2.TableConfig.FromString(base64.b64decode(metadata["trilith.table_config"])),
+        layout=json.loads(metadata["trilith.layout"]),
+        dim=columns["weights"].list_size,
+        state_floats=columns["state"].list_size,
+        max_update_time=whole_number(newest, 2**32 - 1, "trilith.max_update_time"),
+        _reader=reader,
+        _where=where,
+    )
 
 
 def _metadata(schema: Any) -> Mapping[str, str]:

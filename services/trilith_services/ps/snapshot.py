@@ -21,13 +21,13 @@ import numpy as np
 
 from trilith import checkpoint
 from trilith.checkpoint import FileRecord, Manifest, Part
-from trilith.errors import CheckpointError, TableExistsError
+from trilith.errors import CheckpointError, InvalidRequestError, TableExistsError
 from trilith.folder import Folder
 from trilith.times import MAX_TIME
 from trilith_proto import ps_pb2
 from trilith_services.ps import queue_files, row_files, variable_files
 from trilith_services.ps.filter_snapshot import load_filter, write_filter
-from trilith_services.ps.filters import SlidingFilter
+from trilith_services.ps.filters import SlidingFilter, make_filter
 from trilith_services.ps.rows import Rows
 from trilith_services.ps.table import Table
 
@@ -126,8 +126,11 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
     _check_all(folder, _needed(manifest, parts, count))
     variables = variable_files.read_for(folder, manifest, index, count)
     queues = queue_files.read_for(folder, manifest, index)
-    tables = {name: store.new_table(config) for name, config in _table_configs(store, folder, parts).items()}
+    configs = _table_configs(store, folder, parts)
+    tables: dict[str, Table] = {}
     try:
+        for name, config in configs.items():
+            tables[name] = _new_table(store, config, folder)
         for part in parts:
             for file in part.files:
                 if file.kind == "rows":
@@ -150,6 +153,15 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
         },
     )
     return ps_pb2.RestoreResponse(incarnation=store.incarnation, global_step=manifest.global_step, rows=rows)
+
+
+def _new_table(store: Store, config: ps_pb2.TableConfig, folder: Folder) -> Table:
+    try:
+        return store.new_table(config)
+    except (InvalidRequestError, MemoryError, OverflowError) as error:
+        raise CheckpointError(
+            f"{folder.url}: table {config.name!r} has a config that this PS cannot have: {error}"
+        ) from None
 
 
 def parts_for(manifest: Manifest, index: int, count: int) -> list[Part]:
@@ -194,10 +206,22 @@ def verify(path: str) -> Iterator[tuple[FileRecord, str]]:
                     variable_files.read(folder, file.name)
                 elif file.kind == "queues":
                     queue_files.read(folder, file.name)
+                elif file.kind == "filter":
+                    with row_files.open_rows(folder, _rows_of(part, file).name) as rows_file:
+                        gate = make_filter(rows_file.config)
+                    if isinstance(gate, SlidingFilter):
+                        load_filter(folder, file.name, gate)
             except CheckpointError as error:
                 yield file, str(error)
             else:
                 yield file, ""
+
+
+def _rows_of(part: Part, file: FileRecord) -> FileRecord:
+    for each in part.files:
+        if each.kind == "rows" and each.table == file.table:
+            return each
+    raise CheckpointError(f"{file.name}: PS {part.shard_index} has no rows of table {file.table!r}")
 
 
 def _check_rows(folder: Folder, file: FileRecord, part: Part) -> None:
@@ -230,6 +254,10 @@ def _table_configs(store: Store, folder: Folder, parts: list[Part]) -> dict[str,
     for file in (file for part in parts for file in part.files if file.kind == "rows"):
         with row_files.open_rows(folder, file.name) as rows_file:
             config = rows_file.config
+        if config.name != file.table:
+            raise CheckpointError(
+                f"{folder.path(file.name)}: rows of table {config.name!r}; the manifest says {file.table!r}"
+            )
         if configs.setdefault(file.table, config) != config:
             raise CheckpointError(
                 f"{folder.path(file.name)}: table {file.table!r} has another config than on the other PS"
@@ -281,6 +309,7 @@ def _load_filters(tables: Mapping[str, Table], folder: Folder, parts: list[Part]
     (the same number of PS, or a multiple of it) that part's filter knows them all.
     """
     for file in (file for file in parts[0].files if file.kind == "filter"):
+        _rows_of(parts[0], file)
         gate = tables[file.table].gate
         if not isinstance(gate, SlidingFilter):
             continue

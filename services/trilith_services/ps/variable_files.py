@@ -18,6 +18,7 @@ from trilith.folder import Folder
 from trilith.routing import partition_owner, partition_sizes
 from trilith.shard import Float32Array
 from trilith_proto import hash_table_pb2, ps_pb2
+from trilith_services.ps.damage import as_damage, checked_batches
 from trilith_services.ps.row_files import check_file, open_arrow, write_arrow
 from trilith_services.ps.variables import VariableState
 
@@ -70,14 +71,24 @@ def read(folder: Folder, name: str) -> list[VariableState]:
     with open_arrow(folder, name) as reader:
         if not reader.schema.equals(_SCHEMA, check_metadata=True):
             raise CheckpointError(f"{where}: not a file of format {FORMAT!r}, version {VERSION}")
-        try:
-            return [_state(reader.get_batch(number)) for number in range(reader.num_record_batches)]
-        except pa.ArrowException as error:
-            raise CheckpointError(f"{where}: damaged: {error}") from None
+        states: list[VariableState] = []
+        for batch in checked_batches(reader, where):
+            with as_damage(where):
+                states.append(_state(batch))
+        return states
 
 
 def _state(batch: Any) -> VariableState:
+    if batch.num_rows != 1:
+        raise ValueError(f"a record batch of {batch.num_rows} partitions, not one")
     values = np.array(batch.column(3).flatten().to_numpy())
+    state = np.array(batch.column(4).flatten().to_numpy())
+    slots = tuple((slot["name"], slot["floats"]) for slot in batch.column(5)[0].as_py())
+    if (
+        any(name is None or floats is None for name, floats in slots)
+        or sum(floats for _, floats in slots) != state.size
+    ):
+        raise ValueError(f"{state.size} words of optimizer state in slots of {slots}")
     return VariableState(
         spec=ps_pb2.VariableSpec(
             name=batch.column(0)[0].as_py(),
@@ -86,8 +97,8 @@ def _state(batch: Any) -> VariableState:
             optimizer=hash_table_pb2.OptimizerConfig.FromString(batch.column(2)[0].as_py()),
         ),
         values=values,
-        state=np.array(batch.column(4).flatten().to_numpy()),
-        slots=tuple((slot["name"], slot["floats"]) for slot in batch.column(5)[0].as_py()),
+        state=state,
+        slots=slots,
     )
 
 
@@ -138,6 +149,8 @@ def place(states: Sequence[VariableState], index: int, count: int) -> Iterator[V
 def _joined(pieces: Sequence[VariableState]) -> VariableState:
     """Partitions put together: slots with a number per value join, slots with one for all are the first one's."""
     values = np.concatenate([piece.values for piece in pieces])
+    if any([name for name, _ in piece.slots] != [name for name, _ in pieces[0].slots] for piece in pieces):
+        raise CheckpointError(f"dense variable {pieces[0].spec.name!r}: its partitions have other optimizers")
     split = [_slots(piece) for piece in pieces]
     joined: list[Float32Array] = []
     for number, (_, floats) in enumerate(pieces[0].slots):
