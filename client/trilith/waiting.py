@@ -25,8 +25,9 @@ class _Spoken:
     """What was spoken of in this process."""
 
     def __init__(self) -> None:
-        self.silent_until: dict[str, float] = {}
-        """By what is waited for, until when nothing more is said of it, by the monotonic clock."""
+        self.last: dict[str, tuple[float, float]] = {}
+        """By what is waited for, when it was last spoken of, by the monotonic clock, and for how many seconds not to be
+        again: many may wait for the same, and who gives up may soon try again."""
         self.after_fork()
         renew_in_children(self)
 
@@ -60,7 +61,7 @@ class Wait:
             so_far_s: Seconds that were waited before.
             say: Is given every line.
         """
-        self.why = ""
+        self.why: str | Callable[[], str] = ""
         """What is known of the cause; may change meanwhile."""
         self._what = what
         self._most = most
@@ -83,7 +84,7 @@ class Wait:
         self._over.set()
         if came:
             with _SPOKEN.lock:
-                _SPOKEN.silent_until.pop(self._what, None)
+                _SPOKEN.last.pop(self._what, None)
             if self._told:
                 log.info("%s: there, after %.1f s", self._what, self._elapsed_s())
 
@@ -111,16 +112,17 @@ class Wait:
     def _is_due(self, apart_s: float) -> bool:
         now = time.monotonic()
         with _SPOKEN.lock:
-            if now < _SPOKEN.silent_until.get(self._what, 0.0):
+            last, silent_s = _SPOKEN.last.get(self._what, (-_MOST_APART_S, 0.0))
+            if now - last < 0.9 * silent_s:  # a little less: clocks are not that exact
                 return False
-            if len(_SPOKEN.silent_until) >= _MOST_KNOWN:
-                _SPOKEN.silent_until.clear()
-            # A little less: who begins anew at every failure is a little late each time.
-            _SPOKEN.silent_until[self._what] = now + 0.9 * apart_s
+            if len(_SPOKEN.last) >= _MOST_KNOWN:
+                _SPOKEN.last.clear()
+            _SPOKEN.last[self._what] = now, max(apart_s, min(_FACTOR * silent_s, _MOST_APART_S))
             return True
 
     def _line(self) -> str:
-        why = f" ({self.why})" if self.why else ""
+        why = self.why if isinstance(self.why, str) else self.why()
+        why = f" ({why})" if why else ""
         if self._most is None:
             most = "for as long as it takes"
         else:

@@ -118,7 +118,7 @@ class ZkClient:
         )
         self.kazoo.add_listener(self._on_state)
         self.kazoo.start_async()
-        waiting = Wait(f"ZooKeeper at {self.hosts}", most=timeout_s).begin()
+        waiting = self._wait_for_servers(timeout_s)
         connected = self.connected.wait(timeout_s)
         waiting.end(came=connected)
         if not connected:
@@ -235,6 +235,11 @@ class ZkClient:
                 if inside or self.exists(parent) is None:
                     raise
 
+    def _wait_for_servers(self, timeout_s: float) -> Wait:
+        waiting = Wait(f"ZooKeeper at {self.hosts}", most=timeout_s)
+        waiting.why = lambda: self._log.last
+        return waiting.begin()
+
     def _wait(self, pending: Any) -> Any:
         try:
             return pending.get(timeout=self.timeout_s)
@@ -270,7 +275,7 @@ class ZkClient:
                     raise ClosedError(f"the connection to ZooKeeper at {self.hosts} was closed")
                 try:
                     if waiting is None and not self.connected.is_set():
-                        waiting = Wait(f"ZooKeeper at {self.hosts}", most=timeout_s).begin()
+                        waiting = self._wait_for_servers(timeout_s)
                     if self.connected.wait(max(deadline - time.monotonic(), 0.0)):
                         done = attempt()
                         came = True
