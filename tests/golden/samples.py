@@ -39,21 +39,24 @@ from trilith_services.ps.table import Table
 
 IDS = np.array([0, 1, 2, 7, 2**31, 2**32 + 1, 1 << 48, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1], np.uint64)
 
+# As they came when the files were written.
+_ADAGRAD = Adagrad(learning_rate=None)
+_ADAM = Adam(learning_rate=None, beta2=0.99, epsilon=0.01)
 OPTIMIZERS = {
-    "adadelta": Adadelta(),
-    "adagrad": Adagrad(),
-    "adam": Adam(),
-    "amsgrad": Amsgrad(),
+    "adadelta": Adadelta(learning_rate=None, epsilon=0.01),
+    "adagrad": _ADAGRAD,
+    "adam": _ADAM,
+    "amsgrad": Amsgrad(learning_rate=None, beta2=0.99, epsilon=0.01),
     "batch_softmax": BatchSoftmax(),
-    "dynamic_wd_adagrad": DynamicWdAdagrad(enable_dynamic_wd=False, flip_direction=False),
+    "dynamic_wd_adagrad": DynamicWdAdagrad(learning_rate=None),
     "ftrl": Ftrl(),
     "group_adagrad": GroupAdagrad(),
     "group_ftrl": GroupFtrl(),
-    "momentum": Momentum(),
+    "momentum": Momentum(learning_rate=None),
     "moving_average": MovingAverage(),
-    "rmsprop": Rmsprop(),
+    "rmsprop": Rmsprop(momentum=0.9),
     "rmspropv2": RmspropV2(),
-    "sgd": Sgd(),
+    "sgd": Sgd(learning_rate=None),
 }
 
 
@@ -66,10 +69,10 @@ def specs() -> dict[str, TableSpec]:
         for name, each in OPTIMIZERS.items()
     }
     parts = [
-        Segment(2, Zeros(), Adam(), FixedR8()),
+        Segment(2, Zeros(), _ADAM, FixedR8()),
         Segment(1, Zeros(), MovingAverage(), OneBit()),
         Segment(1, Zeros(), BatchSoftmax()),
-        Segment(3, RandomUniform(-1, 1), StochasticRoundingFloat16(Adagrad())),
+        Segment(3, RandomUniform(-1, 1), StochasticRoundingFloat16(_ADAGRAD)),
     ]
     return {**found, "segments": table_config("segments", segments=parts, learning_rate=0.5)}
 

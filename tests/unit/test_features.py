@@ -87,7 +87,7 @@ def test_a_slot_becomes_a_table_of_merged_slices():
     (spec,) = registry.table_specs()
     assert spec.name == "7"
     assert [each.dim_size for each in spec.proto.hash_table.entry_config.segments] == [1, 12, 2]
-    assert list(spec.learning_rates) == pytest.approx([0.01, 0.001, 0.5])
+    assert list(spec.learning_rates) == pytest.approx([0.01, 0.01, 0.5])
     (expiry,) = spec.proto.hash_table.slot_expire_time_config.slot_expire_times
     assert (expiry.slot, expiry.expire_time) == (7, 9)
     assert registry.slot_occurrence_thresholds() == {7: 3}

@@ -37,12 +37,12 @@ def sgd(dim):
 def test_a_segment_takes_wrappers_and_messages_alike():
     made = Segment(3, Zeros(), Sgd(), Fp16())
     ready = Segment(3, Zeros().as_proto(), Sgd().as_proto(), Fp16().as_proto())
-    assert made.as_proto().SerializeToString() == bytes.fromhex("0a020a00 12021200 1a021200 3803")
+    assert made.as_proto().SerializeToString() == bytes.fromhex("0a020a00 12071205156f12833a 1a021200 3803")
     assert ready.as_proto() == made.as_proto()
 
 
 def test_a_segment_without_compressor_writes_none():
-    assert sgd(3).SerializeToString() == bytes.fromhex("0a020a00 12021200 3803")
+    assert sgd(3).SerializeToString() == bytes.fromhex("0a020a00 12071205156f12833a 3803")
 
 
 @pytest.mark.parametrize("dim", [0, -1, 4097, 1.5, "8"])
@@ -123,7 +123,7 @@ def test_a_computed_rate_vector_may_be_kept_on_the_config():
 @pytest.mark.parametrize(
     ("optimizer", "rate"),
     [
-        (Adagrad(), float(np.float32(0.001))),
+        (Adagrad(), float(np.float32(0.01))),
         (Adagrad(learning_rate=0.5), 0.5),
         (BatchSoftmax(), float(np.float32(0.1))),
         (Rmsprop(), float(np.float32(0.01))),

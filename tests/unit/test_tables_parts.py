@@ -47,32 +47,36 @@ from trilith_proto.hash_table_pb2 import FloatCompressorConfig, InitializerConfi
 F_0 = "00000000"
 F_09 = "6666663f"
 F_099 = "a4707d3f"
-F_001 = "0ad7233c"
+F_0999 = "77be7f3f"
 F_1 = "0000803f"
+F_001 = "0ad7233c"
+F_0001 = "6f12833a"
+F_1E6 = "bd378635"
+F_1E8 = "77cc2b32"
 BYTES = {
-    Sgd(): "1200",
+    Sgd(): f"1205 15{F_0001}",
     Sgd(learning_rate=1.0): f"1205 15{F_1}",
-    Adagrad(): f"0a09 2001 2d{F_0} 3000",
+    Adagrad(): f"0a0e 15{F_001} 2001 2d{F_0} 3000",
     Adagrad(learning_rate=0.01, initial_accumulator_value=1.0, warmup_steps=300): (
         f"0a14 15{F_001} 1d{F_1} 2001 2d{F_0} 30ac02"
     ),
-    Adadelta(): f"3211 1d{F_0} 25{F_09} 2d{F_001} 3800",
-    Adam(): f"3a1a 1d{F_09} 25{F_099} 2800 35{F_0} 3800 45{F_001} 4800",
-    Adam(use_nesterov=True): f"3a1a 1d{F_09} 25{F_099} 2800 35{F_0} 3801 45{F_001} 4800",
-    Amsgrad(): f"4218 1d{F_09} 25{F_099} 35{F_0} 3800 45{F_001} 4800",
+    Adadelta(): f"3216 15{F_1} 1d{F_0} 25{F_09} 2d{F_1E6} 3800",
+    Adam(): f"3a1f 15{F_0001} 1d{F_09} 25{F_0999} 2800 35{F_0} 3800 45{F_1E8} 4800",
+    Adam(use_nesterov=True): f"3a1f 15{F_0001} 1d{F_09} 25{F_0999} 2800 35{F_0} 3801 45{F_1E8} 4800",
+    Amsgrad(): f"421d 15{F_0001} 1d{F_09} 25{F_0999} 35{F_0} 3800 45{F_1E8} 4800",
     BatchSoftmax(): "7a00",
-    Momentum(): f"4a0e 1d{F_0} 2000 2d{F_09} 3000",
+    Momentum(): f"4a13 15{F_0001} 1d{F_0} 2000 2d{F_09} 3000",
     MovingAverage(): f"5205 15{F_09}",
-    Rmsprop(): f"5a0a 1d{F_0} 25{F_09}",
+    Rmsprop(): f"5a0a 1d{F_0} 25{F_099}",
     RmspropV2(): f"620a 1d{F_0} 25{F_09}",
     Ftrl(): "1a02 3800",
     Ftrl(beta=1.0, l1_regularization=1.0, l2_regularization=0.0): f"1a11 1d{F_1} 2d{F_1} 35{F_0} 3800",
     GroupFtrl(): "7202 3800",
     GroupAdagrad(): f"820107 35{F_0} 3800",
     GroupAdagrad(l2_regularization=1.0): f"82010c 2d{F_1} 35{F_0} 3800",
-    DynamicWdAdagrad(): f"2a14 2001 2d{F_0} 3000 3801 4001 4d{F_1} 5001",
+    DynamicWdAdagrad(): f"2a19 15{F_001} 2001 2d{F_0} 3000 3801 4000 4d{F_1} 5000",
     # The flag is field 4: between sgd (2) and adam (7).
-    StochasticRoundingFloat16(Sgd()): "1200 2001",
+    StochasticRoundingFloat16(Sgd()): f"1205 15{F_0001} 2001",
     StochasticRoundingFloat16(BatchSoftmax()): "2001 7a00",
     Zeros(): "0a00",
     RandomUniform(): "1200",

@@ -86,7 +86,7 @@ def test_every_keyword_arrives_in_the_message():
         initial_capacity=500,
     )
     config = got.proto
-    assert got.learning_rates == (float(np.float32(0.01)), 0.25)
+    assert got.learning_rates == (float(np.float32(0.001)), 0.25)
     assert config.seed == 2**64 - 1
     expiry = config.hash_table.slot_expire_time_config
     assert expiry.HasField("default_expire_time")
@@ -141,7 +141,7 @@ def test_equal_keywords_give_equal_bytes():
 def test_rates_are_given_for_all_segments_or_for_each():
     segments = [Segment(1, Zeros(), Sgd()), Segment(2, Zeros(), MovingAverage())]
     schedule = PolynomialDecay(0.0, 10, 1.0)
-    assert table_config("t", segments=segments).learning_rates == (float(np.float32(0.01)), 0.0)
+    assert table_config("t", segments=segments).learning_rates == (float(np.float32(0.001)), 0.0)
     assert table_config("t", segments=segments, learning_rate=0.5).learning_rates == (0.5, 0.5)
     spec = table_config("t", segments=segments, learning_rate=[0.5, schedule])
     np.testing.assert_array_equal(spec.rates_at(5), np.array([0.5, 0.5], np.float32))
@@ -180,7 +180,10 @@ def test_a_spec_can_be_had_from_an_existing_tables_message():
         ({"dim": 0}, "table 't', segment: dim=0 is outside 1..4096"),
         ({"dim": 4097}, "dim=4097"),
         ({"dim": 2, "optimizer": BatchSoftmax()}, "one float per row, but dim=2"),
-        ({"dim": 2, "optimizer": DynamicWdAdagrad()}, "enable_dynamic_wd=True, flip_direction=True"),
+        (
+            {"dim": 2, "optimizer": DynamicWdAdagrad(enable_dynamic_wd=True, flip_direction=True)},
+            "enable_dynamic_wd=True, flip_direction=True",
+        ),
         (
             {
                 "dim": 2,

@@ -1,8 +1,8 @@
-"""Optimizers: what a table does with a gradient. Formulas stand beside the kernels of the PS.
+"""Optimizers: what a table does with a gradient. Formulas, defaults and their sources are in docs/optimizers.md.
 
-A learning rate here only seeds the table's own (see `trilith.tables.table_config`), except `Rmsprop`'s. An attribute
-that is None leaves the default to the message; for learning rates that is 0.001 in Adagrad and DynamicWdAdagrad, 0.1 in
-BatchSoftmax and 0.01 in the others.
+Defaults are those of `torch.optim` where it has the optimizer, else those of the paper or system it comes from. What is
+None is left to the message, whose own defaults are the reference system's. A learning rate here only seeds the
+table's own (see `trilith.tables.table_config`), except `Rmsprop`'s.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class Sgd(Optimizer):
     """Plain gradient descent, no state."""
 
     kind = "sgd"
-    learning_rate: float | None = None
+    learning_rate: float | None = 0.001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adagrad(Optimizer):
-    """Adagrad without epsilon; `initial_accumulator_value` (0.1) keeps the first steps finite."""
+    """Adagrad without epsilon; `initial_accumulator_value` keeps the first steps finite, as in TensorFlow."""
 
     kind = "adagrad"
-    learning_rate: float | None = None
+    learning_rate: float | None = 0.01
     initial_accumulator_value: float | None = None
     hessian_compression_times: int = 1
     warmup_steps: int = 0
@@ -66,13 +66,13 @@ class Adagrad(Optimizer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adadelta(Optimizer):
-    """Adadelta."""
+    """Adadelta; `averaging_ratio` is what torch calls rho."""
 
     kind = "adadelta"
-    learning_rate: float | None = None
+    learning_rate: float | None = 1.0
     weight_decay_factor: float = 0.0
     averaging_ratio: float = 0.9
-    epsilon: float = 0.01
+    epsilon: float = 1e-6
     warmup_steps: int = 0
 
 
@@ -81,13 +81,13 @@ class Adam(Optimizer):
     """Adam whose bias-correction powers are kept per row, so a rare row keeps its large corrections."""
 
     kind = "adam"
-    learning_rate: float | None = None
+    learning_rate: float | None = 0.001
     beta1: float = 0.9
-    beta2: float = 0.99
+    beta2: float = 0.999
     use_beta1_warmup: bool = False
     weight_decay_factor: float = 0.0
     use_nesterov: bool = False
-    epsilon: float = 0.01
+    epsilon: float = 1e-8
     warmup_steps: int = 0
 
 
@@ -96,12 +96,12 @@ class Amsgrad(Optimizer):
     """Adam that divides by the largest second moment so far."""
 
     kind = "amsgrad"
-    learning_rate: float | None = None
+    learning_rate: float | None = 0.001
     beta1: float = 0.9
-    beta2: float = 0.99
+    beta2: float = 0.999
     weight_decay_factor: float = 0.0
     use_nesterov: bool = False
-    epsilon: float = 0.01
+    epsilon: float = 1e-8
     warmup_steps: int = 0
 
 
@@ -118,7 +118,7 @@ class Momentum(Optimizer):
     """Gradient descent with momentum."""
 
     kind = "momentum"
-    learning_rate: float | None = None
+    learning_rate: float | None = 0.001
     weight_decay_factor: float = 0.0
     use_nesterov: bool = False
     momentum: float = 0.9
@@ -135,12 +135,15 @@ class MovingAverage(Optimizer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rmsprop(Optimizer):
-    """RMSprop that always steps by its own `learning_rate`: schedules and rates given to the table have no effect."""
+    """RMSprop that always steps by its own `learning_rate`: schedules and rates given to the table have no effect.
+
+    `momentum` is what torch calls alpha; 1 is added to the root instead of a small epsilon.
+    """
 
     kind = "rmsprop"
     learning_rate: float | None = None
     weight_decay_factor: float = 0.0
-    momentum: float = 0.9
+    momentum: float = 0.99
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,18 +206,18 @@ class DynamicWdAdagrad(Optimizer):
     """Adagrad with decoupled weight decay.
 
     What `enable_dynamic_wd`, `flip_direction` and `dynamic_wd_temperature` do was never published, so a table is only
-    made with the first two False and the third 1. Their defaults are those of the reference system.
+    made with the first two False and the third 1.
     """
 
     kind = "dynamic_wd_adagrad"
-    learning_rate: float | None = None
+    learning_rate: float | None = 0.01
     initial_accumulator_value: float | None = None
     hessian_compression_times: int = 1
     warmup_steps: int = 0
     weight_decay_factor: float = 0.0
     decouple_weight_decay: bool = True
-    enable_dynamic_wd: bool = True
-    flip_direction: bool = True
+    enable_dynamic_wd: bool = False
+    flip_direction: bool = False
     dynamic_wd_temperature: float = 1.0
 
 
