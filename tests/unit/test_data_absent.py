@@ -127,6 +127,14 @@ def test_dense_values_are_cut_and_filled_up_where_that_is_declared(make, member,
     assert found["x"].tolist() == [[1, 0], [1, 2], [1, 2]]
 
 
+@pytest.mark.parametrize(("make", "kind"), [(example, "example"), (batch, "examplebatch")])
+def test_an_empty_list_is_no_number(make, kind):
+    """A null cell of a column of floats is zero, not the smallest float that the reference puts there."""
+    payload = make(x=("float_list", []), instance_weight=("float_list", []))
+    found = parsed([payload], kind, {"x": Dense(), "w": InstanceWeight()})
+    assert (found["x"].tolist(), found["w"].tolist()) == ([[0.0]], [[1.0]])
+
+
 def test_an_infinite_double_is_no_overflow():
     found = parsed([example(x=("double_list", [np.inf]))], "example", {"x": Dense()})
     assert found["x"].tolist() == [[np.inf]]

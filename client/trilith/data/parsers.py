@@ -474,7 +474,7 @@ class ExampleParser(_ColumnParser):
         if not self.strict:
             _check_members(scan.records, feature, member, element)
         if self.strict and element is Element.FLOAT:
-            return _padded(self._merged(feature, element, scan), member, dim, element)
+            return self._merged(feature, element, scan).dense(dim)
         return _padded(ragged_of(schema, scan, schema.named_columns[feature, element]), member, dim, element)
 
     def _labels(self, dim: int, scan: Scan) -> npt.NDArray[Any]:
@@ -498,7 +498,10 @@ class ExampleParser(_ColumnParser):
         if named.any():
             if not self.strict:
                 _check_members(scan.records, _WEIGHT, member, Element.FLOAT)
-            out[named] = _padded(self._merged(_WEIGHT, Element.FLOAT, scan), member, dim, Element.FLOAT)[named]
+            ragged = self._merged(_WEIGHT, Element.FLOAT, scan)
+            # A strict parser takes an empty list for none.
+            named &= (ragged.lengths > 0) | (not self.strict)
+            out[named] = _padded(ragged, member, dim, Element.FLOAT)[named]
         return out
 
 
@@ -741,6 +744,8 @@ class BatchParser(Parser):
             if wrong is not None:
                 row = int(wrong[0].argmax())
                 raise DataError(f"{batch.scan.records.where(0)}: row {row} of the batch: {wrong[1](row)}")
+        if self.strict and element is Element.FLOAT:
+            return ragged.dense(spec.dim)
         return _padded(ragged, member, spec.dim, element)
 
     def _weights(self, batch: BatchScan, dim: int) -> npt.NDArray[Any]:
