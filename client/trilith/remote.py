@@ -256,16 +256,20 @@ class RemoteShard:
         if code is grpc.StatusCode.CANCELLED:
             return UnavailableError(f"{where}: {details}")
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineExceededError(f"{where}: no answer within {timeout:.3g} s")
+            return DeadlineExceededError(f"{where}: no answer within {timeout:.3g} s{self._why_away()}")
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             return InvalidRequestError(f"{where}: {details}; send smaller batches or raise the limit on both sides")
         if code is grpc.StatusCode.UNAVAILABLE:
             reason, unreachable = _UNREACHABLE.subn("no connection: ", details)
             if unreachable and "refused" not in reason:
                 # gRPC may notice a refusal after its own patience has ended, and calls that a timeout.
-                reason = f"no connection: {_why_unreachable(self._address)}"
+                reason = f"no connection: {_why_unreachable(self._address) or 'it was away'}"
             return UnavailableError(f"{where}: {reason} (attempt {attempts})")
         return _BY_CODE.get(code, InternalError)(f"{where}: {code.name}: {details}")
+
+    def _why_away(self) -> str:
+        why = _why_unreachable(self._address)
+        return f" (no connection: {why})" if why else ""
 
     def _restarted(self, incarnation: int) -> ShardRestartedError:
         return ShardRestartedError(
@@ -517,8 +521,9 @@ class RemoteShard:
 
 
 def _why_unreachable(address: str) -> str:
+    """Why nobody can connect to it now; empty if one can."""
     try:
         with socket.create_connection(split_address(address), timeout=_PROBE_S):
-            return "it was away"
+            return ""
     except (OSError, InvalidRequestError) as error:
         return "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or str(error)

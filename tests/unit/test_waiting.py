@@ -149,6 +149,13 @@ def test_a_call_in_the_middle_says_so_too(soon, lines, refusing) -> None:
     shard.close()
 
 
+def test_a_deadline_that_comes_first_says_what_was_the_matter(refusing) -> None:
+    shard = RemoteShard(lambda: refusing, ClientConfig(timeout_s=0.001), index=3)
+    with pytest.raises(TrilithError, match="no connection: .*refused"):
+        shard.stats()
+    shard.close()
+
+
 def test_a_ps_that_takes_the_connection_and_is_mute_is_spoken_of(soon, lines, mute) -> None:
     with pytest.raises(TrilithError):
         trilith.connect(f"static://{mute}", timeout_s=1.0)

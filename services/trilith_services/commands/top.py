@@ -88,6 +88,8 @@ def _looks(members: Members, interval: float) -> Iterator[dict[str, Any]]:
     with ThreadPoolExecutor(len(shards)) as pool:
         try:
             before = list(pool.map(ask, shards))
+            if not any(sample.stats for sample in before):
+                yield _describe(members.addresses(), before, before)  # there is nothing to wait for
             while True:
                 time.sleep(interval)
                 now = list(pool.map(ask, shards))
