@@ -11,11 +11,13 @@ pytest.importorskip("confluent_kafka")
 
 from confluent_kafka import Producer
 
+from trilith.data.dataset import read_kafka
 from trilith.data.framing import Framing, frame_records
 from trilith.data.kafka import KafkaReader, client_settings
 from trilith.data.readers import Position
 from trilith.data.records import Records
-from trilith.errors import DataError, InvalidRequestError
+from trilith.errors import DataError, InvalidRequestError, UnavailableError
+from trilith_services.supervisor import free_ports
 
 PATIENT = {"message_poll_timeout": 300, "stream_timeout": 60_000, "group_id": "g"}
 FIRST = Position(0, 0, (("t", 0, 0),))
@@ -95,6 +97,33 @@ def test_without_frames_a_message_is_a_record_and_empty_ones_can_be_dropped(brok
         options = {"kind": "plaintext", "unframe": False, "filter_empty": filter_empty, "start": FIRST}
         with KafkaReader("t", servers=servers, **options, **PATIENT) as reader:
             assert [payload for chunk in take(reader, len(wanted)) for payload in chunk.payloads()] == wanted
+
+
+@pytest.mark.parametrize("unframe", [False, True])
+def test_a_tombstone_holds_no_record_but_is_passed(broker, unframe):
+    producer, servers = broker
+    wrap = framed if unframe else bytes
+    send(producer, None, wrap(b"one"), None, wrap(b"two"), None)
+    options = {"kind": "plaintext", "unframe": unframe, "start": FIRST}
+    with KafkaReader("t", servers=servers, **options, **PATIENT) as reader:
+        assert [payload for chunk in take(reader, 2) for payload in chunk.payloads()] == [b"one", b"two"]
+        assert reader.position.partitions == (("t", 0, 5),)
+
+
+def test_a_topic_without_messages_ends_and_a_cluster_without_brokers_is_an_error(broker):
+    producer, servers = broker
+    send(producer, framed(b"a"))
+    end = Position(0, 0, (("t", 0, 1),))
+    short = {"message_poll_timeout": 200, "stream_timeout": 400, "group_id": "g"}
+    with KafkaReader("t", servers=servers, start=end, **short) as reader:
+        assert list(reader) == []
+    nobody = f"127.0.0.1:{free_ports(1)[0]}"
+    for start in (None, FIRST):
+        with KafkaReader("t", servers=nobody, start=start, **short) as reader:
+            with pytest.raises(UnavailableError, match=f"no broker of {nobody} answers within stream_timeout=400 ms"):
+                next(reader)
+    with pytest.raises(UnavailableError, match="no broker"):
+        list(read_kafka("t", servers=nobody, **short).batch(3))
 
 
 def test_a_damaged_message_is_raised_behind_what_is_good_or_costs_its_own_rest(broker):

@@ -66,8 +66,8 @@ class KafkaReader(RecordReader):
     """Records of topics, a chunk per poll that found any.
 
     A record's source is its topic and partition, its number the offset of its message, its position the byte within
-    that message. The reader ends when nothing came for `stream_timeout`; messages that came before are always given
-    out.
+    that message; a tombstone, a message without a value, holds none. The reader ends when nothing came for
+    `stream_timeout`; messages that came before are always given out. That no broker answers is an error.
 
     Args:
         topics: One or several.
@@ -134,6 +134,7 @@ class KafkaReader(RecordReader):
             kafka_other_metadata=kafka_other_metadata,
         )
         self._batch = _positive(settings.pop(_BATCH))
+        self._servers, self._group = settings["bootstrap.servers"], settings["group.id"]
         names = [topics] if isinstance(topics, str) else list(topics)
         try:
             self._consumer: Any = Consumer({"logger": _LOG, **settings})
@@ -176,8 +177,25 @@ class KafkaReader(RecordReader):
                     self._records += len(records)
                     return records
             elif self._stream_s is not None and time.monotonic() - last >= self._stream_s:
+                self._check_heard()
                 break
         raise StopIteration
+
+    def _check_heard(self) -> None:
+        """Refuse to end where nothing came because there is nobody to hear from, or nothing was asked for yet.
+
+        Raises:
+            UnavailableError: No broker answers, or the group has given out no partitions yet.
+        """
+        from confluent_kafka import KafkaException
+
+        waited = f"within stream_timeout={1000 * (self._stream_s or 0):.0f} ms"
+        try:
+            self._consumer.list_topics(timeout=max(self._poll_s, 1.0))
+        except KafkaException as failure:
+            raise UnavailableError(f"Kafka: no broker of {self._servers} answers {waited}: {failure}") from None
+        if not self._ended and not self._next and not self._consumer.assignment() and not self._consumer.memberid():
+            raise UnavailableError(f"Kafka: the group {self._group!r} has given out no partitions {waited}")
 
     def _poll(self) -> list[Any]:
         """Up to a batch of messages: those that come before a wait times out or every partition is at its end."""
@@ -210,7 +228,13 @@ class KafkaReader(RecordReader):
 
     def _unframed(self, messages: Sequence[Any]) -> Records:
         """The records of messages, up to one that is damaged if that is to be raised."""
-        values = [message.value() or b"" for message in messages]
+        there = [message for message in messages if message.value() is not None]
+        if len(there) < len(messages):  # tombstones: they are passed over, but they are read
+            made = self._unframed(there) if there else Records.of([], self.kind)
+            if self._damage is None:
+                self._next.update({(each.topic(), each.partition()): each.offset() + 1 for each in messages})
+            return made
+        values = [message.value() for message in messages]
         places = [(message.topic(), message.partition()) for message in messages]
         offsets = [message.offset() for message in messages]
         sources = {place: index for index, place in enumerate(dict.fromkeys(places))}
