@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 
@@ -154,6 +155,60 @@ with trilith.connect(sys.argv[1], timeout_s=20) as client:
     assert count == 80, count
 """,
         cluster.address,
+        str(tmp_path),
+    )
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_loader_share_a_queue_under_names_of_their_own_in_every_epoch(cluster, tmp_path, method):
+    for number in range(6):
+        (tmp_path / f"{number}").write_bytes(
+            b"".join(struct.pack("<Q", 2) + b"%02d" % (10 * number + row) for row in range(10))
+        )
+    run(
+        """
+from torch.utils.data import DataLoader
+import trilith.data
+
+address, method = sys.argv[1], sys.argv[3]
+with trilith.connect(address, timeout_s=20) as client:
+    samples = trilith.data.read(sys.argv[2] + "/*", kind="plaintext")
+    # An open client is the forked child's own; a spawned one connects by the address.
+    samples = samples.share(client if method == "fork" else address, "pass", worker="rank-0")
+    loader = DataLoader(samples.torch(), batch_size=None, num_workers=2, multiprocessing_context=method)
+    for epoch in range(2):
+        found = sorted(int(each) for each in loader)
+        assert found == list(range(60)), (epoch, found)
+    try:
+        list(DataLoader(samples.take(3).torch(), batch_size=None, num_workers=2, multiprocessing_context=method))
+    except TrilithError as error:
+        assert "take(3) cannot be shared by 2 DataLoader workers" in str(error), error
+    else:
+        raise AssertionError("nobody has seen all records")
+""",
+        cluster.address,
+        str(tmp_path),
+        method,
+    )
+
+
+def test_an_embedded_clusters_queue_is_not_shared_by_processes(tmp_path):
+    (tmp_path / "0").write_bytes(struct.pack("<Q", 1) + b"1")
+    run(
+        """
+from torch.utils.data import DataLoader
+import trilith.data
+
+with trilith.connect("local://") as client:
+    samples = trilith.data.read(sys.argv[1] + "/*", kind="plaintext").share(client, "pass")
+    try:
+        list(DataLoader(samples.torch(), batch_size=None, num_workers=2))
+    except (TrilithError, ClosedError) as error:
+        assert "share" in str(error), error
+    else:
+        raise AssertionError("each process has dealt out all files")
+    assert list(samples) == [b"1"]
+""",
         str(tmp_path),
     )
 
