@@ -8,6 +8,7 @@ from trilith.cluster import Cluster
 from trilith.config import ClientConfig
 from trilith_services.ps.server import ParameterServer, PsOptions
 from trilith_services.ps.store import Store
+from trilith_services.serve import Limits
 from trilith_services.supervisor import free_ports
 
 SHAPES = {"embedded": 0, "1-ps": 1, "3-ps": 3}
@@ -27,7 +28,7 @@ class LocalCluster:
         self.shape = shape
         self._count = max(1, SHAPES[shape])
         self._wrap = wrap
-        self._options = PsOptions(limits=limits) if limits else PsOptions()
+        self._options = PsOptions(limits=limits or Limits(), checkpoint_anywhere=True)
         self._store_options = store_options
         self.stores = [self._store(i) for i in range(self._count)]
         self.servers = []

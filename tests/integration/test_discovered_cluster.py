@@ -41,7 +41,7 @@ def serve(zk_url, cleanup) -> Serve:
 
     def serve(index: int = 0, count: int = 1, *, store: Store | None = None, **options) -> ParameterServer:
         store = store or Store(index=index, count=count, threads=1)
-        server = ParameterServer(store, PsOptions(discovery=zk_url, **options))
+        server = ParameterServer(store, PsOptions(discovery=zk_url, checkpoint_anywhere=True, **options))
         cleanup(server.stop)
         server.start()
         return server

@@ -58,7 +58,7 @@ def start_all(processes: Processes, training: str, serving: str, exports: str) -
     for index in ("0", "1"):
         shard = ("--index", index, "--count", "2")
         sync = ("--sync-to", serving, "--sync-name", "clicks", "--sync-every", "0.1")
-        processes.start(f"ps-{index}", "ps", *shard, "--discovery", training, *sync)
+        processes.start(f"ps-{index}", "ps", *shard, "--discovery", training, "--checkpoint-anywhere", *sync)
         for replica in ("0", "1"):
             processes.start(f"replica-{index}-{replica}", "serving", "ps", *shard, "--replica", replica, *listed)
     for name in ENTRIES:

@@ -23,7 +23,7 @@ from trilith import checkpoint
 from trilith.tables import Adagrad, Adam, Sgd
 from trilith_services.cli import app, main
 from trilith_services.commands import output
-from trilith_services.ps.server import ParameterServer
+from trilith_services.ps.server import ParameterServer, PsOptions
 from trilith_services.ps.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of two PS in this process, with rows and a variable."""
-    servers = [ParameterServer(Store(index=index, count=2, threads=1)) for index in range(2)]
+    options = PsOptions(checkpoint_anywhere=True)
+    servers = [ParameterServer(Store(index=index, count=2, threads=1), options) for index in range(2)]
     address = "static://" + ",".join(f"127.0.0.1:{server.start()}" for server in servers)
     with trilith.connect(address) as client:
         fill(client)

@@ -71,9 +71,29 @@ def ps(
         str | None, typer.Option(metavar="DIR", help="Directory or URL to restore from, and to write checkpoints to.")
     ] = None,
     checkpoint_every: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Time between checkpoints; 0: only at the end.", min=0.0)
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="Time between checkpoints; 0: only at an orderly stop, so that a PS that is killed loses everything.",
+            min=0.0,
+        ),
     ] = 0.0,
     checkpoint_keep: Annotated[int, typer.Option(metavar="N", help="Complete checkpoints to keep.", min=1)] = 3,
+    checkpoint_root: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Directory or URL below which clients may save and restore checkpoints; left out: --checkpoint-dir.",
+        ),
+    ] = None,
+    checkpoint_anywhere: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint-anywhere",
+            help="Let clients save to and restore from any path and URL that this process can reach: for networks "
+            "where everybody may do what it may.",
+        ),
+    ] = False,
     memory_limit: MemoryLimit = "0",
     threads: RowThreads = 0,
     rpc_threads: RpcThreads = 8,
@@ -141,6 +161,11 @@ def ps(
             checkpoint_dir,
         )
     tune_allocator()
+    if checkpoint_dir is not None and not checkpoint_every:
+        logging.getLogger(__name__).warning(
+            "--checkpoint-dir without --checkpoint-every: a checkpoint is written at an orderly stop only, and a PS "
+            "that is killed loses all since it started"
+        )
     options = PsOptions(
         limits=limits(
             rpc_threads=rpc_threads, max_queue=max_queue, max_message=max_message, drain=drain, reflection=reflection
@@ -148,6 +173,8 @@ def ps(
         checkpoint_dir=checkpoint_dir,
         checkpoint_every_s=checkpoint_every,
         checkpoint_keep=checkpoint_keep,
+        checkpoint_root=checkpoint_root,
+        checkpoint_anywhere=checkpoint_anywhere,
         metrics_port=metrics_port,
         metrics_host=metrics_host,
         discovery=discovery,

@@ -54,6 +54,13 @@ def up(
     checkpoint_every: Annotated[
         float, typer.Option(metavar="SECONDS", help="Time between checkpoints; 0: only at the end.", min=0.0)
     ] = 60.0,
+    checkpoint_root: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Directory or URL below which clients may save and restore checkpoints; left out: --checkpoint-dir.",
+        ),
+    ] = None,
     memory_limit: Annotated[
         str,
         typer.Option(
@@ -106,7 +113,10 @@ def up(
             ps,
             checkpoint_dir=checkpoint_dir,
             checkpoint_every_s=checkpoint_every,
-            arguments=["--memory-limit", memory_limit],
+            arguments=[
+                *("--memory-limit", memory_limit),
+                *(() if checkpoint_root is None else ("--checkpoint-root", checkpoint_root)),
+            ],
             discovery=discovery,
         )
         supervisor.say(f"starting {ps} PS; logs are in {supervisor.log_dir}", style="")

@@ -15,6 +15,7 @@ from trilith.errors import InvalidRequestError
 from trilith.folder import Folder
 from trilith.remote import SERVICE
 from trilith_services.listening import LOOPBACK
+from trilith_services.ps.checkpoint_root import CheckpointRoot
 from trilith_services.ps.metrics import Metrics
 from trilith_services.ps.servicer import ParameterServerServicer
 from trilith_services.ps.sync.syncer import Syncer
@@ -46,6 +47,10 @@ class PsOptions:
         checkpoint_dir: Restored from before serving, written to afterwards; any fsspec URL; None: no checkpoints.
         checkpoint_every_s: Seconds between checkpoints; 0: only one at the end.
         checkpoint_keep: Complete checkpoints to keep.
+        checkpoint_root: Directory or URL below which the calls Save and Restore may name checkpoints; None: the
+            checkpoint_dir.
+        checkpoint_anywhere: Whether they may name any path and URL. Whoever reaches the port then reads and writes as
+            this process does.
         metrics_port: Port of GET /metrics; None: not served, 0: any free one.
         metrics_host: Where that port is.
         discovery: URL of the directory to register in; None: none.
@@ -59,6 +64,8 @@ class PsOptions:
     checkpoint_dir: str | None = None
     checkpoint_every_s: float = 0.0
     checkpoint_keep: int = 3
+    checkpoint_root: str | None = None
+    checkpoint_anywhere: bool = False
     metrics_port: int | None = None
     metrics_host: str = LOOPBACK
     discovery: str | None = field(default=None, repr=False)  # it may hold credentials
@@ -88,7 +95,13 @@ class ParameterServer(ServerProcess):
         self._options = options = options or PsOptions()
         self.metrics = Metrics()
         self.servicer = ParameterServerServicer(
-            store, self.metrics, queued=lambda: self._server.queued, add_stats=self._add_stats
+            store,
+            self.metrics,
+            queued=lambda: self._server.queued,
+            add_stats=self._add_stats,
+            paths=CheckpointRoot(
+                root=options.checkpoint_root or options.checkpoint_dir, anywhere=options.checkpoint_anywhere
+            ),
         )
         self.syncer = Syncer(store, options.sync)
         self._replicas = replicas

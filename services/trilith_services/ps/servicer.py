@@ -14,6 +14,7 @@ from trilith import wire
 from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.shard import FloatArray, IdPart, Shard, Write
 from trilith_proto import ps_pb2
+from trilith_services.ps.checkpoint_root import CheckpointRoot
 from trilith_services.ps.metrics import Metrics
 from trilith_services.rpc import rpc
 from trilith_services.serve import Method
@@ -44,6 +45,7 @@ class ParameterServerServicer:
         *,
         queued: Callable[[], int] = lambda: 0,
         add_stats: Callable[[ps_pb2.StatsResponse], None] = lambda stats: None,
+        paths: CheckpointRoot | None = None,
     ) -> None:
         """Serve `shard`; calls are refused until `ready` is set.
 
@@ -52,12 +54,14 @@ class ParameterServerServicer:
             metrics: Where calls are counted.
             queued: How many calls wait, for Stats.
             add_stats: Puts into Stats what the shard does not know.
+            paths: What Save and Restore may name; None: nothing.
         """
         self._shard = shard
         self._in_place = cast(_LooksUpInPlace, shard) if hasattr(shard, "lookup_into") else None
         self._metrics = metrics
         self._queued = queued
         self._add_stats = add_stats
+        self._paths = paths or CheckpointRoot()
         self.ready = False
 
     # ---- what `rpc` needs --------------------------------------------------------------------------------------------
@@ -127,12 +131,12 @@ class ParameterServerServicer:
     @rpc
     def Save(self, request: ps_pb2.SaveRequest, context: grpc.ServicerContext) -> ps_pb2.SaveResponse:
         """Write this shard's files of a checkpoint."""
-        return self._shard.save(request.path, _write(request))
+        return self._shard.save(self._paths.resolve(request.path), _write(request))
 
     @rpc
     def Restore(self, request: ps_pb2.RestoreRequest, context: grpc.ServicerContext) -> ps_pb2.RestoreResponse:
         """Replace the shard's content."""
-        return self._shard.restore(request.path, _write(request))
+        return self._shard.restore(self._paths.resolve(request.path), _write(request))
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
