@@ -395,6 +395,7 @@ class PeerClient:
 
     def reinitialize(self, table: str, ids: Any, *, request_time: int | None = None) -> npt.NDArray[np.int8]:
         """Reset rows, rank after rank; int8[n] in the order of this rank's ids: 1 existed, 0 was created."""
+        self._info(table)
         tables = self._tables().assigns
         self._pusher.drain()
         return tables.reinitialize(

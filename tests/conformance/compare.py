@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Partial", "differ", "mismatch", "plain"]
+__all__ = ["Absent", "Members", "Partial", "differ", "in_order", "mismatch", "plain", "with_absent"]
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -28,6 +28,42 @@ class Partial(dict[str, Any]):
         return self
 
 
+class Members(dict[str, Any]):
+    """An object of a vector. What it expects, but leaves out, is `Absent`: it is checked on what it has.
+
+    Attributes:
+        expecting: Names of members that say what is expected; any other that is left out is a KeyError.
+    """
+
+    expecting: frozenset[str] = frozenset()
+
+    def __missing__(self, key: str) -> Any:
+        if key in self.expecting:
+            return Absent()
+        raise KeyError(key)
+
+
+class Absent(dict[str, Any]):
+    """What a vector leaves out: all is right, and there is nothing in it."""
+
+    def __missing__(self, key: str) -> Any:
+        return self
+
+
+def with_absent(value: Any, expecting: frozenset[str]) -> Any:
+    """The same, with every object as `Members`."""
+    if isinstance(value, dict):
+        members = Members({key: with_absent(each, expecting) for key, each in value.items()})
+        members.expecting = expecting
+        return members
+    return [with_absent(each, expecting) for each in value] if isinstance(value, list) else value
+
+
+def in_order(wanted: Any) -> Any:
+    """Sorted, if it is there."""
+    return wanted if isinstance(wanted, Absent) else sorted(wanted)
+
+
 def plain(value: Any) -> Any:
     """Arrays and numpy scalars as lists and numbers."""
     if isinstance(value, np.ndarray):
@@ -36,6 +72,8 @@ def plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, Partial):
         return Partial({key: plain(each) for key, each in value.items()}).in_order(*value.order)
+    if isinstance(value, Absent):
+        return value
     if isinstance(value, dict):
         return {key: plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -80,6 +118,8 @@ def differ(what: str, got: Any, wanted: Any) -> list[str]:
 
 
 def _differs(got: Any, wanted: Any, tolerance: _Tolerance) -> str | None:
+    if isinstance(wanted, Absent):
+        return None
     if isinstance(wanted, dict):
         if not isinstance(got, dict) or (not isinstance(got, Partial) and got.keys() != wanted.keys()):
             return f"{got} is not {wanted}"

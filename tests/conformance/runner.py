@@ -90,7 +90,7 @@ def _attempt(kind: type[Kind], vector: Mapping[str, Any], attempt: int) -> list[
         except Exception as error:  # noqa: BLE001 - whatever a vector raises is its failure, the others go on
             return [_one_line(f"{type(error).__name__}: {error}")]
     found = []
-    for label, expected in vector["expected"].items():
+    for label, expected in (vector.get("expected") or {}).items():
         wrong = "nothing was given out" if label not in results else mismatch(results[label], expected)
         if wrong:
             found.append(_one_line(f"{label}: {wrong}"))

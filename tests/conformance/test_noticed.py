@@ -97,6 +97,42 @@ def test_a_wrong_data_vector_fails(group):
     assert missed == []
 
 
+def objects(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of all members."""
+    if isinstance(value, (dict, list)):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield (*path, key)
+            yield from objects(each, (*path, key))
+
+
+def without(content: Any, path: tuple[Any, ...]) -> Any:
+    made = copy.deepcopy(content)
+    holder = made
+    for key in path[:-1]:
+        holder = holder[key]
+    del holder[path[-1]]
+    return made
+
+
+@pytest.mark.parametrize("group", sorted(GROUPS.keys() - WRITTEN))
+def test_what_a_vector_leaves_out_is_not_expected(group):
+    forms = {tuple("#" if isinstance(key, int) else key for key in path): path for path in objects(GROUPS[group])}
+    for path in forms.values():
+        if path[-1] not in EXPECTED | {"item_ids", "expanded"}:
+            continue
+        left = without(GROUPS[group], path)
+        failures = {name: wrong for name, wrong in data_failures({group: left}, FOLDER) if wrong}
+        assert failures == {}, path
+
+
+def test_what_is_left_is_checked():
+    (case, *_) = GROUPS["dataset_input_patterns"]
+    left = without([case], (0, "item_ids"))
+    assert [wrong for _, wrong in data_failures({"dataset_input_patterns": left}, FOLDER)] == [[]]
+    wrong = with_another(left, (0, "expanded"), ["elsewhere"])
+    assert all(failures for _, failures in data_failures({"dataset_input_patterns": wrong}, FOLDER))
+
+
 def test_a_member_that_nothing_checks_is_a_failure():
     assert dict(data_failures({"fid": {"make_v3": [], "note": "", "quirk_x": []}}, FOLDER)) == {
         "fid.make_v3": ["nothing checks this member"],

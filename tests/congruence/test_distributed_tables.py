@@ -16,7 +16,7 @@ from trilith.cluster import Cluster
 from trilith.config import ClientConfig
 from trilith.errors import DeadlineExceededError, InvalidRequestError
 from trilith.tables import Adagrad, HashTableConfig, PolynomialDecay, RandomUniform, Segment, Sgd, TableSpec, Zeros
-from trilith.tables.distributed import DistributedTable, DistributedTables
+from trilith.tables.distributed import DistributedTable, DistributedTables, SeparateTables
 from trilith.tables.factories import create_merged_tables, create_tables
 from trilith.timers import EMBEDDING_LOOKUP
 from trilith_proto.hash_table_pb2 import EmbeddingHashTableConfig
@@ -155,6 +155,14 @@ def test_statuses_of_reinitialize_are_in_the_order_of_the_ids(client, prefix):
     tables.assign({"a": ([5, 0, 4], np.ones((3, 1), np.float32))})
     assert tables.reinitialize("a", [9, 5, 0, 1, 4], request_time=1).tolist() == [0, 1, 1, 0, 1]
     assert tables.lookup({"a": [5, 0, 4]})["a"].ravel().tolist() == [0, 0, 0]
+    assert tables.reinitialize("nobody", [1, 2]).tolist() == [-1, -1]
+
+
+def test_tables_that_know_nothing_of_each_other_reset_rows_alike(client, prefix):
+    specs = {name: TableSpec.of_config(prefix + name, config(1)) for name in "ab"}
+    tables = SeparateTables(specs, lambda name: DistributedTable(client, specs[name].name, specs[name]))
+    tables.assign({"a": ([5, 0], np.ones((2, 1), np.float32))})
+    assert tables.reinitialize("a", [9, 5, 0], request_time=1).tolist() == [0, 1, 1]
     assert tables.reinitialize("nobody", [1, 2]).tolist() == [-1, -1]
 
 

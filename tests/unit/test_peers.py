@@ -11,7 +11,13 @@ import trilith
 from tests.conformance.worker_ops.exchange import _Rank, _Ranks
 from trilith.data.ragged import Ragged
 from trilith.data.sharding import FeatureFids
-from trilith.errors import ClusterMismatchError, InvalidRequestError, NonFiniteError, UnknownVariableError
+from trilith.errors import (
+    ClusterMismatchError,
+    InvalidRequestError,
+    NonFiniteError,
+    UnknownTableError,
+    UnknownVariableError,
+)
 from trilith.nn import EmbeddingBag, EmbeddingCollection, Feature, FusedLayouts
 from trilith.ops.layout_config import OutConfig, OutType, PoolingType, SliceConfig
 from trilith.peers import PeerClient
@@ -176,6 +182,16 @@ def test_rows_are_reset_rank_after_rank_and_each_is_told_of_its_own_ids_in_their
         return client.reinitialize("t" if rank == 0 else "u", [9, 4, 7] if rank == 0 else [4]).tolist()
 
     assert together(2, work) == [[0, 1, 1], [0]]
+
+
+def test_rows_of_an_unknown_table_are_not_reset():
+    def work(client, rank):
+        client.table("t", **TABLE)
+        with pytest.raises(UnknownTableError):
+            client.reinitialize("u", [1, 2])
+        return client._tables().assigns.reinitialize("u", np.array([1, 2]), lambda name, ids: ids).tolist()
+
+    assert together(2, work) == [[-1, -1], [-1, -1]]
 
 
 def test_rows_that_are_missing_are_created_by_all_ranks_together():

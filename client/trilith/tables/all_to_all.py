@@ -378,12 +378,16 @@ class AllToAllTables:
     ) -> npt.NDArray[np.int8]:
         """Have the owners reset rows, in the order of the ranks; what became of each id, in the order of `ids`.
 
+        Where there is no such table, that is -1 for all.
+
         Args:
             name: Of the table.
             ids: int64[n], at least 0.
             reset: Resets rows of this rank, by table and ids.
         """
         wanted = as_integers("ids", ids, shape=(-1,))
+        if name not in self.names:
+            return np.full(wanted.size, -1, np.int8)
         parts = [of_rank[name][0] for of_rank in self.route({name: (wanted, np.empty((wanted.size, 0)))})]
         nothing = np.empty(0, np.int64)
         exchanged = self._send_cells(

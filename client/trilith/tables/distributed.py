@@ -222,6 +222,12 @@ class SeparateTables(QueueHooks):
             self._table(name).apply_gradients(ids, grads, global_step=global_step, req_time=req_time)
         return self
 
+    def reinitialize(self, name: str, ids: npt.ArrayLike, *, request_time: int | None = None) -> npt.NDArray[np.int8]:
+        """Reset rows; int8[n] in the order of `ids`: 1 existed, 0 was created, -1 for all if there is no such table."""
+        if name not in self._tables:
+            return np.full(np.asarray(ids).size, -1, np.int8)
+        return self._tables[name].reinitialize(ids, request_time=request_time)
+
     def get_queue_hooks(self) -> list[Any]:
         """Own hooks, then those of the tables."""
         return [

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.conformance.data.members import what_was_raised
+from tests.conformance.compare import with_absent
+from tests.conformance.data.members import EXPECTING, what_was_raised
 
 __all__ = ["data_failures"]
 
@@ -22,7 +23,7 @@ def data_failures(groups: dict[str, Any], folder: Path, only: str = "") -> Found
     checks: dict[str, Check] = {}
     for module in _MODULES:
         checks.update(importlib.import_module(f"tests.conformance.data.{module}").GROUPS)
-    for group, content in groups.items():
+    for group, content in with_absent(groups, EXPECTING).items():
         members: Iterable[tuple[Any, Any]] = content.items() if isinstance(content, dict) else enumerate(content)
         names = [str(name) for name, _ in members]
         if not any(only in f"{group}.{name}" for name in names):

@@ -10,7 +10,18 @@ from trilith.errors import TrilithError
 if TYPE_CHECKING:
     from tests.conformance.data import Found
 
-__all__ = ["each_of", "raises", "spread", "unknown", "what_was_raised"]
+__all__ = ["EXPECTING", "each_of", "raises", "spread", "unknown", "what_was_raised"]
+
+EXPECTING = frozenset(
+    {
+        *("absent", "basenames", "column_name", "data_source_key", "effective", "expanded", "expected"),
+        *("expected_gids", "expected_keys", "features", "feeds", "found", "good_records", "hash", "hex", "item_ids"),
+        *("item_ids_as_set", "keep", "label", "lookup", "mask", "missing", "n", "names", "offsets", "output", "path"),
+        *("patterns", "payload_hex", "pb_type", "replicas", "result", "results", "returns", "slots", "split_item_ids"),
+        "values",
+    }
+)
+"""What vectors call that which they expect; what they leave out of it is not checked."""
 
 _TEXT = ("note", "notes", "id", "why")
 
