@@ -94,8 +94,8 @@ class ProgramInput:
             float32[b, n, dim] of first rows; "dense": numbers of the records, float32[b, dim].
         names: The features; of "dense" the name in the records.
         dim: Elements, of "dense".
-        pad: Of "dense": shorter lists are filled up with zeros and longer ones cut, as parsers of training do;
-            otherwise a record whose list has not `dim` numbers is refused.
+        pad: Of "dense": shorter lists are filled up with zeros and longer ones cut, as `Dense(lengths="fit")` does in
+            training; otherwise a record whose list has not `dim` numbers is refused.
     """
 
     kind: Literal["stacked", "feature", "dense"]

@@ -25,15 +25,18 @@ from trilith.exports import (
     write_model,
 )
 from trilith.folder import Folder
-from trilith.nn.program import current_weights, export_program, pack_weights, set_parameters
+from trilith.nn.program import check_program, current_weights, export_program, pack_weights, set_parameters
 from trilith.nn.serving import Scores
+from trilith_proto import ps_pb2
 from trilith_services.ps.serving_rows import dense_values, serving_tables, write_serving_rows
-from trilith_services.worker.models import TABLE, ModelSettings
+from trilith_services.worker.models import MODELS, TABLE, ModelSettings
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor, nn
 
-__all__ = ["Exported", "Exporter", "find_checkpoint", "reference_exporter"]
+__all__ = ["Exported", "Exporter", "check_reference", "find_checkpoint", "reference_exporter"]
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,10 @@ class Exporter:
         features: By name.
         inputs: What `module` takes, in order.
         outputs: Names of what it gives, in order.
+
+    Raises:
+        InvalidRequestError: Something in `module` changes in training that no checkpoint has: buffers such as running
+            means, or parameters beside `dense`.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class Exporter:
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
         self._traced: tuple[bytes, dict[str, Tensor]] | None = None
+        _check_stored(self._module, self._dense)
 
     def export(
         self,
@@ -162,9 +170,31 @@ class Exporter:
 
     def _trace(self, model: ModelConfig) -> tuple[bytes, dict[str, Tensor]]:
         if self._traced is None:
-            self._traced = export_program(self._module, model.shapes())
+            traced = export_program(self._module, model.shapes())
+            # What no entry could load is found out here.
+            check_program(*traced, self._outputs, model.shapes(), where=f"{type(self._module).__name__}: the graph")
+            self._traced = traced
         graph, weights = self._traced
         return graph, current_weights(self._module, weights)
+
+
+def _check_stored(module: nn.Module, dense: nn.Module) -> None:
+    """Refuse a module with more than checkpoints hold: it would be exported as it was made, not as it was trained."""
+    kept = module.state_dict(keep_vars=True)
+    names = {name for name, _ in module.named_buffers()}
+    buffers = [name for name in kept if name in names and kept[name].is_floating_point()]
+    if buffers:
+        raise InvalidRequestError(
+            f"{type(module).__name__} has buffers {buffers}: checkpoints do not hold buffers, so what training makes "
+            "of them would be missing in the export; register_buffer(..., persistent=False) says that one never changes"
+        )
+    stored = {id(each) for each in dense.parameters()}
+    others = [name for name, each in module.named_parameters() if each.requires_grad and id(each) not in stored]
+    if others:
+        raise InvalidRequestError(
+            f"{type(module).__name__} has parameters {others} beside those of dense, {type(dense).__name__}: their "
+            "values are in no checkpoint; requires_grad_(False) says that they are as they shall be exported"
+        )
 
 
 def reference_exporter(settings: ModelSettings, features: Iterable[str]) -> Exporter:
@@ -178,6 +208,42 @@ def reference_exporter(settings: ModelSettings, features: Iterable[str]) -> Expo
         features={name: ServedFeature(table=TABLE) for name in names},
         inputs=[ProgramInput(kind="stacked", names=names)],
     )
+
+
+def check_reference(checkpoint: str, settings: ModelSettings, features: Iterable[str]) -> None:
+    """Refuse a checkpoint that is of another reference model, or of other features.
+
+    Raises:
+        CheckpointError: It is; the message names the model that fits.
+    """
+    count = len(tuple(features))
+    tables, values = serving_tables(checkpoint), dense_values(checkpoint)
+    wrong = _misfit(settings, count, tables, values)
+    if not wrong:
+        return
+    fitting = [name for name, each in MODELS.items() if not _misfit(each, count, tables, values)]
+    hint = f"it is of --model {fitting[0]}" if fitting else "no reference model with so many features fits"
+    raise CheckpointError(f"{checkpoint} is of no {settings.name} with {count} features ({wrong}); {hint}")
+
+
+def _misfit(
+    settings: ModelSettings,
+    count: int,
+    tables: Mapping[str, ps_pb2.TableConfig],
+    values: Mapping[str, npt.NDArray[np.float32]],
+) -> str:
+    """Why a checkpoint is not of a reference model; empty if it is."""
+    if TABLE not in tables:
+        return f"it has no table {TABLE!r}"
+    head = settings.head(count, seed=0)
+    dim = sum(segment.dim_size for segment in tables[TABLE].hash_table.entry_config.segments)
+    if dim != head.row_dim:
+        return f"its rows have {dim} floats, not {head.row_dim}"
+    wanted = {f"dense/{name}": each.numel() for name, each in head.named_parameters()}
+    found = {name: each.size for name, each in values.items() if name.startswith("dense/")}
+    if wanted != found:
+        return f"its dense variables are {found}, not {wanted}"
+    return ""
 
 
 def find_checkpoint(path: str) -> str:

@@ -8,7 +8,9 @@ import shutil
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,18 +18,21 @@ import torch
 from torch import nn
 
 import trilith
-from tests.served import Trained, train
+from tests.served import SETTINGS, Trained, train
 from trilith import exports
 from trilith.data.records import Kind, Records
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.exports import ModelConfig, ProgramInput, ServedFeature
 from trilith.folder import Folder
+from trilith.nn import DenseOnPs
 from trilith.nn.program import current_weights, export_program, load_program, pack_weights, unpack_weights
 from trilith.nn.serving import ServedModel
 from trilith.ops import jit
 from trilith.tables import Sgd, table_config
 from trilith_proto.example_pb2 import Example
+from trilith_services.exporting import Exporter, check_reference
 from trilith_services.serving.models import Models
+from trilith_services.worker.models import MODELS
 
 
 @pytest.fixture(scope="module")
@@ -412,4 +417,148 @@ def test_features_of_several_tables_combiners_and_dense_inputs_reach_the_program
 )
 def test_configs_that_make_no_sense_are_refused(make, message):
     with pytest.raises(InvalidRequestError, match=message):
+        make()
+
+
+# ---- modules that cannot be exported, or not as they were trained ----------------------------------------------------
+
+
+class Joined(nn.Module):
+    """Takes any number of inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 1)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.cat(inputs, 1))[:, 0]
+
+
+class FirstAndOthers(nn.Module):
+    def forward(self, first: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        return first.sum(1) + 10 * others[0].sum(1)
+
+
+@pytest.mark.parametrize("module", [Joined(), FirstAndOthers()])
+def test_a_module_may_take_its_inputs_as_a_tuple(module):
+    graph, weights = export_program(module, [(2,), (3,)])
+    program = load_program(graph, weights, ["score"], where="g")
+    for size in (1, 7):
+        inputs = torch.randn(size, 2), torch.randn(size, 3)
+        torch.testing.assert_close(program(*inputs)["score"], module(*inputs).detach())
+
+
+def module_of(forward: Callable[..., object]) -> nn.Module:
+    return type("Odd", (nn.Module,), {"forward": forward})()
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (module_of(lambda self: torch.ones(3)), "does not take 1 tensors, one for each input in order"),
+        (module_of(lambda self, x, y: x + y), "does not take 1 tensors, one for each input in order: missing"),
+        (module_of(lambda self, *, x: x), "does not take 1 tensors"),
+        (module_of(lambda self, x: x @ torch.ones(9, 1)), r"does not take its inputs, float32\[b, 2\]: RuntimeError: "),
+        (module_of(lambda self, x: {"score": x}), "for 3 records it gives a dict; it must give one tensor, or a tuple"),
+        (module_of(lambda self, x: (x, None)), "gives a NoneType"),
+        (module_of(lambda self, x: x.sum()), r"gives a tensor \[\]; it must"),
+        (module_of(lambda self, x: x if x.sum() > 0 else -x), "torch.export cannot follow its forward"),
+    ],
+)
+def test_why_a_module_cannot_be_exported_is_one_line(module, why):
+    with pytest.raises(InvalidRequestError, match=f"^Odd cannot be exported: .*{why}") as caught:
+        export_program(module, [(2,)])
+    assert "\n" not in str(caught.value)
+
+
+ONE_INPUT = {
+    "features": {"user": ServedFeature(table="t")},
+    "inputs": [ProgramInput(kind="feature", names=("user",))],
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, nn.Module]:
+    """Of a linear layer whose bias was frozen, and the module."""
+    path = str(tmp_path_factory.mktemp("frozen") / "checkpoint")
+    module = nn.Linear(4, 1)
+    module.bias.requires_grad_(False)
+    with trilith.connect("local://") as client:
+        client.table("t", dim=4, optimizer=Sgd(learning_rate=0.1))
+        DenseOnPs(client, module, Sgd(learning_rate=0.1))
+        client.save(path)
+    return path, module
+
+
+def test_a_frozen_parameter_is_not_demanded_of_the_checkpoint(checkpoint, tmp_path, caplog):
+    path, module = checkpoint
+    fresh = nn.Linear(4, 1)
+    with torch.no_grad():
+        fresh.bias.fill_(7.0)
+    with pytest.raises(CheckpointError, match="'dense/bias' is missing"):
+        Exporter("m", fresh, **ONE_INPUT).export(path, str(tmp_path), mode="standalone")
+    fresh.bias.requires_grad_(False)
+    Exporter("m", fresh, **ONE_INPUT).export(path, str(tmp_path), mode="standalone")
+    (told,) = [each for each in caplog.records if "frozen parameters are in no checkpoint" in each.message]
+    assert told.parameters == ["bias"]
+    models = Models(str(tmp_path))
+    assert models.refresh()
+    with models.use() as loaded:
+        assert loaded.model.predict(Records.of([b""], Kind.EXAMPLE))["score"].tolist() == [[7.0]]
+    models.close()
+    torch.testing.assert_close(fresh.weight, module.weight)
+
+
+def test_what_training_changes_and_no_checkpoint_has_is_refused():
+    with pytest.raises(InvalidRequestError, match=r"buffers \['1.running_mean', '1.running_var'\]: checkpoints do not"):
+        Exporter("m", nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)), **ONE_INPUT)
+    constant = nn.Linear(4, 1)
+    constant.register_buffer("scale", torch.ones(1), persistent=False)
+    Exporter("m", constant, **ONE_INPUT)
+    outer = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 1))
+    with pytest.raises(InvalidRequestError, match=r"parameters \['0.weight', '0.bias'\] beside those of dense, Linear"):
+        Exporter("m", outer, dense=outer[1], **ONE_INPUT)
+    outer[0].requires_grad_(False)
+    Exporter("m", outer, dense=outer[1], **ONE_INPUT)
+
+
+def test_outputs_are_counted_when_a_model_is_exported(checkpoint, tmp_path):
+    module = nn.Linear(4, 1)
+    module.bias.requires_grad_(False)
+    exporter = Exporter("m", module, outputs=("click", "buy"), **ONE_INPUT)
+    with pytest.raises(InvalidRequestError, match=r"gives 1 tensors; its outputs are \['click', 'buy'\]"):
+        exporter.export(checkpoint[0], str(tmp_path), mode="standalone")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_reference_model_is_told_by_its_name(trained):
+    names = trained.data.features
+    path = trained.save()
+    own = {"dim": SETTINGS.dim, "hidden": SETTINGS.hidden}
+    with (
+        patch.dict("trilith_services.worker.models.MODELS", {"deepfm": replace(MODELS["deepfm"], **own)}),
+        pytest.raises(CheckpointError, match="is of no ffm with .* features .*; it is of --model deepfm"),
+    ):
+        check_reference(path, MODELS["ffm"], names)
+    check_reference(path, SETTINGS, names)
+    with pytest.raises(CheckpointError, match="of no deepfm with 2 features .*; no reference model with so many"):
+        check_reference(path, SETTINGS, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (
+            lambda: ProgramInput(kind="feature", names=("u",), dim=16),
+            "takes no dim .*: its size is that of its table's",
+        ),
+        (lambda: ProgramInput(kind="stacked", names=("u", "v"), dim=16), "takes no dim"),
+        (lambda: ProgramInput(kind="feature", names=("u", "v")), "takes one name, not"),
+        (lambda: ProgramInput(kind="feature", names="user"), "takes a tuple of feature names"),
+        (lambda: ProgramInput(kind="feature", names=("u",), pad=True), "takes no pad"),
+        (lambda: ProgramInput(kind="dense", names=("x",), dim=-1), "at least 1"),
+    ],
+)
+def test_why_an_input_makes_no_sense_is_said(make, why):
+    with pytest.raises(InvalidRequestError, match=why):
         make()

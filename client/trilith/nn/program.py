@@ -9,7 +9,9 @@ integer arithmetic, and nothing else.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,6 +27,7 @@ from trilith.ops.jit import COMPILING
 
 __all__ = [
     "Program",
+    "check_program",
     "current_weights",
     "export_program",
     "load_program",
@@ -32,6 +35,8 @@ __all__ = [
     "set_parameters",
     "unpack_weights",
 ]
+
+log = logging.getLogger(__name__)
 
 _WEIGHTS_PREFIX = "weights/"  # of parameters and buffers
 _CONSTANTS_PREFIX = "constants/"
@@ -110,16 +115,24 @@ def export_program(module: nn.Module, shapes: Sequence[Sequence[int]]) -> tuple[
     """
     from torch._export.serde.serialize import serialize
 
+    name = type(module).__name__
     batch = torch.export.Dim("batch", min=1)
     examples = tuple(torch.zeros(_BATCH, *shape) for shape in shapes)
+    dynamic = _arranged(module, [{0: batch} for _ in examples])
     training = module.training
     module.eval()
     try:
+        _check_results(name, module, examples)
         # torch.export replaces max, min and math.pow, for every thread, by functions that no kernel can call.
         with COMPILING:
-            exported = torch.export.export(module, examples, dynamic_shapes=tuple({0: batch} for _ in shapes))
+            exported = torch.export.export(module, examples, dynamic_shapes=dynamic)
+    except InvalidRequestError:
+        raise
     except Exception as error:
-        raise InvalidRequestError(f"{type(module).__name__} cannot be exported: {error}") from error
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InvalidRequestError(
+            f"{name} cannot be exported: torch.export cannot follow its forward for batches of every size: {why}"
+        ) from error
     finally:
         module.train(training)
     graph = json.loads(serialize(exported).exported_program)
@@ -134,6 +147,48 @@ def export_program(module: nn.Module, shapes: Sequence[Sequence[int]]) -> tuple[
         weights[f"{_CONSTANTS_PREFIX}{name}"] = value
     # safetensors refuses tensors that share memory.
     return json.dumps(graph).encode(), {name: value.detach().clone().contiguous() for name, value in weights.items()}
+
+
+def _arranged(module: nn.Module, each: Sequence[Any]) -> tuple[Any, ...]:
+    """What is said of each input, as `forward` takes them: those that it takes as *inputs in a tuple of their own."""
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(*each)
+    except TypeError as error:
+        raise InvalidRequestError(
+            f"{type(module).__name__} cannot be exported: its forward{signature} does not take {len(each)} tensors, "
+            f"one for each input in order: {error}"
+        ) from None
+    found: list[Any] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            found.append(tuple(each[len(found) :]))
+            break
+        if len(found) == len(each):
+            break
+        found.append(each[len(found)])
+    return tuple(found)
+
+
+def _check_results(name: str, module: nn.Module, examples: tuple[Tensor, ...]) -> None:
+    """Refuse a module that does not take the inputs, or gives something else than tensors of a row per record."""
+    shapes = ", ".join(f"float32[b{''.join(f', {size}' for size in each.shape[1:])}]" for each in examples)
+    try:
+        with torch.no_grad():
+            results = module(*examples)
+    except Exception as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InvalidRequestError(
+            f"{name} cannot be exported: it does not take its inputs, {shapes}: {type(error).__name__}: {why}"
+        ) from error
+    found = results if isinstance(results, tuple | list) else (results,)
+    for each in found:
+        if not isinstance(each, Tensor) or not each.ndim or each.shape[0] != _BATCH:
+            what = f"a tensor {list(each.shape)}" if isinstance(each, Tensor) else f"a {type(each).__name__}"
+            raise InvalidRequestError(
+                f"{name} cannot be exported: for {_BATCH} records it gives {what}; it must give one tensor, or a tuple "
+                f"of them, of a row for each record"
+            )
 
 
 def load_program(graph: bytes, weights: Mapping[str, Tensor], outputs: Sequence[str], *, where: str) -> Program:
@@ -170,6 +225,23 @@ def load_program(graph: bytes, weights: Mapping[str, Tensor], outputs: Sequence[
     return Program(_plain(module), outputs)
 
 
+def check_program(
+    graph: bytes,
+    weights: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    shapes: Sequence[Sequence[int]],
+    *,
+    where: str,
+) -> None:
+    """Load a program and run it once.
+
+    Raises:
+        InvalidRequestError: Its outputs are not as many as are named.
+        CheckpointError: It does not load.
+    """
+    load_program(graph, weights, outputs, where=where)(*(torch.zeros(1, *shape) for shape in shapes))
+
+
 def current_weights(module: nn.Module, exported: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of an export of `module` made before, with the module's present parameters and buffers."""
     state = {f"{_WEIGHTS_PREFIX}{name}": value for name, value in module.state_dict().items()}
@@ -181,18 +253,27 @@ def current_weights(module: nn.Module, exported: Mapping[str, Tensor]) -> dict[s
 def set_parameters(module: nn.Module, values: Mapping[str, npt.NDArray[np.float32]], *, prefix: str = "dense/") -> None:
     """Give a module's parameters the values of dense variables, as `DenseOnPs` names them.
 
+    Frozen parameters (`requires_grad` is False) are none of training's business: where there is no variable for one it
+    keeps the module's value, and the log says so.
+
     Raises:
-        CheckpointError: A variable is missing or of another size.
+        CheckpointError: The variable of a parameter is missing or of another size.
     """
+    kept = []
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             value = values.get(prefix + name)
+            if value is None and not parameter.requires_grad:
+                kept.append(name)
+                continue
             if value is None or value.size != parameter.numel():
                 size = "missing" if value is None else f"of {value.size} floats"
                 raise CheckpointError(
                     f"dense variable {prefix + name!r} is {size}; {type(module).__name__} has {parameter.numel()}"
                 )
             parameter.copy_(torch.from_numpy(np.array(value, np.float32)).view_as(parameter))
+    if kept:
+        log.warning("frozen parameters are in no checkpoint; they have the module's values", extra={"parameters": kept})
 
 
 def pack_weights(weights: Mapping[str, Tensor]) -> bytes:

@@ -60,13 +60,15 @@ def export(
     need("torch", "safetensors", extra="serving")
     from dataclasses import asdict
 
-    from trilith_services.exporting import find_checkpoint, reference_exporter
+    from trilith_services.exporting import check_reference, find_checkpoint, reference_exporter
     from trilith_services.worker.datasets import load_dataset
     from trilith_services.worker.models import settings_of
 
     names = [name.strip() for name in features.split(",")] if features else list(load_dataset(data).train.features)
-    exporter = reference_exporter(settings_of(model.value), names)
-    done = exporter.export(find_checkpoint(checkpoint), directory, mode=mode.value, dense_only=dense_only, keep=keep)
+    settings, found = settings_of(model.value), find_checkpoint(checkpoint)
+    check_reference(found, settings, names)
+    exporter = reference_exporter(settings, names)
+    done = exporter.export(found, directory, mode=mode.value, dense_only=dense_only, keep=keep)
     if as_json:
         typer.echo(json.dumps(asdict(done)))
     else:
