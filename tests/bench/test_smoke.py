@@ -11,7 +11,7 @@ import pytest
 
 FIGURES = {
     "data.read": ("higher", 0.5),
-    "data.pipeline.threads": ("higher", 1.5),
+    "data.pipeline.threads": ("higher", 0.85),
     "data.pipeline.memory": ("lower", 1.0),
     "discovery.back": ("lower", 1.0),
     "engine.lookup.d8": ("higher", 0.5),
