@@ -59,7 +59,7 @@ format: $(VENV)  ## format, and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(VENV)  ## write docs/commands.md: every flag and environment variable
+docs: $(VENV)  ## write docs/commands.md and docs/metrics.md: every flag, environment variable and metric
 	$(BIN)/python -m tests.reference
 
 proto: $(PROTO_VENV)  ## write the stubs beside the .proto files

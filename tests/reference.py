@@ -1,8 +1,8 @@
 """docs/commands.md: every flag of every command and every environment variable, written from the program itself.
 
-`python -m tests.reference` writes the page, `--check` fails if it is stale. Flags come from the commands as they are
-declared, compose variables from docker-compose.yml. What environment variables mean is written down here, and
-`undescribed` finds those that somebody has begun to read since.
+`python -m tests.reference` writes the page, and docs/metrics.md; `--check` fails if one is stale. Flags come from the
+commands as they are declared, compose variables from docker-compose.yml. What environment variables mean is written
+down here, and `undescribed` finds those that somebody has begun to read since.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import click
 import typer
 
+from tests.metrics_page import METRICS_PAGE, metrics_page
 from trilith_services.cli import app
 
 __all__ = ["PAGE", "page", "undescribed"]
@@ -245,12 +246,14 @@ def main() -> int:
     missing = undescribed()
     for each in missing:
         print(f"tests/reference.py: not described, or described in vain: {each}", file=sys.stderr)
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(page())
-    elif not PAGE.exists() or PAGE.read_text() != page():
-        print(f"stale: {PAGE.relative_to(ROOT)} (run make docs)", file=sys.stderr)
-        return 1
-    return 1 if missing else 0
+    stale = False
+    for path, text in ((PAGE, page()), (METRICS_PAGE, metrics_page())):
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            print(f"stale: {path.relative_to(ROOT)} (run make docs)", file=sys.stderr)
+            stale = True
+    return int(stale or bool(missing))
 
 
 if __name__ == "__main__":

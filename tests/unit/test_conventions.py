@@ -16,6 +16,7 @@ import grpc
 import pytest
 
 from tests import reference
+from tests.metrics_page import METRICS_PAGE, metrics_page
 from trilith import errors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -255,6 +256,10 @@ def test_what_a_document_links_to_and_names_is_there(document):
 def test_the_page_of_flags_and_environment_variables_is_fresh():
     assert reference.undescribed() == [], "describe it in tests/reference.py"
     assert reference.PAGE.read_text() == reference.page(), "stale: run make docs"
+
+
+def test_the_page_of_metrics_is_fresh():
+    assert METRICS_PAGE.read_text() == metrics_page(), "stale: run make docs"
 
 
 # ---- packaging -----------------------------------------------------------------------------------------------------
