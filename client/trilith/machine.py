@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["commits_strictly", "cores", "memory_bytes"]
+__all__ = ["cgroup_memory_bytes", "commits_strictly", "cores"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN = Path("/proc/self/cgroup")
@@ -24,16 +24,16 @@ def cores() -> int:
     return max(1, math.ceil(min(allowed, _cpu_quota())))
 
 
-def memory_bytes() -> int:
-    """Bytes of memory that this process may use: the machine's, or the least that one of its cgroups allows."""
+def cgroup_memory_bytes() -> int:
+    """Bytes of memory that this process's cgroups allow, the least of them; 0 if that is no less than the machine's."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    found = [machine]
-    for folder in _folders("memory"):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            limit = _numbers(folder / name)
-            if len(limit) == 1 and 0 < limit[0] < machine:
-                found.append(int(limit[0]))
-    return min(found)
+    found = [
+        int(limit[0])
+        for folder in _folders("memory")
+        for name in ("memory.max", "memory.limit_in_bytes")
+        if len(limit := _numbers(folder / name)) == 1 and 0 < limit[0] < machine
+    ]
+    return min(found, default=0)
 
 
 def commits_strictly() -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from trilith import machine
+from trilith_services.sizes import memory_limit
 
 GB = 1 << 30
 
@@ -31,7 +32,7 @@ def put(path: Path, text: str) -> None:
 
 
 def test_without_cgroups_it_is_the_machine_and_the_affinity(cgroups: Path) -> None:
-    assert machine.memory_bytes() == 64 * GB
+    assert machine.cgroup_memory_bytes() == 0
     assert machine.cores() == 16
 
 
@@ -43,7 +44,7 @@ def test_version_2_counts_with_every_group_above(cgroups: Path) -> None:
     put(root / "kube/memory.max", f"{16 * GB}\n")
     put(root / "kube/pod/cpu.max", "250000 100000\n")
     put(root / "kube/pod/box/cpu.max", "max 100000\n")
-    assert machine.memory_bytes() == 8 * GB
+    assert machine.cgroup_memory_bytes() == 8 * GB
     assert machine.cores() == 3  # two and a half
 
 
@@ -55,7 +56,7 @@ def test_version_1_has_a_tree_for_each_controller(cgroups: Path) -> None:
     put(root / "cpu,cpuacct/docker/abc/cpu.cfs_quota_us", "50000\n")
     put(root / "cpu,cpuacct/docker/abc/cpu.cfs_period_us", "100000\n")
     put(root / "cpu,cpuacct/cpu.cfs_quota_us", "-1\n")
-    assert machine.memory_bytes() == 2 * GB
+    assert machine.cgroup_memory_bytes() == 2 * GB
     assert machine.cores() == 1
 
 
@@ -63,7 +64,7 @@ def test_a_container_that_sees_its_own_group_as_the_root(cgroups: Path) -> None:
     put(cgroups / "own", "0::/../../elsewhere\n")
     put(cgroups / "cgroup/memory.max", f"{3 * GB}\n")
     put(cgroups / "cgroup/cpu.max", "400000 100000")
-    assert machine.memory_bytes() == 3 * GB
+    assert machine.cgroup_memory_bytes() == 3 * GB
     assert machine.cores() == 4
 
 
@@ -72,5 +73,15 @@ def test_what_says_nothing_is_no_limit(cgroups: Path, text: str) -> None:
     put(cgroups / "own", "0::/\n")
     put(cgroups / "cgroup/cpu.max", text)
     put(cgroups / "cgroup/memory.max", text)
-    assert machine.memory_bytes() == 64 * GB
+    assert machine.cgroup_memory_bytes() == 0
     assert machine.cores() == 16
+
+
+def test_a_memory_limit_stays_within_the_cgroup(cgroups: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(cgroups / "own", "0::/\n")
+    assert [memory_limit(each) for each in ("0", "1G", "100G")] == [0, GB, 100 * GB]
+    put(cgroups / "cgroup/memory.max", f"{10 * GB}")
+    assert [memory_limit(each) for each in ("0", "1G", "9G")] == [8 * GB, GB, 9 * GB]
+    assert not caplog.records
+    assert memory_limit("100G") == 8 * GB
+    assert "100G is more than this process's cgroup allows" in caplog.text

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from trilith.errors import InvalidRequestError
+from trilith.machine import cores
 
 __all__ = ["in_parts", "thread_count"]
 
@@ -24,7 +25,7 @@ def thread_count(threads: int | None, bytes_moved: int) -> int:
         a core moves half a megabyte.
     """
     if threads is None:
-        return 1 if bytes_moved < 4 << 20 else os.cpu_count() or 1
+        return 1 if bytes_moved < 4 << 20 else cores()
     if threads < 1:
         raise InvalidRequestError(f"threads={threads} is below 1")
     return threads
@@ -58,7 +59,7 @@ def in_parts(work: Callable[[int, int], None], count: int, threads: int) -> None
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(4, 2 * (os.cpu_count() or 1)), thread_name_prefix="trilith-ops")
+    return ThreadPoolExecutor(max(4, 2 * cores()), thread_name_prefix="trilith-ops")
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork

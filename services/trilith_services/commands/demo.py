@@ -458,6 +458,6 @@ class _Cluster:
 
 def _share(processes: int) -> int:
     """Cores for each of so many processes."""
-    import os
+    from trilith.machine import cores
 
-    return max(1, (os.cpu_count() or 1) // processes)
+    return max(1, cores() // processes)

@@ -146,7 +146,10 @@ ServingName = Annotated[
 MemoryLimit = Annotated[
     str,
     typer.Option(
-        "--memory-limit", metavar="SIZE", callback=size, help="Memory for rows, such as 512M or 16G; 0: no limit."
+        "--memory-limit",
+        metavar="SIZE",
+        callback=size,
+        help="Memory for tables, filters, variables and queues, such as 512M or 16G; 0: no limit but the cgroup's.",
     ),
 ]
 RowThreads = Annotated[

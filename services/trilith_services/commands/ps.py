@@ -134,6 +134,7 @@ def ps(
     from trilith.discovery.serving import ServingDirectory
     from trilith.errors import InvalidRequestError
     from trilith.ops.memory import tune_allocator
+    from trilith_services import sizes
     from trilith_services.listening import reached_by_others
     from trilith_services.logs import setup_logging
     from trilith_services.ps.server import ParameterServer, PsOptions
@@ -183,7 +184,9 @@ def ps(
         sync_to=targets,
     )
     listed = [ServingDirectory(url, sync_name).replicas(index) for url in sync_to or [] if "://" in url]
-    store = Store(index=index, count=count, memory_limit_bytes=parse_bytes(memory_limit), threads=threads or None)
+    store = Store(
+        index=index, count=count, memory_limit_bytes=sizes.memory_limit(memory_limit), threads=threads or None
+    )
     status = ParameterServer(store, options, replicas=listed).run(
         listen, bound=reached_by_others(listen, advertise, discovery)
     )

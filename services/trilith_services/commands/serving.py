@@ -90,12 +90,12 @@ def ps(
     """Hold the compressed rows of one shard, filled by its training PS, and answer lookups until SIGTERM."""
     from trilith.discovery.serving import ServingDirectory
     from trilith.ops.memory import tune_allocator
+    from trilith_services import sizes
     from trilith_services.listening import reached_by_others
     from trilith_services.logs import setup_logging
     from trilith_services.ps.replica import Replica, read_configs
     from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
     from trilith_services.ps.store import Store
-    from trilith_services.sizes import parse_bytes
 
     setup_logging(log_format.value, level=log_level.value, role={"ps": index, "replica": replica})
     tune_allocator()
@@ -111,7 +111,9 @@ def ps(
         metrics_host=metrics_host,
     )
     configs = read_configs(tables.read_text()) if tables is not None else []
-    store = Store(index=index, count=count, memory_limit_bytes=parse_bytes(memory_limit), threads=threads or None)
+    store = Store(
+        index=index, count=count, memory_limit_bytes=sizes.memory_limit(memory_limit), threads=threads or None
+    )
     listed = ServingDirectory(discovery, name).replicas(index) if discovery is not None else None
     server = ReplicaServer(Replica(store, configs=configs), options, listed=listed)
     raise typer.Exit(server.run(listen, bound=reached_by_others(listen, advertise, discovery)))

@@ -64,7 +64,9 @@ def up(
     memory_limit: Annotated[
         str,
         typer.Option(
-            metavar="SIZE", callback=size, help="Memory for rows of each PS, such as 512M or 16G; 0: no limit."
+            metavar="SIZE",
+            callback=size,
+            help="Memory for tables, filters, variables and queues of each PS; 0: no limit but the cgroup's.",
         ),
     ] = "0",
     log_dir: Annotated[

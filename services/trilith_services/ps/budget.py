@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from trilith.errors import MemoryLimitError
+
 __all__ = ["MemoryBudget"]
 
 _SOFT_SHARE = 0.9
@@ -16,7 +18,6 @@ class MemoryBudget:
     Attributes:
         limit: Bytes; 0 means none.
         soft_limit: Bytes from which a PS evicts what may be evicted; 0 means none.
-        used: Bytes in use.
         reserved: Bytes kept for writes under way.
         reclaim: Gives back to the machine what freed rows use, and takes it off the account, before a request is
             refused for want of memory.
@@ -26,12 +27,36 @@ class MemoryBudget:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.soft_limit = int(limit * _SOFT_SHARE)
-        self.used = 0
         self.reserved = 0
+        self._charged = 0
+        self._others: list[Callable[[], int]] = []
         self.reclaim: Callable[[], None] = lambda: None
         self.free: Callable[[], int] = lambda: 0
         self._lock = threading.Lock()
         self._released = threading.Condition(self._lock)
+
+    @property
+    def used(self) -> int:
+        """Bytes in use."""
+        return self._charged + sum([other() for other in self._others])
+
+    def watch(self, other: Callable[[], int]) -> None:
+        """Count what `other` says that it uses: quickly, since it is asked with every write, and itself bounded."""
+        self._others.append(other)
+
+    def take(self, size: int, what: str) -> None:
+        """Account for `size` more bytes, for good.
+
+        Raises:
+            MemoryLimitError: They exceed the limit; `what` says who needs them.
+        """
+        if not self.reserve(size) and not (self.make_room(size) and self.reserve(size)):
+            raise MemoryLimitError(
+                f"{what}: {size} more bytes are needed, but {self.used} of the {self.limit} bytes of this PS are in "
+                "use; nothing was changed"
+            )
+        self.add(size)
+        self.release(size)
 
     def reserve(self, size: int, *, wait: bool = False) -> bool:
         """Keep `size` more bytes for a write until `release`, unless they would exceed the limit.
@@ -68,7 +93,7 @@ class MemoryBudget:
     def add(self, size: int) -> None:
         """Account for `size` more bytes (fewer if negative)."""
         with self._lock:
-            self.used += size
+            self._charged += size
 
     @property
     def above_soft_limit(self) -> bool:

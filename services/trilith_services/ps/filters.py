@@ -97,6 +97,10 @@ class OccurrenceFilter(Protocol):
     needs_table: ClassVar[bool]
     """Whether a decision makes sense only beside a table (`intercept_gradient` has none)."""
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the filter may come to use; it is committed as ids fall, all over it."""
+
     def filtered(
         self,
         ids: Ids,
@@ -133,6 +137,11 @@ class DummyFilter:
     """Filters nothing."""
 
     needs_table: ClassVar[bool] = False
+
+    @property
+    def memory_bytes(self) -> int:
+        """None worth counting."""
+        return 0
 
     def filtered(
         self,
@@ -171,6 +180,11 @@ class ProbabilisticFilter:
         self.equal = equal
         self._seed = seed & (2**64 - 1)
         self._calls = itertools.count(1)
+
+    @property
+    def memory_bytes(self) -> int:
+        """None worth counting."""
+        return 0
 
     def filtered(
         self,
@@ -237,6 +251,11 @@ class CountingFilter:
         self._cells = np.zeros(self.total + kernels.EXTRA_CELLS, np.uint8 if bits == 8 else np.uint16)
         self._state = np.zeros(2, np.int64)
         self._lock = threading.Lock()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the cells, which are committed as ids fall on them."""
+        return self._cells.nbytes
 
     @property
     def elements(self) -> int:
@@ -382,8 +401,8 @@ class SlidingFilter:
         return int(self._state[kernels.SLIDING_WORDS :].sum())
 
     @property
-    def cell_bytes(self) -> int:
-        """Address space of the cells; memory is used where ids have fallen."""
+    def memory_bytes(self) -> int:
+        """Bytes of the cells, which are committed as ids fall on them: all over, so soon all of them."""
         return self._cells.nbytes
 
     def add(self, ids: Ids, counts: Counts | None = None) -> Counts:

@@ -193,7 +193,7 @@ class _Silent(WSGIRequestHandler):
 
 _TABLE_GAUGES: Mapping[str, tuple[str, Callable[[ps_pb2.TableStats], float]]] = {
     "trilith_ps_rows": ("Rows held in memory.", lambda table: table.rows),
-    "trilith_ps_table_bytes": ("Memory of rows and index.", lambda table: table.bytes),
+    "trilith_ps_table_bytes": ("Memory of rows, index and filter.", lambda table: table.bytes),
     "trilith_ps_lookup_hit_ratio": (
         "Looked-up ids that had a row, of all.",
         lambda table: table.lookup_hits / table.lookup_ids if table.lookup_ids else 0.0,
@@ -208,7 +208,10 @@ _TABLE_COUNTERS: Mapping[str, tuple[str, Callable[[ps_pb2.TableStats], float]]] 
     "trilith_ps_evicted_rows_total": ("Rows deleted because they expired.", lambda table: table.evicted_rows),
 }
 _SHARD_GAUGES: Mapping[str, tuple[str, Callable[[ps_pb2.StatsResponse], float]]] = {
-    "trilith_ps_memory_bytes": ("Memory of all tables and variables.", lambda stats: stats.memory_bytes),
+    "trilith_ps_memory_bytes": (
+        "Memory of tables with their filters, variables, queues and notes of writes: what the limit is about.",
+        lambda stats: stats.memory_bytes,
+    ),
     "trilith_ps_memory_limit_bytes": ("The limit on it; 0: none.", lambda stats: stats.memory_limit_bytes),
     "trilith_ps_queue_calls": ("Calls that wait for a thread.", lambda stats: stats.queued_requests),
     "trilith_ps_global_step": ("The model's step as this PS knows it.", lambda stats: stats.global_step),

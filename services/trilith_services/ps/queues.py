@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import threading
 import time
 from collections import deque
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 
 from trilith.errors import InvalidRequestError, QueueFullError, UnknownQueueError
 from trilith.shard import Dequeued
+from trilith_services.ps.budget import MemoryBudget
 
 __all__ = ["DEFAULT_CAPACITY", "QueueState", "Queues"]
 
 DEFAULT_CAPACITY = 100_000
+_POINTER = 8  # bytes of a place in a queue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +70,10 @@ class Queues:
     every element is worked on at least once, and by one worker only as long as workers keep their leases. Thread-safe.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Make an empty set of queues; `clock` gives seconds."""
+    def __init__(self, budget: MemoryBudget | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Make an empty set of queues; `budget` is what elements are charged to, `clock` gives seconds."""
+        self._budget = budget if budget is not None else MemoryBudget(0)
+        self._bytes = 0
         self._clock = clock
         self._lock = threading.Lock()
         self._queues: dict[str, _Queue] = {}
@@ -87,15 +92,17 @@ class Queues:
                 return False
             queue = _Queue(name, capacity or DEFAULT_CAPACITY)
             queue.check_room(len(first))
+            self._take(name, first)
             queue.waiting.extend(first)
             self._queues[name] = queue
             return True
 
     def enqueue(self, name: str, elements: Sequence[str]) -> None:
-        """Append elements, all or, with QueueFullError, none."""
+        """Append elements, all or, with QueueFullError or MemoryLimitError, none."""
         with self._lock:
             queue = self._find(name)
             queue.check_room(len(elements))
+            self._take(name, elements)
             queue.waiting.extend(elements)
 
     def dequeue(self, names: Sequence[str], worker: str, lease_s: float, claim: str = "") -> Dequeued:
@@ -126,6 +133,7 @@ class Queues:
 
     def _give(self, queue: _Queue, element: str, worker: str, lease_s: float) -> Dequeued:
         if lease_s == 0:
+            self._give_up([element])
             return Dequeued(queue.name, element)
         number = next(self._numbers)
         self._leases[number] = _Lease(number, queue, worker, element, lease_s, self._clock() + lease_s)
@@ -141,7 +149,9 @@ class Queues:
             if elements:
                 target = self._find(name)
                 target.check_room(len(elements) - (target is held.queue))
+                self._take(name, elements)
                 target.waiting.extend(elements)
+            self._give_up([held.element])
             self._drop(held)
             return True
 
@@ -168,6 +178,18 @@ class Queues:
     def _drop(self, lease: _Lease) -> None:
         del self._leases[lease.number]
         lease.queue.leased -= 1
+
+    def _take(self, name: str, elements: Sequence[str]) -> None:
+        """Account for elements, or refuse them."""
+        size = _bytes(elements)
+        if size:
+            self._budget.take(size, f"queue {name!r}: {len(elements)} elements")
+            self._bytes += size
+
+    def _give_up(self, elements: Sequence[str]) -> None:
+        size = _bytes(elements)
+        self._budget.add(-size)
+        self._bytes -= size
 
     def _find(self, name: str) -> _Queue:
         queue = self._queues.get(name)
@@ -207,6 +229,15 @@ class Queues:
                 for number, worker, seconds, element in state.leased:
                     self._leases[number] = _Lease(number, queue, worker, element, seconds, now + seconds)
             self._numbers = itertools.count(max(self._leases, default=0) + 1)
+            size = sum(_bytes(queue.waiting) for queue in self._queues.values())
+            size += _bytes([lease.element for lease in self._leases.values()])
+            self._budget.add(size - self._bytes)
+            self._bytes = size
+
+
+def _bytes(elements: Iterable[str]) -> int:
+    """What elements take, about."""
+    return sum([sys.getsizeof(element) + _POINTER for element in elements])
 
 
 def _check_seconds(lease_s: float) -> None:

@@ -21,6 +21,7 @@ from trilith.errors import (
     CheckpointError,
     ClosedError,
     InvalidRequestError,
+    MemoryLimitError,
     NonFiniteError,
     ShardRestartedError,
     TableExistsError,
@@ -79,7 +80,8 @@ class Store:
             index: Which shard this is, from 0.
             count: Of how many.
             incarnation: Identity of the shard's content until a restore; random if left out.
-            memory_limit_bytes: What rows and indexes may use together; 0 means no limit.
+            memory_limit_bytes: What rows, indexes, filters, variables, queues and notes of writes may use together; 0
+                means no limit.
             threads: How many threads one large batch may use; the cores that this process may use if left out.
             clock: Unix seconds; the one clock that rows expire by.
         """
@@ -92,9 +94,9 @@ class Store:
         self.incarnation = incarnation if incarnation is not None else secrets.randbits(63) | 1
         self.life = secrets.token_hex(4)
         """Names this process in what it writes; a restore does not change it."""
-        self.variables = Variables()
-        self.queues = Queues()
         self.budget = MemoryBudget(memory_limit_bytes)
+        self.variables = Variables(self.budget)
+        self.queues = Queues(self.budget)
         self.restored_from = ""
         self.restored_step = 0
         self.last_checkpoint = ""
@@ -105,6 +107,7 @@ class Store:
         self._tables: dict[str, Table] = {}
         self._creating = threading.Lock()
         self._sequences = Sequences(clock=clock)
+        self.budget.watch(lambda: self._sequences.memory_bytes)
         self._changing, self._replacing = two_rooms()
         self._step = 0
         self._step_lock = threading.Lock()
@@ -160,24 +163,23 @@ class Store:
         with self._creating:
             self._check_incarnation(write.incarnation)  # a restore may have come first
             made: dict[str, Table] = {}
-            for config in configs:
-                # Not `or`: an empty table is false.
-                known = self._tables.get(config.name, made.get(config.name))
-                if known is not None:
-                    if known.config != config:
+            try:
+                for config in configs:
+                    # Not `or`: an empty table is false.
+                    known = self._tables.get(config.name, made.get(config.name))
+                    if known is None:
+                        made[config.name] = self.new_table(config)
+                    elif known.config != config:
                         raise TableExistsError(
                             f"table {config.name!r} exists with another config: {_differences(known.config, config)}\n"
                             f"here:  {_one_line(known.config)}\nasked: {_one_line(config)}"
                         )
-                    continue
-                made[config.name] = self.new_table(config)
-            if made:
-                try:
+                if made:
                     self.admit_tables([table.config for table in made.values()])
-                except BaseException:
-                    for table in made.values():
-                        table.release()
-                    raise
+            except BaseException:
+                for table in made.values():
+                    table.release()
+                raise
             self._tables.update(made)
         for name, table in made.items():
             size = table.layout.row_bytes + table.layout.state_bytes
@@ -325,7 +327,7 @@ class Store:
                 ps_pb2.TableStats(
                     table=table.name,
                     rows=len(table),
-                    bytes=table.memory_bytes,
+                    bytes=table.charged_bytes,
                     lookup_ids=table.counters.lookup_ids,
                     lookup_hits=table.counters.lookup_hits,
                     update_ids=table.counters.update_ids,
@@ -496,11 +498,26 @@ class Store:
     def new_table(self, config: ps_pb2.TableConfig) -> Table:
         """A compiled table that shares this store's budget and threads but is not in it yet; for `snapshot`."""
         gate = filters.make_filter(config)
-        table = Table(config, gate=gate, budget=self.budget, pool=self._pool)
-        self.compile()
-        table.compile()
-        if gate is not None:
-            gate.compile()
+        beside = gate.memory_bytes if gate is not None else 0
+        table = Table(config, gate=gate, budget=self.budget, pool=self._pool, beside_bytes=beside)
+        if self.budget.limit and self.budget.used > self.budget.limit:
+            table.release()
+            if not self.budget.make_room(table.charged_bytes):
+                raise MemoryLimitError(
+                    f"table {config.name!r} needs {table.memory_bytes} bytes for its index and {beside} for its filter "
+                    f"of {config.filter_capacity or filters.DEFAULT_CAPACITY if beside else 0} ids, but "
+                    f"{self.budget.used} of the {self.budget.limit} bytes of this PS are in use; initial_capacity and "
+                    "filter_capacity make them smaller"
+                )
+            table = Table(config, gate=gate, budget=self.budget, pool=self._pool, beside_bytes=beside)
+        try:
+            self.compile()
+            table.compile()
+            if gate is not None:
+                gate.compile()
+        except BaseException:
+            table.release()
+            raise
         return table
 
     def put_table(self, table: Table) -> None:

@@ -85,6 +85,7 @@ class Table:
         gate: OccurrenceGate | None = None,
         budget: MemoryBudget | None = None,
         pool: Executor | None = None,
+        beside_bytes: int = 0,
     ) -> None:
         """Make an empty table.
 
@@ -93,6 +94,7 @@ class Table:
             gate: Decides which new ids get a row; None lets all pass. May be shared by tables.
             budget: What the rows and indexes are charged to.
             pool: Where half of a large batch runs.
+            beside_bytes: What it has beside rows and indexes, its gate above all, and is charged for.
         """
         self.config = config
         self.name = config.name
@@ -112,6 +114,7 @@ class Table:
         self._plan = address_of(self.layout.plan)
         self._segments = address_of(self.layout.segment_table)
         self._apply = make_apply(self.layout.structure) if self.layout.structure else None
+        self._beside_bytes = beside_bytes
         self._charged = 0
         self._released = False
         self._pending = 0  # rows that writes under way may add
@@ -129,6 +132,11 @@ class Table:
     def memory_bytes(self) -> int:
         """Bytes of rows and indexes in use; those of freed rows count until `compact` gives them back."""
         return self._stripes.memory_bytes
+
+    @property
+    def charged_bytes(self) -> int:
+        """Bytes of the table with its gate: what it is charged for."""
+        return self.memory_bytes + self._beside_bytes
 
     @property
     def free_bytes(self) -> int:
@@ -333,7 +341,10 @@ class Table:
 
     @touched.setter
     def touched(self, touched: Touched | None) -> None:
-        self._stripes.touched = touched
+        before, self._stripes.touched = self._stripes.touched, touched
+        for each, account in ((before, None), (touched, self._budget.add)):
+            if each is not None:
+                each.charge_to(account)
 
     # ---- writes ------------------------------------------------------------------------------------------------
 
@@ -699,7 +710,7 @@ class Table:
         with self._time_lock:
             if self._released:  # a write that was under way then
                 return
-            now = self.memory_bytes
+            now = self.charged_bytes
             self._budget.add(now - self._charged)
             self._charged = now
 

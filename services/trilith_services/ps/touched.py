@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
@@ -33,6 +34,22 @@ class Touched:
         self._used = 0
         self._distinct: list[UInt64Array] = []
         self._everything = False
+        self._account: Callable[[int], None] | None = None
+        self._charged = 0
+
+    def charge_to(self, account: Callable[[int], None] | None) -> None:
+        """Tell `account` from now on how many more bytes this takes, or fewer; None: take all off again."""
+        with self._lock:
+            if self._account is not None:
+                self._account(-self._charged)
+            self._account, self._charged = account, 0
+            self._charge()
+
+    def _charge(self) -> None:
+        if self._account is not None:
+            size = self._ids.nbytes + sum(each.nbytes for each in self._distinct)
+            self._account(size - self._charged)
+            self._charged = size
 
     def add(self, ids: UInt64Array) -> None:
         """Note that the rows of `ids`, uint64[n], have been written or deleted."""
@@ -42,6 +59,7 @@ class Touched:
             end = self._used + len(ids)
             if end > len(self._ids):
                 self._make_room(len(ids))
+                self._charge()
                 end = self._used + len(ids)
             if not self._everything:
                 self._ids[self._used : end] = ids
@@ -63,6 +81,7 @@ class Touched:
             room = max(_FIRST_ROOM, min(_MOST_ROOM, 1 << self._used.bit_length()))
             self._ids, self._used = np.empty(room, np.uint64), 0
             self._distinct, self._everything = [], False
+            self._charge()
         pieces[-1] = _without_repeats(pieces[-1])
         return pieces[-1] if len(pieces) == 1 else np.concatenate(pieces), everything
 

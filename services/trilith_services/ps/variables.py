@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from trilith.ops.memory import address_of
 from trilith.shard import DensePart, Float32Array
 from trilith.tables.checks import check_optimizer
 from trilith_proto import ps_pb2
+from trilith_services.ps.budget import MemoryBudget
 from trilith_services.ps.kernels.apply import make_dense_step
 from trilith_services.ps.row_layout import OptimizerLayout
 
@@ -45,7 +46,9 @@ class Partition:
 class Variables:
     """The dense partitions of one shard, by (name, partition)."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: MemoryBudget | None = None) -> None:
+        """Make an empty set; `budget` is what values and states are charged to."""
+        self._budget = budget if budget is not None else MemoryBudget(0)
         self._partitions: dict[tuple[str, int], Partition] = {}
         self._lock = threading.Lock()
 
@@ -70,7 +73,7 @@ class Variables:
         return [_new_partition(spec, values) for spec, values in zip(specs, initial, strict=True)]
 
     def add(self, made: Sequence[Partition]) -> list[bool]:
-        """Put partitions here, all or, with TableExistsError, none; see `create`."""
+        """Put partitions here, all or, with TableExistsError or MemoryLimitError, none; see `create`."""
         with self._lock:
             for partition in made:
                 known = self._partitions.get(_key(partition.spec))
@@ -80,6 +83,10 @@ class Variables:
                         "with another config:\n"
                         f"here:  {_one_line(known.spec)}\nasked: {_one_line(partition.spec)}"
                     )
+            fresh = {_key(each.spec): each for each in reversed(made) if _key(each.spec) not in self._partitions}
+            if fresh:
+                names = sorted({name for name, _ in fresh})
+                self._budget.take(_bytes(fresh.values()), f"variables {', '.join(map(repr, names))}")
             return [self._partitions.setdefault(_key(partition.spec), partition) is partition for partition in made]
 
     def pull(self, refs: Sequence[tuple[str, int]]) -> list[Float32Array]:
@@ -127,7 +134,7 @@ class Variables:
     def keep(self, keys: Collection[tuple[str, int]]) -> None:
         """Drop every partition whose (name, partition) is not among `keys`."""
         with self._lock:
-            self._partitions = {key: each for key, each in self._partitions.items() if key in keys}
+            self._put({key: each for key, each in self._partitions.items() if key in keys})
 
     def export(self) -> list[VariableState]:
         """Copies of all partitions, each as it is at one moment."""
@@ -159,7 +166,11 @@ class Variables:
     def replace(self, made: dict[tuple[str, int], Partition]) -> None:
         """Put partitions that `remake` made in the place of all that are there."""
         with self._lock:
-            self._partitions = made
+            self._put(made)
+
+    def _put(self, partitions: dict[tuple[str, int], Partition]) -> None:
+        before, self._partitions = self._partitions, partitions
+        self._budget.add(_bytes(partitions.values()) - _bytes(before.values()))
 
     def _get(self, name: str, partition: int) -> Partition:
         try:
@@ -194,6 +205,10 @@ def _new_partition(spec: ps_pb2.VariableSpec, values: Float32Array) -> Partition
         raise InvalidRequestError(f"variable {spec.name!r}: stochastic rounding is for embedding rows")
     warm(make_dense_step(layout.kind))
     return Partition(spec, layout, np.array(values, np.float32), layout.initial_state.copy())
+
+
+def _bytes(partitions: Iterable[Partition]) -> int:
+    return sum(each.values.nbytes + each.state.nbytes for each in partitions)
 
 
 def _key(spec: ps_pb2.VariableSpec) -> tuple[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from trilith.data.clicks import ClickData, Parts
+from trilith.machine import cores
 from trilith.nn import ClickModel, LocalEmbeddings, auc
 from trilith_services.worker.events import Emit
 from trilith_services.worker.meter import Meter
@@ -142,7 +142,7 @@ def best_threads(build: Callable[[], _Local], train: ClickData, batch_size: int)
     before = torch.get_num_threads()
     seconds = {}
     try:
-        for threads in range(1, (os.cpu_count() or 1) + 1):
+        for threads in range(1, cores() + 1):
             torch.set_num_threads(threads)
             local = build()
             batches = [batch for batch, _ in zip(train.batches(batch_size), range(TRIAL_STEPS), strict=False)]

@@ -21,6 +21,7 @@ from trilith.connect import connect
 from trilith.data.clicks import Parts
 from trilith.discovery.zk_url import redact
 from trilith.errors import InvalidRequestError, UnavailableError
+from trilith.machine import cores
 from trilith.nn import pick_device
 from trilith.peers import PeerClient, connect_peers
 from trilith.waiting import Wait
@@ -86,7 +87,7 @@ def run_worker(options: WorkerOptions, config: WorkerConfig, *, follower: Follow
         raise InvalidRequestError("workers without PS go on from their checkpoint; a position of one rank is of no use")
     if config.dense == "allreduce" and not options.master:
         raise InvalidRequestError("training together needs to know where rank 0 is: give --master host:port")
-    use_threads(options.threads or max(1, (os.cpu_count() or 1) // config.world_size))
+    use_threads(options.threads or max(1, cores() // config.world_size))
     finished = False
     with _stop_on_signal() as stop, _events(options.events) as write, _metrics(options):
         parts = load_dataset(options.data, report=log.info)
