@@ -41,7 +41,12 @@ class Variable:
 
 
 EVERYWHERE = (
-    Variable("TRILITH_CACHE", "DIR", "`~/.cache/trilith`", "Compiled kernels, downloaded data, models of the demo."),
+    Variable(
+        "TRILITH_CACHE",
+        "DIR",
+        "`~/.cache/trilith`",
+        "Compiled kernels (those of other users are not loaded), downloaded data, models of the demo.",
+    ),
     Variable("XDG_CACHE_HOME", "DIR", "`~/.cache`", "Where kernels go, in `trilith`, without `$TRILITH_CACHE`."),
     Variable("TRILITH_KERNELS", "DIR", "", "Kernels compiled beforehand, as in the container image; only read."),
     Variable("NUMBA_DISABLE_JIT", "0 or 1", "`0`", "1: kernels run as plain Python, for breakpoints; very slow."),

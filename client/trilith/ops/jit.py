@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import pickle
+import stat
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +32,8 @@ from numba.core.serialize import dumps
 from trilith.waiting import Wait
 
 __all__ = ["COMPILING", "JIT_DISABLED", "KERNELS", "cache_directory", "inlined", "kernel", "part", "warm"]
+
+_LOG = logging.getLogger(__name__)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -181,12 +185,11 @@ class _KernelCache(_Cache):  # type: ignore[misc]
         name = self._entry(sig, target_context.codegen())
         for directory in (cache_directory(), os.environ.get("TRILITH_KERNELS") or os.devnull):
             try:
-                payload = pickle.loads(Path(directory, name).read_bytes())
+                return CompileResult._rebuild(target_context, *pickle.loads(_read_own(Path(directory, name))))
             except OSError:
                 continue
             except Exception:  # a damaged entry of any kind is a miss; the compiled result will replace it
                 continue
-            return CompileResult._rebuild(target_context, *payload)
         return None
 
     def save_overload(self, sig: Any, data: CompileResult) -> None:
@@ -215,6 +218,29 @@ class _KernelCache(_Cache):  # type: ignore[misc]
     def _entry(self, sig: Any, codegen: Any) -> str:
         digest = hashlib.sha256(repr((self._identity, sig, codegen.magic_tuple())).encode()).hexdigest()
         return f"{self._name}-{digest[:32]}.bin"
+
+
+def _read_own(path: Path) -> bytes:
+    """A file's bytes, if nobody but this user and root can have written them: they are unpickled and run.
+
+    Raises:
+        PermissionError: Somebody else owns it or may write to it.
+    """
+    with path.open("rb") as file:
+        found = os.fstat(file.fileno())
+        if found.st_uid not in (os.geteuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            _warn_of_others(path.parent)
+            raise PermissionError(f"{path} is another user's, or others may write to it")
+        return file.read()
+
+
+@functools.cache
+def _warn_of_others(directory: Path) -> None:
+    _LOG.warning(
+        "compiled kernels in %s belong to another user, or others may write to them: they are not loaded, and compiled "
+        "anew; $TRILITH_CACHE names another directory",
+        directory,
+    )
 
 
 _compiled_s: list[float] = []
