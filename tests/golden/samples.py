@@ -109,10 +109,10 @@ VARIABLES = {"bias": np.array([0.5, -2.0, 8.0], np.float32), "w": np.arange(6, d
 def checkpoint_configs() -> list[ps_pb2.TableConfig]:
     """Tables of the checkpoint: one with random new rows, one of segments, one with a filter."""
     return [
-        table_config("user", dim=2, optimizer=Adam(), initializer=RandomUniform(-1, 1), ttl_days=36500).proto,
+        table_config("user", dim=2, optimizer=_ADAM, initializer=RandomUniform(-1, 1), ttl_days=36500).proto,
         specs()["segments"].proto,
         table_config(
-            "rare", dim=1, optimizer=Sgd(), filter="sliding", filter_capacity=300, occurrence_threshold=3
+            "rare", dim=1, optimizer=OPTIMIZERS["sgd"], filter="sliding", filter_capacity=300, occurrence_threshold=3
         ).proto,
     ]
 
