@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,10 +15,10 @@ import numpy.typing as npt
 
 from trilith import wire
 from trilith.arrays import as_ids, as_rows, refuse_non_finite
-from trilith.cluster import Cluster
-from trilith.errors import InvalidRequestError
+from trilith.cluster import Cluster, Writes
+from trilith.errors import InvalidRequestError, TrilithError
 from trilith.ops import dedup
-from trilith.shard import Float32Array, FloatArray, IdPart, Shard, UInt64Array, UpdatePart, Write
+from trilith.shard import ANY_WRITE, Float32Array, FloatArray, IdPart, Shard, UInt64Array, UpdatePart, Write
 from trilith.times import whole_seconds
 from trilith_proto import ps_pb2
 
@@ -173,9 +174,22 @@ class Batches:
         return [index for index, tables in ids.items() if any(each.size for each in tables.values())]
 
     def per_id(
-        self, table: str, ids: Any, call: Callable[[int, Shard, IdPart, float], _T]
+        self,
+        table: str,
+        ids: Any,
+        call: Callable[[Shard, IdPart, Write, float], _T],
+        *,
+        writes: Terms | None = None,
+        timeout_s: float | None = None,
     ) -> tuple[dedup.Split, list[_T]]:
         """Call every shard with its ids of one table, repeats included, in pieces that fit a message.
+
+        Args:
+            table: Which table.
+            ids: Integers [n].
+            call: Takes a shard, its ids, the write's name and the seconds that are left.
+            writes: What goes with each write; None: the call changes nothing.
+            timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
 
         Returns:
             The split, and the results in its order.
@@ -184,14 +198,19 @@ class Batches:
         cluster = self._cluster
         split = dedup.split_by_owner(as_ids(table, ids), cluster.count)
 
+        named = self._writes(writes) if writes is not None else None
+
         def run(index: int, shard: Shard, left: float) -> list[_T]:
             deadline = time.monotonic() + left
+            pieces = _pieces(split.owned(index), cluster.batch_bytes(index), 8)
             return [
-                call(index, shard, IdPart(table, piece), _left(deadline))
-                for piece in _pieces(split.owned(index), cluster.batch_bytes(index), 8)
+                call(shard, IdPart(table, piece), named.of(index, number) if named else ANY_WRITE, _left(deadline))
+                for number, piece in enumerate(pieces)
             ]
 
-        replies = cluster.fan_out(_concerned([split], cluster.count), run)
+        replies = cluster.fan_out(
+            _concerned([split], cluster.count), run, timeout_s=timeout_s, writes=writes is not None
+        )
         return split, [result for results in replies.values() for result in results]
 
     # ---- writing -----------------------------------------------------------------------------------------------------
@@ -204,6 +223,9 @@ class Batches:
             request_time=0 if terms.request_time is None else whole_seconds(terms.request_time),
             allow_non_finite=terms.allow_non_finite,
         )
+
+    def _writes(self, terms: Terms) -> Writes:
+        return Writes(lambda index: self.write(index, terms))
 
     def update(self, verb: Verb, updates: Mapping[str, tuple[Any, Any]], terms: Terms) -> None:
         """See `Client.apply_gradients`, `assign` and `assign_add`."""
@@ -218,11 +240,7 @@ class Batches:
                 finite = dedup.scatter_values(rows.split, rows.values, blocks, float16=self._float16)
                 if not finite and not terms.allow_non_finite:
                     refuse_non_finite(f"table {rows.name!r}", _WHAT[verb], rows.values, float16=self._float16)
-            cluster.fan_out(
-                concerned,
-                lambda index, shard, left: self._send(verb, index, shard, frames[index], terms, left),
-                timeout_s=terms.timeout_s,
-            )
+            self._send_frames(verb, concerned, frames, terms)
 
     def update_owned(self, verb: Verb, updates: Sequence[Mapping[str, tuple[Any, ...]]], terms: Terms) -> None:
         """Write rows of ids that are arranged by owner already; repeats are applied one after another.
@@ -254,11 +272,7 @@ class Batches:
                     finite = dedup.scatter_values(split, rows, [part.values], float16=self._float16)
                     if not finite and not terms.allow_non_finite:
                         refuse_non_finite(f"table {part.table!r}", _WHAT[verb], rows, float16=self._float16)
-            self._cluster.fan_out(
-                concerned,
-                lambda index, shard, left: self._send(verb, index, shard, frames[index], terms, left),
-                timeout_s=terms.timeout_s,
-            )
+            self._send_frames(verb, concerned, frames, terms)
 
     def _rates(self, verb: Verb, info: TableInfo, terms: Terms) -> Float32Array | None:
         """The rates that travel with an update, evaluated once for all shards."""
@@ -311,7 +325,18 @@ class Batches:
         make: Callable[..., wire.UpdateFrame] = getattr(self._cluster.shards[index], "new_update", wire.plain_update)
         return make(layouts, self.write(index, terms), float16=self._float16)
 
-    def _send(self, verb: Verb, index: int, shard: Shard, frame: wire.UpdateFrame, terms: Terms, left: float) -> None:
+    def _send_frames(
+        self, verb: Verb, concerned: Sequence[int], frames: Mapping[int, wire.UpdateFrame], terms: Terms
+    ) -> None:
+        named = self._writes(terms)
+        self._cluster.fan_out(
+            concerned,
+            lambda index, shard, left: self._send(verb, index, shard, frames[index], named, left),
+            timeout_s=terms.timeout_s,
+            writes=True,
+        )
+
+    def _send(self, verb: Verb, index: int, shard: Shard, frame: wire.UpdateFrame, named: Writes, left: float) -> None:
         call = getattr(shard, verb)
         if frame.write.client_id:
             call(frame, frame.write, timeout_s=left)
@@ -319,6 +344,7 @@ class Batches:
         # Too much for one message: several writes in order, each with a sequence of its own.
         deadline = time.monotonic() + left
         limit = self._cluster.batch_bytes(index)
+        number = itertools.count()
         for part in frame:
             step = max(1, limit // _row_bytes(part.values.shape[1]))
             for start in range(0, part.ids.size, step):
@@ -329,17 +355,25 @@ class Batches:
                         values = values.astype(np.float16)
                 counts = None if part.counts is None else part.counts[piece]
                 cut = UpdatePart(part.table, part.ids[piece], values, counts, part.learning_rates)
-                call([cut], self.write(index, terms), timeout_s=_left(deadline))
+                call([cut], named.of(index, next(number)), timeout_s=_left(deadline))
 
 
 @contextmanager
 def _closing(frames: Mapping[int, wire.UpdateFrame]) -> Iterator[None]:
-    """Within it frames may be sent; afterwards nobody sends them, even if an error that somebody keeps holds them."""
+    """Within it frames may be sent; afterwards nobody sends them, unless an error says that the write is unfinished.
+
+    Then they stay open for as long as somebody keeps the error.
+    """
+    unfinished = False
     try:
         yield
+    except TrilithError as error:
+        unfinished = error.unfinished is not None
+        raise
     finally:
-        for frame in frames.values():
-            frame.write.ticket.close()
+        if not unfinished:
+            for frame in frames.values():
+                frame.write.ticket.close()
 
 
 _WHAT: dict[Verb, str] = {"apply_gradients": "gradients", "assign": "values", "assign_add": "values"}

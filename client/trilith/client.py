@@ -17,7 +17,7 @@ from trilith.discovery import Directory
 from trilith.discovery.members import Members
 from trilith.discovery.record import ClusterRecord, RecordKeeper
 from trilith.discovery.zk_url import redact
-from trilith.errors import InvalidRequestError, ShardRestartedError, UnknownTableError
+from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError, UnknownTableError
 from trilith.ops.dedup import gather_values
 from trilith.queues import Queues
 from trilith.shard import Float32Array, Shard, Write
@@ -240,115 +240,185 @@ class Client:
         terms = Terms(self._cluster.step, request_time, allow_non_finite, timeout_s)
         self._batches.update("assign_add", updates, terms)
 
+    def retry(self, error: TrilithError, *, timeout_s: float | None = None) -> None:
+        """Send a write again that failed, to the shards that have not acknowledged it, as the same write.
+
+        A shard that has done it does not do it twice. It is worth calling when the cause may be over: after
+        DeadlineExceededError, UnavailableError, MemoryLimitError. What the write would have returned is not returned.
+
+        Args:
+            error: What the write raised; its `unfinished` says which shards have done it. Keep it no longer than that:
+                it holds the write's rows.
+            timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
+
+        Raises:
+            InvalidRequestError: The error is not of a write that some shard may have done.
+        """
+        if error.unfinished is None:
+            raise InvalidRequestError(f"{type(error).__name__} has no unfinished write: call what raised it again")
+        error.unfinished.again(timeout_s)
+
     # ---- ids of one table --------------------------------------------------------------------------------------------
 
-    def contains(self, table: str, ids: Any) -> npt.NDArray[np.bool_]:
+    def contains(self, table: str, ids: Any, *, timeout_s: float | None = None) -> npt.NDArray[np.bool_]:
         """bool[n]: whether each id has a row."""
         split, pieces = self._batches.per_id(
-            table, ids, lambda _, shard, part, left: shard.contains(part, timeout_s=left)
+            table, ids, lambda shard, part, _, left: shard.contains(part, timeout_s=left), timeout_s=timeout_s
         )
         return gather_values(split, pieces, np.bool_)
 
-    def reinitialize(self, table: str, ids: Any, *, request_time: int | None = None) -> npt.NDArray[np.int8]:
+    def reinitialize(
+        self, table: str, ids: Any, *, request_time: int | None = None, timeout_s: float | None = None
+    ) -> npt.NDArray[np.int8]:
         """Reset rows to their initial state, creating missing ones; int8[n]: 1 existed, 0 was created."""
-        terms = Terms(self._cluster.step, request_time)
         split, pieces = self._batches.per_id(
             table,
             ids,
-            lambda index, shard, part, left: shard.reinitialize(
-                part, self._batches.write(index, terms), timeout_s=left
-            ),
+            lambda shard, part, write, left: shard.reinitialize(part, write, timeout_s=left),
+            writes=Terms(self._cluster.step, request_time),
+            timeout_s=timeout_s,
         )
         return gather_values(split, pieces, np.int8)
 
-    def lookup_entries(self, table: str, ids: Any) -> list[bytes]:
-        """Per id a serialized EntryDump without its id, b"" where there is no row."""
+    def lookup_entries(self, table: str, ids: Any, *, timeout_s: float | None = None) -> list[bytes]:
+        """Per id a serialized EntryDump without its id, b"" where there is no row; see `trilith.describe_entry`."""
         split, pieces = self._batches.per_id(
-            table, ids, lambda _, shard, part, left: shard.lookup_entries(part, timeout_s=left)
+            table, ids, lambda shard, part, _, left: shard.lookup_entries(part, timeout_s=left), timeout_s=timeout_s
         )
         entries = np.empty(split.ids.size, object)
         entries[:] = [entry for piece in pieces for entry in piece]
         return list(gather_values(split, [entries], np.object_))
 
-    def erase(self, table: str, ids: Any) -> int:
+    def erase(self, table: str, ids: Any, *, timeout_s: float | None = None) -> int:
         """Delete rows; returns how many there were."""
         _, pieces = self._batches.per_id(
-            table, ids, lambda index, shard, part, left: shard.erase(part, self._write(index), timeout_s=left)
+            table,
+            ids,
+            lambda shard, part, write, left: shard.erase(part, write, timeout_s=left),
+            writes=Terms(self._cluster.step),
+            timeout_s=timeout_s,
         )
         return sum(pieces)
 
-    def dump_entries(self, table: str, *, page: int = 1000) -> Iterator[bytes]:
-        """Every row of a table as a serialized EntryDump with its id, shard by shard, up to `page` rows at a time."""
+    def dump_entries(self, table: str, *, page: int = 1000, timeout_s: float | None = None) -> Iterator[bytes]:
+        """Every row of a table as a serialized EntryDump with its id, shard by shard, up to `page` rows at a time.
+
+        Args:
+            table: Which table.
+            page: Rows that one call brings at most.
+            timeout_s: Seconds until DeadlineExceededError, of each page; None takes the client's own.
+
+        Yields:
+            Entries; see `trilith.describe_entry`.
+        """
         self._info(table)
         for index in range(self._cluster.count):
             offset = 0
             while True:
-                dumped = self._dump_page(table, index, page, offset)
+                dumped = self._dump_page(table, index, page, offset, timeout_s)
                 yield from dumped.entries
                 offset = dumped.offset
                 if offset == 0:
                     break
 
-    def _dump_page(self, table: str, index: int, page: int, offset: int) -> Any:
+    def _dump_page(self, table: str, index: int, page: int, offset: int, timeout_s: float | None) -> Any:
         return self._cluster.fan_out(
             [index],
             lambda _, shard, left: shard.dump_entries(
                 table, part=0, parts=1, limit=page, offset=offset, timeout_s=left
             ),
+            timeout_s=timeout_s,
         )[index]
 
     # ---- whole tables ------------------------------------------------------------------------------------------------
 
-    def evict(self, tables: Sequence[str] = (), *, now: int = 0) -> dict[str, int]:
+    def evict(
+        self, tables: Sequence[str] | None = None, *, now: int | None = None, timeout_s: float | None = None
+    ) -> dict[str, int]:
         """Delete expired rows.
 
         Args:
-            tables: Which tables; all if empty.
-            now: Unix seconds to judge by, at most a day ahead of a shard's clock; 0 takes that clock itself.
+            tables: Names of tables; None: all of the cluster.
+            now: Unix seconds to judge by, at most a day ahead of a shard's clock; None takes that clock itself.
+            timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
 
         Returns:
             Rows deleted by table.
         """
-        now = whole_seconds(now, "now")
+        at = 0 if now is None else whole_seconds(now, "now")
+        if now is not None and at <= 0:
+            raise InvalidRequestError(f"now={now} is no time; None judges by each shard's own clock")
         return self._counted(
-            tables, lambda index, shard, left: shard.evict(tables, self._write(index), now=now, timeout_s=left)
+            tables, lambda shard, names, write, left: shard.evict(names, write, now=at, timeout_s=left), timeout_s
         )
 
-    def clear(self, tables: Sequence[str]) -> dict[str, int]:
-        """Drop every row of tables; returns rows dropped by table."""
-        return self._counted(tables, lambda index, shard, left: shard.clear(tables, self._write(index), timeout_s=left))
+    def clear(self, tables: Sequence[str] | None = None, *, timeout_s: float | None = None) -> dict[str, int]:
+        """Drop every row of tables.
 
-    def _counted(self, tables: Sequence[str], call: Callable[[int, Shard, float], Mapping[str, int]]) -> dict[str, int]:
+        Args:
+            tables: Names of tables; None: all of the cluster.
+            timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
+
+        Returns:
+            Rows dropped by table.
+        """
+        return self._counted(
+            tables, lambda shard, names, write, left: shard.clear(names, write, timeout_s=left), timeout_s
+        )
+
+    def _counted(
+        self,
+        tables: Sequence[str] | None,
+        call: Callable[[Shard, Sequence[str], Write, float], Mapping[str, int]],
+        timeout_s: float | None,
+    ) -> dict[str, int]:
         if isinstance(tables, str):
             raise InvalidRequestError(f"tables={tables!r} is a string, it must be a sequence of names")
-        for name in tables:
+        cluster = self._cluster
+        if tables is None:
+            answers = cluster.describe()
+            cluster.check_incarnations(answers)
+            tables = [table.name for table in answers[0].tables]
+        names = list(tables)
+        for name in names:
             self._info(name)
+        if not names:
+            return {}
+        writes = cluster.writes(global_step=cluster.step)
+        replies = cluster.fan_out(
+            range(cluster.count),
+            lambda index, shard, left: call(shard, names, writes.of(index), left),
+            timeout_s=timeout_s,
+            writes=True,
+        )
         total: dict[str, int] = {}
-        for counts in self._cluster.everywhere(call):
+        for counts in replies.values():
             for name, rows in counts.items():
                 total[name] = total.get(name, 0) + rows
         return total
 
-    def _write(self, index: int) -> Write:
-        return self._batches.write(index, Terms(self._cluster.step))
-
     # ---- dense variables and the step --------------------------------------------------------------------------------
 
-    def create_variables(self, initial: Mapping[str, Any], *, optimizer: Any) -> dict[str, bool]:
+    def create_variables(
+        self, initial: Mapping[str, Any], *, optimizer: Any, timeout_s: float | None = None
+    ) -> dict[str, bool]:
         """Create dense variables with initial values; existing ones keep theirs.
 
         Args:
             initial: By name, floats of any shape.
             optimizer: One of `trilith.tables`, or an OptimizerConfig; steps every variable on its PS.
+            timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
 
         Returns:
             By name, whether this call created it.
         """
-        return self._variables.create(initial, optimizer)
+        return self._variables.create(initial, optimizer, timeout_s)
 
-    def pull_variables(self, names: Sequence[str] | None = None) -> tuple[dict[str, Float32Array], int]:
+    def pull_variables(
+        self, names: Sequence[str] | None = None, *, timeout_s: float | None = None
+    ) -> tuple[dict[str, Float32Array], int]:
         """Current values by name, float32 of the variable's shape (None: all variables), and the global step."""
-        return self._variables.pull(names)
+        return self._variables.pull(names, timeout_s)
 
     def apply_dense_gradients(
         self,
@@ -357,6 +427,7 @@ class Client:
         learning_rate: float | None = None,
         global_step: int | None = None,
         allow_non_finite: bool = False,
+        timeout_s: float | None = None,
     ) -> None:
         """One step of each variable's optimizer.
 
@@ -365,17 +436,29 @@ class Client:
             learning_rate: None takes the optimizer's own.
             global_step: The model's step; None takes what this client knows.
             allow_non_finite: Accept NaN and infinity.
+            timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
 
         Raises:
             NonFiniteError: A gradient has NaN or infinity; nothing was sent.
         """
-        self._variables.apply_gradients(gradients, learning_rate, global_step, allow_non_finite)
+        self._variables.apply_gradients(gradients, learning_rate, global_step, allow_non_finite, timeout_s)
 
-    def assign_variables(self, values: Mapping[str, Any], *, allow_non_finite: bool = False) -> None:
+    def assign_variables(
+        self, values: Mapping[str, Any], *, allow_non_finite: bool = False, timeout_s: float | None = None
+    ) -> None:
         """Set variables: by name float32 of its shape."""
-        self._variables.assign(values, allow_non_finite)
+        self._variables.assign(values, allow_non_finite, timeout_s)
 
-    def global_step(self, *, advance: int | None = None, set_to: int | None = None) -> int:
+    def variables(self, *, timeout_s: float | None = None) -> dict[str, tuple[int, ...]]:
+        """Shapes of all dense variables by name, whoever created them.
+
+        PS keep variables flat: a client knows the shape of those that it created, and the size of others, (n,).
+        """
+        return self._variables.shapes(timeout_s)
+
+    def global_step(
+        self, *, advance: int | None = None, set_to: int | None = None, timeout_s: float | None = None
+    ) -> int:
         """Read the model's step counter (PS 0 keeps it), after advancing or setting it."""
         if advance is not None and set_to is not None:
             raise InvalidRequestError(f"advance={advance} and set_to={set_to} cannot both be done")
@@ -386,18 +469,20 @@ class Client:
         cluster.step = cluster.fan_out(
             [0],
             lambda _, shard, left: shard.global_step(advance=advance, set_to=set_to, write=write, timeout_s=left),
+            timeout_s=timeout_s,
+            writes=advance is not None or set_to is not None,
         )[0]
         return cluster.step
 
     # ---- the cluster -------------------------------------------------------------------------------------------------
 
-    def stats(self) -> list[ps_pb2.StatsResponse]:
+    def stats(self, *, timeout_s: float | None = None) -> list[ps_pb2.StatsResponse]:
         """Counters and sizes, per shard."""
-        return self._cluster.everywhere(lambda _, shard, left: shard.stats(timeout_s=left))
+        return self._cluster.everywhere(lambda _, shard, left: shard.stats(timeout_s=left), timeout_s=timeout_s)
 
-    def describe(self) -> list[ps_pb2.DescribeResponse]:
+    def describe(self, *, timeout_s: float | None = None) -> list[ps_pb2.DescribeResponse]:
         """Identity and content, per shard."""
-        return self._cluster.describe()
+        return self._cluster.describe(timeout_s=timeout_s)
 
     def save(self, path: str, *, timeout_s: float = 3600.0) -> int:
         """Write a checkpoint into the directory `path` (any fsspec URL that every PS can reach); returns its step.
@@ -516,9 +601,9 @@ class Table:
         """The table's config."""
         return self._client._info(self.name).config
 
-    def lookup(self, ids: Any) -> Float32Array:
-        """float32[n, dim]: row i for ids[i], zeros where an id has no row."""
-        return self._client.lookup({self.name: ids})[self.name]
+    def lookup(self, ids: Any, **options: Any) -> Float32Array:
+        """float32[n, dim]: row i for ids[i], zeros where an id has no row; options as in `Client.lookup`."""
+        return self._client.lookup({self.name: ids}, **options)[self.name]
 
     def apply_gradients(self, ids: Any, grads: Any, **options: Any) -> None:
         """One optimizer step per distinct id; options as in `Client.apply_gradients`."""
@@ -532,33 +617,33 @@ class Table:
         """Add to weights; options as in `Client.assign_add`."""
         self._client.assign_add({self.name: (ids, values)}, **options)
 
-    def reinitialize(self, ids: Any) -> npt.NDArray[np.int8]:
-        """Reset rows; int8[n]: 1 existed, 0 was created."""
-        return self._client.reinitialize(self.name, ids)
+    def reinitialize(self, ids: Any, **options: Any) -> npt.NDArray[np.int8]:
+        """Reset rows; int8[n]: 1 existed, 0 was created. Options as in `Client.reinitialize`."""
+        return self._client.reinitialize(self.name, ids, **options)
 
-    def contains(self, ids: Any) -> npt.NDArray[np.bool_]:
-        """bool[n]: whether each id has a row."""
-        return self._client.contains(self.name, ids)
+    def contains(self, ids: Any, **options: Any) -> npt.NDArray[np.bool_]:
+        """bool[n]: whether each id has a row; options as in `Client.contains`."""
+        return self._client.contains(self.name, ids, **options)
 
-    def lookup_entries(self, ids: Any) -> list[bytes]:
-        """Per id a serialized EntryDump without its id, b"" where there is no row."""
-        return self._client.lookup_entries(self.name, ids)
+    def lookup_entries(self, ids: Any, **options: Any) -> list[bytes]:
+        """Per id a serialized EntryDump without its id, b"" where there is no row; see `Client.lookup_entries`."""
+        return self._client.lookup_entries(self.name, ids, **options)
 
-    def erase(self, ids: Any) -> int:
-        """Delete rows; returns how many there were."""
-        return self._client.erase(self.name, ids)
+    def erase(self, ids: Any, **options: Any) -> int:
+        """Delete rows; returns how many there were. Options as in `Client.erase`."""
+        return self._client.erase(self.name, ids, **options)
 
-    def evict(self, *, now: int = 0) -> int:
-        """Delete expired rows; returns how many."""
-        return self._client.evict([self.name], now=now).get(self.name, 0)
+    def evict(self, **options: Any) -> int:
+        """Delete expired rows; returns how many. Options as in `Client.evict`."""
+        return self._client.evict([self.name], **options).get(self.name, 0)
 
-    def clear(self) -> int:
-        """Drop every row; returns how many there were."""
-        return self._client.clear([self.name]).get(self.name, 0)
+    def clear(self, **options: Any) -> int:
+        """Drop every row; returns how many there were. Options as in `Client.clear`."""
+        return self._client.clear([self.name], **options).get(self.name, 0)
 
-    def size(self) -> int:
-        """Rows on all shards."""
-        replies = self._client.stats()
+    def size(self, **options: Any) -> int:
+        """Rows on all shards; options as in `Client.stats`."""
+        replies = self._client.stats(**options)
         return sum(stats.rows for reply in replies for stats in reply.tables if stats.table == self.name)
 
 

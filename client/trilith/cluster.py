@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from trilith.config import ClientConfig
 from trilith.errors import (
@@ -19,8 +19,16 @@ from trilith.errors import (
     DeadlineExceededError,
     InDoubtError,
     InvalidRequestError,
+    MemoryLimitError,
+    QueueFullError,
+    ReadOnlyError,
     ShardRestartedError,
+    TableExistsError,
     TrilithError,
+    Unfinished,
+    UnknownQueueError,
+    UnknownTableError,
+    UnknownVariableError,
 )
 from trilith.forks import renew_in_children
 from trilith.identity import Identity
@@ -29,7 +37,7 @@ from trilith.routing import OWNER_RULE
 from trilith.shard import Shard, Write
 from trilith_proto import ps_pb2
 
-__all__ = ["Cluster", "Rejoined"]
+__all__ = ["Cluster", "Rejoined", "Writes"]
 
 _T = TypeVar("_T")
 
@@ -55,6 +63,22 @@ class Rejoined:
     known_step: int
     missing_tables: tuple[str, ...] = ()
     missing_variables: tuple[str, ...] = ()
+
+
+class Writes:
+    """The names of one call's writes, by shard and in order: a call that is made again finds the same."""
+
+    def __init__(self, name: Callable[[int], Write]) -> None:
+        """`name` makes the next one for a shard."""
+        self._name = name
+        self._named: dict[int, list[Write]] = {}
+
+    def of(self, index: int, number: int = 0) -> Write:
+        """The write of this number to a shard. Calls for one shard come one at a time."""
+        named = self._named.setdefault(index, [])
+        while len(named) <= number:
+            named.append(self._name(index))
+        return named[number]
 
 
 class Cluster:
@@ -118,9 +142,9 @@ class Cluster:
         """host:port of every shard that is reached over the network."""
         return [shard.address for shard in self.shards if isinstance(shard, RemoteShard)]
 
-    def describe(self) -> list[ps_pb2.DescribeResponse]:
+    def describe(self, *, timeout_s: float | None = None) -> list[ps_pb2.DescribeResponse]:
         """What every shard says about itself."""
-        return self.everywhere(lambda _, shard, left: shard.describe(timeout_s=left))
+        return self.everywhere(lambda _, shard, left: shard.describe(timeout_s=left), timeout_s=timeout_s)
 
     def known(self, index: int) -> int:
         """The incarnation in which this client knows a shard."""
@@ -225,6 +249,10 @@ class Cluster:
             allow_non_finite=allow_non_finite,
         )
 
+    def writes(self, **terms: Any) -> Writes:
+        """Names for the writes of one call; keywords as for `write`."""
+        return Writes(lambda index: self.write(index, **terms))
+
     def _origin(self, index: int) -> int:
         """A shard's index in the cluster."""
         return index if self._part is None else self._part[0]
@@ -257,7 +285,12 @@ class Cluster:
         return list(self.fan_out(range(self.count), call, timeout_s=timeout_s).values())
 
     def fan_out(
-        self, indexes: Iterable[int], call: Callable[[int, Shard, float], _T], *, timeout_s: float | None = None
+        self,
+        indexes: Iterable[int],
+        call: Callable[[int, Shard, float], _T],
+        *,
+        timeout_s: float | None = None,
+        writes: bool = False,
     ) -> dict[int, _T]:
         """Call some shards, all at once, under one deadline.
 
@@ -265,12 +298,14 @@ class Cluster:
             indexes: Which shards, ascending.
             call: Takes a shard's index, the shard and the seconds that are left.
             timeout_s: Seconds for all; None takes the client's own.
+            writes: The call is a write whose names stay the same when it is made again.
 
         Returns:
             Results by shard index.
 
         Raises:
-            TrilithError: The first failure by shard index, after every call has ended; the others may have succeeded.
+            TrilithError: The first failure by shard index, after every call has ended; of a write that others may have
+                done, `unfinished` says which have.
         """
         if self._closed:
             raise ClosedError(self._closed)
@@ -279,7 +314,12 @@ class Cluster:
             raise InvalidRequestError(f"timeout_s={timeout} is not above 0")
         chosen = list(indexes)
         if len(chosen) == 1:  # no hop to another thread
-            return {chosen[0]: self._call(chosen[0], call, timeout)}
+            try:
+                return {chosen[0]: self._call(chosen[0], call, timeout)}
+            except TrilithError as error:
+                if writes:
+                    self._leave_unfinished(error, {chosen[0]: error}, (), call)
+                raise
         deadline = time.monotonic() + timeout
 
         def run(index: int) -> _T:
@@ -289,7 +329,7 @@ class Cluster:
             return self._call(index, call, left)
 
         def unsent(index: int) -> DeadlineExceededError:
-            return DeadlineExceededError(
+            return _UnsentError(
                 f"shard {index}: nothing was sent within {timeout:.3g} s; calls of other threads were before it"
             )
 
@@ -305,15 +345,37 @@ class Cluster:
 
         futures = {index: self._submit(run, index) for index in chosen[1:]}
         results: dict[int, _T] = {}
-        failures: list[Exception] = []
+        failures: dict[int, Exception] = {}
         for index in chosen:
             try:
                 results[index] = result(index)
             except Exception as error:  # noqa: BLE001 (raised below, when every call has ended)
-                failures.append(error)
+                failures[index] = error
         if failures:
-            raise _gravest(failures)
+            gravest = _gravest(list(failures.values()))
+            if writes and isinstance(gravest, TrilithError):
+                self._leave_unfinished(gravest, failures, tuple(results), call)
+            raise gravest
         return results
+
+    def _leave_unfinished(
+        self,
+        error: TrilithError,
+        failures: Mapping[int, Exception],
+        done: tuple[int, ...],
+        call: Callable[[int, Shard, float], object],
+    ) -> None:
+        """Have the error say what became of its write, if one can go on with it."""
+        unknown = tuple(index for index, each in failures.items() if _may_be_done(each))
+        refused = tuple(index for index in failures if index not in unknown)
+        if unknown or (done and refused):
+            error.unfinished = Unfinished(
+                done=done,
+                refused=refused,
+                unknown=unknown,
+                again=lambda timeout_s: self.fan_out(sorted(failures), call, timeout_s=timeout_s, writes=True),
+            )
+            error.add_note(str(error.unfinished))
 
     def _call(self, index: int, call: Callable[[int, Shard, float], _T], left: float) -> _T:
         try:
@@ -344,6 +406,28 @@ class Cluster:
             shard.close()
         if pool is not None:
             pool.shutdown(wait=False)
+
+
+class _UnsentError(DeadlineExceededError):
+    """The time was over before anything was sent."""
+
+
+# What a shard raises before it has changed anything; of a write that ended otherwise nobody knows.
+_NOT_DONE = (
+    InvalidRequestError,
+    MemoryLimitError,
+    QueueFullError,
+    ReadOnlyError,
+    TableExistsError,
+    UnknownQueueError,
+    UnknownTableError,
+    UnknownVariableError,
+    _UnsentError,
+)
+
+
+def _may_be_done(failure: Exception) -> bool:
+    return not isinstance(failure, _NOT_DONE)
 
 
 def _gravest(failures: Sequence[Exception]) -> Exception:

@@ -31,7 +31,7 @@ class Variables:
         count = self._cluster.count
         return {name: [partition_owner(name, p, count) for p in range(len(self._sizes(name)))] for name in self._shapes}
 
-    def create(self, initial: Mapping[str, Any], optimizer: Any) -> dict[str, bool]:
+    def create(self, initial: Mapping[str, Any], optimizer: Any, timeout_s: float | None = None) -> dict[str, bool]:
         """See `Client.create_variables`."""
         config = optimizer if isinstance(optimizer, hash_table_pb2.OptimizerConfig) else optimizer.as_proto()
         cluster = self._cluster
@@ -45,14 +45,17 @@ class Variables:
             for partition, piece in enumerate(_cut(flat, partition_sizes(flat.size, cluster.count))):
                 spec = ps_pb2.VariableSpec(name=name, partition=partition, size=piece.size, optimizer=config)
                 by_shard.setdefault(partition_owner(name, partition, cluster.count), []).append((spec, piece))
+        writes = cluster.writes()
         replies = cluster.fan_out(
             sorted(by_shard),
             lambda i, shard, left: shard.create_variables(
                 [spec for spec, _ in by_shard[i]],
                 [piece for _, piece in by_shard[i]],
-                cluster.write(i),
+                writes.of(i),
                 timeout_s=left,
             ),
+            timeout_s=timeout_s,
+            writes=True,
         )
         created = dict.fromkeys(values, False)
         for shard, flags in replies.items():
@@ -61,7 +64,12 @@ class Variables:
         self._shapes.update({name: value.shape for name, value in values.items()})
         return created
 
-    def pull(self, names: Sequence[str] | None) -> tuple[dict[str, Float32Array], int]:
+    def shapes(self, timeout_s: float | None = None) -> dict[str, tuple[int, ...]]:
+        """See `Client.variables`."""
+        self._discover(timeout_s)
+        return dict(self._shapes)
+
+    def pull(self, names: Sequence[str] | None, timeout_s: float | None = None) -> tuple[dict[str, Float32Array], int]:
         """See `Client.pull_variables`."""
         cluster = self._cluster
         if names is None or any(name not in self._shapes for name in names):
@@ -77,7 +85,7 @@ class Variables:
                 return [], shard.global_step(timeout_s=left)
             return shard.pull_variables(refs[index], timeout_s=left)
 
-        replies = cluster.fan_out(sorted(refs), call)
+        replies = cluster.fan_out(sorted(refs), call, timeout_s=timeout_s)
         found = {ref: value for s, asked in refs.items() for ref, value in zip(asked, replies[s][0], strict=True)}
         values = {}
         for name in wanted:
@@ -93,6 +101,7 @@ class Variables:
         learning_rate: float | None,
         global_step: int | None,
         allow_non_finite: bool,
+        timeout_s: float | None = None,
     ) -> None:
         """See `Client.apply_dense_gradients`."""
         if learning_rate is not None and not (math.isfinite(learning_rate) and learning_rate > 0):
@@ -101,27 +110,29 @@ class Variables:
         cluster = self._cluster
         step = cluster.step if global_step is None else as_step(global_step)
         parts = self._parts("gradients", gradients, allow_non_finite)
+        writes = cluster.writes(global_step=step, allow_non_finite=allow_non_finite)
         cluster.fan_out(
             sorted(parts),
             lambda i, shard, left: shard.apply_dense_gradients(
                 parts[i],
-                cluster.write(i, global_step=step, allow_non_finite=allow_non_finite),
+                writes.of(i),
                 learning_rate=rate,
                 timeout_s=left,
             ),
+            timeout_s=timeout_s,
+            writes=True,
         )
 
-    def assign(self, values: Mapping[str, Any], allow_non_finite: bool) -> None:
+    def assign(self, values: Mapping[str, Any], allow_non_finite: bool, timeout_s: float | None = None) -> None:
         """See `Client.assign_variables`."""
         cluster = self._cluster
         parts = self._parts("values", values, allow_non_finite)
+        writes = cluster.writes(global_step=cluster.step, allow_non_finite=allow_non_finite)
         cluster.fan_out(
             sorted(parts),
-            lambda i, shard, left: shard.assign_variables(
-                parts[i],
-                cluster.write(i, global_step=cluster.step, allow_non_finite=allow_non_finite),
-                timeout_s=left,
-            ),
+            lambda i, shard, left: shard.assign_variables(parts[i], writes.of(i), timeout_s=left),
+            timeout_s=timeout_s,
+            writes=True,
         )
 
     def _parts(self, what: str, arrays: Mapping[str, Any], allow_non_finite: bool) -> dict[int, list[DensePart]]:
@@ -149,9 +160,9 @@ class Variables:
             raise UnknownVariableError(f"no variable {name!r}; this cluster has {sorted(self._shapes)}")
         return partition_sizes(math.prod(self._shapes[name]), self._cluster.count)
 
-    def _discover(self) -> None:
+    def _discover(self, timeout_s: float | None = None) -> None:
         """Learn of variables that other clients created; their shapes are flat here."""
-        answers = self._cluster.describe()
+        answers = self._cluster.describe(timeout_s=timeout_s)
         self._cluster.check_incarnations(answers)
         sizes: dict[str, int] = {}
         for answer in answers:

@@ -30,6 +30,8 @@ TrilithError
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 __all__ = [
@@ -53,16 +55,43 @@ __all__ = [
     "TableMismatchError",
     "TrilithError",
     "UnavailableError",
+    "Unfinished",
     "UnknownQueueError",
     "UnknownTableError",
     "UnknownVariableError",
 ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unfinished:
+    """A write that some shards may have done and others not; `Client.retry` sends it again, with the same identity.
+
+    Attributes:
+        done: Shards that have acknowledged it.
+        refused: Shards that have not done it: they refused it, or it was never sent to them.
+        unknown: Shards of which nobody knows: no answer came.
+        again: Sends it once more to those that have not acknowledged it, within so many seconds (None: the client's).
+    """
+
+    done: tuple[int, ...]
+    refused: tuple[int, ...]
+    unknown: tuple[int, ...]
+    again: Callable[[float | None], object] = field(repr=False)
+
+    def __str__(self) -> str:
+        said = (("done by", self.done), ("not done by", self.refused), ("not known of", self.unknown))
+        parts = [f"{what} shard{'s' * (len(of) > 1)} {', '.join(map(str, of))}" for what, of in said if of]
+        return f"the write was {'; '.join(parts)}. Client.retry(error) sends it again, to be done once"
+
+
 class TrilithError(Exception):
-    """Base of all errors; `status` is the name of the gRPC status that carries it."""
+    """Base of all errors; `status` is the name of the gRPC status that carries it.
+
+    `unfinished` says, of a write that failed on some shards, which have done it.
+    """
 
     status: ClassVar[str] = "INTERNAL"
+    unfinished: Unfinished | None = None
 
     def __str__(self) -> str:
         # KeyError's own __str__ would quote the message.
