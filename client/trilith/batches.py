@@ -16,7 +16,7 @@ import numpy.typing as npt
 from trilith import wire
 from trilith.arrays import as_ids, as_rows, refuse_non_finite
 from trilith.cluster import Cluster, Writes
-from trilith.errors import InvalidRequestError, TrilithError
+from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
 from trilith.ops import dedup
 from trilith.shard import ANY_WRITE, Float32Array, FloatArray, IdPart, Shard, UInt64Array, UpdatePart, Write
 from trilith.times import whole_seconds
@@ -93,6 +93,7 @@ class Batches:
         self._cluster = cluster
         self._info = info
         self._float16 = cluster.float16 if float16 is None else float16 and cluster.remote
+        self._accepts = cluster.config.on_restart == "accept"
         self._recent: dict[str, deque[dedup.Split]] = {}
         dedup.warm_kernels()
 
@@ -127,7 +128,10 @@ class Batches:
         width = 2 if float16 else 4
         limit = self._cluster.batch_bytes(index)
         if sum([part.ids.size * max(8, width * dim) for part, dim in zip(parts, dims, strict=True)]) <= limit:
-            return shard.lookup(parts, float16=float16, timeout_s=left)
+            rows = shard.lookup(parts, float16=float16, timeout_s=left)
+            if self._accepts:
+                _check_widths(parts, rows, dims)
+            return rows
         deadline = time.monotonic() + left
         blocks: list[FloatArray] = []
         for part, dim in zip(parts, dims, strict=True):
@@ -135,6 +139,7 @@ class Batches:
                 shard.lookup([IdPart(part.table, ids)], float16=float16, timeout_s=_left(deadline))[0]
                 for ids in _pieces(part.ids, limit, max(8, width * dim))
             ]
+            _check_widths([part] * len(pieces), pieces, [dim] * len(pieces))
             blocks.append(np.concatenate(pieces) if pieces else _no_rows(dim))
         return blocks
 
@@ -377,6 +382,16 @@ def _closing(frames: Mapping[int, wire.UpdateFrame]) -> Iterator[None]:
 
 
 _WHAT: dict[Verb, str] = {"apply_gradients": "gradients", "assign": "values", "assign_add": "values"}
+
+
+def _check_widths(parts: Sequence[IdPart], rows: Sequence[FloatArray], dims: Sequence[int]) -> None:
+    """Refuse what a PS that restarted has under the name of another table."""
+    for part, found, dim in zip(parts, rows, dims, strict=True):
+        if found.shape[1] != dim:
+            raise ShardRestartedError(
+                f"table {part.table!r} had dim {dim} when this client met it, and has {found.shape[1]} since a PS"
+                " restarted; connect anew"
+            )
 
 
 def _no_rows(dim: int) -> Float32Array:

@@ -167,7 +167,7 @@ class Client:
         if info is not None:
             return info
         answers = self._cluster.describe()
-        self._cluster.check_incarnations(answers)
+        self._cluster.check_incarnations(answers, reading=True)
         for config in answers[0].tables:
             # A table of another client's making keeps the rates of its config.
             self._tables.setdefault(config.name, TableInfo(config, _dim(config), None))

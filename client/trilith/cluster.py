@@ -150,8 +150,15 @@ class Cluster:
         """The incarnation in which this client knows a shard."""
         return self._known[index]
 
-    def check_incarnations(self, answers: Sequence[ps_pb2.DescribeResponse]) -> None:
-        """Raise ShardRestartedError if a shard is no longer in the incarnation that this client knows."""
+    def check_incarnations(self, answers: Sequence[ps_pb2.DescribeResponse], *, reading: bool = False) -> None:
+        """Raise ShardRestartedError if a shard is no longer in the incarnation that this client knows.
+
+        Args:
+            answers: Of all shards.
+            reading: Nothing is to be written; does not raise where the client was opened to accept restarts.
+        """
+        if reading and self.config.on_restart == "accept":
+            return
         changed = [i for i, answer in enumerate(answers) if answer.incarnation != self._known[i]]
         if changed:
             raise ShardRestartedError(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 from trilith.errors import InvalidRequestError
 
-__all__ = ["LARGEST_MESSAGE", "MAX_MESSAGE_BYTES", "ClientConfig", "prepare_grpc"]
+__all__ = ["LARGEST_MESSAGE", "MAX_MESSAGE_BYTES", "ClientConfig", "OnRestart", "prepare_grpc"]
 
 LARGEST_MESSAGE = (1 << 31) - 1
 """Bytes; gRPC counts in int32."""
@@ -34,6 +35,9 @@ def prepare_grpc() -> None:
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
+OnRestart: TypeAlias = Literal["raise", "accept"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientConfig:
     """Settings of one client.
@@ -48,6 +52,8 @@ class ClientConfig:
         retry_first_s: Pause before the first retry; doubles from then on, with jitter.
         retry_max_s: Longest pause between retries.
         keepalive_s: How often a silent connection is probed, so that a vanished host is noticed.
+        on_restart: What a read does that meets a PS which restarted: "raise" ShardRestartedError, or "accept" what it
+            has now. Writes raise it until `Client.rejoin` either way.
         model_name: What the client's timers are labelled with; see `trilith.timers`.
     """
 
@@ -59,9 +65,12 @@ class ClientConfig:
     retry_first_s: float = 0.05
     retry_max_s: float = 1.0
     keepalive_s: float = 10.0
+    on_restart: OnRestart = "raise"
     model_name: str = ""
 
     def __post_init__(self) -> None:
+        if self.on_restart not in get_args(OnRestart):
+            raise InvalidRequestError(f"on_restart={self.on_restart!r} is neither 'raise' nor 'accept'")
         for name in ("timeout_s", "create_timeout_s", "retry_first_s", "retry_max_s", "keepalive_s"):
             if not getattr(self, name) > 0:
                 raise InvalidRequestError(f"{name}={getattr(self, name)} is not above 0")

@@ -163,7 +163,7 @@ class Variables:
     def _discover(self, timeout_s: float | None = None) -> None:
         """Learn of variables that other clients created; their shapes are flat here."""
         answers = self._cluster.describe(timeout_s=timeout_s)
-        self._cluster.check_incarnations(answers)
+        self._cluster.check_incarnations(answers, reading=True)
         sizes: dict[str, int] = {}
         for answer in answers:
             for spec in answer.variables:

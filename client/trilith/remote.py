@@ -58,6 +58,8 @@ INCARNATION_KEY = "trilith-incarnation"
 """Trailing metadata of an error: the incarnation that raised it."""
 
 _STREAMED = frozenset({"Lookup", "ApplyGradients", "PullVariables", "ApplyDenseGradients"})
+_READS = frozenset({"Lookup", "Contains", "LookupEntries", "DumpEntries", "Stats", "PullVariables"})
+"""What may go on with a PS that restarted; `GlobalStep` too, where it only reads."""
 _LONG = frozenset({"Save", "Restore"})
 # With these somebody waits for a PS to be there, or to be done, from the first attempt on.
 _AWAITED = frozenset({"Describe", "CreateTables"})
@@ -99,6 +101,7 @@ class RemoteShard:
         """
         self._resolve = resolve
         self._config = config
+        self._accepts = config.on_restart == "accept"
         self._index = index
         self._lock = threading.Lock()
         self._closed = False
@@ -244,6 +247,7 @@ class RemoteShard:
         raised = BY_NAME.get(str(metadata.get(ERROR_KEY, "")))
         if raised is not None:
             strange = incarnation not in (0, self._known) and name != "Restore"
+            strange = strange and not (self._accepts and name in _READS)
             if self._known and strange and raised not in _RETRIED:
                 return self._restarted(incarnation)
             told = raised(details)
@@ -278,8 +282,8 @@ class RemoteShard:
             " Client.rejoin() accepts its present state"
         )
 
-    def _check(self, incarnation: int) -> None:
-        if incarnation != self._known and self._known:
+    def _check(self, incarnation: int, *, reading: bool = False) -> None:
+        if incarnation != self._known and self._known and not (reading and self._accepts):
             raise self._restarted(incarnation)
 
     def _ask(self, name: str, request: Any, kind: type[_T], timeout_s: float | None, write: Write = ANY_WRITE) -> _T:
@@ -290,7 +294,8 @@ class RemoteShard:
                 request.write.CopyFrom(identity)
         reply: Any = kind.FromString(self._call(name, request.SerializeToString(), timeout_s, write))  # type: ignore[attr-defined]
         if name not in _TELLS:
-            self._check(reply.incarnation)
+            reads = name in _READS or (name == "GlobalStep" and write.client_id == 0)
+            self._check(reply.incarnation, reading=reads)
         return reply  # type: ignore[no-any-return]
 
     # ---- Shard -------------------------------------------------------------------------------------------------------
@@ -312,7 +317,7 @@ class RemoteShard:
         """See `Shard`; the rows are views of the reply."""
         reply = self._call("Lookup", wire.pack_lookup_request(parts, float16=float16), timeout_s)
         incarnation, rows = wire.unpack_lookup_response(reply)
-        self._check(incarnation)
+        self._check(incarnation, reading=True)
         return rows
 
     def new_update(self, layouts: Sequence[wire.UpdateLayout], write: Write, *, float16: bool) -> wire.UpdateFrame:
@@ -337,7 +342,7 @@ class RemoteShard:
 
     def _statuses(self, name: str, part: IdPart, write: Write, timeout_s: float | None) -> npt.NDArray[np.int8]:
         incarnation, statuses = wire.unpack_statuses(self._call(name, wire.pack_ids(part, write), timeout_s, write))
-        self._check(incarnation)
+        self._check(incarnation, reading=name in _READS)
         return statuses
 
     def reinitialize(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> npt.NDArray[np.int8]:
@@ -352,7 +357,7 @@ class RemoteShard:
         """See `Shard`."""
         data = self._call("LookupEntries", wire.pack_ids(part, ANY_WRITE), timeout_s)
         reply = ps_pb2.EntriesResponse.FromString(data)
-        self._check(reply.incarnation)
+        self._check(reply.incarnation, reading=True)
         return list(reply.entries)
 
     def dump_entries(
@@ -408,7 +413,7 @@ class RemoteShard:
             request.partitions.add(name=name, partition=partition)
         data = self._call("PullVariables", request.SerializeToString(), timeout_s)
         incarnation, values, step = wire.unpack_pulled(data)
-        self._check(incarnation)
+        self._check(incarnation, reading=True)
         return values, step
 
     def _dense(

@@ -26,10 +26,11 @@ from trilith.errors import (
     OverloadedError,
     ShardRestartedError,
     UnavailableError,
+    UnknownTableError,
 )
 from trilith.remote import SERVICE, RemoteShard
 from trilith.shard import IdPart
-from trilith.tables import Adagrad, RandomUniform, Sgd, Zeros
+from trilith.tables import Adagrad, RandomUniform, Sgd, Zeros, table_config
 from trilith_services.ps.server import ParameterServer
 from trilith_services.serve import Limits
 
@@ -284,6 +285,68 @@ def test_a_ps_that_moves_is_followed(local):
         where[0] = other.servers[0].start()
         cluster.servers[0]._server.stop(0.0)
         np.testing.assert_array_equal(table.lookup([1, 2]), ONES)
+
+
+@REMOTE
+def test_a_reader_that_accepts_restarts_goes_on_and_writes_wait_for_rejoin(local, shape):
+    cluster = local(shape)
+    with cluster.connect(on_restart="accept") as reader, cluster.connect() as writer:
+        table = sgd(writer)
+        table.assign(np.arange(6), np.ones((6, 4), np.float32))
+        read = reader.table(table.name)
+        variables = reader.variables()
+        cluster.kill(0)
+        cluster.restart(0, prepare=lambda store: store.create_tables([table.config]))
+        there = (np.arange(6) % reader.shards != 0).astype(np.float32)
+        for _ in range(2):
+            np.testing.assert_array_equal(read.lookup(np.arange(6))[:, 0], there)
+            np.testing.assert_array_equal(read.contains(np.arange(6)), there.astype(bool))
+            assert [bool(entry) for entry in read.lookup_entries(np.arange(6))] == list(there.astype(bool))
+            assert len(list(reader.dump_entries(table.name))) == there.sum() == read.size()
+            assert reader.variables() == variables
+            assert reader.global_step() == 0
+            with pytest.raises(ShardRestartedError):
+                read.assign([0], np.ones((1, 4), np.float32))
+        with pytest.raises(ShardRestartedError):
+            table.lookup([0])
+        reader.rejoin()
+        read.assign([0], np.ones((1, 4), np.float32))
+        assert read.contains([0]).all()
+
+
+@REMOTE
+def test_a_reader_that_accepts_restarts_notices_another_table_of_the_name(local, shape):
+    cluster = local(shape)
+    with cluster.connect(on_restart="accept") as reader:
+        read = sgd(reader)
+        cluster.kill(0)
+        cluster.restart(0)
+        with pytest.raises(UnknownTableError):
+            read.lookup([0])
+        wider = table_config(read.name, dim=5, optimizer=Sgd(), initializer=Zeros())
+        cluster.stores[0].create_tables([wider.proto])
+        with pytest.raises(ShardRestartedError, match="had dim 4 .* has 5"):
+            read.lookup([0])
+
+
+@pytest.mark.parametrize(
+    ("address", "options", "match"),
+    [
+        ("local://", {"float16": True}, "float16=True: local:// is in this process, where nothing travels"),
+        ("local://", {"chunk_bytes": 100}, "chunk_bytes=100: local"),
+        ("local://", {"max_message_bytes": 1 << 24}, "max_message_bytes=16777216: local"),
+        ("local://", {"retry_max_s": 1.0}, "retry_max_s=1.0: local"),
+        ("local://", {"keepalive_s": 1.0}, "keepalive_s=1.0: local"),
+        ("local://", {"tune_allocator": True}, "tune_allocator=True: local"),
+        ("static://127.0.0.1:1", {"threads": 2}, "threads=2 is for local:// only; a PS takes --threads"),
+        ("static://127.0.0.1:1", {"memory_limit_bytes": 5}, "memory_limit_bytes=5 is for local:// only"),
+        ("static://127.0.0.1:1", {"retry_first_s": 0.0}, "retry_first_s=0.0 is not above 0"),
+        ("local://", {"on_restart": "ignore"}, "on_restart='ignore' is neither 'raise' nor 'accept'"),
+    ],
+)
+def test_options_that_do_not_apply_are_refused_by_name(address, options, match):
+    with pytest.raises(InvalidRequestError, match=match):
+        trilith.connect(address, **options)
 
 
 # ---- deadlines and overload ------------------------------------------------------------------------------------------
