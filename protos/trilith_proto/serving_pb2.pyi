@@ -195,7 +195,7 @@ class ModelStatusResponse(google.protobuf.message.Message):
     """Requests answered, and requests that failed."""
     failures: builtins.int
     load_error: builtins.str
-    """Why a newer export was not loaded; empty if there is none."""
+    """Why the newest export is not the one that is served; empty if it is."""
     incarnation: builtins.int
     """Chosen at random when the entry started; numbers of another one do not go on from here."""
     uptime_seconds: builtins.float

@@ -25,7 +25,7 @@ from trilith.exports import ps_base
 from trilith.prediction import Predictor
 from trilith_proto import hash_table_pb2
 from trilith_services.ps.replica import serving_config
-from trilith_services.ps.server import ParameterServer
+from trilith_services.ps.server import ParameterServer, PsOptions
 from trilith_services.ps.store import Store
 from trilith_services.ps.table import Table
 from trilith_services.supervisor import free_ports, is_serving
@@ -170,7 +170,7 @@ def test_a_shard_whose_only_replica_is_killed_is_shown_as_missing_and_the_entry_
     processes: Processes, zk_url: str, tmp_path: Path, cleanup: Callable[..., None]
 ) -> None:
     exports, listed = str(tmp_path / "exports"), ("--discovery", zk_url, "--name", "clicks")
-    training = ParameterServer(Store(threads=1))
+    training = ParameterServer(Store(threads=1), PsOptions(checkpoint_anywhere=True))
     cluster = f"static://127.0.0.1:{training.start()}"
     cleanup(training.stop)
     with trilith.connect(cluster) as client:

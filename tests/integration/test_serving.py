@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import signal
 import time
 import urllib.error
@@ -172,3 +173,34 @@ def test_requests_go_on_when_a_replica_is_killed_or_hangs_and_it_is_used_again_w
         assert time.monotonic() - started < 60.0
     finally:
         predictor.close()
+
+
+def test_an_export_copied_file_by_file_is_served_and_one_that_is_taken_away_is_told_of(processes, trained, tmp_path):
+    made, base = tmp_path / "made", tmp_path / "exports"
+    exporter = trained.exporter()
+    first, second = (exporter.export(trained.save(), str(made), mode="standalone").version for _ in range(2))
+    shutil.copytree(made / str(first), base / str(first))
+    http = f"127.0.0.1:{free_ports(1)[0]}"
+    processes.start("entry", "serving", "entry", "--export", str(base), "--http", http, "--poll", "0.1")
+    processes.wait("entry")
+
+    def served(want: int, *, why: str) -> bool:
+        model = get(f"http://{http}/v1/model")[1]
+        return model["model_version"] == want and (why in model["load_error"] if why else not model["load_error"])
+
+    assert served(first, why="")
+    files = sorted(path.relative_to(made / str(second)) for path in (made / str(second)).rglob("*") if path.is_file())
+    assert files[0].name == "manifest.json"  # as rsync goes
+    for name in files:
+        (base / str(second) / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made / str(second) / name, base / str(second) / name)
+        if name != files[-1]:
+            eventually(lambda: served(first, why=f"version {second}: "), timeout_s=PATIENCE_S)
+    eventually(lambda: served(second, why=""), timeout_s=PATIENCE_S)
+
+    shutil.rmtree(base / str(second))
+    eventually(lambda: served(first, why=f"version {second} is gone"), timeout_s=PATIENCE_S)
+    shutil.copytree(made / str(first), base / ".coming")
+    (base / ".coming").rename(base / str(second + 5))  # an old one under a newer number
+    eventually(lambda: served(second + 5, why=""), timeout_s=PATIENCE_S)
+    assert f"version={second + 5}" in processes.log("entry")

@@ -113,7 +113,7 @@ class EntryServer(_Answer):
     rows_as_of_unix_s: float | None = Field(
         default=None, description="Its rows hold what training had acknowledged at this time."
     )
-    load_error: str = Field(default="", description="Why a newer version was not loaded.")
+    load_error: str = Field(default="", description="Why the newest version is not the one that is served.")
     requests_per_s: float = 0.0
     failures_per_s: float = 0.0
     records_per_s: float = 0.0
