@@ -14,6 +14,7 @@ import pytest
 import trilith.data
 from trilith.data import reference, transforms
 from trilith.data.dataset import from_records, read, read_kafka
+from trilith.data.framing import Framing
 from trilith.data.parsers import ParseSpec
 from trilith.data.positions import from_json, to_json
 from trilith.data.readers import Position
@@ -288,6 +289,23 @@ def test_files_that_are_dealt_out_are_divided_among_ranks_and_exclusions_count(f
         assert sorted(itertools.chain(*shares)) == ALL
         assert all(shares)
     assert max(ints(dealt(exclude_fn=lambda name: name.endswith("4")))) == 339
+
+
+def test_instance_files_are_divided_among_more_ranks_than_files(tmp_path):
+    records = Records.of([str(number).encode() for number in range(9)], "instance")
+    with open_writer(str(tmp_path / "a.snappy"), framing=Framing(has_sort_id=True)) as out:
+        out.write(records)
+    for options in ({}, {"enable_dynamic_sharding": True, "use_snappy": True}):
+        shares = [
+            ints(
+                reference.create_instance_dataset(
+                    [str(tmp_path / "*.snappy")], enable_sharding=True, shard_index=index, shard_num=4, **options
+                )
+            )
+            for index in range(4)
+        ]
+        assert sorted(itertools.chain(*shares)) == list(range(9))
+        assert all(shares)
 
 
 def test_a_whole_shuffle_is_fair():

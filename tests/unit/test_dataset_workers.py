@@ -308,11 +308,48 @@ def test_copies_of_what_a_loader_takes_count_for_themselves(files):
     for other in (ForkingPickler.loads(ForkingPickler.dumps(first)), copy.deepcopy(first), copy.copy(first)):
         assert flat(other) == passes[1]
     assert flat(first) == passes[1]
-    folder = first._passes._folder
+    folder = first._passes.folder
     assert os.path.isdir(folder)
     del first
     assert not os.path.exists(folder)
     assert flat(ForkingPickler.loads(ForkingPickler.dumps(samples))) == passes[0]
+
+
+def test_ranks_that_are_forked_or_spawned_number_their_passes_apart(files):
+    """Each as if it were alone, with workers of its own or none; also where the main process has made passes."""
+    samples = read(files).shuffle(100, seed=4).parse(uids).batch(6).torch()
+    want = [flat(samples) for _ in range(3)]
+    for method, counts in (("fork", (0, 0, 2, 2)), ("spawn", (0, 0))):
+        context = multiprocessing.get_context(method)
+        receive, send = context.Pipe(duplex=False)
+        ranks = [context.Process(target=send_passes, args=(send, samples, workers)) for workers in counts]
+        for rank in ranks:
+            rank.start()
+        found = []
+        for _ in ranks:
+            assert receive.poll(120)
+            found.append(receive.recv())
+        for rank in ranks:
+            rank.join(60)
+        alone = [orders for workers, orders in found if not workers]
+        assert alone == [[want[0], want[1], want[0]]] * 2
+        shared = [orders for workers, orders in found if workers]
+        for orders in shared:
+            assert orders == shared[0]
+            assert [sorted(each) for each in orders] == [ALL] * 3
+            assert orders[0] == orders[2] != orders[1]
+
+
+def passes(samples, workers):
+    """Two passes and, set back, the first one again."""
+    loader = DataLoader(samples, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+    found = [flat(loader) for _ in range(2)]
+    samples.set_epoch(0)
+    return [*found, flat(loader)]
+
+
+def send_passes(send, samples, workers):
+    send.send((workers, passes(samples, workers)))
 
 
 def test_length_of_what_a_loader_takes():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 from trilith.data.dataset import Dataset, read, read_kafka
-from trilith.data.files import match_files, match_input_patterns, shard_files
+from trilith.data.files import match_input_patterns
 from trilith.data.framing import Framing
 from trilith.data.item_pool import ItemPool
 from trilith.data.operators import cache_one, merged_window
@@ -424,14 +424,14 @@ def create_instance_dataset(
         return read("", **options)
     names = list(files_list)
     if enable_dynamic_sharding:
-        return dynamic_sharding_dataset(names, read(names, **options))
+        dealt = dynamic_sharding_dataset(names, read(names, **options))
+        return dealt.shard(shard_index, shard_num) if enable_sharding else dealt
     turns: dict[str, Any] = {"cycle_length": cycle_length, "block_length": block_length}
     if enable_sharding:
         if len(names) != 1:
             raise InvalidRequestError(f"enable_sharding needs exactly one pattern, not {names}")
         options["use_snappy"] = True
-        names = shard_files(match_files(names), shard_index, shard_num)
-        return read(names, **turns, **options)
+        return read(names, **turns, **options).shard(shard_index, shard_num)
     if expand_glob_path:
         return read(names, **turns, **options)
     if len(names) == 1:

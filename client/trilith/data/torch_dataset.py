@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from trilith.data.workers import torch_worker
+from trilith.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from trilith.data.dataset import Dataset, DatasetIterator
@@ -23,28 +24,30 @@ class _Passes:
     """Numbers the passes over a dataset, also where each is made by several processes that know nothing of each other.
 
     A pass has a name that its processes agree upon. Who begins it first takes the next free number by making a symbolic
-    link of that number to the name, which succeeds for one process only; the others find the name there.
+    link of that number to the name, which succeeds for one process only; the others find the name there. Processes
+    that have loaders of their own, such as ranks that were forked or spawned, number their passes apart.
     """
 
-    def __init__(self, first: int) -> None:
-        self._folder = tempfile.mkdtemp(prefix="trilith-passes-")
-        weakref.finalize(self, _remove, self._folder, os.getpid())
-        self._begin = 0
-        self.set(first)
+    def __init__(self, first: int, folder: str = "") -> None:
+        self.first = first
+        self.folder = folder or tempfile.mkdtemp(prefix="trilith-passes-")
+        if not folder:
+            weakref.finalize(self, _remove, self.folder, os.getpid())
 
     def set(self, first: int) -> None:
-        """Let the next pass be number `first`, also in processes that run already."""
-        self._begin += 1
-        fresh = os.path.join(self._folder, "new")
-        os.symlink(f"{self._begin}.{first}", fresh)
-        os.replace(fresh, os.path.join(self._folder, "first"))
+        """Let the next pass of this process be number `first`, also in those of its workers that run already."""
+        owner = os.getpid()
+        begin, _ = self._start(owner)
+        fresh = os.path.join(self.folder, f"{owner}.new")
+        os.symlink(f"{begin + 1}.{first}", fresh)
+        os.replace(fresh, os.path.join(self.folder, str(owner)))
 
-    def number(self, name: str) -> int:
-        """The number of the pass called `name`."""
-        begin, first = os.readlink(os.path.join(self._folder, "first")).split(".")
-        number = int(first)
+    def number(self, owner: int, name: str) -> int:
+        """The number of the pass called `name` of the process `owner`."""
+        os.makedirs(self.folder, exist_ok=True)  # whose maker may be gone
+        begin, number = self._start(owner)
         while True:
-            place = os.path.join(self._folder, f"{begin}.{number}")
+            place = self._place(owner, begin, number)
             try:
                 os.symlink(name, place)
             except FileExistsError:
@@ -53,14 +56,24 @@ class _Passes:
                     continue
             return number
 
-    @property
     def next(self) -> int:
-        """The number that the next pass will have."""
-        begin, first = os.readlink(os.path.join(self._folder, "first")).split(".")
-        number = int(first)
-        while os.path.lexists(os.path.join(self._folder, f"{begin}.{number}")):
+        """The number that the next pass of this process will have."""
+        owner = os.getpid()
+        begin, number = self._start(owner)
+        while os.path.lexists(self._place(owner, begin, number)):
             number += 1
         return number
+
+    def _start(self, owner: int) -> tuple[int, int]:
+        """How often numbers were set, and to which."""
+        try:
+            begin, first = os.readlink(os.path.join(self.folder, str(owner))).split(".")
+        except FileNotFoundError:
+            return 0, self.first
+        return int(begin), int(first)
+
+    def _place(self, owner: int, begin: int, number: int) -> str:
+        return os.path.join(self.folder, f"{owner}.{begin}.{number}")
 
 
 def _remove(folder: str, process: int) -> None:
@@ -82,16 +95,21 @@ class TorchDataset(IterableDataset):  # type: ignore[type-arg]
         self._begun = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next pass be this epoch, and those behind it the ones that follow; call it in the main process."""
+        """Let the next pass be this epoch, and those behind it the ones that follow; call it where the loader is."""
+        if epoch < 0:
+            raise InvalidRequestError(f"epoch={epoch} is below 0")
         self._passes.set(epoch)
 
     def __iter__(self) -> DatasetIterator:
         """The next epoch; in a DataLoader's worker its share of it."""
         self._begun += 1
-        info = get_worker_info()
-        # A DataLoader draws a seed for each pass, or once for persistent workers; each worker's is its number further.
-        name = f"process {os.getpid()}" if info is None else f"seed {info.seed - torch_worker()[0]}"
-        return self.dataset.iterate(epoch=self._passes.number(f"{name}, {self._begun}"))
+        info, parent = get_worker_info(), multiprocessing.parent_process()
+        if info is None or parent is None:
+            owner, name = os.getpid(), f"{self._begun}"
+        else:
+            # A loader draws a seed for each pass, or once for persistent workers; each worker's is its number further.
+            owner, name = parent.pid or 0, f"{info.seed - info.id}, {self._begun}"
+        return self.dataset.iterate(epoch=self._passes.number(owner, name))
 
     def __len__(self) -> int:
         """Elements of a pass, where that is known; several workers make up to one short batch each."""
@@ -99,15 +117,11 @@ class TorchDataset(IterableDataset):  # type: ignore[type-arg]
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers that are spawned number their passes together with this process; any other copy by itself."""
-        shared = get_spawning_popen() is not None
-        passes = (self._passes._folder, self._passes._begin) if shared else self._passes.next
-        return {"dataset": self.dataset, "passes": passes, "begun": self._begun}
+        spawning = get_spawning_popen() is not None
+        folder, first = (self._passes.folder, self._passes.first) if spawning else ("", self._passes.next())
+        return {"dataset": self.dataset, "folder": folder, "first": first, "begun": self._begun}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See `__getstate__`."""
-        self.dataset, self._begun, passes = state["dataset"], state["begun"], state["passes"]
-        if isinstance(passes, int):
-            self._passes = _Passes(passes)
-        else:
-            self._passes = _Passes.__new__(_Passes)
-            self._passes._folder, self._passes._begin = passes
+        self.dataset, self._begun = state["dataset"], state["begun"]
+        self._passes = _Passes(state["first"], state["folder"])
