@@ -113,6 +113,7 @@ def test_debugging_shows_of_a_long_variable_both_ends() -> None:
         ("features", {"feature_names": ["user"], "feature_ids": [True]}, "feature_ids has True"),
         ("features", {"feature_names": ["user"], "feature_ids": [2**64]}, "does not fit in 64 bits"),
         ("features", {"feature_names": "user"}, "feature_names='user' is no list"),
+        ("features", {"feature_names": ["user"] * 10_001, "feature_ids": [1] * 10_001}, "10000 are the most"),
         ("variables", {"variable_names": [1]}, "variable_names has 1; it must be strings"),
         ("variables", [], "the body is a JSON list"),
         ("variables", b"{", "the body is no JSON"),

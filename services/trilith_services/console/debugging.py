@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _MOST_VALUES = 100_000
 """Of all variables that are asked for at once, which are numbers of some ten characters."""
 _ENDS = 100
+_MOST_IDS = 10_000
 
 
 class DebuggingAnswer(BaseModel):
@@ -64,6 +65,8 @@ def features(reader: Reader, body: dict[str, Any]) -> dict[str, dict[str, str]]:
         raise InvalidRequestError(
             f"{len(names)} feature_names but {len(ids)} feature_ids: it takes one name for each id"
         )
+    if len(ids) > _MOST_IDS:
+        raise InvalidRequestError(f"{len(ids)} feature_ids; {_MOST_IDS} are the most that one request may ask for")
     found: dict[str, dict[str, str]] = {}
     tables = reader.feature_tables() if names else {}
     for feature in dict.fromkeys(name for name in names if name in tables):
