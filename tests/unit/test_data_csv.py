@@ -235,6 +235,20 @@ def test_what_is_no_such_text_is_refused_or_skipped(tmp_path, content, said, wro
     assert rows(path, encoding=said, on_error="skip")[1].records == 1
 
 
+def test_bytes_that_are_no_text_cost_their_cells(tmp_path):
+    path = write(tmp_path, b"u,t\n7,a\n8,\xff\xfe\n\xe9,b\n9\xff\n10,\xe5\x8c\x97\n")
+    columns = [Column("u", "fid_v2"), Column("t", "bytes")]
+    found, losses = rows(path, columns=columns, on_error="skip")
+    assert found == [{"u": [7], "t": [b"a"]}, {"u": [8], "t": [b"\xff\xfe"]}, {"u": [10], "t": ["北".encode()]}]
+    assert [message.split("byte 0: ")[1] for message in losses.messages] == [
+        "column 'u': '\\\\xe9' is no id of 64 bits",
+        "line 5 of the file has 1 cells where 2 are due: '9\\\\xff'",
+    ]
+    found, losses = rows(path, columns=columns, on_error="skip", encoding="utf-8")
+    assert [each["u"] for each in found] == [[7], [10]]
+    assert "column 't': '\\\\xff\\\\xfe' is no utf-8" in losses.messages[0]
+
+
 def test_an_encoding_that_is_none_is_refused_at_once(tmp_path):
     for encoding in ("klingon", "base64"):
         with pytest.raises(InvalidRequestError, match=f"encoding='{encoding}'"):

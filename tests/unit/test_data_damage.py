@@ -160,6 +160,25 @@ def test_parquet_files_with_flipped_bits_are_errors_or_losses(tmp_path, packing,
                 pass
 
 
+def test_csv_files_with_other_bytes_are_errors_or_losses(tmp_path, caplog):
+    caplog.set_level(logging.CRITICAL)
+    path, draw = tmp_path / "t.csv", random.Random(3)
+    whole = b"u,x,t\n" + b"".join(b'%d,%.2f,"text ""%d"""\n' % (k, k / 7, k) for k in range(200))
+    for turn in range(150):
+        spoilt = bytearray(whole)
+        for _ in range(draw.choice([1, 3, 30])):
+            spoilt[draw.randrange(len(spoilt))] = draw.choice(b'\0\xff"\n\r,x7')
+        path.write_bytes(gzip.compress(spoilt)[: -draw.randrange(1, 200)] if turn % 5 == 0 else spoilt)
+        for options in ({}, {"encoding": "utf-8-sig"}, {"columns": [Column("u", "fid_v2"), Column("x", "float")]}):
+            try:
+                with open_records(
+                    str(path), on_error="skip", block_bytes=draw.choice([700, 1 << 20]), **options
+                ) as reader:
+                    assert sum(len(chunk) for chunk in reader) <= 500
+            except InvalidRequestError:
+                pass
+
+
 @pytest.mark.parametrize("kept", range(0, 100, 3))
 def test_parquet_files_cut_anywhere_are_errors(tmp_path, kept):
     path = tmp_path / "t.parquet"

@@ -198,6 +198,17 @@ def test_paths_are_strings_or_not(tmp_path, monkeypatch):
     assert read("p?") == ["p0", "p1"]
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_file_that_is_named_and_not_there_is_no_file_less(tmp_path, scheme):
+    make(tmp_path, "p0", "p1")
+    names = [f"{scheme}{tmp_path}/{name}" for name in ("p0", "gone", "p1")]
+    with pytest.raises(InvalidRequestError, match="gone: no such file"):
+        read(names)
+    iterator = trilith.data.read(names, format="tfrecord", kind="plaintext", on_error="skip").iterate()
+    assert (list(iterator), iterator.losses.records) == ([b"p0", b"p1"], 1)
+    assert "gone: no such file" in iterator.losses.messages[0]
+
+
 def test_nothing_that_matches_is_told_as_it_was_looked_for(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/nowhere")

@@ -19,7 +19,7 @@ from trilith.data.csv_cells import Cells, guess_type
 from trilith.data.ragged import Ragged
 from trilith.data.records import Kind
 from trilith.data.streams import ByteStream, open_stream
-from trilith.data.text import Utf8Stream
+from trilith.data.text import Utf8Stream, is_odd, restored
 from trilith.errors import DataError, InvalidRequestError
 
 __all__ = ["CsvForm", "CsvReader"]
@@ -101,14 +101,12 @@ class CsvReader(ColumnarReader):
             raise DataError(f"no CSV file: it begins with {line.lstrip()[:20]!r}")
         if b"\0" in line:
             raise DataError("no CSV file, or one in another encoding: its header has zero bytes; encoding='utf-16-le'?")
-        try:
-            text = line.decode()
-        except UnicodeDecodeError as error:
+        if self._text.odd and is_odd(line):
             raise DataError(
-                f"the header is no UTF-8 ({error.reason} at byte {error.start}): give its encoding, such as "
-                f"encoding='latin-1' or encoding='gbk'"
-            ) from None
-        (names,) = csv.reader(io.StringIO(text), delimiter=self._form.delimiter)
+                f"the header is no {self._text.encoding.upper()}: give its encoding, such as encoding='latin-1' or "
+                f"encoding='gbk'"
+            )
+        (names,) = csv.reader(io.StringIO(line.decode()), delimiter=self._form.delimiter)
         return lines + line.count(b"\n"), names
 
     def _all(self) -> list[Column]:
@@ -194,7 +192,7 @@ class CsvReader(ColumnarReader):
         """Report lines in front of a row whose number of cells is wrong; they are no rows."""
         lines, self._bad_lines = self._bad_lines, []
         for line in lines:
-            text = str(line.text)[:80]
+            text = restored(str(line.text)[:80].encode()).decode(errors="backslashreplace")
             cells = f"{line.actual_columns} cells where {line.expected_columns} are due"
             number = "a line" if line.number is None else f"line {line.number + self._lines}"
             self._lost(row, 1, f"{number} of the file has {cells}: {text!r}")
@@ -205,7 +203,7 @@ class CsvReader(ColumnarReader):
         lists: list[Ragged[Any]] = []
         bad: dict[int, str] = {}
         for index, column in enumerate(self.columns):
-            cells = Cells(batch.column(index), self._form.list_separator)
+            cells = Cells(batch.column(index), self._form.list_separator, odd=self._text.odd)
             kind = ColumnType(column.type)
             if not self._declared:
                 guess = guess_type(cells, self._guessed[index])
@@ -215,6 +213,8 @@ class CsvReader(ColumnarReader):
                 kind = guess
                 column = Column(column.name, kind)
             given, odd = cells.read(kind)
+            if self._text.odd and self._form.encoding is not None:
+                odd = {**odd, **cells.odd_texts(self._form.encoding)}
             if odd and not self._declared and kind is ColumnType.INT and self._fields[index] is None:
                 wide, still = cells.read(ColumnType.FID_V2)
                 if len(still) < len(odd):  # nobody asked for int64; ids of 64 bits are no damage

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from trilith.data.column_types import ColumnType, Values
 from trilith.data.ragged import Ragged
+from trilith.data.text import is_odd, restored
 
 __all__ = ["Cells", "guess_type"]
 
@@ -37,10 +38,12 @@ class Cells:
     Args:
         cells: Binary; null is no value.
         separator: What stands between the values of a cell, if it may have several.
+        odd: Whether some cells may hold bytes that are no text (see `trilith.data.text.restored`).
     """
 
-    def __init__(self, cells: pa.Array, separator: str | None) -> None:
+    def __init__(self, cells: pa.Array, separator: str | None, *, odd: bool = False) -> None:
         self._rows = len(cells)
+        self._odd = odd
         if separator is not None:
             pieces = pc.split_pattern(cells, separator.encode())
             lengths = pc.fill_null(pc.list_value_length(pieces), 0).to_numpy(zero_copy_only=False)
@@ -72,7 +75,7 @@ class Cells:
         """Values of a type, with anything in place of those that are none; and by row which those are."""
         if kind is ColumnType.BYTES:
             values = np.empty(len(self.flat), np.object_)
-            values[:] = self.flat.to_pylist()
+            values[:] = [restored(text) for text in self.flat.to_pylist()] if self._odd else self.flat.to_pylist()
             return self._ragged(values, self._of), {}
         texts, rows = self.texts()
         numbers, odd = _read(texts, kind)
@@ -80,6 +83,14 @@ class Cells:
         for place in odd:
             bad.setdefault(int(rows[place]), f"{_shown(texts[place].as_py())} is {_WANTED[kind]}")
         return self._ragged(numbers, rows), bad
+
+    def odd_texts(self, encoding: str) -> dict[int, str]:
+        """Rows that hold what is no text in the encoding that they should have."""
+        return {
+            int(self._of[place]): f"{_shown(text)} is no {encoding}"
+            for place, text in enumerate(self.flat.to_pylist())
+            if is_odd(text)
+        }
 
     def _ragged(self, values: Values, rows: npt.NDArray[np.int64]) -> Ragged[Any]:
         return Ragged.of_lengths(values, np.bincount(rows, minlength=self._rows).astype(np.int64))
@@ -92,23 +103,22 @@ def guess_type(cells: Cells, before: ColumnType | None) -> ColumnType | None:
     texts, _ = cells.texts()
     if not len(texts):
         return ColumnType.BYTES if before is None and len(cells) else before
-    no_ids = len(_read(texts, ColumnType.FID_V2)[1])
-    if not no_ids:
+    if not _read(texts, ColumnType.FID_V2, enough=1)[1]:
         pointed = pc.any(pc.match_substring(texts, b".")).as_py()  # 7.0
         return ColumnType.FLOAT if pointed else ColumnType.INT
-    no_floats = len(_read(texts, ColumnType.FLOAT)[1])
     if before is None:
-        return ColumnType.BYTES if no_floats else ColumnType.FLOAT
-    return ColumnType.FLOAT if no_floats < no_ids else before
+        return ColumnType.BYTES if _read(texts, ColumnType.FLOAT, enough=1)[1] else ColumnType.FLOAT
+    no_ids, no_floats = _read(texts, ColumnType.FID_V2)[1], _read(texts, ColumnType.FLOAT)[1]
+    return ColumnType.FLOAT if len(no_floats) < len(no_ids) else before
 
 
-def _read(texts: pa.Array, kind: ColumnType) -> tuple[Values, list[int]]:
-    """Numbers, with anything in place of what is none; and which those are."""
+def _read(texts: pa.Array, kind: ColumnType, *, enough: int | None = None) -> tuple[Values, list[int]]:
+    """Numbers, with anything in place of what is none; and which those are, or the first of them that are enough."""
     dtype = _DTYPES.get(kind, np.uint64)
     out = np.zeros(len(texts), dtype)
     odd: list[int] = []
     waiting = [(0, len(texts))]
-    while waiting:
+    while waiting and (enough is None or len(odd) < enough):
         start, stop = waiting.pop()
         part = texts.slice(start, stop - start)
         whole = _cast(part, kind)
@@ -162,5 +172,5 @@ def _number(text: bytes, kind: ColumnType) -> Any:
 
 
 def _shown(text: bytes) -> str:
-    shown = text.decode(errors="backslashreplace")
+    shown = restored(text).decode(errors="backslashreplace")
     return repr(shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "…")

@@ -167,7 +167,8 @@ def match_files(
     """The files of all patterns, pattern after pattern, each one's sorted.
 
     Args:
-        patterns: As `expand_glob` takes them; a file that several match is there once.
+        patterns: As `expand_glob` takes them; a file that several match is there once. A name without wildcards that
+            does not exist is among the files, as long as others are there: who opens it says so.
         exclude: Says of a name whether to leave it out.
 
     Raises:
@@ -175,12 +176,16 @@ def match_files(
     """
     wanted = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
     found: dict[str, None] = {}
-    for pattern in wanted:
+    gone: list[str] = []
+    for pattern in [os.fspath(each) for each in wanted]:
         names = expand_glob(pattern)
-        if not names and len(wanted) > 1:
-            _LOG.warning("no file matches %s", _looked_for(os.fspath(pattern)))
+        if not names and not glob.has_magic(pattern) and not os.path.isdir(os.path.expanduser(pattern)):
+            gone.append(pattern)
+            names = [pattern]
+        elif not names and len(wanted) > 1:
+            _LOG.warning("no file matches %s", _looked_for(pattern))
         found |= dict.fromkeys(names)
-    if not found:
+    if len(found) == len(gone):
         raise DataError(f"no file matches {', '.join(_looked_for(os.fspath(each)) for each in wanted) or wanted}")
     return [name for name in found if exclude is None or not exclude(name)]
 

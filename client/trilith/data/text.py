@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import re
 
 from trilith.data.streams import ByteStream
 from trilith.errors import DataError, InvalidRequestError
 
-__all__ = ["Utf8Stream", "check_encoding"]
+__all__ = ["Utf8Stream", "check_encoding", "is_odd", "restored"]
 
 _PIECE = 1 << 18
 # Longer marks first: that of UTF-32 begins like that of UTF-16.
@@ -31,16 +32,44 @@ def check_encoding(encoding: str | None) -> None:
         ) from None
 
 
+# Bytes that are no text go through what reads UTF-8 as characters that nobody uses, U+F700 to U+F7FF.
+_FIRST_ODD = 0xF700
+_ODD = re.compile(rb"\xef[\x9c-\x9f][\x80-\xbf]")
+_HANDLER = "trilith-odd-bytes"
+
+
+def _as_odd(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "".join(chr(_FIRST_ODD + byte) for byte in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(_HANDLER, _as_odd)
+
+
+def is_odd(text: bytes) -> bool:
+    """Whether text of a `Utf8Stream` that met odd bytes has some."""
+    return _ODD.search(text) is not None
+
+
+def restored(text: bytes) -> bytes:
+    """Text of a `Utf8Stream` with its odd bytes as they were."""
+    return _ODD.sub(lambda found: bytes([ord(found.group().decode()) - _FIRST_ODD]), text)
+
+
 class Utf8Stream:
     """What a file of text holds, as UTF-8, for readers that want a file.
 
-    Where it is damaged it ends, behind the last whole line.
+    Where its stream is damaged it ends, behind the last whole line. What is no text in its encoding is still there: see
+    `restored`.
 
     Args:
         stream: The bytes as they are.
-        encoding: Of them; None is UTF-8 that is passed on unchecked, or what a mark at the beginning says.
+        encoding: Of them; None is UTF-8, or what a mark at the beginning says.
 
     Attributes:
+        encoding: As found out.
+        odd: Whether some bytes are no text in this encoding, so far.
         damage: Why it ended too early, if it did.
     """
 
@@ -49,8 +78,8 @@ class Utf8Stream:
         self._stream = stream
         self._ready = b""
         self._ended = False
+        self.odd = False
         self.damage: DataError | None = None
-        self._taken = 0
         head = self._pull()
         while len(head) < 4 and (more := self._pull()):
             head += more
@@ -59,9 +88,9 @@ class Utf8Stream:
             if head.startswith(mark) and same:
                 head, encoding = head[len(mark) :], name
                 break
-        self._encoding = encoding or "utf-8"
-        plain = codecs.lookup(self._encoding).name == "utf-8"
-        self._decoder = None if plain else codecs.getincrementaldecoder(self._encoding)()
+        self.encoding = encoding or "utf-8"
+        self._plain = codecs.lookup(self.encoding).name == "utf-8"
+        self._decoder = codecs.getincrementaldecoder(self.encoding)(errors=_HANDLER)
         self._ready = self._decoded(head)
 
     def _pull(self) -> bytes:
@@ -72,22 +101,19 @@ class Utf8Stream:
         except DataError as error:
             self.damage, self._ended = error, True
             return b""
-        self._taken += got
         self._ended = not got
         return bytes(part[:got])
 
     def _decoded(self, data: bytes) -> bytes:
-        if self._decoder is None:
+        if self._plain and data.isascii() and not self._decoder.getstate()[0]:
             return data
         try:
-            return self._decoder.decode(data, final=self._ended and self.damage is None).encode()
-        except UnicodeError as error:
-            reason = getattr(error, "reason", error)
-            self.damage = DataError(f"before byte {self._taken} there is what is no {self._encoding}: {reason}")
-            self._ended = True
-            if not isinstance(error, UnicodeDecodeError):
-                return b""
-            return error.object[: error.start].decode(self._encoding, errors="ignore").encode()
+            text = self._decoder.decode(data, final=self._ended and self.damage is None).encode()
+        except UnicodeError as error:  # an encoding that cannot go on behind an error
+            self.damage, self._ended = DataError(f"there is what is no {self.encoding}: {error}"), True
+            return b""
+        self.odd = self.odd or is_odd(text)
+        return text
 
     def _fill(self) -> bool:
         """Have more ready, unless all was read."""
@@ -131,7 +157,7 @@ class Utf8Stream:
 
     def read(self, size: int = -1) -> bytes:
         """Up to `size` bytes; none only at the end."""
-        while size < 0 and self._fill():
+        while (size < 0 or len(self._ready) < size) and self._fill():
             pass
         stop = self._lines(len(self._ready) if size < 0 else size)
         data, self._ready = self._ready[:stop], self._ready[stop:]
