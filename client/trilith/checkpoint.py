@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import quote
 
-from trilith.errors import CheckpointError
+from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.folder import Folder
 from trilith.routing import OWNER_RULE
 from trilith_proto import ps_pb2
@@ -48,6 +48,7 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "Part",
+    "check_nothing_lost",
     "checkpoint_name",
     "collect_parts",
     "file_name",
@@ -464,6 +465,27 @@ def read_manifest(path: str) -> Manifest:
     ]:
         raise CheckpointError(f"{where}: lists PS {[part.shard_index for part in parts]}, not 0 to n-1")
     return manifest
+
+
+def check_nothing_lost(where: str, rows: Mapping[str, int], known: Collection[str]) -> None:
+    """Refuse to restore a checkpoint that would take rows away of which it knows nothing.
+
+    Args:
+        where: The checkpoint.
+        rows: Rows by table that are there now.
+        known: The checkpoint's tables.
+
+    Raises:
+        InvalidRequestError: There are some; it says what to do about them.
+    """
+    lost = {name: count for name, count in sorted(rows.items()) if count and name not in known}
+    if lost:
+        counts = ", ".join(f"{name!r} ({count} rows)" for name, count in lost.items())
+        raise InvalidRequestError(
+            f"{where} does not hold the tables {counts} that are here, and their rows would be lost; nothing was "
+            f"changed. Clear them first (Client.clear({sorted(lost)})) if they may go, or restore into a cluster "
+            "without them"
+        )
 
 
 def list_checkpoints(directory: str) -> list[CheckpointInfo]:

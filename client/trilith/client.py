@@ -17,7 +17,13 @@ from trilith.discovery import Directory
 from trilith.discovery.members import Members
 from trilith.discovery.record import ClusterRecord, RecordKeeper
 from trilith.discovery.zk_url import redact
-from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError, UnknownTableError
+from trilith.errors import (
+    CheckpointError,
+    InvalidRequestError,
+    ShardRestartedError,
+    TrilithError,
+    UnknownTableError,
+)
 from trilith.ops.dedup import gather_values
 from trilith.queues import Queues
 from trilith.shard import Float32Array, Shard, Write
@@ -510,11 +516,30 @@ class Client:
         """Replace the cluster's content by that of a complete checkpoint, of any number of PS; returns its step.
 
         To other clients it is as if every PS had restarted: their next call raises ShardRestartedError.
+
+        Raises:
+            InvalidRequestError: A table that the checkpoint does not know has rows, which would be lost.
         """
         from trilith.folder import absolute
 
-        self._cluster.restore(absolute(path), timeout_s=timeout_s)
+        where = absolute(path)
+        self._check_nothing_lost(where)
+        self._cluster.restore(where, timeout_s=timeout_s)
         return self._cluster.step
+
+    def _check_nothing_lost(self, where: str) -> None:
+        """What each PS checks for itself, for all before the first one changes; as far as it can be seen from here."""
+        from trilith.checkpoint import check_nothing_lost, read_manifest
+
+        try:
+            known = read_manifest(where).rows()
+        except (CheckpointError, InvalidRequestError, OSError):
+            return
+        rows: dict[str, int] = {}
+        for shard in self.stats():
+            for table in shard.tables:
+                rows[table.table] = rows.get(table.table, 0) + table.rows
+        check_nothing_lost(where, rows, known)
 
     def rejoin(self, *, recreate_tables: bool = False) -> list[Rejoined]:
         """Go on with shards that restarted, as they are now, after ShardRestartedError.

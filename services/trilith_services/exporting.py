@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trilith.checkpoint import newest_complete, read_manifest
+from trilith.checkpoint import hold, newest_complete, read_manifest
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.exports import (
     ENTRY,
@@ -114,6 +114,12 @@ class Exporter:
             raise InvalidRequestError(f"mode {mode!r} is neither 'standalone' nor 'distributed'")
         if dense_only and mode == "standalone":
             raise InvalidRequestError("a standalone export has all rows inside; only a distributed one can go without")
+        with hold(checkpoint):
+            return self._export(checkpoint, base, mode=mode, dense_only=dense_only, keep=keep, clock=clock)
+
+    def _export(
+        self, checkpoint: str, base: str, *, mode: Mode, dense_only: bool, keep: int, clock: Callable[[], float]
+    ) -> Exported:
         started = time.perf_counter()
         manifest = read_manifest(checkpoint)
         every = serving_tables(checkpoint)

@@ -101,6 +101,13 @@ def test_list_shows_complete_and_incomplete_checkpoints(run, saved) -> None:
     assert re.search(r"ckpt-00000001700000060000 2023-.* incomplete - - - -", lines[2])
 
 
+def test_list_of_a_checkpoint_shows_itself(run, saved) -> None:
+    shown = run("checkpoint", "list", str(saved / checkpoint.checkpoint_name(1_700_000_000_000)), "--json")
+    (entry,) = json.loads(shown.out)
+    assert entry["state"] == "complete"
+    assert entry["global_step"] == 1234
+
+
 def test_list_as_json(run, saved) -> None:
     entries = json.loads(run("checkpoint", "list", str(saved), "--json").out)
     assert [entry["state"] for entry in entries] == ["complete", "incomplete"]

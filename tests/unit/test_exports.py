@@ -562,3 +562,24 @@ def test_a_checkpoint_of_another_reference_model_is_told_by_its_name(trained):
 def test_why_an_input_makes_no_sense_is_said(make, why):
     with pytest.raises(InvalidRequestError, match=why):
         make()
+
+
+def test_a_checkpoint_is_not_pruned_while_it_is_exported(trained, tmp_path, monkeypatch) -> None:
+    from trilith import checkpoint
+    from trilith_services import exporting
+
+    saved = trained.save()
+    directory = tmp_path / "model"
+    places = [directory / checkpoint.checkpoint_name(number) for number in (1, 2)]
+    for place in places:
+        shutil.copytree(saved, place)
+    read, pruned = exporting.dense_values, []
+
+    def slow(path: str):
+        pruned.extend(checkpoint.prune(str(directory), keep=1))
+        return read(path)
+
+    monkeypatch.setattr(exporting, "dense_values", slow)
+    trained.exporter().export(str(places[0]), str(tmp_path / "out"))
+    assert pruned == []
+    assert checkpoint.prune(str(directory), keep=1) == [str(places[0])]

@@ -15,7 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trilith import checkpoint
-from trilith.errors import CheckpointError, TableExistsError
+from trilith.client import Client
+from trilith.cluster import Cluster
+from trilith.config import ClientConfig
+from trilith.errors import CheckpointError, InvalidRequestError, TableExistsError
 from trilith.folder import Folder
 from trilith.routing import partition_owner, partition_sizes
 from trilith.shard import DensePart, IdPart, UpdatePart, Write
@@ -208,9 +211,44 @@ def test_a_restore_replaces_what_was_there(make_store, tmp_path) -> None:
     stray = np.array([77_777], np.uint64)
     store.assign([UpdatePart("user", stray, np.ones((1, 3), np.float32))], Write())
     store.restore(path)
-    assert content([store]) == content(saved)
     assert not store.contains(IdPart("user", stray)).any()
-    assert sorted(store.tables) == sorted(config.name for config in CONFIGS)
+    assert sorted(store.tables) == sorted([*(config.name for config in CONFIGS), "other"]), "an empty table stays"
+    store.assign([UpdatePart("other", stray, np.ones((1, 1), np.float32))], Write())
+    with pytest.raises(
+        InvalidRequestError, match=r"does not hold the tables 'other' \(1 rows\).*Client.clear\(\['other'\]"
+    ):
+        store.restore(path)
+    assert store.contains(IdPart("other", stray)).all()
+    store.clear(["other"], Write())
+    store.restore(path)
+    store.assign([UpdatePart("other", stray, np.ones((1, 1), np.float32))], Write())
+    store.drop_table("other")
+    assert content([store]) == content(saved)
+
+
+def test_a_restore_that_would_take_rows_of_one_ps_changes_none(tmp_path) -> None:
+    stores = [Store(index=index, count=2, threads=1) for index in range(2)]
+    with Client(Cluster(stores, ClientConfig())) as client:
+        table = client.table("user", dim=1, optimizer=Sgd())
+        table.assign([0, 1], np.ones((2, 1), np.float32))
+        client.save(str(tmp_path / "old"))
+        table.assign([0, 1], np.full((2, 1), 2, np.float32))
+        client.table("new", dim=1, optimizer=Sgd()).assign([1], np.ones((1, 1), np.float32))  # on PS 1 only
+        with pytest.raises(InvalidRequestError, match="does not hold the tables 'new'"):
+            client.restore(str(tmp_path / "old"))
+        assert table.lookup([0, 1]).tolist() == [[2.0], [2.0]]
+
+
+def test_variables_and_queues_that_a_checkpoint_does_not_hold_go_with_a_word(make_store, tmp_path, caplog) -> None:
+    path = save_all(filled_cluster(make_store, 1), tmp_path / "ckpt")
+    store = make_store()
+    spec = ps_pb2.VariableSpec(name="later", size=1)
+    spec.optimizer.sgd.learning_rate = 0.1
+    store.create_variables([spec], [np.zeros(1, np.float32)])
+    store.create_queue("files", ["a"])
+    store.restore(path)
+    (record,) = [record for record in caplog.records if "they are gone" in record.getMessage()]
+    assert (record.variables, record.queues) == (["later"], ["files"])
 
 
 def test_a_table_of_another_config_is_refused_before_anything_changes(make_store, tmp_path) -> None:

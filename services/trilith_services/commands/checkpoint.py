@@ -11,7 +11,7 @@ from trilith_services.commands import output
 from trilith_services.commands.flags import Json
 
 if TYPE_CHECKING:
-    from trilith.checkpoint import Manifest
+    from trilith.checkpoint import CheckpointInfo, Manifest
     from trilith.folder import Folder
 
 __all__ = ["register"]
@@ -37,12 +37,12 @@ def list_(
     ],
     as_json: Json = False,
 ) -> None:
-    """List the checkpoints of a directory, oldest first, incomplete ones too."""
+    """List the checkpoints of a directory, oldest first, incomplete ones too; or the checkpoint that it is itself."""
     from trilith import checkpoint
     from trilith.errors import CheckpointError
 
     found = []
-    for info in checkpoint.list_checkpoints(directory):
+    for info in checkpoint.list_checkpoints(directory) or _itself(directory):
         entry: dict[str, Any] = {"path": info.path, "tick_unix_s": info.number / 1000, "state": "incomplete"}
         if info.complete:
             try:
@@ -184,6 +184,22 @@ def _checkpoint(path: str) -> str:
         return Folder(path).url
     newest = checkpoint.newest_complete(path)
     return path if newest is None else newest.path
+
+
+def _itself(path: str) -> list[CheckpointInfo]:
+    """The directory as a checkpoint, such as `Client.save` makes under any name; nothing if it is none."""
+    from trilith import checkpoint
+    from trilith.errors import CheckpointError
+    from trilith.folder import Folder
+
+    folder = Folder(path)
+    if not folder.exists(checkpoint.MANIFEST):
+        return []
+    try:
+        made_ms = int(checkpoint.read_manifest(path).created_unix_s * 1000)
+    except CheckpointError:
+        made_ms = 0
+    return [checkpoint.CheckpointInfo(path=folder.url, number=made_ms, complete=True, order=made_ms)]
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:

@@ -48,8 +48,7 @@ def restore_newest(store: Store, directory: str) -> CheckpointInfo | None:
     if newest is None:
         log.info("no complete checkpoint: starting empty", extra={"directory": directory})
         return None
-    with checkpoint.hold(newest.path):
-        response = snapshot.restore_shard(store, newest.path)
+    response = snapshot.restore_shard(store, newest.path)
     store.restored_from = newest.path
     store.restored_step = response.global_step
     return newest

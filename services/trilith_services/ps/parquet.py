@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trilith.checkpoint import Manifest
+from trilith.checkpoint import Manifest, hold
 from trilith.folder import Folder
 from trilith_services.ps import row_files, variable_files
 from trilith_services.ps.row_files import RowFile
@@ -37,6 +37,11 @@ def export(
     Raises:
         CheckpointError: A file is missing or damaged.
     """
+    with hold(path):
+        yield from _export(path, manifest, target, tables, variables)
+
+
+def _export(path: str, manifest: Manifest, target: str, tables: Sequence[str], variables: bool) -> Iterator[int]:
     source, sink = Folder(path), Folder(target)
     for part in manifest.parts:
         for file in part.files:

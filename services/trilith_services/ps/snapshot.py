@@ -11,7 +11,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -32,7 +32,9 @@ from trilith_services.ps.rows import Rows
 from trilith_services.ps.table import Table
 
 if TYPE_CHECKING:
+    from trilith_services.ps.queues import QueueState
     from trilith_services.ps.store import Store
+    from trilith_services.ps.variables import VariableState
 
 __all__ = ["parts_for", "restore_shard", "save_shard", "verify"]
 
@@ -111,12 +113,19 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
     """Replace this shard's content by what the complete checkpoint at `path` holds for it.
 
     Every id is routed by the owner rule, so the checkpoint may come from another number of PS. All files are checked
-    and the new content is loaded beside the old before anything changes; tables the checkpoint does not know go.
+    and the new content is loaded beside the old before anything changes. Tables that the checkpoint does not know stay
+    if they are empty; variables and queues that it does not know go, which is logged.
 
     Raises:
         CheckpointError: The checkpoint is incomplete or damaged; nothing was changed.
         TableExistsError: A table exists with another config; nothing was changed.
+        InvalidRequestError: A table that the checkpoint does not know has rows; nothing was changed.
     """
+    with checkpoint.hold(path):
+        return _restore(store, path)
+
+
+def _restore(store: Store, path: str) -> ps_pb2.RestoreResponse:
     started = time.perf_counter()
     folder = Folder(path)
     manifest = checkpoint.read_manifest(path)
@@ -127,6 +136,8 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
     variables = variable_files.read_for(folder, manifest, index, count)
     queues = queue_files.read_for(folder, manifest, index)
     configs = _table_configs(store, folder, parts)
+    here = {name: table for name, table in store.tables.items() if name not in configs}
+    checkpoint.check_nothing_lost(folder.url, {name: len(table) for name, table in here.items()}, configs)
     tables: dict[str, Table] = {}
     try:
         for name, config in configs.items():
@@ -136,7 +147,9 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
                 if file.kind == "rows":
                     _load_rows(tables[file.table], folder, file, part, index, count, int(store.clock()))
         _load_filters(tables, folder, parts)
-        store.replace_content(tables, variables, queues, manifest.global_step)
+        _tell_dropped(store, folder, variables, queues)
+        # Tables that somebody has made, and that are empty yet, stay.
+        store.replace_content({**here, **tables}, variables, queues, manifest.global_step)
     except BaseException:
         for table in tables.values():
             table.release()
@@ -153,6 +166,22 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
         },
     )
     return ps_pb2.RestoreResponse(incarnation=store.incarnation, global_step=manifest.global_step, rows=rows)
+
+
+def _tell_dropped(
+    store: Store, folder: Folder, variables: Sequence[VariableState], queues: Sequence[QueueState]
+) -> None:
+    """Say which variables and queues the checkpoint does not hold: they go."""
+    held = {state.spec.name for state in variables}, {state.name for state in queues}
+    gone = (
+        sorted({partition.spec.name for partition in store.variables} - held[0]),
+        sorted({state.name for state in store.queues.export()} - held[1]),
+    )
+    if any(gone):
+        log.warning(
+            "the checkpoint does not hold these, and they are gone",
+            extra={"path": folder.url, "variables": gone[0], "queues": gone[1]},
+        )
 
 
 def _new_table(store: Store, config: ps_pb2.TableConfig, folder: Folder) -> Table:

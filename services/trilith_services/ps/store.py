@@ -556,7 +556,7 @@ class Store:
                 self._sequences.clear()
                 self.variables.replace(partitions)
                 self.queues.replace(queues)
-                old = list(self._tables.values())
+                old = [table for name, table in self._tables.items() if tables.get(name) is not table]
                 self._tables.clear()
                 self._tables.update(tables)
                 self._step = step
