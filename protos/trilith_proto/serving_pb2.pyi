@@ -120,7 +120,7 @@ global___ModelStatusRequest = ModelStatusRequest
 
 @typing.final
 class ReplicaStatus(google.protobuf.message.Message):
-    """One serving replica that rows are looked up at."""
+    """One serving replica that rows are looked up at; of a shard that has none, one that was, or one without an address."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

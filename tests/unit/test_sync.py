@@ -768,6 +768,9 @@ def test_what_changed_is_encoded_once_for_all_targets(monkeypatch: pytest.Monkey
     fresh.assign(u64(1), np.full((1, DIM), 5.0, np.float32))
     delta = wire.Delta("user", DIM, ids[:1].copy(), np.empty((0, DIM), np.float32))
     assert encoded.get(1, 0, delta, fresh).erased == 1
+    assert encoded.nbytes > 0
+    encoded.forget(1 << 20)
+    assert encoded.nbytes == 0
     store.close()
 
 

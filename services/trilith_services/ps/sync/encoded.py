@@ -44,10 +44,12 @@ class EncodedChanges:
 
     Attributes:
         wanted: Whether there are targets enough for it to be worth a copy of the message.
+        nbytes: Of all pieces that are kept.
     """
 
     def __init__(self) -> None:
         self.wanted = False
+        self.nbytes = 0
         self._lock = threading.Lock()
         self._pieces: OrderedDict[tuple[int, int, int, int], Future[EncodedDelta]] = OrderedDict()
 
@@ -60,19 +62,29 @@ class EncodedChanges:
             if found is None:
                 found = self._pieces[key] = Future()
                 while len(self._pieces) > _MOST:
-                    self._pieces.popitem(last=False)
+                    self._drop(next(iter(self._pieces)))
         if mine:
             try:
                 message, (sent,) = wire.pack_rows(parameter_sync_pb2.PushRequest(), [delta], [table])
-                found.set_result(EncodedDelta(table, message, len(sent.ids), len(sent.erased)))
+                with self._lock:
+                    found.set_result(EncodedDelta(table, message, len(sent.ids), len(sent.erased)))
+                    if self._pieces.get(key) is found:
+                        self.nbytes += len(message)
             except BaseException as error:
                 with self._lock:
-                    self._pieces.pop(key, None)
+                    if self._pieces.get(key) is found:
+                        del self._pieces[key]
                 found.set_exception(error)
                 raise
         return found.result()
 
-    def clear(self) -> None:
-        """Forget all."""
+    def forget(self, batch: int) -> None:
+        """Drop pieces of earlier batches, which nobody will send."""
         with self._lock:
-            self._pieces.clear()
+            for key in [key for key in self._pieces if key[1] < batch]:
+                self._drop(key)
+
+    def _drop(self, key: tuple[int, int, int, int]) -> None:
+        piece = self._pieces.pop(key)
+        if piece.done():
+            self.nbytes -= len(piece.result().message)

@@ -37,7 +37,8 @@ class Syncer:
         self._store = store
         self._options = options or SyncOptions()
         self._log = ChangeLog(self._options.most_ids)
-        self._encoded = EncodedChanges()
+        self._encoded = encoded = EncodedChanges()
+        store.budget.watch(lambda: encoded.nbytes)
         self._targets: dict[str, Target] = {}
         self._changing = threading.Lock()  # over the targets
         self._looking = threading.Lock()  # over what is noted
@@ -104,8 +105,6 @@ class Syncer:
         with self._changing:
             target = self._targets.pop(name, None)
             self._encoded.wanted = len(self._targets) > 1
-        if not self._encoded.wanted:
-            self._encoded.clear()
         if target is not None:
             target.stop()
             log.info("sync: a target is gone", extra={"target": name, "address": target.address})
@@ -158,6 +157,10 @@ class Syncer:
                 table.touched = None
             self._noted = {}
 
+    def _forget_before(self, cursor: int) -> None:
+        self._log.forget(cursor)
+        self._encoded.forget(cursor - 1)  # the last one read may not have been sent to all
+
     def _run(self) -> None:
         while not self._stopping.is_set():
             started = time.monotonic()
@@ -166,10 +169,10 @@ class Syncer:
                     targets = list(self._targets.values())
                 if targets:
                     self.look()
-                    self._log.forget(min(target.cursor for target in targets))
+                    self._forget_before(min(target.cursor for target in targets))
                 elif self._noted:
                     self._forget()
-                    self._log.forget(self._log.join()[0])
+                    self._forget_before(self._log.join()[0])
             except Exception:  # the replicas must not be given up
                 log.exception("sync: looking for changes failed; it goes on at the next turn")
             self._stopping.wait(max(0.01, self._options.interval_s - (time.monotonic() - started)))
