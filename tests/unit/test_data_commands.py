@@ -238,7 +238,7 @@ def test_tf_examples_are_recognized(run, tmp_path):
     assert (code, "TFExampleConverter" in " ".join(out.split())) == (0, True)
     assert json.loads(run("inspect", "--json", tmp_path / "t.tfrecord")[1])["tf_examples"] is True
     code, _, err = run("validate", "--kind", "example", tmp_path / "t.tfrecord")
-    assert (code, "TFExampleConverter" in err) == (1, True)
+    assert (code, "TFExampleConverter" in err) == (2, True)
 
 
 @pytest.mark.parametrize("arguments", [(), ("--format", "csv"), ("--format", "csv", "--compression", "gzip")])
@@ -249,3 +249,26 @@ def test_compressed_csv_files_are_read_as_they_are_called(run, tmp_path, argumen
         code, out, _ = run("count", "--json", *arguments, tmp_path / name)
         assert (code, json.loads(out)["records"]) == (0, 2)
     assert "csv, gzip compression" in " ".join(run("inspect", tmp_path / "t.csv.gz")[1].split())
+
+
+def test_csv_files_are_read_as_they_are_said_to_be_written(run, tmp_path):
+    (tmp_path / "t.csv").write_bytes("7;3|5;ü\n8;4;é\n".encode("latin-1"))
+    form = (
+        "--csv",
+        "delimiter=;",
+        "--csv",
+        "header=u,tags,t",
+        "--csv",
+        "list_separator=|",
+        "--csv",
+        "encoding=latin-1",
+    )
+    code, out, _ = run("sample", *form, "--columns", "u:fid_v2,tags:int", tmp_path / "t.csv")
+    first = json.loads(out.splitlines()[0])["message"]["named_feature"]
+    assert (code, first[1]["feature"]["int64_list"]["value"]) == (0, ["3", "5"])
+    assert "columns: u, tags, t" in " ".join(run("inspect", *form, tmp_path / "t.csv")[1].split())
+    (tmp_path / "day_0").write_text("u\ts\n7\t1\n")
+    assert json.loads(run("count", "--json", "--csv", "delimiter=\\t", tmp_path / "day_0")[1])["records"] == 1
+    assert "columns: u, s" in " ".join(run("inspect", "--csv", "delimiter=\\t", tmp_path / "day_0")[1].split())
+    code, _, err = run("count", "--csv", "separator=;", tmp_path / "t.csv")
+    assert (code, "write NAME=VALUE with a name of delimiter" in err) == (2, True)

@@ -15,6 +15,7 @@ from trilith_services.commands import output
 from trilith_services.commands.data_flags import (
     ColumnsOption,
     CompressionOption,
+    CsvOption,
     File,
     Files,
     FormatOption,
@@ -42,6 +43,8 @@ _FLAGS = {
     "dump": "kafka_dump",
 }
 
+_CSV_NAMES = ("delimiter", "header", "list_separator", "encoding")
+
 
 def register(app: typer.Typer) -> None:
     """Add the `data` commands."""
@@ -60,13 +63,14 @@ class _Input:
     framing: str | None
     compression: str | None
     columns: str | None = None
+    csv: list[str] | None = None
     skip: bool = False
 
     def open(self, path: str) -> RecordReader:
         from trilith.data.readers import open_records
 
         guess = self._guess(path)
-        file_format = self.format or guess.format
+        file_format = self._said or guess.format
         kind = self.kind or (guess.kind if file_format in (guess.format, "parquet", "csv") else "instance")
         framing = guess.framing if self.framing is None else _framing(self.framing)
         return open_records(
@@ -76,8 +80,14 @@ class _Input:
             framing=framing if file_format == "records" else None,
             compression=self.compression or guess.compression,
             columns=_columns(self.columns),
+            **_csv_form(self.csv),
             on_error="skip" if self.skip else "raise",
         )
+
+    @property
+    def _said(self) -> str | None:
+        """The format, where it was said."""
+        return self.format or ("csv" if self.csv else None)
 
     def _guess(self, path: str) -> Detected:
         """What was left out, guessed where there is a beginning to look at; a note says so."""
@@ -87,14 +97,14 @@ class _Input:
         from trilith.data.records import Kind
         from trilith.errors import DataError
 
-        file_format = FileFormat(self.format or "records")
+        file_format = FileFormat(self._said or "records")
         columnar = file_format in (FileFormat.PARQUET, FileFormat.CSV)
         plain = Detected(
             format=file_format,
             compression=compression_of(path, file_format, compression=self.compression),
             kind=Kind.EXAMPLE if columnar else Kind.INSTANCE,
         )
-        asked = [self.format, self.kind, "" if file_format is not FileFormat.RECORDS else self.framing]
+        asked = [self._said, self.kind, "" if file_format is not FileFormat.RECORDS else self.framing]
         if path == "" or columnar or None not in asked:
             return plain
         try:
@@ -108,16 +118,20 @@ class _Input:
         return guess
 
 
-def inspect(path: File, as_json: Json = False) -> None:
+def inspect(path: File, csv: CsvOption = None, as_json: Json = False) -> None:
     """Guess how a file is to be read, and show what its first records hold."""
-    from trilith.data.compression import Compression
-    from trilith.data.detect import detect
+    from trilith.data.compression import Compression, compression_of
+    from trilith.data.detect import Detected, detect
     from trilith.data.readers import FileFormat
     from trilith.data.records import Kind
 
-    guess = detect(path)
+    if csv:
+        packed = compression_of(path, FileFormat.CSV)
+        guess = Detected(format=FileFormat.CSV, compression=packed, kind=Kind.EXAMPLE)
+    else:
+        guess = detect(path)
     flags = _names(guess.framing)
-    opened = _Input(guess.format, guess.kind, flags, guess.compression)
+    opened = _Input(guess.format, guess.kind, flags, guess.compression, csv=csv)
     with opened.open(path) as reader:
         chunk = next(reader, None)
         names = _column_names(reader)
@@ -145,8 +159,8 @@ def inspect(path: File, as_json: Json = False) -> None:
         typer.echo(json.dumps({**found, "features": listed}))
         return
     console = output.console()
-    packed = "no" if guess.compression is Compression.NONE else guess.compression
-    console.print(f"[bold]{path}[/]: {guess.format}, {packed} compression, kind {guess.kind} (a guess)")
+    packed_as = "no" if guess.compression is Compression.NONE else guess.compression
+    console.print(f"[bold]{path}[/]: {guess.format}, {packed_as} compression, kind {guess.kind} (a guess)")
     if guess.format is FileFormat.RECORDS:
         console.print(f"framing: {flags}")
     if guess.tf_examples:
@@ -177,11 +191,12 @@ def count(
     framing: FramingOption = None,
     compression: CompressionOption = None,
     columns: ColumnsOption = None,
+    csv: CsvOption = None,
     skip_damage: SkipOption = False,
     as_json: Json = False,
 ) -> None:
     """Count the records of files and the bytes of their payloads."""
-    opened = _Input(format_, kind, framing, compression, columns, skip_damage)
+    opened = _Input(format_, kind, framing, compression, columns, csv, skip_damage)
     found: list[dict[str, Any]] = []
     for path, reader in _readers(files, opened, "counting"):
         records = size = 0
@@ -215,12 +230,13 @@ def sample(
     framing: FramingOption = None,
     compression: CompressionOption = None,
     columns: ColumnsOption = None,
+    csv: CsvOption = None,
     skip_damage: SkipOption = False,
 ) -> None:
     """Print some records as JSON lines: where they stand, and their message (plaintext: their bytes in hex)."""
     import random
 
-    opened = _Input(format_, kind, framing, compression, columns, skip_damage)
+    opened = _Input(format_, kind, framing, compression, columns, csv, skip_damage)
     draw = None if seed is None else random.Random(seed)
     kept: list[Records] = []
     seen = 0
@@ -252,6 +268,7 @@ def convert(
     framing: FramingOption = None,
     compression: CompressionOption = None,
     columns: ColumnsOption = None,
+    csv: CsvOption = None,
     to_format: Annotated[
         str,
         typer.Option(
@@ -278,7 +295,7 @@ def convert(
     from trilith.data.convert import convert as convert_records
     from trilith.data.writers import open_writer
 
-    opened = _Input(format_, kind, framing, compression, columns, skip_damage)
+    opened = _Input(format_, kind, framing, compression, columns, csv, skip_damage)
     place = "" if target == "-" else target
     on_error: Literal["raise", "skip"] = "skip" if skip_damage else "raise"
     lost: list[int] = []
@@ -312,6 +329,7 @@ def validate(
     framing: FramingOption = None,
     compression: CompressionOption = None,
     columns: ColumnsOption = None,
+    csv: CsvOption = None,
     as_json: Json = False,
 ) -> None:
     """Read every record and parse it; name what is damaged. Exit status 1 if anything is."""
@@ -320,7 +338,7 @@ def validate(
     from trilith.data.tf_example import HINT, is_tf_example
     from trilith.errors import DataError
 
-    opened = _Input(format_, kind, framing, compression, columns, skip=True)
+    opened = _Input(format_, kind, framing, compression, columns, csv, skip=True)
     records = damaged = 0
     names = 0
     for path, reader in _readers(files, opened, "validating", quiet=True):
@@ -428,6 +446,19 @@ def _column_names(reader: RecordReader) -> list[str]:
         return list(reader.available or {})
     types = {each.name: str(each.type) for each in reader.columns}
     return [f"{name} ({types.get(name) or reason or 'no values'})" for name, reason in (reader.available or {}).items()]
+
+
+def _csv_form(given: list[str] | None) -> dict[str, Any]:
+    """Options of `open_records` about CSV files."""
+    from trilith.errors import InvalidRequestError
+
+    form: dict[str, Any] = {}
+    for item in given or ():
+        name, equals, value = item.partition("=")
+        if not equals or name not in _CSV_NAMES:
+            raise InvalidRequestError(f"--csv {item!r}: write NAME=VALUE with a name of {', '.join(_CSV_NAMES)}")
+        form[name] = value.split(",") if name == "header" else {"\\t": "\t"}.get(value, value)
+    return form
 
 
 def _columns(text: str | None) -> list[Any] | None:

@@ -14,6 +14,7 @@ from trilith_services.commands.flags import checked
 __all__ = [
     "ColumnsOption",
     "CompressionOption",
+    "CsvOption",
     "File",
     "Files",
     "FormatOption",
@@ -80,11 +81,20 @@ CompressionOption = Annotated[
         "--compression",
         metavar="NAME",
         callback=known_compression,
-        help="none, snappy, zstd, zlib or gzip; left out: what the file's name says.",
+        help="none, snappy, zstd, zlib or gzip; left out: what the file's name or beginning says.",
     ),
 ]
 ColumnsOption = Annotated[
     str | None,
     typer.Option("--columns", metavar="NAME:TYPE,…", help="Columns of Parquet and CSV to read; left out: all of them."),
+]
+CsvOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--csv",
+        metavar="NAME=VALUE",
+        help="How CSV files are written: delimiter, header (names of the columns, by commas, of files without a first "
+        "line of them), list_separator, encoding; may be repeated.",
+    ),
 ]
 SkipOption = Annotated[bool, typer.Option("--skip-damage", help="Pass over damage and count it, rather than stop.")]
