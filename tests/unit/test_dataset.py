@@ -261,7 +261,7 @@ def test_shares_that_contradict_each_other_are_refused_when_they_are_named(files
         build(small(files))
 
 
-def test_ranks_that_are_more_than_the_files_divide_the_records(files, caplog):
+def test_ranks_that_are_more_than_the_files_divide_the_records(files, tmp_path, caplog):
     for pattern in (files, files.replace("*", "[34]"), files.replace("*", "4")):
         whole = ints(small(pattern))
         for count in (2, 4, 6, 7):
@@ -273,6 +273,9 @@ def test_ranks_that_are_more_than_the_files_divide_the_records(files, caplog):
     assert sorted(itertools.chain(*nested)) == ALL
     assert all(nested)
     assert not caplog.records
+    empty = write(tmp_path / "empty", [])
+    assert ints(small([files, empty]).shard(5, 6)) == []
+    assert "share 5 of 6 is empty: its files hold no records" in caplog.text
     assert ints(from_records([b"1", b"2"]).shard(3, 4, by="records")) == []
     assert "share 3 of 4 is empty: 2 records are all" in caplog.text
 

@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import threading
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -19,14 +20,16 @@ from torch.utils.data import DataLoader
 
 import trilith
 from trilith.data import dataset as dataset_module
-from trilith.data import reference
+from trilith.data import reference, transforms
 from trilith.data.dataset import from_records, read, read_kafka
 from trilith.data.fids import data_source_key
 from trilith.data.item_pool import ItemPool
+from trilith.data.parsers import InstanceParser, ParseSpec
 from trilith.data.queue import LocalFiles
 from trilith.data.readers import Position
 from trilith.data.records import Records
 from trilith.data.samples import FilterByLabel, FilterByValue
+from trilith.data.sharding import ShardingConfig, parse_fused
 from trilith.data.specs import Extra, Label, Slot
 from trilith.data.writers import open_writer
 from trilith.errors import InvalidRequestError, TrilithError
@@ -379,6 +382,16 @@ def test_functions_that_cannot_travel_are_refused_by_their_step(files):
 
 def test_every_kind_of_dataset_can_be_pickled(files):
     ignored = {"uid": Extra(), "label": Label()}
+    spec = ParseSpec(ignored)
+    sharding = ShardingConfig(features={"slot_1": ("table", [4])})
+    for dataset in (
+        read(files).parse(spec).batch(3),
+        read(files).transform(transforms.FilterByLabel([0])).parse(InstanceParser(ignored)).batch(3),
+        read(files).parse(partial(parse_fused, spec=spec, config=sharding)).batch(3),
+    ):
+        want = next(iter(dataset))
+        found = next(iter(ForkingPickler.loads(ForkingPickler.dumps(dataset.torch()))))
+        assert found.keys() == want.keys()
     for dataset in (
         read(files).filter(FilterByLabel([0])).negatives(neg_num=1, item_features=[1]).parse(ignored).batch(3),
         read(files).share("static://127.0.0.1:1", "q").convert("example").reweight("1,2", "1:1:1,2:1:1"),

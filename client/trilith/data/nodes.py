@@ -25,7 +25,18 @@ from trilith.data.samples.chunk import SampleOp, apply_ops
 from trilith.data.shuffle import Shuffling
 from trilith.data.sources import ListedFiles, Memory, Merging, Reading, Streaming
 from trilith.data.specs import Features, FeatureSpec
-from trilith.data.stages import Batching, Picking, Repeating, Replayed, Skipping, Stage, Stepping, Striding, Taking
+from trilith.data.stages import (
+    Batching,
+    Noticing,
+    Picking,
+    Repeating,
+    Replayed,
+    Skipping,
+    Stage,
+    Stepping,
+    Striding,
+    Taking,
+)
 from trilith.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -176,6 +187,8 @@ class Read(Node):
             block_length=self.block_length,
             skip=self.on_error == "skip",
         )
+        if count == 1 and any(of > 1 for _, of in self.shares):
+            stage = Noticing(stage, " of ".join(f"share {place} of {of}" for place, of in self.shares))
         for place, of, rank in strides:
             stage = Striding(stage, place, of, rank=rank) if of > 1 else stage
         return stage

@@ -74,6 +74,10 @@ class Parser(ABC):
         self._on_error = on_error
         self.strict = strict
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A parser of the same specs, which in its process finds out for itself how to read them."""
+        return partial(type(self), on_error=self._on_error, strict=self.strict), (self.specs,)
+
     def _feature_names(self, out: str, spec: FeatureSpec) -> tuple[str, ...]:
         """What the feature of an output can be called in records; empty for one that need not be there."""
         match spec:
@@ -829,6 +833,10 @@ class ParseSpec:
         check_on_error(on_error)
         self._on_error = on_error
         self._parsers: dict[Kind, Parser] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is wanted, without the parsers that have been made of it."""
+        return partial(type(self), on_error=self._on_error), (self.features,)
 
     @property
     def skipped(self) -> int:

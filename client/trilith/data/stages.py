@@ -15,6 +15,7 @@ from trilith.data.records import Records
 
 __all__ = [
     "Batching",
+    "Noticing",
     "Picking",
     "Repeating",
     "Replayed",
@@ -162,6 +163,35 @@ class Striding(_Counting):
         first = (self._index - self._count) % self._stride
         self._count += len(records)
         return records.take(slice(first, None, self._stride))
+
+
+class Noticing(_Step):
+    """The very elements of a stage of records; says in the log when there were none.
+
+    Args:
+        upstream: Where records come from.
+        what: How to call it.
+    """
+
+    def __init__(self, upstream: Stage, what: str) -> None:
+        super().__init__(upstream)
+        self._what = what
+        self._given = False
+
+    def __next__(self) -> Any:
+        try:
+            records: Records = next(self._upstream)
+        except StopIteration:
+            if not self._given:
+                log.warning("%s is empty: its files hold no records", self._what)
+            raise
+        self._given = self._given or len(records) > 0
+        return records
+
+    def restore(self, state: State) -> None:
+        """See `Stage`."""
+        self._given = True  # before
+        super().restore(state)
 
 
 class Picking(_Counting):
