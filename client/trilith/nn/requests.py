@@ -47,10 +47,10 @@ RequestParser: TypeAlias = RequestExamples | RequestInstances
 def _parse(parser: RequestParser, records: Records, on_unknown: OnUnknown | None) -> Features:
     scan = parser._fitting(parser._scanner.scan(records))
     if on_unknown is not None:
+        named = count_named(records)
         # A name that occurs twice in a record counts as unknown, which costs a second look and nothing else.
-        unknown = count_named(records) - np.count_nonzero(scan.seen, axis=1)
-        if (unknown > 0).any():
-            on_unknown(records, unknown)
+        if int(named.sum()) != np.count_nonzero(scan.seen):
+            on_unknown(records, named - np.count_nonzero(scan.seen, axis=1))
     found = {name: make(scan) for name, make in parser._outputs}
     for name, feature in parser._names(Dense).items():
         values = found[name]

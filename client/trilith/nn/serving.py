@@ -50,10 +50,15 @@ class ServedModel:
         config: What it is made of.
         program: The dense part.
         lookup: Where its rows are.
+
+    Attributes:
+        config: As given.
+        declared: What records may hold, by name.
     """
 
     def __init__(self, config: ModelConfig, program: Program, lookup: Lookup) -> None:
         self.config = config
+        self.declared = config.record_features()
         self._program = program
         self._lookup = lookup
         self._shapes = config.shapes()

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from trilith.data.records import Kind, Records
 from trilith.errors import InvalidRequestError
-from trilith.exports import ModelConfig
+from trilith.exports import RecordFeature
 from trilith_proto import serving_pb2
 from trilith_services.rpc import rpc
 from trilith_services.serve import Method
@@ -111,21 +111,21 @@ class PredictionServicer:
         if kind is None:
             raise InvalidRequestError(f"records of kind {request.kind} are neither Examples nor Instances")
         payloads = list(request.records)
-        return self._score(len(payloads), lambda config: Records.of(payloads, kind, source="request"), timeout_s)
+        return self._score(len(payloads), lambda declared: Records.of(payloads, kind, source="request"), timeout_s)
 
     def score_json(
         self, records: Sequence[Mapping[str, Any]], *, timeout_s: float | None = None
     ) -> serving_pb2.PredictResponse:
         """Score records of JSON: per feature a number or a list of them."""
 
-        def encoded(config: ModelConfig) -> Records:
-            payloads = encode_records(records, config.record_features(), self._unknown.in_json(config))
+        def encoded(declared: Mapping[str, RecordFeature]) -> Records:
+            payloads = encode_records(records, declared, self._unknown.in_json(declared))
             return Records.of(payloads, Kind.EXAMPLE, source="request")
 
         return self._score(len(records), encoded, timeout_s)
 
     def _score(
-        self, count: int, make: Callable[[ModelConfig], Records], timeout_s: float | None
+        self, count: int, make: Callable[[Mapping[str, RecordFeature]], Records], timeout_s: float | None
     ) -> serving_pb2.PredictResponse:
         if not 1 <= count <= self._max_records:
             raise InvalidRequestError(f"{count} records in a request; 1 to {self._max_records} are taken")
@@ -137,8 +137,10 @@ class PredictionServicer:
                 model_step=loaded.manifest.step,
                 rows_as_of=self._models.as_of,
             )
-            config = loaded.model.config
-            outputs = loaded.model.predict(make(config), timeout_s=timeout, on_unknown=self._unknown.in_records(config))
+            declared = loaded.model.declared
+            outputs = loaded.model.predict(
+                make(declared), timeout_s=timeout, on_unknown=self._unknown.in_records(declared)
+            )
         for name, values in outputs.items():
             flat = np.ascontiguousarray(values.reshape(count, -1), "<f4")
             response.outputs.add(name=name, width=flat.shape[1], values=flat.tobytes())

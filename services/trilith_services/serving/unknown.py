@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
 
 from trilith.data.records import Records
-from trilith.exports import ModelConfig
 from trilith.nn.requests import names_of
 from trilith_services.serving.json_records import unknown_feature
 
@@ -43,25 +42,24 @@ class UnknownFeatures:
         self._told: set[str] = set()
         self._looked = -_TOLD_EVERY_S
 
-    def in_json(self, config: ModelConfig) -> Callable[[int, str], None]:
-        """What to tell of every unknown feature of JSON records.
+    def in_json(self, declared: Collection[str]) -> Callable[[int, str], None]:
+        """What to tell of every unknown feature of JSON records, `declared` being those that are known.
 
         The function raises InvalidRequestError where that is the policy.
         """
 
         def on_unknown(number: int, name: str) -> None:
             if self._policy is not UnknownPolicy.ignore:
-                raise unknown_feature(f"record {number}", name, config.record_features())
+                raise unknown_feature(f"record {number}", name, declared)
             self._count("json", 1)
             self._say([name])
 
         return on_unknown
 
-    def in_records(self, config: ModelConfig) -> Callable[[Records, npt.NDArray[np.int64]], None]:
+    def in_records(self, declared: Collection[str]) -> Callable[[Records, npt.NDArray[np.int64]], None]:
         """The same for serialized records."""
 
         def on_unknown(records: Records, counts: npt.NDArray[np.int64]) -> None:
-            declared = config.record_features()
             if self._policy is UnknownPolicy.refuse:
                 for row in np.flatnonzero(counts > 0).tolist():
                     for name in names_of(records, row):
