@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import naive
+from trilith.errors import InvalidRequestError
 from trilith.ops import dedup
 
 IDS = st.lists(
@@ -190,3 +191,19 @@ def test_gather_values_brings_one_value_per_id_back(ids, shards):
     split = dedup.split_by_owner(ids, shards)
     pieces = [(split.owned(s) % np.uint64(7)).astype(np.int8) for s in range(shards)]
     assert dedup.gather_values(split, pieces, np.int8).tolist() == (ids % np.uint64(7)).tolist()
+
+
+@pytest.mark.parametrize(
+    "ids", [np.arange(8, dtype=np.uint64)[::2], np.arange(4), np.arange(4, dtype=">u8"), np.zeros((2, 2), np.uint64)]
+)
+@pytest.mark.parametrize("split", [dedup.split_distinct, dedup.split_by_owner])
+def test_ids_that_the_kernels_would_misread_are_refused(split, ids):
+    with pytest.raises(InvalidRequestError, match="ids are .*, expected C-contiguous uint64"):
+        split(ids, 3)
+
+
+@pytest.mark.parametrize("values", [np.ones((4, 3)), np.ones((4, 6), np.float32)[:, ::2], np.ones((4, 3), ">f4")])
+def test_values_that_the_kernels_would_misread_are_refused(values):
+    split = dedup.split_distinct(np.arange(4, dtype=np.uint64), 1)
+    with pytest.raises(InvalidRequestError, match="values are .*, expected C-contiguous float32"):
+        dedup.scatter_values(split, values, [np.empty((4, 3), np.float32)])

@@ -203,6 +203,20 @@ def test_fused_gather_refuses_vectors_that_leave_the_buffer(native, bad):
         torch_gather.fused_gather_embeddings_by_input(torch.zeros(5), [torch.tensor([bad])], [2], native=native)
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ([], "0 arrays in out for 1 lists of offsets"),
+        ([np.empty((1, 2))], "out is float64"),
+        ([np.empty((1, 4), np.float32)[:, ::2]], "C-contiguous"),
+        ([np.frombuffer(bytes(8), np.float32).reshape(1, 2)], "out is read-only"),
+    ],
+)
+def test_vectors_are_gathered_only_where_they_fit(out, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        fused_gather.fused_gather_embeddings_by_input(np.zeros(5), [[0]], [2], out=out)
+
+
 # ---- reductions ------------------------------------------------------------------------------------------------------
 
 REDUCTIONS = {

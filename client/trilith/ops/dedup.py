@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from trilith.errors import InvalidRequestError
 from trilith.ops.hashing import mix64
 from trilith.ops.jit import inlined, kernel, warm
 from trilith.ops.lines import (
@@ -39,6 +40,7 @@ __all__ = [
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
+_UINT64 = np.dtype(np.uint64)
 FIRST = 0x80000000
 _FIRST = np.uint32(FIRST)
 _POSITION = np.uint32(FIRST - 1)
@@ -358,6 +360,7 @@ def split_distinct(ids: UInt64Array, shards: int) -> Split:
         shards: Number of shards; the owner of an id is its value modulo that.
     """
     n = ids.size
+    _check_ids(ids)
     if n == 0:
         return Split(ids, [0] * (shards + 1), None)
     mask = (1 << (2 * n - 1).bit_length()) - 1  # at most half full, and small enough for the cache
@@ -376,6 +379,7 @@ def split_distinct(ids: UInt64Array, shards: int) -> Split:
 def split_by_owner(ids: UInt64Array, shards: int) -> Split:
     """Arrange a batch by owner, keeping repeats, for verbs where each occurrence counts and the order matters."""
     n = ids.size
+    _check_ids(ids)
     if shards == 1 or n == 0:
         return Split(ids, [0] + [n] * shards, None)
     places, bounds = np.empty(n, np.uint32), np.empty(shards + 2, np.uint64)
@@ -384,6 +388,11 @@ def split_by_owner(ids: UInt64Array, shards: int) -> Split:
     grouped[places] = ids
     places |= _FIRST
     return Split(grouped, bounds[: shards + 1].tolist(), places)
+
+
+def _check_ids(ids: UInt64Array) -> None:
+    if ids.dtype != _UINT64 or ids.ndim != 1 or not ids.flags.c_contiguous:
+        raise InvalidRequestError(f"ids are {ids.dtype}{list(ids.shape)}, expected C-contiguous uint64[n]")
 
 
 def _places(split: Split, blocks: Sequence[FloatArray], dim: int) -> tuple[npt.NDArray[np.uint64] | None, int]:
@@ -446,6 +455,10 @@ def scatter_values(split: Split, values: Float32Array, blocks: Sequence[FloatArr
         Whether every number written is finite in the type in which it will travel.
     """
     n, dim = values.shape
+    if values.dtype != np.float32 or not values.flags.c_contiguous:
+        raise InvalidRequestError(
+            f"values are {values.dtype}{list(values.shape)}, expected C-contiguous float32[n, dim]"
+        )
     half = any(block.dtype == np.float16 for block in blocks)
     limit = FINITE_F16 if half or float16 else FINITE_F32
     if split.positions is None:

@@ -275,6 +275,13 @@ def fetch(blocks: Sequence[Float32Array], places: Int64Array, *, threads: int | 
         places: int64, list << 32 | row.
         threads: How many may work on it; None decides by size.
     """
+    for block in blocks:
+        if block.ndim != 2 or block.dtype != np.float32 or not block.flags.c_contiguous:
+            raise InvalidRequestError(
+                f"a block is {block.dtype}{list(block.shape)}, expected C-contiguous float32[n, d]"
+            )
+    if places.dtype != np.int64:
+        raise InvalidRequestError(f"places are {places.dtype}, expected int64")
     dim = blocks[0].shape[1]
     flat = places.reshape(-1)
     out = np.empty((flat.size, dim), np.float32)

@@ -85,11 +85,15 @@ def fused_gather_embeddings_by_input(
     starts = _offsets(offsets, dims, fused.size)
     if out is None:
         out = [np.empty((each.size, dim), np.float32) for each, dim in zip(starts, dims, strict=True)]
+    if len(out) != len(starts):
+        raise InvalidRequestError(f"{len(out)} arrays in out for {len(starts)} lists of offsets")
     for each, dim, rows in zip(starts, dims, out, strict=True):
         if rows.shape != (each.size, dim) or rows.dtype != np.float32 or not rows.flags.c_contiguous:
             raise InvalidRequestError(
                 f"out is {rows.dtype}{rows.shape}, C-contiguous float32({each.size}, {dim}) is needed"
             )
+        if not rows.flags.writeable:
+            raise InvalidRequestError("out is read-only")
         _gather(fused, each, rows, threads)
     return list(out)
 

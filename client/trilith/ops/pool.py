@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trilith.errors import InvalidRequestError
 from trilith.ops.jit import kernel
 from trilith.ops.memory import address_of, as_index, copy_floats, load_u64
 from trilith.ops.vectors import add_plain, set_scaled, set_zero
@@ -83,6 +84,14 @@ def pool_rows(rows: Float32Array, splits: Int64Array, combiner: int, out: npt.ND
         combiner: SUM, MEAN or SQRTN.
         out: float32[b, dim], written; its rows may lie apart.
     """
+    _check(rows, splits)
+    target = out[0] if len(out) else out
+    if out.shape != (splits.size - 1, rows.shape[1]) or out.dtype != np.float32 or not target.flags.c_contiguous:
+        raise InvalidRequestError(
+            f"out is {out.dtype}{list(out.shape)}, expected float32[{splits.size - 1}, {rows.shape[1]}] of whole rows"
+        )
+    if not out.flags.writeable:
+        raise InvalidRequestError("out is read-only")
     pool_bags(
         address_of(rows), address_of(splits), splits.size - 1, rows.shape[1], combiner, address_of(out), out.strides[0]
     )
@@ -96,4 +105,21 @@ def pool_first_rows(rows: Float32Array, splits: Int64Array, out: Float32Array) -
         splits: int64[b + 1], C-contiguous, from 0 to n; no bag has more than `width` rows.
         out: float32[b, width, dim], written, C-contiguous.
     """
+    _check(rows, splits)
+    shape = splits.size - 1, out.shape[1] if out.ndim > 1 else -1, rows.shape[1]
+    if out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous or not out.flags.writeable:
+        raise InvalidRequestError(
+            f"out is {out.dtype}{list(out.shape)}, expected float32[{shape[0]}, width, {shape[2]}], writable and "
+            "C-contiguous"
+        )
     place_bags(address_of(rows), address_of(splits), splits.size - 1, rows.shape[1], out.shape[1], address_of(out))
+
+
+def _check(rows: Float32Array, splits: Int64Array) -> None:
+    """Refuse what the kernels would read wrongly; that splits ascend, the caller knows."""
+    if rows.ndim != 2 or rows.dtype != np.float32 or not rows.flags.c_contiguous:
+        raise InvalidRequestError(f"rows are {rows.dtype}{list(rows.shape)}, expected C-contiguous float32[n, dim]")
+    if splits.ndim != 1 or splits.size < 1 or splits.dtype != np.int64 or not splits.flags.c_contiguous:
+        raise InvalidRequestError(f"splits are {splits.dtype}{list(splits.shape)}, expected C-contiguous int64[b + 1]")
+    if splits[0] != 0 or splits[-1] > len(rows):
+        raise InvalidRequestError(f"splits go from {splits[0]} to {splits[-1]}, expected from 0 to at most {len(rows)}")
