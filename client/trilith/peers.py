@@ -19,13 +19,20 @@ from trilith.arrays import as_ids, as_rows, as_values, refuse_non_finite
 from trilith.batches import Terms, Verb
 from trilith.client import Client, Table
 from trilith.connect import open_part
-from trilith.errors import ClosedError, ClusterMismatchError, InvalidRequestError, NonFiniteError, UnknownVariableError
+from trilith.errors import (
+    ClosedError,
+    ClusterMismatchError,
+    InvalidRequestError,
+    NonFiniteError,
+    TrilithError,
+    UnknownVariableError,
+)
 from trilith.extras import need
 from trilith.forks import keep_for_ever, renew_in_children
 from trilith.ops.reorder import EMPTY_FROM
 from trilith.pipelining import Pusher
 from trilith.routing import partition_owner, partition_sizes
-from trilith.shard import ANY_WRITE, DensePart, Float32Array, UInt64Array
+from trilith.shard import DensePart, Float32Array, UInt64Array, Write
 from trilith_proto import hash_table_pb2, ps_pb2
 
 if TYPE_CHECKING:
@@ -33,7 +40,7 @@ if TYPE_CHECKING:
     from trilith.tables.all_to_all import AllToAllTables, Collective, Returned
     from trilith.tables.spec import TableSpec
 
-__all__ = ["PeerBatches", "PeerClient", "connect_peers"]
+__all__ = ["PeerBatches", "PeerClient", "PeerTable", "connect_peers"]
 
 _T = TypeVar("_T")
 
@@ -125,6 +132,21 @@ class PeerBatches:
         self._peers.update_owned(verb, updates, terms)
 
 
+class PeerTable(Table):
+    """A handle on one table whose rows are in the ranks; every rank makes the same calls."""
+
+    def __init__(self, client: PeerClient, name: str) -> None:
+        """Use `PeerClient.table`."""
+        super().__init__(client, name)  # type: ignore[arg-type]
+        self._peers = client
+
+    def size(self, **options: Any) -> int:
+        """Rows on all ranks."""
+        if options:
+            raise InvalidRequestError(f"size() takes no options among ranks, not {sorted(options)}")
+        return self._peers.count_rows(self.name)
+
+
 class _Elsewhere:
     """Stands for what another process has: whatever is asked of it is ClosedError."""
 
@@ -206,7 +228,7 @@ class PeerClient:
         from trilith.tables.spec import table_config
 
         if not config and name in self._specs:
-            return Table(self, name)  # type: ignore[arg-type]
+            return PeerTable(self, name)
         return self.create_tables([table_config(name, **config)])[name]
 
     def create_tables(self, specs: Sequence[TableSpec]) -> dict[str, Table]:
@@ -228,7 +250,7 @@ class PeerClient:
             AllToAllTables(local, dims, self._updates, count_repeats=counting),
             AllToAllTables(local, dims, self._assigns),
         )
-        return {spec.name: Table(self, spec.name) for spec in specs}  # type: ignore[arg-type]
+        return {spec.name: PeerTable(self, spec.name) for spec in specs}
 
     def _info(self, name: str) -> Any:
         """What `Table` asks for."""
@@ -254,8 +276,9 @@ class PeerClient:
 
     # ---- rows --------------------------------------------------------------------------------------------------
 
-    def lookup(self, ids: Mapping[str, Any]) -> dict[str, Float32Array]:
+    def lookup(self, ids: Mapping[str, Any], *, timeout_s: float | None = None) -> dict[str, Float32Array]:
         """Read rows, by table integers [n] to float32[n, dim]; zeros where an id has no row."""
+        _refuse_deadline(timeout_s)
         return self.begin_lookup(ids)()
 
     def begin_lookup(self, ids: Mapping[str, Any]) -> Callable[[], dict[str, Float32Array]]:
@@ -285,10 +308,11 @@ class PeerClient:
         global_step: int | None = None,
         request_time: int | None = None,
         allow_non_finite: bool = False,
+        timeout_s: float | None = None,
     ) -> None:
         """Take this rank's step of each distinct id, and those of the others of the ids that this rank owns."""
         step = self._step if global_step is None else global_step
-        self.update("apply_gradients", updates, Terms(step, request_time, allow_non_finite))
+        self.update("apply_gradients", updates, Terms(step, request_time, allow_non_finite, timeout_s))
 
     def assign(
         self,
@@ -296,9 +320,10 @@ class PeerClient:
         *,
         request_time: int | None = None,
         allow_non_finite: bool = False,
+        timeout_s: float | None = None,
     ) -> None:
         """Set weights, (ids, rows) by table; of an id that several give, the last row of the highest rank stays."""
-        self.update("assign", updates, Terms(self._step, request_time, allow_non_finite))
+        self.update("assign", updates, Terms(self._step, request_time, allow_non_finite, timeout_s))
 
     def assign_add(
         self,
@@ -306,12 +331,14 @@ class PeerClient:
         *,
         request_time: int | None = None,
         allow_non_finite: bool = False,
+        timeout_s: float | None = None,
     ) -> None:
         """Add to weights, (ids, rows) by table, one after another and rank after rank."""
-        self.update("assign_add", updates, Terms(self._step, request_time, allow_non_finite))
+        self.update("assign_add", updates, Terms(self._step, request_time, allow_non_finite, timeout_s))
 
     def update(self, verb: Verb, updates: Mapping[str, tuple[Any, Any]], terms: Terms) -> None:
         """One of the three writes above."""
+        _refuse_deadline(terms.timeout_s)
         if verb == "apply_gradients":
             self._apply(updates, terms)
             return
@@ -393,16 +420,107 @@ class PeerClient:
         with np.errstate(over="ignore"):
             return bool(np.isfinite(rows.astype(np.float16) if self._float16 else rows).all())
 
-    def reinitialize(self, table: str, ids: Any, *, request_time: int | None = None) -> npt.NDArray[np.int8]:
+    def reinitialize(
+        self, table: str, ids: Any, *, request_time: int | None = None, timeout_s: float | None = None
+    ) -> npt.NDArray[np.int8]:
         """Reset rows, rank after rank; int8[n] in the order of this rank's ids: 1 existed, 0 was created."""
+
+        def reset(name: str, some: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
+            return self._client.reinitialize(name, some.view(np.uint64), request_time=request_time)
+
+        return self._by_owners(table, ids, reset, timeout_s)
+
+    def contains(self, table: str, ids: Any, *, timeout_s: float | None = None) -> npt.NDArray[np.bool_]:
+        """bool[n]: whether each id has a row."""
+
+        def look(name: str, some: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
+            return self._client.contains(name, some.view(np.uint64)).astype(np.int8)
+
+        return self._by_owners(table, ids, look, timeout_s).astype(np.bool_)
+
+    def erase(self, table: str, ids: Any, *, timeout_s: float | None = None) -> int:
+        """Delete rows, rank after rank; returns how many of this rank's ids had one then."""
+
+        def delete(name: str, some: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
+            there = self._client.contains(name, some.view(np.uint64))
+            self._client.erase(name, some.view(np.uint64))
+            return there.astype(np.int8)
+
+        return int(self._by_owners(table, np.unique(as_ids(table, ids)), delete, timeout_s).sum())
+
+    def _by_owners(
+        self,
+        table: str,
+        ids: Any,
+        call: Callable[[str, npt.NDArray[np.int64]], npt.NDArray[np.int8]],
+        timeout_s: float | None,
+    ) -> npt.NDArray[np.int8]:
+        """Have every owner do something with the rows of some ids; what each gave, in the order of this rank's ids."""
+        _refuse_deadline(timeout_s)
         self._info(table)
         tables = self._tables().assigns
         self._pusher.drain()
-        return tables.reinitialize(
-            table,
-            as_ids(table, ids).view(np.int64),
-            lambda name, some: self._client.reinitialize(name, some.view(np.uint64), request_time=request_time),
-        )
+        return tables.reinitialize(table, as_ids(table, ids).view(np.int64), call)
+
+    def evict(
+        self, tables: Sequence[str] | None = None, *, now: int | None = None, timeout_s: float | None = None
+    ) -> dict[str, int]:
+        """Delete expired rows on every rank; see `Client.evict`."""
+        return self._counted(tables, lambda names: self._client.evict(names, now=now), timeout_s)
+
+    def clear(self, tables: Sequence[str] | None = None, *, timeout_s: float | None = None) -> dict[str, int]:
+        """Drop every row of tables on every rank; see `Client.clear`."""
+        return self._counted(tables, self._client.clear, timeout_s)
+
+    def _counted(
+        self, tables: Sequence[str] | None, call: Callable[[Sequence[str]], dict[str, int]], timeout_s: float | None
+    ) -> dict[str, int]:
+        _refuse_deadline(timeout_s)
+        if isinstance(tables, str):
+            raise InvalidRequestError(f"tables={tables!r} is a string, it must be a sequence of names")
+        names = sorted(self._specs) if tables is None else list(tables)
+        for name in names:
+            self._info(name)
+        self.drain()
+        counts = call(names) if self._index >= 0 else {}
+        return dict(zip(names, self._sum_counts([counts.get(name, 0) for name in names]), strict=True))
+
+    def count_rows(self, table: str) -> int:
+        """Rows of a table on all ranks, which all ask."""
+        self._info(table)
+        self.drain()
+        mine = [each.rows for reply in self.stats() for each in reply.tables if each.table == table]
+        return self._sum_counts([sum(mine)])[0]
+
+    def _sum_counts(self, counts: Sequence[int]) -> list[int]:
+        """The sum of all ranks' whole numbers, on every rank."""
+        sizes = np.full(self.ranks, len(counts), np.int64)
+        came = self._control.all_to_all(np.tile(np.array(counts, np.int64), self.ranks), sizes, sizes)
+        return [int(each) for each in came.reshape(self.ranks, len(counts)).sum(axis=0)]
+
+    def lookup_entries(self, table: str, ids: Any, *, timeout_s: float | None = None) -> list[bytes]:
+        """Not offered: rows with their optimizer state stay with their ranks."""
+        raise _only_in_checkpoints("lookup_entries")
+
+    def dump_entries(self, table: str, *, page: int = 1000, timeout_s: float | None = None) -> Any:
+        """Not offered: rows with their optimizer state stay with their ranks."""
+        raise _only_in_checkpoints("dump_entries")
+
+    def describe(self, *, timeout_s: float | None = None) -> list[ps_pb2.DescribeResponse]:
+        """Identity and content of this rank's shard."""
+        return self._client.describe() if self._index >= 0 else []
+
+    def rejoin(self, *, recreate_tables: bool = False) -> list[Any]:
+        """Nothing to do: a rank that ends, ends the group."""
+        return []
+
+    def retry(self, error: TrilithError, *, timeout_s: float | None = None) -> None:
+        """Not offered: an exchange reaches all ranks or ends them."""
+        raise InvalidRequestError("retry: an exchange between ranks cannot be sent again; restore() a checkpoint")
+
+    def variables(self, *, timeout_s: float | None = None) -> dict[str, tuple[int, ...]]:
+        """Shapes of all dense variables by name."""
+        return dict(self._shapes)
 
     def drain(self) -> None:
         """Wait until all updates that have travelled to this rank have been applied."""
@@ -445,10 +563,29 @@ class PeerClient:
         pieces = np.split(total, np.cumsum([found[name].size for name in wanted])[:-1]) if wanted else []
         return {name: piece.reshape(self._shapes[name]) for name, piece in zip(wanted, pieces, strict=True)}, self._step
 
-    def assign_variables(self, values: Mapping[str, Any]) -> None:
+    def assign_variables(self, values: Mapping[str, Any], *, allow_non_finite: bool = False) -> None:
         """Set values; every rank gives the same."""
-        parts = self._own({name: as_values(name, "values", value) for name, value in values.items()})
-        self._shard.assign_variables(parts, ANY_WRITE)
+        arrays = {name: as_values(name, "values", value) for name, value in values.items()}
+        for name, value in arrays.items():
+            if not allow_non_finite and not np.isfinite(value).all():
+                refuse_non_finite(f"variable {name!r}", "values", value, float16=False)
+        self._shard.assign_variables(self._own(arrays), Write(allow_non_finite=allow_non_finite))
+
+    def apply_dense_gradients(self, gradients: Mapping[str, Any], **options: Any) -> None:
+        """Not offered: ranks step dense variables themselves."""
+        raise InvalidRequestError(
+            "apply_dense_gradients: ranks step dense parameters themselves, with trilith.nn.AllReduced"
+        )
+
+    @property
+    def queues(self) -> Any:
+        """Not offered: queues are on PS."""
+        raise InvalidRequestError("queues are kept by PS; deal files to ranks with Dataset.shard(rank, ranks)")
+
+    @property
+    def addresses(self) -> list[str]:
+        """None: no PS is asked."""
+        return []
 
     def _own(self, values: Mapping[str, Float32Array]) -> list[DensePart]:
         """The partitions that this rank keeps, as views."""
@@ -556,6 +693,12 @@ def _prepared(prepare: Callable[[], _T], nothing: _T) -> tuple[_T, Exception | N
         return prepare(), None
     except Exception as error:  # noqa: BLE001 - raised by the caller, after its part of the exchange
         return nothing, error
+
+
+def _only_in_checkpoints(verb: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{verb}: among ranks rows travel without their state; save() a checkpoint and restore it into local:// or PS"
+    )
 
 
 def _refuse_deadline(timeout_s: float | None) -> None:

@@ -235,13 +235,41 @@ def test_a_table_with_another_config_is_refused_with_both_shown(client, table, o
     unchanged(table, lambda: client.table(table.name, **config | other), TableExistsError, table.name)
     with pytest.raises(TableExistsError) as caught:
         client.table(table.name, **config | {"dim": 11})
-    assert "exists with another config: hash_table.entry_config.segments[0].dim_size is 4 here, 11 asked\n" in str(
-        caught.value
+    assert str(caught.value) == (
+        f"table {table.name!r} exists with another config: hash_table.entry_config.segments[0].dim_size is 4 here, 11"
+        " asked. Rows of another shape, optimizer or compressor need a table of another name."
+        f" table({table.name!r}) without a config opens the table as it is"
     )
-    assert "dim_size: 4" in str(caught.value)
-    assert "dim_size: 11" in str(caught.value)
     with pytest.raises(TableExistsError, match=r"learning_rate[^ ]* is 0\.05 here, 0\.05000001 asked"):
         client.table(table.name, **config | {"optimizer": Adagrad(learning_rate=0.05000001)})
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"optimizer": Adagrad(learning_rate=0.01)}, r"table\(…, learning_rate=…\)"),
+        ({"ttl_days": 30}, "lifetimes, filters and thresholds stay"),
+        ({"occurrence_threshold": 2}, "lifetimes, filters and thresholds stay"),
+        ({"initializer": Zeros()}, "initial values are of new rows only"),
+        ({"optimizer": Sgd()}, "need a table of another name"),
+    ],
+    ids=lambda other: next(iter(other)) if isinstance(other, dict) else "",
+)
+def test_a_table_with_another_config_says_what_works_instead(client, name, other, says):
+    config = {"dim": 4, "optimizer": Adagrad(learning_rate=0.05), "initializer": RandomUniform(-0.5, 0.5)}
+    client.table(name, **config)
+    with pytest.raises(TableExistsError, match=f"(?i){says}") as caught:
+        client.table(name, **config | other)
+    assert len(str(caught.value)) < 800
+
+
+def test_hints_and_rates_beside_the_optimizer_do_not_make_another_table(client, name):
+    config = {"dim": 4, "optimizer": Sgd(learning_rate=1.0), "initializer": Zeros()}
+    client.table(name, **config).assign([1, 2], ONES)
+    for other in ({"initial_capacity": 1000}, {"learning_rate": 0.5}):
+        np.testing.assert_array_equal(client.table(name, **config | other).lookup([1, 2]), ONES)
+    client.table(name).apply_gradients([1, 2], ONES)  # the rate given last
+    np.testing.assert_array_equal(client.table(name).lookup([1, 2]), ONES / 2)
 
 
 def test_unknown_variables_are_a_key_error(client):

@@ -12,6 +12,7 @@ from tests.conformance.worker_ops.exchange import _Rank, _Ranks
 from trilith.data.ragged import Ragged
 from trilith.data.sharding import FeatureFids
 from trilith.errors import (
+    ClosedError,
     ClusterMismatchError,
     InvalidRequestError,
     NonFiniteError,
@@ -71,6 +72,69 @@ def test_from_five_ranks_on_rank_0_holds_no_rows_and_its_checkpoint_is_of_four_s
         assert client.lookup({"t": range(20)})["t"].ravel().tolist() == [-10] * 20
 
 
+def test_verbs_on_ids_and_tables_are_those_of_a_client():
+    high = 2**63 + 9  # as the first version's fids of high slots are
+
+    def work(client, rank):
+        table = client.table("t", ttl_days=1, **TABLE)
+        other = client.table("other", **TABLE)
+        mine = [high + rank, 5 + rank, 2**64 - 1]
+        table.assign(mine, [[1.0 + rank], [2.0], [3.0]])
+        other.assign([1], [[1.0]], request_time=1_000)
+        seen = table.lookup([high, high + 1, high + 2]).ravel().tolist()
+        there = table.contains([*mine, 77]).tolist()
+        sizes = [table.size(), other.size()]
+        erased = table.erase([mine[0], mine[0], 99])
+        evicted = [table.evict(), other.evict()]
+        left = table.size()
+        cleared = client.clear(["other"]), client.clear()
+        return seen, there, sizes, erased, evicted, left, cleared, table.size(), client.variables(), client.addresses
+
+    for size in (3, 5):
+        for rank, got in enumerate(together(size, work)):
+            rows = 2 * size + 1
+            assert got == (
+                [1.0, 2.0, 3.0], [True, True, True, False], [rows, 1], 1, [0, 0], rows - size,
+                ({"other": 1}, {"other": 0, "t": rows - size}), 0, {}, [],
+            ), rank  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda client: client.table("t").lookup_entries([1]), "lookup_entries: .* save\\(\\) a checkpoint"),
+        (lambda client: client.dump_entries("t"), "dump_entries: .* save"),
+        (lambda client: client.table("t").lookup([1], timeout_s=1.0), "timeout_s=1.0: an exchange waits"),
+        (lambda client: client.table("t").erase([1], timeout_s=1.0), "timeout_s=1.0: an exchange waits"),
+        (lambda client: client.evict("t"), "is a string"),
+        (lambda client: client.queues, "kept by PS"),
+        (lambda client: client.apply_dense_gradients({}), "AllReduced"),
+        (lambda client: client.assign_variables({"w": [np.nan]}), "nan"),
+    ],
+)
+def test_what_ranks_cannot_do_names_what_to_use(call, match):
+    def work(client, rank):
+        client.table("t", **TABLE)
+        with pytest.raises(InvalidRequestError, match=match):
+            call(client)
+
+    together(2, work)
+
+
+def test_a_forked_child_of_a_rank_has_no_part_in_its_exchanges():
+    def work(client, rank):
+        table = client.table("t", **TABLE)
+        exchanges = dict(vars(client))
+        client.after_fork()  # as in the child
+        for call in (lambda: table.lookup([1]), lambda: client.pull_variables(["w"]), lambda: client.save("x")):
+            with pytest.raises((ClosedError, UnknownVariableError)):
+                call()
+        client.close()
+        vars(client).update(exchanges)
+
+    together(2, work)
+
+
 def test_thresholds_count_occurrences_of_every_rank():
     def work(client, rank):
         client.table("t", occurrence_threshold=3, **TABLE)
@@ -105,8 +169,6 @@ def test_what_is_not_there_is_refused():
             client.batches(float16=True)
         with pytest.raises(InvalidRequestError, match="2 parts"):
             client.lookup_owned([{}, {}])
-        with pytest.raises(InvalidRequestError, match="negative"):
-            client.lookup({"t": [-1]})
         with pytest.raises(UnknownVariableError, match="'w'"):
             client.pull_variables(["w"])
         assert client.restore_newest("memory://nothing") == ""

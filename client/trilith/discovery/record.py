@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from trilith.differences import explain, same_table
 from trilith.errors import ClusterMismatchError, InternalError, TableMismatchError
 from trilith.routing import OWNER_RULE
 from trilith_proto import ps_pb2
@@ -88,10 +89,10 @@ class ClusterRecord:
             )
         for name, config in ours.tables.items():
             known = self.tables.get(name, config)
-            if known != config:
+            if not same_table(known, config):
                 raise TableMismatchError(
-                    f"table {name!r} is recorded with another config:\n"
-                    f"record: {_one_line(known)}\n{who}: {_one_line(config)}"
+                    f"table {name!r} is recorded with another config than {who} has:"
+                    f" {explain(name, known, config, where='in the record')}"
                 )
         for feature, table in ours.features.items():
             if self.features.get(feature, table) != table:
@@ -104,7 +105,7 @@ class ClusterRecord:
         return ClusterRecord(
             num_ps=self.num_ps,
             owner_rule=self.owner_rule,
-            tables={**self.tables, **ours.tables},
+            tables={**ours.tables, **self.tables},
             features={**self.features, **ours.features},
         )
 
@@ -126,9 +127,3 @@ class RecordKeeper(Protocol):
         Raises:
             ClusterMismatchError: `ours` contradicts the record, which was not changed.
         """
-
-
-def _one_line(config: ps_pb2.TableConfig) -> str:
-    from google.protobuf.text_format import MessageToString
-
-    return MessageToString(config, as_one_line=True)

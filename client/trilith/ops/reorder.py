@@ -48,7 +48,7 @@ class FusedReorder(NamedTuple):
         return np.split(self.fused_emb_offset, np.cumsum(self.emb_offset_sz[:-1]))
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def count_cells(
     values: int,
     splits: int,
@@ -62,6 +62,7 @@ def count_cells(
     numbers: int,
     owners: int,
     cells: int,
+    unsigned: int,
 ) -> int:
     """Find the distinct ids of some lists and count them by cell.
 
@@ -78,9 +79,10 @@ def count_cells(
         numbers: Address of uint32[n], written: per id its number in its list, plus FIRST where it occurs first.
         owners: Address of uint32[n], written: the shard of each distinct id.
         cells: Address of uint64[shards * lists], written in the columns of the lists, which are 0.
+        unsigned: 1 if negative ids are those from 2^63 on.
 
     Returns:
-        The place of a negative id; -1 if there is none.
+        The place of a negative id; -1 if there is none, or ids are unsigned.
     """
     modulus = np.uint64(shards - spared)
     for k in range(first, last):
@@ -95,7 +97,7 @@ def count_cells(
         )
         for i in range(start, start + found):
             value = load_u64(uniques, i)
-            if as_index(value) < 0:
+            if as_index(value) < 0 and unsigned == 0:
                 return i
             shard = value % modulus + np.uint64(spared)
             store_u32(owners, i, np.uint32(shard))
@@ -187,6 +189,7 @@ def fused_reorder_by_indices(
     dim_sizes: Sequence[int],
     *,
     rank0_empty: bool = True,
+    unsigned: bool = False,
     threads: int | None = None,
 ) -> FusedReorder:
     """Arrange the ids of many lists by shard and list, each once per list.
@@ -196,6 +199,7 @@ def fused_reorder_by_indices(
         num_of_shards: S. An id belongs to shard id mod S.
         dim_sizes: K floats per vector.
         rank0_empty: From 5 shards on, shard 0 owns nothing and the others id mod (S - 1) + 1.
+        unsigned: Negative ids stand for those from 2^63 on; otherwise they are refused.
         threads: How many may work on it; None decides by size.
     """
     if num_of_shards < 1:
@@ -229,6 +233,7 @@ def fused_reorder_by_indices(
             address_of(numbers),
             address_of(owners),
             address_of(cells),
+            int(unsigned),
         )
         if bad >= 0:
             raise InvalidRequestError(f"id {uniques[bad]} is negative; the remainder that gives its shard would be too")

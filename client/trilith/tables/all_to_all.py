@@ -19,7 +19,7 @@ import torch.distributed
 from trilith.arrays import as_ids
 from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.ops.fused_gather import fused_gather_embeddings_by_input, fused_gather_embeddings_by_input_gradient
-from trilith.ops.ragged import as_floats, as_integers
+from trilith.ops.ragged import as_floats
 from trilith.ops.reorder import EMPTY_FROM, FusedReorder, fused_reorder_by_indices
 from trilith.ops.split import split_by_indices
 
@@ -181,11 +181,11 @@ class AllToAllTables:
         """Arrange a batch's ids by owner, each once: a step for the input pipeline.
 
         Args:
-            ids: By table int64[n], at least 0; a table without ids may be left out.
+            ids: By table integers [n], negative ones by their 64-bit pattern; a table without ids may be left out.
         """
         self._check_names(ids)
         lists = [as_ids(name, ids.get(name, ())).view(np.int64) for name in self.names]
-        return fused_reorder_by_indices(lists, self._collective.size, self._dims.tolist())
+        return fused_reorder_by_indices(lists, self._collective.size, self._dims.tolist(), unsigned=True)
 
     def route(self, updates: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> list[dict[str, tuple[Ints, Floats]]]:
         """Arrange rows by owner, repeats and all, in their order: per rank and table ids and rows."""
@@ -193,7 +193,7 @@ class AllToAllTables:
         ranks = self._collective.size
         routed: list[dict[str, tuple[Ints, Floats]]] = [{} for _ in range(ranks)]
         for name, (ids, rows) in updates.items():
-            wanted = as_integers(f"table {name!r}: ids", ids, shape=(-1,))
+            wanted = as_ids(name, ids).view(np.int64)
             owners = self._owners(wanted)
             values = split_by_indices(owners, as_floats(f"table {name!r}: rows", rows), ranks)
             for rank, (own, block) in enumerate(zip(split_by_indices(owners, wanted, ranks), values, strict=True)):
@@ -201,12 +201,9 @@ class AllToAllTables:
         return routed
 
     def _owners(self, ids: Ints) -> Ints:
-        """The rank that has each id."""
-        if ids.size and ids.min() < 0:
-            raise InvalidRequestError(f"id {ids.min()} is negative; no rank owns it")
+        """The rank that has each id: by its value as an unsigned number, as on a cluster of PS."""
         spared = int(self._collective.size >= EMPTY_FROM)
-        owners: Ints = ids % (self._collective.size - spared) + spared
-        return owners
+        return (ids.view(np.uint64) % np.uint64(self._collective.size - spared)).astype(np.int64) + spared
 
     def _check_names(self, given: Iterable[str]) -> None:
         unknown = sorted(set(given) - set(self.names))
@@ -376,16 +373,17 @@ class AllToAllTables:
     def reinitialize(
         self, name: str, ids: npt.ArrayLike, reset: Callable[[str, Ints], npt.NDArray[np.int8]]
     ) -> npt.NDArray[np.int8]:
-        """Have the owners reset rows, in the order of the ranks; what became of each id, in the order of `ids`.
-
-        Where there is no such table, that is -1 for all.
+        """Have the owners reset rows, or do what `reset` does, in the order of the ranks.
 
         Args:
             name: Of the table.
-            ids: int64[n], at least 0.
-            reset: Resets rows of this rank, by table and ids.
+            ids: Integers [n].
+            reset: Does it with rows of this rank, by table and ids; says of each what became of it.
+
+        Returns:
+            What became of each id, in the order of `ids`; -1 for all where there is no such table.
         """
-        wanted = as_integers("ids", ids, shape=(-1,))
+        wanted = as_ids(name, ids).view(np.int64)
         if name not in self.names:
             return np.full(wanted.size, -1, np.int8)
         parts = [of_rank[name][0] for of_rank in self.route({name: (wanted, np.empty((wanted.size, 0)))})]

@@ -21,6 +21,7 @@ import numpy as np
 
 from trilith import checkpoint
 from trilith.checkpoint import FileRecord, Manifest, Part
+from trilith.differences import field_differences, same_table, tell
 from trilith.errors import CheckpointError, InvalidRequestError, TableExistsError
 from trilith.folder import Folder
 from trilith.times import MAX_TIME
@@ -292,11 +293,11 @@ def _table_configs(store: Store, folder: Folder, parts: list[Part]) -> dict[str,
                 f"{folder.path(file.name)}: table {file.table!r} has another config than on the other PS"
             )
         here = store.tables.get(file.table)
-        if here is not None and here.config != config:
+        if here is not None and not same_table(here.config, config):
             raise TableExistsError(
-                f"table {file.table!r} exists with another config than in {folder.url}:\n"
-                f"here:           {' '.join(str(here.config).split())}\n"
-                f"the checkpoint: {' '.join(str(config).split())}"
+                f"table {file.table!r} exists with another config than in {folder.url}:"
+                f" {tell(field_differences(here.config, config), 'here', 'in the checkpoint')}."
+                " Restore before tables are made, or into a cluster without this one"
             )
     return configs
 

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import psutil
-from google.protobuf.message import Message
 
+from trilith.differences import explain, same_table
 from trilith.errors import (
     CheckpointError,
     ClosedError,
@@ -169,10 +169,10 @@ class Store:
                     known = self._tables.get(config.name, made.get(config.name))
                     if known is None:
                         made[config.name] = self.new_table(config)
-                    elif known.config != config:
+                    elif not same_table(known.config, config):
                         raise TableExistsError(
-                            f"table {config.name!r} exists with another config: {_differences(known.config, config)}\n"
-                            f"here:  {_one_line(known.config)}\nasked: {_one_line(config)}"
+                            f"table {config.name!r} exists with another config:"
+                            f" {explain(config.name, known.config, config)}"
                         )
                 if made:
                     self.admit_tables([table.config for table in made.values()])
@@ -658,33 +658,3 @@ class Store:
     def _raise_step(self, step: int) -> None:
         with self._step_lock:
             self._step = max(self._step, step)
-
-
-def _differences(here: Message, asked: Message) -> str:
-    """What differs, field by field."""
-    ours, theirs = _fields(here), _fields(asked)
-    return "; ".join(
-        f"{name} is {ours.get(name, 'not set')} here, {theirs.get(name, 'not set')} asked"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
-    )
-
-
-def _fields(message: Message, prefix: str = "") -> dict[str, str]:
-    """Values of the fields that are set, by path; of an empty message, that it is there."""
-    found: dict[str, str] = {}
-    for field, value in message.ListFields():
-        many = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-        for number, each in enumerate(value if many else [value]):
-            name = f"{prefix}{field.name}[{number}]" if many else f"{prefix}{field.name}"
-            if isinstance(each, Message):
-                found |= _fields(each, f"{name}.") or {name: "set"}
-            elif isinstance(each, float) and np.float32(each) == each:
-                found[name] = str(np.float32(each))  # 0.05, not 0.05000000074505806
-            else:
-                found[name] = str(each)
-    return found
-
-
-def _one_line(message: ps_pb2.TableConfig) -> str:
-    return " ".join(str(message).split())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from trilith.differences import field_differences, tell
 from trilith.errors import InvalidRequestError, TableExistsError, UnknownVariableError
 from trilith.ops.jit import warm
 from trilith.ops.memory import address_of
@@ -80,8 +81,7 @@ class Variables:
                 if known is not None and known.spec != partition.spec:
                     raise TableExistsError(
                         f"variable {partition.spec.name!r} partition {partition.spec.partition} exists "
-                        "with another config:\n"
-                        f"here:  {_one_line(known.spec)}\nasked: {_one_line(partition.spec)}"
+                        f"with another config: {tell(field_differences(known.spec, partition.spec), 'here', 'asked')}"
                     )
             fresh = {_key(each.spec): each for each in reversed(made) if _key(each.spec) not in self._partitions}
             if fresh:
@@ -213,7 +213,3 @@ def _bytes(partitions: Iterable[Partition]) -> int:
 
 def _key(spec: ps_pb2.VariableSpec) -> tuple[str, int]:
     return spec.name, spec.partition
-
-
-def _one_line(message: ps_pb2.VariableSpec) -> str:
-    return " ".join(str(message).split())
