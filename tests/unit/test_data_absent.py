@@ -277,3 +277,25 @@ def test_a_column_that_cannot_be_read_is_no_hindrance_until_it_is_wanted(tmp_pat
         batches(samples.parse({"m": Sparse()}))
     with pytest.raises(InvalidRequestError, match="column 'm' is stored as map"):
         batches(trilith.data.read(str(tmp_path / "t.parquet"), columns=[Column("m", "int")]))
+
+
+def test_ids_of_any_kind_and_number_are_those_of_the_messages():
+    """Integers take a byte or ten in a record; features occur twice, which the library settles."""
+    draw = np.random.default_rng(5)
+    payloads, wanted = [], []
+    for size in (0, 1, 3, 50_000, 2, 7, 20_000):
+        made, ids = Example(), []
+        for _ in range(int(draw.integers(1, 3))):
+            feature = made.named_feature.add(name="u").feature
+            values = draw.integers(-(2**63), 2**63 - 1, size) >> draw.integers(0, 63, size)
+            if draw.integers(2):
+                feature.int64_list.value.extend(values.tolist())
+            else:
+                feature.fid_v2_list.value.extend(values.view(np.uint64).tolist())
+            ids = values.tolist()  # the last of a name counts
+            made.named_feature.add(name=f"other {size}").feature.int64_list.value.append(1)
+        payloads.append(made.SerializeToString())
+        wanted.append(ids)
+    spec = ParseSpec({"u": Sparse()})
+    for part in (slice(0, 3), slice(0, 7), slice(3, 4), slice(4, 7)):
+        assert spec.parse(Records.of(payloads[part], "example"))["u"].tolist() == wanted[part]

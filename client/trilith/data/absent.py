@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol, TypeAlias
 
 from trilith.data.convert import message_of
@@ -39,7 +39,7 @@ class SourceColumns:
     def __init__(self) -> None:
         self.plain = False
         self._found: dict[str, str] = {}
-        self._rest: list[Callable[[], Iterable[Mapping[str, str] | None]]] = []
+        self._rest: list[Iterator[Mapping[str, str] | None]] = []
         self._looking = threading.Lock()
 
     def opened(self, available: Mapping[str, str] | None) -> None:
@@ -49,22 +49,26 @@ class SourceColumns:
         else:
             self._found.update(available)
 
-    def expect(self, rest: Callable[[], Iterable[Mapping[str, str] | None]]) -> None:
-        """Say how the columns of files that were not opened yet are found."""
+    def expect(self, rest: Iterator[Mapping[str, str] | None]) -> None:
+        """Say how the columns of files that were not opened yet are found, file after file."""
         self._rest.append(rest)
 
     def known(self) -> dict[str, str]:
         """What is known without opening anything more."""
         return dict(self._found)
 
-    def all(self) -> dict[str, str]:
-        """Those of every file; opens files the first time."""
+    def more(self) -> bool:
+        """Open one more file that was not opened yet, to know its columns; False if there is none."""
         with self._looking:
-            rest, self._rest = self._rest, []
-            for each in rest:
-                for available in each():
-                    self.opened(available)
-        return dict(self._found)
+            while self._rest:
+                try:
+                    available = next(self._rest[0])
+                except StopIteration:
+                    del self._rest[0]
+                    continue
+                self.opened(available)
+                return True
+        return False
 
 
 class Parsing(Protocol):
@@ -130,14 +134,15 @@ class AbsentFeatures:
             )
 
     def _check_columns(self, unseen: Mapping[str, tuple[str, ...]]) -> None:
-        if self._unknown(unseen, self._columns.known()):
-            columns = self._columns.all()
-            missing = self._unknown(unseen, columns)
-            if missing and not self._columns.plain:
+        while missing := self._unknown(unseen, columns := self._columns.known()):
+            if self._columns.plain:
+                return
+            if not self._columns.more():
                 self._done = True
                 reasons = [columns[name] for names in missing.values() for name in names if columns.get(name)]
                 what = reasons[0] if reasons else f"no column of the files read; there are {sorted(columns)}"
                 self._tell(f"{_list(missing)}: {what}", self._absent or "raise")
+                return
 
     def _unknown(self, unseen: Mapping[str, tuple[str, ...]], columns: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
         there = {_folded(name) for name, reason in columns.items() if not reason}

@@ -176,9 +176,10 @@ class Read(Node):
         def available() -> Iterator[Mapping[str, str] | None]:
             for name in match_files(self.patterns, exclude=self.exclude):
                 with open_records(name, on_error="skip", **options) as reader:
-                    yield reader.available
+                    found = reader.available
+                yield found
 
-        context.columns.expect(available)
+        context.columns.expect(available())
         stage: Stage = Reading(
             dealer,
             opener,
