@@ -166,7 +166,7 @@ class DescribeResponse(google.protobuf.message.Message):
     """"none", "os" or "fsync"."""
     global_step: builtins.int
     restored_from: builtins.str
-    """The checkpoint this process started from, empty if none, and the step it was taken at."""
+    """The checkpoint that the content comes from, empty if none, and the step it was taken at."""
     restored_step: builtins.int
     version: builtins.str
     unix_time: builtins.float
@@ -585,9 +585,10 @@ class DumpEntriesResponse(google.protobuf.message.Message):
     ENTRIES_FIELD_NUMBER: builtins.int
     incarnation: builtins.int
     offset: builtins.int
+    """Where to go on; 0: the part is finished."""
     @property
     def entries(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
-        """Fewer than `limit`: the part is finished."""
+        """At most `limit`; fewer also because a reply is bounded."""
 
     def __init__(
         self,
@@ -626,7 +627,7 @@ class TableStats(google.protobuf.message.Message):
     table: builtins.str
     rows: builtins.int
     bytes: builtins.int
-    """Memory of rows and index."""
+    """Memory of rows, index and filter."""
     lookup_ids: builtins.int
     lookup_hits: builtins.int
     """Looked-up ids that had a row."""

@@ -13,6 +13,7 @@ from trilith.errors import InvalidRequestError, MemoryLimitError, NonFiniteError
 from trilith.shard import DensePart, IdPart, UpdatePart, Write
 from trilith.steps import MAX_STEP, MAX_STEPS_AHEAD
 from trilith.tables import BatchSoftmax, Sgd, Zeros
+from trilith_proto import ps_pb2
 
 YEAR = 365 * 86_400
 ONES = np.ones((6, 2), np.float32)
@@ -236,6 +237,43 @@ def test_a_rate_that_is_none_leaves_dense_variables_alone(client, name):
     np.testing.assert_array_equal(client.pull_variables([name])[0][name], np.ones(3))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("initial_capacity", 2**63, InvalidRequestError),
+        ("initial_capacity", 2**40, InvalidRequestError),
+        ("initial_capacity", 2**33, MemoryLimitError),
+        ("filter_capacity", 2**40, InvalidRequestError),
+        ("filter_capacity", 2**36, MemoryLimitError),
+    ],
+)
+def test_a_table_that_is_too_large_to_begin_with_leaves_room_for_the_others(local, shape, field, value, error):
+    cluster = local(shape, memory_limit_bytes=100_000_000)
+    with cluster.connect() as client:
+        kept = client.table("kept", dim=2, optimizer=Sgd(learning_rate=1.0), initializer=Zeros())
+        config = ps_pb2.TableConfig()
+        config.CopyFrom(kept.config)
+        config.name = "huge"
+        if field == "initial_capacity":
+            config.hash_table.initial_capacity = value
+        else:
+            config.filter, config.filter_capacity = ps_pb2.TableConfig.SLIDING, value
+        with pytest.raises(error):
+            client._cluster.shards[0].create_tables([config])
+        kept.assign(IDS, ONES)
+        assert [table.name for table in client.describe()[0].tables] == ["kept"]
+        assert client.stats()[0].memory_bytes < 1_000_000
+
+
+def test_a_dense_variable_does_not_begin_with_what_is_no_number(client, name):
+    shard = client._cluster.shards[0]
+    spec = ps_pb2.VariableSpec(name=name, partition=0, size=2, optimizer=Sgd(learning_rate=1.0).as_proto())
+    for value in (np.nan, np.inf):
+        with pytest.raises(NonFiniteError):
+            shard.create_variables([spec], [np.full(2, value, np.float32)])
+    assert all(variable.name != name for variable in client.describe()[0].variables)
+
+
 def test_numbers_of_queues_that_are_none_are_refused(client, name):
     client.queues.create(name, ["a"])
     for capacity in (-1, 2**64, 1.5, "9", True):
@@ -277,8 +315,11 @@ def test_a_restore_gives_another_incarnation_and_no_write_from_before_counts(loc
         table.apply_gradients(IDS, ONES)
         with pytest.raises(ShardRestartedError):
             theirs.apply_gradients(IDS, ONES)
+        if cluster.remote:  # within a process a lookup does not say what it knows
+            with pytest.raises(ShardRestartedError):
+                theirs.lookup(IDS)
         np.testing.assert_array_equal(table.lookup(IDS), -ONES)
-        other.rejoin()
+        assert other.rejoin()[0].restored_from == path
         theirs.apply_gradients(IDS, ONES)
         np.testing.assert_array_equal(table.lookup(IDS), -2 * ONES)
 

@@ -18,6 +18,7 @@ MAX_COUNTED = 15
 """What the sliding filter's counters saturate at: a higher threshold lets no id through."""
 
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_:.-]|/(?!/)){0,199}")
+_MAX_CAPACITY = 2**34
 _MAX_FILTER_CAPACITY = 2**36
 _MAX_FILTER_SPLITS = 1024
 
@@ -38,6 +39,8 @@ def check_table_config(config: ps_pb2.TableConfig) -> None:
             f"{owner}: eviction is enabled, but feature_evict_every_n_hours={table.feature_evict_every_n_hours} "
             "is below 1"
         )
+    if table.initial_capacity > _MAX_CAPACITY:
+        raise InvalidRequestError(f"{owner}: initial_capacity={table.initial_capacity} rows is above {_MAX_CAPACITY}")
     _check_entry(owner, table.entry_config)
     _check_slots(f"{owner}: slot_expire_times", (each.slot for each in table.slot_expire_time_config.slot_expire_times))
     thresholds = config.occurrence_thresholds.slot_occurrence_thresholds

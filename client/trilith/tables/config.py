@@ -86,7 +86,7 @@ class CuckooHashTable:
 
     def __post_init__(self) -> None:
         for name, value, most in (
-            ("initial_capacity", self.initial_capacity, 2**48),
+            ("initial_capacity", self.initial_capacity, 2**34),
             ("feature_evict_every_n_hours", self.feature_evict_every_n_hours, 2**31 - 1),
         ):
             if not isinstance(value, numbers.Integral) or not 0 <= value <= most:

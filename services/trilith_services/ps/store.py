@@ -31,6 +31,7 @@ from trilith.machine import cores
 from trilith.ops.memory import address_of
 from trilith.shard import ANY_WRITE, DensePart, Dequeued, EntryPage, Float32Array, FloatArray, IdPart, UpdatePart, Write
 from trilith.steps import MAX_STEP, MAX_STEPS_AHEAD, as_step
+from trilith.tables.checks import check_table_config
 from trilith.times import check_ahead, whole_seconds
 from trilith_proto import ps_pb2
 from trilith_services.ps import entries, filters, snapshot
@@ -358,6 +359,7 @@ class Store:
     ) -> list[bool]:
         """See `Shard.create_variables`."""
         self._check_incarnation(write.incarnation)
+        self._check_finite([(spec.name, values) for spec, values in zip(specs, initial, strict=False)], write)
         made = self.variables.make(specs, initial)  # compiles, which others need not wait for
         return self._once(write, lambda: self.variables.add(made))
 
@@ -485,7 +487,9 @@ class Store:
         def work() -> ps_pb2.RestoreResponse:
             # Not before: a repetition comes with the incarnation that the first one ended.
             self._check_incarnation(write.incarnation)
-            return snapshot.restore_shard(self, path)
+            reply = snapshot.restore_shard(self, path)
+            self.restored_from, self.restored_step = path, reply.global_step
+            return reply
 
         with closing(write.ticket):
             return self._sequences.once(write, work)[0]
@@ -497,7 +501,13 @@ class Store:
 
     def new_table(self, config: ps_pb2.TableConfig) -> Table:
         """A compiled table that shares this store's budget and threads but is not in it yet; for `snapshot`."""
-        gate = filters.make_filter(config)
+        check_table_config(config)  # before there is a filter of any size
+        try:
+            gate = filters.make_filter(config)
+        except MemoryError as error:
+            raise MemoryLimitError(
+                f"table {config.name!r}: this machine cannot hold a filter of {config.filter_capacity} ids: {error}"
+            ) from None
         beside = gate.memory_bytes if gate is not None else 0
         table = Table(config, gate=gate, budget=self.budget, pool=self._pool, beside_bytes=beside)
         if self.budget.limit and self.budget.used > self.budget.limit:
@@ -510,6 +520,12 @@ class Store:
                     "filter_capacity make them smaller"
                 )
             table = Table(config, gate=gate, budget=self.budget, pool=self._pool, beside_bytes=beside)
+        if table.memory_bytes > psutil.virtual_memory().total:
+            table.release()
+            raise MemoryLimitError(
+                f"table {config.name!r} needs {table.memory_bytes} bytes for its index, more than the machine has; "
+                "initial_capacity makes it smaller"
+            )
         try:
             self.compile()
             table.compile()
@@ -615,7 +631,7 @@ class Store:
         if incarnation and incarnation != self.incarnation:
             raise ShardRestartedError(
                 f"shard {self.index} is incarnation {self.incarnation:#x}, the caller knew {incarnation:#x}: it "
-                "restarted"
+                "restarted or was restored"
                 + (f" from {self.restored_from} at step {self.restored_step}" if self.restored_from else " empty")
                 + " and may lack earlier writes; nothing was done"
             )
