@@ -1,4 +1,6 @@
 # One image for every process of a cluster: `docker build -t trilith:0.1 .`, then `docker run --rm trilith:0.1 --help`.
+# Servers listen on loopback unless they are told otherwise: `docker run trilith:0.1 ps --listen 0.0.0.0:7000`, and publish
+# the port where those reach it who shall, for nobody is asked who they are.
 #
 # Wheels in wheelhouse/ are taken before those of an index. With torch's among them it builds without torch's own index
 # (TORCH_INDEX=), with all of them (pip download -d wheelhouse ...) without a network (PIP_ARGS=--no-index).

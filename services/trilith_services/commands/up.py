@@ -121,7 +121,8 @@ def up(
             ],
             discovery=discovery,
         )
-        supervisor.say(f"starting {ps} PS; logs are in {supervisor.log_dir}", style="")
+        supervisor.say(f"starting {ps} PS on 127.0.0.1, for this machine alone", style="")
+        supervisor.say(f"logs are in {supervisor.log_dir}", style="")
         if cluster.start(cancelled=lambda: bool(stop)):
             _announce(supervisor, cluster, workers)
             if address_file is not None:
