@@ -94,6 +94,33 @@ def test_an_index_is_rebuilt_piece_by_piece_and_leads_to_every_row_meanwhile() -
 
 
 @pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("seed", range(3))
+def test_a_write_that_fails_in_the_middle_leaves_no_index_behind(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(seed)
+    table, plan = Table(config()), stripes_module._plan_index
+    ids = spread_ids(4000, seed)
+    monkeypatch.setattr(stripes_module, "_plan_index", lambda *given: 1 // 0 if rng.random() < 0.3 else plan(*given))
+    written: list[np.ndarray] = []
+    failed = 0
+    for start in range(0, len(ids), 40):
+        some = ids[start : start + 40]
+        try:
+            table.assign(some, values_of(some))
+            written.append(some)
+        except ZeroDivisionError:
+            failed += 1
+    assert failed > 10
+    assert table.contains(np.concatenate(written)).all()
+    found = ids[table.contains(ids)]
+    assert len(found) == len(table) == len(np.unique(table_ids(table)))
+    np.testing.assert_array_equal(table.lookup(found), values_of(found))
+
+
+def table_ids(table: Table) -> np.ndarray:
+    return np.concatenate([table.stripe_ids(s) for s in range(table.stripes)])
+
+
+@pytest.mark.usefixtures("small_steps")
 def test_memory_of_freed_rows_goes_back_to_the_machine_and_to_other_tables() -> None:
     budget = MemoryBudget(400_000)
     full, other = (Table(config(name, dim=16), budget=budget) for name in "ab")

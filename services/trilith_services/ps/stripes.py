@@ -294,12 +294,19 @@ class Stripes:
         self, batch: Batch, offset: int, first: int, last: int, work: Callable[[Batch, int, int, int, int], int]
     ) -> None:
         begin = 0
-        while (begin := work(batch, offset, first, last, begin)) >= 0:
-            self._grow(int(np.searchsorted(_SCRATCH.starts, begin, "right")) - 1, batch)
-        if self._rebuilds:
+        try:
+            while (begin := work(batch, offset, first, last, begin)) >= 0:
+                self._grow(int(np.searchsorted(_SCRATCH.starts, begin, "right")) - 1, batch)
+            if self._rebuilds:
+                for s in list(self._rebuilds):
+                    if first <= s < last:
+                        self._step(s, self._rebuilds[s], _STEP, batch)
+        except BaseException:
+            # Rows have changed that a new index may not have heard of.
             for s in list(self._rebuilds):
                 if first <= s < last:
-                    self._step(s, self._rebuilds[s], _STEP, batch)
+                    self._cancel(s)
+            raise
 
     @contextmanager
     def writing(self, s: int | None = None) -> Iterator[None]:
@@ -465,7 +472,7 @@ class Stripes:
         counted = commits_strictly()
         self._more = _MORE_COUNTED if counted else _MORE_RESERVED
         reserved = (_FIRST_COUNTED if counted else _FIRST_RESERVED) // STRIPES // self.row_bytes
-        room = min(_MAX_ROWS, max(reserved, rows_per_stripe + rows_per_stripe // 2, _FIRST_SLOTS))
+        room = min(_MAX_ROWS, max(reserved, 5 * rows_per_stripe // 2, _FIRST_SLOTS))
         self._room = [room] * STRIPES
         sizes = self._layout.row_bytes, self._layout.state_bytes, _TIME_BYTES, _FREE_BYTES
         self._arenas = [Arena(STRIPES, room, size) for size in sizes]
@@ -510,8 +517,7 @@ class Stripes:
         slots = int(self.columns[s, index.SLOTS])
         if slots < _SPLIT_SLOTS:
             share = 1.0
-        limit = min(int(slots * _max_load(s)), _MAX_ROWS)
-        self._make_room(s, limit)
+        limit = min(int(slots * _max_load(s)), self._room[s])
         self.columns[s, index.LIMIT] = int(limit * share)
         self.columns[s, index.MOST_DELETED] = int(slots // _DELETED_PART * share)
 
@@ -573,6 +579,7 @@ class Stripes:
 
     def _adopt(self, s: int, new: npt.NDArray[np.int64], memory: object) -> None:
         """Lead to the rows of stripe `s` by another index."""
+        self._make_room(s, min(int(new[index.SLOTS] * _max_load(s)), _MAX_ROWS))
         used = [index.INDEX, index.SLOTS, index.STASHED, index.STASH_ROOM, index.DELETED]
         self.columns[s, used] = new[used]
         self._dropped.append(self._memory[s])
