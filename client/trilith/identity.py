@@ -20,7 +20,7 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class _Open(Ticket):
-    """One sequence that may still be sent; closes with its call, or with the last `Write` that holds it."""
+    """One sequence that may be sent, or sent again: until it is closed, or the last `Write` that holds it is gone."""
 
     __slots__ = ("_closed", "_sequence")
 

@@ -163,13 +163,7 @@ class RemoteShard:
             self._methods[name] = method
             return method
 
-    def _call(self, name: str, request: bytes, timeout_s: float | None, write: Write = ANY_WRITE) -> bytes:
-        try:
-            return self._until_answered(name, request, timeout_s)
-        finally:
-            write.ticket.close()
-
-    def _until_answered(self, name: str, request: bytes, timeout_s: float | None) -> bytes:
+    def _call(self, name: str, request: bytes, timeout_s: float | None) -> bytes:
         timeout = self._config.timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout
         raised: TrilithError
@@ -292,7 +286,7 @@ class RemoteShard:
             request.incarnation = write.incarnation
             if (identity := wire.write_id(write)) is not None:
                 request.write.CopyFrom(identity)
-        reply: Any = kind.FromString(self._call(name, request.SerializeToString(), timeout_s, write))  # type: ignore[attr-defined]
+        reply: Any = kind.FromString(self._call(name, request.SerializeToString(), timeout_s))  # type: ignore[attr-defined]
         if name not in _TELLS:
             reads = name in _READS or (name == "GlobalStep" and write.client_id == 0)
             self._check(reply.incarnation, reading=reads)
@@ -325,7 +319,7 @@ class RemoteShard:
         return wire.new_update_request(layouts, write, float16=float16)
 
     def _update(self, name: str, parts: Sequence[UpdatePart], write: Write, timeout_s: float | None) -> None:
-        reply = self._call(name, wire.pack_update_request(parts, write), timeout_s, write)
+        reply = self._call(name, wire.pack_update_request(parts, write), timeout_s)
         self._check(ps_pb2.UpdateResponse.FromString(reply).incarnation)
 
     def apply_gradients(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
@@ -341,7 +335,7 @@ class RemoteShard:
         self._update("AssignAdd", parts, write, timeout_s)
 
     def _statuses(self, name: str, part: IdPart, write: Write, timeout_s: float | None) -> npt.NDArray[np.int8]:
-        incarnation, statuses = wire.unpack_statuses(self._call(name, wire.pack_ids(part, write), timeout_s, write))
+        incarnation, statuses = wire.unpack_statuses(self._call(name, wire.pack_ids(part, write), timeout_s))
         self._check(incarnation, reading=name in _READS)
         return statuses
 
@@ -370,7 +364,7 @@ class RemoteShard:
 
     def erase(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> int:
         """See `Shard`."""
-        reply = ps_pb2.CountsResponse.FromString(self._call("Erase", wire.pack_ids(part, write), timeout_s, write))
+        reply = ps_pb2.CountsResponse.FromString(self._call("Erase", wire.pack_ids(part, write), timeout_s))
         self._check(reply.incarnation)
         return sum(reply.rows.values())
 
@@ -399,7 +393,7 @@ class RemoteShard:
         timeout_s: float | None = None,
     ) -> list[bool]:
         """See `Shard`."""
-        data = self._call("CreateVariables", wire.pack_create_variables(specs, initial, write), timeout_s, write)
+        data = self._call("CreateVariables", wire.pack_create_variables(specs, initial, write), timeout_s)
         reply = ps_pb2.CreateVariablesResponse.FromString(data)
         self._check(reply.incarnation)
         return list(reply.created)
@@ -419,7 +413,7 @@ class RemoteShard:
     def _dense(
         self, name: str, parts: Sequence[DensePart], write: Write, learning_rate: float, timeout_s: float | None
     ) -> None:
-        reply = self._call(name, wire.pack_dense_update(parts, write, learning_rate), timeout_s, write)
+        reply = self._call(name, wire.pack_dense_update(parts, write, learning_rate), timeout_s)
         self._check(ps_pb2.UpdateResponse.FromString(reply).incarnation)
 
     def apply_dense_gradients(

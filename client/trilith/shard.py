@@ -104,7 +104,7 @@ class Write:
         request_time: Unix seconds, at most a day ahead of the shard's clock; becomes the rows' last update. 0 is now.
         allow_non_finite: Accept NaN and infinity.
         dedup: Gradients only: sum the gradients of equal ids into one step each.
-        ticket: Closed by the call that the write was made for.
+        ticket: Says that the write may still be sent, or sent again, for as long as it is not closed.
     """
 
     client_id: int = 0

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -157,8 +157,7 @@ class Store:
     ) -> None:
         """See `Shard.create_tables`. Kernels are compiled before the tables appear; other tables answer meanwhile."""
         self._check_incarnation(write.incarnation)
-        with closing(write.ticket):
-            self._sequences.once(write, lambda: self._create_tables(configs, write))
+        self._sequences.once(write, lambda: self._create_tables(configs, write))
 
     def _create_tables(self, configs: Sequence[ps_pb2.TableConfig], write: Write) -> None:
         with self._creating:
@@ -478,8 +477,7 @@ class Store:
     def save(self, path: str, write: Write = ANY_WRITE, *, timeout_s: float | None = None) -> ps_pb2.SaveResponse:
         """See `Shard.save`."""
         self._check_incarnation(write.incarnation)
-        with closing(write.ticket):
-            return self._sequences.once(write, lambda: snapshot.save_shard(self, path))[0]
+        return self._sequences.once(write, lambda: snapshot.save_shard(self, path))[0]
 
     def restore(self, path: str, write: Write = ANY_WRITE, *, timeout_s: float | None = None) -> ps_pb2.RestoreResponse:
         """See `Shard.restore`."""
@@ -491,8 +489,7 @@ class Store:
             self.restored_from, self.restored_step = path, reply.global_step
             return reply
 
-        with closing(write.ticket):
-            return self._sequences.once(write, work)[0]
+        return self._sequences.once(write, work)[0]
 
     def compile(self) -> None:
         """Compile or load what no table's config has a say in; a table's own kernels follow when it is created."""
@@ -592,12 +589,9 @@ class Store:
 
     def _once(self, write: Write, work: Callable[[], _Result], check: Callable[[], object] | None = None) -> _Result:
         """Do a write that has not been done, while nothing replaces what it changes; see `Sequences.once`."""
-        try:
-            with self._changing:
-                self._check_incarnation(write.incarnation)
-                return self._sequences.once(write, work, check=check)[0]
-        finally:
-            write.ticket.close()
+        with self._changing:
+            self._check_incarnation(write.incarnation)
+            return self._sequences.once(write, work, check=check)[0]
 
     def _write_rows(
         self, parts: Sequence[UpdatePart], write: Write, check: Callable[[], None], work: Callable[[int], None]
