@@ -140,12 +140,15 @@ def test_an_infinite_double_is_no_overflow():
     assert found["x"].tolist() == [[np.inf]]
 
 
-def test_records_that_do_not_fit_are_skipped_and_counted():
+def test_records_that_do_not_fit_are_skipped_and_counted(caplog):
     payloads = [example(u=("int64_list", [1]), x=("float_list", [0.5]))] * 3
     payloads[1] = example(u=("bytes_list", [b"a"]), x=("float_list", [0.5]))
     payloads.append(example(u=("int64_list", [2]), x=("float_list", [0.5, 1.0])))
     spec = ParseSpec({"u": Sparse(), "x": Dense()}, on_error="skip")
-    found = spec.parse(Records.of(payloads, "example"))
+    with caplog.at_level(logging.WARNING, "trilith.data"):
+        found = spec.parse(Records.of(payloads, "example"))
+    assert "record 1, byte" in caplog.text
+    assert "feature 'u' holds a bytes_list" in caplog.text
     assert (found["u"].tolist(), found["x"].tolist(), spec.skipped) == ([[1], [1]], [[0.5], [0.5]], 2)
 
 

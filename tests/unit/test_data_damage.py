@@ -120,6 +120,31 @@ def test_a_file_without_the_columns_is_one_loss_unless_it_is_all(tmp_path):
         list(trilith.data.read(str(tmp_path / "*.csv"), columns=[Column("usr", "fid_v2")], on_error="skip"))
 
 
+@pytest.mark.parametrize("other", [pa.array(["a"]), pa.array([[(1, 2)]], pa.map_(pa.int8(), pa.int8()))], ids=str)
+def test_a_file_whose_columns_are_something_else_is_one_loss_unless_it_is_all(tmp_path, other):
+    make_parquet(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"u": other}), tmp_path / "b.parquet")
+    columns = [Column("u", "fid_v2")]
+    with pytest.raises(InvalidRequestError, match=r"b.parquet: column 'u' is stored as"):
+        list(trilith.data.read(tmp_path, columns=columns))
+    iterator = trilith.data.read(tmp_path, columns=columns, on_error="skip").iterate()
+    assert (sum(1 for _ in iterator), iterator.losses.records) == (ROWS, 1)
+    with pytest.raises(InvalidRequestError, match=r"b.parquet: column 'u' is stored as"):
+        list(trilith.data.read(tmp_path / "b.parquet", columns=columns, on_error="skip"))
+
+
+def test_what_is_written_is_read_as_it_is_called(tmp_path):
+    example = Example()
+    example.named_feature.add(name="u").feature.fid_v2_list.value.append(7)
+    for name in ("t.parquet", "t.tfrecord", "t.pb"):
+        with trilith.data.open_writer(tmp_path / name) as out:
+            out.write(Records.of([example.SerializeToString()], "example"))
+        assert [
+            each["u"].tolist() for each in trilith.data.read(tmp_path / name, kind="example").parse({"u": Sparse()})
+        ] == [[[7]]]
+    assert pq.read_table(tmp_path / "t.parquet").num_rows == 1
+
+
 def test_a_position_in_a_file_that_is_gone(tmp_path):
     paths = [tmp_path / f"{number}.parquet" for number in range(2)]
     for path in paths:

@@ -15,7 +15,7 @@ from trilith.data.choices import OnError
 from trilith.data.column_types import Column, ColumnType, taken
 from trilith.data.line_ids import LineField, Wire, line_field, line_fields
 from trilith.data.ragged import Ragged
-from trilith.data.readers import BLOCK_BYTES, Losses, MissingColumnError, Position, RecordReader
+from trilith.data.readers import BLOCK_BYTES, Losses, Position, RecordReader, UnfitColumnsError
 from trilith.data.records import PADDING, Kind, Records
 from trilith.data.rewrite import Changes
 from trilith.data.scan.compose import compose_batch, compose_examples
@@ -122,9 +122,9 @@ class ColumnarReader(RecordReader):
         names = [column.name for column in self.columns]
         for name in names:
             if name not in available:
-                raise MissingColumnError(f"{self._name}: no column {name!r}; there are {list(available)}")
+                raise UnfitColumnsError(f"{self._name}: no column {name!r}; there are {list(available)}")
             if available[name]:
-                raise InvalidRequestError(f"{self._name}: {available[name]}")
+                raise UnfitColumnsError(f"{self._name}: {available[name]}")
             if names.count(name) > 1:
                 raise InvalidRequestError(f"{self._name}: column {name!r} is asked for twice")
 

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 from trilith.data.column_types import Column, ColumnType, check_column, column_of, ragged_column, unreadable
 from trilith.data.columnar import LABEL, ColumnarReader, Rows
 from trilith.data.ragged import Ragged
+from trilith.data.readers import UnfitColumnsError
 from trilith.data.streams import open_file
-from trilith.errors import DataError
+from trilith.errors import DataError, InvalidRequestError
 
 __all__ = ["ParquetReader"]
 
@@ -51,7 +52,10 @@ class ParquetReader(ColumnarReader):
     def _check(self, available: Mapping[str, str]) -> None:
         super()._check(available)
         for column in self.columns:
-            check_column(column, self._schema[column.name])
+            try:
+                check_column(column, self._schema[column.name])
+            except InvalidRequestError as error:
+                raise UnfitColumnsError(f"{self._name}: {error}") from None
 
     @property
     def progress(self) -> tuple[int, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -36,6 +37,7 @@ from trilith_proto import example_pb2, feature_pb2
 
 __all__ = ["BatchParser", "ExampleParser", "InstanceParser", "ParseSpec", "Parser"]
 
+_LOG = logging.getLogger(__name__)
 _TINY = np.finfo(np.float32).tiny
 _LARGEST = float(np.finfo(np.float32).max)
 _ELEMENTS = {"f": Element.FLOAT, "i": Element.INT, "O": Element.BYTES}
@@ -155,6 +157,10 @@ class _ColumnParser(Parser):
             row = int(odd.argmax())
             raise DataError(f"{scan.records.where(row)}: {reason(row)}")
         keep = ~np.logical_or.reduce([odd for odd, _ in wrong])
+        row = int((~keep).argmax())
+        why = next(reason(row) for odd, reason in wrong if odd[row])
+        if not self.skipped:  # the first of them; all are counted
+            _LOG.warning("skipped: %s: %s", scan.records.where(row), why)
         self.skipped += int(keep.size - keep.sum())
         return scan.take(keep)
 

@@ -33,10 +33,10 @@ __all__ = [
     "BLOCK_BYTES",
     "FileFormat",
     "Losses",
-    "MissingColumnError",
     "Position",
     "RecordReader",
     "StreamReader",
+    "UnfitColumnsError",
     "named_format",
     "open_records",
     "position_of",
@@ -71,8 +71,8 @@ _ENDINGS = {
 }
 
 
-class MissingColumnError(InvalidRequestError):
-    """A file does not have a column that is to be read."""
+class UnfitColumnsError(InvalidRequestError):
+    """A file does not have a column that is to be read, or not as what is wanted."""
 
 
 @dataclass(frozen=True, slots=True)

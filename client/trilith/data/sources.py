@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from trilith.data.queue import FileDealer
-from trilith.data.readers import Losses, MissingColumnError, Position, RecordReader, position_of
+from trilith.data.readers import Losses, Position, RecordReader, UnfitColumnsError, position_of
 from trilith.data.records import Records
 from trilith.data.stages import Stage, State
 from trilith.errors import InvalidRequestError
@@ -116,8 +116,8 @@ class Reading:
         losses: Where what was skipped is added up.
         cycle_length: Files open at a time.
         block_length: Records of one file before it is the next one's turn.
-        skip: Whether a file without a column that is wanted is skipped and counted; if it is all files, that is still
-            an error.
+        skip: Whether a file without the columns that are wanted is skipped and counted; if it is all files, that is
+            still an error.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Reading:
         self._more = True
         self._skip = skip
         self._opened = False
-        self._misfit: MissingColumnError | None = None
+        self._misfit: UnfitColumnsError | None = None
 
     def __next__(self) -> Records:
         return self._one_file() if len(self._slots) == 1 else self._in_turns()
@@ -179,7 +179,7 @@ class Reading:
         """Open a file; None if it is skipped."""
         try:
             reader = self._open(name, start)
-        except MissingColumnError as error:
+        except UnfitColumnsError as error:
             if not self._skip:
                 raise
             self._misfit = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from trilith.data.compression import Compression, Sink, compressing, effective_compression
 from trilith.data.framing import Framing, frame_records
-from trilith.data.readers import FileFormat
+from trilith.data.readers import FileFormat, named_format
 from trilith.data.records import Kind, Records
 from trilith.data.streams import STDIN
 from trilith.data.tfrecord import frame_records as frame_tfrecords
@@ -48,9 +49,9 @@ class RecordsWriter(Protocol):
 
 
 def open_writer(
-    path: str,
+    path: str | os.PathLike[str],
     *,
-    format: FileFormat | str = FileFormat.RECORDS,  # noqa: A002 - what a file's format is called
+    format: FileFormat | str | None = None,  # noqa: A002 - what a file's format is called
     framing: Framing | None = None,
     compression: Compression | str | int | None = None,
     sort_id: bytes = b"",
@@ -61,7 +62,7 @@ def open_writer(
 
     Args:
         path: A path or any URL that fsspec knows; the empty string is standard output ("records" and "tfrecord").
-        format: "records", "tfrecord" or "parquet".
+        format: "records", "tfrecord" or "parquet"; left out, what the name ends in, as `open_records` reads it.
         framing: "records": what stands in front of payloads; nothing but the length, if left out.
         compression: "records" and "tfrecord": None leaves it to the name, whose ending `.snappy` means snappy.
         sort_id: "records": what every record gets where the framing has one.
@@ -71,7 +72,8 @@ def open_writer(
     Raises:
         InvalidRequestError: The file cannot be written, or the arguments do not go together.
     """
-    file_format = FileFormat(format)
+    path = os.fspath(path)
+    file_format = (named_format(path) or FileFormat.RECORDS) if format is None else FileFormat(format)
     if file_format is FileFormat.CSV:
         raise InvalidRequestError("records are not written as csv, which has no lists: choose parquet")
     if file_format is FileFormat.PARQUET:

@@ -270,11 +270,13 @@ def convert(
     columns: ColumnsOption = None,
     csv: CsvOption = None,
     to_format: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="FORMAT", callback=known_output_format, help="records, tfrecord or parquet (of examples)."
+            metavar="FORMAT",
+            callback=known_output_format,
+            help="records, tfrecord or parquet (of examples); left out: what the output's name ends in, or records.",
         ),
-    ] = "records",
+    ] = None,
     to_kind: Annotated[
         str | None,
         typer.Option(
