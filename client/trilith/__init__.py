@@ -12,8 +12,9 @@ from trilith.connect import connect
 from trilith.errors import TrilithError
 
 if TYPE_CHECKING:
-    from trilith import data, tables
+    from trilith import data, nn, tables
     from trilith.client import Client, Table
+    from trilith.entries import describe_entry
     from trilith.prediction import remote_predict
 
 __all__ = [
@@ -22,13 +23,20 @@ __all__ = [
     "TrilithError",
     "connect",
     "data",
+    "describe_entry",
+    "nn",
     "remote_predict",
     "tables",
-]  # and `nn`, where torch is installed
+]  # `nn` needs torch
 
 __version__ = "0.1.0"  # pyproject.toml has it too
 
-_LAZY = {"Client": "trilith.client", "Table": "trilith.client", "remote_predict": "trilith.prediction"}
+_LAZY = {
+    "Client": "trilith.client",
+    "Table": "trilith.client",
+    "describe_entry": "trilith.entries",
+    "remote_predict": "trilith.prediction",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -40,4 +48,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "nn"})
+    return sorted({*globals(), *__all__})

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from trilith.arrays import as_ids
 from trilith.batches import Batches, TableInfo, Terms
 from trilith.cluster import Cluster, Rejoined
 from trilith.dense import Variables
@@ -24,9 +25,10 @@ from trilith.errors import (
     TrilithError,
     UnknownTableError,
 )
+from trilith.initial import InitialRows, Missing, check_missing
 from trilith.ops.dedup import gather_values
 from trilith.queues import Queues
-from trilith.shard import Float32Array, Shard, Write
+from trilith.shard import Float32Array, Shard, UInt64Array, Write
 from trilith.steps import as_step
 from trilith.times import whole_seconds
 from trilith_proto import ps_pb2
@@ -183,17 +185,41 @@ class Client:
 
     # ---- rows of many tables -----------------------------------------------------------------------------------------
 
-    def lookup(self, ids: Mapping[str, Any], *, timeout_s: float | None = None) -> dict[str, Float32Array]:
+    def lookup(
+        self, ids: Mapping[str, Any], *, missing: Missing = "zeros", timeout_s: float | None = None
+    ) -> dict[str, Float32Array]:
         """Read rows; one RPC per PS for all tables.
 
         Args:
             ids: By table, integers of any kind [n]; repeats allowed.
+            missing: What an id without a row gives: "zeros", or "initial", what its row would begin with, at the cost
+                of asking again for ids that seem to have none. The first step of a row is taken from there.
             timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
 
         Returns:
-            By table float32[n, dim], row i for ids[i]; zeros where an id has no row. Nothing is inserted.
+            By table float32[n, dim], row i for ids[i]. Nothing is inserted.
         """
-        return self._batches.lookup(ids, timeout_s)
+        if not check_missing(missing):
+            return self._batches.lookup(ids, timeout_s)
+        deadline = time.monotonic() + (self._cluster.config.timeout_s if timeout_s is None else timeout_s)
+        initial = {name: InitialRows.of(self._info(name).config) for name in ids}
+        rows = self._batches.lookup(ids, timeout_s)
+        for name, found in rows.items():
+            if not initial[name].zeros:
+                self._fill_in(name, as_ids(name, ids[name]), found, initial[name], deadline)
+        return rows
+
+    def _fill_in(self, name: str, ids: UInt64Array, rows: Float32Array, initial: InitialRows, deadline: float) -> None:
+        """Put initial values in the place of rows that are missing; a row may have come since it was looked for."""
+        empty = np.flatnonzero(~rows.any(axis=1))
+        if not empty.size:
+            return
+        there = self.contains(name, ids[empty], timeout_s=max(deadline - time.monotonic(), 0.001))
+        absent, come = empty[~there], empty[there]
+        rows[absent] = initial.rows(ids[absent], float16=self._cluster.float16)
+        if come.size:
+            left = max(deadline - time.monotonic(), 0.001)
+            rows[come] = self._batches.lookup({name: ids[come]}, left)[name]
 
     def apply_gradients(
         self,

@@ -336,9 +336,11 @@ class Cluster:
             return self._call(index, call, left)
 
         def unsent(index: int) -> DeadlineExceededError:
-            return _UnsentError(
+            error = DeadlineExceededError(
                 f"shard {index}: nothing was sent within {timeout:.3g} s; calls of other threads were before it"
             )
+            error.sent = False
+            return error
 
         def result(index: int) -> _T:
             if index not in futures:
@@ -415,10 +417,6 @@ class Cluster:
             pool.shutdown(wait=False)
 
 
-class _UnsentError(DeadlineExceededError):
-    """The time was over before anything was sent."""
-
-
 # What a shard raises before it has changed anything; of a write that ended otherwise nobody knows.
 _NOT_DONE = (
     InvalidRequestError,
@@ -429,12 +427,12 @@ _NOT_DONE = (
     UnknownQueueError,
     UnknownTableError,
     UnknownVariableError,
-    _UnsentError,
 )
 
 
 def _may_be_done(failure: Exception) -> bool:
-    return not isinstance(failure, _NOT_DONE)
+    sent = failure.sent if isinstance(failure, DeadlineExceededError) else True
+    return sent and not isinstance(failure, _NOT_DONE)
 
 
 def _gravest(failures: Sequence[Exception]) -> Exception:

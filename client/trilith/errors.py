@@ -179,9 +179,10 @@ class UnavailableError(TrilithError, ConnectionError):
 
 
 class DeadlineExceededError(TrilithError, TimeoutError):
-    """The answer did not come before the deadline."""
+    """The answer did not come before the deadline; `sent` is False if the time was over before anything was sent."""
 
     status = "DEADLINE_EXCEEDED"
+    sent = True
 
 
 class InDoubtError(DeadlineExceededError):

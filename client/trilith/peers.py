@@ -29,6 +29,7 @@ from trilith.errors import (
 )
 from trilith.extras import need
 from trilith.forks import keep_for_ever, renew_in_children
+from trilith.initial import InitialRows, Missing, check_missing
 from trilith.ops.reorder import EMPTY_FROM
 from trilith.pipelining import Pusher
 from trilith.routing import partition_owner, partition_sizes
@@ -276,10 +277,21 @@ class PeerClient:
 
     # ---- rows --------------------------------------------------------------------------------------------------
 
-    def lookup(self, ids: Mapping[str, Any], *, timeout_s: float | None = None) -> dict[str, Float32Array]:
-        """Read rows, by table integers [n] to float32[n, dim]; zeros where an id has no row."""
+    def lookup(
+        self, ids: Mapping[str, Any], *, missing: Missing = "zeros", timeout_s: float | None = None
+    ) -> dict[str, Float32Array]:
+        """Read rows, by table integers [n] to float32[n, dim]; see `Client.lookup`."""
         _refuse_deadline(timeout_s)
-        return self.begin_lookup(ids)()
+        if not check_missing(missing):
+            return self.begin_lookup(ids)()
+        initial = {name: InitialRows.of(self._info(name).config) for name in sorted(self._specs)}
+        rows = self.begin_lookup(ids)()
+        for name, begin in initial.items():  # on every rank, with ids or without
+            wanted = as_ids(name, ids.get(name, ()))
+            absent = np.flatnonzero(~self.contains(name, wanted))
+            if absent.size:
+                rows[name][absent] = begin.rows(wanted[absent], float16=self._float16)
+        return rows
 
     def begin_lookup(self, ids: Mapping[str, Any]) -> Callable[[], dict[str, Float32Array]]:
         """Have the owners find rows; the call that is returned brings them, and may be made in another thread."""

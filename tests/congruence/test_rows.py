@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import trilith
-from trilith.tables import Adagrad, PolynomialDecay, RandomUniform, Segment, Sgd, Zeros
+from trilith.errors import InvalidRequestError
+from trilith.tables import Adagrad, Constants, FixedR8, PolynomialDecay, RandomUniform, Segment, Sgd, Zeros
 from trilith_proto import hash_table_pb2
 
 
@@ -359,3 +360,40 @@ def test_float16_rows_are_rounded_once_each_way(local, name, chunk_bytes):
             table.assign(u64(*range(30)), np.full((30, 4), 7e4, np.float32))
         table.apply_gradients([1], np.full((1, 4), 7e4, np.float32), allow_non_finite=True)
         assert np.isinf(exact.table(name).lookup([1])).all()
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [Segment(4, RandomUniform(-0.5, 0.25), Sgd(learning_rate=1.0))],
+        [Segment(3, RandomUniform(1.0, 3.0), Sgd()), Segment(1, Zeros(), Sgd()), Segment(2, Constants(0.5), Adagrad())],
+        [Segment(2, Zeros(), Sgd())],
+    ],
+    ids=["random", "mixed", "zeros"],
+)
+def test_missing_rows_may_be_looked_up_as_they_begin(client, name, segments):
+    table = client.table(name, segments=segments, seed=2**64 - 5)
+    ids = np.array([0, 1, 2, 7, 2**40, 2**63 + 9, 2**64 - 1, 7], np.uint64)
+    table.assign(ids[:2], np.stack([np.zeros(table.dim), np.full(table.dim, 9.0)]).astype(np.float32))
+    before = table.lookup(ids, missing="initial")
+    np.testing.assert_array_equal(before[:2, 0], [0.0, 9.0], "rows that are there, of zeros too")
+    assert table.size() == 2, "nothing was inserted"
+    np.testing.assert_array_equal(table.lookup(ids)[2:], np.zeros((6, table.dim)))
+    table.reinitialize(ids[2:])
+    np.testing.assert_array_equal(table.lookup(ids), before)
+    with pytest.raises(InvalidRequestError, match="missing='ones' is neither 'zeros' nor 'initial'"):
+        table.lookup(ids, missing="ones")
+
+
+def test_missing_rows_read_through_a_compressor_are_refused(client, name):
+    table = client.table(name, segments=[Segment(2, RandomUniform(-1, 1), Sgd(), FixedR8())])
+    with pytest.raises(InvalidRequestError, match="read through fixed_r8"):
+        table.lookup([1], missing="initial")
+
+
+def test_missing_rows_travel_as_other_rows_do(local, shape, name):
+    with local(shape).connect(**({"float16": True} if shape != "embedded" else {})) as client:
+        table = client.table(name, dim=3, optimizer=Sgd(), initializer=RandomUniform(-1, 1))
+        before = table.lookup(range(9), missing="initial")
+        table.reinitialize(range(9))
+        np.testing.assert_array_equal(table.lookup(range(9)), before)

@@ -121,6 +121,17 @@ def test_what_ranks_cannot_do_names_what_to_use(call, match):
     together(2, work)
 
 
+def test_missing_rows_may_be_looked_up_as_they_begin_on_any_rank():
+    def work(client, rank):
+        table = client.table("t", dim=3, optimizer=Sgd(), initializer=RandomUniform(-1, 1))
+        ids = [rank, 2**63 + 5, 7] if rank else []
+        before = table.lookup(ids, missing="initial")
+        table.reinitialize([rank, 2**63 + 5, 7])
+        return np.array_equal(table.lookup(ids), before), bool((before != 0).all())
+
+    assert together(2, work) == [(True, True)] * 2
+
+
 def test_a_forked_child_of_a_rank_has_no_part_in_its_exchanges():
     def work(client, rank):
         table = client.table("t", **TABLE)

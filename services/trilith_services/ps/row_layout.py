@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
+from trilith.initial import initial_weights
 from trilith.ops.memory import address_of
 from trilith.shard import Float32Array
 from trilith.tables import check_table_config
@@ -147,7 +148,7 @@ class RowLayout:
         self.learning_rates: Float32Array = np.array(
             [s.optimizer.learning_rate if s.optimizer else 0.0 for s in self.segments], np.float32
         )
-        low, spans, limits = self._initial_weights(entry)
+        low, spans, limits = initial_weights(entry)
         self._image = np.zeros(self.words + self.state_floats, np.float32)
         if not self.serving:
             states = [s.optimizer.initial_state for s in self.segments if s.optimizer]
@@ -180,26 +181,6 @@ class RowLayout:
             state += sum(words for _, words in optimizer.slots) if optimizer else 0
             stored += segment.dim_size * _CODEC_BYTES[codec]
         return found
-
-    def _initial_weights(self, entry: hash_table_pb2.EntryConfig) -> tuple[Float32Array, Float32Array, Float32Array]:
-        """Per weight: lowest value, width of the uniform range, largest value."""
-        low: list[float] = []
-        high: list[float] = []
-        for segment in entry.segments:
-            chosen = segment.init_config.WhichOneof("type")
-            a = b = 0.0
-            if chosen == "ones":
-                a = b = 1.0
-            elif chosen == "constants":
-                a = b = segment.init_config.constants.constant
-            elif chosen == "random_uniform":
-                a, b = segment.init_config.random_uniform.minval, segment.init_config.random_uniform.maxval
-            low += [a] * segment.dim_size
-            high += [b] * segment.dim_size
-        lows, highs = np.array(low, np.float32), np.array(high, np.float32)
-        # [minval, maxval): rounding must not reach maxval.
-        limits = np.where(highs > lows, np.nextafter(highs, lows), highs).astype(np.float32)
-        return lows, (highs - lows).astype(np.float32), limits
 
     def _kernel_arguments(self, random: bool, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         plan = np.zeros(columns.PLAN_COLUMNS, np.int64)
