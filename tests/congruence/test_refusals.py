@@ -9,7 +9,14 @@ import time
 import numpy as np
 import pytest
 
-from trilith.errors import InvalidRequestError, MemoryLimitError, NonFiniteError, ShardRestartedError, TrilithError
+from trilith.errors import (
+    InDoubtError,
+    InvalidRequestError,
+    MemoryLimitError,
+    NonFiniteError,
+    ShardRestartedError,
+    TrilithError,
+)
 from trilith.shard import DensePart, IdPart, UpdatePart, Write
 from trilith.steps import MAX_STEP, MAX_STEPS_AHEAD
 from trilith.tables import BatchSoftmax, Sgd, Zeros
@@ -402,3 +409,18 @@ def test_nothing_that_changes_a_shard_is_done_behind_its_restart(local, shape, t
         assert not (tmp_path / "late").exists()
         assert client.global_step() == 0
         np.testing.assert_array_equal(table.lookup(IDS), ONES)
+
+
+def test_a_client_that_was_forgotten_is_in_doubt_once_and_goes_on(local, shape):
+    cluster = local(shape)
+    with cluster.connect() as client:
+        table = client.table("t", dim=2, optimizer=Sgd(learning_rate=1.0), initializer=Zeros())
+        table.apply_gradients(IDS, ONES)
+        # As when more clients came than a PS remembers.
+        while cluster.stores[0]._sequences._forget_one():
+            pass
+        owned = IDS[IDS % client.shards == 0]
+        with pytest.raises(InDoubtError, match="not done now"):
+            table.apply_gradients(owned, ONES[: owned.size])
+        table.apply_gradients(owned, ONES[: owned.size])
+        np.testing.assert_array_equal(table.lookup(owned), -2 * ONES[: owned.size])

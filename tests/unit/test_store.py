@@ -153,6 +153,25 @@ def test_a_write_under_way_on_a_table_that_ends_leaves_nothing_on_the_account(ma
     assert store.budget.reserved == 0
 
 
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def test_maintenance_evicts_by_the_clock_and_not_by_what_rows_say(make_store):
+    day = 86_400
+    clock = [20_000.0 * day]
+    store = make_store(clock=lambda: clock[0])
+    store.create_tables([config("a", ttl_days=2, evict_every_hours=1)])
+    store.assign([part("a", [1])], Write())
+    store.assign([part("a", [2])], Write(request_time=int(clock[0]) + day))
+    store._maintenance.tick()
+    clock[0] += day
+    store._maintenance.tick()
+    assert len(store.table("a")) == 2
+    clock[0] += day
+    store._maintenance.tick()
+    assert store.contains(IdPart("a", np.array([1, 2], np.uint64))).tolist() == [False, True]
+
+
 # ---- restores --------------------------------------------------------------------------------------------------------
 
 
