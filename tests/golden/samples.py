@@ -175,7 +175,7 @@ def messages() -> dict[str, bytes]:
         "update_request_half": wire.pack_update_request(update_parts(np.float16), WRITE),
         "ids_request": wire.pack_ids(id_parts()[0], WRITE),
         "statuses_response": wire.pack_statuses(INCARNATION, np.array([-1, 0, 1], np.int8)),
-        "create_variables": wire.pack_create_variables(specs_of, list(VARIABLES.values()), 77),
+        "create_variables": wire.pack_create_variables(specs_of, list(VARIABLES.values()), Write(incarnation=77)),
         "dense_update": wire.pack_dense_update(dense_parts(), WRITE, 0.125),
         "pulled_variables": wire.pack_pulled(INCARNATION, [("bias", 0), ("w", 3)], list(VARIABLES.values()), 2**40),
     }
