@@ -36,10 +36,12 @@ import pyarrow as pa
 from trilith import checkpoint
 from trilith.data.tfrecord import RecordWriter
 from trilith.errors import TrilithError
+from trilith.folder import Folder
 from trilith.shard import DensePart, IdPart, UpdatePart, Write
 from trilith.tables import Adagrad, Adam, table_config
 from trilith_proto import hash_table_pb2, ps_pb2
-from trilith_services.ps import entry_files, snapshot
+from trilith_services.commands import checkpoint as checkpoint_command
+from trilith_services.ps import entry_files, parquet, serving_rows, snapshot
 from trilith_services.ps.filter_files import read_filter_meta, restore_filter, save_filter
 from trilith_services.ps.filters import SlidingFilter
 from trilith_services.ps.store import Store
@@ -321,10 +323,32 @@ def read_checkpoint(where: Path, draw: random.Random) -> None:
     try:
         store.restore(str(where))
         use(store)
+    except TrilithError:
+        pass
     finally:
         store.close()
     for _ in snapshot.verify(str(where)):
         pass
+    manifest = checkpoint.read_manifest(str(where))
+    readers: list[Callable[[], object]] = [
+        lambda: list(parquet.export(str(where), manifest, str(where / "out"), sorted(manifest.rows()))),
+        lambda: serving_rows.dense_values(str(where)),
+        lambda: serving_rows.write_serving_rows(
+            str(where), str(where / "rows"), serving_rows.serving_tables(str(where))
+        ),
+        lambda: inspect_checkpoint(Folder(str(where)), manifest),
+    ]
+    for read in readers:
+        try:
+            read()
+        except TrilithError:
+            pass
+
+
+def inspect_checkpoint(folder: Folder, manifest: checkpoint.Manifest) -> None:
+    """What `trilith checkpoint inspect` reads."""
+    checkpoint_command._tables(folder, manifest)
+    checkpoint_command._variables(folder, manifest)
 
 
 def read_entries(where: Path, draw: random.Random) -> None:

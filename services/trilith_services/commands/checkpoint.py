@@ -217,9 +217,8 @@ def _tables(folder: Folder, manifest: Manifest) -> list[dict[str, Any]]:
 
     found = []
     for name, rows in manifest.rows().items():
-        files = [
-            next(file for file in part.files if file.kind == "rows" and file.table == name) for part in manifest.parts
-        ]
+        by_ps = [[file for file in part.files if file.kind == "rows" and file.table == name] for part in manifest.parts]
+        files = [file for held in by_ps for file in held]
         with row_files.open_rows(folder, files[0].name) as opened:
             found.append(
                 {
@@ -229,7 +228,7 @@ def _tables(folder: Folder, manifest: Manifest) -> list[dict[str, Any]]:
                     "optimizers": [segment["optimizer"] for segment in opened.layout],
                     "rows": rows,
                     "bytes": sum(file.bytes for file in files),
-                    "rows_by_ps": [file.rows for file in files],
+                    "rows_by_ps": [sum(file.rows for file in held) for held in by_ps],
                 }
             )
     return found
