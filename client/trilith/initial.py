@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -25,9 +25,11 @@ _PLAIN = (None, "fp32", "fp16")
 
 def check_missing(missing: str) -> bool:
     """Whether rows that are missing shall be their initial values; refuses what is no choice."""
-    if missing not in get_args(Missing):
+    if missing == "zeros":
+        return False
+    if missing != "initial":
         raise InvalidRequestError(f"missing={missing!r} is neither 'zeros' nor 'initial'")
-    return missing == "initial"
+    return True
 
 
 @dataclass(frozen=True, slots=True)

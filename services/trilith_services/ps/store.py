@@ -63,6 +63,10 @@ class Store:
     Guarantees: a write with an identity (client_id, origin, sequence) is done once, see `Sequences`; a request that
     names another incarnation changes nothing; all that can be wrong with any part of a request, and the memory that all
     parts need together, is looked at before the first row changes. Thread-safe throughout.
+
+    Repeats of an id in one part are applied one after another, in order: gradients as steps of their own (unless the
+    write asks for `dedup`), weights so that the last stays, increments all. `trilith.Client` is another matter: it adds
+    gradients of equal ids up, and sends one step for each id.
     """
 
     def __init__(
