@@ -382,9 +382,13 @@ def leaving(directory: str, count: int) -> dict[int, int]:
 def hold(path: str, *, seconds: float = HELD_S, clock: Callable[[], float] = time.time) -> Iterator[None]:
     """Keep the checkpoint at `path` from being pruned while it is read or written, for `seconds` at most.
 
-    Where nothing can be written, it is read all the same, and may be pruned meanwhile.
+    Only numbered ones are ever pruned, others need nothing. Where nothing can be written, it is read all the same, and
+    may be pruned meanwhile.
     """
     folder = Folder(path)
+    if not _NUMBERED.fullmatch(folder.url.rstrip("/").rpartition("/")[2]):
+        yield
+        return
     name = f"held.{int(clock() + seconds):011d}.{secrets.token_hex(4)}"
     try:
         folder.write(name, b"")

@@ -257,6 +257,12 @@ def test_a_reader_that_never_came_back_holds_for_a_while_only(tmp_path: Path) ->
     assert len(checkpoint.prune(str(tmp_path), keep=1, clock=lambda: 1001.0 + checkpoint.HELD_S)) == 1
 
 
+def test_only_what_could_be_pruned_is_held(tmp_path: Path) -> None:
+    for name, marks in (("mine", 0), (checkpoint.checkpoint_name(1), 1)):
+        with checkpoint.hold(str(tmp_path / name)):
+            assert len(Folder(str(tmp_path / name)).names()) == marks
+
+
 def test_the_complete_checkpoint_of_the_highest_step_stays(tmp_path: Path) -> None:
     for number, step in ((1, 7), (2, 900), (3, 0), (4, 0), (5, 0)):
         path = str(tmp_path / checkpoint.checkpoint_name(number))

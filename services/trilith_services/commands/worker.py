@@ -85,9 +85,21 @@ def worker(
     threads: Annotated[
         int, typer.Option(metavar="N", help="torch threads; 0: the cores shared by the workers.", min=0)
     ] = 0,
-    model_dir: Annotated[str, typer.Option(metavar="DIR", help="Directory or URL for rank 0's checkpoints.")] = "",
+    model_dir: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR",
+            help="Directory or URL for rank 0's checkpoints, below the PS's --checkpoint-root; one whose newest "
+            "checkpoint is ahead of the cluster is refused.",
+        ),
+    ] = "",
     save_every: Annotated[
-        int, typer.Option(metavar="N", help="Steps of all workers between checkpoints; 0: none.", min=0)
+        int,
+        typer.Option(
+            metavar="N",
+            help="Steps of all workers between checkpoints; 0: one soon after the start, if there is none yet.",
+            min=0,
+        ),
     ] = 0,
     export: Annotated[
         str,
