@@ -161,6 +161,13 @@ def test_integer_labels_and_weights_are_numbers():
     assert found["y"].tolist() == [[1], [0.5]]
 
 
+def test_labels_of_batches_may_be_called_label():
+    payload = batch(label=("int64_list", [1]))
+    assert parsed([payload], "examplebatch", {"y": Label()})["y"].tolist() == [[1]]
+    payload = batch(label=("int64_list", [1]), __LABEL__=("float_list", [0.5]))
+    assert parsed([payload], "examplebatch", {"y": Label()})["y"].tolist() == [[0.5]]
+
+
 @pytest.fixture
 def tables(tmp_path):
     pq.write_table(pa.table({"user": [7, 8], "label": [1, 0]}), tmp_path / "0.parquet")

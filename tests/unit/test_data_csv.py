@@ -168,6 +168,19 @@ def test_integers_that_become_floats_and_columns_that_begin_empty(tmp_path, kind
     assert [x for each in found for x in each["late"].values.tolist()] == list(range(200, 400))
 
 
+def test_a_bad_cell_among_the_first_does_not_make_a_column_text(tmp_path):
+    path = write(tmp_path, "u,s,t\n7,1,a\n8,x,b\ny,2.5,3\n9,3,4\n10,4,c\n")
+    with pytest.raises(DataError, match=r"record 1, .*column 's': 'x' is no number.*Column\('s', 'bytes'\) reads"):
+        rows(path)
+    found, losses = rows(path, on_error="skip")
+    assert found == [
+        {"u": [7], "s": [1], "t": [b"a"]},
+        {"u": [9], "s": [3], "t": [b"4"]},
+        {"u": [10], "s": [4], "t": [b"c"]},
+    ]
+    assert losses.records == 2
+
+
 def test_types_do_not_depend_on_where_reading_begins(tmp_path):
     path = write(
         tmp_path, "s\n" + "".join(f"{k}\n" for k in range(50)) + "0.5\n" + "".join(f"{k}\n" for k in range(50))
@@ -326,7 +339,7 @@ def test_several_values_in_a_cell(tmp_path):
     assert [each["tags"] for each in found] == [[b"a", b"b"], [], [b"c"]]
     assert [each["x"] for each in found] == [[0.5, 1], [], [2, 3]]
     assert losses.messages == [f"{path}: record 3, byte 0: column 'ids': 'x' is no id of 64 bits"]
-    assert column(path, "ids", list_separator="|")[0] == [b"3", b"5", b"7"]  # x is text
+    assert column(path, "ids", list_separator="|", on_error="skip") == [[3, 5, 7], [], [9, -1]]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

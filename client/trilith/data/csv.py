@@ -221,6 +221,7 @@ class CsvReader(ColumnarReader):
                     column, given, odd = Column(column.name, ColumnType.FID_V2), wide, still
             columns.append((index, column))
             lists.append(given)
+            hint = "" if self._declared else f"; Column({column.name!r}, 'bytes') reads the column as text"
             for place, reason in odd.items():
-                bad.setdefault(place, f"column {column.name!r}: {reason}")
+                bad.setdefault(place, f"column {column.name!r}: {reason}{hint}")
         return Rows(row + np.arange(batch.num_rows), columns, lists), bad

@@ -20,6 +20,7 @@ _WHOLE = re.compile(rb"[+-]?[0-9]+(\.0*)?\Z")
 _NUMBER = re.compile(rb"[+-]?([0-9]+\.?[0-9]*([eE][+-]?[0-9]+)?|\.[0-9]+([eE][+-]?[0-9]+)?|inf|infinity|nan)\Z", re.I)
 _BOOLS = {b"true": 1, b"false": 0}
 _FEW = 256
+_LOOKED_AT = 1000
 _SHOWN = 40
 _INT64_MAX, _UINT64_MAX, _INT64_MIN = (1 << 63) - 1, (1 << 64) - 1, -(1 << 63)
 _STORED = {ColumnType.INT: pa.int64(), ColumnType.FLOAT: pa.float32()}
@@ -107,9 +108,14 @@ def guess_type(cells: Cells, before: ColumnType | None) -> ColumnType | None:
         pointed = pc.any(pc.match_substring(texts, b".")).as_py()  # 7.0
         return ColumnType.FLOAT if pointed else ColumnType.INT
     if before is None:
-        return ColumnType.BYTES if _read(texts, ColumnType.FLOAT, enough=1)[1] else ColumnType.FLOAT
+        if not _read(texts, ColumnType.FLOAT, enough=1)[1]:
+            return ColumnType.FLOAT
+        # Numbers with a bad cell here and there, or text: what most of the first ones are.
+        texts = texts.slice(0, _LOOKED_AT)
     no_ids, no_floats = _read(texts, ColumnType.FID_V2)[1], _read(texts, ColumnType.FLOAT)[1]
-    return ColumnType.FLOAT if len(no_floats) < len(no_ids) else before
+    if before is None and 2 * min(len(no_ids), len(no_floats)) >= len(texts):
+        return ColumnType.BYTES
+    return ColumnType.FLOAT if len(no_floats) < len(no_ids) else ColumnType.INT
 
 
 def _read(texts: pa.Array, kind: ColumnType, *, enough: int | None = None) -> tuple[Values, list[int]]:

@@ -88,7 +88,7 @@ class Parser(ABC):
             case Slot():
                 return (f"slot {spec.slot}",)
             case Label():
-                return (_LABEL,) if self.kind is Kind.EXAMPLE_BATCH else (_LABEL, "label")
+                return (_LABEL, "label")
             case Extra():
                 about = line_field(spec.field or out)
                 return (_LINE_ID,) if self.kind is Kind.EXAMPLE_BATCH else (f"__{about.name.upper()}__",)
@@ -650,7 +650,8 @@ class BatchParser(Parser):
     def __init__(self, specs: Mapping[str, FeatureSpec], *, on_error: OnError = "raise", strict: bool = True) -> None:
         super().__init__(specs, on_error=on_error, strict=strict)
         named, extras = _named_elements(self)
-        for name in [_LABEL] * self._has(Label) + [_WEIGHT] * self._has(InstanceWeight):
+        labels = [_LABEL, "label"][: 1 + self.strict] * self._has(Label)
+        for name in labels + [_WEIGHT] * self._has(InstanceWeight):
             named[name, Element.FLOAT] = None
             if self.strict:
                 named[name, Element.INT] = None
@@ -687,14 +688,16 @@ class BatchParser(Parser):
                 element = _ELEMENTS[dense_dtype(spec.dtype).kind]
                 out[name] = self._dense(batch, spec.feature or name, element, spec)
             elif isinstance(spec, Label):
-                out[name] = self._floats(batch, _LABEL)[0].dense(spec.dim)
+                numbers = self._scanner.schema.name_numbers
+                own = batch.lists[numbers[_LABEL], 0] >= 0 or "label" not in numbers
+                out[name] = self._floats(batch, _LABEL if own else "label")[0].dense(spec.dim)
             elif isinstance(spec, InstanceWeight):
                 out[name] = self._weights(batch, spec.dim)
             elif isinstance(spec, Extra):
                 out[name] = self._extra(lines, batch.batch_size, line_field(spec.field or name), spec.dim)
         for name, features in list(self.unseen.items()):
-            number = self._scanner.schema.name_numbers.get(features[0])
-            if number is not None and batch.lists[number, 0] >= 0:
+            numbers = self._scanner.schema.name_numbers
+            if any(each in numbers and batch.lists[numbers[each], 0] >= 0 for each in features):
                 self.unseen.pop(name, None)
         return out
 
