@@ -104,8 +104,9 @@ class Variables:
         timeout_s: float | None = None,
     ) -> None:
         """See `Client.apply_dense_gradients`."""
-        if learning_rate is not None and not (math.isfinite(learning_rate) and learning_rate > 0):
-            raise InvalidRequestError(f"learning_rate={learning_rate} is not a finite number above 0")
+        number = isinstance(learning_rate, (int, float, np.integer, np.floating)) and learning_rate is not True
+        if learning_rate is not None and not (number and 0 < learning_rate <= np.finfo(np.float32).max):
+            raise InvalidRequestError(f"learning_rate={learning_rate!r} is not a finite number above 0")
         rate = learning_rate or 0.0
         cluster = self._cluster
         step = cluster.step if global_step is None else as_step(global_step)

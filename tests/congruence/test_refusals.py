@@ -241,6 +241,9 @@ def test_a_rate_that_is_none_leaves_dense_variables_alone(client, name):
     for rate in (float("nan"), float("inf"), -float("inf"), -1.0):
         with pytest.raises(InvalidRequestError, match="learning_rate="):
             shard.apply_dense_gradients([part], Write(), learning_rate=rate)
+    for rate in (float("nan"), float("inf"), -1.0, 0, 1e39, "1", True, [0.1]):
+        with pytest.raises(InvalidRequestError, match="learning_rate="):
+            client.apply_dense_gradients({name: np.ones(3, np.float32)}, learning_rate=rate)
     np.testing.assert_array_equal(client.pull_variables([name])[0][name], np.ones(3))
 
 
