@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import os
 import threading
 import time
 
@@ -96,6 +97,23 @@ def test_shares_by_file_and_by_record_are_a_partition(files, count):
             assert sorted(itertools.chain(*shares)) == ALL
     if count <= 5:
         assert ints(small(files).shard(1 % count, count))[:3] == ints(small(files).shard(1 % count, count).take(3))
+
+
+@pytest.mark.parametrize(
+    ("ending", "options"), [("", {}), (".gz", {"compression": "gzip"}), (".tfrecord", {"format": "tfrecord"})]
+)
+def test_a_named_pipe_is_read_once_and_not_looked_into(tmp_path, ending, options):
+    with open_writer(str(tmp_path / f"file{ending}"), **options) as out:
+        out.write(Records.of([b"1", b"2", b"3"], "plaintext"))
+    path = tmp_path / f"pipe{ending}"
+    os.mkfifo(path)
+    writer = threading.Thread(target=lambda: path.write_bytes((tmp_path / f"file{ending}").read_bytes()), daemon=True)
+    writer.start()
+    found = []
+    reader = threading.Thread(target=lambda: found.extend(ints(read(str(path), kind="plaintext"))), daemon=True)
+    reader.start()
+    reader.join(30)
+    assert found == [1, 2, 3]
 
 
 def test_what_matches_nothing_is_an_error(tmp_path):

@@ -9,7 +9,7 @@ from typing import IO, Any, Protocol
 
 import cramjam
 
-from trilith.data.streams import STDIN, ByteStream, open_file, skip_by_reading
+from trilith.data.streams import STDIN, ByteStream, open_file, read_once, skip_by_reading
 from trilith.errors import DataError, InvalidRequestError
 
 __all__ = [
@@ -126,6 +126,8 @@ def compression_of(
     marked = format in ("tfrecord", "csv")
     if named is None and not marked and not name.endswith(tuple(_UNREADABLE)):
         return Compression.NONE
+    if read_once(path):
+        return named or Compression.NONE
     with open_file(path) as file:
         head = file.read(6)
     if (marked or name.endswith(tuple(_UNREADABLE))) and (

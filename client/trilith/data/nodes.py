@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import os
-import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +35,7 @@ from trilith.data.stages import (
     Striding,
     Taking,
 )
+from trilith.data.streams import STDIN, read_once
 from trilith.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -225,7 +224,7 @@ class Read(Node):
     def _refuse_pipes(names: list[str]) -> None:
         """Refuse to share what can be read once."""
         for name in names:
-            if "://" not in name and os.path.exists(name) and stat.S_ISFIFO(os.stat(name).st_mode):
+            if name != STDIN and read_once(name):
                 raise InvalidRequestError(f"{name}: a pipe can be read by one process, not shared by several")
 
     def functions(self) -> Iterator[tuple[Callable[..., Any], str]]:

@@ -20,7 +20,7 @@ from trilith.data.choices import Choice, OnError, check_on_error
 from trilith.data.compression import Compression, compression_of, decompressing, effective_compression
 from trilith.data.framing import MAX_PAYLOAD, Framing, Scratch, explain, split_frames
 from trilith.data.records import PADDING, Kind, Records
-from trilith.data.streams import STDIN, ByteStream, NoSuchFileError, open_file, open_stream, stream_name
+from trilith.data.streams import ByteStream, NoSuchFileError, open_file, open_stream, read_once, stream_name
 from trilith.data.text import check_encoding
 from trilith.errors import DataError, InvalidRequestError
 from trilith.ops import framing as kernels
@@ -280,7 +280,7 @@ def named_format(path: str) -> FileFormat | None:
 def _format_of(path: str) -> FileFormat:
     """How the records of a file are stored, from its name or the mark that it begins with."""
     named = named_format(path)
-    if named is not None or path == STDIN or "://" in path:
+    if named is not None or "://" in path or read_once(path):
         return named or FileFormat.RECORDS
     try:
         with open_file(path) as file:

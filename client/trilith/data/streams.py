@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import weakref
 from typing import IO, Any, Protocol
@@ -16,6 +17,7 @@ __all__ = [
     "NoSuchFileError",
     "open_file",
     "open_stream",
+    "read_once",
     "skip_by_reading",
     "stream_name",
 ]
@@ -56,6 +58,14 @@ class ByteStream(Protocol):
 def stream_name(path: str) -> str:
     """How messages call a file."""
     return "(standard input)" if path == STDIN else path
+
+
+def read_once(path: str) -> bool:
+    """Whether what has been read of a path is gone, as of a pipe: it cannot be looked into, nor shared."""
+    try:
+        return path == STDIN or ("://" not in path and not stat.S_ISREG(os.stat(path).st_mode))
+    except OSError:  # whoever opens it will say so
+        return False
 
 
 def open_file(path: str, mode: str = "rb") -> IO[bytes]:
