@@ -347,14 +347,12 @@ def write_holder(directory: str, index: int, count: int, life: str) -> None:
 
 
 def read_holder(directory: str, index: int, count: int) -> str | None:
-    """The life of the process that PS `index` of `count` is; None if nobody has said."""
+    """The life of the process that PS `index` of `count` is; None if nobody has said, or not so that it can be read."""
     folder, name = Folder(directory), _holder_name(index, count)
     try:
         return str(_unpack(folder.path(name), HOLDER_FORMAT, folder.read(name, most=_MOST_BYTES))["life"])
-    except FileNotFoundError:
-        return None
-    except KeyError as error:
-        raise CheckpointError(f"{folder.path(name)}: does not say which process a PS is: {error!r}") from None
+    except (FileNotFoundError, CheckpointError, KeyError):
+        return None  # a damaged word about who counts must not end checkpoints
 
 
 def mark_leaving(directory: str, index: int, count: int, number: int) -> None:
@@ -600,10 +598,9 @@ def _holders(directory: str, found: Collection[CheckpointInfo]) -> dict[tuple[in
     }
     lives: dict[tuple[int, int], str] = {}
     for index, count in writers:
-        with suppress(CheckpointError):
-            life = read_holder(directory, index, count)
-            if life is not None:
-                lives[index, count] = life
+        life = read_holder(directory, index, count)
+        if life is not None:
+            lives[index, count] = life
     return lives
 
 

@@ -272,6 +272,18 @@ def test_a_clock_that_is_set_neither_stops_checkpoints_nor_makes_an_old_one_the_
     ]
 
 
+def test_a_damaged_word_about_who_a_ps_is_does_not_end_checkpoints(
+    world: World, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Completed(monkeypatch, world)
+    for index in range(2):
+        ps = FakePs(world, url, index, 2, fixed(1.0))
+        world.start(lambda ps=ps: ps.serve(until=300.0))
+    world.start(lambda: Folder(url).write("ps.00001-of-00002.json", b"{"), after=100.0)
+    world.run()
+    assert seen.times[-1] > 230
+
+
 def test_who_is_late_is_named(world: World, url: str, caplog: Any) -> None:
     cluster = [FakePs(world, url, 0, 3, fixed(1.0)), FakePs(world, url, 1, 3, fixed(500.0))]  # PS 2 is away
     for ps in cluster:
