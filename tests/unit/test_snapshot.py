@@ -557,6 +557,24 @@ def test_a_filter_with_forged_numbers_is_refused_before_a_kernel_follows_them(ma
     assert any("filter-rare" in problem for _, problem in snapshot.verify(path))
 
 
+@pytest.mark.parametrize(
+    "slots", [[["m", 2], ["v", 3], ["beta", 3]], [["m", 3]], [["m", -1]], [["m", 2**40]], [[7, 3]], "x", None]
+)
+def test_a_layout_that_does_not_fit_its_rows_is_refused(make_store, tmp_path, slots) -> None:
+    path = save_all(filled_cluster(make_store, 1), tmp_path / "ckpt")
+
+    def change(schema, batches):
+        metadata = {key.decode(): text.decode() for key, text in schema.metadata.items()}
+        layout = json.loads(metadata["trilith.layout"])
+        layout[0]["slots"] = slots
+        schema = schema.with_metadata(metadata | {"trilith.layout": json.dumps(layout)})
+        return schema, [batch.replace_schema_metadata(schema.metadata) for batch in batches]
+
+    forge(path, "rows", change)
+    with pytest.raises(CheckpointError, match="damaged"):
+        make_store().restore(path)
+
+
 @pytest.mark.parametrize("kind", ["rows", "filter", "variables"])
 def test_a_compressed_file_is_refused_before_it_is_unpacked(make_store, tmp_path, kind) -> None:
     path = save_all(filled_cluster(make_store, 1), tmp_path / "ckpt")

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from trilith.checkpoint import Manifest, hold
 from trilith.folder import Folder
 from trilith_services.ps import row_files, variable_files
+from trilith_services.ps.damage import as_damage
 from trilith_services.ps.row_files import RowFile
 from trilith_services.ps.rows import Rows
 
@@ -49,13 +50,16 @@ def _export(path: str, manifest: Manifest, target: str, tables: Sequence[str], v
                 continue
             row_files.check_file(source, file)
             with row_files.open_rows(source, file.name) as opened:
-                schema = _schema(opened)
+                with as_damage(source.path(file.name)):
+                    schema = _schema(opened)
                 with (
                     sink.child(quote(file.table, safe="")).create(f"part-{part.shard_index:05d}.parquet") as handle,
                     pq.ParquetWriter(handle, schema, compression="zstd") as writer,
                 ):
                     for rows in opened.batches():
-                        writer.write_batch(_batch(opened, rows, schema))
+                        with as_damage(source.path(file.name)):
+                            batch = _batch(opened, rows, schema)
+                        writer.write_batch(batch)
                         yield rows.ids.size
     if variables:
         _export_variables(source, manifest, sink)

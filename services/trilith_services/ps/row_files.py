@@ -236,13 +236,35 @@ def _row_file(reader: Any, where: str) -> RowFile:
     newest = int(metadata.get("trilith.max_update_time", "0"))
     return RowFile(
         config=ps_pb2.TableConfig.FromString(base64.b64decode(metadata["trilith.table_config"])),
-        layout=json.loads(metadata["trilith.layout"]),
+        layout=_checked_layout(
+            json.loads(metadata["trilith.layout"]), columns["weights"].list_size, columns["state"].list_size
+        ),
         dim=columns["weights"].list_size,
         state_floats=columns["state"].list_size,
         max_update_time=whole_number(newest, 2**32 - 1, "trilith.max_update_time"),
         _reader=reader,
         _where=where,
     )
+
+
+def _checked_layout(layout: list[dict[str, Any]], dim: int, state_floats: int) -> list[dict[str, Any]]:
+    """A layout whose segments lie behind one another in rows of these sizes; ValueError if they do not."""
+    weights = state = 0
+    for segment in layout:
+        if not isinstance(segment["optimizer"], str):
+            raise TypeError(f"optimizer {segment['optimizer']!r}")
+        if (segment["weight_offset"], segment["state_offset"]) != (weights, state):
+            raise ValueError(
+                f"a segment at {segment['weight_offset']}, {segment['state_offset']}: not {weights}, {state}"
+            )
+        weights += whole_number(segment["dim"], dim, "dim")
+        for name, floats in segment["slots"]:
+            if not isinstance(name, str):
+                raise TypeError(f"slot {name!r}")
+            state += whole_number(floats, state_floats, name)
+    if (weights, state) != (dim, state_floats):
+        raise ValueError(f"segments of {weights} + {state} floats in rows of {dim} + {state_floats}")
+    return layout
 
 
 def _metadata(schema: Any) -> Mapping[str, str]:
