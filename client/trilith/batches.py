@@ -208,10 +208,12 @@ class Batches:
         def run(index: int, shard: Shard, left: float) -> list[_T]:
             deadline = time.monotonic() + left
             pieces = _pieces(split.owned(index), cluster.batch_bytes(index), 8)
-            return [
-                call(shard, IdPart(table, piece), named.of(index, number) if named else ANY_WRITE, _left(deadline))
-                for number, piece in enumerate(pieces)
-            ]
+            results = []
+            for number, piece in enumerate(pieces):
+                write = named.of(index, number) if named else ANY_WRITE
+                with _part(number):
+                    results.append(call(shard, IdPart(table, piece), write, _left(deadline)))
+            return results
 
         replies = cluster.fan_out(
             _concerned([split], cluster.count), run, timeout_s=timeout_s, writes=writes is not None
@@ -349,7 +351,7 @@ class Batches:
         # Too much for one message: several writes in order, each with a sequence of its own.
         deadline = time.monotonic() + left
         limit = self._cluster.batch_bytes(index)
-        number = itertools.count()
+        number, done = itertools.count(), 0
         for part in frame:
             step = max(1, limit // _row_bytes(part.values.shape[1]))
             for start in range(0, part.ids.size, step):
@@ -360,7 +362,20 @@ class Batches:
                         values = values.astype(np.float16)
                 counts = None if part.counts is None else part.counts[piece]
                 cut = UpdatePart(part.table, part.ids[piece], values, counts, part.learning_rates)
-                call([cut], named.of(index, next(number)), timeout_s=_left(deadline))
+                write = named.of(index, next(number))
+                with _part(done):
+                    call([cut], write, timeout_s=_left(deadline))
+                done += 1
+
+
+@contextmanager
+def _part(done: int) -> Iterator[None]:
+    """One message of several, of which so many were done before: an error says so."""
+    try:
+        yield
+    except TrilithError as error:
+        error.partly_done = done > 0
+        raise
 
 
 @contextmanager

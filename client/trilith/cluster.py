@@ -431,6 +431,8 @@ _NOT_DONE = (
 
 
 def _may_be_done(failure: Exception) -> bool:
+    if isinstance(failure, TrilithError) and failure.partly_done:
+        return True
     sent = failure.sent if isinstance(failure, DeadlineExceededError) else True
     return sent and not isinstance(failure, _NOT_DONE)
 

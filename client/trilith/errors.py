@@ -69,7 +69,7 @@ class Unfinished:
     Attributes:
         done: Shards that have acknowledged it.
         refused: Shards that have not done it: they refused it, or it was never sent to them.
-        unknown: Shards of which nobody knows: no answer came.
+        unknown: Shards of which nobody knows, as no answer came, and those that have done a part of it.
         again: Sends it once more to those that have not acknowledged it, within so many seconds (None: the client's).
     """
 
@@ -92,6 +92,8 @@ class TrilithError(Exception):
 
     status: ClassVar[str] = "INTERNAL"
     unfinished: Unfinished | None = None
+    partly_done = False
+    """Whether the shard has done earlier messages of the same write."""
 
     def __str__(self) -> str:
         # KeyError's own __str__ would quote the message.

@@ -37,7 +37,7 @@ class Faulty:
         self.late: threading.Event | None = None
         self.refusal: Exception | None = None
         self.calls = 0
-        self.good = 0  # calls before the one that is answered late
+        self.good = 0  # calls before the one that is answered late or refused
 
     def __getattr__(self, name):
         found = getattr(self._store, name)
@@ -46,7 +46,7 @@ class Faulty:
 
         def call(*arguments, **options):
             self.calls += 1
-            if self.refusal is not None:
+            if self.refusal is not None and self.calls > self.good:
                 refusal, self.refusal = self.refusal, None
                 raise refusal
             result = found(*arguments, **options)
@@ -142,6 +142,32 @@ def test_messages_that_were_done_before_one_whose_answer_did_not_come_are_not_do
             client.erase("t", [99])
         client.retry(raised.value)
         np.testing.assert_array_equal(table.lookup(IDS), ONES)
+
+
+@pytest.mark.parametrize("verb", ["apply_gradients", "assign_add", "erase"])
+def test_messages_that_were_done_before_one_that_was_refused_are_not_done_again(local, verb):
+    shards: list[Faulty] = []
+
+    def wrap(store):
+        shards.append(Faulty(store))
+        return shards[-1]
+
+    with local("1-ps", wrap=wrap).connect(chunk_bytes=64) as client:
+        table = client.table("t", **TABLE)
+        ids = np.arange(40)
+        call = {
+            "apply_gradients": lambda: table.apply_gradients(ids, np.full((40, 2), -1, np.float32)),
+            "assign_add": lambda: table.assign_add(ids, np.ones((40, 2), np.float32)),
+            "erase": lambda: table.erase(ids),
+        }[verb]
+        table.assign(ids, 0 * np.ones((40, 2), np.float32))
+        shards[0].good, shards[0].refusal = shards[0].calls + 1, MemoryLimitError("full")
+        with pytest.raises(MemoryLimitError) as raised:
+            call()
+        assert raised.value.unfinished.unknown == (0,)
+        client.retry(raised.value)
+        np.testing.assert_array_equal(table.lookup(ids), np.full((40, 2), verb != "erase", np.float32))
+        assert table.size() == (0 if verb == "erase" else 40)
 
 
 def test_dense_variables_and_the_step_are_completed(faulty):
