@@ -11,6 +11,10 @@ import pytest
 
 FIGURES = {
     "data.read": ("higher", 0.5),
+    "data.parse.instance": ("higher", 30.0),
+    "data.parse.instance.fromstring": ("higher", 1.0),
+    "data.parse.example": ("higher", 30.0),
+    "data.parse.example.fromstring": ("higher", 1.0),
     "data.pipeline.threads": ("higher", 0.85),
     "data.pipeline.memory": ("lower", 1.0),
     "discovery.back": ("lower", 1.0),
