@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import numpy as np
@@ -212,6 +213,15 @@ def test_a_column_of_some_files_is_empty_in_the_others(tables):
     assert [each["new"].tolist() for each in found] == [[[], []], [[5]]]
     with pytest.raises(InvalidRequestError, match=r"'nwe': no column .*there are \['label', 'new', 'user'\]"):
         batches(trilith.data.read(tables).parse({"nwe": Sparse()}))
+
+
+def test_a_parser_that_was_used_is_copied_without_its_tables(tables):
+    spec = ParseSpec(user=Sparse())
+    samples = trilith.data.read(tables).parse(spec)
+    wanted = [each["user"].tolist() for each in batches(samples)]
+    sent = copy.deepcopy(spec)
+    assert sent._parsers == {}
+    assert [each["user"].tolist() for each in batches(trilith.data.read(tables).parse(sent))] == wanted
 
 
 def test_a_given_parser_is_watched_too(tables):

@@ -9,11 +9,10 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from trilith.data.convert import message_of
 from trilith.data.records import Kind, Records
-from trilith.data.stages import Stage
 from trilith.data.tf_example import HINT, is_tf_example
 from trilith.errors import DataError, InvalidRequestError
 
-__all__ = ["Absent", "AbsentFeatures", "Parsing", "SourceColumns", "Watched", "check_absent"]
+__all__ = ["Absent", "AbsentFeatures", "Parsing", "SourceColumns", "check_absent"]
 
 Absent: TypeAlias = Literal["raise", "warn", "allow"]
 """What to do about features that no record has."""
@@ -152,33 +151,6 @@ class AbsentFeatures:
         if absent == "raise":
             raise InvalidRequestError(f"{what}. Is a name misspelt? parse(..., absent='allow') takes it as empty")
         _LOG.warning("%s. Is a name misspelt?", what)
-
-
-class Watched:
-    """A stage behind which is checked what was absent when it ends."""
-
-    def __init__(self, stage: Stage, watch: AbsentFeatures) -> None:
-        self._stage = stage
-        self._watch = watch
-
-    def __next__(self) -> Any:
-        try:
-            return next(self._stage)
-        except StopIteration:
-            self._watch.end()
-            raise
-
-    def state(self) -> Any:
-        """See `Stage`."""
-        return self._stage.state()
-
-    def restore(self, state: Any) -> None:
-        """See `Stage`."""
-        self._stage.restore(state)
-
-    def close(self) -> None:
-        """See `Stage`."""
-        self._stage.close()
 
 
 def _folded(name: str) -> str:

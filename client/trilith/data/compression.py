@@ -13,6 +13,7 @@ from trilith.data.streams import STDIN, ByteStream, open_file, read_once, skip_b
 from trilith.errors import DataError, InvalidRequestError
 
 __all__ = [
+    "MARKS",
     "MAX_SNAPPY_CHUNK",
     "Compression",
     "Sink",
@@ -48,7 +49,7 @@ _ENDINGS = {
     ".zz": Compression.ZLIB,
     ".zlib": Compression.ZLIB,
 }
-_MARKS = {
+MARKS = {
     b"\x28\xb5\x2f\xfd": Compression.ZSTD,
     b"\x1f\x8b": Compression.GZIP,
     b"\x78\x01": Compression.ZLIB,
@@ -56,6 +57,7 @@ _MARKS = {
     b"\x78\x9c": Compression.ZLIB,
     b"\x78\xda": Compression.ZLIB,
 }
+"""What compressed files begin with."""
 _UNREADABLE = (".bz2", ".xz", ".zip", ".lz4", ".7z")
 _UNREADABLE_MARKS = {
     b"BZh": "bzip2",
@@ -134,7 +136,7 @@ def compression_of(
         packed := next((each for mark, each in _UNREADABLE_MARKS.items() if head.startswith(mark)), None)
     ):
         raise DataError(f"{path}: record 0, byte 0: it is packed by {packed}, which is not read: unpack it first")
-    for mark, each in _MARKS.items():
+    for mark, each in MARKS.items():
         if head.startswith(mark) and (each is named or (marked and each is not Compression.ZLIB)):
             return each
     return Compression.NONE

@@ -11,7 +11,7 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from trilith.data.compression import Compression, compression_of, decompressing
+from trilith.data.compression import MARKS, Compression, compression_of, decompressing
 from trilith.data.framing import Framing, Scratch, split_all, split_frames
 from trilith.data.readers import FileFormat, named_format
 from trilith.data.records import Kind, Records
@@ -26,14 +26,6 @@ __all__ = ["Detected", "detect"]
 
 _LOOK = 1 << 20
 _PARSED = 20
-_MAGIC = {
-    b"\x28\xb5\x2f\xfd": Compression.ZSTD,
-    b"\x1f\x8b": Compression.GZIP,
-    b"\x78\x01": Compression.ZLIB,
-    b"\x78\x5e": Compression.ZLIB,
-    b"\x78\x9c": Compression.ZLIB,
-    b"\x78\xda": Compression.ZLIB,
-}
 _CLASSES: dict[Kind, type[Message]] = {
     Kind.INSTANCE: proto_parser_pb2.Instance,
     Kind.EXAMPLE: example_pb2.Example,
@@ -74,7 +66,7 @@ def detect(path: str) -> Detected:
         return Detected(format=FileFormat.PARQUET, kind=Kind.EXAMPLE)
     if named_format(path) is FileFormat.CSV:
         return Detected(format=FileFormat.CSV, compression=compression_of(path, FileFormat.CSV), kind=Kind.EXAMPLE)
-    named = next((each for magic, each in _MAGIC.items() if head.startswith(magic)), None)
+    named = next((each for magic, each in MARKS.items() if head.startswith(magic)), None)
     for compression in (Compression.NONE, Compression.SNAPPY) if named is None else (named, Compression.NONE):
         data, whole = _beginning(path, compression)
         found = _detect_bytes(data, whole) if data else None

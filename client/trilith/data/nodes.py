@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trilith.data.absent import Absent, AbsentFeatures, SourceColumns, Watched
+from trilith.data.absent import Absent, AbsentFeatures, SourceColumns
 from trilith.data.blocks import Blocks
 from trilith.data.choices import OnError
 from trilith.data.files import match_files, shard_files
@@ -25,6 +25,7 @@ from trilith.data.sources import ListedFiles, Memory, Merging, Reading, Streamin
 from trilith.data.specs import Features, FeatureSpec
 from trilith.data.stages import (
     Batching,
+    Ending,
     Noticing,
     Picking,
     Repeating,
@@ -404,7 +405,7 @@ class Parse(Node):
             watch.look(records)
             return batch
 
-        return Watched(mapped(upstream(context), parse, context), watch)
+        return Ending(mapped(upstream(context), parse, context), watch.end)
 
     def length(self, count: int) -> int:
         """See `Node`."""

@@ -847,6 +847,10 @@ class ParseSpec:
         """What is wanted, without the parsers that have been made of it."""
         return partial(type(self), on_error=self._on_error), (self.features,)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without parsers: their tables hold addresses, which mean nothing in another process."""
+        return {**self.__dict__, "_parsers": {}}
+
     @property
     def skipped(self) -> int:
         """Damaged records left out so far."""

@@ -15,6 +15,7 @@ from trilith.data.records import Records
 
 __all__ = [
     "Batching",
+    "Ending",
     "Noticing",
     "Picking",
     "Repeating",
@@ -163,6 +164,21 @@ class Striding(_Counting):
         first = (self._index - self._count) % self._stride
         self._count += len(records)
         return records.take(slice(first, None, self._stride))
+
+
+class Ending(_Step):
+    """The very elements of a stage, and a call when there are no more."""
+
+    def __init__(self, upstream: Stage, ended: Callable[[], None]) -> None:
+        super().__init__(upstream)
+        self._ended = ended
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._upstream)
+        except StopIteration:
+            self._ended()
+            raise
 
 
 class Noticing(_Step):
