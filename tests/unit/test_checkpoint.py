@@ -280,3 +280,11 @@ def test_parts_of_earlier_versions_are_read(tmp_path: Path) -> None:
     assert collected is not None
     assert [part.global_step for part in collected] == [7, 99]
     assert checkpoint.collect_parts(folder, 2, lives={1: "0000bbbb"}) is None
+
+
+def test_a_checkpoint_is_as_of_when_its_first_part_was_begun(tmp_path: Path) -> None:
+    parts = write_parts(str(tmp_path))  # finished at 5.5
+    old = checkpoint.write_manifest(str(tmp_path), parts)
+    assert old.as_of_unix_s == 5.5, "the best that is known of earlier versions' parts"
+    checkpoint.write_manifest(str(tmp_path), [replace(parts[0], began_unix_s=2.5), replace(parts[1], began_unix_s=4.0)])
+    assert checkpoint.read_manifest(str(tmp_path)).as_of_unix_s == 2.5

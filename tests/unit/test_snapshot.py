@@ -647,3 +647,11 @@ def test_a_queue_file_is_read_as_a_queue_or_refused(tmp_path) -> None:
     folder.write("queues.json", b"[" * 100_000)
     with pytest.raises(CheckpointError, match="damaged"):
         queue_files.read(folder, "queues.json")
+
+
+def test_a_part_says_when_it_was_begun(make_store, tmp_path) -> None:
+    (store,) = filled_cluster(make_store, 1)
+    moments = itertools.count(100)
+    snapshot.save_shard(store, str(tmp_path), clock=lambda: float(next(moments)))
+    (part,) = checkpoint.collect_parts(Folder(str(tmp_path)), 1) or []
+    assert (part.began_unix_s, part.finished_unix_s, part.life) == (100.0, 101.0, store.life)
