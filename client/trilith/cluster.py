@@ -146,10 +146,6 @@ class Cluster:
         """What every shard says about itself."""
         return self.everywhere(lambda _, shard, left: shard.describe(timeout_s=left), timeout_s=timeout_s)
 
-    def known(self, index: int) -> int:
-        """The incarnation in which this client knows a shard."""
-        return self._known[index]
-
     def check_incarnations(self, answers: Sequence[ps_pb2.DescribeResponse], *, reading: bool = False) -> None:
         """Raise ShardRestartedError if a shard is no longer in the incarnation that this client knows.
 
