@@ -34,7 +34,9 @@ class Folder:
 
         self.url = absolute(self.url)
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url)
+            # A path on disk is no chain of URLs, even with "::" in a name.
+            chained = "://" not in self.url and "::" in self.url
+            self._fs, self._root = (fsspec.filesystem("file"), self.url) if chained else fsspec.core.url_to_fs(self.url)
         except (ValueError, ImportError) as error:  # no such protocol, or its package is not installed
             raise InvalidRequestError(f"{self.url!r} is no directory or URL that fsspec can open: {error}") from None
         protocol = self._fs.protocol

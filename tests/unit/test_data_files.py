@@ -181,6 +181,16 @@ def test_chains_of_urls(tmp_path):
     assert read(f"simplecache::zip://in/*::{place}") == ["in/p0", "in/p1"]
 
 
+def test_files_are_written_where_they_are_called(tmp_path):
+    for name in ODD:
+        place = tmp_path / "out" / name / f"p {name}"
+        place.parent.mkdir(parents=True)
+        with trilith.data.open_writer(place, format="tfrecord") as out:
+            out.write(Records.of([b"x"], "plaintext"))
+        assert os.listdir(place.parent) == [f"p {name}"]
+        assert read(place) == ["x"]
+
+
 def test_paths_are_strings_or_not(tmp_path, monkeypatch):
     make(tmp_path, "p0", "p1")
     assert read(tmp_path / "p0") == read([tmp_path / "p0"]) == ["p0"]
