@@ -20,6 +20,7 @@ from trilith.folder import Folder
 from trilith_proto import ps_pb2
 from trilith_services.ps import checkpointer, snapshot
 from trilith_services.ps.checkpointer import Checkpointer
+from trilith_services.ps.rounds import Rounds
 
 EPOCH = 1_700_000_040.0  # a whole minute
 
@@ -325,3 +326,11 @@ def test_a_save_that_fails_is_tried_again_at_the_next_tick(
     failed = [record for record in caplog.records if "checkpoint failed" in record.getMessage()]
     assert len(failed) == 1
     assert not any(record.exc_info for record in failed)  # a line, not a traceback
+
+
+def test_ps_that_begin_at_once_begin_the_same_round(url: str) -> None:
+    first, second = (Rounds(url, index, 2, f"0000000{index}", keep=3) for index in range(2))
+    Folder(first.path(60_000)).write("round.00000000000000060000.tmp-1", b"")  # the first is in the middle of beginning
+    assert second.begin(60_000) == 60_000
+    assert first.begin(60_000) == 60_000
+    assert [info.number for info in checkpoint.list_checkpoints(url)] == [60_000]

@@ -79,6 +79,8 @@ class Rounds:
         rounds = [info for info in found if info.round]
         if rounds and not rounds[-1].complete:
             return rounds[-1].number
+        # A directory of this tick that does not say yet what it is: another PS is about to begin the same round.
+        found = [info for info in found if info.complete or info.number != tick]
         number = checkpoint.next_number(found, tick)
         order = checkpoint.next_order(found, number)
         Folder(self.path(number)).write(checkpoint.round_name(order), b"")
