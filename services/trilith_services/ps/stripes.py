@@ -200,8 +200,10 @@ class Stripes:
         """Index memory that `new_rows` more rows, evenly spread, will add."""
         if new_rows == 0:
             return 0
-        filled = (self.columns[:, index.SIZE] + new_rows // STRIPES + 1) / self.columns[:, index.LIMIT]
-        times = np.exp2(np.ceil(np.log2(np.maximum(filled, 1.0))))  # an index grows to twice its size, again and again
+        rows, limits = self.columns[:, index.SIZE] + (new_rows // STRIPES + 1), self.columns[:, index.LIMIT]
+        if (rows <= limits).all():  # as before most writes, each of which asks
+            return 0
+        times = np.exp2(np.ceil(np.log2(np.maximum(rows / limits, 1.0))))  # an index grows to twice its size, again
         return 8 * int((self.columns[:, index.SLOTS] * (times - 1)).sum())
 
     def generation(self, s: int) -> int:
