@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -224,6 +225,30 @@ def test_a_restore_replaces_what_was_there(make_store, tmp_path) -> None:
     store.assign([UpdatePart("other", stray, np.ones((1, 1), np.float32))], Write())
     store.drop_table("other")
     assert content([store]) == content(saved)
+
+
+def test_tables_that_are_made_while_a_checkpoint_is_read_are_not_lost(make_store, tmp_path, monkeypatch) -> None:
+    path = save_all(filled_cluster(make_store, 1), tmp_path / "ckpt")
+    store = make_store()
+    ids = np.array([5], np.uint64)
+    load = snapshot._load_filters
+    rows = 0
+
+    def others_go_on(*args: Any) -> None:
+        load(*args)
+        if "late" not in store.tables:
+            store.create_tables([table_config("late", dim=1, optimizer=Sgd()).proto])
+        if rows:
+            store.assign([UpdatePart("late", ids, np.ones((rows, 1), np.float32))], Write())
+
+    monkeypatch.setattr(snapshot, "_load_filters", others_go_on)  # the last of what is read
+    store.restore(path)
+    assert "late" in store.tables, "it was there when everything was replaced"
+    before, rows = store.incarnation, 1
+    with pytest.raises(InvalidRequestError, match=r"does not hold the tables 'late' \(1 rows\)"):
+        store.restore(path)
+    assert store.contains(IdPart("late", ids)).all()
+    assert store.incarnation == before
 
 
 def test_a_restore_that_would_take_rows_of_one_ps_changes_none(tmp_path) -> None:

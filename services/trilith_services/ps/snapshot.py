@@ -137,8 +137,7 @@ def _restore(store: Store, path: str) -> ps_pb2.RestoreResponse:
     variables = variable_files.read_for(folder, manifest, index, count)
     queues = queue_files.read_for(folder, manifest, index)
     configs = _table_configs(store, folder, parts)
-    here = {name: table for name, table in store.tables.items() if name not in configs}
-    checkpoint.check_nothing_lost(folder.url, {name: len(table) for name, table in here.items()}, configs)
+    checkpoint.check_nothing_lost(folder.url, {name: len(table) for name, table in store.tables.items()}, configs)
     tables: dict[str, Table] = {}
     try:
         for name, config in configs.items():
@@ -149,8 +148,7 @@ def _restore(store: Store, path: str) -> ps_pb2.RestoreResponse:
                     _load_rows(tables[file.table], folder, file, part, index, count, int(store.clock()))
         _load_filters(tables, folder, parts)
         _tell_dropped(store, folder, variables, queues)
-        # Tables that somebody has made, and that are empty yet, stay.
-        store.replace_content({**here, **tables}, variables, queues, manifest.global_step)
+        store.replace_content(tables, variables, queues, manifest.global_step, folder.url)
     except BaseException:
         for table in tables.values():
             table.release()
