@@ -33,11 +33,15 @@ class Folder:
         import fsspec
 
         self.url = absolute(self.url)
+        if "\0" in self.url:
+            raise InvalidRequestError(f"{self.url!r} is no directory or URL: no name has a zero byte")
         try:
             # A path on disk is no chain of URLs, even with "::" in a name.
             chained = "://" not in self.url and "::" in self.url
             self._fs, self._root = (fsspec.filesystem("file"), self.url) if chained else fsspec.core.url_to_fs(self.url)
-        except (ValueError, ImportError) as error:  # no such protocol, or its package is not installed
+        except OSError as error:  # some connect at once
+            raise CheckpointError(f"{self.url} cannot be opened: {error}") from error
+        except Exception as error:  # noqa: BLE001 (no such protocol, no package for it, something that it wants to know)
             raise InvalidRequestError(f"{self.url!r} is no directory or URL that fsspec can open: {error}") from None
         protocol = self._fs.protocol
         self._protocol = protocol if isinstance(protocol, str) else protocol[0]

@@ -165,10 +165,15 @@ def test_table_names_become_safe_file_names() -> None:
     assert checkpoint.file_name("variables", "", 0, 1, "00ff00ff") == "variables.00000-of-00001.00ff00ff.arrow"
 
 
-@pytest.mark.parametrize("url", ["nosuch://bucket/ckpt", "dropbox://folder/ckpt"])
+@pytest.mark.parametrize("url", ["nosuch://bucket/ckpt", "dropbox://folder/ckpt", "github://a/b", "a\0b"])
 def test_a_url_that_cannot_be_opened_is_refused_in_words(url: str) -> None:
-    with pytest.raises(InvalidRequestError, match=r"is no directory or URL that fsspec can open"):
+    with pytest.raises(InvalidRequestError, match=r"is no directory or URL"):
         Folder(url)
+
+
+def test_a_url_whose_server_is_away_is_an_error_of_checkpoints() -> None:
+    with pytest.raises(CheckpointError, match=r"^zip::file:///nowhere/a\.zip cannot be opened: .*No such file"):
+        Folder("zip::file:///nowhere/a.zip")
 
 
 def test_local_paths_become_absolute_and_urls_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
