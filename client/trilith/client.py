@@ -484,7 +484,7 @@ class Client:
     def variables(self, *, timeout_s: float | None = None) -> dict[str, tuple[int, ...]]:
         """Shapes of all dense variables by name, whoever created them.
 
-        PS keep variables flat: a client knows the shape of those that it created, and the size of others, (n,).
+        One whose creator did not give its shape, as older checkpoints have them, is flat, (n,).
         """
         return self._variables.shapes(timeout_s)
 

@@ -20,7 +20,7 @@ __all__ = ["Variables"]
 
 
 class Variables:
-    """The dense variables of one cluster. The PS keep them flat; shapes are those that this client created."""
+    """The dense variables of one cluster. The PS keep them flat, and their shapes for clients to ask."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -43,7 +43,13 @@ class Variables:
         for name, value in values.items():
             flat = value.reshape(-1)
             for partition, piece in enumerate(_cut(flat, partition_sizes(flat.size, cluster.count))):
-                spec = ps_pb2.VariableSpec(name=name, partition=partition, size=piece.size, optimizer=config)
+                spec = ps_pb2.VariableSpec(
+                    name=name,
+                    partition=partition,
+                    size=piece.size,
+                    optimizer=config,
+                    shape=ps_pb2.VariableShape(dims=value.shape),
+                )
                 by_shard.setdefault(partition_owner(name, partition, cluster.count), []).append((spec, piece))
         writes = cluster.writes()
         replies = cluster.fan_out(
@@ -162,15 +168,19 @@ class Variables:
         return partition_sizes(math.prod(self._shapes[name]), self._cluster.count)
 
     def _discover(self, timeout_s: float | None = None) -> None:
-        """Learn of variables that other clients created; their shapes are flat here."""
+        """Learn of variables that other clients created; one whose shape nobody gave is flat."""
         answers = self._cluster.describe(timeout_s=timeout_s)
         self._cluster.check_incarnations(answers, reading=True)
         sizes: dict[str, int] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for answer in answers:
             for spec in answer.variables:
                 sizes[spec.name] = sizes.get(spec.name, 0) + spec.size
+                if spec.HasField("shape"):
+                    shapes[spec.name] = tuple(spec.shape.dims)
         for name, size in sizes.items():
-            self._shapes.setdefault(name, (size,))
+            shape = shapes.get(name, (size,))
+            self._shapes.setdefault(name, shape if math.prod(shape) == size else (size,))
 
 
 def _cut(flat: Float32Array, sizes: Sequence[int]) -> list[Float32Array]:

@@ -869,12 +869,17 @@ class VariableSpec(google.protobuf.message.Message):
     PARTITION_FIELD_NUMBER: builtins.int
     SIZE_FIELD_NUMBER: builtins.int
     OPTIMIZER_FIELD_NUMBER: builtins.int
+    SHAPE_FIELD_NUMBER: builtins.int
     name: builtins.str
     partition: builtins.int
     size: builtins.int
     """Floats."""
     @property
     def optimizer(self) -> trilith_proto.hash_table_pb2.OptimizerConfig: ...
+    @property
+    def shape(self) -> global___VariableShape:
+        """Of the whole variable, as whoever created it gave it; not set: unknown. Says nothing to the PS."""
+
     def __init__(
         self,
         *,
@@ -882,11 +887,30 @@ class VariableSpec(google.protobuf.message.Message):
         partition: builtins.int = ...,
         size: builtins.int = ...,
         optimizer: trilith_proto.hash_table_pb2.OptimizerConfig | None = ...,
+        shape: global___VariableShape | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["optimizer", b"optimizer"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "optimizer", b"optimizer", "partition", b"partition", "size", b"size"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["optimizer", b"optimizer", "shape", b"shape"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "optimizer", b"optimizer", "partition", b"partition", "shape", b"shape", "size", b"size"]) -> None: ...
 
 global___VariableSpec = VariableSpec
+
+@typing.final
+class VariableShape(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIMS_FIELD_NUMBER: builtins.int
+    @property
+    def dims(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """None: a single number."""
+
+    def __init__(
+        self,
+        *,
+        dims: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dims", b"dims"]) -> None: ...
+
+global___VariableShape = VariableShape
 
 @typing.final
 class CreateVariablesRequest(google.protobuf.message.Message):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import trilith.routing
+from tests.congruence.clusters import LocalCluster
 from trilith.errors import CheckpointError, InvalidRequestError, NonFiniteError, TableExistsError
 from trilith.tables import Adagrad, Adam, RandomUniform, Sgd
 from trilith_proto import hash_table_pb2
@@ -24,6 +25,25 @@ def test_variables_come_back_in_their_shapes(client, name):
         np.testing.assert_array_equal(pulled[key], value)
         assert pulled[key].shape == np.shape(value)
         assert pulled[key].flags.writeable
+
+
+def test_other_clients_know_the_shapes_also_after_a_restore(tmp_path):
+    shapes = {"w": (3, 5), "s": (), "large": (3, 400_000)}
+    values = {name: np.full(shape, 2.5, np.float32) for name, shape in shapes.items()}
+    with LocalCluster("3-ps") as cluster:
+        with cluster.connect() as client:
+            client.create_variables(values, optimizer=Sgd(learning_rate=0.1))
+            client.save(str(tmp_path / "ckpt"))
+        with cluster.connect() as other:
+            assert other.variables() == shapes
+            for name, value in other.pull_variables()[0].items():
+                np.testing.assert_array_equal(value, values[name])
+            flat = {name: np.zeros(np.size(value), np.float32) for name, value in values.items()}
+            assert not any(other.create_variables(flat, optimizer=Sgd(learning_rate=0.1)).values())
+    with LocalCluster("1-ps") as cluster, cluster.connect() as client:
+        client.restore(str(tmp_path / "ckpt"))
+        with cluster.connect() as other:
+            assert other.variables() == shapes
 
 
 def test_creating_again_keeps_the_values(client, name):
@@ -114,7 +134,7 @@ def test_another_client_finds_variables_and_their_values(local, shape, name):
         one.global_step(set_to=12)
         values, step = other.pull_variables()
         assert step == 12
-        np.testing.assert_array_equal(values["w"], floats(6).reshape(-1))
+        np.testing.assert_array_equal(values["w"], floats(2, 3))
         other.apply_dense_gradients({"b": floats(3)})
         np.testing.assert_array_equal(one.pull_variables(["b"])[0]["b"], np.zeros(3))
 

@@ -1,7 +1,8 @@
 """The Arrow IPC files of a checkpoint that hold dense variables: one row per partition on one PS.
 
 Columns: `name` string, `partition` uint32, `optimizer` binary (serialized OptimizerConfig), `values` and `state`
-large_list<float32>, `slots` list<struct<name, floats>> (how `state` is divided).
+large_list<float32>, `slots` list<struct<name, floats>> (how `state` is divided), `shape` list<list<uint64>> (of
+the whole variable; none: unknown). Version 1 has no `shape`.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from trilith_services.ps.variables import VariableState
 __all__ = ["place", "read", "read_for", "read_parts", "write"]
 
 FORMAT = "trilith-variables"
-VERSION = 1
+VERSION = 2
 
 _FLOATS = pa.large_list(pa.float32())
-_SCHEMA = pa.schema(
-    [
-        pa.field("name", pa.string(), nullable=False),
-        pa.field("partition", pa.uint32(), nullable=False),
-        pa.field("optimizer", pa.binary(), nullable=False),
-        pa.field("values", _FLOATS, nullable=False),
-        pa.field("state", _FLOATS, nullable=False),
-        pa.field("slots", pa.list_(pa.struct([("name", pa.string()), ("floats", pa.uint64())])), nullable=False),
-    ],
-    metadata={"trilith.format": FORMAT, "trilith.version": str(VERSION)},
-)
+_COLUMNS = [
+    pa.field("name", pa.string(), nullable=False),
+    pa.field("partition", pa.uint32(), nullable=False),
+    pa.field("optimizer", pa.binary(), nullable=False),
+    pa.field("values", _FLOATS, nullable=False),
+    pa.field("state", _FLOATS, nullable=False),
+    pa.field("slots", pa.list_(pa.struct([("name", pa.string()), ("floats", pa.uint64())])), nullable=False),
+    pa.field("shape", pa.list_(pa.list_(pa.uint64())), nullable=False),
+]
+_SCHEMA = pa.schema(_COLUMNS, metadata={"trilith.format": FORMAT, "trilith.version": str(VERSION)})
+_SCHEMA_1 = pa.schema(_COLUMNS[:-1], metadata={"trilith.format": FORMAT, "trilith.version": "1"})
 
 
 def write(folder: Folder, name: str, states: Iterable[VariableState]) -> FileRecord:
@@ -55,6 +56,9 @@ def _batch(state: VariableState) -> Any:
             _one_list(state.values),
             _one_list(state.state),
             pa.array([[{"name": slot, "floats": floats} for slot, floats in state.slots]], _SCHEMA.field("slots").type),
+            pa.array(
+                [[list(state.spec.shape.dims)] if state.spec.HasField("shape") else []], _SCHEMA.field("shape").type
+            ),
         ],
         schema=_SCHEMA,
     )
@@ -69,8 +73,8 @@ def read(folder: Folder, name: str) -> list[VariableState]:
     """Read a file's partitions."""
     where = folder.path(name)
     with open_arrow(folder, name) as reader:
-        if not reader.schema.equals(_SCHEMA, check_metadata=True):
-            raise CheckpointError(f"{where}: not a file of format {FORMAT!r}, version {VERSION}")
+        if not any(reader.schema.equals(schema, check_metadata=True) for schema in (_SCHEMA, _SCHEMA_1)):
+            raise CheckpointError(f"{where}: not a file of format {FORMAT!r}, version {VERSION} or 1")
         states: list[VariableState] = []
         for batch in checked_batches(reader, where):
             with as_damage(where):
@@ -89,12 +93,16 @@ def _state(batch: Any) -> VariableState:
         or sum(floats for _, floats in slots) != state.size
     ):
         raise ValueError(f"{state.size} words of optimizer state in slots of {slots}")
+    shapes = batch.column(6)[0].as_py() if batch.num_columns > 6 else []
+    if len(shapes) > 1 or any(dims is None or None in dims for dims in shapes):
+        raise ValueError(f"shapes {shapes}, not one")
     return VariableState(
         spec=ps_pb2.VariableSpec(
             name=batch.column(0)[0].as_py(),
             partition=batch.column(1)[0].as_py(),
             size=values.size,
             optimizer=hash_table_pb2.OptimizerConfig.FromString(batch.column(2)[0].as_py()),
+            shape=ps_pb2.VariableShape(dims=shapes[0]) if shapes else None,
         ),
         values=values,
         state=state,

@@ -78,10 +78,11 @@ class Variables:
         with self._lock:
             for partition in made:
                 known = self._partitions.get(_key(partition.spec))
-                if known is not None and known.spec != partition.spec:
+                if known is not None and not _alike(known.spec, partition.spec):
                     raise TableExistsError(
                         f"variable {partition.spec.name!r} partition {partition.spec.partition} exists "
-                        f"with another config: {tell(field_differences(known.spec, partition.spec), 'here', 'asked')}"
+                        "with another config: "
+                        + tell(field_differences(_shapeless(known.spec), _shapeless(partition.spec)), "here", "asked")
                     )
             fresh = {_key(each.spec): each for each in reversed(made) if _key(each.spec) not in self._partitions}
             if fresh:
@@ -213,3 +214,15 @@ def _bytes(partitions: Iterable[Partition]) -> int:
 
 def _key(spec: ps_pb2.VariableSpec) -> tuple[str, int]:
     return spec.name, spec.partition
+
+
+def _shapeless(spec: ps_pb2.VariableSpec) -> ps_pb2.VariableSpec:
+    """The spec without its shape: values are kept flat, whatever shape a client gives them."""
+    bare = ps_pb2.VariableSpec()
+    bare.CopyFrom(spec)
+    bare.ClearField("shape")
+    return bare
+
+
+def _alike(one: ps_pb2.VariableSpec, other: ps_pb2.VariableSpec) -> bool:
+    return one == other or _shapeless(one) == _shapeless(other)
