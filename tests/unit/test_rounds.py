@@ -231,6 +231,22 @@ def test_a_ps_that_is_started_again_completes_the_round_that_waits_for_it(
     assert seen.times[-1] > 500
 
 
+def test_a_ps_that_starts_first_does_not_complete_a_round_from_before_the_stop(world: World, url: str) -> None:
+    first, last = (FakePs(world, url, index, 2, fixed(1.0)) for index in range(2))
+    again = FakePs(world, url, 0, 2, fixed(1.0))
+    again.store.life = again.checkpointer._rounds._life = "00000abc"
+    world.start(lambda: first.serve(until=130.0, then_stop=True))
+    world.start(lambda: last.serve(until=290.0, then_stop=True))  # it has begun a round that it does not end with
+    world.start(lambda: again.serve(until=500.0), after=300.0)
+    chosen = []
+    for after in (299.0, 400.0):
+        world.start(lambda: chosen.append(checkpoint.newest_complete(url)), after=after)
+    world.run()
+    assert chosen[0] is not None
+    assert chosen[1] == chosen[0], "whoever starts later restores what the first has restored"
+    assert checkpoint.read_manifest(chosen[0].path).parts[1].global_step == last.store.state
+
+
 def test_parts_of_a_ps_that_lost_its_place_do_not_count(world: World, url: str, caplog: Any) -> None:
     stays = FakePs(world, url, 0, 2, fixed(1.0))
     lost = FakePs(world, url, 1, 2, fixed(30.0))

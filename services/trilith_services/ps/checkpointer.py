@@ -190,16 +190,18 @@ class Checkpointer:
             self._leave_to_other()
             return every_s
         newest = self._rounds.newest()
-        if newest is not None and not newest.complete:
+        # Others wait in a round that this process may not join: they need another one now.
+        awaited = newest is not None and not newest.complete and not self._rounds.open(newest)
+        if newest is not None and not newest.complete and not awaited:
             self._unsure = True
             if not self._rounds.has_part(newest):
                 return 0.0 if self.write(newest.number) else every_s
             if not self._finish(newest, now):
                 return self._wait(newest.number, now)
-        if newest is not None and newest.number != self._known:
+        if newest is not None and newest.number != self._known and not awaited:
             self._note(newest)
         self._unsure = False
-        if now * 1000 < self._due:
+        if now * 1000 < self._due and not awaited:
             return self._due / 1000 - now
         number = self._rounds.begin(int(now * 1000) // self._every_ms * self._every_ms)
         self._due = self._tick_after(now)

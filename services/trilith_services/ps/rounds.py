@@ -1,8 +1,8 @@
 """Rounds: how the PS of a cluster agree, through the checkpoint directory alone, which checkpoint they write next.
 
 A round is a checkpoint in which all PS take part by themselves. Nobody begins one while another waits for parts: who
-comes late finds it and joins, so a round takes as long as its slowest PS, and every round becomes complete. Should
-several have been begun at once, all join the last one.
+comes late finds it and joins, so a round takes as long as its slowest PS, and every round becomes complete. Only a PS
+that has started since begins another one. Should several have been begun at once, all join the last one.
 """
 
 from __future__ import annotations
@@ -50,10 +50,18 @@ class Rounds:
         self._life = life
         self._keep = keep
         self._clock = clock
+        self._before: frozenset[int] = frozenset()  # rounds that were open when this process became the PS
 
     def register(self) -> None:
-        """Be this PS: what an earlier process of it has written or still writes no longer counts."""
+        """Be this PS: what an earlier process of it has written or still writes no longer counts.
+
+        Rounds that wait for parts now are not joined by this process. After a stop of the whole cluster they may hold
+        parts from before the last changes of PS that have not started again yet: with a part of this one they would be
+        complete, and newer than what this one restores.
+        """
         checkpoint.write_holder(self._folder.url, self._index, self._count, self._life)
+        found = checkpoint.list_checkpoints(self._folder.url)
+        self._before = frozenset(info.number for info in found if info.round and not info.complete)
 
     @property
     def held(self) -> bool:
@@ -69,6 +77,10 @@ class Rounds:
         rounds = [info for info in checkpoint.list_checkpoints(self._folder.url) if info.round]
         return rounds[-1] if rounds else None
 
+    def open(self, info: CheckpointInfo) -> bool:
+        """Whether the round waits for parts, and this process may take part in it."""
+        return not info.complete and info.number not in self._before
+
     def has_part(self, info: CheckpointInfo) -> bool:
         """Whether this process has written its part."""
         return checkpoint.part_name(self._index, self._count, self._life) in info.names
@@ -77,10 +89,10 @@ class Rounds:
         """Begin a round named after `tick`, Unix milliseconds; returns its number, or that of one begun meanwhile."""
         found = checkpoint.list_checkpoints(self._folder.url)
         rounds = [info for info in found if info.round]
-        if rounds and not rounds[-1].complete:
+        if rounds and self.open(rounds[-1]):
             return rounds[-1].number
         # A directory of this tick that does not say yet what it is: another PS is about to begin the same round.
-        found = [info for info in found if info.complete or info.number != tick]
+        found = [info for info in found if info.number != tick or not self.open(info)]
         number = checkpoint.next_number(found, tick)
         order = checkpoint.next_order(found, number)
         Folder(self.path(number)).write(checkpoint.round_name(order), b"")
@@ -168,7 +180,7 @@ class Rounds:
             number = mine
         else:
             newest = self.newest()
-            pending = newest is not None and not newest.complete and not self.has_part(newest)
+            pending = newest is not None and self.open(newest) and not self.has_part(newest)
             number = newest.number if newest is not None and pending else self.begin(tick)
         if number != mine:
             checkpoint.mark_leaving(self._folder.url, self._index, self._count, number)
