@@ -390,6 +390,7 @@ def test_sizes_ages_and_counts_read_well() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["ps", "--memory-limit", "0.5"], "--memory-limit: '0.5' is not a size; write 512M, 16G or a number of bytes"),
         (["ps", "--memory-limit", "12Q"], "--memory-limit: '12Q' is not a size; write 512M, 16G or a number of bytes"),
         (["ps", "--max-message", "5G"], "--max-message: '5G' is outside 1..2047M"),
         (["ps", "--checkpoint-every", "5"], "--checkpoint-every 5 needs --checkpoint-dir"),
