@@ -52,6 +52,20 @@ def test_a_page_of_a_dump_is_bounded_in_rows_and_bytes(monkeypatch: pytest.Monke
     store.close()
 
 
+def test_the_room_that_is_kept_for_indexes_is_enough_for_rows_as_chance_spreads_them() -> None:
+    store = Store(threads=1)
+    store.create_tables([config(dim=3)])
+    table = store.table("t")
+    stripes, step = table._stripes, 97 if JIT_DISABLED else 997
+    for start in range(0, 60 * step, step):
+        expected = stripes.growth_bytes(step) + step * stripes.row_bytes
+        before = table.memory_bytes
+        ids = np.arange(start, start + step, dtype=np.uint64)
+        store.assign([UpdatePart("t", ids, np.ones((step, 3), np.float32))], ANY_WRITE)
+        assert table.memory_bytes - before <= expected, f"rows {start} to {start + step}"
+    store.close()
+
+
 def test_the_bounds_themselves_hold_back_a_large_table() -> None:
     assert store_module._PAGE_ROWS <= 100_000
     assert store_module._PAGE_BYTES <= 16 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
@@ -197,10 +198,12 @@ class Stripes:
         return self._layout.row_bytes + self._layout.state_bytes + _TIME_BYTES
 
     def growth_bytes(self, new_rows: int) -> int:
-        """Index memory that `new_rows` more rows, evenly spread, will add."""
+        """Index memory that `new_rows` more rows, spread by chance, will add at most."""
         if new_rows == 0:
             return 0
-        rows, limits = self.columns[:, index.SIZE] + (new_rows // STRIPES + 1), self.columns[:, index.LIMIT]
+        mean = new_rows / STRIPES
+        most = min(new_rows, int(mean + 5 * math.sqrt(mean)) + 1)
+        rows, limits = self.columns[:, index.SIZE] + most, self.columns[:, index.LIMIT]
         if (rows <= limits).all():  # as before most writes, each of which asks
             return 0
         times = np.exp2(np.ceil(np.log2(np.maximum(rows / limits, 1.0))))  # an index grows to twice its size, again
