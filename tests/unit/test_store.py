@@ -37,6 +37,25 @@ def part(table, ids, dim=4):
     return UpdatePart(table, ids, np.ones((ids.size, dim), np.float32))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_write_that_asks_for_room_in_the_middle_of_a_clear_is_done(make_store, monkeypatch):
+    store = make_store(memory_limit_bytes=10_000_000)
+    store.create_tables([config("a")])
+    table = store.table("a")
+    point, sizes = table._stripes._point, []
+
+    def ask(s):  # of a clear, before this stripe has an index
+        sizes.append(table.expect(100, all_new=True))
+        table.unexpect(100)
+        point(s)
+
+    monkeypatch.setattr(table._stripes, "_point", ask)
+    table.clear()
+    assert len(sizes) == table.stripes
+    assert max(sizes) <= 2 * store.budget.used + 100 * table._stripes.row_bytes
+    assert table._pending == 0
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 

@@ -203,10 +203,12 @@ class Stripes:
             return 0
         mean = new_rows / STRIPES
         most = min(new_rows, int(mean + 5 * math.sqrt(mean)) + 1)
-        rows, limits = self.columns[:, index.SIZE] + most, self.columns[:, index.LIMIT]
+        # Copied: others go on meanwhile, and while `clear` makes new indexes some have no limit, and no rows to come.
+        rows, limits = self.columns[:, index.SIZE] + most, self.columns[:, index.LIMIT].copy()
         if (rows <= limits).all():  # as before most writes, each of which asks
             return 0
-        times = np.exp2(np.ceil(np.log2(np.maximum(rows / limits, 1.0))))  # an index grows to twice its size, again
+        filled = np.where(limits > 0, rows / np.maximum(limits, 1), 1.0)
+        times = np.exp2(np.ceil(np.log2(np.maximum(filled, 1.0))))  # an index grows to twice its size, again and again
         return 8 * int((self.columns[:, index.SLOTS] * (times - 1)).sum())
 
     def generation(self, s: int) -> int:

@@ -697,8 +697,9 @@ class Table:
         """
         with self._time_lock:
             freed = 0 if all_new else max(0, self._stripes.freed_rows - self._pending)
+            growth = self._stripes.growth_bytes(self._pending + rows)
             self._pending += rows
-            return max(0, rows - freed) * self._stripes.row_bytes + self._stripes.growth_bytes(self._pending)
+            return max(0, rows - freed) * self._stripes.row_bytes + growth
 
     def unexpect(self, rows: int) -> None:
         """Undo `expect`: the write has ended."""
