@@ -162,11 +162,6 @@ def ps(
             checkpoint_dir,
         )
     tune_allocator()
-    if checkpoint_dir is not None and not checkpoint_every:
-        logging.getLogger(__name__).warning(
-            "--checkpoint-dir without --checkpoint-every: a checkpoint is written at an orderly stop only, and a PS "
-            "that is killed loses all since it started"
-        )
     options = PsOptions(
         limits=limits(
             rpc_threads=rpc_threads, max_queue=max_queue, max_message=max_message, drain=drain, reflection=reflection

@@ -243,17 +243,21 @@ class Table:
                 with stripes.reading:
                     if generation != stripes.generation(s):
                         generation, place, again = stripes.generation(s), 0, again + 1
-                        before = np.concatenate([before, *taken])
+                        before = np.sort(np.concatenate([np.empty(0, np.uint64), *taken]))
                     slots, places = int(stripes.columns[s, index.SLOTS]), int(stripes.places[s])
                     # The stash comes whole: its entries change their places. So does all, after some rebuilds.
                     end = places if place + RANGE >= slots or again > _MOST_AGAIN else place + RANGE
                     ids, addresses, times, _ = self._scan(s, place, end, end - place)
                     piece = copy(ids, addresses, times)
-                    strangers = [before, *scan.erased]
+                    erased = list(scan.erased)
                 place = end
                 kept = None
-                if sum(map(len, strangers)):
-                    kept = ~np.isin(ids, np.concatenate(strangers))
+                if len(before):
+                    kept = before[np.minimum(np.searchsorted(before, ids), len(before) - 1)] != ids
+                if erased:
+                    left = ~np.isin(ids, np.concatenate(erased))
+                    kept = left if kept is None else kept & left
+                if kept is not None:
                     ids = ids[kept]
                 taken.append(ids)
                 yield piece, kept
