@@ -41,6 +41,8 @@ __all__ = ["parts_for", "restore_shard", "save_shard", "verify"]
 
 log = logging.getLogger(__name__)
 
+_LEAST_ROW = 12  # bytes of an id and a time
+
 # Checksums of several files at once: google_crc32c lets go of the interpreter lock.
 CHECK_THREADS = 2
 
@@ -140,8 +142,9 @@ def _restore(store: Store, path: str) -> ps_pb2.RestoreResponse:
     checkpoint.check_nothing_lost(folder.url, {name: len(table) for name, table in store.tables.items()}, configs)
     tables: dict[str, Table] = {}
     try:
+        expected = _expected_rows(parts, index, count)
         for name, config in configs.items():
-            tables[name] = _new_table(store, config, folder)
+            tables[name] = _new_table(store, config, folder, expected.get(name, 0))
         for part in parts:
             for file in part.files:
                 if file.kind == "rows":
@@ -183,9 +186,23 @@ def _tell_dropped(
         )
 
 
-def _new_table(store: Store, config: ps_pb2.TableConfig, folder: Folder) -> Table:
+def _expected_rows(parts: Sequence[Part], index: int, count: int) -> dict[str, int]:
+    """About how many rows of each table are for shard `index` of `count`, by what the manifest says of these parts.
+
+    Never more than their files can hold, whatever the manifest says.
+    """
+    rows: dict[str, int] = {}
+    for part in parts:
+        share = math.gcd(part.shard_count, count) / count
+        for file in part.files:
+            if file.kind == "rows":
+                rows[file.table] = rows.get(file.table, 0) + int(min(file.rows, file.bytes // _LEAST_ROW) * share)
+    return rows
+
+
+def _new_table(store: Store, config: ps_pb2.TableConfig, folder: Folder, rows: int) -> Table:
     try:
-        return store.new_table(config)
+        return store.new_table(config, rows=rows)
     except (InvalidRequestError, MemoryError, OverflowError) as error:
         raise CheckpointError(
             f"{folder.url}: table {config.name!r} has a config that this PS cannot have: {error}"

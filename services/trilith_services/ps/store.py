@@ -501,8 +501,11 @@ class Store:
         compile_common_kernels()
         entries.compile_kernels()
 
-    def new_table(self, config: ps_pb2.TableConfig) -> Table:
-        """A compiled table that shares this store's budget and threads but is not in it yet; for `snapshot`."""
+    def new_table(self, config: ps_pb2.TableConfig, *, rows: int = 0) -> Table:
+        """A compiled table that shares this store's budget and threads but is not in it yet; for `snapshot`.
+
+        `rows` says how many rows are about to come, if that is known.
+        """
         check_table_config(config)  # before there is a filter of any size
         try:
             gate = filters.make_filter(config)
@@ -511,7 +514,7 @@ class Store:
                 f"table {config.name!r}: this machine cannot hold a filter of {config.filter_capacity} ids: {error}"
             ) from None
         beside = gate.memory_bytes if gate is not None else 0
-        table = Table(config, gate=gate, budget=self.budget, pool=self._pool, beside_bytes=beside)
+        table = Table(config, gate=gate, budget=self.budget, pool=self._pool, beside_bytes=beside, rows=rows)
         if self.budget.limit and self.budget.used > self.budget.limit:
             table.release()
             if not self.budget.make_room(table.charged_bytes):
@@ -521,7 +524,7 @@ class Store:
                     f"{self.budget.used} of the {self.budget.limit} bytes of this PS are in use; initial_capacity and "
                     "filter_capacity make them smaller"
                 )
-            table = Table(config, gate=gate, budget=self.budget, pool=self._pool, beside_bytes=beside)
+            table = Table(config, gate=gate, budget=self.budget, pool=self._pool, beside_bytes=beside, rows=rows)
         if table.memory_bytes > psutil.virtual_memory().total:
             table.release()
             raise MemoryLimitError(

@@ -86,6 +86,7 @@ class Table:
         budget: MemoryBudget | None = None,
         pool: Executor | None = None,
         beside_bytes: int = 0,
+        rows: int = 0,
     ) -> None:
         """Make an empty table.
 
@@ -95,6 +96,7 @@ class Table:
             budget: What the rows and indexes are charged to.
             pool: Where half of a large batch runs.
             beside_bytes: What it has beside rows and indexes, its gate above all, and is charged for.
+            rows: How many rows are about to come, if that is known: their index is made at once, not grown to.
         """
         self.config = config
         self.name = config.name
@@ -108,7 +110,7 @@ class Table:
         self._lifetimes = _lifetimes(config)
         self._time_lock = threading.Lock()
         self._compacting = threading.Lock()
-        self._stripes = Stripes(self.layout, config.hash_table.initial_capacity, pool)
+        self._stripes = Stripes(self.layout, max(config.hash_table.initial_capacity, rows), pool)
         self._at = self._stripes.address
         self._work_bytes = work_bytes(self.dim)
         self._plan = address_of(self.layout.plan)
