@@ -335,6 +335,8 @@ class Client:
     def dump_entries(self, table: str, *, page: int = 1000, timeout_s: float | None = None) -> Iterator[bytes]:
         """Every row of a table as a serialized EntryDump with its id, shard by shard, up to `page` rows at a time.
 
+        Of a table that is written to meanwhile some rows may be left out and others come twice, unlike with `save`.
+
         Args:
             table: Which table.
             page: Rows that one call brings at most.

@@ -205,6 +205,32 @@ def test_rows_that_a_wrong_clock_dated_ahead_live_no_longer_than_others(tmp_path
         store.close()
 
 
+def test_rows_restored_by_a_clock_that_is_behind_keep_their_times(tmp_path) -> None:
+    """As on a machine that has not heard of the time yet: when it has, the rows must not all expire at once."""
+    clock, ids = [float(NOW)], np.array([1, 2], np.uint64)
+    stores = [Store(threads=1, clock=lambda: clock[0]) for _ in range(2)]
+    stores[0].create_tables([table_config("t", dim=1, optimizer=Sgd(), ttl_days=3).proto])
+    stores[0].assign([UpdatePart("t", ids, np.ones((2, 1), np.float32))], Write())
+    path = str(tmp_path / "ckpt")
+    response = stores[0].save(path)
+    checkpoint.write_manifest(path, [checkpoint.part_of(0, 1, response, finished_unix_s=NOW + 5)])
+    clock[0] = 1e9
+    stores[1].restore(path)
+    clock[0] = NOW + 60.0
+    assert stores[1].evict([], Write()) == {"t": 0}
+    clock[0] = NOW + 4 * 86_400.0
+    assert stores[1].evict([], Write()) == {"t": 2}
+    for store in stores:
+        store.close()
+
+
+def test_what_is_no_checkpoint_is_left_as_it_is(make_store, tmp_path) -> None:
+    missing = tmp_path / "ckpt-00000000000000000007"
+    with pytest.raises(CheckpointError):
+        make_store().restore(str(missing))
+    assert not missing.exists()
+
+
 def test_a_restore_replaces_what_was_there(make_store, tmp_path) -> None:
     saved = filled_cluster(make_store, 1)
     path = save_all(saved, tmp_path / "ckpt")

@@ -24,7 +24,7 @@ from trilith.checkpoint import FileRecord, Manifest, Part
 from trilith.differences import field_differences, same_table, tell
 from trilith.errors import CheckpointError, InvalidRequestError, TableExistsError
 from trilith.folder import Folder
-from trilith.times import MAX_TIME
+from trilith.times import MAX_AHEAD_S, MAX_TIME
 from trilith_proto import ps_pb2
 from trilith_services.ps import queue_files, row_files, variable_files
 from trilith_services.ps.filter_snapshot import load_filter, write_filter
@@ -124,6 +124,7 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
         TableExistsError: A table exists with another config; nothing was changed.
         InvalidRequestError: A table that the checkpoint does not know has rows; nothing was changed.
     """
+    checkpoint.read_manifest(path)  # a directory that is no checkpoint stays as it is
     with checkpoint.hold(path):
         return _restore(store, path)
 
@@ -320,10 +321,12 @@ def _table_configs(store: Store, folder: Folder, parts: list[Part]) -> dict[str,
 def _load_rows(table: Table, folder: Folder, file: FileRecord, part: Part, index: int, count: int, now: int) -> None:
     """Load the rows that this shard owns.
 
-    Times ahead of `now`, this shard's clock, become `now`: they come from a clock that was wrong, and such a row would
-    outlive all others.
+    A time more than a day ahead both of `now`, this shard's clock, and of the part's end comes from a clock that was
+    wrong, and such a row would outlive all others: it becomes the later of the two. Where this clock is behind, as
+    before a machine has heard of the time, rows keep theirs: they would all be gone when it is put right.
     """
     ahead = 0
+    newest = min(max(now, int(min(part.finished_unix_s, MAX_TIME))), MAX_TIME)
     with row_files.open_rows(folder, file.name) as rows_file:
         if (rows_file.dim, rows_file.state_floats) != (table.dim, table.layout.state_floats):
             raise CheckpointError(
@@ -334,15 +337,16 @@ def _load_rows(table: Table, folder: Folder, file: FileRecord, part: Part, index
             _check_owner(folder, file, part, rows)
             if part.shard_count != count:
                 rows = rows.take(rows.ids % np.uint64(count) == index)
-            late = rows.last_update > now
+            late = rows.last_update > newest + MAX_AHEAD_S
             if late.any():
                 ahead += int(np.count_nonzero(late))
-                rows = replace(rows, last_update=np.minimum(rows.last_update, np.uint32(min(now, MAX_TIME))))
+                rows = replace(rows, last_update=np.where(late, np.uint32(newest), rows.last_update))
             table.import_rows(rows)
-        table.raise_max_update_time(min(rows_file.max_update_time, now))
+        latest = rows_file.max_update_time
+        table.raise_max_update_time(newest if latest > newest + MAX_AHEAD_S else latest)
     if ahead:
         log.warning(
-            "rows with a time ahead of this PS's clock; they count as updated now",
+            "rows with a time ahead of this PS's clock and of the checkpoint; they count as updated with it",
             extra={"path": folder.path(file.name), "rows": ahead},
         )
 
