@@ -286,9 +286,10 @@ class Client:
         Raises:
             InvalidRequestError: The error is not of a write that some shard may have done.
         """
-        if error.unfinished is None:
+        unfinished = getattr(error, "unfinished", None)  # of another library's error, too
+        if unfinished is None:
             raise InvalidRequestError(f"{type(error).__name__} has no unfinished write: call what raised it again")
-        error.unfinished.again(timeout_s)
+        unfinished.again(timeout_s)
 
     # ---- ids of one table --------------------------------------------------------------------------------------------
 

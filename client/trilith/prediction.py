@@ -173,6 +173,9 @@ class Predictor:
             kind, records = records.kind.value, records.payloads()  # type: ignore[assignment]
         if kind not in ("example", "instance"):
             raise InvalidRequestError(f"records of kind {kind!r} cannot be scored; 'example' and 'instance' can")
+        odd = [type(each).__name__ for each in records if not isinstance(each, bytes)]
+        if odd:
+            raise InvalidRequestError(f"a record is a {odd[0]}; serialized messages are bytes")
         request = serving_pb2.PredictRequest(
             kind=serving_pb2.EXAMPLE if kind == "example" else serving_pb2.INSTANCE, records=records
         )

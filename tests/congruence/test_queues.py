@@ -191,6 +191,14 @@ def shared(client, name, parts, worker):
     return dataset.share(client, name, worker=f"{worker}-{name}", lease_s=LEASE)
 
 
+def test_a_queue_that_has_nothing_left_is_told_of(client, name, parts, caplog):
+    assert [int(each) for each in shared(client, name, parts, "first")] == ALL
+    assert not caplog.records
+    assert list(shared(client, name, parts, "first")) == []  # a job that is run again
+    (told,) = (each.getMessage() for each in caplog.records)
+    assert told.startswith(f"queue '{name}/0' had no file for this worker: others, or an earlier run, took all")
+
+
 def test_workers_that_share_a_queue_read_every_file_once(client, name, parts):
     found = [[], []]
     threads = [

@@ -197,3 +197,5 @@ def test_what_was_refused_everywhere_or_changed_nothing_has_nothing_to_go_on_wit
         assert raised.value.unfinished is None
         with pytest.raises(InvalidRequestError, match="has no unfinished write"):
             client.retry(raised.value)
+    with pytest.raises(InvalidRequestError, match="ValueError has no unfinished write"):
+        client.retry(ValueError("of something else"))

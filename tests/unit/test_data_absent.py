@@ -319,3 +319,12 @@ def test_ids_of_any_kind_and_number_are_those_of_the_messages():
     spec = ParseSpec({"u": Sparse()})
     for part in (slice(0, 3), slice(0, 7), slice(3, 4), slice(4, 7)):
         assert spec.parse(Records.of(payloads[part], "example"))["u"].tolist() == wanted[part]
+
+
+def test_a_label_column_of_another_name_is_pointed_to(tmp_path):
+    pq.write_table(pa.table({"user": [7], "click": [1]}), tmp_path / "t.parquet")
+    samples = trilith.data.read(str(tmp_path / "t.parquet"))
+    with pytest.raises(InvalidRequestError, match=r"Dense\(\) reads 'click' as numbers"):
+        batches(samples.parse({"user": Sparse(), "click": Label()}))
+    (batch,) = batches(samples.parse({"click": Dense()}))
+    assert batch["click"].tolist() == [[1.0]]

@@ -165,6 +165,13 @@ def test_columns_that_cannot_be_are_refused(parquet, options, wrong):
         Column("x", "double")
 
 
+@pytest.mark.parametrize("header", ["label,user", 2, True])
+def test_a_header_that_is_no_list_of_names_is_refused(tmp_path, header):
+    (tmp_path / "t.csv").write_text("1,2\n")
+    with pytest.raises(InvalidRequestError, match="header=.*give a list of names"):
+        open_records(str(tmp_path / "t.csv"), kind="example", header=header)
+
+
 def test_a_line_id_field_takes_exactly_one_value(tmp_path):
     path = str(tmp_path / "t.parquet")
     pq.write_table(pa.table({"__UID__": pa.array([[1], [1, 2]])}), path)

@@ -359,6 +359,9 @@ def test_merging_takes_turns_until_all_have_ended():
     ("wrong", "match"),
     [
         (lambda: from_records([]).batch(0), "size=0"),
+        (lambda: from_records([]).batch(2.0), "size=2.0 is no whole number"),
+        (lambda: from_records([]).set_epoch(1.5), "epoch=1.5 is no whole number"),
+        (lambda: from_records([]).take("3"), "count='3' is no whole number"),
         (lambda: from_records([]).batch(2).shuffle(2), "before batch"),
         (lambda: from_records([]).batch(2).filter(even), "before batch"),
         (lambda: from_records([]).shuffle(0), "buffer_size=0"),

@@ -178,6 +178,15 @@ def test_an_entry_alone_gets_all_the_time(start) -> None:
         assert time.monotonic() - started >= 0.45
 
 
+@pytest.mark.parametrize("records", [["text"], [b"", None]])
+def test_a_record_that_is_no_bytes_is_refused(start, records) -> None:
+    with (
+        Predictor(start().address) as predictor,
+        pytest.raises(InvalidRequestError, match="serialized messages are bytes"),
+    ):
+        predictor.predict(records)
+
+
 def test_entries_come_and_go_in_a_directory(start, tmp_path) -> None:
     url = f"hosts://{tmp_path}"
     directory = ServingDirectory(url, "clicks")

@@ -140,6 +140,10 @@ class AbsentFeatures:
                 self._done = True
                 reasons = [columns[name] for names in missing.values() for name in names if columns.get(name)]
                 what = reasons[0] if reasons else f"no column of the files read; there are {sorted(columns)}"
+                # A label is called so whatever the output is called: a column named like the output is what was meant.
+                meant = [out for out, names in missing.items() if out not in names and columns.get(out) == ""]
+                if meant and not reasons:
+                    what += f"; Dense() reads {meant[0]!r} as numbers, Label() takes the label alone"
                 self._tell(f"{_list(missing)}: {what}", self._absent or "raise")
                 return
 

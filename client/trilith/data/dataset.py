@@ -7,6 +7,7 @@ import os
 import weakref
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -657,5 +658,7 @@ def _check_travels(nodes: tuple[Node, ...]) -> None:
 
 
 def _at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InvalidRequestError(f"{name}={value!r} is no whole number")
     if value < least:
         raise InvalidRequestError(f"{name}={value} is below {least}")

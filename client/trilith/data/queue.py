@@ -282,6 +282,8 @@ class SharedFiles:
         self._owned = owned
         self._patterns, self._files = f"{name}/patterns", f"{name}/files"
         self._leases: dict[str, int] = {}
+        self._name = name
+        self._given = False
         self._closed = threading.Event()
         self._keeper: threading.Thread | None = None
         weakref.finalize(self, self._closed.set)
@@ -306,10 +308,18 @@ class SharedFiles:
             given = queues.dequeue([self._files, self._patterns], self._worker, lease_s=self._lease_s, claim=claim)
             if given.queue == self._files:
                 self._leases[given.element] = given.lease
+                self._given = True
                 return given.element
             if given:
                 queues.acknowledge(self._worker, given.lease, queue=self._files, elements=expand_glob(given.element))
             elif claim or given.exhausted or self._closed.is_set():
+                if not (claim or self._given or self._closed.is_set()):
+                    self._given = True  # told once
+                    log.warning(
+                        "queue %r had no file for this worker: others, or an earlier run, took all; an epoch that is "
+                        "to be read again, and other files, need a queue of another name",
+                        self._name,
+                    )
                 return None
             else:
                 self._pause(min(_POLL_S, self._lease_s))
@@ -326,6 +336,7 @@ class SharedFiles:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `FileDealer`."""
+        self._given = True  # before
 
     def close(self) -> None:
         """See `FileDealer`."""

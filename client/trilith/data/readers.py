@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -213,6 +213,8 @@ def open_records(
     kind = Kind(kind or (Kind.EXAMPLE if columnar else Kind.INSTANCE))
     check_on_error(on_error)
     check_encoding(encoding)
+    if header is not None and (isinstance(header, str) or not isinstance(header, Iterable)):
+        raise InvalidRequestError(f"header={header!r}: give a list of names, such as header=['label', 'user']")
     form = {"delimiter": delimiter, "header": header, "list_separator": list_separator, "encoding": encoding}
     if file_format is not FileFormat.CSV and (given := [name for name, each in form.items() if each is not None]):
         raise InvalidRequestError(f"{path}: {given[0]} is for CSV files; this one is read as {file_format}")
