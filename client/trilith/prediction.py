@@ -173,7 +173,8 @@ class Predictor:
             kind, records = records.kind.value, records.payloads()  # type: ignore[assignment]
         if kind not in ("example", "instance"):
             raise InvalidRequestError(f"records of kind {kind!r} cannot be scored; 'example' and 'instance' can")
-        odd = [type(each).__name__ for each in records if not isinstance(each, bytes)]
+        given: Sequence[object] = records
+        odd = [type(each).__name__ for each in given if not isinstance(each, bytes)]
         if odd:
             raise InvalidRequestError(f"a record is a {odd[0]}; serialized messages are bytes")
         request = serving_pb2.PredictRequest(

@@ -317,3 +317,10 @@ def test_a_cuda_device_gives_the_numbers_of_the_cpu():
         assert out.device.type == device
         out.square().sum().backward()
     torch.testing.assert_close(weights(cpu), weights(cuda))
+
+
+def test_a_table_where_a_feature_is_due_is_refused():
+    with trilith.connect("local://") as client:
+        table = client.table("t", dim=2)
+        with pytest.raises(InvalidRequestError, match=r"feature 'x' is a Table; write Feature\(table"):
+            EmbeddingCollection(client, {"x": table})

@@ -304,6 +304,10 @@ class EmbeddingCollection(_ClusterModule):
         super().__init__(client, device=device, init_missing=init_missing, bridge=bridge, async_push=async_push)
         if not features:
             raise InvalidRequestError("a collection needs at least one feature")
+        given: Mapping[str, object] = features
+        if odd := [name for name, feature in given.items() if not isinstance(feature, Feature)]:
+            kind = type(given[odd[0]]).__name__
+            raise InvalidRequestError(f"feature {odd[0]!r} is a {kind}; write Feature(table, combiner)")
         self.features = dict(features)
         # Features of one table lie together, the pooled ones first: those become vectors in one operation.
         self._by_table: dict[str, tuple[list[str], list[str]]] = {}
