@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import trilith
 from tests.unit.nn_fakes import FakeClient
 from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError, NonFiniteError
