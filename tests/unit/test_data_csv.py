@@ -392,3 +392,11 @@ def test_line_ids_are_read_as_what_they_are(tmp_path):
 def test_options_that_do_not_apply_are_refused(tmp_path, options, wrong):
     with pytest.raises(InvalidRequestError, match=wrong):
         open_records(write(tmp_path, "u\n7\n", "t"), **options)
+
+
+def test_what_databases_write_for_no_value_is_none(tmp_path):
+    path = tmp_path / "dump.csv"
+    path.write_text('id,score,text\n7,\\N,NULL\nNULL,1.5,"NULL"\n\\N,null,x\n9,2,\n')
+    assert column(path, "id") == [[7], [], [], [9]]
+    assert column(path, "score") == [[], [1.5], [], [2.0]]
+    assert column(path, "text") == [[], [b"NULL"], [b"x"], []]

@@ -325,3 +325,13 @@ def test_a_table_where_a_feature_is_due_is_refused():
         table = client.table("t", dim=2)
         with pytest.raises(InvalidRequestError, match=r"feature 'x' is a Table; write Feature\(table"):
             EmbeddingCollection(client, {"x": table})
+
+
+def test_a_table_of_another_cluster_is_refused():
+    with trilith.connect("local://") as one, trilith.connect("local://") as other:
+        table = other.table("t", dim=DIM)
+        one.table("t", dim=DIM)
+        with pytest.raises(InvalidRequestError, match="feature 'a': table 't' is of another client"):
+            EmbeddingCollection(one, {"a": Feature(table)})
+        one.opened_by = other.opened_by = (trilith.connect, ("static://127.0.0.1:1",))
+        EmbeddingCollection(one, {"a": Feature(table)})

@@ -25,6 +25,7 @@ from trilith.errors import DataError, InvalidRequestError
 __all__ = ["CsvForm", "CsvReader"]
 
 _FOREIGN = (b"<html", b"<!doctype", b"<?xml", b"{")
+_NO_VALUE = ["", "NULL", "null", "\\N"]  # as databases write what is not there
 _OTHER_DELIMITERS = "\t;|"
 
 
@@ -56,7 +57,7 @@ class CsvForm:
 
 
 class CsvReader(ColumnarReader):
-    """Rows of a CSV file; an empty cell is no value.
+    """Rows of a CSV file; an empty cell is no value, and so are `NULL` and its like without quotes.
 
     Cells are read as text and turned into numbers here, so that a bad cell is known by its row and, when skipped, costs
     one row. A column that nothing was said about is what its first values are: integers, floats or bytes; integers may
@@ -152,7 +153,7 @@ class CsvReader(ColumnarReader):
             convert_options=pa_csv.ConvertOptions(
                 strings_can_be_null=True,
                 quoted_strings_can_be_null=False,
-                null_values=[""],
+                null_values=_NO_VALUE,
                 check_utf8=False,
                 column_types=dict.fromkeys(self._names, pa.binary()),
                 include_columns=list(wanted),
