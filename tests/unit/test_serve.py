@@ -147,9 +147,10 @@ def test_calls_in_flight_finish_and_new_ones_are_refused_while_draining():
                 refused = None
                 while refused is None:
                     try:
-                        late.unary_unary(f"/{SERVICE}/Slow")(b"late", timeout=10)
+                        late.unary_unary(f"/{SERVICE}/Slow")(b"late", timeout=3)
                     except grpc.RpcError as error:
-                        refused = error
+                        # A connection that the kernel took just as the port was closed is answered by nobody.
+                        refused = None if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED else error
                     else:
                         assert process.hear() == "entered"
             # Cancelled: it reached the port just before the server let go. Clients take both for UnavailableError.

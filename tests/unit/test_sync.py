@@ -634,10 +634,11 @@ def test_clearing_and_restoring_reach_the_replica(cluster: Cluster) -> None:
     other.assign(u64(5), np.ones((1, DIM), np.float32))
     steps(cluster.store, 2)
     cluster.check()
-    cluster.store.replace_content({"user": other}, [], [], 3)  # as a restore does
+    cluster.store.replace_content({"user": other}, [], [], 3, "ckpt")  # as a restore does
     cluster.check()
     assert len(cluster.stores["a"].table("user")) == 1
-    cluster.store.replace_content({}, [], [], 4)
+    cluster.store.clear(["user"], ANY_WRITE)
+    cluster.store.replace_content({}, [], [], 4, "ckpt")
     cluster.check()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import threading
 from collections.abc import Callable, Iterator
@@ -16,10 +17,11 @@ from hypothesis.stateful import initialize, rule
 from tests.unit.test_table import DAY, DIM, TableMachine, colliding_ids, config, u64
 from trilith.errors import MemoryLimitError
 from trilith.ops.jit import JIT_DISABLED
+from trilith.ops.memory import address_of
 from trilith_services.ps import stripes as stripes_module
 from trilith_services.ps import table as table_module
 from trilith_services.ps.budget import MemoryBudget
-from trilith_services.ps.kernels import index
+from trilith_services.ps.kernels import index, sweep
 from trilith_services.ps.maintenance import Maintenance
 from trilith_services.ps.rooms import two_rooms
 from trilith_services.ps.rows import Rows
@@ -306,6 +308,24 @@ def test_threads_write_erase_sweep_copy_and_close_up_at_once(monkeypatch: pytest
     np.testing.assert_array_equal(table.lookup(ids[::3]), values_of(ids[::3]))
     np.testing.assert_array_equal(table.lookup(new), values_of(new))
     assert len(table) == len(stay) + len(new)
+
+
+def test_a_stack_of_freed_rows_that_others_have_changed_is_sorted_again_before_rows_move() -> None:
+    """Fewer numbers may be on it than were above the bound: what lies beyond its top is no row's to take."""
+    table = Table(config())
+    ids = spread_ids(4000)
+    table.assign(ids, values_of(ids), request_time=1)
+    table.erase(ids[::2])
+    columns = table._stripes.columns[0]
+    stripe, places = address_of(columns), int(table._stripes.places[0])
+    freed, bound = int(columns[index.FREED]), int(columns[index.SIZE])
+    assert 0 < sweep.sort_freed(stripe, bound) < freed
+    before = np.sort(np.frombuffer((ctypes.c_uint32 * freed).from_address(int(columns[index.FREE])), np.uint32))
+    for high in (freed, freed + 1):
+        assert sweep.move_rows(stripe, 0, places, bound, high) == -1
+    after = np.sort(np.frombuffer((ctypes.c_uint32 * freed).from_address(int(columns[index.FREE])), np.uint32))
+    np.testing.assert_array_equal(after, before)
+    np.testing.assert_array_equal(table.lookup(ids[1::2]), values_of(ids[1::2]))
 
 
 def test_both_groups_get_their_turn_together() -> None:

@@ -416,7 +416,7 @@ class Stripes:
                     if generation != self._generations[s]:
                         return
                     end = place + RANGE
-                    moved = int(move_rows(address, place, end, bound, min(high, int(columns[index.FREED]))))
+                    moved = int(move_rows(address, place, end, bound, high))
                     if moved < 0:
                         high = int(sort_freed(address, bound))
                         if high == columns[index.FREED]:

@@ -155,10 +155,13 @@ def move_rows(stripe: int, begin: int, end: int, bound: int, high: int) -> int:
         begin: First place to look at.
         end: One past the last place to look at; the index may have fewer.
         bound: A row number.
-        high: How many numbers at the bottom of the stack of freed ones are above `bound`, from `sort_freed` or here.
+        high: How many numbers at the bottom of the stack of freed ones are above `bound`, from `sort_freed` or here. If
+            others have taken numbers from the stack or put some there since, it may be wrong: more than there are on
+            the stack is found here, anything else costs order alone.
 
     Returns:
-        As many by now; -1 if the number on top of the stack was above `bound`, or none was left.
+        As many by now; -1 if the stack has to be sorted again: what is on its top is above `bound`, or is among those
+        that should be, or there is nothing.
     """
     free = get(stripe, FREE)
     for place in range(begin, min(end, get(stripe, SLOTS) + get(stripe, STASHED))):
@@ -171,7 +174,9 @@ def move_rows(stripe: int, begin: int, end: int, bound: int, high: int) -> int:
         number = number_in(stripe, word)
         if number > bound:
             freed = get(stripe, FREED)
-            target = np.int64(load_u32(free, freed - 1)) if freed > 0 else bound + 1
+            if high >= freed:
+                return -1
+            target = np.int64(load_u32(free, freed - 1))
             if target > bound:
                 return -1
             copy_floats(row_at(stripe, target), row_at(stripe, number), get(stripe, ROW_BYTES) // 4)
