@@ -844,12 +844,8 @@ class ParseSpec:
         self._parsers: dict[Kind, Parser] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What is wanted, without the parsers that have been made of it."""
+        """What is wanted, without the parsers made of it: their tables hold addresses, which mean nothing elsewhere."""
         return partial(type(self), on_error=self._on_error), (self.features,)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without parsers: their tables hold addresses, which mean nothing in another process."""
-        return {**self.__dict__, "_parsers": {}}
 
     @property
     def skipped(self) -> int:

@@ -124,15 +124,13 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
         TableExistsError: A table exists with another config; nothing was changed.
         InvalidRequestError: A table that the checkpoint does not know has rows; nothing was changed.
     """
-    checkpoint.read_manifest(path)  # a directory that is no checkpoint stays as it is
+    manifest = checkpoint.read_manifest(path)  # first: a directory that is no checkpoint stays as it is
     with checkpoint.hold(path):
-        return _restore(store, path)
+        return _restore(store, Folder(path), manifest)
 
 
-def _restore(store: Store, path: str) -> ps_pb2.RestoreResponse:
+def _restore(store: Store, folder: Folder, manifest: Manifest) -> ps_pb2.RestoreResponse:
     started = time.perf_counter()
-    folder = Folder(path)
-    manifest = checkpoint.read_manifest(path)
     identity = store.describe()
     index, count = identity.shard_index, identity.shard_count
     parts = parts_for(manifest, index, count)
