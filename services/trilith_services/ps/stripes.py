@@ -45,10 +45,10 @@ _FIRST_RESERVED, _MORE_RESERVED = 1 << 30, 8
 _FIRST_COUNTED, _MORE_COUNTED = 1 << 20, 4
 _STASH_PART = 512  # a stash has room for one in so many slots, ten times what chance puts there in a full index
 _FIRST_STASH = 8
-_DELETED_PART = 8  # one slot in so many may be a deleted one
+_DELETED_PART = 9  # one slot in so many may be a deleted one, and one more of them while the index is rebuilt
 _SPLIT_SLOTS = 8192  # an index of more slots is rebuilt piece by piece, one of fewer in 0.1 ms
-_EARLY = 7 / 8  # share of its limits at which that begins, so that it ends before they are reached
-_STEP, _STEP_PER_ROW = 512, 24  # places copied with every write, and for every row that it added
+_LATE = 17 / 16  # how far beyond its limit an index may fill until that is done
+_STEP, _STEP_PER_ROW = 512, 32  # places copied with every write, and for every row that it added
 _HEAP_BYTES = 128 << 10  # an index of fewer bytes comes from the heap: a mapping takes whole pages
 _GIVEN_BACK = 8 << 20  # bytes of rows given back to the machine in one turn
 _TRIES = 3  # times that a stripe is gone through range by range while it is rebuilt under whoever does so
@@ -136,8 +136,8 @@ class Stripes:
     Neighbouring stripes share a lock. Addresses of rows hold for a turn.
 
     Nobody is kept waiting while a stripe as a whole is gone through. A large index is rebuilt by those who write, a
-    few places with every write, before it is full; only one whose ids were made to collide, or that a batch fills from
-    an eighth below its limit to the limit, is rebuilt in one turn (about 90 ns a row). Sweeps, copies and `compact` go
+    few places with every write, while it fills to a sixteenth beyond its limit; only one whose ids were made to
+    collide, or that one batch fills so far, is rebuilt in one turn (about 90 ns a row). Sweeps, copies and `compact` go
     by ranges of places. Sorting a stripe's freed row numbers takes one turn of 2 ns a number.
 
     Attributes:
@@ -459,7 +459,7 @@ class Stripes:
     def _shrink(self, s: int) -> None:
         """Rebuild an index that is far too large for its rows."""
         wanted = self._least_slots
-        while wanted * _max_load(s) * _EARLY <= 2 * int(self.columns[s, index.USED]):
+        while wanted * _max_load(s) <= 2 * int(self.columns[s, index.USED]):
             wanted *= 2
         if 2 * wanted > self.columns[s, index.SLOTS]:
             return
@@ -494,7 +494,7 @@ class Stripes:
             self._point(s)
             self._memory.append(_plan_index(self.columns[s], slots, 0))
             self._generations[s] += 1
-            self._set_limits(s, _EARLY)
+            self._set_limits(s)
             self._advise(s)
 
     def _point(self, s: int) -> None:
@@ -519,14 +519,12 @@ class Stripes:
             self._point(s)
         self._room[s] = room
 
-    def _set_limits(self, s: int, share: float) -> None:
-        """Set the limits of the index of stripe `s`, or the share of them at which it is to be rebuilt."""
-        slots = int(self.columns[s, index.SLOTS])
-        if slots < _SPLIT_SLOTS:
-            share = 1.0
-        limit = min(int(slots * _max_load(s)), self._room[s])
-        self.columns[s, index.LIMIT] = int(limit * share)
-        self.columns[s, index.MOST_DELETED] = int(slots // _DELETED_PART * share)
+    def _set_limits(self, s: int) -> None:
+        """Set the limits of the index of stripe `s`, at which it is rebuilt; while it is, they are further off."""
+        slots, rebuilt = int(self.columns[s, index.SLOTS]), s in self._rebuilds
+        limit = _most_rows(s, slots) if rebuilt else int(slots * _max_load(s))
+        self.columns[s, index.LIMIT] = min(limit, self._room[s])
+        self.columns[s, index.MOST_DELETED] = slots // (_DELETED_PART - rebuilt)
 
     def _grow(self, s: int, batch: Batch) -> None:
         """Begin or finish to rebuild the index of stripe `s`, whose lock is held, so that a row can be added."""
@@ -561,7 +559,7 @@ class Stripes:
         new = self.columns[s].copy()
         memory = _plan_index(new, slots, 0)
         self._rebuilds[s] = _Rebuild(new, memory, 0, int(new[index.SIZE]))
-        self._set_limits(s, 1.0)
+        self._set_limits(s)
 
     def _step(self, s: int, rebuild: _Rebuild, places: int, batch: Batch | None = None) -> None:
         """Go on with a rebuild: `places` more, and more for rows that `batch` has added or erased."""
@@ -586,20 +584,20 @@ class Stripes:
 
     def _adopt(self, s: int, new: npt.NDArray[np.int64], memory: object) -> None:
         """Lead to the rows of stripe `s` by another index."""
-        self._make_room(s, min(int(new[index.SLOTS] * _max_load(s)), _MAX_ROWS))
+        self._make_room(s, min(_most_rows(s, int(new[index.SLOTS])), _MAX_ROWS))
         used = [index.INDEX, index.SLOTS, index.STASHED, index.STASH_ROOM, index.DELETED]
         self.columns[s, used] = new[used]
         self._dropped.append(self._memory[s])
         self._memory[s] = memory
         self._generations[s] += 1
-        self._set_limits(s, _EARLY)
+        self._set_limits(s)
         self._advise(s)
 
     def _cancel(self, s: int) -> None:
         """Give up a rebuild that the caller does not keep up to date."""
         if (rebuild := self._rebuilds.pop(s, None)) is not None:
             self._dropped.append(rebuild.memory)
-            self._set_limits(s, _EARLY)
+            self._set_limits(s)
 
     def _advise(self, s: int) -> None:
         """Ask for huge pages for the rows that the index of stripe `s` has room for."""
@@ -635,3 +633,8 @@ def _index_bytes(slots: int, stash: int) -> int:
 def _max_load(s: int) -> float:
     """Fill at which stripe `s` grows: spread over 0.6..0.7, so that a table's stripes do not all grow in one batch."""
     return 0.6 + 0.1 * (s + 1) / STRIPES
+
+
+def _most_rows(s: int, slots: int) -> int:
+    """Rows to which an index of stripe `s` may fill while it is rebuilt."""
+    return int(slots * _max_load(s) * _LATE)
