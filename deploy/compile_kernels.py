@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from trilith_services.commands.demo import DemoOptions, run_demo
-from trilith_services.ps.sync import wire
+from trilith_services.ps.replicas.sync import wire
 from trilith_services.serving.models import Models
 
 with TemporaryDirectory() as scratch:

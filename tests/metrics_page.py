@@ -7,9 +7,9 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
-import trilith.timers  # noqa: F401 (registers those of clients)
+import trilith.runtime.timers  # noqa: F401 (registers those of clients)
 from trilith_proto import ps_pb2, serving_pb2
-from trilith_services.ps.metrics import Metrics
+from trilith_services.ps.process.metrics import Metrics
 from trilith_services.serving.metrics import EntryMetrics
 
 __all__ = ["METRICS_PAGE", "metrics_page"]

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from tests.zookeeper import eventually
-from trilith_services.supervisor import free_ports, is_serving, trilith_argv
+from trilith_services.local.supervisor import free_ports, is_serving, trilith_argv
 
 __all__ = ["PATIENCE_S", "Processes"]
 

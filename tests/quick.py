@@ -49,9 +49,9 @@ PARTS = {
     ),
     "serving": Part(
         (
-            "services/trilith_services/serving/", "services/trilith_services/exporting.py", f"{_PS}replica",
-            f"{_PS}sync/", f"{_PS}serving_rows.py", "client/trilith/balancer.py", "client/trilith/exports.py",
-            "client/trilith/prediction.py", "client/trilith/nn/program.py", "client/trilith/nn/serving.py",
+            "services/trilith_services/serving/", "services/trilith_services/exporting.py", f"{_PS}replicas/",
+            f"{_PS}checkpoint/serving_rows.py", "client/trilith/rpc/balancer.py", "client/trilith/serving/",
+            "client/trilith/nn/program.py", "client/trilith/nn/serving.py",
         ),
         ("entry_http", "entry_replicas", "entry_requests", "exports", "prediction", "sync"),
     ),
@@ -59,6 +59,7 @@ PARTS = {
         (
             "client/trilith/nn/", "client/trilith/features/", "client/trilith/tables/", "client/trilith/ops/",
             "client/trilith/peers.py", "client/trilith/pipelining.py", "services/trilith_services/worker/",
+            "services/trilith_services/demo/",
         ),
         ("features", "layout", "nn_*", "ops", "peers", "pipelining", "tables_*", "worker"),
     ),

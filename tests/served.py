@@ -12,14 +12,14 @@ import torch
 import trilith
 from tests.programs import PATIENCE_S
 from tests.zookeeper import eventually
-from trilith.data.click_files import click_records
 from trilith.data.clicks import ClickData
 from trilith.data.records import Records
-from trilith.data.synthetic import make_clicks
 from trilith.nn import ClickModel, DenseOnPs
-from trilith.prediction import Prediction, Predictor
+from trilith.serving.prediction import Prediction, Predictor
+from trilith_services.demo.click_files import click_records
+from trilith_services.demo.models import TABLE, ModelSettings
+from trilith_services.demo.synthetic import make_clicks
 from trilith_services.exporting import Exporter, reference_exporter
-from trilith_services.worker.models import TABLE, ModelSettings
 from trilith_services.worker.trainer import save_checkpoint
 
 PACE_S = 0.005  # without it, processes that start beside the load would be starved by it

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.absent import absent
-from trilith_services.processes import DIE_WITH_PARENT
-from trilith_services.supervisor import free_ports
+from trilith_services.local.processes import DIE_WITH_PARENT
+from trilith_services.local.supervisor import free_ports
 
 JARS = Path("/usr/share/java")
 NEEDED = ("zookeeper.jar", "slf4j-simple.jar", "netty-codec.jar", "netty-resolver.jar")

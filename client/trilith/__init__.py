@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trilith import data, nn, tables
     from trilith.client import Client, Table
     from trilith.entries import describe_entry
-    from trilith.prediction import remote_predict
+    from trilith.serving.prediction import remote_predict
 
 __all__ = [
     "Client",
@@ -35,7 +35,7 @@ _LAZY = {
     "Client": "trilith.client",
     "Table": "trilith.client",
     "describe_entry": "trilith.entries",
-    "remote_predict": "trilith.prediction",
+    "remote_predict": "trilith.serving.prediction",
 }
 
 

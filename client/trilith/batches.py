@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from trilith import wire
 from trilith.arrays import as_ids, as_rows, refuse_non_finite
 from trilith.cluster import Cluster, Writes
 from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
 from trilith.ops import dedup
+from trilith.rpc import wire
 from trilith.shard import ANY_WRITE, Float32Array, FloatArray, IdPart, Shard, UInt64Array, UpdatePart, Write
 from trilith.times import whole_seconds
 from trilith_proto import ps_pb2

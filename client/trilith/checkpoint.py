@@ -1,6 +1,7 @@
 """Checkpoint directories: file names, manifests and completeness.
 
-What stands inside the row files is the PS's business (`trilith_services.ps.snapshot`). A checkpoint is one directory:
+What stands inside the row files is the PS's business (`trilith_services.ps.checkpoint.snapshot`). A checkpoint is one
+directory:
 
     table-user.00000-of-00002.3f9c0a1b.arrow     rows of table "user" on PS 0 of 2 (and so on per table and PS)
     variables.00000-of-00002.3f9c0a1b.arrow      dense partitions of PS 0

@@ -25,11 +25,11 @@ from trilith.errors import (
     TrilithError,
     UnknownTableError,
 )
-from trilith.initial import InitialRows, Missing, check_missing
 from trilith.ops.dedup import gather_values
 from trilith.queues import Queues
 from trilith.shard import Float32Array, Shard, UInt64Array, Write
 from trilith.steps import as_step
+from trilith.tables.initial import InitialRows, Missing, check_missing
 from trilith.times import whole_seconds
 from trilith_proto import ps_pb2
 
@@ -104,7 +104,7 @@ class Client:
         """Over a network lookups are timed; within a process there is nothing on the way to look for."""
         if not self._cluster.remote:
             return Batches(self._cluster, self._info, float16=float16)
-        from trilith.timers import TimedBatches
+        from trilith.runtime.timers import TimedBatches
 
         return TimedBatches(self._cluster, self._info, float16=float16)
 

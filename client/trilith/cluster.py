@@ -30,10 +30,10 @@ from trilith.errors import (
     UnknownTableError,
     UnknownVariableError,
 )
-from trilith.forks import renew_in_children
 from trilith.identity import Identity
-from trilith.remote import RemoteShard
 from trilith.routing import OWNER_RULE
+from trilith.rpc.remote import RemoteShard
+from trilith.runtime.forks import renew_in_children
 from trilith.shard import Shard, Write
 from trilith_proto import ps_pb2
 

@@ -27,7 +27,7 @@ def prepare_grpc() -> None:
     to a quarter less. gRPC ignores names it does not know.
 
     GRPC_ENABLE_FORK_SUPPORT, unless it is set, is switched off: gRPC's own handlers of forks can lock a child up for
-    ever when other threads are in calls; see `trilith.forks`.
+    ever when other threads are in calls; see `trilith.runtime.forks`.
     """
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read when gRPC is first used
     if "grpc" not in sys.modules:
@@ -54,7 +54,7 @@ class ClientConfig:
         keepalive_s: How often a silent connection is probed, so that a vanished host is noticed.
         on_restart: What a read does that meets a PS which restarted: "raise" ShardRestartedError, or "accept" what it
             has now. Writes raise it until `Client.rejoin` either way.
-        model_name: What the client's timers are labelled with; see `trilith.timers`.
+        model_name: What the client's timers are labelled with; see `trilith.runtime.timers`.
     """
 
     timeout_s: float = 30.0

@@ -13,7 +13,7 @@ from trilith.errors import InvalidRequestError
 if TYPE_CHECKING:
     from trilith.client import Client
     from trilith.discovery.members import Members
-    from trilith.remote import RemoteShard
+    from trilith.rpc.remote import RemoteShard
     from trilith.shard import Shard
 
 __all__ = ["connect", "open_part"]
@@ -58,7 +58,7 @@ def connect(
             has now, for clients that only read. Writes raise it until `Client.rejoin` either way.
         tune_allocator: Keep glibc in this process from returning large buffers to the kernel after every call, which
             more than doubles throughput and holds on to freed memory; None does.
-        model_name: What this client's lookups are timed under; see `trilith.timers`.
+        model_name: What this client's lookups are timed under; see `trilith.runtime.timers`.
         threads: Of the engine; None: as many as this process may use.
         memory_limit_bytes: The engine's hard limit; None or 0 is none.
 
@@ -103,7 +103,7 @@ def connect(
         given |= {} if tune_allocator is None else {"tune_allocator": tune_allocator}
         for name, value in given.items():
             raise InvalidRequestError(f"{name}={value}: local:// is in this process, where nothing travels")
-        from trilith_services.ps.store import Store
+        from trilith_services.ps.engine.store import Store
 
         return Client(Cluster([Store(threads=threads, memory_limit_bytes=memory_limit_bytes or 0)], config))
     for name, value in (("threads", threads), ("memory_limit_bytes", memory_limit_bytes)):
@@ -148,7 +148,7 @@ def open_part(
     prepare_grpc()
     from trilith.client import Client
     from trilith.cluster import Cluster
-    from trilith_services.ps.store import Store
+    from trilith_services.ps.engine.store import Store
 
     shard = Store(index=index, count=count, threads=threads, memory_limit_bytes=memory_limit_bytes)
     return Client(Cluster([shard], ClientConfig(), part=(index, count))), shard
@@ -158,7 +158,7 @@ def _open(members: Members, config: ClientConfig, num_ps: int | None, timeout_s:
     from trilith.client import Client
     from trilith.cluster import Cluster
     from trilith.discovery.members import count_ps, wait_for_ps
-    from trilith.remote import RemoteShard
+    from trilith.rpc.remote import RemoteShard
 
     deadline = time.monotonic() + timeout_s
     directory = members.directory

@@ -27,13 +27,13 @@ from trilith.errors import (
     TrilithError,
     UnknownVariableError,
 )
-from trilith.extras import need
-from trilith.forks import keep_for_ever, renew_in_children
-from trilith.initial import InitialRows, Missing, check_missing
 from trilith.ops.reorder import EMPTY_FROM
 from trilith.pipelining import Pusher
 from trilith.routing import partition_owner, partition_sizes
+from trilith.runtime.extras import need
+from trilith.runtime.forks import keep_for_ever, renew_in_children
 from trilith.shard import DensePart, Float32Array, UInt64Array, Write
+from trilith.tables.initial import InitialRows, Missing, check_missing
 from trilith_proto import hash_table_pb2, ps_pb2
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from trilith.errors import ClosedError, InvalidRequestError
-from trilith.forks import renew_in_children
+from trilith.runtime.forks import renew_in_children
 
 __all__ = ["Ahead", "Fetch", "Place", "Placed", "Prefetcher", "Pusher"]
 

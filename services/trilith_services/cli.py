@@ -13,7 +13,7 @@ import typer
 import trilith
 from trilith.config import prepare_grpc
 from trilith.errors import TrilithError
-from trilith.extras import missing_extra
+from trilith.runtime.extras import missing_extra
 
 __all__ = ["app", "main"]
 

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 
 from trilith.checkpoint import hold, newest_complete, read_manifest
 from trilith.errors import CheckpointError, InvalidRequestError
-from trilith.exports import (
+from trilith.folder import Folder
+from trilith.nn.program import check_program, current_weights, export_program, pack_weights, set_parameters
+from trilith.nn.serving import Scores
+from trilith.serving.exports import (
     ENTRY,
     ROWS,
     ExportManifest,
@@ -24,12 +27,9 @@ from trilith.exports import (
     write_manifest,
     write_model,
 )
-from trilith.folder import Folder
-from trilith.nn.program import check_program, current_weights, export_program, pack_weights, set_parameters
-from trilith.nn.serving import Scores
 from trilith_proto import ps_pb2
-from trilith_services.ps.serving_rows import dense_values, serving_tables, write_serving_rows
-from trilith_services.worker.models import MODELS, TABLE, ModelSettings
+from trilith_services.demo.models import MODELS, TABLE, ModelSettings
+from trilith_services.ps.checkpoint.serving_rows import dense_values, serving_tables, write_serving_rows
 
 if TYPE_CHECKING:
     import numpy as np

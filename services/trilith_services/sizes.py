@@ -6,7 +6,7 @@ import logging
 import re
 
 from trilith.errors import InvalidRequestError
-from trilith.machine import cgroup_memory_bytes
+from trilith.runtime.machine import cgroup_memory_bytes
 
 __all__ = ["memory_limit", "parse_bytes"]
 

@@ -16,10 +16,20 @@ from typing import Any
 import numpy as np
 
 from tests.bench.harness import Benchmark, Context, Entry, higher, interleave
-from trilith.data.parsers import ExampleParser, InstanceParser, Parser
+from trilith.data.parse.parsers import ExampleParser, InstanceParser, Parser
+from trilith.data.parse.specs import (
+    INVALID_LABEL,
+    Dense,
+    Extra,
+    Features,
+    FeatureSpec,
+    InstanceWeight,
+    Label,
+    Slot,
+    Sparse,
+)
 from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
-from trilith.data.specs import INVALID_LABEL, Dense, Extra, Features, FeatureSpec, InstanceWeight, Label, Slot, Sparse
 from trilith.ops.memory import tune_allocator
 from trilith_proto import example_pb2, proto_parser_pb2
 

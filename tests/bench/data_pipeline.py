@@ -14,14 +14,14 @@ import numpy as np
 import psutil
 
 from tests.bench.harness import Benchmark, Context, Crew, Entry, higher, interleave, lower
-from trilith.data.dataset import Dataset, read
-from trilith.data.framing import Framing, frame_records
-from trilith.data.parsers import ParseSpec
+from trilith.data.formats.framing import Framing, frame_records
+from trilith.data.parse.parsers import ParseSpec
+from trilith.data.parse.specs import Dense, Extra, Label, Slot, Sparse
+from trilith.data.pipeline.dataset import Dataset, read
 from trilith.data.records import Kind, Records
 from trilith.data.samples.filters import FilterByValue
 from trilith.data.scan.scanner import Scanner
 from trilith.data.scan.schema import Element, Fields
-from trilith.data.specs import Dense, Extra, Label, Slot, Sparse
 from trilith.ops.memory import tune_allocator
 from trilith_proto.proto_parser_pb2 import Instance
 

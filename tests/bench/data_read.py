@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.bench.harness import Benchmark, Context, Entry, higher, interleave
-from trilith.data.framing import Framing, frame_records
-from trilith.data.readers import BLOCK_BYTES, open_records
+from trilith.data.formats.framing import Framing, frame_records
+from trilith.data.formats.readers import BLOCK_BYTES, open_records
 from trilith.data.records import Records
 
 __all__ = ["BENCHMARKS"]

@@ -23,7 +23,7 @@ import psutil
 from tests.bench.draws import Keys, spread
 from tests.bench.harness import Benchmark, Context, Crew, Entry, Seconds, Side, higher, interleave, lower
 from trilith.tables import Adagrad, Adam, Zeros, table_config
-from trilith_services.ps.table import Table
+from trilith_services.ps.engine.table import Table
 
 __all__ = ["BENCHMARKS"]
 

@@ -17,18 +17,18 @@ import torch
 import trilith
 from tests.bench.harness import Benchmark, Context, Entry, interleave, lower
 from tests.bench.processes import Child
-from trilith.data.click_files import click_records
 from trilith.data.clicks import ClickData
-from trilith.data.parsers import ExampleParser
+from trilith.data.parse.parsers import ExampleParser
+from trilith.data.parse.specs import Sparse
 from trilith.data.ragged import Ragged
-from trilith.data.specs import Sparse
-from trilith.data.synthetic import make_clicks
-from trilith.exports import ps_base
 from trilith.nn import DenseOnPs
 from trilith.ops.memory import tune_allocator
-from trilith.prediction import Predictor
+from trilith.serving.exports import ps_base
+from trilith.serving.prediction import Predictor
+from trilith_services.demo.click_files import click_records
+from trilith_services.demo.models import TABLE, settings_of
+from trilith_services.demo.synthetic import make_clicks
 from trilith_services.exporting import reference_exporter
-from trilith_services.worker.models import TABLE, settings_of
 from trilith_services.worker.trainer import save_checkpoint
 
 __all__ = ["BENCHMARKS"]

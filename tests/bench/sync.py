@@ -45,7 +45,7 @@ class _Replica:
 
     def __init__(self, port: int) -> None:
         from trilith.config import ClientConfig
-        from trilith.remote import RemoteShard
+        from trilith.rpc.remote import RemoteShard
 
         self._shard = RemoteShard(lambda: f"127.0.0.1:{port}", ClientConfig(timeout_s=_TIMEOUT_S))
 

@@ -28,8 +28,8 @@ from tests.bench.draws import Zipf
 from trilith.data.clicks import ClickData, Parts, fid
 from trilith.data.ragged import Ragged
 from trilith.nn import LocalEmbeddings
+from trilith_services.demo.models import ModelSettings, settings_of
 from trilith_services.worker.meter import Meter
-from trilith_services.worker.models import ModelSettings, settings_of
 from trilith_services.worker.trainer import Trainer, WorkerConfig
 
 _HIDDEN = (256, 128)

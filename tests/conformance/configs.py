@@ -7,7 +7,7 @@ from typing import Any
 
 from trilith.tables import CuckooHashTable, HashTableConfig, LearningRate, PolynomialDecay
 from trilith_proto import hash_table_pb2
-from trilith_services.ps.filters import (
+from trilith_services.ps.engine.filters import (
     CountingFilter,
     DummyFilter,
     OccurrenceFilter,

@@ -11,10 +11,10 @@ from tests.conformance.configs import filter_of
 from tests.conformance.rows import build_table
 from tests.conformance.runner import Kind
 from trilith_proto import ps_pb2
-from trilith_services.ps.filter_files import read_filter_meta
-from trilith_services.ps.filters import ProbabilisticFilter, Thresholds, intercept_gradient, should_be_filtered
-from trilith_services.ps.shard_files import find_shard_files
-from trilith_services.ps.table import Table
+from trilith_services.ps.engine.filters import ProbabilisticFilter, Thresholds, intercept_gradient, should_be_filtered
+from trilith_services.ps.engine.table import Table
+from trilith_services.ps.reference.filter_shards import read_filter_meta
+from trilith_services.ps.reference.shard_files import find_shard_files
 
 __all__ = ["Filter", "Probabilistic"]
 

@@ -11,8 +11,8 @@ from tests.conformance import filters, named, rows, tables
 from tests.conformance.configs import hash_table_config, optimizer_of, rate_of
 from tests.conformance.runner import Kind
 from trilith.tables.schedules import rate_at
-from trilith_services.ps.row_layout import OptimizerLayout
-from trilith_services.ps.shard_files import shard_file_names, validate_shard_files
+from trilith_services.ps.engine.row_layout import OptimizerLayout
+from trilith_services.ps.reference.shard_files import shard_file_names, validate_shard_files
 
 __all__ = ["KINDS"]
 

@@ -12,8 +12,8 @@ from tests.conformance.runner import Kind
 from tests.conformance.tables import fused_result, offsets_of
 from trilith.tables import HashTableConfig
 from trilith.tables.merged import MergedTables
-from trilith_services.ps.entry_files import feature_stat
-from trilith_services.ps.model import Model
+from trilith_services.ps.reference.entry_files import feature_stat
+from trilith_services.ps.reference.model import Model
 
 __all__ = ["MergedTable", "MultiTable", "MultiTypeTable"]
 

@@ -11,11 +11,11 @@ from tests.conformance.configs import floats, hash_table_config
 from tests.conformance.runner import Kind
 from trilith.tables.spec import seed_of
 from trilith_proto import hash_table_pb2, ps_pb2
-from trilith_services.ps.delay_compensation import delay_compensated
-from trilith_services.ps.entries import decode_entries, entry_list
-from trilith_services.ps.kernels import codecs
-from trilith_services.ps.rows import Rows
-from trilith_services.ps.table import Table
+from trilith_services.ps.engine.entry_codec import decode_entries, entry_list
+from trilith_services.ps.engine.kernels import codecs
+from trilith_services.ps.engine.rows import Rows
+from trilith_services.ps.engine.table import Table
+from trilith_services.ps.reference.delay_compensation import delay_compensated
 
 __all__ = ["Compressor", "Entry", "EntryDefs", "Initializer", "Optimizer", "Quantizer", "Retriever"]
 

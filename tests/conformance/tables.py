@@ -13,11 +13,16 @@ from tests.conformance.compare import Partial
 from tests.conformance.configs import filter_of, floats, hash_table_config
 from tests.conformance.runner import Kind
 from trilith_proto import hash_table_pb2
-from trilith_services.ps.entries import decode_entries, entry_list, extract_slot_from_entry, iterate_table_and_apply
-from trilith_services.ps.fused import FusedLookup, fused_apply_gradient, fused_lookup
-from trilith_services.ps.model import Model
-from trilith_services.ps.norms import almost_equal, norm_square
-from trilith_services.ps.single_table import SingleTable
+from trilith_services.ps.engine.entry_codec import (
+    decode_entries,
+    entry_list,
+    extract_slot_from_entry,
+    iterate_table_and_apply,
+)
+from trilith_services.ps.reference.fused import FusedLookup, fused_apply_gradient, fused_lookup
+from trilith_services.ps.reference.model import Model
+from trilith_services.ps.reference.norms import almost_equal, norm_square
+from trilith_services.ps.reference.single_table import SingleTable
 
 __all__ = ["Linalg", "Tables", "fused_result", "offsets_of"]
 
@@ -165,7 +170,7 @@ class Tables(Kind):
     # ---- dumps -------------------------------------------------------------------------------------------------
 
     def op_copy_by_shards(self, src: str, dst: str, nshards: int, limit: int = 1000) -> int:
-        from trilith_services.ps.entry_files import import_rows
+        from trilith_services.ps.reference.entry_files import import_rows
 
         copied = 0
 

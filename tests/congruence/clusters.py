@@ -6,10 +6,10 @@ import trilith
 from trilith.client import Client
 from trilith.cluster import Cluster
 from trilith.config import ClientConfig
-from trilith_services.ps.server import ParameterServer, PsOptions
-from trilith_services.ps.store import Store
-from trilith_services.serve import Limits
-from trilith_services.supervisor import free_ports
+from trilith_services.grpc.serve import Limits
+from trilith_services.local.supervisor import free_ports
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.server import ParameterServer, PsOptions
 
 SHAPES = {"embedded": 0, "1-ps": 1, "3-ps": 3}
 

@@ -15,12 +15,12 @@ from trilith.client import Client
 from trilith.cluster import Cluster
 from trilith.config import ClientConfig
 from trilith.errors import DeadlineExceededError, InvalidRequestError
+from trilith.runtime.timers import EMBEDDING_LOOKUP
 from trilith.tables import Adagrad, HashTableConfig, PolynomialDecay, RandomUniform, Segment, Sgd, TableSpec, Zeros
 from trilith.tables.distributed import DistributedTable, DistributedTables, SeparateTables
 from trilith.tables.factories import create_merged_tables, create_tables
-from trilith.timers import EMBEDDING_LOOKUP
 from trilith_proto.hash_table_pb2 import EmbeddingHashTableConfig
-from trilith_services.ps.store import Store
+from trilith_services.ps.engine.store import Store
 
 
 def config(*dims, optimizer=None, initializer=None, rates=None):

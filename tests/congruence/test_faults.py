@@ -14,7 +14,6 @@ import pytest
 import trilith
 from tests.congruence.faults import Blocking, Failing, LosingProxy, Meddled
 from tests.zookeeper import eventually
-from trilith import wire
 from trilith.client import Client
 from trilith.cluster import Cluster
 from trilith.config import ClientConfig
@@ -28,11 +27,12 @@ from trilith.errors import (
     UnavailableError,
     UnknownTableError,
 )
-from trilith.remote import SERVICE, RemoteShard
+from trilith.rpc import wire
+from trilith.rpc.remote import SERVICE, RemoteShard
 from trilith.shard import IdPart
 from trilith.tables import Adagrad, RandomUniform, Sgd, Zeros, table_config
-from trilith_services.ps.server import ParameterServer
-from trilith_services.serve import Limits
+from trilith_services.grpc.serve import Limits
+from trilith_services.ps.process.server import ParameterServer
 
 ONES = np.ones((2, 4), np.float32)
 IN_TIME_S = 15.0  # a call with a deadline of its own has ended by then on any machine; without, it would take 30 s

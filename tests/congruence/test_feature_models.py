@@ -12,10 +12,10 @@ import trilith.data
 from tests.conformance.worker_ops.exchange import _Rank, _Ranks
 from tests.congruence.clusters import SHAPES, LocalCluster
 from trilith.data.clicks import fid
+from trilith.data.formats.writers import open_writer
+from trilith.data.parse.specs import Label, Sparse
 from trilith.data.ragged import Ragged
 from trilith.data.records import Records
-from trilith.data.specs import Label, Sparse
-from trilith.data.writers import open_writer
 from trilith.errors import InvalidRequestError
 from trilith.features import FeatureRegistry, FeatureSlotConfig, FirstN, ReduceMean, ReduceSum
 from trilith.nn import EmbeddingBag, EmbeddingCollection, Feature, FeatureEmbeddings, FeatureModel

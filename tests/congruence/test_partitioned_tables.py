@@ -13,16 +13,16 @@ from tests.congruence.clusters import SHAPES, LocalCluster
 from tests.congruence.test_distributed_tables import Counting, config, requests
 from trilith.client import Client
 from trilith.cluster import Cluster
+from trilith.compat.monolith.sharding import FeatureFids
 from trilith.config import ClientConfig
 from trilith.data.ragged import Ragged
-from trilith.data.sharding import FeatureFids
 from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.nn import ClippedLayouts, FusedLayouts
 from trilith.ops.layout_config import OutConfig, OutType, PoolingType, SliceConfig
 from trilith.tables import Adagrad, PolynomialDecay, RandomUniform
 from trilith.tables.factories import create_partitioned_tables
 from trilith.tables.partitioned import PartitionedFeature
-from trilith_services.ps.store import Store
+from trilith_services.ps.engine.store import Store
 
 BATCH = {
     "a": FeatureFids(Ragged.of([[4, 5, 4], [7]])),

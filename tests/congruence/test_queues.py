@@ -8,7 +8,7 @@ import pytest
 
 import trilith
 from tests.zookeeper import eventually
-from trilith.data.dataset import read
+from trilith.data.pipeline.dataset import read
 from trilith.errors import InvalidRequestError, QueueFullError, UnknownQueueError
 from trilith.shard import Dequeued
 

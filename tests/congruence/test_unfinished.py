@@ -14,7 +14,7 @@ from trilith.errors import (
     UnknownTableError,
 )
 from trilith.tables import Sgd, Zeros
-from trilith_services.ps.store import Store
+from trilith_services.ps.engine.store import Store
 
 IDS = np.arange(6)
 ONES = np.ones((6, 2), np.float32)

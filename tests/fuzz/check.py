@@ -6,7 +6,7 @@ from google.protobuf.message import DecodeError
 
 from tests.scan_cases import EXAMPLE, INSTANCE, example_rows, instance_rows
 from tests.unit.test_data_scan import found, settle_example, settle_instance
-from trilith.data.columns import extract
+from trilith.data.parse.columns import extract
 from trilith.data.records import Records
 from trilith.errors import DataError
 

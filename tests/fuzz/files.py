@@ -34,17 +34,18 @@ import numpy as np
 import pyarrow as pa
 
 from trilith import checkpoint
-from trilith.data.tfrecord import RecordWriter
+from trilith.data.formats.tfrecord import RecordWriter
 from trilith.errors import TrilithError
 from trilith.folder import Folder
 from trilith.shard import DensePart, IdPart, UpdatePart, Write
 from trilith.tables import Adagrad, Adam, table_config
 from trilith_proto import hash_table_pb2, ps_pb2
 from trilith_services.commands import checkpoint as checkpoint_command
-from trilith_services.ps import entry_files, parquet, serving_rows, snapshot
-from trilith_services.ps.filter_files import read_filter_meta, restore_filter, save_filter
-from trilith_services.ps.filters import SlidingFilter
-from trilith_services.ps.store import Store
+from trilith_services.ps.checkpoint import parquet, serving_rows, snapshot
+from trilith_services.ps.engine.filters import SlidingFilter
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.reference import entry_files
+from trilith_services.ps.reference.filter_shards import read_filter_meta, restore_filter, save_filter
 
 __all__ = ["main", "run_case", "save_corpus"]
 
@@ -245,7 +246,7 @@ def forged_message(payload: bytes, draw: random.Random) -> bytes:
 
 def forged_records(raw: bytes, draw: random.Random, *, snappy: bool) -> bytes:
     """A file of records, one of which is another, with the right checksums."""
-    from trilith.data.tfrecord import read_records
+    from trilith.data.formats.tfrecord import read_records
 
     records = [p for batch in read_records(io.BytesIO(raw), name="corpus", snappy=snappy) for p in batch.payloads()]
     at = draw.randrange(len(records))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from trilith import wire
+from trilith.rpc import wire
 from trilith.shard import DensePart, IdPart, UpdatePart, Write
 from trilith.tables import (
     Adadelta,
@@ -33,9 +33,9 @@ from trilith.tables import (
     table_config,
 )
 from trilith_proto import ps_pb2
-from trilith_services.ps.filters import SlidingFilter, Thresholds
-from trilith_services.ps.rows import Rows
-from trilith_services.ps.table import Table
+from trilith_services.ps.engine.filters import SlidingFilter, Thresholds
+from trilith_services.ps.engine.rows import Rows
+from trilith_services.ps.engine.table import Table
 
 IDS = np.array([0, 1, 2, 7, 2**31, 2**32 + 1, 1 << 48, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1], np.uint64)
 

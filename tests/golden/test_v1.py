@@ -11,16 +11,16 @@ import pytest
 
 from tests.golden import samples
 from tests.golden.write import new_rows, routing, seeds
-from trilith import wire
 from trilith.checkpoint import read_manifest
+from trilith.rpc import wire
 from trilith.shard import IdPart
 from trilith_proto import ps_pb2
-from trilith_services.ps.entry_files import feature_stat, restore_table, restore_tables
-from trilith_services.ps.filters import SlidingFilter
-from trilith_services.ps.rows import Rows
-from trilith_services.ps.snapshot import verify
-from trilith_services.ps.store import Store
-from trilith_services.ps.table import Table
+from trilith_services.ps.checkpoint.snapshot import verify
+from trilith_services.ps.engine.filters import SlidingFilter
+from trilith_services.ps.engine.rows import Rows
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.engine.table import Table
+from trilith_services.ps.reference.entry_files import feature_stat, restore_table, restore_tables
 
 V1 = Path(__file__).parent / "v1"
 ENTRIES = str(V1 / "entries")

@@ -13,10 +13,10 @@ from trilith import checkpoint
 from trilith.routing import owners, partition_owner
 from trilith.shard import IdPart, Write
 from trilith.tables import RandomUniform, table_config
-from trilith_services.ps.entry_files import save_table, save_tables
-from trilith_services.ps.rows import Rows
-from trilith_services.ps.store import Store
-from trilith_services.ps.table import Table
+from trilith_services.ps.engine.rows import Rows
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.engine.table import Table
+from trilith_services.ps.reference.entry_files import save_table, save_tables
 
 __all__ = ["routing", "write_all"]
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.distributed
 
+from trilith.compat.monolith.sharding import FeatureFids
 from trilith.data.ragged import Ragged
-from trilith.data.sharding import FeatureFids
 from trilith.errors import TrilithError
 from trilith.nn import EmbeddingCollection, Feature, FusedLayouts
 from trilith.nn.reduction import FUSIONS, average_gradients

@@ -33,15 +33,15 @@ from tests.served import train
 from trilith.discovery.replicas import ModelState, ReplicaMeta, Replicas
 from trilith.discovery.serving import ServingDirectory
 from trilith.discovery.zk_directory import ZooKeeperDirectory
-from trilith.prediction import Predictor
+from trilith.serving.prediction import Predictor
 from trilith.tables import Adagrad, RandomUniform, Sgd
-from trilith_services.ps.replica import Replica
-from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
-from trilith_services.ps.server import ParameterServer, PsOptions
-from trilith_services.ps.store import Store
-from trilith_services.ps.sync.target import SyncOptions
+from trilith_services.local.supervisor import trilith_argv
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.server import ParameterServer, PsOptions
+from trilith_services.ps.replicas.replica import Replica
+from trilith_services.ps.replicas.server import ReplicaOptions, ReplicaServer
+from trilith_services.ps.replicas.sync.target import SyncOptions
 from trilith_services.serving.server import Entry, EntryOptions
-from trilith_services.supervisor import trilith_argv
 
 EXAMPLES = 6  # of each route
 IDS = np.arange(300, dtype=np.uint64)

@@ -24,9 +24,9 @@ from trilith.errors import ClusterMismatchError, TableExistsError, TableMismatch
 from trilith.features.slots import FeatureRegistry, FeatureSlotConfig
 from trilith.tables import Adagrad, Sgd, Zeros
 from trilith_services.cli import main
-from trilith_services.ps.server import ParameterServer, PsOptions
-from trilith_services.ps.store import Store
-from trilith_services.supervisor import ProcessSpec, PsCluster, Supervisor, free_ports, trilith_argv
+from trilith_services.local.supervisor import ProcessSpec, PsCluster, Supervisor, free_ports, trilith_argv
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.server import ParameterServer, PsOptions
 
 USERS = {"dim": 4, "optimizer": Sgd(learning_rate=1.0), "initializer": Zeros()}
 IDS = np.arange(10, dtype=np.uint64)

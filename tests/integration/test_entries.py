@@ -21,15 +21,15 @@ from trilith.discovery.replicas import ModelState, ReplicaMeta
 from trilith.discovery.zk_url import ZkUrl
 from trilith.discovery.zookeeper import ZooKeeper
 from trilith.errors import UnavailableError
-from trilith.exports import ps_base
-from trilith.prediction import Predictor
+from trilith.serving.exports import ps_base
+from trilith.serving.prediction import Predictor
 from trilith_proto import hash_table_pb2
-from trilith_services.ps.replica import serving_config
-from trilith_services.ps.server import ParameterServer, PsOptions
-from trilith_services.ps.store import Store
-from trilith_services.ps.table import Table
-from trilith_services.supervisor import free_ports, is_serving
-from trilith_services.worker.models import TABLE
+from trilith_services.demo.models import TABLE
+from trilith_services.local.supervisor import free_ports, is_serving
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.engine.table import Table
+from trilith_services.ps.process.server import ParameterServer, PsOptions
+from trilith_services.ps.replicas.replica import serving_config
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -11,8 +11,8 @@ import pytest
 
 from tests.congruence.clusters import LocalCluster
 from trilith.tables import Sgd, Zeros
-from trilith_services.ps.server import ParameterServer, PsOptions
-from trilith_services.ps.store import Store
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.server import ParameterServer, PsOptions
 
 _COMMON = """
 import faulthandler, os, signal, sys, threading

@@ -17,7 +17,7 @@ import trilith
 from trilith import checkpoint
 from trilith.errors import UnavailableError
 from trilith.tables import Adam, RandomUniform
-from trilith_services.supervisor import PsCluster, Supervisor, free_ports, is_serving, trilith_argv
+from trilith_services.local.supervisor import PsCluster, Supervisor, free_ports, is_serving, trilith_argv
 
 IDS = np.array([0, 1, 2**63, 2**64 - 1, *range(10_000, 12_000)], np.uint64)
 USERS = {"dim": 5, "optimizer": Adam(learning_rate=0.1), "initializer": RandomUniform(-1.0, 1.0)}

@@ -22,9 +22,9 @@ from tests.programs import PATIENCE_S
 from tests.served import Load, Trained, train
 from tests.zookeeper import eventually
 from trilith.errors import InvalidRequestError, UnavailableError
-from trilith.exports import ps_base
-from trilith.prediction import Predictor, remote_predict
-from trilith_services.supervisor import free_ports
+from trilith.serving.exports import ps_base
+from trilith.serving.prediction import Predictor, remote_predict
+from trilith_services.local.supervisor import free_ports
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -17,12 +17,12 @@ from tests.programs import PATIENCE_S, Processes
 from tests.zookeeper import eventually
 from trilith.client import Client
 from trilith.config import ClientConfig
-from trilith.remote import RemoteShard
+from trilith.rpc.remote import RemoteShard
 from trilith.shard import IdPart
 from trilith.tables import FixedR8, Fp16, RandomUniform, Sgd, table_config
-from trilith_services.ps.replica import serving_config
-from trilith_services.ps.table import Table
-from trilith_services.supervisor import free_ports
+from trilith_services.local.supervisor import free_ports
+from trilith_services.ps.engine.table import Table
+from trilith_services.ps.replicas.replica import serving_config
 
 DIM = 4
 TABLES = {

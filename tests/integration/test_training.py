@@ -17,21 +17,21 @@ from rich.console import Console
 
 import trilith
 from trilith.checkpoint import newest_complete, read_manifest
-from trilith.data.click_files import click_records
-from trilith.debugging import read_debugging_info
-from trilith.exports import entry_base, list_versions, ps_base, read_export
 from trilith.nn import DenseOnPs, auc
-from trilith.prediction import Predictor
-from trilith_services.ps.replica import Replica
-from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
-from trilith_services.ps.store import Store
+from trilith.serving.debugging import read_debugging_info
+from trilith.serving.exports import entry_base, list_versions, ps_base, read_export
+from trilith.serving.prediction import Predictor
+from trilith_services.demo.baseline import train_locally
+from trilith_services.demo.click_files import click_records
+from trilith_services.demo.datasets import load_dataset
+from trilith_services.demo.models import TABLE, settings_of
+from trilith_services.local.supervisor import ProcessSpec, PsCluster, Supervisor, free_ports, trilith_argv
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.replicas.replica import Replica
+from trilith_services.ps.replicas.server import ReplicaOptions, ReplicaServer
 from trilith_services.serving.replica_lists import GivenReplicas
 from trilith_services.serving.server import Entry, EntryOptions
-from trilith_services.supervisor import ProcessSpec, PsCluster, Supervisor, free_ports, trilith_argv
-from trilith_services.worker.baseline import train_locally
-from trilith_services.worker.datasets import load_dataset
 from trilith_services.worker.events import Tail
-from trilith_services.worker.models import TABLE, settings_of
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 

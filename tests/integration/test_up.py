@@ -17,7 +17,7 @@ import trilith
 from trilith import checkpoint
 from trilith.errors import ShardRestartedError
 from trilith.tables import Adagrad, RandomUniform
-from trilith_services.supervisor import is_serving, trilith_argv
+from trilith_services.local.supervisor import is_serving, trilith_argv
 
 IDS = np.arange(1000, dtype=np.uint64)
 USERS = {"dim": 4, "optimizer": Adagrad(learning_rate=0.1), "initializer": RandomUniform(-1.0, 1.0)}

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from tests.absent import absent
-from trilith.data import movielens
-from trilith.data.movielens import MovieLensUnavailableError
 from trilith_services.commands.demo import DemoOptions, run_demo
+from trilith_services.demo import movielens
+from trilith_services.demo.movielens import MovieLensUnavailableError
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 
 import trilith
-from trilith.balancer import Balancer
-from trilith.channels import PROXY_VARIABLE, open_channel
 from trilith.errors import TrilithError
+from trilith.rpc.balancer import Balancer
+from trilith.rpc.channels import PROXY_VARIABLE, open_channel
 from trilith.tables import Sgd
 from trilith_proto import ps_pb2
-from trilith_services.ps.replica import Replica
-from trilith_services.ps.replica_server import ReplicaServer
-from trilith_services.ps.server import ParameterServer, PsOptions
-from trilith_services.ps.store import Store
-from trilith_services.ps.sync.target import SyncOptions
-from trilith_services.supervisor import is_serving
+from trilith_services.local.supervisor import is_serving
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.server import ParameterServer, PsOptions
+from trilith_services.ps.replicas.replica import Replica
+from trilith_services.ps.replicas.server import ReplicaServer
+from trilith_services.ps.replicas.sync.target import SyncOptions
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "GRPC_PROXY", "ALL_PROXY")
@@ -100,6 +100,6 @@ def test_channels_are_made_in_one_place() -> None:
         for path in sorted((ROOT / root).rglob("*.py"))
         if re.search(r"\b(in)?secure_channel\(", path.read_text())
     ]
-    assert makers == ["client/trilith/channels.py"]
+    assert makers == ["client/trilith/rpc/channels.py"]
     with open_channel("127.0.0.1:1", max_message_bytes=1 << 20):
         pass

@@ -10,9 +10,9 @@ import pytest
 import trilith
 from trilith.errors import InvalidRequestError
 from trilith_proto import ps_pb2, ps_pb2_grpc
-from trilith_services.ps.checkpoint_root import CheckpointRoot
-from trilith_services.ps.server import ParameterServer, PsOptions
-from trilith_services.ps.store import Store
+from trilith_services.ps.checkpoint.root import CheckpointRoot
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.server import ParameterServer, PsOptions
 
 
 @pytest.mark.parametrize(

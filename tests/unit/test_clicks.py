@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from tests.quality import test_models
-from trilith.data import movielens
 from trilith.data.clicks import ClickData, fid, split
-from trilith.data.movielens import MovieLensUnavailableError
 from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
+from trilith_services.demo import movielens
+from trilith_services.demo.movielens import MovieLensUnavailableError
 
 # 875747190 is 1997-10-01 23:13:10 UTC.
 SITE = {

@@ -23,8 +23,8 @@ from trilith import checkpoint
 from trilith.tables import Adagrad, Adam, Sgd
 from trilith_services.cli import app, main
 from trilith_services.commands import output
-from trilith_services.ps.server import ParameterServer, PsOptions
-from trilith_services.ps.store import Store
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.server import ParameterServer, PsOptions
 
 ROOT = Path(__file__).parents[2]
 IDS = np.arange(100, dtype=np.uint64)
@@ -243,7 +243,7 @@ def test_top_once_shows_shards_and_tables(run, cluster) -> None:
 
 
 def test_top_shows_a_ps_that_does_not_answer_and_the_others(run, cluster) -> None:
-    from trilith_services.supervisor import free_ports
+    from trilith_services.local.supervisor import free_ports
 
     first, second = cluster.removeprefix("static://").split(",")
     shown = run(

@@ -23,8 +23,8 @@ from trilith_services.console.sampling import Sample, quantile
 from trilith_services.console.schema import number, numbers
 from trilith_services.console.server import bind
 from trilith_services.console.watcher import Watcher
-from trilith_services.ps.server import ParameterServer
-from trilith_services.ps.store import Store
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.server import ParameterServer
 
 IDS = np.arange(40, dtype=np.uint64)
 TOP = 2**64 - 1

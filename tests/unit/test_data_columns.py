@@ -12,10 +12,10 @@ import pytest
 
 import trilith.data
 from trilith.data import Dense, Extra, Label, Sparse
-from trilith.data.column_types import Column, ragged_column
-from trilith.data.readers import Position, open_records, position_of
+from trilith.data.formats.column_types import Column, ragged_column
+from trilith.data.formats.readers import Position, open_records, position_of
+from trilith.data.formats.writers import open_writer
 from trilith.data.records import Records
-from trilith.data.writers import open_writer
 from trilith.errors import DataError, InvalidRequestError
 from trilith_proto.example_pb2 import Example, ExampleBatch
 from trilith_proto.line_id_pb2 import LineId

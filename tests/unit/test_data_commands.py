@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trilith.data.compression import Compression
-from trilith.data.detect import detect
-from trilith.data.framing import Framing, frame_records
-from trilith.data.readers import open_records
+from trilith.data.formats.compression import Compression
+from trilith.data.formats.detect import detect
+from trilith.data.formats.framing import Framing, frame_records
+from trilith.data.formats.readers import open_records
+from trilith.data.formats.writers import open_writer
 from trilith.data.records import Records
-from trilith.data.writers import open_writer
 from trilith_proto import tf_example_pb2
 from trilith_proto.example_pb2 import Example
 from trilith_proto.line_id_pb2 import LineId

@@ -14,7 +14,7 @@ import pytest
 
 import trilith.data
 from trilith.data import Column, Records, Sparse
-from trilith.data.readers import open_records
+from trilith.data.formats.readers import open_records
 from trilith.errors import DataError, InvalidRequestError, TrilithError
 from trilith_proto.example_pb2 import Example
 
@@ -102,7 +102,7 @@ def test_a_file_that_cannot_be_read_is_one_loss(tmp_path, file_format, spoil, cy
 
 def samples_of(names, file_format, on_error):
     """A dataset that is dealt files without a look at them."""
-    from trilith.data.sources import ListedFiles
+    from trilith.data.pipeline.sources import ListedFiles
 
     samples = trilith.data.read("x", format=file_format, kind="example", on_error=on_error)
     return samples.deal(lambda epoch: ListedFiles(names))

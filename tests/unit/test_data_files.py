@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 import trilith.data
 from trilith.data import Records
-from trilith.data.files import expand_glob, match_files
+from trilith.data.formats.files import expand_glob, match_files
 from trilith.errors import DataError, InvalidRequestError
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import naive_frames as naive
-from trilith.data.framing import Framing, Scratch, frame_records, split_all, split_frames
+from trilith.data.formats.framing import Framing, Scratch, frame_records, split_all, split_frames
 from trilith.data.records import Records
 from trilith.errors import DataError, InvalidRequestError
 from trilith.ops import framing as kernels

@@ -11,13 +11,13 @@ pytest.importorskip("confluent_kafka")
 
 from confluent_kafka import Producer
 
-from trilith.data.dataset import read_kafka
-from trilith.data.framing import Framing, frame_records
-from trilith.data.kafka import KafkaReader, client_settings
-from trilith.data.readers import Position
+from trilith.data.formats.framing import Framing, frame_records
+from trilith.data.formats.kafka import KafkaReader, client_settings
+from trilith.data.formats.readers import Position
+from trilith.data.pipeline.dataset import read_kafka
 from trilith.data.records import Records
 from trilith.errors import DataError, InvalidRequestError, UnavailableError
-from trilith_services.supervisor import free_ports
+from trilith_services.local.supervisor import free_ports
 
 PATIENT = {"message_poll_timeout": 300, "stream_timeout": 60_000, "group_id": "g"}
 FIRST = Position(0, 0, (("t", 0, 0),))

@@ -10,9 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import naive_samples as naive
-from trilith.data.label_conf import TaskLabel, label_conf, parse_tasks, tasks_of
 from trilith.data.records import Records
-from trilith.data.reweight import MAX_COPIES, InstanceReweight
 from trilith.data.samples import (
     INVALID_LABEL,
     AddAction,
@@ -25,6 +23,8 @@ from trilith.data.samples import (
     UseFieldAsLabel,
     apply_ops,
 )
+from trilith.data.samples.label_conf import TaskLabel, label_conf, parse_tasks, tasks_of
+from trilith.data.samples.reweight import MAX_COPIES, InstanceReweight
 from trilith.data.samples.rows import Priorities
 from trilith.errors import InvalidRequestError
 from trilith_proto.example_pb2 import Example

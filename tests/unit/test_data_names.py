@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trilith.data import fids
-from trilith.data.feature_list import Feature, FeatureList
-from trilith.data.framing import Framing
-from trilith.data.messages import string_to_variant
-from trilith.data.names import FeatureNameMapper, SlotNames
+from trilith.compat.monolith.feature_list import Feature, FeatureList
+from trilith.compat.monolith.messages import string_to_variant
+from trilith.compat.monolith.names import FeatureNameMapper, SlotNames
+from trilith.compat.monolith.parse_functions import fids
+from trilith.compat.monolith.tf_example import TFExampleConverter, tf_example_to_example
+from trilith.data.formats.framing import Framing
 from trilith.data.records import Records
-from trilith.data.tf_example import TFExampleConverter, tf_example_to_example
 from trilith.errors import DataError, InvalidRequestError
 from trilith_proto.example_pb2 import Example
 from trilith_proto.line_id_pb2 import LineId

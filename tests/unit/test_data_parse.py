@@ -5,19 +5,27 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trilith.data.parse import (
+from trilith.compat.monolith.parse_functions import (
     parse_example_batch,
     parse_examples,
     parse_instances,
     parse_instances2,
     parse_instances_raw,
 )
-from trilith.data.parsers import ParseSpec
-from trilith.data.quantized import dequantize, quantize
+from trilith.compat.monolith.sharding import (
+    FeatureFids,
+    ShardingConfig,
+    flatten,
+    parse_fused,
+    shard_fids,
+    shard_ragged,
+    unflatten,
+)
+from trilith.data.parse.parsers import ParseSpec
+from trilith.data.parse.quantized import dequantize, quantize
+from trilith.data.parse.specs import INVALID_LABEL, Dense, Extra, InstanceWeight, Label, Slot, Sparse
 from trilith.data.ragged import ParseSteps, Ragged, contract, expand
 from trilith.data.records import Records
-from trilith.data.sharding import FeatureFids, ShardingConfig, flatten, parse_fused, shard_fids, shard_ragged, unflatten
-from trilith.data.specs import INVALID_LABEL, Dense, Extra, InstanceWeight, Label, Slot, Sparse
 from trilith.errors import DataError, InvalidRequestError
 from trilith_proto import example_pb2, proto_parser_pb2
 

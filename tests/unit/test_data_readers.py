@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trilith.data.compression import Compression, compressing, effective_compression
-from trilith.data.framing import Framing, frame_records
-from trilith.data.readers import BLOCK_BYTES, Position, open_records, position_of
+from trilith.data.formats.compression import Compression, compressing, effective_compression
+from trilith.data.formats.framing import Framing, frame_records
+from trilith.data.formats.readers import BLOCK_BYTES, Position, open_records, position_of
+from trilith.data.formats.tfrecord import concatenate
+from trilith.data.formats.tfrecord import frame_records as frame_tfrecords
+from trilith.data.formats.writers import open_writer
 from trilith.data.records import PADDING, Records
-from trilith.data.tfrecord import concatenate
-from trilith.data.tfrecord import frame_records as frame_tfrecords
-from trilith.data.writers import open_writer
 from trilith.errors import DataError, InvalidRequestError
 
 PAYLOADS = [b"zero", b"", b"two" * 40, b"three", bytes(300), b"five"]
@@ -108,9 +108,9 @@ def test_a_consumer_that_lets_go_of_chunks_costs_no_new_buffers(tmp_path):
 
 @given(payloads=st.lists(st.binary(max_size=60), max_size=8), block=st.integers(1, 80), sizes=st.integers(1, 9))
 def test_a_pipe_that_gives_little_at_a_time_reads_the_same(payloads, block, sizes):
-    from trilith.data.readers import StreamReader
+    from trilith.data.formats.readers import StreamReader
+    from trilith.data.formats.streams import FileStream
     from trilith.data.records import Kind
-    from trilith.data.streams import FileStream
 
     class Drip(io.BytesIO):
         def readinto1(self, target):

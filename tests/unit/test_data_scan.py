@@ -20,11 +20,11 @@ from tests.scan_cases import (
     instance_rows,
     instances,
 )
-from trilith.data.columns import Columns, Element, Fields, Scalars, extract
-from trilith.data.convert import promote
+from trilith.data.formats.convert import promote
+from trilith.data.parse.columns import Columns, Element, Fields, Scalars, extract
 from trilith.data.ragged import Ragged
 from trilith.data.records import Records
-from trilith.data.rewrite import rewrite
+from trilith.data.samples.rewrite import rewrite
 from trilith.errors import DataError, InvalidRequestError
 from trilith.ops.jit import JIT_DISABLED
 from trilith_proto import example_pb2, proto_parser_pb2

@@ -20,7 +20,7 @@ from trilith.data.samples import (
     switch_slot,
     zeros_like_rows,
 )
-from trilith.data.transforms import (
+from trilith.data.samples.transforms import (
     AddLabel,
     Compose,
     FilterByAction,

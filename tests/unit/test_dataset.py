@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 import trilith.data
-from trilith.data import reference, transforms
-from trilith.data.dataset import from_records, read, read_kafka
-from trilith.data.framing import Framing
-from trilith.data.parsers import ParseSpec
-from trilith.data.positions import from_json, to_json
-from trilith.data.readers import Position
+from trilith.compat.monolith import datasets as reference
+from trilith.data.formats.framing import Framing
+from trilith.data.formats.readers import Position
+from trilith.data.formats.writers import open_writer
+from trilith.data.parse.parsers import ParseSpec
+from trilith.data.parse.specs import Label, Slot
+from trilith.data.pipeline.dataset import from_records, read, read_kafka
+from trilith.data.pipeline.positions import from_json, to_json
 from trilith.data.records import Kind, Records
-from trilith.data.samples import FilterByLabel
-from trilith.data.specs import Label, Slot
-from trilith.data.writers import open_writer
+from trilith.data.samples import FilterByLabel, transforms
 from trilith.errors import DataError, InvalidRequestError
 from trilith_proto.example_pb2 import Example
 

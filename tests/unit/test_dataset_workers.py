@@ -19,19 +19,19 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import trilith
-from trilith.data import dataset as dataset_module
-from trilith.data import reference, transforms
-from trilith.data.dataset import from_records, read, read_kafka
+from trilith.compat.monolith import datasets as reference
+from trilith.compat.monolith.sharding import ShardingConfig, parse_fused
 from trilith.data.fids import data_source_key
-from trilith.data.item_pool import ItemPool
-from trilith.data.parsers import InstanceParser, ParseSpec
-from trilith.data.queue import LocalFiles
-from trilith.data.readers import Position
+from trilith.data.formats.readers import Position
+from trilith.data.formats.writers import open_writer
+from trilith.data.parse.parsers import InstanceParser, ParseSpec
+from trilith.data.parse.specs import Extra, Label, Slot
+from trilith.data.pipeline import dataset as dataset_module
+from trilith.data.pipeline.dataset import from_records, read, read_kafka
+from trilith.data.pipeline.queue import LocalFiles
 from trilith.data.records import Records
-from trilith.data.samples import FilterByLabel, FilterByValue
-from trilith.data.sharding import ShardingConfig, parse_fused
-from trilith.data.specs import Extra, Label, Slot
-from trilith.data.writers import open_writer
+from trilith.data.samples import FilterByLabel, FilterByValue, transforms
+from trilith.data.samples.item_pool import ItemPool
 from trilith.errors import InvalidRequestError, TrilithError
 from trilith_proto.proto_parser_pb2 import Instance
 
@@ -212,7 +212,7 @@ def test_what_is_handed_out_by_a_queue_or_topic_cannot_have_a_first_record_of_al
 
 
 def test_the_partitions_that_a_topic_begins_with_are_divided(monkeypatch):
-    from trilith.data import kafka
+    from trilith.data.formats import kafka
 
     started = []
 

@@ -11,13 +11,13 @@ from google.protobuf import text_format
 import trilith
 from tests.consoles import open_console
 from trilith.client import Client
-from trilith.debugging import DEBUGGING_INFO, read_debugging_info, write_debugging_info
 from trilith.errors import InvalidRequestError, UnavailableError
+from trilith.serving.debugging import DEBUGGING_INFO, read_debugging_info, write_debugging_info
 from trilith.tables import Sgd
 from trilith_proto import ps_pb2
 from trilith_proto.debugging_info_pb2 import DebuggingInfo
-from trilith_services.ps.server import ParameterServer
-from trilith_services.ps.store import Store
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.server import ParameterServer
 
 
 @pytest.fixture

@@ -535,8 +535,8 @@ def test_nodes_that_do_not_answer_are_named_before_training():
 
 
 def test_options_that_may_hold_credentials_do_not_show_them():
-    from trilith_services.processes import ProcessSpec
-    from trilith_services.ps.server import PsOptions
+    from trilith_services.local.processes import ProcessSpec
+    from trilith_services.ps.process.server import PsOptions
 
     shown = [
         ProcessSpec(name="ps-0", argv=["x"], env={"ZK_AUTH": "u:s3cret"}),

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tests import naive_engine as naive
 from trilith.ops.memory import address_of
 from trilith_proto import hash_table_pb2, ps_pb2
-from trilith_services.ps.kernels.values import all_finite, widen_halves
-from trilith_services.ps.table import Table
+from trilith_services.ps.engine.kernels.values import all_finite, widen_halves
+from trilith_services.ps.engine.table import Table
 
 CASES = [
     ("sgd", {}),

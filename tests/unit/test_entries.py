@@ -30,7 +30,7 @@ from trilith.tables import (
     table_config,
 )
 from trilith_proto import hash_table_pb2
-from trilith_services.ps.entries import (
+from trilith_services.ps.engine.entry_codec import (
     EntryCodec,
     decode_entries,
     encode_entries,
@@ -38,9 +38,9 @@ from trilith_services.ps.entries import (
     extract_slot_from_entry,
     iterate_table_and_apply,
 )
-from trilith_services.ps.row_layout import RowLayout
-from trilith_services.ps.rows import Rows
-from trilith_services.ps.table import Table
+from trilith_services.ps.engine.row_layout import RowLayout
+from trilith_services.ps.engine.rows import Rows
+from trilith_services.ps.engine.table import Table
 
 OPTIMIZERS = [
     Adagrad(),

@@ -14,8 +14,9 @@ from tests import naive_files as naive
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.tables import Adagrad, Fp16, Momentum, RandomUniform, Segment, Sgd, Zeros, table_config
 from trilith_proto import hash_table_pb2
-from trilith_services.ps import assets
-from trilith_services.ps.entry_files import (
+from trilith_services.ps.engine.table import Table
+from trilith_services.ps.reference import assets
+from trilith_services.ps.reference.entry_files import (
     feature_stat,
     read_rows,
     restore_table,
@@ -23,8 +24,12 @@ from trilith_services.ps.entry_files import (
     save_table,
     save_tables,
 )
-from trilith_services.ps.shard_files import find_shard_files, shard_file_name, shard_file_names, validate_shard_files
-from trilith_services.ps.table import Table
+from trilith_services.ps.reference.shard_files import (
+    find_shard_files,
+    shard_file_name,
+    shard_file_names,
+    validate_shard_files,
+)
 
 DAY = 86_400
 

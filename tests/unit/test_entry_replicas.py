@@ -29,14 +29,14 @@ from trilith.errors import (
     UnavailableError,
     UnknownTableError,
 )
-from trilith.exports import ps_base
+from trilith.serving.exports import ps_base
 from trilith.shard import IdPart
 from trilith_proto import ps_pb2, serving_pb2
 from trilith_services.console.replicas import Listed
 from trilith_services.console.sampling import Sample, entry_state, missing_replicas
-from trilith_services.ps.replica import Replica
-from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
-from trilith_services.ps.store import Store
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.replicas.replica import Replica
+from trilith_services.ps.replicas.server import ReplicaOptions, ReplicaServer
 from trilith_services.serving import replicas as module
 from trilith_services.serving.replicas import ReplicaSet
 from trilith_services.serving.server import Entry, EntryOptions

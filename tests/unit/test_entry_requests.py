@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import nn
 
-from trilith.data.quantized import quantize
+from trilith.data.parse.quantized import quantize
 from trilith.data.records import Kind, Records
 from trilith.errors import InvalidRequestError
-from trilith.exports import ModelConfig, ProgramInput, ServedFeature
 from trilith.nn.program import export_program, load_program
 from trilith.nn.serving import ServedModel
+from trilith.serving.exports import ModelConfig, ProgramInput, ServedFeature
 from trilith.tables import Sgd, table_config
 from trilith_proto import serving_pb2
 from trilith_proto.example_pb2 import Example

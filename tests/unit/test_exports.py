@@ -19,20 +19,20 @@ from torch import nn
 
 import trilith
 from tests.served import SETTINGS, Trained, train
-from trilith import exports
 from trilith.data.records import Kind, Records
 from trilith.errors import CheckpointError, InvalidRequestError
-from trilith.exports import ModelConfig, ProgramInput, ServedFeature
 from trilith.folder import Folder
 from trilith.nn import DenseOnPs
 from trilith.nn.program import current_weights, export_program, load_program, pack_weights, unpack_weights
 from trilith.nn.serving import ServedModel
 from trilith.ops import jit
+from trilith.serving import exports
+from trilith.serving.exports import ModelConfig, ProgramInput, ServedFeature
 from trilith.tables import Sgd, table_config
 from trilith_proto.example_pb2 import Example
+from trilith_services.demo.models import MODELS
 from trilith_services.exporting import Exporter, check_reference
 from trilith_services.serving.models import Models
-from trilith_services.worker.models import MODELS
 
 
 @pytest.fixture(scope="module")
@@ -536,7 +536,7 @@ def test_a_checkpoint_of_another_reference_model_is_told_by_its_name(trained):
     path = trained.save()
     own = {"dim": SETTINGS.dim, "hidden": SETTINGS.hidden}
     with (
-        patch.dict("trilith_services.worker.models.MODELS", {"deepfm": replace(MODELS["deepfm"], **own)}),
+        patch.dict("trilith_services.demo.models.MODELS", {"deepfm": replace(MODELS["deepfm"], **own)}),
         pytest.raises(CheckpointError, match="is of no ffm with .* features .*; it is of --model deepfm"),
     ):
         check_reference(path, MODELS["ffm"], names)

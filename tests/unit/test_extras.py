@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from trilith.errors import MissingExtraError, TrilithError
-from trilith.extras import missing_extra, need
+from trilith.runtime.extras import missing_extra, need
 
 # As if the packages were not installed, also to those who look first.
 BLOCK = """
@@ -104,7 +104,7 @@ def test_everything_else_works_without_extras() -> None:
     done = run(
         {"torch", "safetensors", "fastapi", "uvicorn", "starlette", "confluent_kafka"},
         """
-        import trilith.data, trilith.tables, trilith_services.ps.server, trilith_services.ps.replica_server
+        import trilith.data, trilith.tables, trilith_services.ps.process.server, trilith_services.ps.replicas.server
         from trilith_services.cli import main
         main(["--help"])
         """,

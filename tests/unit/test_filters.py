@@ -14,8 +14,7 @@ from tests import naive_files as naive
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.ops.jit import JIT_DISABLED
 from trilith_proto import hash_table_pb2, ps_pb2
-from trilith_services.ps.filter_files import read_filter_meta
-from trilith_services.ps.filters import (
+from trilith_services.ps.engine.filters import (
     CountingFilter,
     DummyFilter,
     ProbabilisticFilter,
@@ -26,7 +25,8 @@ from trilith_services.ps.filters import (
     make_filter,
     should_be_filtered,
 )
-from trilith_services.ps.shard_files import find_shard_files, shard_file_name
+from trilith_services.ps.reference.filter_shards import read_filter_meta
+from trilith_services.ps.reference.shard_files import find_shard_files, shard_file_name
 
 # Few distinct ids, so that they meet again; with bits in and above the signature, and the extremes.
 FIDS = st.sampled_from([0, 1, 2, 3, 131072, 131073, 1 << 17 | 1 << 48, 2**63, 2**64 - 1, 10000002961562801052]) | (

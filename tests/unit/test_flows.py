@@ -8,17 +8,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from trilith.data import flows
-from trilith.data.dataset import from_records
-from trilith.data.fids import data_source_key
-from trilith.data.files import expand_glob, expand_input_patterns, gen_patterns, match_input_patterns
-from trilith.data.flows import with_source_names
-from trilith.data.framing import Framing
-from trilith.data.operators import cache_one, merged_window
-from trilith.data.queue import LocalFiles, StrQueue
-from trilith.data.ragged import Ragged
-from trilith.data.records import Records
-from trilith.data.reference import (
+from trilith.compat.monolith.datasets import (
     DatasetFlags,
     FilePBDataset,
     KafkaDataset,
@@ -26,7 +16,17 @@ from trilith.data.reference import (
     PBDataset,
     create_instance_dataset,
 )
-from trilith.data.writers import open_writer
+from trilith.compat.monolith.operators import cache_one, merged_window
+from trilith.data.fids import data_source_key
+from trilith.data.formats.files import expand_glob, expand_input_patterns, gen_patterns, match_input_patterns
+from trilith.data.formats.framing import Framing
+from trilith.data.formats.writers import open_writer
+from trilith.data.pipeline import flows
+from trilith.data.pipeline.dataset import from_records
+from trilith.data.pipeline.flows import with_source_names
+from trilith.data.pipeline.queue import LocalFiles, StrQueue
+from trilith.data.ragged import Ragged
+from trilith.data.records import Records
 from trilith.errors import DataError, InvalidRequestError, QueueFullError
 from trilith_proto.example_pb2 import Example
 from trilith_proto.proto_parser_pb2 import Instance

@@ -12,9 +12,9 @@ from trilith.errors import MemoryLimitError
 from trilith.ops.jit import JIT_DISABLED
 from trilith.shard import ANY_WRITE, UpdatePart, Write
 from trilith_proto import ps_pb2
-from trilith_services.ps import store as store_module
-from trilith_services.ps.store import Store
-from trilith_services.ps.touched import Touched
+from trilith_services.ps.engine import store as store_module
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.engine.touched import Touched
 
 MB = 1 << 20
 

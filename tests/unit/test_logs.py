@@ -14,7 +14,7 @@ import pytest
 from trilith.errors import InvalidRequestError
 from trilith_proto import ps_pb2
 from trilith_services.logs import setup_logging
-from trilith_services.ps.metrics import Metrics
+from trilith_services.ps.process.metrics import Metrics
 from trilith_services.sizes import parse_bytes
 
 

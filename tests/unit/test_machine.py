@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trilith import machine
+from trilith.runtime import machine
 from trilith_services.sizes import memory_limit
 
 GB = 1 << 30

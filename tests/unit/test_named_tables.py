@@ -21,12 +21,12 @@ from trilith.tables import (
 )
 from trilith.tables.merged import MergedTables, merge_configs, merged_name
 from trilith_proto import hash_table_pb2
-from trilith_services.ps.delay_compensation import delay_compensated
-from trilith_services.ps.filters import SlidingFilter, Thresholds
-from trilith_services.ps.fused import fused_apply_gradient, fused_lookup
-from trilith_services.ps.model import Model
-from trilith_services.ps.norms import almost_equal, norm_square
-from trilith_services.ps.single_table import as_ids
+from trilith_services.ps.engine.filters import SlidingFilter, Thresholds
+from trilith_services.ps.reference.delay_compensation import delay_compensated
+from trilith_services.ps.reference.fused import fused_apply_gradient, fused_lookup
+from trilith_services.ps.reference.model import Model
+from trilith_services.ps.reference.norms import almost_equal, norm_square
+from trilith_services.ps.reference.single_table import as_ids
 
 
 def config(dim=1, rate=1.0, *, segments=None, initializer=None, ttl_days=None, optimizer=None, extra=None):
@@ -177,7 +177,7 @@ def test_wrong_flat_lengths_and_names_are_refused(call):
 def test_the_quirks_hold_unless_strict(tmp_path, strict):
     occurrences = SlidingFilter(300, thresholds=Thresholds.constant(2))
     model = Model()
-    from trilith_services.ps.multi_table import MultiTable
+    from trilith_services.ps.reference.multi_table import MultiTable
 
     configs = {"a": config(1), "b": config(1, ttl_days=1), "c": config(1)}
     table = MultiTable(model, configs, hash_filter=occurrences, strict=strict)

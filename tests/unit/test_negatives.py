@@ -7,12 +7,12 @@ import os
 import numpy as np
 import pytest
 
-from trilith.data.convert import message_of
-from trilith.data.dataset import from_records
-from trilith.data.item_pool import ItemPool, PooledItem, worker_identity
-from trilith.data.negatives import NegativeConfig
-from trilith.data.positions import from_json, to_json
+from trilith.data.formats.convert import message_of
+from trilith.data.pipeline.dataset import from_records
+from trilith.data.pipeline.positions import from_json, to_json
 from trilith.data.records import Kind, Records
+from trilith.data.samples.item_pool import ItemPool, PooledItem, worker_identity
+from trilith.data.samples.negatives import NegativeConfig
 from trilith.errors import DataError, InvalidRequestError
 from trilith_proto.example_pb2 import Example
 from trilith_proto.proto_parser_pb2 import Instance

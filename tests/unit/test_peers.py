@@ -9,8 +9,8 @@ import pytest
 
 import trilith
 from tests.conformance.worker_ops.exchange import _Rank, _Ranks
+from trilith.compat.monolith.sharding import FeatureFids
 from trilith.data.ragged import Ragged
-from trilith.data.sharding import FeatureFids
 from trilith.errors import (
     ClosedError,
     ClusterMismatchError,

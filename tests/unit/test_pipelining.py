@@ -11,17 +11,17 @@ import torch
 import trilith
 from tests.unit.nn_fakes import FakeClient
 from trilith.data.clicks import split
-from trilith.data.dataset import from_records
-from trilith.data.positions import from_json, to_json
+from trilith.data.parse.specs import Slot
+from trilith.data.pipeline.dataset import from_records
+from trilith.data.pipeline.positions import from_json, to_json
 from trilith.data.ragged import Ragged
-from trilith.data.specs import Slot
-from trilith.data.synthetic import make_clicks
 from trilith.errors import InvalidRequestError, ShardRestartedError, UnavailableError
 from trilith.nn import EmbeddingCollection, Feature
 from trilith.ops.jit import JIT_DISABLED
 from trilith.pipelining import Ahead, Prefetcher, Pusher
 from trilith_proto.proto_parser_pb2 import Instance
-from trilith_services.worker.models import TABLE, settings_of
+from trilith_services.demo.models import TABLE, settings_of
+from trilith_services.demo.synthetic import make_clicks
 from trilith_services.worker.trainer import Trainer, WorkerConfig
 
 compiled_only = pytest.mark.skipif(JIT_DISABLED, reason="trains for minutes with kernels in plain Python")

@@ -15,7 +15,6 @@ import pytest
 
 import trilith
 from tests.zookeeper import eventually
-from trilith import prediction
 from trilith.discovery.serving import ServingDirectory
 from trilith.errors import (
     ClosedError,
@@ -26,11 +25,12 @@ from trilith.errors import (
     TrilithError,
     UnavailableError,
 )
-from trilith.kept import Kept
-from trilith.prediction import Predictor
-from trilith.remote import ERROR_KEY
+from trilith.rpc.kept import Kept
+from trilith.rpc.remote import ERROR_KEY
+from trilith.serving import prediction
+from trilith.serving.prediction import Predictor
 from trilith_proto import serving_pb2
-from trilith_services.serve import Method, Server
+from trilith_services.grpc.serve import Method, Server
 
 FAST_S = 0.001
 

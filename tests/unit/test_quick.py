@@ -26,8 +26,11 @@ def test_every_source_is_of_a_part() -> None:
 @pytest.mark.parametrize(
     ("files", "parts"),
     [
-        (["services/trilith_services/ps/table.py"], ["engine"]),
-        (["services/trilith_services/ps/sync/target.py", "client/trilith/remote.py"], ["client", "serving"]),
+        (["services/trilith_services/ps/engine/table.py"], ["engine"]),
+        (
+            ["services/trilith_services/ps/replicas/sync/target.py", "client/trilith/rpc/remote.py"],
+            ["client", "serving"],
+        ),
         (["client/trilith/data/scan/wire.py"], ["data"]),
         (["client/trilith/nn/dense.py", "services/trilith_services/worker/run.py"], ["nn"]),
         (["services/trilith_services/commands/ps.py"], ["ops"]),

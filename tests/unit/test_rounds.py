@@ -18,9 +18,9 @@ from trilith import checkpoint
 from trilith.errors import CheckpointError
 from trilith.folder import Folder
 from trilith_proto import ps_pb2
-from trilith_services.ps import checkpointer, snapshot
-from trilith_services.ps.checkpointer import Checkpointer
-from trilith_services.ps.rounds import Rounds
+from trilith_services.ps.checkpoint import checkpointer, snapshot
+from trilith_services.ps.checkpoint.checkpointer import Checkpointer
+from trilith_services.ps.checkpoint.rounds import Rounds
 
 EPOCH = 1_700_000_040.0  # a whole minute
 

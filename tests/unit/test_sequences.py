@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trilith.errors import InDoubtError, InternalError, InvalidRequestError, MemoryLimitError, OverloadedError
 from trilith.identity import OPEN_WRITES, Identity
 from trilith.shard import Write
-from trilith_services.ps.sequences import Sequences
+from trilith_services.ps.engine.sequences import Sequences
 
 NOW = 1_800_000_000
 

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from trilith.errors import UnavailableError
-from trilith_services.serve import Limits, Method, Server
+from trilith_services.grpc.serve import Limits, Method, Server
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICE = "trilith.ParameterServer"
@@ -24,7 +24,7 @@ SERVICE = "trilith.ParameterServer"
 PROGRAM = """
 import sys, threading
 from trilith.errors import InvalidRequestError
-from trilith_services.serve import Limits, Method, Server, serve
+from trilith_services.grpc.serve import Limits, Method, Server, serve
 
 def say(*words):
     print(*words, flush=True)

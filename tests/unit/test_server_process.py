@@ -10,12 +10,12 @@ import pytest
 from trilith.discovery import PS
 from trilith.discovery.host_files import HostFilesDirectory
 from trilith.errors import UnavailableError
-from trilith_services.ps.membership import Membership
-from trilith_services.ps.replica import Replica
-from trilith_services.ps.replica_server import ReplicaServer
-from trilith_services.ps.server import ParameterServer, PsOptions
-from trilith_services.ps.store import Store
-from trilith_services.server_process import Announcement
+from trilith_services.grpc.server_process import Announcement
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.membership import Membership
+from trilith_services.ps.process.server import ParameterServer, PsOptions
+from trilith_services.ps.replicas.replica import Replica
+from trilith_services.ps.replicas.server import ReplicaServer
 
 
 class Listing:

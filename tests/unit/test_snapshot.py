@@ -25,13 +25,13 @@ from trilith.routing import partition_owner, partition_sizes
 from trilith.shard import DensePart, IdPart, UpdatePart, Write
 from trilith.tables import Adagrad, Adam, RandomUniform, Sgd, table_config
 from trilith_proto import hash_table_pb2, ps_pb2
-from trilith_services.ps import queue_files, snapshot, variable_files
-from trilith_services.ps.checkpointer import Checkpointer, restore_newest
-from trilith_services.ps.filters import SlidingFilter
-from trilith_services.ps.queues import QueueState
-from trilith_services.ps.store import Store
-from trilith_services.ps.stripes import STRIPES, Stripes
-from trilith_services.ps.variables import VariableState
+from trilith_services.ps.checkpoint import queue_files, snapshot, variable_files
+from trilith_services.ps.checkpoint.checkpointer import Checkpointer, restore_newest
+from trilith_services.ps.engine.filters import SlidingFilter
+from trilith_services.ps.engine.queues import QueueState
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.engine.stripes import STRIPES, Stripes
+from trilith_services.ps.engine.variables import VariableState
 
 IDS = np.array([0, 1, 2, 3, 5, 8, 2**63, 2**64 - 1, *range(1000, 1060)], np.uint64)
 CONFIGS = [

@@ -12,7 +12,7 @@ import pytest
 from trilith.errors import MemoryLimitError, ShardRestartedError
 from trilith.shard import IdPart, UpdatePart, Write
 from trilith.tables import Sgd, Zeros, table_config
-from trilith_services.ps.store import Store
+from trilith_services.ps.engine.store import Store
 
 
 def config(name, dim=4, **options):

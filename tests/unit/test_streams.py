@@ -11,9 +11,9 @@ import grpc
 import pytest
 
 from trilith.errors import OverloadedError
-from trilith.remote import ERROR_KEY
-from trilith.streams import MAX_STREAMS, StreamedMethod
-from trilith_services.serve import Limits, Method, Server
+from trilith.rpc.remote import ERROR_KEY
+from trilith.rpc.streams import MAX_STREAMS, StreamedMethod
+from trilith_services.grpc.serve import Limits, Method, Server
 
 SERVICE = "trilith.ParameterServer"
 

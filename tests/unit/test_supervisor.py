@@ -19,8 +19,8 @@ from grpc_health.v1 import health, health_pb2_grpc
 from rich.console import Console
 
 from trilith.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
-from trilith_services.serve import Server
-from trilith_services.supervisor import ProcessSpec, StopRequest, Supervisor, free_ports, is_serving
+from trilith_services.grpc.serve import Server
+from trilith_services.local.supervisor import ProcessSpec, StopRequest, Supervisor, free_ports, is_serving
 
 HEALTHY = """
 import signal, sys, grpc
@@ -183,7 +183,7 @@ time.sleep(600)
 def test_children_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
     code = f"""
 import time
-from trilith_services.supervisor import *
+from trilith_services.local.supervisor import *
 supervisor = Supervisor(None, {str(tmp_path)!r})
 supervisor.start(ProcessSpec(name="a", argv=[{sys.executable!r}, "-c", "import time; print('up'); time.sleep(600)"]))
 while not supervisor.tail("a"):

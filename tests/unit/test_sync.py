@@ -25,24 +25,24 @@ from trilith.discovery.serving import ServingDirectory
 from trilith.errors import ClusterMismatchError, InvalidRequestError, ReadOnlyError, UnavailableError
 from trilith.ops.jit import JIT_DISABLED
 from trilith.ops.memory import address_of
-from trilith.remote import RemoteShard
+from trilith.rpc.remote import RemoteShard
 from trilith.shard import ANY_WRITE, DensePart, IdPart, UpdatePart, Write
 from trilith.tables import Fp16, RandomUniform, Sgd, table_config
 from trilith_proto import parameter_sync_pb2, ps_pb2
 from trilith_services.cli import main
-from trilith_services.ps.kernels import gather
-from trilith_services.ps.replica import Replica, read_configs, serving_config
-from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
-from trilith_services.ps.store import Store
-from trilith_services.ps.stripes import Stripes
-from trilith_services.ps.sync import wire
-from trilith_services.ps.sync.changes import ChangeLog
-from trilith_services.ps.sync.encoded import EncodedChanges
-from trilith_services.ps.sync.syncer import Syncer
-from trilith_services.ps.sync.target import SyncOptions, Target
-from trilith_services.ps.table import Table
-from trilith_services.ps.touched import Touched, distinct
-from trilith_services.serve import Limits
+from trilith_services.grpc.serve import Limits
+from trilith_services.ps.engine.kernels import gather
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.engine.stripes import Stripes
+from trilith_services.ps.engine.table import Table
+from trilith_services.ps.engine.touched import Touched, distinct
+from trilith_services.ps.replicas.replica import Replica, read_configs, serving_config
+from trilith_services.ps.replicas.server import ReplicaOptions, ReplicaServer
+from trilith_services.ps.replicas.sync import wire
+from trilith_services.ps.replicas.sync.changes import ChangeLog
+from trilith_services.ps.replicas.sync.encoded import EncodedChanges
+from trilith_services.ps.replicas.sync.syncer import Syncer
+from trilith_services.ps.replicas.sync.target import SyncOptions, Target
 
 DIM = 4
 FAST = SyncOptions(interval_s=0.1, heartbeat_s=0.1, dense_every_s=0.1, retry_most_s=0.2, message_bytes=4096)
@@ -80,7 +80,7 @@ def test_touched_gives_every_id_and_forgets_what_it_gave() -> None:
 
 
 def test_more_ids_than_are_kept_make_the_whole_table_count_as_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trilith_services.ps.touched._MOST_ROOM", 64)
+    monkeypatch.setattr("trilith_services.ps.engine.touched._MOST_ROOM", 64)
     touched = Touched(200)
     for _ in range(100):
         touched.add(np.arange(50, dtype=np.uint64))  # repeats are dropped and need no room

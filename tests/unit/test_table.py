@@ -15,10 +15,10 @@ from trilith.errors import InvalidRequestError, MemoryLimitError, NonFiniteError
 from trilith.ops.hashing import unmix64
 from trilith.ops.jit import JIT_DISABLED
 from trilith_proto import ps_pb2
-from trilith_services.ps.budget import MemoryBudget
-from trilith_services.ps.kernels.index import STRIPES, group_by_stripe
-from trilith_services.ps.rows import Rows
-from trilith_services.ps.table import Table
+from trilith_services.ps.engine.budget import MemoryBudget
+from trilith_services.ps.engine.kernels.index import STRIPES, group_by_stripe
+from trilith_services.ps.engine.rows import Rows
+from trilith_services.ps.engine.table import Table
 
 DIM = 3
 DAY = 86400

@@ -18,14 +18,14 @@ from tests.unit.test_table import DAY, DIM, TableMachine, colliding_ids, config,
 from trilith.errors import MemoryLimitError
 from trilith.ops.jit import JIT_DISABLED
 from trilith.ops.memory import address_of
-from trilith_services.ps import stripes as stripes_module
-from trilith_services.ps import table as table_module
-from trilith_services.ps.budget import MemoryBudget
-from trilith_services.ps.kernels import index, sweep
-from trilith_services.ps.maintenance import Maintenance
-from trilith_services.ps.rooms import two_rooms
-from trilith_services.ps.rows import Rows
-from trilith_services.ps.table import Table
+from trilith_services.ps.engine import stripes as stripes_module
+from trilith_services.ps.engine import table as table_module
+from trilith_services.ps.engine.budget import MemoryBudget
+from trilith_services.ps.engine.group_lock import two_rooms
+from trilith_services.ps.engine.kernels import index, sweep
+from trilith_services.ps.engine.maintenance import Maintenance
+from trilith_services.ps.engine.rows import Rows
+from trilith_services.ps.engine.table import Table
 
 SMALL = {"_SPLIT_SLOTS": 16, "_STEP": 1, "_STEP_PER_ROW": 2, "RANGE": 8, "_GIVEN_BACK": 64}
 

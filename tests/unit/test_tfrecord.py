@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import naive_files as naive
-from trilith.data.tfrecord import SNAPPY_BLOCK, RecordWriter, concatenate, frame_records, read_records
+from trilith.data.formats.tfrecord import SNAPPY_BLOCK, RecordWriter, concatenate, frame_records, read_records
 from trilith.errors import DataError
 
 RECORDS = st.lists(st.binary(max_size=40), max_size=12)

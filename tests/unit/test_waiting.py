@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 import trilith
-from trilith import waiting
 from trilith.config import ClientConfig
 from trilith.discovery.members import wait_for_ps
 from trilith.discovery.urls import open_directory
 from trilith.errors import TrilithError, UnavailableError
 from trilith.ops import jit
-from trilith.remote import RemoteShard
-from trilith.waiting import Wait
+from trilith.rpc.remote import RemoteShard
+from trilith.runtime import waiting
+from trilith.runtime.waiting import Wait
 
 PATIENCE_S = 30.0
 

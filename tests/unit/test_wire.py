@@ -8,8 +8,8 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trilith import wire
 from trilith.errors import InvalidRequestError
+from trilith.rpc import wire
 from trilith.shard import DensePart, IdPart, UpdatePart, Write
 from trilith_proto import ps_pb2
 

@@ -20,19 +20,19 @@ import trilith
 from tests.congruence.clusters import LocalCluster
 from trilith.checkpoint import list_checkpoints, newest_complete
 from trilith.cluster import Rejoined
-from trilith.data.click_files import store_clicks
 from trilith.data.clicks import split
-from trilith.data.synthetic import make_clicks, zipf_ids
 from trilith.errors import InvalidRequestError, ShardRestartedError
 from trilith.nn import auc
 from trilith.ops.jit import JIT_DISABLED
 from trilith_services.commands.training_view import TrainingView
-from trilith_services.supervisor import free_ports
-from trilith_services.worker.baseline import train_locally
-from trilith_services.worker.datasets import load_dataset
+from trilith_services.demo.baseline import train_locally
+from trilith_services.demo.click_files import store_clicks
+from trilith_services.demo.datasets import load_dataset
+from trilith_services.demo.models import TABLE, settings_of
+from trilith_services.demo.synthetic import make_clicks, zipf_ids
+from trilith_services.local.supervisor import free_ports
 from trilith_services.worker.events import EventLog, Tail
 from trilith_services.worker.meter import Meter
-from trilith_services.worker.models import TABLE, settings_of
 from trilith_services.worker.run import WorkerOptions, backends, run_worker
 from trilith_services.worker.trainer import Position, Trainer, WorkerConfig, save_checkpoint
 

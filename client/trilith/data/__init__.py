@@ -10,20 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trilith.data.columnar import Column
-    from trilith.data.dataset import Dataset, DatasetIterator, from_records, read, read_kafka
-    from trilith.data.files import gen_patterns, match_input_patterns
-    from trilith.data.framing import Framing
-    from trilith.data.item_pool import ItemPool
-    from trilith.data.negatives import NegativeConfig
-    from trilith.data.parsers import ParseSpec
-    from trilith.data.positions import from_json, to_json
-    from trilith.data.queue import StrQueue
+    from trilith.data.formats.columnar import Column
+    from trilith.data.formats.files import gen_patterns, match_input_patterns
+    from trilith.data.formats.framing import Framing
+    from trilith.data.formats.readers import open_records
+    from trilith.data.formats.writers import open_writer
+    from trilith.data.parse.parsers import ParseSpec
+    from trilith.data.parse.specs import Dense, Extra, InstanceWeight, Label, Slot, Sparse
+    from trilith.data.pipeline.dataset import Dataset, DatasetIterator, from_records, read, read_kafka
+    from trilith.data.pipeline.positions import from_json, to_json
+    from trilith.data.pipeline.queue import StrQueue
     from trilith.data.ragged import Ragged
-    from trilith.data.readers import open_records
     from trilith.data.records import Kind, Records
-    from trilith.data.specs import Dense, Extra, InstanceWeight, Label, Slot, Sparse
-    from trilith.data.writers import open_writer
+    from trilith.data.samples.item_pool import ItemPool
+    from trilith.data.samples.negatives import NegativeConfig
 
 __all__ = [
     "Column",
@@ -55,32 +55,32 @@ __all__ = [
 ]
 
 _WHERE = {
-    "Column": "columnar",
-    "Dataset": "dataset",
-    "DatasetIterator": "dataset",
-    "Dense": "specs",
-    "Extra": "specs",
-    "Framing": "framing",
-    "InstanceWeight": "specs",
-    "ItemPool": "item_pool",
+    "Column": "formats.columnar",
+    "Dataset": "pipeline.dataset",
+    "DatasetIterator": "pipeline.dataset",
+    "Dense": "parse.specs",
+    "Extra": "parse.specs",
+    "Framing": "formats.framing",
+    "InstanceWeight": "parse.specs",
+    "ItemPool": "samples.item_pool",
     "Kind": "records",
-    "Label": "specs",
-    "NegativeConfig": "negatives",
-    "ParseSpec": "parsers",
+    "Label": "parse.specs",
+    "NegativeConfig": "samples.negatives",
+    "ParseSpec": "parse.parsers",
     "Ragged": "ragged",
     "Records": "records",
-    "Slot": "specs",
-    "Sparse": "specs",
-    "StrQueue": "queue",
-    "from_json": "positions",
-    "from_records": "dataset",
-    "gen_patterns": "files",
-    "match_input_patterns": "files",
-    "open_records": "readers",
-    "open_writer": "writers",
-    "read": "dataset",
-    "read_kafka": "dataset",
-    "to_json": "positions",
+    "Slot": "parse.specs",
+    "Sparse": "parse.specs",
+    "StrQueue": "pipeline.queue",
+    "from_json": "pipeline.positions",
+    "from_records": "pipeline.dataset",
+    "gen_patterns": "formats.files",
+    "match_input_patterns": "formats.files",
+    "open_records": "formats.readers",
+    "open_writer": "formats.writers",
+    "read": "pipeline.dataset",
+    "read_kafka": "pipeline.dataset",
+    "to_json": "pipeline.positions",
 }
 
 

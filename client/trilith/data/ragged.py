@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
-from trilith.extras import need
 from trilith.ops.jit import kernel
 from trilith.ops.memory import address_of, load_u32, load_u64, store_u32
+from trilith.runtime.extras import need
 
 if TYPE_CHECKING:
     import torch

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from trilith.discovery import PS, Directory
 from trilith.discovery.record import ClusterRecord, RecordKeeper
 from trilith.errors import ClusterMismatchError, UnavailableError
-from trilith.forks import keep_for_ever, renew_in_children
 from trilith.routing import OWNER_RULE
-from trilith.waiting import Wait
+from trilith.runtime.forks import keep_for_ever, renew_in_children
+from trilith.runtime.waiting import Wait
 
 __all__ = ["Members", "count_ps", "resolve_ps", "wait_for_ps"]
 

@@ -13,7 +13,7 @@ from trilith.discovery.addresses import join_address, own_host, split_address
 from trilith.discovery.liveness import is_listening
 from trilith.discovery.watchers import Watchers
 from trilith.errors import InvalidRequestError, UnavailableError
-from trilith.waiting import Wait
+from trilith.runtime.waiting import Wait
 
 __all__ = ["MlpDirectory", "MlpEnvironment"]
 

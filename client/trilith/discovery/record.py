@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from trilith.differences import explain, same_table
 from trilith.errors import ClusterMismatchError, InternalError, TableMismatchError
 from trilith.routing import OWNER_RULE
+from trilith.tables.differences import explain, same_table
 from trilith_proto import ps_pb2
 
 __all__ = ["ClusterRecord", "RecordKeeper"]

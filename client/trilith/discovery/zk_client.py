@@ -31,7 +31,7 @@ from kazoo.security import CREATOR_ALL_ACL, OPEN_ACL_UNSAFE
 
 from trilith.discovery.zk_url import ZkUrl
 from trilith.errors import ClosedError, InternalError, InvalidRequestError, UnavailableError
-from trilith.waiting import Wait
+from trilith.runtime.waiting import Wait
 
 __all__ = [
     "CHANGED",

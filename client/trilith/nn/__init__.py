@@ -1,6 +1,6 @@
 """torch modules over a cluster: embeddings, reference models, dense parameters, AUC."""
 
-from trilith.extras import missing_extra
+from trilith.runtime.extras import missing_extra
 
 try:
     from trilith.nn.bridge import Bridge, pick_device  # the first that needs torch, as most of what follows does

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from trilith.errors import CheckpointError, InvalidRequestError
-from trilith.extras import need
 from trilith.ops.jit import COMPILING
+from trilith.runtime.extras import need
 
 __all__ = [
     "Program",

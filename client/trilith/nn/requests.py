@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from trilith.data.convert import message_of
-from trilith.data.parsers import ExampleParser, InstanceParser
+from trilith.data.formats.convert import message_of
+from trilith.data.parse.parsers import ExampleParser, InstanceParser
+from trilith.data.parse.specs import Dense, Features
 from trilith.data.records import Kind, Records
 from trilith.data.scan.count import count_named
-from trilith.data.specs import Dense, Features
 from trilith.errors import DataError
 
 __all__ = ["OnUnknown", "RequestExamples", "RequestInstances", "RequestParser", "names_of"]

@@ -10,16 +10,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from trilith.data.parse.specs import Dense, FeatureSpec, Slot, Sparse
 from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
-from trilith.data.specs import Dense, FeatureSpec, Slot, Sparse
 from trilith.errors import DataError, InternalError, InvalidRequestError
-from trilith.exports import GRAPH, MODEL, WEIGHTS, ExportManifest, ModelConfig, read_export, read_file
 from trilith.folder import Folder
 from trilith.nn.bags import Bags
 from trilith.nn.program import Program, load_program, unpack_weights
 from trilith.nn.requests import OnUnknown, RequestExamples, RequestInstances, RequestParser
 from trilith.ops.pool import MEAN, SQRTN, SUM, pool_first_rows, pool_rows
+from trilith.serving.exports import GRAPH, MODEL, WEIGHTS, ExportManifest, ModelConfig, read_export, read_file
 
 __all__ = ["Lookup", "Scores", "ServedModel", "load_model"]
 

@@ -29,7 +29,7 @@ from numba.core.compiler import Compiler, CompileResult
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.serialize import dumps
 
-from trilith.waiting import Wait
+from trilith.runtime.waiting import Wait
 
 __all__ = ["COMPILING", "JIT_DISABLED", "KERNELS", "cache_directory", "inlined", "kernel", "part", "warm"]
 

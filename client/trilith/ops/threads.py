@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from trilith.errors import InvalidRequestError
-from trilith.machine import cores
+from trilith.runtime.machine import cores
 
 __all__ = ["in_parts", "thread_count"]
 

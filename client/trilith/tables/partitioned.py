@@ -24,8 +24,8 @@ from trilith.times import latest
 
 if TYPE_CHECKING:
     from trilith.client import Client
+    from trilith.compat.monolith.sharding import FeatureFids
     from trilith.data.records import Records
-    from trilith.data.sharding import FeatureFids
     from trilith.peers import PeerClient
 
 __all__ = ["Fetched", "PartitionedFeature", "PartitionedTables"]
@@ -155,13 +155,13 @@ class PartitionedTables(QueueHooks):
     # ---- reading -----------------------------------------------------------------------------------------------
 
     def shard(self, batch: Records | Mapping[str, FeatureFids], batch_size: int | None = None) -> dict[str, Any]:
-        """Spread a batch's ids over the shards; data pipelines may do it, see `trilith.data.sharding`.
+        """Spread a batch's ids over the shards; data pipelines may do it, see `trilith.compat.monolith.sharding`.
 
         Args:
             batch: Records, or fids by feature.
             batch_size: Samples, with fids by feature.
         """
-        from trilith.data.sharding import ShardingConfig, shard_fids, shard_ragged
+        from trilith.compat.monolith.sharding import ShardingConfig, shard_fids, shard_ragged
 
         config = ShardingConfig(
             features={name: (each.table, each.slice_dims) for name, each in self.configs.features.items()},

@@ -127,7 +127,7 @@ def verify(path: Where) -> None:
     Exit status 1 if anything is damaged.
     """
     from trilith import checkpoint
-    from trilith_services.ps import snapshot
+    from trilith_services.ps.checkpoint import snapshot
 
     path = _checkpoint(path)
     manifest = checkpoint.read_manifest(path)
@@ -159,7 +159,7 @@ def export(
     """
     from trilith import checkpoint
     from trilith.errors import UnknownTableError
-    from trilith_services.ps import parquet
+    from trilith_services.ps.checkpoint import parquet
 
     path = _checkpoint(path)
     manifest = checkpoint.read_manifest(path)
@@ -213,7 +213,7 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
 
 
 def _tables(folder: Folder, manifest: Manifest) -> list[dict[str, Any]]:
-    from trilith_services.ps import row_files
+    from trilith_services.ps.checkpoint import row_files
 
     found = []
     for name, rows in manifest.rows().items():
@@ -235,7 +235,7 @@ def _tables(folder: Folder, manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _variables(folder: Folder, manifest: Manifest) -> list[dict[str, Any]]:
-    from trilith_services.ps import variable_files
+    from trilith_services.ps.checkpoint import variable_files
 
     found: dict[str, dict[str, Any]] = {}
     for state in variable_files.read_parts(folder, manifest.parts):

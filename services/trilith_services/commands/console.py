@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from trilith.extras import need
+from trilith.runtime.extras import need
 from trilith_services.commands.flags import (
     CLUSTER_FORMS,
     Listen,
@@ -71,8 +71,8 @@ def console(
 
     There is no login: listen on an address that only those reach who may see every row. Needs the extra `console`.
     """
-    from trilith.debugging import read_debugging_info
     from trilith.errors import InvalidRequestError
+    from trilith.serving.debugging import read_debugging_info
     from trilith_services.logs import setup_logging
 
     need("fastapi", "uvicorn", extra="console")

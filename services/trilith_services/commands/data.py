@@ -29,9 +29,9 @@ from trilith_services.commands.data_flags import (
 from trilith_services.commands.flags import Json
 
 if TYPE_CHECKING:
-    from trilith.data.detect import Detected
-    from trilith.data.framing import Framing
-    from trilith.data.readers import RecordReader
+    from trilith.data.formats.detect import Detected
+    from trilith.data.formats.framing import Framing
+    from trilith.data.formats.readers import RecordReader
     from trilith.data.records import Records
 
 __all__ = ["register"]
@@ -67,7 +67,7 @@ class _Input:
     skip: bool = False
 
     def open(self, path: str) -> RecordReader:
-        from trilith.data.readers import open_records
+        from trilith.data.formats.readers import open_records
 
         guess = self._guess(path)
         file_format = self._said or guess.format
@@ -91,9 +91,9 @@ class _Input:
 
     def _guess(self, path: str) -> Detected:
         """What was left out, guessed where there is a beginning to look at; a note says so."""
-        from trilith.data.compression import compression_of
-        from trilith.data.detect import Detected, detect
-        from trilith.data.readers import FileFormat
+        from trilith.data.formats.compression import compression_of
+        from trilith.data.formats.detect import Detected, detect
+        from trilith.data.formats.readers import FileFormat
         from trilith.data.records import Kind
         from trilith.errors import DataError
 
@@ -120,9 +120,9 @@ class _Input:
 
 def inspect(path: File, csv: CsvOption = None, as_json: Json = False) -> None:
     """Guess how a file is to be read, and show what its first records hold."""
-    from trilith.data.compression import Compression, compression_of
-    from trilith.data.detect import Detected, detect
-    from trilith.data.readers import FileFormat
+    from trilith.data.formats.compression import Compression, compression_of
+    from trilith.data.formats.detect import Detected, detect
+    from trilith.data.formats.readers import FileFormat
     from trilith.data.records import Kind
 
     if csv:
@@ -164,7 +164,7 @@ def inspect(path: File, csv: CsvOption = None, as_json: Json = False) -> None:
     if guess.format is FileFormat.RECORDS:
         console.print(f"framing: {flags}")
     if guess.tf_examples:
-        from trilith.data.tf_example import HINT
+        from trilith.compat.monolith.tf_example import HINT
 
         console.print(HINT)
     if names:
@@ -294,8 +294,8 @@ def convert(
 
     The output is there once it is whole; where a conversion fails there is none.
     """
-    from trilith.data.convert import convert as convert_records
-    from trilith.data.writers import open_writer
+    from trilith.data.formats.convert import convert as convert_records
+    from trilith.data.formats.writers import open_writer
 
     opened = _Input(format_, kind, framing, compression, columns, csv, skip_damage)
     place = "" if target == "-" else target
@@ -335,9 +335,9 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Read every record and parse it; name what is damaged. Exit status 1 if anything is."""
-    from trilith.data.convert import message_of
+    from trilith.compat.monolith.tf_example import HINT, is_tf_example
+    from trilith.data.formats.convert import message_of
     from trilith.data.records import Kind
-    from trilith.data.tf_example import HINT, is_tf_example
     from trilith.errors import DataError
 
     opened = _Input(format_, kind, framing, compression, columns, csv, skip=True)
@@ -384,7 +384,7 @@ def _readers(
     """A reader per file, with a progress bar of all files' stored bytes; what was skipped goes to stderr."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from trilith.data.files import match_files
+    from trilith.data.formats.files import match_files
 
     log = logging.getLogger("trilith.data")
     if not log.handlers:  # what is skipped is told below
@@ -427,7 +427,7 @@ class _Watched:
 
 
 def _framing(text: str) -> Framing:
-    from trilith.data.framing import Framing
+    from trilith.data.formats.framing import Framing
     from trilith.errors import InvalidRequestError
 
     names = [name for name in text.replace(" ", "").split(",") if name not in ("", "none")]
@@ -442,7 +442,7 @@ def _names(framing: Framing) -> str:
 
 def _column_names(reader: RecordReader) -> list[str]:
     """The columns of a file, of Parquet with what they are read as; empty where there are none."""
-    from trilith.data.parquet import ParquetReader
+    from trilith.data.formats.parquet import ParquetReader
 
     if not isinstance(reader, ParquetReader):
         return list(reader.available or {})
@@ -466,7 +466,7 @@ def _csv_form(given: list[str] | None) -> dict[str, Any]:
 def _columns(text: str | None) -> list[Any] | None:
     if text is None:
         return None
-    from trilith.data.columnar import Column
+    from trilith.data.formats.columnar import Column
     from trilith.errors import InvalidRequestError
 
     found = []
@@ -482,7 +482,7 @@ def _messages(records: Records) -> Iterator[tuple[int, Any]]:
     """Each record's message as plain values."""
     from google.protobuf.json_format import MessageToDict
 
-    from trilith.data.convert import message_of
+    from trilith.data.formats.convert import message_of
     from trilith.data.records import Kind
     from trilith.errors import DataError
 

@@ -39,10 +39,10 @@ def _among(module: str, name: str, *, but: str = "") -> Callable[[typer.Callback
     return checked(check)
 
 
-known_format = _among("trilith.data.readers", "FileFormat")
-known_output_format = _among("trilith.data.readers", "FileFormat", but="csv")
+known_format = _among("trilith.data.formats.readers", "FileFormat")
+known_output_format = _among("trilith.data.formats.readers", "FileFormat", but="csv")
 known_kind = _among("trilith.data.records", "Kind")
-known_compression = _among("trilith.data.compression", "Compression")
+known_compression = _among("trilith.data.formats.compression", "Compression")
 
 Files = Annotated[
     list[str], typer.Argument(help="Paths, globs or URLs that fsspec knows; - for standard input.", metavar="FILE")

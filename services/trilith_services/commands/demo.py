@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from trilith.extras import need
+from trilith.runtime.extras import need
 from trilith_services.commands import output
 from trilith_services.commands.export import ExportMode
 from trilith_services.commands.flags import AsyncPush, BatchSize, Data, Model, ModelFlag, Prefetch, Seed
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from trilith.data.clicks import Parts
     from trilith_services.commands.export_saved import ExportSaved
-    from trilith_services.supervisor import StopRequest, Supervisor
-    from trilith_services.worker.models import ModelSettings
+    from trilith_services.demo.models import ModelSettings
+    from trilith_services.local.supervisor import StopRequest, Supervisor
     from trilith_services.worker.trainer import WorkerConfig
 
 __all__ = ["DemoOptions", "register", "run_demo"]
@@ -135,8 +135,8 @@ def demo(
     need("torch", extra="torch")
     if export is not None:
         need("safetensors", extra="serving")
-    from trilith.data.movielens import cache_dir
     from trilith.errors import InvalidRequestError
+    from trilith_services.demo.movielens import cache_dir
 
     chosen = mode or (Mode.embedded if num_ps == 0 else Mode.ps)
     if (chosen is Mode.ps) != (num_ps != 0) and num_ps is not None:
@@ -171,9 +171,9 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
     Raises:
         TrilithError: A process could not start or kept dying, or the data could not be had.
     """
-    from trilith_services.supervisor import StopRequest
-    from trilith_services.worker.datasets import load_dataset
-    from trilith_services.worker.models import settings_of
+    from trilith_services.demo.datasets import load_dataset
+    from trilith_services.demo.models import settings_of
+    from trilith_services.local.supervisor import StopRequest
 
     console = console or output.console()
     settings = settings_of(options.model, epochs=options.epochs or None)
@@ -217,7 +217,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
 
 def _baseline(options: DemoOptions, settings: ModelSettings, parts: Parts, console: Console, stop: StopRequest) -> Any:
     from trilith_services.commands.training_view import TrainingView
-    from trilith_services.worker.baseline import train_locally
+    from trilith_services.demo.baseline import train_locally
 
     console.print("the same with plain torch.nn.EmbeddingBag, in one process:")
     with TrainingView(console, ["torch"]) as view:
@@ -263,9 +263,9 @@ class _Cluster:
         from rich.console import Console
 
         from trilith.connect import connect
-        from trilith.waiting import Wait
+        from trilith.runtime.waiting import Wait
         from trilith_services.commands.training_view import TrainingView
-        from trilith_services.supervisor import PsCluster, Supervisor
+        from trilith_services.local.supervisor import PsCluster, Supervisor
 
         options, console = self._options, self._console
         # What the processes log goes to files; the display shows what they report.
@@ -303,7 +303,7 @@ class _Cluster:
         from trilith.checkpoint import newest_complete
         from trilith.connect import connect
         from trilith_services.commands.training_view import TrainingView
-        from trilith_services.supervisor import Supervisor, free_ports
+        from trilith_services.local.supervisor import Supervisor, free_ports
 
         options = self._options
         with Supervisor(Console(quiet=True), self._run_dir) as supervisor:
@@ -325,7 +325,7 @@ class _Cluster:
             self._console.print("on a machine's first run they compile their kernels, which takes a few minutes")
 
     def _start_workers(self, supervisor: Supervisor, *where: str) -> None:
-        from trilith_services.supervisor import ProcessSpec, trilith_argv
+        from trilith_services.local.supervisor import ProcessSpec, trilith_argv
 
         options = self._options
         together = options.mode == Mode.all_to_all
@@ -375,7 +375,7 @@ class _Cluster:
         """PS and worker as two threads of this process."""
         from trilith.connect import connect
         from trilith_services.commands.training_view import TrainingView
-        from trilith_services.worker.datasets import training_files
+        from trilith_services.demo.datasets import training_files
         from trilith_services.worker.run import use_threads
         from trilith_services.worker.trainer import Trainer
 
@@ -458,6 +458,6 @@ class _Cluster:
 
 def _share(processes: int) -> int:
     """Cores for each of so many processes."""
-    from trilith.machine import cores
+    from trilith.runtime.machine import cores
 
     return max(1, cores() // processes)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trilith.extras import need
+from trilith.runtime.extras import need
 from trilith_services.commands.flags import Json, Model
 
 __all__ = ["ExportMode", "register"]
@@ -60,9 +60,9 @@ def export(
     need("torch", "safetensors", extra="serving")
     from dataclasses import asdict
 
+    from trilith_services.demo.datasets import load_dataset
+    from trilith_services.demo.models import settings_of
     from trilith_services.exporting import check_reference, find_checkpoint, reference_exporter
-    from trilith_services.worker.datasets import load_dataset
-    from trilith_services.worker.models import settings_of
 
     names = [name.strip() for name in features.split(",")] if features else list(load_dataset(data).train.features)
     settings, found = settings_of(model.value), find_checkpoint(checkpoint)

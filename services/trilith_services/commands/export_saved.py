@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from trilith.errors import TrilithError
 
 if TYPE_CHECKING:
-    from trilith_services.worker.models import ModelSettings
+    from trilith_services.demo.models import ModelSettings
 
 __all__ = ["ExportSaved"]
 

@@ -13,7 +13,7 @@ from trilith.errors import InvalidRequestError
 from trilith_services.sizes import parse_bytes
 
 if TYPE_CHECKING:
-    from trilith_services.serve import Limits
+    from trilith_services.grpc.serve import Limits
 
 __all__ = [
     "CLUSTER_FORMS",
@@ -110,7 +110,7 @@ address = checked(_listening)
 
 def limits(*, rpc_threads: int, max_queue: int, max_message: str, drain: float, reflection: bool) -> Limits:
     """What a server takes on, by the flags of these names."""
-    from trilith_services.serve import Limits
+    from trilith_services.grpc.serve import Limits
 
     return Limits(
         threads=rpc_threads,

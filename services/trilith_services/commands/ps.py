@@ -135,11 +135,11 @@ def ps(
     from trilith.errors import InvalidRequestError
     from trilith.ops.memory import tune_allocator
     from trilith_services import sizes
-    from trilith_services.listening import reached_by_others
+    from trilith_services.grpc.listening import reached_by_others
     from trilith_services.logs import setup_logging
-    from trilith_services.ps.server import ParameterServer, PsOptions
-    from trilith_services.ps.store import Store
-    from trilith_services.ps.sync.target import SyncOptions
+    from trilith_services.ps.engine.store import Store
+    from trilith_services.ps.process.server import ParameterServer, PsOptions
+    from trilith_services.ps.replicas.sync.target import SyncOptions
     from trilith_services.sizes import parse_bytes
 
     if checkpoint_every and checkpoint_dir is None:
@@ -216,8 +216,8 @@ def _stand_by(
     from trilith.discovery.zk_directory import ZooKeeperDirectory
     from trilith.discovery.zk_url import redact
     from trilith.errors import InvalidRequestError
-    from trilith_services.ps.standby import wait_for_place
-    from trilith_services.supervisor import StopRequest
+    from trilith_services.local.supervisor import StopRequest
+    from trilith_services.ps.process.standby import wait_for_place
 
     if index is not None or discovery is None:
         raise InvalidRequestError("--standby takes --discovery zk://… and --count, and finds --index by itself")

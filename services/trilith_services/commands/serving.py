@@ -91,11 +91,11 @@ def ps(
     from trilith.discovery.serving import ServingDirectory
     from trilith.ops.memory import tune_allocator
     from trilith_services import sizes
-    from trilith_services.listening import reached_by_others
+    from trilith_services.grpc.listening import reached_by_others
     from trilith_services.logs import setup_logging
-    from trilith_services.ps.replica import Replica, read_configs
-    from trilith_services.ps.replica_server import ReplicaOptions, ReplicaServer
-    from trilith_services.ps.store import Store
+    from trilith_services.ps.engine.store import Store
+    from trilith_services.ps.replicas.replica import Replica, read_configs
+    from trilith_services.ps.replicas.server import ReplicaOptions, ReplicaServer
 
     setup_logging(log_format.value, level=log_level.value, role={"ps": index, "replica": replica})
     tune_allocator()

@@ -15,7 +15,7 @@ from trilith_services.commands.flags import CLUSTER_FORMS
 
 if TYPE_CHECKING:
     from trilith.config import ClientConfig
-    from trilith.remote import RemoteShard
+    from trilith.rpc.remote import RemoteShard
 
 __all__ = ["Address", "Members"]
 
@@ -47,7 +47,7 @@ class Members:
 
     def shards(self, config: ClientConfig) -> list[RemoteShard]:
         """A connection to each, by shard index."""
-        from trilith.remote import RemoteShard
+        from trilith.rpc.remote import RemoteShard
 
         return [
             RemoteShard(partial(resolve_ps, self._directory, index), config, index=index) for index in range(self.count)

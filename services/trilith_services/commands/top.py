@@ -23,7 +23,7 @@ from trilith_services.commands.shards import Address, Members
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from trilith.remote import RemoteShard
+    from trilith.rpc.remote import RemoteShard
     from trilith_proto import ps_pb2
 
 __all__ = ["register"]

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trilith.extras import need
+from trilith.runtime.extras import need
 from trilith_services.commands import output
 from trilith_services.commands.flags import size
 
 if TYPE_CHECKING:
-    from trilith_services.supervisor import Ended, PsCluster, StopRequest, Supervisor
+    from trilith_services.local.supervisor import Ended, PsCluster, StopRequest, Supervisor
 
 __all__ = ["register"]
 
@@ -94,7 +94,7 @@ def up(
     if workers:
         need("torch", extra="torch")
     from trilith.errors import InvalidRequestError
-    from trilith_services.supervisor import PsCluster, StopRequest, Supervisor
+    from trilith_services.local.supervisor import PsCluster, StopRequest, Supervisor
 
     console = output.console(stderr=True)
     if worker_args and not workers:
@@ -172,7 +172,7 @@ def _start_workers(
     supervisor: Supervisor, cluster: PsCluster, workers: int, positions: str, arguments: list[str]
 ) -> None:
     """Start workers that remember below `positions` how far they are, so that one started again goes on there."""
-    from trilith_services.supervisor import ProcessSpec, trilith_argv
+    from trilith_services.local.supervisor import ProcessSpec, trilith_argv
 
     for rank in range(workers):
         shard = ["--rank", str(rank), "--world-size", str(workers), "--state", f"{positions}/worker-{rank}.json"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trilith.extras import need
+from trilith.runtime.extras import need
 from trilith_services.commands.flags import (
     CLUSTER_FORMS,
     AsyncPush,
@@ -27,7 +27,7 @@ from trilith_services.commands.flags import (
 )
 
 if TYPE_CHECKING:
-    from trilith_services.worker.models import ModelSettings
+    from trilith_services.demo.models import ModelSettings
     from trilith_services.worker.run import Follower
 
 __all__ = ["register"]
@@ -153,8 +153,8 @@ def worker(
     if export and not model_dir:
         raise InvalidRequestError(f"--export {export} exports checkpoints: say with --model-dir where these go")
 
+    from trilith_services.demo.models import settings_of
     from trilith_services.logs import setup_logging
-    from trilith_services.worker.models import settings_of
     from trilith_services.worker.run import WorkerOptions, run_worker
     from trilith_services.worker.trainer import WorkerConfig
 

@@ -27,7 +27,7 @@ from trilith_services.console.schema import (
 )
 from trilith_services.console.watcher import Watcher
 from trilith_services.console.writer import Writer
-from trilith_services.failures import FAILURES
+from trilith_services.http.failures import FAILURES
 
 __all__ = ["routes"]
 

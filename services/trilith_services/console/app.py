@@ -15,7 +15,7 @@ from trilith_services.console import api, debugging
 from trilith_services.console.guard import Guard
 from trilith_services.console.reader import Reader
 from trilith_services.console.watcher import Watcher
-from trilith_services.failures import answer_failures
+from trilith_services.http.failures import answer_failures
 
 __all__ = ["make_app"]
 

@@ -17,7 +17,7 @@ from trilith.entries import signed_id
 from trilith.errors import InternalError, InvalidRequestError, TrilithError
 from trilith_proto import hash_table_pb2
 from trilith_services.console.reader import Reader
-from trilith_services.failures import FAILURES
+from trilith_services.http.failures import FAILURES
 
 __all__ = ["DebuggingAnswer", "features", "routes", "variables"]
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable
 
 from trilith.errors import UnavailableError
-from trilith.prediction import Predictor
+from trilith.serving.prediction import Predictor
 from trilith_proto import serving_pb2
 
 __all__ = ["Entries"]

@@ -14,8 +14,8 @@ from trilith.discovery.members import count_ps, resolve_ps
 from trilith.discovery.record import RecordKeeper
 from trilith.discovery.urls import open_directory
 from trilith.errors import ClusterMismatchError, TrilithError, UnavailableError
-from trilith.remote import RemoteShard
 from trilith.routing import OWNER_RULE
+from trilith.rpc.remote import RemoteShard
 from trilith_proto import ps_pb2
 
 __all__ = ["Members"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from trilith_services.failures import Failure
+from trilith_services.http.failures import Failure
 
 __all__ = [
     "Config",

@@ -14,9 +14,9 @@ import uvicorn
 
 from trilith.discovery.addresses import join_address
 from trilith.errors import InvalidRequestError
-from trilith_services import listening
 from trilith_services.console.app import make_app
 from trilith_services.console.watcher import Watcher
+from trilith_services.grpc import listening
 
 __all__ = ["ConsoleServer", "bind"]
 

@@ -28,7 +28,7 @@ from trilith_services.console.sampling import (
     table_states,
 )
 from trilith_services.console.schema import EntryServer, Look, Point, Replica, Shard
-from trilith_services.failures import Failure
+from trilith_services.http.failures import Failure
 
 __all__ = ["WatchOptions", "Watcher"]
 

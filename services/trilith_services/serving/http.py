@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trilith.errors import InvalidRequestError, TrilithError
 from trilith_proto import serving_pb2
-from trilith_services.failures import FAILURES, answer_failures
-from trilith_services.listening import bind, warn_if_exposed
+from trilith_services.grpc.listening import bind, warn_if_exposed
+from trilith_services.http.failures import FAILURES, answer_failures
 from trilith_services.serving.metrics import EntryMetrics
 from trilith_services.serving.servicer import PredictionServicer
 

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from trilith.errors import InvalidRequestError
-from trilith.exports import RecordFeature
+from trilith.serving.exports import RecordFeature
 from trilith_proto.example_pb2 import Example
 
 __all__ = ["encode_records", "unknown_feature"]

@@ -15,9 +15,9 @@ from trilith.client import Client
 from trilith.connect import connect
 from trilith.data.records import Kind, Records
 from trilith.errors import CheckpointError, InvalidRequestError, TrilithError, UnavailableError
-from trilith.exports import ROWS, ExportManifest, ModelConfig, entry_base, list_versions
 from trilith.folder import Folder
 from trilith.nn.serving import Lookup, ServedModel, load_model
+from trilith.serving.exports import ROWS, ExportManifest, ModelConfig, entry_base, list_versions
 from trilith_services.serving.replica_lists import ReplicaList
 from trilith_services.serving.replicas import ShardedReplicas
 

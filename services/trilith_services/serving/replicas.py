@@ -24,10 +24,10 @@ from trilith.errors import (
     TrilithError,
     UnavailableError,
 )
-from trilith.exports import ModelConfig
 from trilith.nn.serving import Lookup
-from trilith.remote import RemoteShard
 from trilith.routing import OWNER_RULE
+from trilith.rpc.remote import RemoteShard
+from trilith.serving.exports import ModelConfig
 from trilith.shard import FloatArray, IdPart
 from trilith_proto import ps_pb2, serving_pb2
 from trilith_services.serving.replica_lists import ReplicaList

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trilith.errors import InvalidRequestError
-from trilith.waiting import Wait
-from trilith_services.serve import Limits, Server
-from trilith_services.server_process import Announcement, ServerProcess
+from trilith.runtime.waiting import Wait
+from trilith_services.grpc.serve import Limits, Server
+from trilith_services.grpc.server_process import Announcement, ServerProcess
 from trilith_services.serving.metrics import EntryMetrics
 from trilith_services.serving.models import Models
 from trilith_services.serving.servicer import SERVICE, PredictionServicer

@@ -13,10 +13,10 @@ from google.protobuf.message import DecodeError
 
 from trilith.data.records import Kind, Records
 from trilith.errors import InvalidRequestError
-from trilith.exports import RecordFeature
+from trilith.serving.exports import RecordFeature
 from trilith_proto import serving_pb2
-from trilith_services.rpc import rpc
-from trilith_services.serve import Method
+from trilith_services.grpc.rpc import rpc
+from trilith_services.grpc.serve import Method
 from trilith_services.serving.json_records import encode_records
 from trilith_services.serving.metrics import EntryMetrics
 from trilith_services.serving.models import Models

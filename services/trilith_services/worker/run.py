@@ -21,12 +21,12 @@ from trilith.connect import connect
 from trilith.data.clicks import Parts
 from trilith.discovery.zk_url import redact
 from trilith.errors import InvalidRequestError, UnavailableError
-from trilith.machine import cores
 from trilith.nn import pick_device
 from trilith.peers import PeerClient, connect_peers
-from trilith.waiting import Wait
-from trilith_services.listening import LOOPBACK, warn_if_exposed
-from trilith_services.worker.datasets import load_dataset, training_files
+from trilith.runtime.machine import cores
+from trilith.runtime.waiting import Wait
+from trilith_services.demo.datasets import load_dataset, training_files
+from trilith_services.grpc.listening import LOOPBACK, warn_if_exposed
 from trilith_services.worker.events import Emit, EventLog
 from trilith_services.worker.trainer import Trainer, WorkerConfig
 

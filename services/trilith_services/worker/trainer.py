@@ -26,17 +26,17 @@ from trilith.checkpoint import (
     read_manifest,
 )
 from trilith.client import Client
-from trilith.data.click_files import ClickFiles
 from trilith.data.clicks import ClickData, Parts
-from trilith.debugging import write_debugging_info
 from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
 from trilith.nn import AllReduced, ClippedBackward, DenseOnPs, EmbeddingCollection, FetchedRows, auc, pick_device
 from trilith.nn.bags import IdsLike
 from trilith.peers import PeerClient
 from trilith.pipelining import Fetch
+from trilith.serving.debugging import write_debugging_info
+from trilith_services.demo.click_files import ClickFiles
+from trilith_services.demo.models import BATCH_SIZE, ModelSettings
 from trilith_services.worker.events import Emit
 from trilith_services.worker.meter import Meter
-from trilith_services.worker.models import BATCH_SIZE, ModelSettings
 
 __all__ = ["Position", "Trainer", "WorkerConfig", "save_checkpoint"]
 

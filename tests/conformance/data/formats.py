@@ -11,17 +11,17 @@ import numpy as np
 from tests.conformance.compare import differ, in_order
 from tests.conformance.data.members import raises, spread
 from tests.conformance.data.parsing import parsed_as
-from trilith.data import fids
-from trilith.data.compression import effective_compression
-from trilith.data.feature_list import FeatureList
-from trilith.data.framing import Framing, Scratch, frame_records, split_all, split_frames
-from trilith.data.messages import string_to_variant
-from trilith.data.names import FeatureNameMapper, SlotNames
-from trilith.data.readers import open_records
+from trilith.compat.monolith.feature_list import FeatureList
+from trilith.compat.monolith.messages import string_to_variant
+from trilith.compat.monolith.names import FeatureNameMapper, SlotNames
+from trilith.compat.monolith.parse_functions import fids
+from trilith.compat.monolith.tf_example import TFExampleConverter
+from trilith.data.formats.compression import effective_compression
+from trilith.data.formats.framing import Framing, Scratch, frame_records, split_all, split_frames
+from trilith.data.formats.readers import open_records
+from trilith.data.formats.tfrecord import concatenate
+from trilith.data.formats.tfrecord import frame_records as frame_tfrecords
 from trilith.data.records import Records
-from trilith.data.tf_example import TFExampleConverter
-from trilith.data.tfrecord import concatenate
-from trilith.data.tfrecord import frame_records as frame_tfrecords
 from trilith.errors import TrilithError
 
 if TYPE_CHECKING:

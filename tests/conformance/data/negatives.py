@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from tests.conformance.compare import differ
 from tests.conformance.data.members import spread, unknown
-from trilith.data.convert import message_of
-from trilith.data.dataset import Dataset, from_records, read
 from trilith.data.fids import data_source_key
-from trilith.data.flows import with_source_names
-from trilith.data.framing import Framing
-from trilith.data.item_pool import ItemPool, PooledItem, pool_path
-from trilith.data.negatives import NegativeConfig
+from trilith.data.formats.convert import message_of
+from trilith.data.formats.framing import Framing
+from trilith.data.pipeline.dataset import Dataset, from_records, read
+from trilith.data.pipeline.flows import with_source_names
 from trilith.data.records import Kind
+from trilith.data.samples.item_pool import ItemPool, PooledItem, pool_path
+from trilith.data.samples.negatives import NegativeConfig
 from trilith_proto.example_pb2 import NamedFeature
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import numpy as np
 
 from tests.conformance.compare import Absent, differ
 from tests.conformance.data.members import raises, spread, unknown
-from trilith.data.names import SlotNames
-from trilith.data.parse import (
+from trilith.compat.monolith.names import SlotNames
+from trilith.compat.monolith.parse_functions import (
     parse_example_batch,
     parse_example_batch_list,
     parse_examples,
@@ -19,9 +19,9 @@ from trilith.data.parse import (
     parse_instances_legacy,
     parse_instances_raw,
 )
+from trilith.compat.monolith.sharding import ShardingConfig, shard_fids
 from trilith.data.ragged import Ragged, contract, expand
 from trilith.data.records import Kind, Records
-from trilith.data.sharding import ShardingConfig, shard_fids
 
 if TYPE_CHECKING:
     from tests.conformance.data import Check

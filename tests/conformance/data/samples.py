@@ -11,15 +11,13 @@ import numpy as np
 from tests.conformance.compare import differ
 from tests.conformance.data.members import each_of, raises, spread, unknown
 from tests.conformance.data.parsing import differences, parsed_as
-from trilith.data import convert, transforms
-from trilith.data.columns import Fields, extract
-from trilith.data.framing import Framing
-from trilith.data.label_conf import label_conf, tasks_of
+from trilith.compat.monolith.datasets import FilePBDataset
+from trilith.data.formats import convert
+from trilith.data.formats.framing import Framing
+from trilith.data.formats.readers import open_records
+from trilith.data.parse.columns import Fields, extract
 from trilith.data.ragged import Ragged
-from trilith.data.readers import open_records
 from trilith.data.records import Kind, Records
-from trilith.data.reference import FilePBDataset
-from trilith.data.reweight import InstanceReweight
 from trilith.data.samples import (
     AddAction,
     AddLabel,
@@ -42,7 +40,10 @@ from trilith.data.samples import (
     map_id,
     relate,
     switch_slot,
+    transforms,
 )
+from trilith.data.samples.label_conf import label_conf, tasks_of
+from trilith.data.samples.reweight import InstanceReweight
 from trilith_proto.example_pb2 import Example, ExampleBatch
 from trilith_proto.line_id_pb2 import LineId
 from trilith_proto.proto_parser_pb2 import Instance

@@ -14,9 +14,9 @@ from tests.conformance.worker_ops.layouts import configs_of
 from tests.conformance.worker_ops.primitives import ragged_of
 from trilith.client import Client
 from trilith.cluster import Cluster
+from trilith.compat.monolith.sharding import FeatureFids
 from trilith.config import ClientConfig
 from trilith.data.ragged import Ragged
-from trilith.data.sharding import FeatureFids
 from trilith.ops.layout_config import PoolingType
 from trilith.tables import HashTableConfig, Sgd, Zeros
 from trilith.tables.config import Segment
@@ -24,8 +24,8 @@ from trilith.tables.factories import create_merged_tables, create_partitioned_ta
 from trilith.tables.merged import MergedTables, merge_configs
 from trilith.tables.partitioned import PartitionedFeature
 from trilith_proto.hash_table_pb2 import EmbeddingHashTableConfig, InitializerConfig, OptimizerConfig
-from trilith_services.ps.model import Model
-from trilith_services.ps.store import Store
+from trilith_services.ps.engine.store import Store
+from trilith_services.ps.reference.model import Model
 
 __all__ = ["OPS", "cluster"]
 

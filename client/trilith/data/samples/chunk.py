@@ -17,14 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.data.choices import OnError
-from trilith.data.columns import member_of, ragged_of, scalars_of
-from trilith.data.convert import Message
 from trilith.data.fids import MAX_SLOTS
+from trilith.data.formats.convert import Message
 from trilith.data.line_ids import line_field
+from trilith.data.parse.columns import member_of, ragged_of, scalars_of
 from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
-from trilith.data.rewrite import rewrite
 from trilith.data.samples.relations import Bits, Domain, Relation, Strings
+from trilith.data.samples.rewrite import rewrite
 from trilith.data.scan.scanner import scanner
 from trilith.data.scan.schema import Element, Fields
 from trilith.errors import InvalidRequestError

@@ -151,7 +151,7 @@ class Scanner:
                 if unreadable:
                     if on_error == "raise":
                         row, reason = unreadable[0]
-                        from trilith.data.tf_example import HINT, is_tf_example
+                        from trilith.compat.monolith.tf_example import HINT, is_tf_example
 
                         hint = f"; {HINT}" if is_tf_example(records.payload(row)) else ""
                         raise DataError(f"{records.where(row)}: {reason}{hint}")
@@ -164,7 +164,7 @@ class Scanner:
         self, records: Records, odd: npt.NDArray[np.int64], flags: npt.NDArray[np.uint8]
     ) -> tuple[Records, list[tuple[int, str]]]:
         """Let the protobuf library rewrite records whose parts must be merged; rows it cannot read, and why."""
-        from trilith.data.convert import message_of, promote
+        from trilith.data.formats.convert import message_of, promote
 
         payloads, unreadable = [], []
         for row in odd.tolist():
@@ -336,7 +336,7 @@ def bounds_of(records: Records) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.i
 
 def damage(records: Records, row: int, status: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> DataError:
     """The error that says which record is damaged, where and how."""
-    from trilith.data.tf_example import HINT, is_tf_example
+    from trilith.compat.monolith.tf_example import HINT, is_tf_example
 
     hint = f"; {HINT}" if is_tf_example(records.payload(row)) else ""
     return DataError(

@@ -1,0 +1,1 @@
+"""What only users of other systems need; nothing else in Trilith imports it."""

@@ -1,0 +1,1 @@
+"""Names and forms of the reference system that its users know, over `trilith.data`."""

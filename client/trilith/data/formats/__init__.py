@@ -1,0 +1,1 @@
+"""Files and streams of records: found, read, decompressed, cut into records, and written."""

@@ -1,0 +1,1 @@
+"""One shard, or one entry, behind gRPC channels: calls, streams, bytes, connections."""

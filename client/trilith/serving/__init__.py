@@ -1,0 +1,1 @@
+"""What serving takes from training, and who asks it: export folders, debugging info, predictions."""

@@ -1,0 +1,192 @@
+"""One PS: its shard, the service in front of it, metrics and checkpoints, put together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from trilith.errors import InvalidRequestError
+from trilith.folder import Folder
+from trilith.rpc.remote import SERVICE
+from trilith_services.grpc.listening import LOOPBACK
+from trilith_services.grpc.serve import Limits, Server
+from trilith_services.grpc.server_process import ServerProcess
+from trilith_services.ps.checkpoint.root import CheckpointRoot
+from trilith_services.ps.process.metrics import Metrics
+from trilith_services.ps.process.servicer import ParameterServerServicer
+from trilith_services.ps.replicas.sync.syncer import Syncer
+from trilith_services.ps.replicas.sync.target import SyncOptions
+
+if TYPE_CHECKING:
+    from trilith.discovery.serving import ServingTask
+    from trilith_proto import ps_pb2
+    from trilith_services.ps.checkpoint.checkpointer import Checkpointer
+    from trilith_services.ps.engine.store import Store
+    from trilith_services.ps.process.membership import Membership
+
+__all__ = ["REPLACED", "ParameterServer", "PsOptions"]
+
+log = logging.getLogger(__name__)
+
+REPLACED = 2
+"""Exit status of a PS whose place another has taken: not to be started again, or it would take the place back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PsOptions:
+    """How one PS runs, its shard apart.
+
+    Attributes:
+        limits: Threads, queue and messages.
+        checkpoint_dir: Restored from before serving, written to afterwards; any fsspec URL; None: no checkpoints.
+        checkpoint_every_s: Seconds between checkpoints; 0: only one at the end.
+        checkpoint_keep: Complete checkpoints to keep.
+        checkpoint_root: Directory or URL below which the calls Save and Restore may name checkpoints; None: the
+            checkpoint_dir.
+        checkpoint_anywhere: Whether they may name any path and URL. Whoever reaches the port then reads and writes as
+            this process does.
+        metrics_port: Port of GET /metrics; None: not served, 0: any free one.
+        metrics_host: Where that port is.
+        discovery: URL of the directory to register in; None: none.
+        advertise: host:port to register, port 0 for the one served on; empty: the host listened on, or this machine's
+            if that is every interface.
+        sync: How serving replicas are kept fresh, if there are any.
+        sync_to: Address by name of serving replicas known from the start.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    checkpoint_dir: str | None = None
+    checkpoint_every_s: float = 0.0
+    checkpoint_keep: int = 3
+    checkpoint_root: str | None = None
+    checkpoint_anywhere: bool = False
+    metrics_port: int | None = None
+    metrics_host: str = LOOPBACK
+    discovery: str | None = field(default=None, repr=False)  # it may hold credentials
+    advertise: str = ""
+    sync: SyncOptions = field(default_factory=SyncOptions)
+    sync_to: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every_s < 0:
+            raise InvalidRequestError(f"checkpoint_every_s={self.checkpoint_every_s} is below 0")
+        if self.checkpoint_every_s and self.checkpoint_dir is None:
+            raise InvalidRequestError("checkpoint_every_s needs a checkpoint_dir")
+
+
+class ParameterServer(ServerProcess):
+    """Serves one Store."""
+
+    def __init__(self, store: Store, options: PsOptions | None = None, *, replicas: Sequence[ServingTask] = ()) -> None:
+        """Put the parts together; nothing listens yet.
+
+        Args:
+            store: What is served.
+            options: How.
+            replicas: Where serving replicas are listed that come and go; closed in the end.
+        """
+        self._store = store
+        self._options = options = options or PsOptions()
+        self.metrics = Metrics()
+        self.servicer = ParameterServerServicer(
+            store,
+            self.metrics,
+            queued=lambda: self._server.queued,
+            add_stats=self._add_stats,
+            paths=CheckpointRoot(
+                root=options.checkpoint_root or options.checkpoint_dir, anywhere=options.checkpoint_anywhere
+            ),
+        )
+        self.syncer = Syncer(store, options.sync)
+        self._replicas = replicas
+        server = Server(SERVICE, self.servicer.methods(), limits=options.limits, refused=self.metrics.refused)
+        super().__init__(server, advertise=options.advertise)
+        self._checkpointer: Checkpointer | None = None
+        self._membership: Membership | None = None
+        self._replaced = False
+        self._saved = True
+        self._end: Callable[[], None] = lambda: None
+
+    def prepare(self) -> None:
+        """Restore, compile, begin to write checkpoints, register; afterwards calls are answered."""
+        options = self._options
+        started = time.perf_counter()
+        self.metrics.watch(self.servicer.stats)
+        if options.metrics_port is not None:
+            self.metrics.serve(options.metrics_port, ready=lambda: self.servicer.ready, host=options.metrics_host)
+        if options.discovery is not None:
+            from trilith_services.ps.process.membership import Membership
+
+            self._membership = Membership(options.discovery, self._store, replaced=self._on_replaced)
+            self._membership.join()  # first: a shard that does not fit need not restore
+        if options.checkpoint_dir is not None:
+            Folder(options.checkpoint_dir).check_writable()  # now, not when the first checkpoint is due
+        self._store.compile()
+        if options.checkpoint_dir is not None:
+            from trilith_services.ps.checkpoint.checkpointer import Checkpointer, restore_newest
+
+            checkpointer = Checkpointer(
+                self._store,
+                options.checkpoint_dir,
+                every_s=options.checkpoint_every_s,
+                keep=options.checkpoint_keep,
+                observe=self.metrics.checkpointed,
+                completed=self.metrics.completed,
+            )
+            checkpointer.register()
+            restore_newest(self._store, options.checkpoint_dir)
+            self._checkpointer = checkpointer
+        if self._checkpointer is not None:
+            self._checkpointer.start()
+        for name, address in options.sync_to.items():
+            self.syncer.add(name, address)
+        for replicas in self._replicas:
+            self.syncer.follow(replicas)
+        self.servicer.ready = True
+        if self._membership is not None and not self._stopping.is_set():
+            self._membership.announce(self.address)
+        log.info("prepared", extra={"seconds": round(time.perf_counter() - started, 3)})
+
+    def run(self, listen: str, *, bound: Callable[[int], None] = lambda port: None) -> int:
+        """Serve until SIGTERM, or until another process has registered as this shard; returns the exit status.
+
+        It is 1 if the last checkpoint could not be written.
+        """
+        self._end = partial(os.kill, os.getpid(), signal.SIGTERM)
+        status = super().run(listen, bound=bound)
+        return REPLACED if self._replaced else status or int(not self._saved)
+
+    def _on_replaced(self) -> None:
+        """Do no harm from now on: what this process has is no longer the shard, and must not become a checkpoint."""
+        log.error("another process has registered as this shard; leaving")
+        self._replaced = True
+        self.servicer.ready = False
+        if self._checkpointer is not None:
+            self._checkpointer.halt()
+        self.syncer.stop()
+        self._end()
+
+    def _leave(self) -> None:
+        if self._membership is not None:
+            self._membership.leave()
+
+    def _add_stats(self, stats: ps_pb2.StatsResponse) -> None:
+        stats.sync_targets.extend(self.syncer.stats())
+
+    def _finish(self) -> None:
+        self.syncer.stop(flush_s=self._options.limits.drain_s)
+        for replicas in self._replicas:
+            replicas.close()
+        if self._membership is not None:
+            self._membership.close()
+            self._membership = None
+        if self._checkpointer is not None:
+            self._saved = self._checkpointer.stop(final=not self._replaced)
+        self.metrics.close()
+        self._store.close()

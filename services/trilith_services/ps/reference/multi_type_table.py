@@ -1,0 +1,139 @@
+"""MultiTypeTable: a dict of single tables behind the interface of one object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from trilith.errors import InvalidRequestError
+from trilith.tables.merged import QueueHooks
+from trilith_services.ps.reference import fused
+
+if TYPE_CHECKING:
+    from trilith.tables import HashTableConfig
+    from trilith_services.ps.reference.single_table import SingleTable
+
+__all__ = ["MultiTypeTable"]
+
+Floats = npt.NDArray[np.float32]
+Update = tuple[npt.ArrayLike, npt.ArrayLike]
+
+
+class MultiTypeTable(QueueHooks):
+    """Single tables by name, each made by `factory(name, config)`; everything flat is in the order of the sorted names.
+
+    Attributes:
+        tables: By sorted name.
+    """
+
+    def __init__(
+        self, configs: Mapping[str, HashTableConfig], factory: Callable[[str, HashTableConfig], SingleTable]
+    ) -> None:
+        super().__init__()
+        self.tables: dict[str, SingleTable] = {name: factory(name, configs[name]) for name in sorted(configs)}
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tables, sorted."""
+        return list(self.tables)
+
+    @property
+    def dims(self) -> list[int]:
+        """Floats per row, by sorted name."""
+        return [table.dim_size for table in self.tables.values()]
+
+    def learning_rates(self) -> Floats:
+        """float32[segments of all tables]: the rates at the model's step, by sorted name."""
+        return np.concatenate([table.learning_rates() for table in self.tables.values()])
+
+    def lookup(self, ids: Mapping[str, npt.ArrayLike]) -> dict[str, Floats]:
+        """float32[n, dim] for each requested name."""
+        return {name: self._table(name).lookup(each) for name, each in ids.items()}
+
+    def assign(self, updates: Mapping[str, Update], req_time: int = 0) -> MultiTypeTable:
+        """Set weights."""
+        for name, (ids, values) in sorted(updates.items()):
+            self._table(name).assign(ids, values, req_time)
+        return self
+
+    def assign_add(self, updates: Mapping[str, Update], req_time: int = 0) -> MultiTypeTable:
+        """Add to weights."""
+        for name, (ids, values) in sorted(updates.items()):
+            self._table(name).assign_add(ids, values, req_time)
+        return self
+
+    def apply_gradients(
+        self, updates: Mapping[str, Update], *, global_step: int = 0, req_time: int = 0
+    ) -> MultiTypeTable:
+        """Take a step per occurrence of an id, at the rates of the configs."""
+        for name, (ids, grads) in sorted(updates.items()):
+            self._table(name).apply_gradients(ids, grads, global_step=global_step, req_time=req_time)
+        return self
+
+    def reinitialize(self, name: str, ids: npt.ArrayLike, *, request_time: int) -> npt.NDArray[np.int8]:
+        """Not offered for tables of several types."""
+        raise NotImplementedError("a table of several types cannot reinitialize rows; use a MultiTable")
+
+    def fused_lookup(
+        self, ids: npt.ArrayLike, fused_slot_size: npt.ArrayLike, num_of_shards: int, req_time: int = 0
+    ) -> fused.FusedLookup:
+        """`fused.fused_lookup` over the tables in sorted order."""
+        rows = [table.table for table in self.tables.values()]
+        return fused.fused_lookup(rows, ids, fused_slot_size, num_of_shards, req_time)
+
+    def fused_apply_gradient(
+        self,
+        ids: npt.ArrayLike,
+        indices: npt.ArrayLike,
+        fused_slot_size: npt.ArrayLike,
+        id_grads: npt.ArrayLike,
+        id_offsets: npt.ArrayLike,
+        grad_offsets: npt.ArrayLike,
+        *,
+        global_step: int = 0,
+        req_time: int = 0,
+        num_of_shards: int = 1,
+        enable_grad_accumulation: bool = False,
+    ) -> MultiTypeTable:
+        """`fused.fused_apply_gradient` over the tables in sorted order, at the rates of the configs."""
+        fused.fused_apply_gradient(
+            [table.table for table in self.tables.values()],
+            ids,
+            indices,
+            fused_slot_size,
+            id_grads,
+            id_offsets,
+            grad_offsets,
+            self.learning_rates(),
+            req_time,
+            global_step,
+            num_of_shards,
+            enable_grad_accumulation,
+        )
+        return self
+
+    def save(self, directory: str) -> MultiTypeTable:
+        """Write every table's files into the directory, under the tables' own names."""
+        from trilith_services.ps.reference.assets import asset_base
+
+        for table in self.tables.values():
+            table.save(asset_base(directory, table.name))
+        return self
+
+    def restore(self, directory: str) -> MultiTypeTable:
+        """Replace every table's rows by those saved in the directory under its own or an earlier name."""
+        for table in self.tables.values():
+            table.restore_from_assets(directory)
+        return self
+
+    def size(self) -> dict[str, int]:
+        """Rows by table."""
+        return {name: table.size() for name, table in self.tables.items()}
+
+    def _table(self, name: str) -> SingleTable:
+        if name not in self.tables:
+            raise InvalidRequestError(f"no table {name!r}; there are {self.names}")
+        return self.tables[name]
