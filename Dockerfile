@@ -21,7 +21,7 @@ print(*project["dependencies"], *extras["serving"], *extras["console"], sep="\n"
       -c requirements.lock -r requirements.txt
 
 FROM packages AS build
-COPY README.md pyproject.toml /src/
+COPY LICENSE README.md pyproject.toml /src/
 COPY protos /src/protos
 COPY client /src/client
 COPY services /src/services

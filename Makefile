@@ -77,14 +77,16 @@ proto-check: $(PROTO_VENV)  ## fail if the committed stubs are stale
 	done; \
 	test $$stale = 0 && echo "the stubs are fresh"
 
-wheel-check: $(VENV)  ## build the wheel and check that it holds the three packages and nothing else
+wheel-check: $(VENV)  ## build the wheel and check that it holds the three packages, the license and nothing else
 	@rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	@$(BIN)/python -c 'import pathlib, sys, zipfile; \
 	wheel, = pathlib.Path("build/wheel").glob("trilith-*.whl"); \
-	tops = sorted({name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}); \
-	print(wheel.name, tops); \
-	sys.exit(tops != ["trilith", "trilith_proto", "trilith_services"])'
+	names = zipfile.ZipFile(wheel).namelist(); \
+	tops = sorted({name.split("/")[0] for name in names if ".dist-info/" not in name}); \
+	licenses = [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]; \
+	print(wheel.name, tops, licenses); \
+	sys.exit(tops != ["trilith", "trilith_proto", "trilith_services"] or len(licenses) != 1)'
 
 fuzz: $(VENV)  ## damage and forge saved files for a minute: readers refuse them, none crashes (ARGS="--seconds 1800")
 	$(BIN)/python -m tests.fuzz.files $(ARGS)
