@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import naive_frames as naive
+from trilith.data.formats import framing_kernels as kernels
 from trilith.data.formats.framing import Framing, Scratch, frame_records, split_all, split_frames
 from trilith.data.records import Records
 from trilith.errors import DataError, InvalidRequestError
-from trilith.ops import framing as kernels
 
 NAMES = ("lagrangex_header", "kafka_dump_prefix", "has_sort_id", "kafka_dump")
 FLAGS = st.integers(0, 15)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from trilith.data.formats import framing_kernels as kernels
 from trilith.data.records import PADDING, Kind, Records
 from trilith.errors import DataError, InvalidRequestError
-from trilith.ops import framing as kernels
 from trilith.ops.memory import address_of
 
 __all__ = ["MAX_PAYLOAD", "Framing", "Scratch", "explain", "frame_records", "split_all", "split_frames"]
@@ -65,7 +65,7 @@ class Scratch:
         types: uint8[capacity], payload types.
         found: Records found.
         used: Bytes that they and their frames take.
-        status: What of `trilith.ops.framing` says why the kernel stopped.
+        status: What of `trilith.data.formats.framing_kernels` says why the kernel stopped.
         need: Bytes that the record behind them takes with its frame, as far as its header is there.
     """
 
@@ -136,7 +136,7 @@ def explain(status: int, left: int, need: int) -> str:
     """What a status means where no more data comes.
 
     Args:
-        status: What of `trilith.ops.framing` says why the kernel stopped.
+        status: What of `trilith.data.formats.framing_kernels` says why the kernel stopped.
         left: Bytes behind the whole records.
         need: Bytes that the next record would take, as far as its header tells.
     """

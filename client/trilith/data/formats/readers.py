@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 
 from trilith.data.choices import Choice, OnError, check_on_error
+from trilith.data.formats import framing_kernels as kernels
 from trilith.data.formats.blocks import Blocks
 from trilith.data.formats.compression import Compression, compression_of, decompressing, effective_compression
 from trilith.data.formats.framing import MAX_PAYLOAD, Framing, Scratch, explain, split_frames
@@ -23,7 +24,6 @@ from trilith.data.formats.streams import ByteStream, NoSuchFileError, open_file,
 from trilith.data.formats.text import check_encoding
 from trilith.data.records import PADDING, Kind, Records
 from trilith.errors import DataError, InvalidRequestError
-from trilith.ops import framing as kernels
 from trilith.ops.memory import address_of
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import cramjam
 import numpy as np
 import numpy.typing as npt
 
+from trilith.data.formats import framing_kernels as kernels
 from trilith.errors import DataError, TrilithError
-from trilith.ops import framing as kernels
 from trilith.ops.memory import address_of
 
 __all__ = ["RecordBatch", "RecordWriter", "concatenate", "frame_records", "read_records"]
