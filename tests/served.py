@@ -12,11 +12,12 @@ import torch
 import trilith
 from tests.programs import PATIENCE_S
 from tests.zookeeper import eventually
-from trilith.data.clicks import ClickData
 from trilith.data.records import Records
-from trilith.nn import ClickModel, DenseOnPs
+from trilith.nn import DenseOnPs
 from trilith.serving.prediction import Prediction, Predictor
 from trilith_services.demo.click_files import click_records
+from trilith_services.demo.click_model import ClickModel
+from trilith_services.demo.clicks import ClickData
 from trilith_services.demo.models import TABLE, ModelSettings
 from trilith_services.demo.synthetic import make_clicks
 from trilith_services.exporting import Exporter, reference_exporter

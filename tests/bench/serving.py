@@ -17,7 +17,6 @@ import torch
 import trilith
 from tests.bench.harness import Benchmark, Context, Entry, interleave, lower
 from tests.bench.processes import Child
-from trilith.data.clicks import ClickData
 from trilith.data.parse.parsers import ExampleParser
 from trilith.data.parse.specs import Sparse
 from trilith.data.ragged import Ragged
@@ -26,6 +25,7 @@ from trilith.ops.memory import tune_allocator
 from trilith.serving.exports import ps_base
 from trilith.serving.prediction import Predictor
 from trilith_services.demo.click_files import click_records
+from trilith_services.demo.clicks import ClickData
 from trilith_services.demo.models import TABLE, settings_of
 from trilith_services.demo.synthetic import make_clicks
 from trilith_services.exporting import reference_exporter

@@ -25,9 +25,10 @@ from torch.nn import functional
 
 import trilith
 from tests.bench.draws import Zipf
-from trilith.data.clicks import ClickData, Parts, fid
+from trilith.data.fids import make_fid_v2
 from trilith.data.ragged import Ragged
-from trilith.nn import LocalEmbeddings
+from trilith_services.demo.clicks import ClickData, Parts
+from trilith_services.demo.local import LocalEmbeddings
 from trilith_services.demo.models import ModelSettings, settings_of
 from trilith_services.worker.meter import Meter
 from trilith_services.worker.trainer import Trainer, WorkerConfig
@@ -120,7 +121,7 @@ def make_data(features: int, rows: int, samples: int) -> ClickData:
     columns = {}
     for index in range(features):
         ids = Zipf(rows, _EXPONENT, seed=index).draw(samples)
-        columns[f"f{index}"] = Ragged.of_singles(fid(index + 1, ids))
+        columns[f"f{index}"] = Ragged.of_singles(make_fid_v2(index + 1, ids))
     return ClickData((rng.random(samples) < 0.25).astype(np.float32), columns)
 
 

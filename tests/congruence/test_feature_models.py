@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 import trilith.data
 from tests.conformance.worker_ops.exchange import _Rank, _Ranks
 from tests.congruence.clusters import SHAPES, LocalCluster
-from trilith.data.clicks import fid
+from trilith.data.fids import make_fid_v2
 from trilith.data.formats.writers import open_writer
 from trilith.data.parse.specs import Label, Sparse
 from trilith.data.ragged import Ragged
@@ -51,9 +51,11 @@ def batches():
     rng = np.random.default_rng(3)
     for _ in range(5):
         yield {
-            "user": Ragged.of([[u] for u in fid(1, rng.integers(0, 9, 6)).tolist()], np.uint64),
+            "user": Ragged.of([[u] for u in make_fid_v2(1, rng.integers(0, 9, 6)).tolist()], np.uint64),
             **{
-                name: Ragged.of([fid(2, rng.integers(0, 20, rng.integers(0, 4))).tolist() for _ in range(6)], np.uint64)
+                name: Ragged.of(
+                    [make_fid_v2(2, rng.integers(0, 20, rng.integers(0, 4))).tolist() for _ in range(6)], np.uint64
+                )
                 for name in ("seen", "clicked", "liked")
             },
         }
@@ -114,11 +116,11 @@ def test_slots_of_equal_rows_may_share_a_table_with_their_own_thresholds_and_exp
             1: 5,
             2: 36500,
         }
-        batch = {f"f{number}": fid(number, [[4]]) for number in (1, 2)}
+        batch = {f"f{number}": make_fid_v2(number, [[4]]) for number in (1, 2)}
         for _ in range(2):
             rows = embeddings(batch)
             sum(each.sum() for each in rows.values()).backward()
-        assert client.table(table.name).contains([fid(1, 4), fid(2, 4)]).tolist() == [False, True]
+        assert client.table(table.name).contains([make_fid_v2(1, 4), make_fid_v2(2, 4)]).tolist() == [False, True]
     unnamed = FeatureRegistry()
     unnamed.create_feature_slot(FeatureSlotConfig(name="x")).add_feature_slice(1)
     with pytest.raises(InvalidRequestError, match="no slot_id"):
@@ -140,7 +142,7 @@ LOADERS = {
 def test_parsed_batches_of_a_file_are_what_embeddings_take(tmp_path, loader, widest):
     """Ids of 0 to `widest` more per row, or of one length for all rows, where numpy would make a matrix of them."""
     rng = np.random.default_rng(5)
-    lists = [(fid(2, rng.integers(0, 9, 2 + rng.integers(0, widest + 1)))).tolist() for _ in range(40)]
+    lists = [(make_fid_v2(2, rng.integers(0, 9, 2 + rng.integers(0, widest + 1)))).tolist() for _ in range(40)]
     for part in range(2):
         payloads = []
         for ids in lists[part::2]:

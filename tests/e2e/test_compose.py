@@ -25,10 +25,10 @@ from docker.models.containers import Container
 
 import trilith
 from tests.served import Load
-from trilith.data.clicks import ClickData
 from trilith.nn import DenseOnPs, auc
 from trilith_services.demo import movielens
 from trilith_services.demo.click_files import click_records
+from trilith_services.demo.clicks import ClickData
 from trilith_services.demo.models import settings_of
 from trilith_services.local.supervisor import free_ports
 

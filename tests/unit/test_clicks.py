@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from tests.quality import test_models
-from trilith.data.clicks import ClickData, fid, split
 from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
 from trilith_services.demo import movielens
+from trilith_services.demo.clicks import ClickData, split
 from trilith_services.demo.movielens import MovieLensUnavailableError
 
 # 875747190 is 1997-10-01 23:13:10 UTC.
@@ -154,15 +154,6 @@ def test_the_split_is_fixed_by_its_seed_and_loses_nothing():
     assert sorted(parts[0] + parts[1] + parts[2]) == list(range(100))
     assert parts[0] == two.train.features["a"].values.tolist()
     assert parts[0] != other.train.features["a"].values.tolist()
-
-
-def test_feature_ids_keep_the_slot_above_48_bits():
-    assert fid(5, [1]).tolist() == [(5 << 48) | 1]
-    assert fid(5, [(1 << 48) + 1]).tolist() == [(5 << 48) | 1]
-    with pytest.raises(InvalidRequestError):
-        fid(1 << 15, [1])
-    with pytest.raises(InvalidRequestError):
-        fid(1, [0.5])
 
 
 def test_samples_are_taken_sharded_and_batched_with_their_lists():

@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.unit.nn_fakes import FakeClient
-from trilith.data.clicks import ClickData
 from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
 from trilith.nn import (
     FFM,
     AllReduced,
-    ClickModel,
     DeepFM,
     DenseOnPs,
     EmbeddingCollection,
     Feature,
-    LocalEmbeddings,
     auc,
 )
 from trilith.nn.reduction import FUSIONS, average_gradients
+from trilith_services.demo.click_model import ClickModel
+from trilith_services.demo.clicks import ClickData
+from trilith_services.demo.local import LocalEmbeddings
 
 
 def naive_auc(labels, scores):

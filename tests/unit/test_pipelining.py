@@ -10,7 +10,6 @@ import torch
 
 import trilith
 from tests.unit.nn_fakes import FakeClient
-from trilith.data.clicks import split
 from trilith.data.parse.specs import Slot
 from trilith.data.pipeline.dataset import from_records
 from trilith.data.pipeline.positions import from_json, to_json
@@ -20,6 +19,7 @@ from trilith.nn import EmbeddingCollection, Feature
 from trilith.ops.jit import JIT_DISABLED
 from trilith.pipelining import Ahead, Prefetcher, Pusher
 from trilith_proto.proto_parser_pb2 import Instance
+from trilith_services.demo.clicks import split
 from trilith_services.demo.models import TABLE, settings_of
 from trilith_services.demo.synthetic import make_clicks
 from trilith_services.worker.trainer import Trainer, WorkerConfig

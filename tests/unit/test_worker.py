@@ -20,13 +20,13 @@ import trilith
 from tests.congruence.clusters import LocalCluster
 from trilith.checkpoint import list_checkpoints, newest_complete
 from trilith.cluster import Rejoined
-from trilith.data.clicks import split
 from trilith.errors import InvalidRequestError, ShardRestartedError
 from trilith.nn import auc
 from trilith.ops.jit import JIT_DISABLED
 from trilith_services.commands.training_view import TrainingView
 from trilith_services.demo.baseline import train_locally
 from trilith_services.demo.click_files import store_clicks
+from trilith_services.demo.clicks import split
 from trilith_services.demo.datasets import load_dataset
 from trilith_services.demo.models import TABLE, settings_of
 from trilith_services.demo.synthetic import make_clicks, zipf_ids

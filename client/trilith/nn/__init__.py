@@ -9,14 +9,12 @@ except ModuleNotFoundError as error:
 
 from trilith.nn.auc import auc
 from trilith.nn.bags import Bags, Combiner, FirstN, as_bags
-from trilith.nn.click_model import ClickModel
 from trilith.nn.deepfm import DeepFM
 from trilith.nn.dense import AllReduced, DenseOnPs
 from trilith.nn.embedding import Embedding, EmbeddingBag, EmbeddingCollection, Feature, FetchedRows
 from trilith.nn.features import FeatureEmbeddings, FeatureModel
 from trilith.nn.ffm import FFM
 from trilith.nn.layouts import FusedLayouts
-from trilith.nn.local import LocalEmbeddings
 from trilith.nn.updates import ClippedBackward, ClippedLayouts
 
 __all__ = [
@@ -24,7 +22,6 @@ __all__ = [
     "AllReduced",
     "Bags",
     "Bridge",
-    "ClickModel",
     "ClippedBackward",
     "ClippedLayouts",
     "Combiner",
@@ -39,7 +36,6 @@ __all__ = [
     "FetchedRows",
     "FirstN",
     "FusedLayouts",
-    "LocalEmbeddings",
     "as_bags",
     "auc",
     "pick_device",

@@ -20,8 +20,8 @@ from trilith_services.commands.flags import AsyncPush, BatchSize, Data, Model, M
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trilith.data.clicks import Parts
     from trilith_services.commands.export_saved import ExportSaved
+    from trilith_services.demo.clicks import Parts
     from trilith_services.demo.models import ModelSettings
     from trilith_services.local.supervisor import StopRequest, Supervisor
     from trilith_services.worker.trainer import WorkerConfig

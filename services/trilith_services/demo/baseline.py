@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from trilith.data.clicks import ClickData, Parts
-from trilith.nn import ClickModel, LocalEmbeddings, auc
+from trilith.nn import auc
 from trilith.runtime.machine import cores
+from trilith_services.demo.click_model import ClickModel
+from trilith_services.demo.clicks import ClickData, Parts
+from trilith_services.demo.local import LocalEmbeddings
 from trilith_services.demo.models import BATCH_SIZE, ModelSettings
 from trilith_services.worker.events import Emit
 from trilith_services.worker.meter import Meter

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from trilith.data.clicks import ClickData
 from trilith.data.formats.writers import open_writer
 from trilith.data.parse.parsers import ParseSpec
 from trilith.data.parse.specs import Features, Label, Sparse
@@ -23,6 +22,7 @@ from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.errors import InvalidRequestError
 from trilith_proto.example_pb2 import Example
+from trilith_services.demo.clicks import ClickData
 
 __all__ = ["ClickFiles", "click_records", "store_clicks"]
 

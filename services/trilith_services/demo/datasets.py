@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from trilith.data.clicks import Parts, split
 from trilith.errors import InvalidRequestError
 from trilith_services.demo import movielens
 from trilith_services.demo.click_files import ClickFiles, store_clicks
+from trilith_services.demo.clicks import Parts, split
 from trilith_services.demo.synthetic import make_clicks
 
 __all__ = ["load_dataset", "training_files"]

@@ -18,8 +18,10 @@ from torch import nn
 from trilith.connect import connect
 from trilith.errors import InvalidRequestError
 from trilith.features import FeatureRegistry, FeatureSlotConfig, ReduceMean
-from trilith.nn import FFM, ClickModel, DeepFM, FeatureEmbeddings, LocalEmbeddings
+from trilith.nn import FFM, DeepFM, FeatureEmbeddings
 from trilith.tables import Adagrad, Fp16, RandomUniform
+from trilith_services.demo.click_model import ClickModel
+from trilith_services.demo.local import LocalEmbeddings
 
 __all__ = ["MODELS", "TABLE", "ModelSettings", "Plan", "settings_of"]
 

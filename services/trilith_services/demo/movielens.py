@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from trilith.data.clicks import ClickData, Parts, fid, split
+from trilith.data.fids import make_fid_v2
 from trilith.data.ragged import Ragged
 from trilith.errors import TrilithError
+from trilith_services.demo.clicks import ClickData, Parts, split
 
 __all__ = ["FEATURES", "MovieLensUnavailableError", "cache_dir", "fetch", "is_cached", "load", "parse"]
 
@@ -228,9 +229,9 @@ def _assemble(ratings: list[list[str]], users: list[list[str]], items: list[Item
     features = {}
     for slot, name in enumerate(FEATURES, start=1):
         if name == "genres":
-            features[name] = Ragged(fid(slot, genres.values), genres.row_splits)
+            features[name] = Ragged(make_fid_v2(slot, genres.values), genres.row_splits)
         else:
-            features[name] = Ragged.of_singles(fid(slot, single[name]))
+            features[name] = Ragged.of_singles(make_fid_v2(slot, single[name]))
     return ClickData((rating >= 4).astype(np.float32), features)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from trilith.data.clicks import ClickData, fid
+from trilith.data.fids import make_fid_v2
 from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
+from trilith_services.demo.clicks import ClickData
 
 __all__ = ["make_clicks", "zipf_ids"]
 
@@ -50,12 +51,12 @@ def make_clicks(
         ids = zipf_ids(rng, (samples,), vocabulary, exponent)
         logits += weights[index, ids] + (summed * vectors[index, ids]).sum(1)
         summed += vectors[index, ids]
-        columns[f"f{index}"] = Ragged.of_singles(fid(index + 1, ids))
+        columns[f"f{index}"] = Ragged.of_singles(make_fid_v2(index + 1, ids))
     lengths = rng.integers(0, 4, samples)
     splits = np.zeros(samples + 1, np.int64)
     np.cumsum(lengths, out=splits[1:])
     ids = zipf_ids(rng, (int(splits[-1]),), vocabulary, exponent)
     np.add.at(logits, np.repeat(np.arange(samples), lengths), weights[-1, ids] / np.repeat(lengths, lengths))
-    columns[f"f{features - 1}"] = Ragged(fid(features, ids), splits)
+    columns[f"f{features - 1}"] = Ragged(make_fid_v2(features, ids), splits)
     labels = rng.random(samples) < 1 / (1 + np.exp(-logits))
     return ClickData(labels.astype(np.float32), columns)

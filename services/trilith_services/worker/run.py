@@ -18,13 +18,13 @@ from torch import distributed
 
 from trilith.client import Client
 from trilith.connect import connect
-from trilith.data.clicks import Parts
 from trilith.discovery.zk_url import redact
 from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.nn import pick_device
 from trilith.peers import PeerClient, connect_peers
 from trilith.runtime.machine import cores
 from trilith.runtime.waiting import Wait
+from trilith_services.demo.clicks import Parts
 from trilith_services.demo.datasets import load_dataset, training_files
 from trilith_services.grpc.listening import LOOPBACK, warn_if_exposed
 from trilith_services.worker.events import Emit, EventLog

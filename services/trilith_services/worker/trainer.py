@@ -26,7 +26,6 @@ from trilith.checkpoint import (
     read_manifest,
 )
 from trilith.client import Client
-from trilith.data.clicks import ClickData, Parts
 from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
 from trilith.nn import AllReduced, ClippedBackward, DenseOnPs, EmbeddingCollection, FetchedRows, auc, pick_device
 from trilith.nn.bags import IdsLike
@@ -34,6 +33,7 @@ from trilith.peers import PeerClient
 from trilith.pipelining import Fetch
 from trilith.serving.debugging import write_debugging_info
 from trilith_services.demo.click_files import ClickFiles
+from trilith_services.demo.clicks import ClickData, Parts
 from trilith_services.demo.models import BATCH_SIZE, ModelSettings
 from trilith_services.worker.events import Emit
 from trilith_services.worker.meter import Meter

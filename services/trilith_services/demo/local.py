@@ -9,10 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from trilith.data.clicks import ClickData
 from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
 from trilith.nn.bags import IdsLike, as_bags
+from trilith_services.demo.clicks import ClickData
 
 __all__ = ["LocalEmbeddings"]
 

@@ -11,33 +11,11 @@ import numpy.typing as npt
 from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
 
-__all__ = ["ClickData", "Parts", "fid", "split"]
+__all__ = ["ClickData", "Parts", "split"]
 
 UInt64Array = npt.NDArray[np.uint64]
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
-
-SLOT_SHIFT = np.uint64(48)
-VALUE_MASK = np.uint64((1 << 48) - 1)
-MAX_SLOT = (1 << 15) - 1
-
-
-def fid(slot: int, values: npt.ArrayLike) -> UInt64Array:
-    """Build feature ids: the slot in the high bits, the low 48 bits of the value below (fid v2).
-
-    Args:
-        slot: Number of the feature, 0..32767.
-        values: Any integers; only their low 48 bits count.
-
-    Returns:
-        uint64 of the shape of `values`.
-    """
-    if not 0 <= slot <= MAX_SLOT:
-        raise InvalidRequestError(f"slot={slot} is outside 0..{MAX_SLOT}")
-    raw = np.asarray(values)
-    if raw.size and raw.dtype.kind not in "iu":
-        raise InvalidRequestError(f"feature values have dtype {raw.dtype}; integers are needed")
-    return (raw.astype(np.uint64) & VALUE_MASK) | (np.uint64(slot) << SLOT_SHIFT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from trilith.data.clicks import ClickData
 from trilith.nn.bags import IdsLike
 from trilith.nn.embedding import FetchedRows
+from trilith_services.demo.clicks import ClickData
 
 __all__ = ["ClickModel", "StackedEmbeddings"]
 
