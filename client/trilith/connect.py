@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from trilith.config import ClientConfig, OnRestart, prepare_grpc
@@ -69,7 +69,7 @@ def connect(
         ClusterMismatchError: The list is in the wrong order, or not of the right length; or the cluster's record in
             ZooKeeper says something else.
         UnavailableError: A PS, or the directory, cannot be reached within the deadline.
-        InvalidRequestError: An option does not apply to this kind of cluster.
+        InvalidRequestError: An option does not apply to this kind of cluster, or no engine is installed for local://.
     """
     if not isinstance(address, str):
         raise InvalidRequestError(f"address {address!r} is a {type(address).__name__}, it must be a str")
@@ -103,9 +103,7 @@ def connect(
         given |= {} if tune_allocator is None else {"tune_allocator": tune_allocator}
         for name, value in given.items():
             raise InvalidRequestError(f"{name}={value}: local:// is in this process, where nothing travels")
-        from trilith_services.ps.engine.store import Store
-
-        return Client(Cluster([Store(threads=threads, memory_limit_bytes=memory_limit_bytes or 0)], config))
+        return Client(Cluster([_engine()(threads=threads, memory_limit_bytes=memory_limit_bytes or 0)], config))
     for name, value in (("threads", threads), ("memory_limit_bytes", memory_limit_bytes)):
         if value is not None:
             flag = "--threads" if name == "threads" else "--memory-limit"
@@ -148,10 +146,24 @@ def open_part(
     prepare_grpc()
     from trilith.client import Client
     from trilith.cluster import Cluster
-    from trilith_services.ps.engine.store import Store
 
-    shard = Store(index=index, count=count, threads=threads, memory_limit_bytes=memory_limit_bytes)
+    shard = _engine()(index=index, count=count, threads=threads, memory_limit_bytes=memory_limit_bytes)
     return Client(Cluster([shard], ClientConfig(), part=(index, count))), shard
+
+
+@cache
+def _engine() -> Callable[..., Shard]:
+    """What makes a shard in this process, as the services register it: `trilith.connect` does not import them."""
+    from importlib.metadata import entry_points
+
+    found = entry_points(group="trilith.engines", name="local")
+    if not found:
+        raise InvalidRequestError(
+            "no engine is registered under the entry-point group 'trilith.engines': local:// needs the trilith wheel, "
+            "or a checkout installed by `make venv`, not its folders on PYTHONPATH alone"
+        )
+    make: Callable[..., Shard] = found["local"].load()
+    return make
 
 
 def _open(members: Members, config: ClientConfig, num_ps: int | None, timeout_s: float) -> Client:

@@ -8,8 +8,8 @@ from trilith.cluster import Cluster
 from trilith.config import ClientConfig
 from trilith_services.grpc.serve import Limits
 from trilith_services.local.supervisor import free_ports
-from trilith_services.ps.engine.store import Store
 from trilith_services.ps.process.server import ParameterServer, PsOptions
+from trilith_services.ps.process.shard import LocalShard
 
 SHAPES = {"embedded": 0, "1-ps": 1, "3-ps": 3}
 
@@ -19,9 +19,9 @@ class LocalCluster:
 
     Args:
         shape: Key of SHAPES.
-        wrap: Puts something in front of each Store.
+        wrap: Puts something in front of each shard.
         limits: Of the servers.
-        **store_options: For every Store.
+        **store_options: For every shard.
     """
 
     def __init__(self, shape, *, wrap=lambda store: store, limits=None, **store_options):
@@ -48,7 +48,7 @@ class LocalCluster:
         return "static://" + ",".join(f"127.0.0.1:{port}" for port in self.ports)
 
     def _store(self, index, **options):
-        return Store(index=index, count=self._count, threads=2, **self._store_options | options)
+        return LocalShard(index=index, count=self._count, threads=2, **self._store_options | options)
 
     def connect(self, **options):
         if self.remote:

@@ -20,7 +20,7 @@ from trilith.tables import Adagrad, HashTableConfig, PolynomialDecay, RandomUnif
 from trilith.tables.distributed import DistributedTable, DistributedTables, SeparateTables
 from trilith.tables.factories import create_merged_tables, create_tables
 from trilith_proto.hash_table_pb2 import EmbeddingHashTableConfig
-from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.shard import LocalShard
 
 
 def config(*dims, optimizer=None, initializer=None, rates=None):
@@ -58,7 +58,7 @@ class Counting:
 @pytest.fixture
 def counted():
     """A client over three counting shards."""
-    shards = [Counting(Store(index=index, count=3, threads=1)) for index in range(3)]
+    shards = [Counting(LocalShard(index=index, count=3, threads=1)) for index in range(3)]
     with Client(Cluster(shards, ClientConfig())) as client:
         yield client, shards
 

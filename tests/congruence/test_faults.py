@@ -189,12 +189,8 @@ def test_a_ps_that_comes_back_from_a_checkpoint_is_rejoined(local, shape, tmp_pa
         table.apply_gradients(ids, np.ones((30, 4), np.float32))
         later = table.lookup(ids)
 
-        def prepare(store):
-            store.restore(path)
-            store.restored_from, store.restored_step = path, 10
-
         cluster.kill(0)
-        cluster.restart(0, prepare)
+        cluster.restart(0, lambda shard: shard.restore(path))
         with pytest.raises(ShardRestartedError):
             table.lookup(ids)
         (back,) = client.rejoin()

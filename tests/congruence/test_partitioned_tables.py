@@ -22,7 +22,7 @@ from trilith.ops.layout_config import OutConfig, OutType, PoolingType, SliceConf
 from trilith.tables import Adagrad, PolynomialDecay, RandomUniform
 from trilith.tables.factories import create_partitioned_tables
 from trilith.tables.partitioned import PartitionedFeature
-from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.shard import LocalShard
 
 BATCH = {
     "a": FeatureFids(Ragged.of([[4, 5, 4], [7]])),
@@ -78,7 +78,7 @@ def test_the_worked_example_gives_its_layouts(client, native):
 
 @pytest.fixture
 def counted():
-    shards = [Counting(Store(index=index, count=2, threads=1)) for index in range(2)]
+    shards = [Counting(LocalShard(index=index, count=2, threads=1)) for index in range(2)]
     with Client(Cluster(shards, ClientConfig())) as client:
         yield client, shards
 

@@ -14,7 +14,7 @@ from trilith.errors import (
     UnknownTableError,
 )
 from trilith.tables import Sgd, Zeros
-from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.shard import LocalShard
 
 IDS = np.arange(6)
 ONES = np.ones((6, 2), np.float32)
@@ -32,7 +32,7 @@ WRITES = {
 class Faulty:
     """A store, of which one write is answered late or refused."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: LocalShard) -> None:
         self._store = store
         self.late: threading.Event | None = None
         self.refusal: Exception | None = None

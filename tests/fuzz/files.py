@@ -43,7 +43,7 @@ from trilith_proto import hash_table_pb2, ps_pb2
 from trilith_services.commands import checkpoint as checkpoint_command
 from trilith_services.ps.checkpoint import parquet, serving_rows, snapshot
 from trilith_services.ps.engine.filters import SlidingFilter
-from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.shard import LocalShard
 from trilith_services.ps.reference import entry_files
 from trilith_services.ps.reference.filter_shards import read_filter_meta, restore_filter, save_filter
 
@@ -90,7 +90,7 @@ def save_corpus(where: Path) -> None:
     """Write one of everything that can be read."""
     parts = []
     for index in range(2):
-        store = Store(index=index, count=2, threads=1)
+        store = LocalShard(index=index, count=2, threads=1)
         store.create_tables(CONFIGS)
         mine = IDS[IDS % np.uint64(2) == index]
         for config, dim in zip(CONFIGS, (3, 2), strict=True):
@@ -301,7 +301,7 @@ def change_checkpoint(where: Path, draw: random.Random) -> None:
     manifest.write_bytes(checkpoint._pack(kind, body))
 
 
-def use(store: Store) -> None:
+def use(store: LocalShard) -> None:
     """Do what follows the numbers that a store has taken over."""
     for name, table in sorted(store.tables.items()):
         mine = IDS[IDS % np.uint64(store.count) == store.index]
@@ -320,7 +320,7 @@ def use(store: Store) -> None:
 def read_checkpoint(where: Path, draw: random.Random) -> None:
     """Restore and verify it."""
     count = draw.choice([1, 2, 2, 2, 3])
-    store = Store(index=draw.randrange(count), count=count, threads=1)
+    store = LocalShard(index=draw.randrange(count), count=count, threads=1)
     try:
         store.restore(str(where))
         use(store)
@@ -354,7 +354,7 @@ def inspect_checkpoint(folder: Folder, manifest: checkpoint.Manifest) -> None:
 
 def read_entries(where: Path, draw: random.Random) -> None:
     """Read files of rows, of one table and of several, and of a filter."""
-    store = Store(threads=1)
+    store = LocalShard(threads=1)
     try:
         store.create_tables(CONFIGS)
         gate = store.table("rare").gate

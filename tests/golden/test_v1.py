@@ -18,8 +18,8 @@ from trilith_proto import ps_pb2
 from trilith_services.ps.checkpoint.snapshot import verify
 from trilith_services.ps.engine.filters import SlidingFilter
 from trilith_services.ps.engine.rows import Rows
-from trilith_services.ps.engine.store import Store
 from trilith_services.ps.engine.table import Table
+from trilith_services.ps.process.shard import LocalShard
 from trilith_services.ps.reference.entry_files import feature_stat, restore_table, restore_tables
 
 V1 = Path(__file__).parent / "v1"
@@ -168,7 +168,7 @@ def test_the_checkpoint_is_whole():
 def test_the_checkpoint_restores_into_any_number_of_ps(count, tmp_path):
     # A copy: restoring must never need to write beside the files. The clock is late: rows are of times yet to come.
     path = shutil.copytree(V1 / "checkpoint", tmp_path / "checkpoint")
-    stores = [Store(index=index, count=count, threads=1, clock=lambda: 2.0**32 - 1) for index in range(count)]
+    stores = [LocalShard(index=index, count=count, threads=1, clock=lambda: 2.0**32 - 1) for index in range(count)]
     try:
         for store in stores:
             assert store.restore(str(path)).global_step == samples.CHECKPOINT_STEP

@@ -14,8 +14,8 @@ from trilith.routing import owners, partition_owner
 from trilith.shard import IdPart, Write
 from trilith.tables import RandomUniform, table_config
 from trilith_services.ps.engine.rows import Rows
-from trilith_services.ps.engine.store import Store
 from trilith_services.ps.engine.table import Table
+from trilith_services.ps.process.shard import LocalShard
 from trilith_services.ps.reference.entry_files import save_table, save_tables
 
 __all__ = ["routing", "write_all"]
@@ -56,7 +56,7 @@ def write_checkpoint(path: Path) -> None:
     """Save a cluster of two PS."""
     parts = []
     for index in range(samples.CHECKPOINT_SHARDS):
-        store = Store(index=index, count=samples.CHECKPOINT_SHARDS, threads=1)
+        store = LocalShard(index=index, count=samples.CHECKPOINT_SHARDS, threads=1)
         store.create_tables(samples.checkpoint_configs())
         for table in store.tables.values():
             rows = samples.rows_of(table)

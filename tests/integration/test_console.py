@@ -36,10 +36,10 @@ from trilith.discovery.zk_directory import ZooKeeperDirectory
 from trilith.serving.prediction import Predictor
 from trilith.tables import Adagrad, RandomUniform, Sgd
 from trilith_services.local.supervisor import trilith_argv
-from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.replica_server import ReplicaOptions, ReplicaServer
 from trilith_services.ps.process.server import ParameterServer, PsOptions
+from trilith_services.ps.process.shard import LocalShard
 from trilith_services.ps.replicas.replica import Replica
-from trilith_services.ps.replicas.server import ReplicaOptions, ReplicaServer
 from trilith_services.ps.replicas.sync.target import SyncOptions
 from trilith_services.serving.server import Entry, EntryOptions
 
@@ -50,11 +50,11 @@ IDS = np.arange(300, dtype=np.uint64)
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """Two PS, of which the first has a serving replica, with rows in three tables."""
-    replica = ReplicaServer(Replica(Store(index=0, count=2, threads=1)), ReplicaOptions(replica=0))
+    replica = ReplicaServer(Replica(LocalShard(index=0, count=2, threads=1)), ReplicaOptions(replica=0))
     target = f"127.0.0.1:{replica.start('127.0.0.1:0')}"
     sync = PsOptions(sync=SyncOptions(interval_s=0.1), sync_to={"replica-0": target})
     servers = [
-        ParameterServer(Store(index=index, count=2, threads=1), options)
+        ParameterServer(LocalShard(index=index, count=2, threads=1), options)
         for index, options in enumerate([sync, PsOptions()])
     ]
     address = "static://" + ",".join(f"127.0.0.1:{server.start()}" for server in servers)
@@ -303,7 +303,7 @@ def test_a_cluster_and_its_serving_processes_are_found_in_zookeeper(zk_url, clea
     serving_url = zk_url.replace("?", "/serving?")
     with open_console(zk_url, serving=serving_url, model="clicks") as console:
         console.until(lambda look: look["problem"])  # nobody has registered yet
-        server = ParameterServer(Store(index=0, count=1, threads=1), PsOptions(discovery=zk_url))
+        server = ParameterServer(LocalShard(index=0, count=1, threads=1), PsOptions(discovery=zk_url))
         cleanup(server.stop)
         server.start()
         console.until(lambda look: look["totals"]["alive"] == 1)

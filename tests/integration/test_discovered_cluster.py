@@ -25,8 +25,8 @@ from trilith.features.slots import FeatureRegistry, FeatureSlotConfig
 from trilith.tables import Adagrad, Sgd, Zeros
 from trilith_services.cli import main
 from trilith_services.local.supervisor import ProcessSpec, PsCluster, Supervisor, free_ports, trilith_argv
-from trilith_services.ps.engine.store import Store
 from trilith_services.ps.process.server import ParameterServer, PsOptions
+from trilith_services.ps.process.shard import LocalShard
 
 USERS = {"dim": 4, "optimizer": Sgd(learning_rate=1.0), "initializer": Zeros()}
 IDS = np.arange(10, dtype=np.uint64)
@@ -39,8 +39,8 @@ Serve = Callable[..., ParameterServer]
 def serve(zk_url, cleanup) -> Serve:
     """Serve a store, a new one unless given, in this process, registered at `zk_url`."""
 
-    def serve(index: int = 0, count: int = 1, *, store: Store | None = None, **options) -> ParameterServer:
-        store = store or Store(index=index, count=count, threads=1)
+    def serve(index: int = 0, count: int = 1, *, store: LocalShard | None = None, **options) -> ParameterServer:
+        store = store or LocalShard(index=index, count=count, threads=1)
         server = ParameterServer(store, PsOptions(discovery=zk_url, checkpoint_anywhere=True, **options))
         cleanup(server.stop)
         server.start()
@@ -88,7 +88,7 @@ def test_a_ps_deregisters_when_it_stops(serve, spectator):
 
 
 def test_a_client_follows_a_shard_to_another_address(zk_url, serve):
-    store = Store(threads=1)
+    store = LocalShard(threads=1)
     first = serve(store=store)
     with trilith.connect(zk_url, timeout_s=20.0) as client:
         users = client.table("user", **USERS)

@@ -26,10 +26,10 @@ from trilith.serving.prediction import Predictor
 from trilith_proto import hash_table_pb2
 from trilith_services.demo.models import TABLE
 from trilith_services.local.supervisor import free_ports, is_serving
-from trilith_services.ps.engine.store import Store
+from trilith_services.ps.engine.row_layout import serving_config
 from trilith_services.ps.engine.table import Table
 from trilith_services.ps.process.server import ParameterServer, PsOptions
-from trilith_services.ps.replicas.replica import serving_config
+from trilith_services.ps.process.shard import LocalShard
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -170,7 +170,7 @@ def test_a_shard_whose_only_replica_is_killed_is_shown_as_missing_and_the_entry_
     processes: Processes, zk_url: str, tmp_path: Path, cleanup: Callable[..., None]
 ) -> None:
     exports, listed = str(tmp_path / "exports"), ("--discovery", zk_url, "--name", "clicks")
-    training = ParameterServer(Store(threads=1), PsOptions(checkpoint_anywhere=True))
+    training = ParameterServer(LocalShard(threads=1), PsOptions(checkpoint_anywhere=True))
     cluster = f"static://127.0.0.1:{training.start()}"
     cleanup(training.stop)
     with trilith.connect(cluster) as client:

@@ -11,8 +11,8 @@ import pytest
 
 from tests.congruence.clusters import LocalCluster
 from trilith.tables import Sgd, Zeros
-from trilith_services.ps.engine.store import Store
 from trilith_services.ps.process.server import ParameterServer, PsOptions
+from trilith_services.ps.process.shard import LocalShard
 
 _COMMON = """
 import faulthandler, os, signal, sys, threading
@@ -215,7 +215,7 @@ with trilith.connect("local://") as client:
 
 def test_a_cluster_in_zookeeper_is_found_anew(zk_url, cleanup):
     for index in range(2):
-        server = ParameterServer(Store(index=index, count=2, threads=1), PsOptions(discovery=zk_url))
+        server = ParameterServer(LocalShard(index=index, count=2, threads=1), PsOptions(discovery=zk_url))
         cleanup(server.stop)
         server.start()
     run(
@@ -324,7 +324,7 @@ for thread in threads: thread.join()
 @pytest.mark.parametrize("url", ["static", "hosts"])
 def test_the_childs_client_closes_and_the_parents_goes_on(url, tmp_path, cleanup):
     options = PsOptions(discovery=f"hosts://{tmp_path}") if url == "hosts" else PsOptions()
-    server = ParameterServer(Store(threads=1), options)
+    server = ParameterServer(LocalShard(threads=1), options)
     cleanup(server.stop)
     port = server.start()
     run(

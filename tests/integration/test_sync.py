@@ -21,8 +21,8 @@ from trilith.rpc.remote import RemoteShard
 from trilith.shard import IdPart
 from trilith.tables import FixedR8, Fp16, RandomUniform, Sgd, table_config
 from trilith_services.local.supervisor import free_ports
+from trilith_services.ps.engine.row_layout import serving_config
 from trilith_services.ps.engine.table import Table
-from trilith_services.ps.replicas.replica import serving_config
 
 DIM = 4
 TABLES = {

@@ -26,9 +26,9 @@ from trilith_services.demo.click_files import click_records
 from trilith_services.demo.datasets import load_dataset
 from trilith_services.demo.models import TABLE, settings_of
 from trilith_services.local.supervisor import ProcessSpec, PsCluster, Supervisor, free_ports, trilith_argv
-from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.replica_server import ReplicaOptions, ReplicaServer
+from trilith_services.ps.process.shard import LocalShard
 from trilith_services.ps.replicas.replica import Replica
-from trilith_services.ps.replicas.server import ReplicaOptions, ReplicaServer
 from trilith_services.serving.replica_lists import GivenReplicas
 from trilith_services.serving.server import Entry, EntryOptions
 from trilith_services.worker.events import Tail
@@ -194,7 +194,9 @@ def check_export(tmp_path: Path, shards: int, score: float) -> None:
         addresses = {}
         for index in range(shards):
             rows = f"{ps_base(base, index)}/{version}/rows"
-            replica = ReplicaServer(Replica(Store(index=index, count=shards, threads=1)), ReplicaOptions(rows=rows))
+            replica = ReplicaServer(
+                Replica(LocalShard(index=index, count=shards, threads=1)), ReplicaOptions(rows=rows)
+            )
             addresses[index] = [f"127.0.0.1:{replica.start()}"]
             stack.callback(replica.stop)
         entry = Entry(base, EntryOptions(deadline_s=20.0), replicas=GivenReplicas(addresses) if shards else None)

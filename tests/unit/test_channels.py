@@ -18,10 +18,10 @@ from trilith.rpc.channels import PROXY_VARIABLE, open_channel
 from trilith.tables import Sgd
 from trilith_proto import ps_pb2
 from trilith_services.local.supervisor import is_serving
-from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.replica_server import ReplicaServer
 from trilith_services.ps.process.server import ParameterServer, PsOptions
+from trilith_services.ps.process.shard import LocalShard
 from trilith_services.ps.replicas.replica import Replica
-from trilith_services.ps.replicas.server import ReplicaServer
 from trilith_services.ps.replicas.sync.target import SyncOptions
 
 ROOT = Path(__file__).parents[2]
@@ -42,9 +42,9 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
 @pytest.fixture
 def ps() -> Iterator[str]:
     """A PS that sends its rows to a replica."""
-    replica = ReplicaServer(Replica(Store(threads=1)))
+    replica = ReplicaServer(Replica(LocalShard(threads=1)))
     options = PsOptions(sync=SyncOptions(interval_s=0.1), sync_to={"a": f"127.0.0.1:{replica.start()}"})
-    server = ParameterServer(Store(threads=1), options)
+    server = ParameterServer(LocalShard(threads=1), options)
     yield f"127.0.0.1:{server.start()}"
     server.stop()
     replica.stop()

@@ -11,8 +11,8 @@ import trilith
 from trilith.errors import InvalidRequestError
 from trilith_proto import ps_pb2, ps_pb2_grpc
 from trilith_services.ps.checkpoint.root import CheckpointRoot
-from trilith_services.ps.engine.store import Store
 from trilith_services.ps.process.server import ParameterServer, PsOptions
+from trilith_services.ps.process.shard import LocalShard
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_with_the_flag_any_path_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flags", [{}, {"checkpoint_dir": "root"}, {"checkpoint_root": "root"}])
 def test_a_ps_neither_writes_nor_reads_elsewhere_and_tells_nothing_of_what_is_there(tmp_path: Path, flags) -> None:
     options = PsOptions(**{name: str(tmp_path / value) for name, value in flags.items()})
-    store = Store(threads=1)
+    store = LocalShard(threads=1)
     server = ParameterServer(store, options)
     try:
         address = f"127.0.0.1:{server.start('127.0.0.1:0')}"

@@ -23,8 +23,8 @@ from trilith import checkpoint
 from trilith.tables import Adagrad, Adam, Sgd
 from trilith_services.cli import app, main
 from trilith_services.commands import output
-from trilith_services.ps.engine.store import Store
 from trilith_services.ps.process.server import ParameterServer, PsOptions
+from trilith_services.ps.process.shard import LocalShard
 
 ROOT = Path(__file__).parents[2]
 IDS = np.arange(100, dtype=np.uint64)
@@ -61,7 +61,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def cluster() -> Iterator[str]:
     """The address of two PS in this process, with rows and a variable."""
     options = PsOptions(checkpoint_anywhere=True)
-    servers = [ParameterServer(Store(index=index, count=2, threads=1), options) for index in range(2)]
+    servers = [ParameterServer(LocalShard(index=index, count=2, threads=1), options) for index in range(2)]
     address = "static://" + ",".join(f"127.0.0.1:{server.start()}" for server in servers)
     with trilith.connect(address) as client:
         fill(client)
@@ -308,7 +308,7 @@ def test_bench_notices_a_wrong_value(run, monkeypatch) -> None:
 
 
 def test_an_error_of_one_ps_says_which(run) -> None:
-    servers = [ParameterServer(Store(index=k, count=2, threads=1, memory_limit_bytes=1 << 16)) for k in range(2)]
+    servers = [ParameterServer(LocalShard(index=k, count=2, threads=1, memory_limit_bytes=1 << 16)) for k in range(2)]
     addresses = [f"127.0.0.1:{server.start()}" for server in servers]
     try:
         shown = run("bench", f"static://{addresses[0]},{addresses[1]}", "--ids", "100000", "--dim", "4")

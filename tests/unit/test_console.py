@@ -23,8 +23,8 @@ from trilith_services.console.sampling import Sample, quantile
 from trilith_services.console.schema import number, numbers
 from trilith_services.console.server import bind
 from trilith_services.console.watcher import Watcher
-from trilith_services.ps.engine.store import Store
 from trilith_services.ps.process.server import ParameterServer
+from trilith_services.ps.process.shard import LocalShard
 
 IDS = np.arange(40, dtype=np.uint64)
 TOP = 2**64 - 1
@@ -33,7 +33,7 @@ THEN = 1_700_000_000
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    servers = [ParameterServer(Store(index=index, count=2, threads=1)) for index in range(2)]
+    servers = [ParameterServer(LocalShard(index=index, count=2, threads=1)) for index in range(2)]
     address = "static://" + ",".join(f"127.0.0.1:{server.start()}" for server in servers)
     with trilith.connect(address) as client:
         users = client.table("user", dim=2, optimizer=Adagrad(learning_rate=0.1, initial_accumulator_value=1.0))
@@ -86,7 +86,7 @@ def test_debugging_ids_may_be_unsigned_and_are_echoed_as_they_were_written(conso
 
 
 def test_debugging_shows_of_a_long_variable_both_ends() -> None:
-    server = ParameterServer(Store(index=0, count=1, threads=1))
+    server = ParameterServer(LocalShard(index=0, count=1, threads=1))
     address = f"static://127.0.0.1:{server.start()}"
     with trilith.connect(address) as client, open_console(address) as console:
         client.create_variables({"long": np.arange(200_000.0), "short": np.ones(1)}, optimizer=Sgd())
@@ -369,7 +369,7 @@ def test_a_console_waits_for_a_cluster_and_outlives_its_ps(tmp_path) -> None:
         assert look["shards"] == []
         assert console.ask("/api/tables") == (409, look["problem"])
 
-        store = Store(index=0, count=1, threads=1)
+        store = LocalShard(index=0, count=1, threads=1)
         server = ParameterServer(store)
         port = server.start()
         (tmp_path / "ps").mkdir(exist_ok=True)
@@ -385,7 +385,7 @@ def test_a_console_waits_for_a_cluster_and_outlives_its_ps(tmp_path) -> None:
             == "fail"
         )
 
-        again = ParameterServer(Store(index=0, count=1, threads=1))
+        again = ParameterServer(LocalShard(index=0, count=1, threads=1))
         again.start(f"127.0.0.1:{port}")
         console.until(lambda look: look["totals"]["alive"] == 1)
         again.stop()

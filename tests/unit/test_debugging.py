@@ -16,14 +16,14 @@ from trilith.serving.debugging import DEBUGGING_INFO, read_debugging_info, write
 from trilith.tables import Sgd
 from trilith_proto import ps_pb2
 from trilith_proto.debugging_info_pb2 import DebuggingInfo
-from trilith_services.ps.engine.store import Store
 from trilith_services.ps.process.server import ParameterServer
+from trilith_services.ps.process.shard import LocalShard
 
 
 @pytest.fixture
 def client() -> Iterator[Client]:
     """Of two PS with a table that two features share."""
-    servers = [ParameterServer(Store(index=index, count=2, threads=1)) for index in (0, 1)]
+    servers = [ParameterServer(LocalShard(index=index, count=2, threads=1)) for index in (0, 1)]
     address = "static://" + ",".join(f"127.0.0.1:{server.start()}" for server in servers)
     with trilith.connect(address) as client:
         client.table("who", dim=2, optimizer=Sgd(learning_rate=0.5)).assign([5, 6], [[1.0, 2.0], [3.0, 4.0]])

@@ -34,9 +34,9 @@ from trilith.shard import IdPart
 from trilith_proto import ps_pb2, serving_pb2
 from trilith_services.console.replicas import Listed
 from trilith_services.console.sampling import Sample, entry_state, missing_replicas
-from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.replica_server import ReplicaOptions, ReplicaServer
+from trilith_services.ps.process.shard import LocalShard
 from trilith_services.ps.replicas.replica import Replica
-from trilith_services.ps.replicas.server import ReplicaOptions, ReplicaServer
 from trilith_services.serving import replicas as module
 from trilith_services.serving.replicas import ReplicaSet
 from trilith_services.serving.server import Entry, EntryOptions
@@ -166,7 +166,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Entry, ChangingList, ReplicaServer]
         trained = train(client, tmp_path / "model")
         done = trained.exporter().export(trained.save(), str(tmp_path / "exports"))
     rows = f"{ps_base(str(tmp_path / 'exports'), 0)}/{done.version}/rows"
-    replica = ReplicaServer(Replica(Store(threads=1)), ReplicaOptions(rows=rows))
+    replica = ReplicaServer(Replica(LocalShard(threads=1)), ReplicaOptions(rows=rows))
     listed = ChangingList([f"127.0.0.1:{replica.start()}"])
     entry = Entry(str(tmp_path / "exports"), EntryOptions(http="127.0.0.1:0"), replicas=listed)
     entry.start()

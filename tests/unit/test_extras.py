@@ -104,7 +104,8 @@ def test_everything_else_works_without_extras() -> None:
     done = run(
         {"torch", "safetensors", "fastapi", "uvicorn", "starlette", "confluent_kafka"},
         """
-        import trilith.data, trilith.tables, trilith_services.ps.process.server, trilith_services.ps.replicas.server
+        import trilith.data, trilith.tables
+        import trilith_services.ps.process.server, trilith_services.ps.process.replica_server
         from trilith_services.cli import main
         main(["--help"])
         """,

@@ -13,21 +13,21 @@ from trilith.ops.jit import JIT_DISABLED
 from trilith.shard import ANY_WRITE, UpdatePart, Write
 from trilith_proto import ps_pb2
 from trilith_services.ps.engine import store as store_module
-from trilith_services.ps.engine.store import Store
 from trilith_services.ps.engine.touched import Touched
+from trilith_services.ps.process.shard import LocalShard
 
 MB = 1 << 20
 
 
-def filled(count: int, dim: int = 3) -> Store:
-    store = Store(threads=1)
+def filled(count: int, dim: int = 3) -> LocalShard:
+    store = LocalShard(threads=1)
     store.create_tables([config(dim=dim)])
     ids = np.arange(count, dtype=np.uint64)
     store.assign([UpdatePart("t", ids, np.ones((count, dim), np.float32))], ANY_WRITE)
     return store
 
 
-def pages(store: Store, limit: int) -> list[int]:
+def pages(store: LocalShard, limit: int) -> list[int]:
     """How many entries the pages of a dump have; the ids of all are counted on the way."""
     sizes, offset, first = [], 0, True
     while offset or first:
@@ -53,7 +53,7 @@ def test_a_page_of_a_dump_is_bounded_in_rows_and_bytes(monkeypatch: pytest.Monke
 
 
 def test_the_room_that_is_kept_for_indexes_is_enough_for_rows_as_chance_spreads_them() -> None:
-    store = Store(threads=1)
+    store = LocalShard(threads=1)
     store.create_tables([config(dim=3)])
     table = store.table("t")
     stripes, step = table._stripes, 97 if JIT_DISABLED else 997
@@ -72,14 +72,14 @@ def test_the_bounds_themselves_hold_back_a_large_table() -> None:
 
 
 @pytest.fixture
-def store() -> Iterator[Store]:
+def store() -> Iterator[LocalShard]:
     """One that may use a megabyte."""
-    made = Store(threads=1, memory_limit_bytes=MB)
+    made = LocalShard(threads=1, memory_limit_bytes=MB)
     yield made
     made.close()
 
 
-def used(store: Store) -> int:
+def used(store: LocalShard) -> int:
     """What Stats say; it is what the limit is compared with."""
     return int(store.stats().memory_bytes)
 
@@ -97,7 +97,7 @@ def variable(name: str, size: int, optimizer: str = "adam") -> ps_pb2.VariableSp
     return spec
 
 
-def test_a_filter_counts_with_all_its_cells_and_is_refused_by_their_size(store: Store) -> None:
+def test_a_filter_counts_with_all_its_cells_and_is_refused_by_their_size(store: LocalShard) -> None:
     with pytest.raises(
         MemoryLimitError, match=r"table 'f' needs 8192 bytes .* and 840\d{6} for its filter of 300000000"
     ):
@@ -115,7 +115,7 @@ def test_a_filter_counts_with_all_its_cells_and_is_refused_by_their_size(store: 
     assert used(store) == 0
 
 
-def test_an_index_that_does_not_fit_is_refused(store: Store) -> None:
+def test_an_index_that_does_not_fit_is_refused(store: LocalShard) -> None:
     made = config()
     made.hash_table.initial_capacity = 1_000_000
     with pytest.raises(MemoryLimitError, match=r"table 't' needs \d{8} bytes for its index"):
@@ -123,7 +123,7 @@ def test_an_index_that_does_not_fit_is_refused(store: Store) -> None:
     assert used(store) == 0
 
 
-def test_variables_count_with_their_state_and_are_refused_whole(store: Store) -> None:
+def test_variables_count_with_their_state_and_are_refused_whole(store: LocalShard) -> None:
     values = np.zeros(20_000, np.float32)
     assert store.create_variables([variable("a", 20_000)], [values]) == [True]
     size = used(store)
@@ -139,7 +139,7 @@ def test_variables_count_with_their_state_and_are_refused_whole(store: Store) ->
     assert used(store) == 0
 
 
-def test_elements_of_queues_count_until_they_are_done(store: Store) -> None:
+def test_elements_of_queues_count_until_they_are_done(store: LocalShard) -> None:
     element = "x" * 1000
     store.create_queue("q", [element] * 10)
     size = used(store)
@@ -158,7 +158,7 @@ def test_elements_of_queues_count_until_they_are_done(store: Store) -> None:
     assert used(store) == 0
 
 
-def test_what_is_remembered_of_writes_counts(store: Store) -> None:
+def test_what_is_remembered_of_writes_counts(store: LocalShard) -> None:
     store.create_tables([config()])
     before = used(store)
     one = np.ones((1, 3), np.float32)
@@ -175,7 +175,7 @@ def test_what_is_remembered_of_writes_counts(store: Store) -> None:
     assert used(store) == before
 
 
-def test_rows_are_refused_for_what_others_use(store: Store) -> None:
+def test_rows_are_refused_for_what_others_use(store: LocalShard) -> None:
     store.create_tables([config(dim=16)])
     store.create_variables([variable("a", 200_000, "sgd")], [np.zeros(200_000, np.float32)])
     with pytest.raises(MemoryLimitError, match="3000 new rows need"):

@@ -21,8 +21,8 @@ from trilith_services.console.watcher import Watcher
 from trilith_services.grpc.listening import bind, is_loopback, reached_by_others, warn_if_exposed
 from trilith_services.grpc.serve import Server
 from trilith_services.ps.process.metrics import Metrics
+from trilith_services.ps.process.replica_server import ReplicaOptions
 from trilith_services.ps.process.server import PsOptions
-from trilith_services.ps.replicas.server import ReplicaOptions
 from trilith_services.serving.http import HttpServer
 from trilith_services.worker.run import WorkerOptions
 

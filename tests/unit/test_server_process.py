@@ -11,11 +11,11 @@ from trilith.discovery import PS
 from trilith.discovery.host_files import HostFilesDirectory
 from trilith.errors import UnavailableError
 from trilith_services.grpc.server_process import Announcement
-from trilith_services.ps.engine.store import Store
 from trilith_services.ps.process.membership import Membership
+from trilith_services.ps.process.replica_server import ReplicaServer
 from trilith_services.ps.process.server import ParameterServer, PsOptions
+from trilith_services.ps.process.shard import LocalShard
 from trilith_services.ps.replicas.replica import Replica
-from trilith_services.ps.replicas.server import ReplicaServer
 
 
 class Listing:
@@ -88,7 +88,7 @@ def test_without_a_directory_nobody_asks_for_the_address():
 
 
 def test_a_replica_that_is_stopped_before_it_has_its_rows_never_says_that_it_can_be_asked(listing, monkeypatch):
-    server = ReplicaServer(Replica(Store(threads=1)), listed=listing)  # type: ignore[arg-type]
+    server = ReplicaServer(Replica(LocalShard(threads=1)), listed=listing)  # type: ignore[arg-type]
     announced = threading.Event()
     announce = listing.announce
 
@@ -107,7 +107,7 @@ def test_a_replica_that_is_stopped_before_it_has_its_rows_never_says_that_it_can
 
 
 def test_a_ps_that_has_left_does_not_register_any_more(tmp_path):
-    member = Membership(f"hosts://{tmp_path}", Store(threads=1))
+    member = Membership(f"hosts://{tmp_path}", LocalShard(threads=1))
     member.join()
     member.leave()
     member.announce("10.0.0.1:7000")
@@ -125,7 +125,7 @@ def test_a_ps_that_leaves_while_it_registers_is_not_registered_in_the_end(tmp_pa
         register(self, role, index, address)
 
     monkeypatch.setattr(HostFilesDirectory, "register", slow)
-    member = Membership(f"hosts://{tmp_path}", Store(threads=1))
+    member = Membership(f"hosts://{tmp_path}", LocalShard(threads=1))
     member.join()
     threads = [threading.Thread(target=member.announce, args=("10.0.0.1:7000",)), threading.Thread(target=member.leave)]
     threads[0].start()
@@ -140,7 +140,7 @@ def test_a_ps_that_leaves_while_it_registers_is_not_registered_in_the_end(tmp_pa
 
 
 def test_a_ps_that_is_stopped_while_it_compiles_never_registers(tmp_path: Path, monkeypatch):
-    store = Store(threads=1)
+    store = LocalShard(threads=1)
     server = ParameterServer(store, PsOptions(discovery=f"hosts://{tmp_path}"))
     compiling, go = threading.Event(), threading.Event()
 

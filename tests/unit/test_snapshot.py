@@ -29,9 +29,9 @@ from trilith_services.ps.checkpoint import queue_files, snapshot, variable_files
 from trilith_services.ps.checkpoint.checkpointer import Checkpointer, restore_newest
 from trilith_services.ps.engine.filters import SlidingFilter
 from trilith_services.ps.engine.queues import QueueState
-from trilith_services.ps.engine.store import Store
 from trilith_services.ps.engine.stripes import STRIPES, Stripes
 from trilith_services.ps.engine.variables import VariableState
+from trilith_services.ps.process.shard import LocalShard
 
 IDS = np.array([0, 1, 2, 3, 5, 8, 2**63, 2**64 - 1, *range(1000, 1060)], np.uint64)
 CONFIGS = [
@@ -48,15 +48,15 @@ CONFIGS = [
 ]
 NOW = 1_700_000_000
 
-Make = Callable[..., Store]
+Make = Callable[..., LocalShard]
 
 
 @pytest.fixture
 def make_store() -> Iterator[Make]:
     stores = []
 
-    def make(index: int = 0, count: int = 1) -> Store:
-        stores.append(Store(index=index, count=count, threads=1))
+    def make(index: int = 0, count: int = 1) -> LocalShard:
+        stores.append(LocalShard(index=index, count=count, threads=1))
         return stores[-1]
 
     yield make
@@ -64,7 +64,7 @@ def make_store() -> Iterator[Make]:
         store.close()
 
 
-def filled_cluster(make: Make, count: int, *, step: int = 41) -> list[Store]:
+def filled_cluster(make: Make, count: int, *, step: int = 41) -> list[LocalShard]:
     stores = [make(index, count) for index in range(count)]
     rng = np.random.default_rng(1)
     for store in stores:
@@ -82,7 +82,7 @@ def filled_cluster(make: Make, count: int, *, step: int = 41) -> list[Store]:
     return stores
 
 
-def save_all(stores: list[Store], path: Path) -> str:
+def save_all(stores: list[LocalShard], path: Path) -> str:
     parts = [
         checkpoint.part_of(store.index, store.count, store.save(str(path)), finished_unix_s=1.0) for store in stores
     ]
@@ -90,14 +90,14 @@ def save_all(stores: list[Store], path: Path) -> str:
     return str(path)
 
 
-def restored_cluster(make: Make, path: str, count: int) -> list[Store]:
+def restored_cluster(make: Make, path: str, count: int) -> list[LocalShard]:
     stores = [make(index, count) for index in range(count)]
     for store in stores:
         store.restore(path)
     return stores
 
 
-def content(stores: list[Store]) -> dict[str, list[bytes]]:
+def content(stores: list[LocalShard]) -> dict[str, list[bytes]]:
     """Per table the entry dump (weights, optimizer state, time) of every id, at its owner."""
     return {
         name: [
@@ -107,7 +107,7 @@ def content(stores: list[Store]) -> dict[str, list[bytes]]:
     }
 
 
-def dense(stores: list[Store], name: str) -> list[tuple[list[float], list[float]]]:
+def dense(stores: list[LocalShard], name: str) -> list[tuple[list[float], list[float]]]:
     return [
         (state.values.tolist(), state.state.tolist())
         for store in stores
@@ -188,7 +188,7 @@ def test_a_checkpoint_holds_every_row_and_eviction_alone_drops_what_has_expired(
 def test_rows_that_a_wrong_clock_dated_ahead_live_no_longer_than_others(tmp_path) -> None:
     day, ids = 86_400, np.array([1, 2], np.uint64)
     clock = [NOW + 900 * day]
-    stores = [Store(threads=1, clock=lambda: clock[0]) for _ in range(2)]
+    stores = [LocalShard(threads=1, clock=lambda: clock[0]) for _ in range(2)]
     stores[0].create_tables([table_config("t", dim=1, optimizer=Sgd(), ttl_days=3).proto])
     stores[0].assign([UpdatePart("t", ids[:1], np.ones((1, 1), np.float32))], Write())
     stores[0].assign([UpdatePart("t", ids[1:], np.ones((1, 1), np.float32))], Write(request_time=NOW))
@@ -208,7 +208,7 @@ def test_rows_that_a_wrong_clock_dated_ahead_live_no_longer_than_others(tmp_path
 def test_rows_restored_by_a_clock_that_is_behind_keep_their_times(tmp_path) -> None:
     """As on a machine that has not heard of the time yet: when it has, the rows must not all expire at once."""
     clock, ids = [float(NOW)], np.array([1, 2], np.uint64)
-    stores = [Store(threads=1, clock=lambda: clock[0]) for _ in range(2)]
+    stores = [LocalShard(threads=1, clock=lambda: clock[0]) for _ in range(2)]
     stores[0].create_tables([table_config("t", dim=1, optimizer=Sgd(), ttl_days=3).proto])
     stores[0].assign([UpdatePart("t", ids, np.ones((2, 1), np.float32))], Write())
     path = str(tmp_path / "ckpt")
@@ -279,7 +279,7 @@ def test_tables_that_are_made_while_a_checkpoint_is_read_are_not_lost(make_store
 
 
 def test_a_restore_that_would_take_rows_of_one_ps_changes_none(tmp_path) -> None:
-    stores = [Store(index=index, count=2, threads=1) for index in range(2)]
+    stores = [LocalShard(index=index, count=2, threads=1) for index in range(2)]
     with Client(Cluster(stores, ClientConfig())) as client:
         table = client.table("user", dim=1, optimizer=Sgd())
         table.assign([0, 1], np.ones((2, 1), np.float32))
@@ -467,7 +467,7 @@ def test_the_last_ps_to_write_its_part_completes_the_checkpoint(make_store, tmp_
     writers = [Checkpointer(store, str(tmp_path), every_s=10, clock=clock) for store in stores]
     assert writers[0].write(100_000)
     assert checkpoint.newest_complete(str(tmp_path)) is None
-    assert stores[0].stats().last_checkpoint.endswith("ckpt-00000000000000100000")
+    assert writers[0].last[0].endswith("ckpt-00000000000000100000")
     assert restore_newest(make_store(), str(tmp_path)) is None
     assert writers[1].write(100_000)
     newest = checkpoint.newest_complete(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Store: what holds when writers, restores and the memory limit meet."""
+"""A shard: what holds when writers, restores and the memory limit meet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from trilith.errors import MemoryLimitError, ShardRestartedError
 from trilith.shard import IdPart, UpdatePart, Write
 from trilith.tables import Sgd, Zeros, table_config
-from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.shard import LocalShard
 
 
 def config(name, dim=4, **options):
@@ -24,7 +24,7 @@ def make_store():
     stores = []
 
     def make(**options):
-        stores.append(Store(threads=1, **options))
+        stores.append(LocalShard(threads=1, **options))
         return stores[-1]
 
     yield make

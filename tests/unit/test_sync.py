@@ -32,12 +32,13 @@ from trilith_proto import parameter_sync_pb2, ps_pb2
 from trilith_services.cli import main
 from trilith_services.grpc.serve import Limits
 from trilith_services.ps.engine.kernels import gather
-from trilith_services.ps.engine.store import Store
+from trilith_services.ps.engine.row_layout import serving_config
 from trilith_services.ps.engine.stripes import Stripes
 from trilith_services.ps.engine.table import Table
 from trilith_services.ps.engine.touched import Touched, distinct
-from trilith_services.ps.replicas.replica import Replica, read_configs, serving_config
-from trilith_services.ps.replicas.server import ReplicaOptions, ReplicaServer
+from trilith_services.ps.process.replica_server import ReplicaOptions, ReplicaServer
+from trilith_services.ps.process.shard import LocalShard
+from trilith_services.ps.replicas.replica import Replica, read_configs
 from trilith_services.ps.replicas.sync import wire
 from trilith_services.ps.replicas.sync.changes import ChangeLog
 from trilith_services.ps.replicas.sync.encoded import EncodedChanges
@@ -279,7 +280,7 @@ class Pushes:
     """Pushes by hand."""
 
     def __init__(self, **options) -> None:
-        self.replica = Replica(Store(threads=1), **options)
+        self.replica = Replica(LocalShard(threads=1), **options)
         self.stream, self.sequence = 1, 0
 
     def __call__(self, *deltas: wire.Delta, **fields) -> parameter_sync_pb2.PushResponse:
@@ -470,15 +471,15 @@ class Cluster:
     """A training store, its syncer, and replicas behind real gRPC servers."""
 
     def __init__(self, options: SyncOptions = FAST) -> None:
-        self.store = Store(threads=1)
+        self.store = LocalShard(threads=1)
         self.store.create_tables([config()])
         self.syncer = Syncer(self.store, options)
         self.replicas: dict[str, ReplicaServer] = {}
-        self.stores: dict[str, Store] = {}
+        self.stores: dict[str, LocalShard] = {}
         self.ports: dict[str, int] = {}
 
     def start(self, name: str, *, port: int = 0, reflection: bool = False) -> None:
-        store = Store(threads=1)
+        store = LocalShard(threads=1)
         options = ReplicaOptions(limits=Limits(reflection=reflection))
         self.replicas[name], self.stores[name] = ReplicaServer(Replica(store), options), store
         self.ports[name] = self.replicas[name].start(f"127.0.0.1:{port}")
@@ -519,7 +520,7 @@ def cluster() -> Iterator[Cluster]:
     made.close()
 
 
-def steps(store: Store, seed: int, count: int = 300, *, table: str = "user") -> None:
+def steps(store: LocalShard, seed: int, count: int = 300, *, table: str = "user") -> None:
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 2000, count).astype(np.uint64)
     store.apply_gradients([UpdatePart(table, ids, rng.normal(size=(count, DIM)).astype(np.float32))], ANY_WRITE)
@@ -699,7 +700,7 @@ def test_a_replica_of_a_table_that_changes_all_over_all_the_time_is_filled() -> 
 class FakeChannel(Target):
     """A target whose pushes are kept; the test takes its turns."""
 
-    def __init__(self, name: str, store: Store, changes: ChangeLog, encoded: EncodedChanges) -> None:
+    def __init__(self, name: str, store: LocalShard, changes: ChangeLog, encoded: EncodedChanges) -> None:
         super().__init__(name, "127.0.0.1:1", store, changes, FAST, encoded)
         self.pushed: list[bytes] = []
         self._push = self.keep
@@ -710,7 +711,7 @@ class FakeChannel(Target):
 
 
 def test_a_copy_goes_on_however_much_changes_beside_it() -> None:
-    store = Store(threads=1)
+    store = LocalShard(threads=1)
     store.create_tables([config()])
     ids = np.arange(3000, dtype=np.uint64)
     store.assign([UpdatePart("user", ids, np.ones((3000, DIM), np.float32))], ANY_WRITE)
@@ -731,7 +732,7 @@ def test_a_copy_goes_on_however_much_changes_beside_it() -> None:
 
 
 def test_what_changed_is_encoded_once_for_all_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(threads=1)
+    store = LocalShard(threads=1)
     store.create_tables([config()])
     gathered: list[int] = []
     gather_rows = Table.gather
@@ -844,7 +845,7 @@ def test_replicas_are_found_in_a_directory_and_forgotten_when_they_leave_it(clus
         cluster.syncer.follow(listed)
         assert cluster.syncer.stats() == []
         for name, number in (("a", 3), ("b", 7)):
-            store = Store(threads=1)
+            store = LocalShard(threads=1)
             options = ReplicaOptions(replica=number)
             cluster.stores[name] = store
             cluster.replicas[name] = ReplicaServer(
@@ -885,12 +886,12 @@ def test_a_replica_is_described_by_reflection_and_healthy_once_it_is_filled(clus
 
 
 def test_exported_rows_are_served_until_training_sends_its_own(cluster: Cluster, tmp_path) -> None:
-    exported = Store(threads=1)
+    exported = LocalShard(threads=1)
     exported.create_tables([serving_config(config())])
     exported.assign([UpdatePart("user", u64(1, 2), np.ones((2, DIM), np.float32))], ANY_WRITE)
     with Client(TrilithCluster([exported], ClientConfig())) as client:
         client.save(str(tmp_path))
-    store = Store(threads=1)
+    store = LocalShard(threads=1)
     server = ReplicaServer(Replica(store), ReplicaOptions(rows=str(tmp_path)))
     cluster.replicas["a"], cluster.stores["a"] = server, store
     cluster.ports["a"] = server.start()

@@ -137,8 +137,8 @@ def ps(
     from trilith_services import sizes
     from trilith_services.grpc.listening import reached_by_others
     from trilith_services.logs import setup_logging
-    from trilith_services.ps.engine.store import Store
     from trilith_services.ps.process.server import ParameterServer, PsOptions
+    from trilith_services.ps.process.shard import LocalShard
     from trilith_services.ps.replicas.sync.target import SyncOptions
     from trilith_services.sizes import parse_bytes
 
@@ -179,10 +179,10 @@ def ps(
         sync_to=targets,
     )
     listed = [ServingDirectory(url, sync_name).replicas(index) for url in sync_to or [] if "://" in url]
-    store = Store(
+    shard = LocalShard(
         index=index, count=count, memory_limit_bytes=sizes.memory_limit(memory_limit), threads=threads or None
     )
-    status = ParameterServer(store, options, replicas=listed).run(
+    status = ParameterServer(shard, options, replicas=listed).run(
         listen, bound=reached_by_others(listen, advertise, discovery)
     )
     if waited is not None:

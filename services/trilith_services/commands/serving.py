@@ -93,9 +93,9 @@ def ps(
     from trilith_services import sizes
     from trilith_services.grpc.listening import reached_by_others
     from trilith_services.logs import setup_logging
-    from trilith_services.ps.engine.store import Store
+    from trilith_services.ps.process.replica_server import ReplicaOptions, ReplicaServer
+    from trilith_services.ps.process.shard import LocalShard
     from trilith_services.ps.replicas.replica import Replica, read_configs
-    from trilith_services.ps.replicas.server import ReplicaOptions, ReplicaServer
 
     setup_logging(log_format.value, level=log_level.value, role={"ps": index, "replica": replica})
     tune_allocator()
@@ -111,9 +111,9 @@ def ps(
         metrics_host=metrics_host,
     )
     configs = read_configs(tables.read_text()) if tables is not None else []
-    store = Store(
+    shard = LocalShard(
         index=index, count=count, memory_limit_bytes=sizes.memory_limit(memory_limit), threads=threads or None
     )
     listed = ServingDirectory(discovery, name).replicas(index) if discovery is not None else None
-    server = ReplicaServer(Replica(store, configs=configs), options, listed=listed)
+    server = ReplicaServer(Replica(shard, configs=configs), options, listed=listed)
     raise typer.Exit(server.run(listen, bound=reached_by_others(listen, advertise, discovery)))

@@ -24,7 +24,7 @@ from trilith.tables.factories import create_merged_tables, create_partitioned_ta
 from trilith.tables.merged import MergedTables, merge_configs
 from trilith.tables.partitioned import PartitionedFeature
 from trilith_proto.hash_table_pb2 import EmbeddingHashTableConfig, InitializerConfig, OptimizerConfig
-from trilith_services.ps.engine.store import Store
+from trilith_services.ps.process.shard import LocalShard
 from trilith_services.ps.reference.model import Model
 
 __all__ = ["OPS", "cluster"]
@@ -35,7 +35,7 @@ Json = Mapping[str, Any]
 def cluster(shards: int) -> Client:
     """A client over so many shards in this process; 0 is one too."""
     count = max(shards, 1)
-    return Client(Cluster([Store(index=index, count=count, threads=1) for index in range(count)], ClientConfig()))
+    return Client(Cluster([LocalShard(index=index, count=count, threads=1) for index in range(count)], ClientConfig()))
 
 
 def config_of(slot: Json) -> HashTableConfig:

@@ -48,9 +48,7 @@ def restore_newest(store: Store, directory: str) -> CheckpointInfo | None:
     if newest is None:
         log.info("no complete checkpoint: starting empty", extra={"directory": directory})
         return None
-    response = snapshot.restore_shard(store, newest.path)
-    store.restored_from = newest.path
-    store.restored_step = response.global_step
+    snapshot.restore_shard(store, newest.path)
     return newest
 
 
@@ -93,6 +91,8 @@ class Checkpointer:
         self._clock = clock
         self._observe = observe
         self._completed = completed
+        self.last = "", 0.0
+        """The newest checkpoint of which this PS has written its part: its path, and when, Unix seconds."""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._registered = False
@@ -276,8 +276,7 @@ class Checkpointer:
             )
             self._report(time.perf_counter() - started, 0, succeeded=False)
             return False
-        self._store.last_checkpoint = path
-        self._store.last_checkpoint_time = self._clock()
+        self.last = path, self._clock()
         self._report(time.perf_counter() - started, sum(file.bytes for file in response.files), succeeded=True)
         self._looks = 0
         self._complete(number)

@@ -12,8 +12,8 @@ from trilith.folder import Folder
 from trilith.shard import Float32Array
 from trilith_proto import ps_pb2
 from trilith_services.ps.checkpoint import row_files, snapshot, variable_files
+from trilith_services.ps.engine.row_layout import serving_config
 from trilith_services.ps.engine.store import Store
-from trilith_services.ps.replicas.replica import serving_config
 
 __all__ = ["dense_values", "serving_tables", "write_serving_rows"]
 

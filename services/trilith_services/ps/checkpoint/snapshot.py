@@ -126,11 +126,11 @@ def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
     """
     manifest = checkpoint.read_manifest(path)  # first: a directory that is no checkpoint stays as it is
     with checkpoint.hold(path):
-        return _restore(store, Folder(path), manifest)
+        return _restore(store, path, manifest)
 
 
-def _restore(store: Store, folder: Folder, manifest: Manifest) -> ps_pb2.RestoreResponse:
-    started = time.perf_counter()
+def _restore(store: Store, path: str, manifest: Manifest) -> ps_pb2.RestoreResponse:
+    started, folder = time.perf_counter(), Folder(path)
     identity = store.describe()
     index, count = identity.shard_index, identity.shard_count
     parts = parts_for(manifest, index, count)
@@ -150,7 +150,7 @@ def _restore(store: Store, folder: Folder, manifest: Manifest) -> ps_pb2.Restore
                     _load_rows(tables[file.table], folder, file, part, index, count, int(store.clock()))
         _load_filters(tables, folder, parts)
         _tell_dropped(store, folder, variables, queues)
-        store.replace_content(tables, variables, queues, manifest.global_step, folder.url)
+        store.replace_content(tables, variables, queues, manifest.global_step, path)
     except BaseException:
         for table in tables.values():
             table.release()

@@ -18,7 +18,9 @@ from trilith_services.ps.engine.kernels import plan as columns
 from trilith_services.ps.engine.kernels.apply import Structure
 from trilith_services.ps.engine.kernels.optimizers import PARAMETERS
 
-__all__ = ["OptimizerLayout", "RowLayout", "SegmentLayout"]
+__all__ = ["OptimizerLayout", "RowLayout", "SegmentLayout", "serving_config"]
+
+_NEVER_DAYS = 36500
 
 
 def _slots(kind: str, dim: int, config: object) -> list[tuple[str, Float32Array]]:
@@ -211,3 +213,21 @@ def _padded(size: int) -> int:
         return max(8, 1 << (size - 1).bit_length())
     lines = -(-size // 64) * 64
     return lines if 4 * (lines - size) <= size else -(-size // 16) * 16
+
+
+def serving_config(training: ps_pb2.TableConfig) -> ps_pb2.TableConfig:
+    """How a replica keeps the rows of a training table: compressed as its segments say, float32 where they do not.
+
+    Who gets a row and when it goes is decided in training.
+    """
+    config = ps_pb2.TableConfig(name=training.name, seed=training.seed)
+    table = config.hash_table
+    table.CopyFrom(training.hash_table)
+    table.enable_feature_eviction = False
+    table.slot_expire_time_config.Clear()
+    table.slot_expire_time_config.default_expire_time = _NEVER_DAYS
+    table.entry_config.entry_type = hash_table_pb2.EntryConfig.SERVING
+    for segment in table.entry_config.segments:
+        if not segment.HasField("comp_config"):
+            segment.comp_config.fp32.SetInParent()
+    return config

@@ -1,4 +1,4 @@
-"""Store: one shard of every table and variable, whole: what a PS process serves and embedded mode embeds."""
+"""Store: one shard of every table, variable and queue in memory; `LocalShard` adds the files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ from trilith.tables.checks import check_table_config
 from trilith.tables.differences import explain, same_table
 from trilith.times import check_ahead, whole_seconds
 from trilith_proto import ps_pb2
-from trilith_services.ps.checkpoint import snapshot
 from trilith_services.ps.engine import entry_codec as entries
 from trilith_services.ps.engine import filters
 from trilith_services.ps.engine.budget import MemoryBudget
@@ -61,7 +60,7 @@ OWNER_RULE = "mod"
 
 
 class Store:
-    """Implements `trilith.shard.Shard` in this process; see there for the verbs.
+    """Implements the verbs of `trilith.shard.Shard` that need no files; see there for them.
 
     Guarantees: a write with an identity (client_id, origin, sequence) is done once, see `Sequences`; a request that
     names another incarnation changes nothing; all that can be wrong with any part of a request, and the memory that all
@@ -105,13 +104,10 @@ class Store:
         self.budget = MemoryBudget(memory_limit_bytes)
         self.variables = Variables(self.budget)
         self.queues = Queues(self.budget)
-        self.restored_from = ""
-        self.restored_step = 0
-        self.last_checkpoint = ""
-        self.last_checkpoint_time = 0.0
+        self._restored_from = ""
+        self._restored_step = 0
         self._clock = clock
-        self.admit_tables: Callable[[Sequence[ps_pb2.TableConfig]], None] = lambda configs: None
-        """Told of tables before they appear, created or restored; what it raises, the caller gets, and none appears."""
+        self._admit: Callable[[Sequence[ps_pb2.TableConfig]], None] = lambda configs: None
         self._tables: dict[str, Table] = {}
         self._creating = threading.Lock()
         self._sequences = Sequences(clock=clock)
@@ -131,6 +127,25 @@ class Store:
     def tables(self) -> Mapping[str, Table]:
         """The tables by name; read-only."""
         return MappingProxyType(self._tables)
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Unix seconds by this shard's clock, by which rows expire."""
+        return self._clock
+
+    @property
+    def restored_from(self) -> str:
+        """The checkpoint that the content began with; empty if it began with nothing."""
+        return self._restored_from
+
+    def admit_tables_by(self, admit: Callable[[Sequence[ps_pb2.TableConfig]], None]) -> None:
+        """Tell `admit` of the tables there are, and from now on of others before they appear, created or restored.
+
+        What it raises, the caller gets, and none appears.
+        """
+        with self._creating:
+            admit([table.config for table in self._tables.values()])
+            self._admit = admit
 
     def table(self, name: str) -> Table:
         """The table of that name, or UnknownTableError."""
@@ -152,8 +167,8 @@ class Store:
             tables=[table.config for table in list(self._tables.values())],
             variables=[partition.spec for partition in self.variables],
             global_step=self._step,
-            restored_from=self.restored_from,
-            restored_step=self.restored_step,
+            restored_from=self._restored_from,
+            restored_step=self._restored_step,
             unix_time=self._clock(),
         )
 
@@ -182,7 +197,7 @@ class Store:
                             f" {explain(config.name, known.config, config)}"
                         )
                 if made:
-                    self.admit_tables([table.config for table in made.values()])
+                    self._admit([table.config for table in made.values()])
             except BaseException:
                 for table in made.values():
                     table.release()
@@ -349,8 +364,6 @@ class Store:
             resident_bytes=psutil.Process().memory_info().rss,
             uptime_seconds=time.monotonic() - self._started,
             global_step=self._step,
-            last_checkpoint=self.last_checkpoint,
-            last_checkpoint_time=self.last_checkpoint_time,
         )
 
     # ---- dense variables and the step counter --------------------------------------------------------------------
@@ -479,24 +492,7 @@ class Store:
         """See `Shard.hold_leases`."""
         return self._once(write, lambda: self.queues.hold(worker, lease_s))
 
-    # ---- checkpoints and the end ---------------------------------------------------------------------------------
-
-    def save(self, path: str, write: Write = ANY_WRITE, *, timeout_s: float | None = None) -> ps_pb2.SaveResponse:
-        """See `Shard.save`."""
-        self._check_incarnation(write.incarnation)
-        return self._sequences.once(write, lambda: snapshot.save_shard(self, path))[0]
-
-    def restore(self, path: str, write: Write = ANY_WRITE, *, timeout_s: float | None = None) -> ps_pb2.RestoreResponse:
-        """See `Shard.restore`."""
-
-        def work() -> ps_pb2.RestoreResponse:
-            # Not before: a repetition comes with the incarnation that the first one ended.
-            self._check_incarnation(write.incarnation)
-            reply = snapshot.restore_shard(self, path)
-            self.restored_from, self.restored_step = path, reply.global_step
-            return reply
-
-        return self._sequences.once(write, work)[0]
+    # ---- what checkpoints and replicas are made of -----------------------------------------------------------------
 
     def compile(self) -> None:
         """Compile or load what no table's config has a say in; a table's own kernels follow when it is created."""
@@ -579,7 +575,7 @@ class Store:
             raise CheckpointError(f"the checkpoint's step is {step}; steps are 0..{MAX_STEP}")
         partitions = self.variables.remake(variables)
         with self._creating:
-            self.admit_tables([table.config for table in tables.values()])
+            self._admit([table.config for table in tables.values()])
             with self._replacing:
                 # Looked at again, where nobody writes: reading the checkpoint took a while.
                 check_nothing_lost(source, {name: len(table) for name, table in self._tables.items()}, tables)
@@ -591,7 +587,8 @@ class Store:
                 old = [table for name, table in self._tables.items() if tables[name] is not table]
                 self._tables.clear()
                 self._tables.update(tables)
-                self._step = step
+                self._step = self._restored_step = step
+                self._restored_from = source
         for table in old:
             table.release()
 
@@ -645,7 +642,7 @@ class Store:
             raise ShardRestartedError(
                 f"shard {self.index} is incarnation {self.incarnation:#x}, the caller knew {incarnation:#x}: it "
                 "restarted or was restored"
-                + (f" from {self.restored_from} at step {self.restored_step}" if self.restored_from else " empty")
+                + (f" from {self._restored_from} at step {self._restored_step}" if self._restored_from else " empty")
                 + " and may lack earlier writes; nothing was done"
             )
 
@@ -657,11 +654,6 @@ class Store:
         seconds = whole_seconds(given, what)
         check_ahead(seconds, now, what)
         return seconds
-
-    @property
-    def clock(self) -> Callable[[], float]:
-        """Unix seconds by this shard's clock, by which rows expire."""
-        return self._clock
 
     def _check_values(self, parts: Sequence[UpdatePart]) -> None:
         for part in parts:

@@ -64,8 +64,7 @@ class Membership:
 
         log.info("joining", extra={"directory": redact(self._url)})
         self._directory = open_directory(self._url, timeout_s=self._timeout_s)
-        self._admit([table.config for table in self._store.tables.values()])
-        self._store.admit_tables = self._admit
+        self._store.admit_tables_by(self._admit)
 
     def announce(self, address: str) -> None:
         """Tell everybody where the shard serves; not once it has left."""

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from trilith.discovery.serving import ServingTask
     from trilith_proto import ps_pb2
     from trilith_services.ps.checkpoint.checkpointer import Checkpointer
-    from trilith_services.ps.engine.store import Store
     from trilith_services.ps.process.membership import Membership
+    from trilith_services.ps.process.shard import LocalShard
 
 __all__ = ["REPLACED", "ParameterServer", "PsOptions"]
 
@@ -81,21 +81,23 @@ class PsOptions:
 
 
 class ParameterServer(ServerProcess):
-    """Serves one Store."""
+    """Serves one shard."""
 
-    def __init__(self, store: Store, options: PsOptions | None = None, *, replicas: Sequence[ServingTask] = ()) -> None:
+    def __init__(
+        self, shard: LocalShard, options: PsOptions | None = None, *, replicas: Sequence[ServingTask] = ()
+    ) -> None:
         """Put the parts together; nothing listens yet.
 
         Args:
-            store: What is served.
+            shard: What is served.
             options: How.
             replicas: Where serving replicas are listed that come and go; closed in the end.
         """
-        self._store = store
+        self._shard = shard
         self._options = options = options or PsOptions()
         self.metrics = Metrics()
         self.servicer = ParameterServerServicer(
-            store,
+            shard,
             self.metrics,
             queued=lambda: self._server.queued,
             add_stats=self._add_stats,
@@ -103,7 +105,7 @@ class ParameterServer(ServerProcess):
                 root=options.checkpoint_root or options.checkpoint_dir, anywhere=options.checkpoint_anywhere
             ),
         )
-        self.syncer = Syncer(store, options.sync)
+        self.syncer = Syncer(shard, options.sync)
         self._replicas = replicas
         server = Server(SERVICE, self.servicer.methods(), limits=options.limits, refused=self.metrics.refused)
         super().__init__(server, advertise=options.advertise)
@@ -123,16 +125,16 @@ class ParameterServer(ServerProcess):
         if options.discovery is not None:
             from trilith_services.ps.process.membership import Membership
 
-            self._membership = Membership(options.discovery, self._store, replaced=self._on_replaced)
+            self._membership = Membership(options.discovery, self._shard, replaced=self._on_replaced)
             self._membership.join()  # first: a shard that does not fit need not restore
         if options.checkpoint_dir is not None:
             Folder(options.checkpoint_dir).check_writable()  # now, not when the first checkpoint is due
-        self._store.compile()
+        self._shard.compile()
         if options.checkpoint_dir is not None:
             from trilith_services.ps.checkpoint.checkpointer import Checkpointer, restore_newest
 
             checkpointer = Checkpointer(
-                self._store,
+                self._shard,
                 options.checkpoint_dir,
                 every_s=options.checkpoint_every_s,
                 keep=options.checkpoint_keep,
@@ -140,7 +142,7 @@ class ParameterServer(ServerProcess):
                 completed=self.metrics.completed,
             )
             checkpointer.register()
-            restore_newest(self._store, options.checkpoint_dir)
+            restore_newest(self._shard, options.checkpoint_dir)
             self._checkpointer = checkpointer
         if self._checkpointer is not None:
             self._checkpointer.start()
@@ -178,6 +180,8 @@ class ParameterServer(ServerProcess):
 
     def _add_stats(self, stats: ps_pb2.StatsResponse) -> None:
         stats.sync_targets.extend(self.syncer.stats())
+        if self._checkpointer is not None:
+            stats.last_checkpoint, stats.last_checkpoint_time = self._checkpointer.last
 
     def _finish(self) -> None:
         self.syncer.stop(flush_s=self._options.limits.drain_s)
@@ -189,4 +193,4 @@ class ParameterServer(ServerProcess):
         if self._checkpointer is not None:
             self._saved = self._checkpointer.stop(final=not self._replaced)
         self.metrics.close()
-        self._store.close()
+        self._shard.close()

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import grpc
 import numpy as np
@@ -20,19 +21,20 @@ from trilith.steps import as_step
 from trilith.tables import check_table_config
 from trilith.tables.checks import check_optimizer
 from trilith_proto import hash_table_pb2, parameter_sync_pb2, ps_pb2
+from trilith_services.ps.engine.row_layout import serving_config
 from trilith_services.ps.engine.store import Store
 from trilith_services.ps.engine.table import Table
 from trilith_services.ps.replicas.sync import wire
 from trilith_services.ps.replicas.sync.target import SIGNATURE
 
-__all__ = ["Replica", "read_configs", "serving_config"]
+__all__ = ["Replica", "read_configs"]
 
 log = logging.getLogger(__name__)
 
 _UNKNOWN_STREAM = grpc.StatusCode.FAILED_PRECONDITION.value[0]
 _LATE = grpc.StatusCode.ABORTED.value[0]
-_NEVER_DAYS = 36500
 _MOST_AHEAD_S = 86400.0  # clocks of training and serving may differ, but not by more
+_Store = TypeVar("_Store", bound=Store)
 _MOST_FLOATS = LARGEST_MESSAGE // 4  # of a partition of a dense variable
 
 
@@ -44,7 +46,7 @@ class _Gathered:
     filled: int = 0
 
 
-class Replica:
+class Replica(Generic[_Store]):
     """Takes pushes into a Store; thread-safe, one push at a time.
 
     A row's last update is the time at which the copy of its table began that it came with or after. That tells, when a
@@ -53,7 +55,7 @@ class Replica:
 
     def __init__(
         self,
-        store: Store,
+        store: _Store,
         *,
         configs: Iterable[ps_pb2.TableConfig] = (),
         clock: Callable[[], float] = time.time,
@@ -276,24 +278,6 @@ class Replica:
 
 def _dim_of(config: ps_pb2.TableConfig) -> int:
     return sum(segment.dim_size for segment in config.hash_table.entry_config.segments)
-
-
-def serving_config(training: ps_pb2.TableConfig) -> ps_pb2.TableConfig:
-    """How a replica keeps the rows of a training table: compressed as its segments say, float32 where they do not.
-
-    Who gets a row and when it goes is decided in training.
-    """
-    config = ps_pb2.TableConfig(name=training.name, seed=training.seed)
-    table = config.hash_table
-    table.CopyFrom(training.hash_table)
-    table.enable_feature_eviction = False
-    table.slot_expire_time_config.Clear()
-    table.slot_expire_time_config.default_expire_time = _NEVER_DAYS
-    table.entry_config.entry_type = hash_table_pb2.EntryConfig.SERVING
-    for segment in table.entry_config.segments:
-        if not segment.HasField("comp_config"):
-            segment.comp_config.fp32.SetInParent()
-    return config
 
 
 def read_configs(text: str) -> list[ps_pb2.TableConfig]:

@@ -15,6 +15,7 @@ from trilith_services.ps.process.servicer import ParameterServerServicer
 
 if TYPE_CHECKING:
     from trilith_services.ps.process.metrics import Metrics
+    from trilith_services.ps.process.shard import LocalShard
     from trilith_services.ps.replicas.replica import Replica
 
 __all__ = ["SYNC_SERVICE", "ReplicaServicer"]
@@ -28,7 +29,7 @@ _READS = frozenset({"Lookup", "Contains", "LookupEntries", "DumpEntries", "PullV
 class ReplicaServicer(ParameterServerServicer):
     """The verbs that read, those that write refused; and Push, from when `taking` is set."""
 
-    def __init__(self, replica: Replica, metrics: Metrics, *, queued: Callable[[], int]) -> None:
+    def __init__(self, replica: Replica[LocalShard], metrics: Metrics, *, queued: Callable[[], int]) -> None:
         super().__init__(replica.store, metrics, queued=queued, add_stats=self._add_replica)
         self._replica = replica
         self.taking = False

@@ -15,11 +15,12 @@ from trilith_services.grpc.listening import LOOPBACK
 from trilith_services.grpc.serve import Limits, Server
 from trilith_services.grpc.server_process import Announcement, ServerProcess
 from trilith_services.ps.process.metrics import Metrics
-from trilith_services.ps.replicas.servicer import SYNC_SERVICE, ReplicaServicer
+from trilith_services.ps.process.replica_servicer import SYNC_SERVICE, ReplicaServicer
 from trilith_services.ps.replicas.sync import wire
 
 if TYPE_CHECKING:
     from trilith.discovery.serving import ServingTask
+    from trilith_services.ps.process.shard import LocalShard
     from trilith_services.ps.replicas.replica import Replica
 
 __all__ = ["ReplicaOptions", "ReplicaServer"]
@@ -61,7 +62,7 @@ class ReplicaServer(ServerProcess):
 
     def __init__(
         self,
-        replica: Replica,
+        replica: Replica[LocalShard],
         options: ReplicaOptions | None = None,
         *,
         listed: ServingTask | None = None,
