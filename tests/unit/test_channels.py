@@ -13,8 +13,8 @@ import pytest
 
 import trilith
 from trilith.errors import TrilithError
-from trilith.rpc.balancer import Balancer
 from trilith.rpc.channels import PROXY_VARIABLE, open_channel
+from trilith.serving.entry import Entry
 from trilith.tables import Sgd
 from trilith_proto import ps_pb2
 from trilith_services.local.supervisor import is_serving
@@ -66,13 +66,10 @@ def test_proxies_of_the_environment_are_passed_by(proxy, ps) -> None:
         table.assign([7], [[1.0, 2.0]])
         np.testing.assert_array_equal(table.lookup([7]), [[1.0, 2.0]])
     assert is_serving(ps, timeout_s=10)
-    balancer = Balancer(max_message_bytes=1 << 20)
-    balancer.set_addresses([ps])
-    connection, _ = balancer.take([])
-    assert connection is not None
-    describe = connection.channel.unary_unary("/trilith.ParameterServer/Describe")
+    entry = Entry(ps, max_message_bytes=1 << 20)
+    describe = entry.channel.unary_unary("/trilith.ParameterServer/Describe")
     assert ps_pb2.DescribeResponse.FromString(describe(b"", timeout=20)).incarnation
-    balancer.close()
+    entry.channel.close()
     assert not called(proxy)
 
 

@@ -208,7 +208,7 @@ def test_entries_come_and_go_in_a_directory(start, tmp_path) -> None:
         until(lambda: a.waiting and b.waiting)  # as each gets two of the four
         b.free.set()
         entries.withdraw(0, a.address)
-        until(lambda: a.address not in predictor._balancer.addresses)
+        until(lambda: a.address not in {each.address for each in predictor._balancer.members})
         a.free.set()  # what was on its way there is answered
         for thread in threads:
             thread.join()
@@ -245,7 +245,7 @@ def test_a_deadline_that_is_too_near_is_held_against_no_entry(start):
         entry.free.clear()
         with pytest.raises(DeadlineExceededError):
             predictor.predict([b"x"], timeout_s=0.01)
-        (connection,) = predictor._balancer._connections.values()
+        (connection,) = predictor._balancer.members
         assert not connection.suspect
         with pytest.raises(DeadlineExceededError):
             predictor.predict([b"x"], timeout_s=0.1)

@@ -13,33 +13,19 @@ import numpy as np
 
 from trilith.config import MAX_MESSAGE_BYTES, prepare_grpc
 from trilith.discovery.addresses import check_address
-from trilith.errors import (
-    BY_NAME,
-    ClosedError,
-    DeadlineExceededError,
-    InternalError,
-    InvalidRequestError,
-    OverloadedError,
-    TrilithError,
-    UnavailableError,
-)
+from trilith.errors import DeadlineExceededError, InvalidRequestError, TrilithError, UnavailableError
 from trilith.rpc.kept import Kept
 from trilith.runtime.forks import keep_for_ever, renew_in_children
 
 if TYPE_CHECKING:
     from trilith.data.records import Records
     from trilith.discovery.serving import ServingDirectory
-    from trilith.rpc.balancer import Balancer, Connection
+    from trilith.rpc.balancer import Balancer, Member
+    from trilith.serving.entry import Entry
     from trilith.shard import Float32Array
     from trilith_proto import serving_pb2
 
 __all__ = ["Prediction", "Predictor", "remote_predict"]
-
-_PAUSE_S = 0.02  # between two rounds over entries that all failed
-_TELLING_S = 0.05
-"""A deadline nearer than this that passes says something of the caller, not of the entry."""
-_ATTEMPT_SHARE = 0.4
-"""Of the time that is left, what one entry gets while others are well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +96,17 @@ class Predictor:
             self._addresses = [check_address(each) for each in given]
         self._lock = threading.Lock()
         self._directory: ServingDirectory | None = None
-        self._balancer: Balancer | None = None
+        self._balancer: Balancer[Entry] | None = None
         self._connect()
         renew_in_children(self)
 
-    def _connect(self) -> Balancer:
-        from trilith.rpc.balancer import Balancer
+    def _connect(self) -> Balancer[Entry]:
+        from trilith.serving.entry import balance_entries
 
         with self._lock:
             if self._balancer is not None:
                 return self._balancer
-            balancer = Balancer(max_message_bytes=self._max_message_bytes)
+            balancer = balance_entries(self._max_message_bytes)
             if self._url:
                 from trilith.discovery.serving import ServingDirectory
 
@@ -181,7 +167,7 @@ class Predictor:
             kind=serving_pb2.EXAMPLE if kind == "example" else serving_pb2.INSTANCE, records=records
         )
         reply = serving_pb2.PredictResponse.FromString(
-            self._call("Predict", lambda to: to.predict, request.SerializeToString(), timeout_s)
+            self._call("Predict", lambda entry: entry.predict, request.SerializeToString(), timeout_s)
         )
         outputs = {}
         for each in reply.outputs:
@@ -193,48 +179,20 @@ class Predictor:
         """Which model is served, and how fresh it is."""
         from trilith_proto import serving_pb2
 
-        answer = self._call("ModelStatus", lambda to: to.status, b"", timeout_s)
+        answer = self._call("ModelStatus", lambda entry: entry.status, b"", timeout_s)
         return serving_pb2.ModelStatusResponse.FromString(answer)
 
-    def _call(self, name: str, method: Callable[[Connection], Any], request: bytes, timeout_s: float | None) -> bytes:
-        import grpc
-
-        timeout = self._timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + timeout
-        tried: set[Connection] = set()
-        raised: TrilithError | None = None
-        balancer = self._balancer or self._connect()
-        while True:
-            to, others = balancer.take(tried)
-            left = deadline - time.monotonic()
-            if to is None:
-                if left <= _PAUSE_S:
-                    raise raised or UnavailableError(self._where)
-                time.sleep(_PAUSE_S)
-                tried.clear()
-                continue
-            failure: TrilithError | None = None
-            try:
-                attempt_s = max(left * (_ATTEMPT_SHARE if others else 1.0), 0.001)
-                reply: bytes = method(to)(request, timeout=attempt_s)
-            except grpc.RpcError as error:
-                failure = _error(f"entry {to.address}: {name}", error, attempt_s)
-            except ValueError:
-                failure = ClosedError("the connection to the entries was closed")
-            else:
-                return reply
-            finally:
-                late = isinstance(failure, DeadlineExceededError)
-                away = late or isinstance(failure, UnavailableError)
-                balancer.give_back(to, failure if away else None, telling=not late or attempt_s >= _TELLING_S)
-            if not isinstance(failure, UnavailableError | OverloadedError | DeadlineExceededError):
-                raise failure
+    def _call(self, name: str, method: Callable[[Entry], Any], request: bytes, timeout_s: float | None) -> bytes:
+        def nobody(failures: Mapping[Member[Entry], TrilithError]) -> TrilithError:
             # What came before a deadline says more than the deadline.
-            if raised is None or not isinstance(failure, DeadlineExceededError):
-                raised = failure
-            if time.monotonic() >= deadline:
-                raise raised
-            tried.add(to)
+            said = sorted(failures.values(), key=lambda error: not isinstance(error, DeadlineExceededError))
+            return said[-1] if said else UnavailableError(self._where)
+
+        def ask(member: Member[Entry], attempt_s: float) -> bytes:
+            return member.connection.ask(name, method(member.connection), request, attempt_s)
+
+        balancer = self._balancer or self._connect()
+        return balancer.call(ask, self._timeout_s if timeout_s is None else timeout_s, nobody)
 
     def close(self) -> None:
         """Close the connections."""
@@ -274,22 +232,3 @@ def _connected(key: tuple[str, str], timeout_s: float) -> Predictor:
 
 
 _KEPT: Kept[tuple[str, str], Predictor] = Kept(_connected, Predictor.close)
-
-
-def _error(where: str, error: Any, timeout_s: float) -> TrilithError:
-    """What the entry raised, or what happened on the way."""
-    import grpc
-
-    from trilith.rpc.remote import ERROR_KEY
-
-    code, details = error.code(), error.details() or ""
-    raised = BY_NAME.get(str(dict(error.trailing_metadata() or ()).get(ERROR_KEY, "")))
-    if raised is not None:
-        return raised(details)
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceededError(f"{where}: no answer within {timeout_s:.3g} s")
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        return UnavailableError(f"{where}: {details}")
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return OverloadedError(f"{where}: {details}")
-    return InternalError(f"{where}: {code.name}: {details}")

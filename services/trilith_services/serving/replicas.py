@@ -1,31 +1,27 @@
-"""ReplicaSet: the serving replicas of one shard as one shard: load spread over them, dead ones left out."""
+"""ReplicaSet: the serving replicas of one shard as one shard; ShardedReplicas: those of all shards."""
 
 from __future__ import annotations
 
 import logging
-import random
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from trilith.batches import Batches, TableInfo
 from trilith.cluster import Cluster
 from trilith.config import ClientConfig
 from trilith.errors import (
-    ClosedError,
     ClusterMismatchError,
-    DeadlineExceededError,
     InternalError,
-    OverloadedError,
     ShardRestartedError,
     TrilithError,
     UnavailableError,
 )
 from trilith.nn.serving import Lookup
 from trilith.routing import OWNER_RULE
+from trilith.rpc.balancer import PROBE_EVERY_S, PROBE_S, Balancer, Member
 from trilith.rpc.remote import RemoteShard
 from trilith.serving.exports import ModelConfig
 from trilith.shard import FloatArray, IdPart
@@ -36,57 +32,20 @@ __all__ = ["ReplicaSet", "ShardedReplicas"]
 
 log = logging.getLogger(__name__)
 
-_PROBE_EVERY_S = 0.5
-_PROBE_S = 1.0
-_ATTEMPT_SHARE = 0.4
-"""Of the time that is left, what one replica gets while there are others to ask."""
-_PAUSE_S = 0.02  # between two rounds over replicas that all failed
-_TELLING_S = 0.05
-"""A deadline nearer than this that passes says something of the caller, not of the replica."""
-# Another replica may do better; whatever else is raised is the caller's own, and the same everywhere.
-_ELSEWHERE = (
-    UnavailableError,
-    DeadlineExceededError,
-    OverloadedError,
-    InternalError,
-    ClusterMismatchError,
-    ShardRestartedError,
-    ClosedError,
-)
+# Another replica may do better after these too; whatever else is raised is the caller's own, and the same everywhere.
+_ELSEWHERE = (InternalError, ClusterMismatchError, ShardRestartedError)
 
 
 @dataclass(slots=True, eq=False)
-class _Replica:
-    """One replica, and what is known of it."""
+class _Connection:
+    """To one replica; its rows are fresh up to `as_of`, in Unix seconds, 0: not known."""
 
-    address: str
     shard: RemoteShard
-    in_flight: int = 0
-    suspect: bool = False
     as_of: float = 0.0
-    lookups: int = 0
-    failures: int = 0
-    error: str = ""
-
-
-@dataclass(slots=True)
-class _Books:
-    """The replicas of one shard by address, and those that were the last to be listed, under one lock."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    replicas: dict[str, _Replica] = field(default_factory=dict)
-    missed: list[str] = field(default_factory=list)
-    closed: bool = False
 
 
 class ReplicaSet:
-    """The replicas of one shard. Thread-safe.
-
-    A lookup goes to the replica with the fewest on their way. One that fails is left alone until a probe finds it well
-    again; while it has not failed yet but does not answer either, it gets a share of the time only, and then another
-    is asked. If all fail they are asked again until the deadline. What a caller did wrong is told at once, and is not
-    held against a replica; neither is a queue that is full, or a deadline that was too near.
-    """
+    """The replicas of one shard as one shard, which a balancer spreads lookups over. Thread-safe."""
 
     def __init__(self, index: int, count: int, config: ClientConfig) -> None:
         """Know no replica yet.
@@ -98,30 +57,27 @@ class ReplicaSet:
         """
         self.index, self.count = index, count
         # One attempt each: whom to ask next is decided here.
-        self._one_attempt = ClientConfig(
+        one_attempt = ClientConfig(
             timeout_s=config.timeout_s, retry_first_s=1e9, max_message_bytes=config.max_message_bytes
         )
         self._timeout_s = config.timeout_s
-        self._books = _Books()
+        self._balancer = Balancer(
+            f"replica of shard {index}",
+            lambda address: _Connection(RemoteShard(partial(str, address), one_attempt, index=index)),
+            lambda connection: connection.shard.close(),
+            elsewhere=_ELSEWHERE,
+        )
+        self._missed: list[str] = []  # who was listed last, when nobody is any more
 
     def set_addresses(self, addresses: Iterable[str]) -> None:
         """Ask these replicas from now on."""
-        wanted = dict.fromkeys(addresses)
-        with self._books.lock:
-            if self._books.closed:
-                return
-            known = self._books.replicas
-            if known and not wanted:
-                self._books.missed = list(known)
-            gone = [known.pop(address) for address in list(known) if address not in wanted]
-            for address in wanted:
-                if address not in known:
-                    shard = RemoteShard(partial(str, address), self._one_attempt, index=self.index)
-                    known[address] = _Replica(address, shard)
-        if gone or wanted:
-            log.info("replicas", extra={"shard": self.index, "addresses": list(wanted)})
-        for replica in gone:
-            replica.shard.close()
+        wanted = list(dict.fromkeys(addresses))
+        known = [member.address for member in self._balancer.members]
+        if known and not wanted:
+            self._missed = known
+        if known or wanted:
+            log.info("replicas", extra={"shard": self.index, "addresses": wanted})
+        self._balancer.set_addresses(wanted)
 
     # ---- Shard, as far as a Cluster needs it -------------------------------------------------------------------------
 
@@ -140,93 +96,40 @@ class ReplicaSet:
             UnavailableError: There are no replicas, or none answered.
             TrilithError: The first that answered refuses the request.
         """
-        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
-        failed: dict[_Replica, TrilithError] = {}
-        while True:
-            replica, others = self._choose(failed)
-            left = deadline - time.monotonic()
-            if replica is None:
-                if left <= _PAUSE_S:
-                    raise self._nobody(failed)
-                time.sleep(_PAUSE_S)
-                failed.clear()
-                continue
-            attempt_s = max(left * (_ATTEMPT_SHARE if others else 1.0), 0.001)
-            try:
-                rows = replica.shard.lookup(parts, float16=float16, timeout_s=attempt_s)
-            except _ELSEWHERE as error:
-                hurried = isinstance(error, DeadlineExceededError) and attempt_s < _TELLING_S
-                self._done(replica, error, suspect=not hurried and not isinstance(error, OverloadedError | ClosedError))
-                failed[replica] = error
-                if deadline - time.monotonic() <= 0:
-                    raise self._nobody(failed) from None
-            except BaseException:
-                self._done(replica, None)
-                raise
-            else:
-                self._done(replica, None)
-                return rows
+        return self._balancer.call(
+            lambda member, attempt_s: member.connection.shard.lookup(parts, float16=float16, timeout_s=attempt_s),
+            self._timeout_s if timeout_s is None else timeout_s,
+            self._nobody,
+        )
 
-    def _choose(self, failed: Mapping[_Replica, TrilithError]) -> tuple[_Replica | None, bool]:
-        """The replica to ask, counted as busy, and whether there are others."""
-        with self._books.lock:
-            if self._books.closed:
-                raise ClosedError("the replicas were closed")
-            left = [each for each in self._books.replicas.values() if each not in failed]
-            if not left:
-                return None, False
-            well = [each for each in left if not each.suspect]
-            chosen = min(well or left, key=lambda each: (each.in_flight, random.random()))
-            chosen.in_flight += 1
-            return chosen, len(left) > 1
-
-    def _done(self, replica: _Replica, error: TrilithError | None, *, suspect: bool = False) -> None:
-        with self._books.lock:
-            replica.in_flight -= 1
-            replica.lookups += 1
-            if error is None:
-                replica.suspect, replica.error = False, ""
-                return
-            replica.failures += 1
-            if not suspect:
-                return
-            new, replica.suspect, replica.error = not replica.suspect, True, str(error)
-        if new:
-            log.warning("replica left alone: %s", error, extra={"shard": self.index, "address": replica.address})
-
-    def _nobody(self, failed: Mapping[_Replica, TrilithError]) -> TrilithError:
-        if not failed:
-            with self._books.lock:
-                known = list(self._books.replicas)
-            why = f"{len(known)} do not answer: {', '.join(known)}" if known else "none is listed"
-            return UnavailableError(f"no replica of shard {self.index} of {self.count}: {why}")
-        reasons = "; ".join(f"{replica.address}: {error}" for replica, error in failed.items())
-        return UnavailableError(f"no replica of shard {self.index} of {self.count} answered: {reasons}")
+    def _nobody(self, failures: Mapping[Member[_Connection], TrilithError]) -> TrilithError:
+        nobody = f"no replica of shard {self.index} of {self.count}"
+        if failures:
+            reasons = "; ".join(f"{member.address}: {error}" for member, error in failures.items())
+            return UnavailableError(f"{nobody} answered: {reasons}")
+        known = [member.address for member in self._balancer.members]
+        why = f"{len(known)} do not answer: {', '.join(known)}" if known else "none is listed"
+        return UnavailableError(f"{nobody}: {why}")
 
     # ---- probing -----------------------------------------------------------------------------------------------------
 
     def probe(self, run: Callable[[Callable[[], None]], object]) -> None:
         """Ask every replica how it is, each by handing `run` something to do."""
-        with self._books.lock:
-            replicas = list(self._books.replicas.values())
-        for replica in replicas:
-            run(partial(self._probe, replica))
+        for member in self._balancer.members:
+            run(partial(self._probe, member))
 
-    def _probe(self, replica: _Replica) -> None:
+    def _probe(self, member: Member[_Connection]) -> None:
+        connection = member.connection
         try:
-            if not replica.as_of or replica.suspect:
-                self._check(replica.shard.describe(timeout_s=_PROBE_S))
-            stats = replica.shard.stats(timeout_s=_PROBE_S)
-            replica.shard.global_step(timeout_s=_PROBE_S)  # like lookups, refused by one that is not filled yet
+            if not connection.as_of or member.suspect:
+                self._check(connection.shard.describe(timeout_s=PROBE_S))
+            stats = connection.shard.stats(timeout_s=PROBE_S)
+            connection.shard.global_step(timeout_s=PROBE_S)  # like lookups, refused by one that is not filled yet
         except TrilithError as error:
-            with self._books.lock:
-                replica.suspect, replica.error = True, str(error)
+            self._balancer.probed(member, error)
             return
-        with self._books.lock:
-            replica.as_of = stats.replica.as_of
-            was, replica.suspect, replica.error = replica.suspect, False, ""
-        if was:
-            log.info("replica is well", extra={"shard": self.index, "address": replica.address})
+        connection.as_of = stats.replica.as_of
+        self._balancer.probed(member, None)
 
     def _check(self, answer: ps_pb2.DescribeResponse) -> None:
         if (answer.shard_index, answer.shard_count) != (self.index, self.count):
@@ -237,38 +140,33 @@ class ReplicaSet:
     @property
     def as_of(self) -> float:
         """Up to when every replica that is asked is fresh; 0: not known."""
-        with self._books.lock:
-            times = [each.as_of for each in self._books.replicas.values() if not each.suspect]
-        return min(times, default=0.0)
+        return min((each.connection.as_of for each in self._balancer.members if not each.suspect), default=0.0)
 
     def status(self) -> list[serving_pb2.ReplicaStatus]:
         """What is known of each; if none is listed, of those that were, or of one without an address."""
-        with self._books.lock:
-            if not self._books.replicas:
-                missed = self._books.missed or [""]
-                why = "no replica of this shard is listed" + (" any more" if self._books.missed else "")
-                return [serving_pb2.ReplicaStatus(shard=self.index, address=each, error=why) for each in missed]
+        members = self._balancer.members
+        if not members:
+            why = "no replica of this shard is listed" + (" any more" if self._missed else "")
             return [
-                serving_pb2.ReplicaStatus(
-                    shard=self.index,
-                    address=each.address,
-                    healthy=not each.suspect,
-                    rows_as_of=each.as_of,
-                    lookups=each.lookups,
-                    failures=each.failures,
-                    error=each.error,
-                )
-                for each in self._books.replicas.values()
+                serving_pb2.ReplicaStatus(shard=self.index, address=address, error=why)
+                for address in self._missed or [""]
             ]
+        return [
+            serving_pb2.ReplicaStatus(
+                shard=self.index,
+                address=member.address,
+                healthy=not member.suspect,
+                rows_as_of=member.connection.as_of,
+                lookups=member.requests,
+                failures=member.failures,
+                error=member.error,
+            )
+            for member in members
+        ]
 
     def close(self) -> None:
         """Close all connections."""
-        with self._books.lock:
-            self._books.closed = True
-            replicas = list(self._books.replicas.values())
-            self._books.replicas.clear()
-        for replica in replicas:
-            replica.shard.close()
+        self._balancer.close()
 
 
 class ShardedReplicas:
@@ -326,7 +224,7 @@ class ShardedReplicas:
             wait()
 
     def _probe_on(self) -> None:
-        while not self._stop.wait(_PROBE_EVERY_S):
+        while not self._stop.wait(PROBE_EVERY_S):
             self.probe()
 
     def close(self) -> None:
