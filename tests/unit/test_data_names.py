@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from trilith.compat.monolith.feature_list import Feature, FeatureList
 from trilith.compat.monolith.messages import string_to_variant
 from trilith.compat.monolith.names import FeatureNameMapper, SlotNames
-from trilith.compat.monolith.parse_functions import fids
 from trilith.compat.monolith.tf_example import TFExampleConverter, tf_example_to_example
+from trilith.data import fids
 from trilith.data.formats.framing import Framing
 from trilith.data.records import Records
 from trilith.errors import DataError, InvalidRequestError

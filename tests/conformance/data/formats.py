@@ -14,8 +14,8 @@ from tests.conformance.data.parsing import parsed_as
 from trilith.compat.monolith.feature_list import FeatureList
 from trilith.compat.monolith.messages import string_to_variant
 from trilith.compat.monolith.names import FeatureNameMapper, SlotNames
-from trilith.compat.monolith.parse_functions import fids
 from trilith.compat.monolith.tf_example import TFExampleConverter
+from trilith.data import fids
 from trilith.data.formats.compression import effective_compression
 from trilith.data.formats.framing import Framing, Scratch, frame_records, split_all, split_frames
 from trilith.data.formats.readers import open_records
