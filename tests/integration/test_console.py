@@ -40,7 +40,7 @@ from trilith_services.ps.process.replica_server import ReplicaOptions, ReplicaSe
 from trilith_services.ps.process.server import ParameterServer, PsOptions
 from trilith_services.ps.process.shard import LocalShard
 from trilith_services.ps.replicas.replica import Replica
-from trilith_services.ps.replicas.sync.target import SyncOptions
+from trilith_services.ps.replicas.sync.options import SyncOptions
 from trilith_services.serving.server import Entry, EntryOptions
 
 EXAMPLES = 6  # of each route

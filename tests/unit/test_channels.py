@@ -22,7 +22,7 @@ from trilith_services.ps.process.replica_server import ReplicaServer
 from trilith_services.ps.process.server import ParameterServer, PsOptions
 from trilith_services.ps.process.shard import LocalShard
 from trilith_services.ps.replicas.replica import Replica
-from trilith_services.ps.replicas.sync.target import SyncOptions
+from trilith_services.ps.replicas.sync.options import SyncOptions
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "GRPC_PROXY", "ALL_PROXY")

@@ -42,8 +42,9 @@ from trilith_services.ps.replicas.replica import Replica, read_configs
 from trilith_services.ps.replicas.sync import wire
 from trilith_services.ps.replicas.sync.changes import ChangeLog
 from trilith_services.ps.replicas.sync.encoded import EncodedChanges
+from trilith_services.ps.replicas.sync.options import SyncOptions
 from trilith_services.ps.replicas.sync.syncer import Syncer
-from trilith_services.ps.replicas.sync.target import SyncOptions, Target
+from trilith_services.ps.replicas.sync.target import Target
 
 DIM = 4
 FAST = SyncOptions(interval_s=0.1, heartbeat_s=0.1, dense_every_s=0.1, retry_most_s=0.2, message_bytes=4096)

@@ -139,7 +139,7 @@ def ps(
     from trilith_services.logs import setup_logging
     from trilith_services.ps.process.server import ParameterServer, PsOptions
     from trilith_services.ps.process.shard import LocalShard
-    from trilith_services.ps.replicas.sync.target import SyncOptions
+    from trilith_services.ps.replicas.sync.options import SyncOptions
     from trilith_services.sizes import parse_bytes
 
     if checkpoint_every and checkpoint_dir is None:

@@ -20,8 +20,8 @@ from trilith_services.grpc.server_process import ServerProcess
 from trilith_services.ps.checkpoint.root import CheckpointRoot
 from trilith_services.ps.process.metrics import Metrics
 from trilith_services.ps.process.servicer import ParameterServerServicer
+from trilith_services.ps.replicas.sync.options import SyncOptions
 from trilith_services.ps.replicas.sync.syncer import Syncer
-from trilith_services.ps.replicas.sync.target import SyncOptions
 
 if TYPE_CHECKING:
     from trilith.discovery.serving import ServingTask

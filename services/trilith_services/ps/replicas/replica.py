@@ -25,7 +25,6 @@ from trilith_services.ps.engine.row_layout import serving_config
 from trilith_services.ps.engine.store import Store
 from trilith_services.ps.engine.table import Table
 from trilith_services.ps.replicas.sync import wire
-from trilith_services.ps.replicas.sync.target import SIGNATURE
 
 __all__ = ["Replica", "read_configs"]
 
@@ -152,8 +151,8 @@ class Replica(Generic[_Store]):
     def _check_header(self, header: parameter_sync_pb2.PushRequest) -> None:
         if not header.stream:
             raise InvalidRequestError("a push of stream 0; streams have numbers above")
-        if header.signature_name not in ("", SIGNATURE):
-            raise InvalidRequestError(f"signature {header.signature_name!r} is not {SIGNATURE!r}")
+        if header.signature_name not in ("", wire.SIGNATURE):
+            raise InvalidRequestError(f"signature {header.signature_name!r} is not {wire.SIGNATURE!r}")
         if header.global_step < 0:
             raise InvalidRequestError(f"global_step={header.global_step} is below 0")
         most = self._clock() + _MOST_AHEAD_S

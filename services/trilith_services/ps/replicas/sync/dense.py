@@ -20,12 +20,7 @@ class DenseFeed:
         self._sent: dict[tuple[str, int], tuple[Partition, int]] = {}
         self._last = -every_s
 
-    def forget(self) -> None:
-        """The target has nothing."""
-        self._sent = {}
-        self._last = -self._every_s
-
-    def hurry(self) -> None:
+    def send_now(self) -> None:
         """Let what has changed be due at once."""
         self._last = -self._every_s
 

@@ -15,7 +15,8 @@ from trilith_services.ps.engine.touched import Touched
 from trilith_services.ps.replicas.sync import wire
 from trilith_services.ps.replicas.sync.changes import ChangeLog
 from trilith_services.ps.replicas.sync.encoded import EncodedChanges
-from trilith_services.ps.replicas.sync.target import SyncOptions, Target
+from trilith_services.ps.replicas.sync.options import SyncOptions
+from trilith_services.ps.replicas.sync.target import Target
 
 if TYPE_CHECKING:
     from trilith.discovery.serving import ServingTask
@@ -74,7 +75,7 @@ class Syncer:
             return
         self.look()
         for target in targets:
-            target.hurry()
+            target.send_now()
         while lagging := [target.name for target in targets if target.can_catch_up]:
             if time.monotonic() >= deadline:
                 log.warning("sync: stopped before all changes were sent", extra={"targets": lagging})

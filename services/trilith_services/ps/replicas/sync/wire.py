@@ -21,7 +21,10 @@ from trilith_services.ps.engine.kernels import gather
 if TYPE_CHECKING:
     from trilith_services.ps.engine.table import Table
 
-__all__ = ["Delta", "compile_kernels", "id_bytes", "pack_push", "pack_rows", "unpack_push"]
+__all__ = ["SIGNATURE", "Delta", "compile_kernels", "id_bytes", "pack_push", "pack_rows", "unpack_push"]
+
+SIGNATURE = "hashtable_assign"
+"""What the reference system calls the operation that a push is."""
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
