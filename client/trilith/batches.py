@@ -82,17 +82,26 @@ class _Rows:
 class Batches:
     """The verbs that carry many ids, over one cluster. Thread-safe."""
 
-    def __init__(self, cluster: Cluster, info: Callable[[str], TableInfo], *, float16: bool | None = None) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        info: Callable[[str], TableInfo],
+        *,
+        float16: bool | None = None,
+        observe: Callable[[int, float], None] | None = None,
+    ) -> None:
         """Use `cluster`; `info` looks a table up or raises UnknownTableError.
 
         Args:
             cluster: The shards.
             info: By table name.
             float16: Whether rows travel as float16, where there is a wire; None: as the cluster was opened.
+            observe: Called with a shard's index and the seconds it took over its part of a lookup, retries included.
         """
         self._cluster = cluster
         self._info = info
         self._float16 = cluster.float16 if float16 is None else float16 and cluster.remote
+        self._observe = observe
         self._accepts = cluster.config.on_restart == "accept"
         self._recent: dict[str, deque[dedup.Split]] = {}
         dedup.warm_kernels()
@@ -124,6 +133,15 @@ class Batches:
     def _lookup_on(
         self, index: int, shard: Shard, parts: list[IdPart], dims: list[int], left: float
     ) -> list[FloatArray]:
+        if self._observe is None:
+            return self._rows_of(index, shard, parts, dims, left)
+        started = time.perf_counter()
+        try:
+            return self._rows_of(index, shard, parts, dims, left)
+        finally:
+            self._observe(index, time.perf_counter() - started)
+
+    def _rows_of(self, index: int, shard: Shard, parts: list[IdPart], dims: list[int], left: float) -> list[FloatArray]:
         float16 = self._float16
         width = 2 if float16 else 4
         limit = self._cluster.batch_bytes(index)

@@ -104,9 +104,10 @@ class Client:
         """Over a network lookups are timed; within a process there is nothing on the way to look for."""
         if not self._cluster.remote:
             return Batches(self._cluster, self._info, float16=float16)
-        from trilith.runtime.timers import TimedBatches
+        from trilith.runtime.timers import LookupTimers
 
-        return TimedBatches(self._cluster, self._info, float16=float16)
+        timers = LookupTimers(self._cluster.config.model_name, self._cluster.count)
+        return Batches(self._cluster, self._info, float16=float16, observe=timers.observe)
 
     @property
     def directory(self) -> Directory | None:

@@ -1,0 +1,1 @@
+"""The cluster of docker-compose.yml comes up, trains, serves and goes down."""

@@ -1,0 +1,1 @@
+"""Real processes and real ZooKeeper servers: they are found, killed, started again and kept in step."""

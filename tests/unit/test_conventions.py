@@ -217,7 +217,10 @@ def test_kernels_are_compiled_through_the_one_decorator():
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [
+        *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
 
 
 def programs(document: Path) -> list[str]:

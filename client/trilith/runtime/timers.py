@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from typing import ClassVar
 
 from prometheus_client import REGISTRY, CollectorRegistry, Histogram
 
-from trilith.batches import Batches, TableInfo
-from trilith.cluster import Cluster
 from trilith.runtime.forks import renew_in_children
-from trilith.shard import FloatArray, IdPart, Shard
 
-__all__ = ["EMBEDDING_LOOKUP", "TimedBatches"]
+__all__ = ["EMBEDDING_LOOKUP", "LookupTimers"]
 
 _SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 30.0)
 
@@ -32,33 +27,28 @@ def _histogram(registry: CollectorRegistry | None) -> Histogram:
 EMBEDDING_LOOKUP = _histogram(REGISTRY)
 
 
-class TimedBatches(Batches):
-    """Batches whose lookups are timed, PS by PS."""
+class LookupTimers:
+    """One timer for each PS of a cluster, labelled with a model's name."""
 
     _process: ClassVar[int] = os.getpid()
 
-    def __init__(self, cluster: Cluster, info: Callable[[str], TableInfo], *, float16: bool | None = None) -> None:
-        """As `Batches`; the timers are labelled with the model's name in the cluster's config."""
-        super().__init__(cluster, info, float16=float16)
+    def __init__(self, model_name: str, count: int) -> None:
+        """Make timers for `count` PS."""
+        self._model_name = model_name
+        self._count = count
         self._label()
         renew_in_children(self)
 
     def _label(self) -> None:
-        name = self._cluster.config.model_name
-        self._timers = [EMBEDDING_LOOKUP.labels(name, str(index)) for index in range(self._cluster.count)]
+        self._timers = [EMBEDDING_LOOKUP.labels(self._model_name, str(index)) for index in range(self._count)]
 
     def after_fork(self) -> None:
         """A child counts from nothing: another thread of the parent may have held a lock of its counts."""
-        if TimedBatches._process != os.getpid():
-            TimedBatches._process = os.getpid()
+        if LookupTimers._process != os.getpid():
+            LookupTimers._process = os.getpid()
             vars(EMBEDDING_LOOKUP).update(vars(_histogram(None)))
         self._label()
 
-    def _lookup_on(
-        self, index: int, shard: Shard, parts: list[IdPart], dims: list[int], left: float
-    ) -> list[FloatArray]:
-        started = time.perf_counter()
-        try:
-            return super()._lookup_on(index, shard, parts, dims, left)
-        finally:
-            self._timers[index].observe(time.perf_counter() - started)
+    def observe(self, index: int, seconds: float) -> None:
+        """Say what PS `index` took."""
+        self._timers[index].observe(seconds)

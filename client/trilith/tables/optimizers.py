@@ -1,8 +1,9 @@
-"""Optimizers: what a table does with a gradient. Formulas, defaults and their sources are in docs/optimizers.md.
+"""Optimizers: what a table does with a gradient.
 
-Defaults are those of `torch.optim` where it has the optimizer, else those of the paper or system it comes from. What is
-None is left to the message, whose own defaults are the reference system's. A learning rate here only seeds the
-table's own (see `trilith.tables.table_config`), except `Rmsprop`'s.
+Formulas, defaults and their sources are in docs/optimizers.md. Defaults are those of `torch.optim` where it has the
+optimizer, else those of the paper or system it comes from. What is None is left to the message, whose own defaults are
+the reference system's. A learning rate here only seeds the table's own (see `trilith.tables.table_config`), except
+`Rmsprop`'s.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""One module per command of `trilith`; each adds itself with `register(app)`."""
+"""One module per command of `trilith`; each adds itself with `register(app)`.
+
+Flat: as the command line is.
+"""

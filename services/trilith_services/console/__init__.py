@@ -1,1 +1,1 @@
-"""The console: a cluster over HTTP, for people and scripts. Debugging routes, a JSON API and one page."""
+"""The console: a cluster over HTTP, for people and scripts, as one page, a JSON API and debugging routes."""
