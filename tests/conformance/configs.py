@@ -8,13 +8,12 @@ from typing import Any
 from trilith.tables import CuckooHashTable, HashTableConfig, LearningRate, PolynomialDecay
 from trilith_proto import hash_table_pb2
 from trilith_services.ps.engine.filters import (
-    CountingFilter,
-    DummyFilter,
     OccurrenceFilter,
     ProbabilisticFilter,
     SlidingFilter,
     Thresholds,
 )
+from trilith_services.ps.reference.hash_filters import CountingFilter, DummyFilter
 
 __all__ = ["filter_of", "floats", "hash_table_config", "optimizer_of", "rate_of", "table_of"]
 

@@ -11,9 +11,10 @@ from tests.conformance.configs import filter_of
 from tests.conformance.rows import build_table
 from tests.conformance.runner import Kind
 from trilith_proto import ps_pb2
-from trilith_services.ps.engine.filters import ProbabilisticFilter, Thresholds, intercept_gradient, should_be_filtered
+from trilith_services.ps.engine.filters import ProbabilisticFilter, Thresholds
 from trilith_services.ps.engine.table import Table
-from trilith_services.ps.reference.filter_shards import read_filter_meta
+from trilith_services.ps.reference.filter_shards import read_filter_meta, restore_filter, save_filter
+from trilith_services.ps.reference.hash_filters import intercept_gradient, should_be_filtered
 from trilith_services.ps.reference.shard_files import find_shard_files
 
 __all__ = ["Filter", "Probabilistic"]
@@ -86,10 +87,10 @@ class Filter(Kind):
         return intercept_gradient(self.filter, ids, np.array(grad, np.float32))
 
     def op_save(self, basename: str) -> None:
-        self.filter.save(self.path(basename))
+        save_filter(self.filter, self.path(basename))
 
     def op_restore(self, basename: str) -> None:
-        self.filter.restore(self.path(basename))
+        restore_filter(self.filter, self.path(basename))
 
     def op_count_files(self, basename: str) -> int:
         base = self.folder / basename
@@ -118,7 +119,7 @@ class Probabilistic(Kind):
     def op_count_inserted(self, trials: int, count: int, threshold: int, equal: bool = False) -> int:
         plain = build_table({"dim": 1}).config
         table = Table(
-            ps_pb2.TableConfig(name="trials", hash_table=plain.hash_table), gate=self._filter(threshold, equal)
+            ps_pb2.TableConfig(name="trials", hash_table=plain.hash_table), filter=self._filter(threshold, equal)
         )
         ids = np.repeat(np.arange(trials, dtype=np.uint64), count)
         table.apply_gradients(ids, np.ones((ids.size, 1), np.float32), dedup=True)

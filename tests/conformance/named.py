@@ -13,7 +13,9 @@ from tests.conformance.tables import fused_result, offsets_of
 from trilith.tables import HashTableConfig
 from trilith.tables.merged import MergedTables
 from trilith_services.ps.reference.entry_files import feature_stat
-from trilith_services.ps.reference.model import Model
+from trilith_services.ps.reference.multi_table import MultiTable as MultiTableObject
+from trilith_services.ps.reference.multi_type_table import MultiTypeTable as MultiTypeTableObject
+from trilith_services.ps.reference.scope import Scope
 
 __all__ = ["MergedTable", "MultiTable", "MultiTypeTable"]
 
@@ -25,19 +27,19 @@ class Named(Kind):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.model = Model()
+        self.model = Scope()
         self.filters = {name: filter_of(each) for name, each in self.config.get("filters", {}).items()}
         self.tables: dict[str, Any] = {}
         for name, slots in self.objects().items():
-            gates = {each["filter"] for each in slots.values() if "filter" in each}
-            gate = self.config.get("filter") or next(iter(gates), None)
+            named = {each["filter"] for each in slots.values() if "filter" in each}
+            chosen = self.config.get("filter") or next(iter(named), "")
             configs = {slot: hash_table_config(each) for slot, each in slots.items()}
-            self.tables[name] = self.make(name, configs, self.filters.get(gate or ""))
+            self.tables[name] = self.make(name, configs, self.filters.get(chosen))
 
     def objects(self) -> Mapping[str, Data]:
         return self.config["tables"]
 
-    def make(self, name: str, configs: Mapping[str, HashTableConfig], gate: Any) -> Any:
+    def make(self, name: str, configs: Mapping[str, HashTableConfig], hash_filter: Any) -> Any:
         raise NotImplementedError
 
     @staticmethod
@@ -105,8 +107,8 @@ class Named(Kind):
 
 
 class MultiTable(Named):
-    def make(self, name: str, configs: Mapping[str, HashTableConfig], gate: Any) -> Any:
-        return self.model.multi_table(configs, hash_filter=gate, name_suffix=name)
+    def make(self, name: str, configs: Mapping[str, HashTableConfig], hash_filter: Any) -> Any:
+        return MultiTableObject(self.model, configs, hash_filter=hash_filter, name_suffix=name)
 
     def op_raw_lookup(self, ids: Sequence[int], splits: Sequence[int], t: str = "t") -> np.ndarray:
         return self.tables[t].raw_lookup(ids, splits)
@@ -126,12 +128,12 @@ class MultiTable(Named):
 
 
 class MultiTypeTable(Named):
-    def make(self, name: str, configs: Mapping[str, HashTableConfig], gate: Any) -> Any:
+    def make(self, name: str, configs: Mapping[str, HashTableConfig], hash_filter: Any) -> Any:
         # Table names are unique in a model, so every object has its own.
         self.models = getattr(self, "models", [self.model])
-        model = self.models[0] if not self.tables else Model()
+        model = self.models[0] if not self.tables else Scope()
         self.models.append(model)
-        return model.multi_type_table(configs, hash_filter=gate)
+        return MultiTypeTableObject(model, configs, hash_filter=hash_filter)
 
     def op_set_global_step(self, value: int) -> None:
         for model in self.models:
@@ -142,8 +144,8 @@ class MergedTable(Named):
     def objects(self) -> Mapping[str, Data]:
         return {"t": self.config["slots"]}
 
-    def make(self, name: str, configs: Mapping[str, HashTableConfig], gate: Any) -> Any:
-        return MergedTables(configs, lambda inner: self.model.multi_type_table(inner, hash_filter=gate))
+    def make(self, name: str, configs: Mapping[str, HashTableConfig], hash_filter: Any) -> Any:
+        return MergedTables(configs, lambda inner: MultiTypeTableObject(self.model, inner, hash_filter=hash_filter))
 
     def op_merged_names(self) -> list[str]:
         return self.tables["t"].inner_names

@@ -19,9 +19,10 @@ from trilith_services.ps.engine.entry_codec import (
     extract_slot_from_entry,
     iterate_table_and_apply,
 )
+from trilith_services.ps.reference.filter_shards import restore_filter, save_filter
 from trilith_services.ps.reference.fused import FusedLookup, fused_apply_gradient, fused_lookup
-from trilith_services.ps.reference.model import Model
 from trilith_services.ps.reference.norms import almost_equal, norm_square
+from trilith_services.ps.reference.scope import Scope
 from trilith_services.ps.reference.single_table import SingleTable
 
 __all__ = ["Linalg", "Tables", "fused_result", "offsets_of"]
@@ -47,14 +48,15 @@ def offsets_of(sizes: Sequence[int], dims: Sequence[int]) -> tuple[np.ndarray, n
 class Tables(Kind):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.model = Model()
+        self.model = Scope()
         self.filters = {name: filter_of(each) for name, each in self.config.get("filters", {}).items()}
         self.tables: dict[str, SingleTable] = {}
         for name, each in self.config["tables"].items():
             self.op_create(name, each)
 
     def op_create(self, t: str, config: Mapping[str, Any]) -> None:
-        self.tables[t] = self.model.hash_table(
+        self.tables[t] = SingleTable(
+            self.model,
             hash_table_config(config),
             hash_filter=self.filters.get(config.get("filter", "")),
             name_suffix=config.get("name_suffix", t),
@@ -227,10 +229,10 @@ class Tables(Kind):
         self.tables[t].restore(self.path(basename))
 
     def op_filter_save(self, f: str, basename: str) -> None:
-        self.filters[f].save(self.path(basename))
+        save_filter(self.filters[f], self.path(basename))
 
     def op_filter_restore(self, f: str, basename: str) -> None:
-        self.filters[f].restore(self.path(basename))
+        restore_filter(self.filters[f], self.path(basename))
 
     def op_count_files(self, basename: str) -> int:
         return len([each for each in self.folder.rglob("*") if self._relative(each).startswith(basename)])

@@ -108,9 +108,9 @@ def save_corpus(where: Path) -> None:
         if index == 0:
             entry_files.save_table(store.table("user"), str(where / "table"), parallel=2)
             entry_files.save_tables(store.tables, str(where / "tables"), parallel=1)
-            gate = store.table("rare").gate
-            assert isinstance(gate, SlidingFilter)
-            save_filter(gate, str(where / "filter"))
+            occurrences = store.table("rare").filter
+            assert isinstance(occurrences, SlidingFilter)
+            save_filter(occurrences, str(where / "filter"))
         store.close()
     checkpoint.write_manifest(str(where / "checkpoint"), parts)
 
@@ -357,13 +357,13 @@ def read_entries(where: Path, draw: random.Random) -> None:
     store = LocalShard(threads=1)
     try:
         store.create_tables(CONFIGS)
-        gate = store.table("rare").gate
-        assert isinstance(gate, SlidingFilter)
+        occurrences = store.table("rare").filter
+        assert isinstance(occurrences, SlidingFilter)
         readers: list[Callable[[], object]] = [
             lambda: entry_files.restore_table(store.table("user"), str(where / "table")),
             lambda: entry_files.restore_tables(store.tables, str(where / "tables")),
             lambda: entry_files.feature_stat(str(where / "tables")),
-            lambda: restore_filter(gate, str(where / "filter")),
+            lambda: restore_filter(occurrences, str(where / "filter")),
             lambda: read_filter_meta(str(sorted(where.glob("filter-*"))[0])),
         ]
         for read in readers:

@@ -21,6 +21,7 @@ from trilith_services.ps.engine.rows import Rows
 from trilith_services.ps.engine.table import Table
 from trilith_services.ps.process.shard import LocalShard
 from trilith_services.ps.reference.entry_files import feature_stat, restore_table, restore_tables
+from trilith_services.ps.reference.filter_shards import restore_filter
 
 V1 = Path(__file__).parent / "v1"
 ENTRIES = str(V1 / "entries")
@@ -148,7 +149,7 @@ def test_several_saved_tables_read():
 
 def test_a_saved_filter_reads_and_goes_on_counting():
     restored, made = SlidingFilter(300, 7), samples.sliding_filter()
-    restored.restore(f"{ENTRIES}/filter")
+    restore_filter(restored, f"{ENTRIES}/filter")
     assert restored == made
     more = np.arange(150, 400, dtype=np.uint64) << np.uint64(17)
     assert restored.add(more).tolist() == made.add(more).tolist()
@@ -185,7 +186,7 @@ def test_the_checkpoint_restores_into_any_number_of_ps(count, tmp_path):
             for index, store in enumerate(stores):
                 waiting = np.array([1 << 17 | index, 3 << 17 | index], np.uint64)
                 assert not store.contains(IdPart("rare", waiting)).any()
-                assert store.table("rare").gate.get(waiting).tolist() == [1, 1], "and how often they had been seen"
+                assert store.table("rare").filter.get(waiting).tolist() == [1, 1], "and how often they had been seen"
     finally:
         for store in stores:
             store.close()

@@ -17,6 +17,7 @@ from trilith_services.ps.engine.rows import Rows
 from trilith_services.ps.engine.table import Table
 from trilith_services.ps.process.shard import LocalShard
 from trilith_services.ps.reference.entry_files import save_table, save_tables
+from trilith_services.ps.reference.filter_shards import save_filter
 
 __all__ = ["routing", "write_all"]
 
@@ -91,7 +92,7 @@ def write_all(directory: Path) -> None:
         tables[name].import_rows(samples.rows_of(tables[name]))
         save_table(tables[name], str(directory / "entries" / name), parallel=2 if name == "adam" else 1)
     save_tables(tables, str(directory / "entries" / "several"))
-    samples.sliding_filter().save(str(directory / "entries" / "filter"))
+    save_filter(samples.sliding_filter(), str(directory / "entries" / "filter"))
     write_checkpoint(directory / "checkpoint")
 
 

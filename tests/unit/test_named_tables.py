@@ -23,10 +23,13 @@ from trilith.tables.merged import MergedTables, merge_configs, merged_name
 from trilith_proto import hash_table_pb2
 from trilith_services.ps.engine.filters import SlidingFilter, Thresholds
 from trilith_services.ps.reference.delay_compensation import delay_compensated
-from trilith_services.ps.reference.fused import fused_apply_gradient, fused_lookup
-from trilith_services.ps.reference.model import Model
+from trilith_services.ps.reference.fused import fused_apply_gradient, fused_lookup, integer_ids
+from trilith_services.ps.reference.hash_filters import create_hash_filters
+from trilith_services.ps.reference.multi_table import MultiTable
+from trilith_services.ps.reference.multi_type_table import MultiTypeTable
 from trilith_services.ps.reference.norms import almost_equal, norm_square
-from trilith_services.ps.reference.single_table import as_ids
+from trilith_services.ps.reference.scope import Scope
+from trilith_services.ps.reference.single_table import SingleTable
 
 
 def config(dim=1, rate=1.0, *, segments=None, initializer=None, ttl_days=None, optimizer=None, extra=None):
@@ -47,28 +50,28 @@ def rows(result):
 
 
 def test_names_are_unique_within_a_model_only():
-    model = Model()
-    assert model.hash_table(config(), name_suffix="x").name == "MonolithHashTable_x"
+    model = Scope()
+    assert SingleTable(model, config(), name_suffix="x").name == "MonolithHashTable_x"
     with pytest.raises(ValueError, match="MonolithHashTable_x"):
-        model.hash_table(config(), name_suffix="x")
-    Model().hash_table(config(), name_suffix="x")
-    model.multi_table({"a": config()}, name_suffix="x")
+        SingleTable(model, config(), name_suffix="x")
+    SingleTable(Scope(), config(), name_suffix="x")
+    MultiTable(model, {"a": config()}, name_suffix="x")
     with pytest.raises(ValueError, match="MonolithMultiHashTable_x"):
-        model.multi_table({"a": config()}, name_suffix="x")
+        MultiTable(model, {"a": config()}, name_suffix="x")
 
 
 def test_rates_must_be_one_per_segment_and_the_type_chosen():
     with pytest.raises(ValueError, match="2 learning rates for 1 segments"):
-        Model().hash_table(config(rate=[1.0, 2.0]))
+        SingleTable(Scope(), config(rate=[1.0, 2.0]))
     bare = config()
     bare.table_config.ClearField("cuckoo")
     with pytest.raises(ValueError, match="cuckoo"):
-        Model().hash_table(bare)
+        SingleTable(Scope(), bare)
 
 
 def test_schedules_read_the_models_step():
-    model = Model()
-    table = model.hash_table(config(rate=PolynomialDecay(1.0, 10, 0.0)))
+    model = Scope()
+    table = SingleTable(model, config(rate=PolynomialDecay(1.0, 10, 0.0)))
     table.apply_gradients([1], [[1.0]], global_step=10)
     model.global_step = 5
     table.apply_gradients([1], [[1.0]])
@@ -78,7 +81,7 @@ def test_schedules_read_the_models_step():
 
 
 def test_an_exporting_model_makes_serving_rows():
-    table = Model(exporting=True).hash_table(config(2))
+    table = SingleTable(Scope(exporting=True), config(2))
     table.assign([1], [[1, 2]])
     assert table.table.layout.serving
     with pytest.raises(InvalidRequestError):
@@ -86,22 +89,24 @@ def test_an_exporting_model_makes_serving_rows():
 
 
 def test_writes_chain_and_ids_may_be_any_integers():
-    table = Model().test_hash_table(2, name_suffix="t")
+    table = SingleTable(Scope(), config(2), name_suffix="t")
     got = table.assign([-1], [[1, 2]]).assign_add(np.array([2**64 - 1], np.uint64), [[1, 1]]).lookup([-1, 5])
     assert got.tolist() == [[2, 3], [0, 0]]
     assert table.lookup([]).shape == (0, 2)
     assert table.assign([], []).size() == 1
-    assert as_ids(np.array([-2], np.int32)).tolist() == [2**64 - 2]
-    assert as_ids([2**64 - 1, 2**63]).tolist() == [2**64 - 1, 2**63]
+    assert integer_ids(np.array([-2], np.int32)).tolist() == [2**64 - 2]
+    assert integer_ids([2**64 - 1, 2**63]).tolist() == [2**64 - 1, 2**63]
     for wrong in ([1.5], [[1]], ["a"]):
         with pytest.raises((InvalidRequestError, ValueError)):
-            as_ids(wrong)
+            integer_ids(wrong)
     with pytest.raises(InvalidRequestError):
         table.assign([1], [[1, 2, 3]])
 
 
-def test_the_test_table_filters_and_expires(tmp_path):
-    table = Model().test_hash_table(1, enable_hash_filter=True, occurrence_threshold=1, expire_time=1)
+def test_a_single_table_filters_and_expires(tmp_path):
+    thresholds = hash_table_pb2.SlotOccurrenceThresholdConfig(default_occurrence_threshold=1)
+    (hash_filter,) = create_hash_filters(0, True, thresholds)
+    table = SingleTable(Scope(), config(ttl_days=1), hash_filter=hash_filter)
     table.assign([1], [[5]], req_time=86_400)
     assert table.size() == 0
     table.assign([1], [[5]], req_time=0)
@@ -110,18 +115,18 @@ def test_the_test_table_filters_and_expires(tmp_path):
 
 
 def test_a_table_restores_from_an_earlier_name(tmp_path):
-    old = Model().hash_table(config(), name_suffix="old").assign([1], [[4]])
+    old = SingleTable(Scope(), config(), name_suffix="old").assign([1], [[4]])
     old.save(f"{tmp_path}/MonolithHashTable_old")
-    new = Model().hash_table(config(extra=["MonolithHashTable_old"]), name_suffix="new")
+    new = SingleTable(Scope(), config(extra=["MonolithHashTable_old"]), name_suffix="new")
     assert new.restore_from_assets(f"{tmp_path}/").lookup([1]).tolist() == [[4]]
     with pytest.raises(ValueError, match="MonolithHashTable_other"):
-        Model().hash_table(config(), name_suffix="other").restore_from_assets(f"{tmp_path}/")
+        SingleTable(Scope(), config(), name_suffix="other").restore_from_assets(f"{tmp_path}/")
 
 
 def test_delay_compensation_looks_at_what_the_worker_had_read():
     grads, now, read = (np.array([[x]], np.float32) for x in (10.0, 0.0, 0.1))
     assert delay_compensated(grads, now, read, 0.1).tolist() == [[9.0]]
-    table = Model().test_hash_table(1)
+    table = SingleTable(Scope(), config())
     table.assign([1], [[1.0]])
     table.apply_delayed_gradients([1, 2], [[2.0], [2.0]], [[0.5], [0.0]], lambda_=0.5)
     assert table.lookup([1, 2]).tolist() == [[1.0 - 3.0], [-2.0]]
@@ -131,7 +136,7 @@ def test_delay_compensation_looks_at_what_the_worker_had_read():
 
 
 def make_multi(**options):
-    return Model().multi_table({"b": config(2, 2.0), "a": config(1, 0.5), "c": config(3, 1.0)}, **options)
+    return MultiTable(Scope(), {"b": config(2, 2.0), "a": config(1, 0.5), "c": config(3, 1.0)}, **options)
 
 
 def test_tables_are_ordered_by_name_everywhere():
@@ -163,7 +168,7 @@ def test_stacked_requests_each_use_their_own_splits():
         lambda t: t.assign({"a": ([1], [[1, 2]])}),
         lambda t: t.assign({"nope": ([1], [[1]])}),
         lambda t: t.lookup({"nope": [1]}),
-        lambda t: Model().multi_table({}),
+        lambda t: MultiTable(Scope(), {}),
     ],
 )
 def test_wrong_flat_lengths_and_names_are_refused(call):
@@ -176,8 +181,7 @@ def test_wrong_flat_lengths_and_names_are_refused(call):
 @pytest.mark.parametrize("strict", [False, True])
 def test_the_quirks_hold_unless_strict(tmp_path, strict):
     occurrences = SlidingFilter(300, thresholds=Thresholds.constant(2))
-    model = Model()
-    from trilith_services.ps.reference.multi_table import MultiTable
+    model = Scope()
 
     configs = {"a": config(1), "b": config(1, ttl_days=1), "c": config(1)}
     table = MultiTable(model, configs, hash_filter=occurrences, strict=strict)
@@ -188,33 +192,33 @@ def test_the_quirks_hold_unless_strict(tmp_path, strict):
     assert table.tables["a"].export_stripe(0) is not None
     _, found = table.tables["a"].export_rows(np.array([1 << 17]))
     assert found.last_update.tolist() == [50 if strict else 0]
-    counted = occurrences.get(as_ids([1 << 17])).tolist()
+    counted = occurrences.get(integer_ids([1 << 17])).tolist()
     table.assign_add(one, 7)
-    assert occurrences.get(as_ids([1 << 17])).tolist() == [counted[0] + (not strict)]
+    assert occurrences.get(integer_ids([1 << 17])).tolist() == [counted[0] + (not strict)]
     assert table.lookup({"a": [1 << 17]})["a"].tolist() == [[2.0]]
-    plain = MultiTable(Model(), configs, strict=strict)
+    plain = MultiTable(Scope(), configs, strict=strict)
     for name in configs:
         plain.assign_add({name: ([1], [[1.0]])}, 0)
         plain.assign_add({name: ([2], [[1.0]])}, 86_400)
     plain.save(f"{tmp_path}/m")
-    fresh = Model().multi_table(configs).restore(f"{tmp_path}/m")
+    fresh = MultiTable(Scope(), configs).restore(f"{tmp_path}/m")
     assert fresh.size() == ({"a": 2, "b": 1, "c": 2} if strict else {"a": 1, "b": 1, "c": 1})
 
 
 def test_reinitialize_says_what_it_did():
-    table = Model().multi_table({"a": config(1, initializer=Ones())})
+    table = MultiTable(Scope(), {"a": config(1, initializer=Ones())})
     table.assign({"a": ([1], [[5]])})
     assert table.reinitialize("a", [1, 2], request_time=9).tolist() == [1, 0]
     assert rows(table.lookup({"a": [1, 2, 3]})) == {"a": [[1], [1], [0]]}
     assert table.reinitialize("nope", [1, 2], request_time=9).tolist() == [-1, -1]
     with pytest.raises(NotImplementedError):
-        Model().multi_type_table({"a": config()}).reinitialize("a", [1], request_time=0)
+        MultiTypeTable(Scope(), {"a": config()}).reinitialize("a", [1], request_time=0)
 
 
 def test_a_multi_type_table_saves_and_restores_each_table(tmp_path):
-    table = Model().multi_type_table({"b": config(2), "a": config(1)})
+    table = MultiTypeTable(Scope(), {"b": config(2), "a": config(1)})
     table.assign({"a": ([1], [[1]]), "b": ([2], [[2, 2]])}).assign_add({"a": ([1], [[1]])}).save(f"{tmp_path}/")
-    other = Model().multi_type_table({"b": config(2), "a": config(1)}).restore(f"{tmp_path}/")
+    other = MultiTypeTable(Scope(), {"b": config(2), "a": config(1)}).restore(f"{tmp_path}/")
     assert rows(other.lookup({"a": [1], "b": [2]})) == {"a": [[2]], "b": [[2, 2]]}
     assert (other.size(), other.names) == ({"a": 1, "b": 1}, ["a", "b"])
     with pytest.raises(InvalidRequestError, match="nope"):
@@ -224,10 +228,9 @@ def test_a_multi_type_table_saves_and_restores_each_table(tmp_path):
 # ---- fused ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["multi_table", "multi_type_table"])
+@pytest.mark.parametrize("kind", [MultiTable, MultiTypeTable])
 def test_fused_calls_go_block_by_block(kind):
-    model = Model()
-    table = getattr(model, kind)({"a": config(1, 0.5), "b": config(2, 2.0)})
+    table = kind(Scope(), {"a": config(1, 0.5), "b": config(2, 2.0)})
     table.assign({"a": ([1, 2], [[1], [2]]), "b": ([1], [[5, 6]])})
     found = table.fused_lookup([1, 1, 2, 3], [1, 1, 1, 1], 2)
     assert found.embeddings.tolist() == [1, 5, 6, 2, 0, 0]
@@ -244,7 +247,7 @@ def test_fused_calls_go_block_by_block(kind):
 @pytest.mark.parametrize("together", [False, True])
 def test_accumulation_is_within_a_block(together):
     # Momentum tells one step with the sum from two steps.
-    table = Model().multi_type_table({"a": config(1, optimizer=Momentum(momentum=0.5))})
+    table = MultiTypeTable(Scope(), {"a": config(1, optimizer=Momentum(momentum=0.5))})
     table.fused_apply_gradient(
         [1, 1, 1], [1, 1, 1], [2, 1], [1.0, 1.0, 1.0], [0, 2, 3], [0, 2, 3], num_of_shards=2,
         enable_grad_accumulation=together,
@@ -258,7 +261,7 @@ def test_accumulation_is_within_a_block(together):
 
 
 def test_fused_calls_refuse_what_does_not_fit():
-    table = Model().hash_table(config(2)).table
+    table = SingleTable(Scope(), config(2)).table
     good = ([1], [1], [1], [1.0, 1.0], [0, 1], [0, 2], [1.0])
     fused_apply_gradient([table], *good)
     for at, wrong in [(0, [1, 2]), (2, [1, 1]), (2, [2]), (3, [1.0]), (4, [0, 2]), (5, [0, 1]), (6, [1.0, 1.0])]:
@@ -277,7 +280,7 @@ def test_fused_calls_refuse_what_does_not_fit():
 
 def make_merged(names=("s0", "s1", "s2"), rates=(1.0, 1.0, 0.5)):
     configs = {name: config(1, rate) for name, rate in zip(names, rates, strict=True)}
-    return MergedTables(configs, lambda inner: Model().multi_type_table(inner))
+    return MergedTables(configs, lambda inner: MultiTypeTable(Scope(), inner))
 
 
 def test_features_of_one_config_share_a_table_named_by_their_md5():

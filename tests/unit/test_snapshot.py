@@ -167,7 +167,7 @@ def test_ids_below_their_threshold_stay_counted_where_the_filter_can_follow(make
 def test_counts_start_anew_where_the_filter_cannot_follow(make_store, tmp_path) -> None:
     saved = filled_cluster(make_store, 2)
     (one,) = restored_cluster(make_store, save_all(saved, tmp_path / "ckpt"), 1)
-    gate = one.table("rare").gate
+    gate = one.table("rare").filter
     assert isinstance(gate, SlidingFilter)
     assert gate.elements == 0
 

@@ -1,4 +1,4 @@
-"""Table semantics: a state machine against a dict, growth, eviction, gates, memory limits, threads."""
+"""Table semantics: a state machine against a dict, growth, eviction, filters, memory limits, threads."""
 
 from __future__ import annotations
 
@@ -230,7 +230,9 @@ def test_skipping_zeros_erases_the_id_whose_last_value_is_zero() -> None:
 
 
 class ThirdTime:
-    """A gate that passes an id from its third asking on."""
+    """A filter that passes an id from its third asking on."""
+
+    memory_bytes = 0
 
     def __init__(self) -> None:
         self.seen: dict[int, int] = {}
@@ -244,8 +246,8 @@ class ThirdTime:
         return np.array(out)
 
 
-def test_the_gate_decides_before_the_first_row_changes() -> None:
-    table = Table(config(), gate=ThirdTime())
+def test_the_filter_decides_before_the_first_row_changes() -> None:
+    table = Table(config(), filter=ThirdTime())
     ones = np.ones((2, DIM), np.float32)
     table.apply_gradients(u64(1, 1), ones, learning_rates=[1.0], request_time=50)
     assert len(table) == 0
@@ -318,7 +320,7 @@ def step(table: Table, **options: object) -> None:
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.uint64, ">i4"])
 def test_counts_of_other_integers_count_as_they_say(dtype: str) -> None:
-    table = Table(config(), gate=ThirdTime())
+    table = Table(config(), filter=ThirdTime())
     grads = np.ones((3, DIM), np.float32)
     table.apply_gradients(u64(1, 2, 3), grads, counts=np.array([1, 2, 1, 9, 9], dtype)[:3])
     table.apply_gradients(u64(1, 2, 3), grads, counts=np.array([1, 0, 2, 0, 1], dtype)[::2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ from trilith.tables.merged import MergedTables, merge_configs
 from trilith.tables.partitioned import PartitionedFeature
 from trilith_proto.hash_table_pb2 import EmbeddingHashTableConfig, InitializerConfig, OptimizerConfig
 from trilith_services.ps.process.shard import LocalShard
-from trilith_services.ps.reference.model import Model
+from trilith_services.ps.reference.multi_table import MultiTable
+from trilith_services.ps.reference.multi_type_table import MultiTypeTable
+from trilith_services.ps.reference.scope import Scope
 
 __all__ = ["OPS", "cluster"]
 
@@ -80,15 +83,14 @@ class Scenario:
     def __init__(self, inputs: Json) -> None:
         configs = {name: config_of(slot) for name, slot in inputs["slots"].items()}
         kind, shards = inputs["table"], inputs.get("num_ps", 0)
-        self.model: Model | None = None
+        self.model: Scope | None = None
         self.step = 0
         if kind in ("MultiTypeHashTable", "MultiHashTable"):
-            self.model = Model()
-            make = self.model.multi_table if kind == "MultiHashTable" else self.model.multi_type_table
-            self.tables: Any = make(configs)
+            self.model = Scope()
+            self.tables: Any = (MultiTable if kind == "MultiHashTable" else MultiTypeTable)(self.model, configs)
         elif kind == "MergedMultiTypeHashTable":
             # Without PS the inner tables take repeated ids one by one.
-            local = MergedTables(configs, Model().multi_type_table) if not shards else None
+            local = MergedTables(configs, partial(MultiTypeTable, Scope())) if not shards else None
             self.tables = local or create_merged_tables(cluster(shards), configs)
         else:
             float16 = inputs.get("transfer_float16")

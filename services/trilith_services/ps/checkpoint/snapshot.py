@@ -104,8 +104,8 @@ def _write_files(store: Store, folder: Folder, index: int, count: int) -> Iterat
 
     for table_name, table in sorted(store.tables.items()):
         yield row_files.write_table(folder, name("rows", table_name), table)
-        if isinstance(table.gate, SlidingFilter):  # the others remember nothing
-            yield write_filter(folder, name("filter", table_name), table_name, table.gate)
+        if isinstance(table.filter, SlidingFilter):  # the others remember nothing
+            yield write_filter(folder, name("filter", table_name), table_name, table.filter)
     yield variable_files.write(folder, name("variables"), store.variables.export())
     queues = store.queues.export()
     if queues:
@@ -252,9 +252,9 @@ def verify(path: str) -> Iterator[tuple[FileRecord, str]]:
                     queue_files.read(folder, file.name)
                 elif file.kind == "filter":
                     with row_files.open_rows(folder, _rows_of(part, file).name) as rows_file:
-                        gate = make_filter(rows_file.config)
-                    if isinstance(gate, SlidingFilter):
-                        load_filter(folder, file.name, gate)
+                        occurrences = make_filter(rows_file.config)
+                    if isinstance(occurrences, SlidingFilter):
+                        load_filter(folder, file.name, occurrences)
             except CheckpointError as error:
                 yield file, str(error)
             else:
@@ -357,11 +357,11 @@ def _load_filters(tables: Mapping[str, Table], folder: Folder, parts: list[Part]
     """
     for file in (file for file in parts[0].files if file.kind == "filter"):
         _rows_of(parts[0], file)
-        gate = tables[file.table].gate
-        if not isinstance(gate, SlidingFilter):
+        occurrences = tables[file.table].filter
+        if not isinstance(occurrences, SlidingFilter):
             continue
         if len(parts) == 1:
-            load_filter(folder, file.name, gate)
+            load_filter(folder, file.name, occurrences)
         else:
             log.warning(
                 "another number of PS: ids below their occurrence threshold are counted anew",

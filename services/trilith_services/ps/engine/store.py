@@ -506,23 +506,27 @@ class Store:
         """
         check_table_config(config)  # before there is a filter of any size
         try:
-            gate = filters.make_filter(config)
+            filter = filters.make_filter(config)
         except MemoryError as error:
             raise MemoryLimitError(
                 f"table {config.name!r}: this machine cannot hold a filter of {config.filter_capacity} ids: {error}"
             ) from None
-        beside = gate.memory_bytes if gate is not None else 0
-        table = Table(config, gate=gate, budget=self.budget, pool=self._pool, beside_bytes=beside, rows=rows)
+
+        def make() -> Table:
+            return Table(config, filter=filter, budget=self.budget, pool=self._pool, rows=rows)
+
+        table = make()
         if self.budget.limit and self.budget.used > self.budget.limit:
             table.release()
             if not self.budget.make_room(table.charged_bytes):
+                beside = table.charged_bytes - table.memory_bytes
                 raise MemoryLimitError(
                     f"table {config.name!r} needs {table.memory_bytes} bytes for its index and {beside} for its filter "
                     f"of {config.filter_capacity or filters.DEFAULT_CAPACITY if beside else 0} ids, but "
                     f"{self.budget.used} of the {self.budget.limit} bytes of this PS are in use; initial_capacity and "
                     "filter_capacity make them smaller"
                 )
-            table = Table(config, gate=gate, budget=self.budget, pool=self._pool, beside_bytes=beside, rows=rows)
+            table = make()
         if table.memory_bytes > psutil.virtual_memory().total:
             table.release()
             raise MemoryLimitError(
@@ -532,8 +536,6 @@ class Store:
         try:
             self.compile()
             table.compile()
-            if gate is not None:
-                gate.compile()
         except BaseException:
             table.release()
             raise

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from trilith.shard import Float32Array, UInt64Array
 from trilith.times import whole_seconds
 from trilith_proto import ps_pb2
 from trilith_services.ps.engine.budget import MemoryBudget
+from trilith_services.ps.engine.filters import OccurrenceFilter
 from trilith_services.ps.engine.kernels import codecs, gather, index, sweep
 from trilith_services.ps.engine.kernels.apply import make_apply
 from trilith_services.ps.engine.kernels.index import STRIPES
@@ -31,7 +32,7 @@ from trilith_services.ps.engine.rows import Rows, as_counts, as_ids, check_targe
 from trilith_services.ps.engine.stripes import RANGE, Batch, Stripes, work_memory
 from trilith_services.ps.engine.touched import Touched
 
-__all__ = ["OccurrenceGate", "RowWrite", "Table", "TableCounters", "compile_common_kernels", "room_for"]
+__all__ = ["RowWrite", "Table", "TableCounters", "compile_common_kernels", "room_for"]
 
 _SECONDS_PER_DAY = 86400
 _GATHERED = 16384
@@ -39,25 +40,6 @@ _FLOAT32, _FLOAT16 = np.dtype(np.float32), np.dtype(np.float16)
 _MOST_AGAIN = 3  # times that a walk through a stripe begins anew, before it takes the stripe in one turn
 _EVICTED_PART = 16  # rows are moved together after a sweep that leaves at least one in so many free
 _Copied = TypeVar("_Copied")
-
-
-class OccurrenceGate(Protocol):
-    """Decides which ids that have no row yet may get one."""
-
-    def filtered(
-        self,
-        ids: UInt64Array,
-        counts: npt.NDArray[np.uint32] | None = None,
-        thresholds: Any = None,
-        present: npt.NDArray[np.bool_] | None = None,
-    ) -> npt.NDArray[np.bool_]:
-        """bool[n]: which writes to leave out, judged and counted in order; `present` ids pass uncounted.
-
-        `thresholds` None takes the gate's own.
-        """
-
-    def may_pass(self, ids: UInt64Array, counts: npt.NDArray[np.uint32] | None = None) -> npt.NDArray[np.bool_]:
-        """bool[n]: false for writes that `filtered` would surely leave out; counts nothing."""
 
 
 @dataclass(slots=True)
@@ -82,20 +64,18 @@ class Table:
         self,
         config: ps_pb2.TableConfig,
         *,
-        gate: OccurrenceGate | None = None,
+        filter: OccurrenceFilter | None = None,
         budget: MemoryBudget | None = None,
         pool: Executor | None = None,
-        beside_bytes: int = 0,
         rows: int = 0,
     ) -> None:
         """Make an empty table.
 
         Args:
             config: Checked here; InvalidRequestError says what is wrong.
-            gate: Decides which new ids get a row; None lets all pass. May be shared by tables.
+            filter: Decides which new ids get a row; None lets all pass. May be shared by tables.
             budget: What the rows and indexes are charged to.
             pool: Where half of a large batch runs.
-            beside_bytes: What it has beside rows and indexes, its gate above all, and is charged for.
             rows: How many rows are about to come, if that is known: their index is made at once, not grown to.
         """
         self.config = config
@@ -103,7 +83,7 @@ class Table:
         self.layout = RowLayout(config)
         self.dim = self.layout.dim
         self.segments = len(self.layout.segments)
-        self.gate = gate
+        self.filter = filter
         self.max_update_time = 0
         self.counters = TableCounters()
         self._budget = budget if budget is not None else MemoryBudget(0)
@@ -116,7 +96,7 @@ class Table:
         self._plan = address_of(self.layout.plan)
         self._segments = address_of(self.layout.segment_table)
         self._apply = make_apply(self.layout.structure) if self.layout.structure else None
-        self._beside_bytes = beside_bytes
+        self._filter_bytes = 0 if filter is None else filter.memory_bytes
         self._charged = 0
         self._released = False
         self._pending = 0  # rows that writes under way may add
@@ -137,8 +117,8 @@ class Table:
 
     @property
     def charged_bytes(self) -> int:
-        """Bytes of the table with its gate: what it is charged for."""
-        return self.memory_bytes + self._beside_bytes
+        """Bytes of the table with its filter: what it is charged for."""
+        return self.memory_bytes + self._filter_bytes
 
     @property
     def free_bytes(self) -> int:
@@ -150,6 +130,8 @@ class Table:
         compile_common_kernels()
         if self._apply is not None:
             warm(self._apply)
+        if self.filter is not None:
+            self.filter.compile()
 
     # ---- reads -------------------------------------------------------------------------------------------------
 
@@ -366,13 +348,13 @@ class Table:
         dedup: bool = False,
         has_room: bool = False,
     ) -> None:
-        """Take optimizer steps; a missing row that passes the gate is created first.
+        """Take optimizer steps; a missing row that passes the filter is created first.
 
         Args:
             ids: uint64[n] or int64[n].
             grads: float32 or float16 [n, dim].
             learning_rates: float32[segments]; the config's where left out.
-            counts: uint32[n] occurrences each id stands for in the gate's count; one each where left out.
+            counts: uint32[n] occurrences each id stands for in the filter's count; one each where left out.
             global_step: For batch_softmax, one-bit readers and stochastic rounding.
             request_time: Unix seconds, the rows' new last update.
             dedup: Sum the gradients of equal ids into one step; otherwise repeats are steps of their own, in order.
@@ -387,7 +369,7 @@ class Table:
             ids, grads, counts = _sum_repeats(ids, grads, counts)
         time = whole_seconds(request_time)
         self.raise_max_update_time(time)
-        ids, grads = self._pass_gate(ids, grads, counts)
+        ids, grads = self._pass_filter(ids, grads, counts)
         if len(ids) == 0:
             return
         source, row_bytes = address_of(grads), 4 * self.dim
@@ -458,14 +440,23 @@ class Table:
         self._write_values(ASSIGN, ids, values, time, has_room)
 
     def assign_add(
-        self, ids: npt.NDArray[Any], values: npt.NDArray[Any], *, request_time: int = 0, has_room: bool = False
+        self,
+        ids: npt.NDArray[Any],
+        values: npt.NDArray[Any],
+        *,
+        request_time: int = 0,
+        filter_present: bool = False,
+        has_room: bool = False,
     ) -> None:
-        """Add float32 or float16 [n, dim] to raw weights, one id after another."""
-        ids, values = as_ids(ids), self._as_values(ids, values)
-        self._write_values(ADD, ids, values, whole_seconds(request_time), has_room)
+        """Add float32 or float16 [n, dim] to raw weights, one id after another.
+
+        `filter_present` also asks the filter about ids that have rows, as the reference system's multi-tables do.
+        """
+        ids, values, time = as_ids(ids), self._as_values(ids, values), whole_seconds(request_time)
+        self._write_values(ADD, ids, values, time, has_room, filter_present=filter_present)
 
     def reinitialize(self, ids: npt.NDArray[Any], *, request_time: int, has_room: bool = False) -> npt.NDArray[np.int8]:
-        """Give ids fresh rows, without asking the gate.
+        """Give ids fresh rows, without asking the filter.
 
         Returns:
             int8[n]: 1 where there was a row, 0 where it was created.
@@ -601,14 +592,19 @@ class Table:
             raise InvalidRequestError(f"table {self.name!r}: learning rates {rates.tolist()} must not be negative")
         return rates
 
-    def _pass_gate(
-        self, ids: UInt64Array, values: Float32Array, counts: npt.NDArray[np.uint32] | None
+    def _pass_filter(
+        self,
+        ids: UInt64Array,
+        values: Float32Array,
+        counts: npt.NDArray[np.uint32] | None,
+        *,
+        filter_present: bool = False,
     ) -> tuple[UInt64Array, Float32Array]:
-        """What the gate lets through of a write; all its decisions are taken before the first row changes."""
+        """What the filter lets through of a write; all its decisions are taken before the first row changes."""
         self.counters.update_ids += len(ids)
-        if self.gate is None or len(ids) == 0:
+        if self.filter is None or len(ids) == 0:
             return ids, values
-        kept = ~self.gate.filtered(ids, counts, present=self.contains(ids))
+        kept = ~self.filter.filtered(ids, counts, present=None if filter_present else self.contains(ids))
         passed = int(np.count_nonzero(kept))
         self.counters.filtered_ids += len(ids) - passed
         return (ids, values) if passed == len(ids) else (ids[kept], values[kept])
@@ -622,10 +618,17 @@ class Table:
                 segment.codec_parameters[1] = min(grown, one_bit.max_scale)
 
     def _write_values(
-        self, mode: int, ids: UInt64Array, values: Float32Array, request_time: int, has_room: bool
+        self,
+        mode: int,
+        ids: UInt64Array,
+        values: Float32Array,
+        request_time: int,
+        has_room: bool,
+        *,
+        filter_present: bool = False,
     ) -> None:
         self.raise_max_update_time(request_time)
-        ids, values = self._pass_gate(ids, values, None)
+        ids, values = self._pass_filter(ids, values, None, filter_present=filter_present)
         self._write_rows(mode, ids, request_time, values=values, has_room=has_room)
 
     def _write_rows(
@@ -683,12 +686,12 @@ class Table:
             yield
 
     def new_rows(self, write: RowWrite) -> int:
-        """How many rows a write may add at most: distinct ids that have none and might pass the gate."""
+        """How many rows a write may add at most: distinct ids that have none and might pass the filter."""
         ids = write.ids
         missing = ~self.contains(ids)
-        if self.gate is not None and not write.passed and missing.any():
+        if self.filter is not None and not write.passed and missing.any():
             counts = None if write.counts is None else write.counts[missing]
-            missing[missing] = self.gate.may_pass(ids[missing], counts)
+            missing[missing] = self.filter.may_pass(ids[missing], counts)
         return len(np.unique(ids[missing]))
 
     def expect(self, rows: int, *, all_new: bool) -> int:
@@ -781,7 +784,7 @@ class RowWrite:
         table: The table.
         ids: uint64[n].
         counts: uint32[n] occurrences each id stands for, or None for one each.
-        passed: Whether the table's gate has let all ids through, or is not asked.
+        passed: Whether the table's filter has let all ids through, or is not asked.
     """
 
     table: Table

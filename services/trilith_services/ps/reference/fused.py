@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from trilith.arrays import id_array
 from trilith.errors import InvalidRequestError
 from trilith_services.ps.engine.table import Table
-from trilith_services.ps.reference.single_table import as_ids
 
-__all__ = ["FusedLookup", "fused_apply_gradient", "fused_lookup"]
+__all__ = ["FusedLookup", "fused_apply_gradient", "fused_lookup", "integer_ids"]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -52,7 +52,7 @@ def fused_lookup(
         num_of_shards: N.
         req_time: Reading touches no times, so this is unused.
     """
-    flat = as_ids(ids)
+    flat = integer_ids(ids)
     sizes = _block_sizes(tables, fused_slot_size, num_of_shards, flat.size)
     id_offsets = _offsets(sizes)
     emb_offsets = _offsets(sizes * np.tile([table.dim for table in tables], num_of_shards))
@@ -96,7 +96,7 @@ def fused_apply_gradient(
         num_of_shards: N.
         enable_grad_accumulation: Sum the gradients of equal ids within a block.
     """
-    flat, grads = as_ids(ids), np.ascontiguousarray(id_grads, np.float32).reshape(-1)
+    flat, grads = integer_ids(ids), np.ascontiguousarray(id_grads, np.float32).reshape(-1)
     rates = np.ascontiguousarray(learning_rate_tensors, np.float32).reshape(-1)
     sizes = _block_sizes(tables, fused_slot_size, num_of_shards, flat.size)
     starts = _checked_offsets("id_offsets", id_offsets, sizes, flat.size)
@@ -137,3 +137,11 @@ def _checked_offsets(name: str, given: npt.ArrayLike, sizes: Ints, total: int) -
 def _offsets(sizes: Ints) -> Ints:
     """int64[n + 1]: running sums from 0."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+
+
+def integer_ids(ids: npt.ArrayLike | Sequence[int]) -> npt.NDArray[np.uint64]:
+    """uint64[n] out of integers of any type; negative ones are taken as two's complement."""
+    array = id_array("the table", ids)
+    if array.size and array.ndim != 1:
+        raise InvalidRequestError(f"ids of shape {array.shape}: ids are integers[n]")
+    return np.ascontiguousarray(array).reshape(array.size)

@@ -7,9 +7,7 @@ is said by the first table that says so at all. `strict=True` does without the t
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,55 +16,21 @@ import numpy.typing as npt
 from trilith.errors import InvalidRequestError
 from trilith.tables.merged import QueueHooks
 from trilith_proto import hash_table_pb2
-from trilith_services.ps.engine.filters import DummyFilter
 from trilith_services.ps.reference import fused
 from trilith_services.ps.reference.entry_files import restore_tables, save_tables
-from trilith_services.ps.reference.single_table import as_ids
+from trilith_services.ps.reference.fused import integer_ids
 
 if TYPE_CHECKING:
     from trilith.tables import HashTableConfig
-    from trilith_services.ps.engine.filters import OccurrenceFilter, Thresholds
+    from trilith_services.ps.engine.filters import OccurrenceFilter
     from trilith_services.ps.engine.table import Table
-    from trilith_services.ps.reference.model import Model
+    from trilith_services.ps.reference.scope import Scope
 
 __all__ = ["MultiTable"]
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.uint64]
 Update = tuple[npt.ArrayLike, npt.ArrayLike]
-
-
-class _Gate:
-    """The filter of all tables, which may be asked about ids that have rows as if they had none."""
-
-    def __init__(self, occurrence_filter: OccurrenceFilter) -> None:
-        self._filter = occurrence_filter
-        self._asking = threading.local()
-
-    def filtered(
-        self,
-        ids: Ids,
-        counts: npt.NDArray[np.uint32] | None = None,
-        thresholds: Thresholds | None = None,
-        present: npt.NDArray[np.bool_] | None = None,
-    ) -> npt.NDArray[np.bool_]:
-        """As `OccurrenceFilter.filtered`."""
-        if getattr(self._asking, "all_ids", False):
-            present = None
-        return self._filter.filtered(ids, counts, thresholds, present)
-
-    def may_pass(self, ids: Ids, counts: npt.NDArray[np.uint32] | None = None) -> npt.NDArray[np.bool_]:
-        """As `OccurrenceFilter.may_pass`."""
-        return self._filter.may_pass(ids, counts)
-
-    @contextmanager
-    def for_all_ids(self) -> Iterator[None]:
-        """In this thread, ids that have rows are judged and counted too."""
-        self._asking.all_ids = True
-        try:
-            yield
-        finally:
-            self._asking.all_ids = False
 
 
 class MultiTable(QueueHooks):
@@ -80,7 +44,7 @@ class MultiTable(QueueHooks):
 
     def __init__(
         self,
-        model: Model,
+        scope: Scope,
         configs: Mapping[str, HashTableConfig],
         *,
         hash_filter: OccurrenceFilter | None = None,
@@ -91,15 +55,14 @@ class MultiTable(QueueHooks):
         super().__init__()
         if not configs:
             raise InvalidRequestError("a multi-table needs at least one table")
-        self._model = model
+        self._scope = scope
         self._saver_parallel = saver_parallel
         self._strict = strict
-        self._gate = None if hash_filter is None or isinstance(hash_filter, DummyFilter) else _Gate(hash_filter)
-        self.name = model.take_name(f"MonolithMultiHashTable_{name_suffix}")
+        self.name = scope.take_name(f"MonolithMultiHashTable_{name_suffix}")
         self.names = sorted(configs)
         self.configs = {name: configs[name] for name in self.names}
         self.tables: dict[str, Table] = {
-            name: model.make_table(name, config, self._gate) for name, config in self.configs.items()
+            name: scope.make_table(name, config, hash_filter) for name, config in self.configs.items()
         }
 
     @property
@@ -109,14 +72,14 @@ class MultiTable(QueueHooks):
 
     def learning_rates(self) -> Floats:
         """float32[segments of all tables]: the rates at the model's step, by sorted name."""
-        step = self._model.global_step
+        step = self._scope.global_step
         return np.concatenate([config.call_learning_rate_fns(step) for config in self.configs.values()])
 
     # ---- by name -----------------------------------------------------------------------------------------------
 
     def lookup(self, ids: Mapping[str, npt.ArrayLike]) -> dict[str, Floats]:
         """float32[n, dim] for each requested name."""
-        return {name: self._table(name).lookup(as_ids(each)) for name, each in ids.items()}
+        return {name: self._table(name).lookup(integer_ids(each)) for name, each in ids.items()}
 
     def assign(self, updates: Mapping[str, Update], req_time: int = 0) -> MultiTable:
         """Set weights. The rows' time becomes 0 (`req_time` if strict)."""
@@ -127,8 +90,7 @@ class MultiTable(QueueHooks):
     def assign_add(self, updates: Mapping[str, Update], req_time: int = 0) -> MultiTable:
         """Add to weights. The filter is asked about every id (only about those without rows if strict)."""
         for table, ids, values in self._updates(updates).values():
-            with nullcontext() if self._strict or self._gate is None else self._gate.for_all_ids():
-                table.assign_add(ids, values, request_time=req_time)
+            table.assign_add(ids, values, request_time=req_time, filter_present=not self._strict)
         return self
 
     def apply_gradients(self, updates: Mapping[str, Update], *, global_step: int = 0, req_time: int = 0) -> MultiTable:
@@ -137,7 +99,7 @@ class MultiTable(QueueHooks):
             table.apply_gradients(
                 ids,
                 grads,
-                learning_rates=self.configs[name].call_learning_rate_fns(self._model.global_step),
+                learning_rates=self.configs[name].call_learning_rate_fns(self._scope.global_step),
                 global_step=global_step,
                 request_time=req_time,
             )
@@ -145,7 +107,7 @@ class MultiTable(QueueHooks):
 
     def reinitialize(self, name: str, ids: npt.ArrayLike, *, request_time: int) -> npt.NDArray[np.int8]:
         """Reset rows; int8[n]: 1 existed, 0 was created, -1 for all if there is no such table."""
-        rows = as_ids(ids)
+        rows = integer_ids(ids)
         if name not in self.tables:
             return np.full(rows.size, -1, np.int8)
         return self.tables[name].reinitialize(rows, request_time=request_time)
@@ -162,7 +124,7 @@ class MultiTable(QueueHooks):
         Returns:
             float32[total]: rows in the same order.
         """
-        flat = as_ids(ids)
+        flat = integer_ids(ids)
         bounds = self._bounds(splits, flat.size, stacked=True)
         pieces = [
             table.lookup(flat[bounds[i] : bounds[i + 1]]).reshape(-1)
@@ -288,7 +250,7 @@ class MultiTable(QueueHooks):
         checked = {}
         for name in sorted(updates):
             table = self._table(name)
-            ids, values = as_ids(updates[name][0]), np.ascontiguousarray(updates[name][1], np.float32)
+            ids, values = integer_ids(updates[name][0]), np.ascontiguousarray(updates[name][1], np.float32)
             if values.size != ids.size * table.dim:
                 raise InvalidRequestError(
                     f"table {name!r}: values of shape {values.shape} for {ids.size} ids of dim {table.dim}"
@@ -308,7 +270,7 @@ class MultiTable(QueueHooks):
 
     def _named(self, ids: npt.ArrayLike, splits: npt.ArrayLike, values: npt.ArrayLike) -> dict[str, Update]:
         """Ragged ids and flat values by name."""
-        flat, floats = as_ids(ids), np.ascontiguousarray(values, np.float32).reshape(-1)
+        flat, floats = integer_ids(ids), np.ascontiguousarray(values, np.float32).reshape(-1)
         bounds = self._bounds(splits, flat.size)
         wanted = int((np.diff(bounds) * self.dims).sum())
         if floats.size < wanted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,10 +11,13 @@ import numpy.typing as npt
 from trilith.errors import InvalidRequestError
 from trilith.tables.merged import QueueHooks
 from trilith_services.ps.reference import fused
+from trilith_services.ps.reference.assets import asset_base
+from trilith_services.ps.reference.single_table import SingleTable
 
 if TYPE_CHECKING:
     from trilith.tables import HashTableConfig
-    from trilith_services.ps.reference.single_table import SingleTable
+    from trilith_services.ps.engine.filters import OccurrenceFilter
+    from trilith_services.ps.reference.scope import Scope
 
 __all__ = ["MultiTypeTable"]
 
@@ -23,17 +26,20 @@ Update = tuple[npt.ArrayLike, npt.ArrayLike]
 
 
 class MultiTypeTable(QueueHooks):
-    """Single tables by name, each made by `factory(name, config)`; everything flat is in the order of the sorted names.
+    """Single tables by name, named after it in the scope; everything flat is in the order of the sorted names.
 
     Attributes:
         tables: By sorted name.
     """
 
     def __init__(
-        self, configs: Mapping[str, HashTableConfig], factory: Callable[[str, HashTableConfig], SingleTable]
+        self, scope: Scope, configs: Mapping[str, HashTableConfig], *, hash_filter: OccurrenceFilter | None = None
     ) -> None:
         super().__init__()
-        self.tables: dict[str, SingleTable] = {name: factory(name, configs[name]) for name in sorted(configs)}
+        self.tables = {
+            name: SingleTable(scope, configs[name], hash_filter=hash_filter, name_suffix=name)
+            for name in sorted(configs)
+        }
 
     @property
     def names(self) -> list[str]:
@@ -117,8 +123,6 @@ class MultiTypeTable(QueueHooks):
 
     def save(self, directory: str) -> MultiTypeTable:
         """Write every table's files into the directory, under the tables' own names."""
-        from trilith_services.ps.reference.assets import asset_base
-
         for table in self.tables.values():
             table.save(asset_base(directory, table.name))
         return self

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from trilith.arrays import id_array
-from trilith.errors import InvalidRequestError
 from trilith_services.ps.engine.entry_codec import entry_list
 from trilith_services.ps.reference.assets import find_restore_base
 from trilith_services.ps.reference.delay_compensation import delay_compensated
 from trilith_services.ps.reference.entry_files import restore_table, save_table
+from trilith_services.ps.reference.fused import integer_ids
 
 if TYPE_CHECKING:
     from trilith.tables import HashTableConfig
     from trilith_services.ps.engine.filters import OccurrenceFilter
     from trilith_services.ps.engine.table import Table
-    from trilith_services.ps.reference.model import Model
+    from trilith_services.ps.reference.scope import Scope
 
-__all__ = ["SingleTable", "as_ids"]
+__all__ = ["SingleTable"]
 
 
 class SingleTable:
@@ -35,18 +33,18 @@ class SingleTable:
 
     def __init__(
         self,
-        model: Model,
+        scope: Scope,
         config: HashTableConfig,
         *,
         hash_filter: OccurrenceFilter | None = None,
         name_suffix: str = "",
         saver_parallel: int = -1,
     ) -> None:
-        self._model = model
+        self._scope = scope
         self._saver_parallel = saver_parallel
         self.config = config
-        self.name = model.take_name(f"MonolithHashTable_{name_suffix}")
-        self.table: Table = model.make_table(self.name, config, hash_filter)
+        self.name = scope.take_name(f"MonolithHashTable_{name_suffix}")
+        self.table: Table = scope.make_table(self.name, config, hash_filter)
 
     @property
     def dim_size(self) -> int:
@@ -60,27 +58,27 @@ class SingleTable:
 
     def learning_rates(self) -> npt.NDArray[np.float32]:
         """float32[segments]: the rates at the model's step."""
-        return self.config.call_learning_rate_fns(self._model.global_step)
+        return self.config.call_learning_rate_fns(self._scope.global_step)
 
     def assign(self, ids: npt.ArrayLike, values: npt.ArrayLike, req_time: int | None = None) -> SingleTable:
         """Set weights; missing rows that pass the filter are created."""
-        self.table.assign(as_ids(ids), self._values(values), request_time=req_time or 0)
+        self.table.assign(integer_ids(ids), self._values(values), request_time=req_time or 0)
         return self
 
     def assign_add(self, ids: npt.ArrayLike, values: npt.ArrayLike, req_time: int | None = None) -> SingleTable:
         """Add to weights, one id after another."""
-        self.table.assign_add(as_ids(ids), self._values(values), request_time=req_time or 0)
+        self.table.assign_add(integer_ids(ids), self._values(values), request_time=req_time or 0)
         return self
 
     def lookup(
         self, ids: npt.ArrayLike, *, use_multi_threads: bool = False, enable_dedup: bool = False
     ) -> npt.NDArray[np.float32]:
         """float32[n, dim]: what each row reads as, zeros where there is none. The options change nothing."""
-        return self.table.lookup(as_ids(ids))
+        return self.table.lookup(integer_ids(ids))
 
     def lookup_entry(self, ids: npt.ArrayLike) -> list[bytes]:
         """Per id a serialized EntryDump without id, b"" where there is no row."""
-        present, rows = self.table.export_rows(as_ids(ids))
+        present, rows = self.table.export_rows(integer_ids(ids))
         found = iter(entry_list(self.table.layout, rows, with_id=False))
         return [next(found) if there else b"" for there in present.tolist()]
 
@@ -108,7 +106,7 @@ class SingleTable:
         """
         rates = self.learning_rates() if learning_rates is None else np.asarray(learning_rates, np.float32)
         self.table.apply_gradients(
-            as_ids(ids),
+            integer_ids(ids),
             self._values(grads),
             learning_rates=rates,
             global_step=global_step,
@@ -139,7 +137,7 @@ class SingleTable:
             global_step: For optimizers and readers that use it.
             req_time: Becomes the rows' last update.
         """
-        rows, gradients = as_ids(ids), self._values(grads)
+        rows, gradients = integer_ids(ids), self._values(grads)
         present, found = self.table.export_rows(rows)
         weights = np.zeros_like(gradients)
         weights[present] = found.weights
@@ -150,7 +148,7 @@ class SingleTable:
 
     def reinitialize(self, ids: npt.ArrayLike, *, request_time: int) -> npt.NDArray[np.int8]:
         """Reset rows; int8[n]: 1 existed, 0 was created."""
-        return self.table.reinitialize(as_ids(ids), request_time=request_time)
+        return self.table.reinitialize(integer_ids(ids), request_time=request_time)
 
     def size(self) -> int:
         """Number of rows."""
@@ -179,11 +177,3 @@ class SingleTable:
         array = np.ascontiguousarray(values, np.float32)
         # An empty list has no width of its own.
         return array if array.size else array.reshape(0, self.dim_size)
-
-
-def as_ids(ids: npt.ArrayLike | Sequence[int]) -> npt.NDArray[np.uint64]:
-    """uint64[n] out of integers of any type; negative ones are taken as two's complement."""
-    array = id_array("the table", ids)
-    if array.size and array.ndim != 1:
-        raise InvalidRequestError(f"ids of shape {array.shape}: ids are integers[n]")
-    return np.ascontiguousarray(array).reshape(array.size)
