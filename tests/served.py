@@ -18,9 +18,10 @@ from trilith.serving.prediction import Prediction, Predictor
 from trilith_services.demo.click_files import click_records
 from trilith_services.demo.click_model import ClickModel
 from trilith_services.demo.clicks import ClickData
+from trilith_services.demo.exporting import reference_exporter
 from trilith_services.demo.models import TABLE, ModelSettings
 from trilith_services.demo.synthetic import make_clicks
-from trilith_services.exporting import Exporter, reference_exporter
+from trilith_services.exporting import Exporter
 from trilith_services.worker.trainer import save_checkpoint
 
 PACE_S = 0.005  # without it, processes that start beside the load would be starved by it

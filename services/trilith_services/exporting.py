@@ -12,7 +12,6 @@ from trilith.checkpoint import hold, newest_complete, read_manifest
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.folder import Folder
 from trilith.nn.program import check_program, current_weights, export_program, pack_weights, set_parameters
-from trilith.nn.serving import Scores
 from trilith.serving.exports import (
     ENTRY,
     ROWS,
@@ -27,16 +26,12 @@ from trilith.serving.exports import (
     write_manifest,
     write_model,
 )
-from trilith_proto import ps_pb2
-from trilith_services.demo.models import MODELS, TABLE, ModelSettings
 from trilith_services.ps.checkpoint.serving_rows import dense_values, serving_tables, write_serving_rows
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     from torch import Tensor, nn
 
-__all__ = ["Exported", "Exporter", "check_reference", "find_checkpoint", "reference_exporter"]
+__all__ = ["Exported", "Exporter", "find_checkpoint"]
 
 log = logging.getLogger(__name__)
 
@@ -201,55 +196,6 @@ def _check_stored(module: nn.Module, dense: nn.Module) -> None:
             f"{type(module).__name__} has parameters {others} beside those of dense, {type(dense).__name__}: their "
             "values are in no checkpoint; requires_grad_(False) says that they are as they shall be exported"
         )
-
-
-def reference_exporter(settings: ModelSettings, features: Iterable[str]) -> Exporter:
-    """What exports a reference model: its output "score" is the probability of a click."""
-    names = tuple(features)
-    head = settings.head(len(names), seed=0)
-    return Exporter(
-        settings.name,
-        Scores(head),
-        dense=head,
-        features={name: ServedFeature(table=TABLE) for name in names},
-        inputs=[ProgramInput(kind="stacked", names=names)],
-    )
-
-
-def check_reference(checkpoint: str, settings: ModelSettings, features: Iterable[str]) -> None:
-    """Refuse a checkpoint that is of another reference model, or of other features.
-
-    Raises:
-        CheckpointError: It is; the message names the model that fits.
-    """
-    count = len(tuple(features))
-    tables, values = serving_tables(checkpoint), dense_values(checkpoint)
-    wrong = _misfit(settings, count, tables, values)
-    if not wrong:
-        return
-    fitting = [name for name, each in MODELS.items() if not _misfit(each, count, tables, values)]
-    hint = f"it is of --model {fitting[0]}" if fitting else "no reference model with so many features fits"
-    raise CheckpointError(f"{checkpoint} is of no {settings.name} with {count} features ({wrong}); {hint}")
-
-
-def _misfit(
-    settings: ModelSettings,
-    count: int,
-    tables: Mapping[str, ps_pb2.TableConfig],
-    values: Mapping[str, npt.NDArray[np.float32]],
-) -> str:
-    """Why a checkpoint is not of a reference model; empty if it is."""
-    if TABLE not in tables:
-        return f"it has no table {TABLE!r}"
-    head = settings.head(count, seed=0)
-    dim = sum(segment.dim_size for segment in tables[TABLE].hash_table.entry_config.segments)
-    if dim != head.row_dim:
-        return f"its rows have {dim} floats, not {head.row_dim}"
-    wanted = {f"dense/{name}": each.numel() for name, each in head.named_parameters()}
-    found = {name: each.size for name, each in values.items() if name.startswith("dense/")}
-    if wanted != found:
-        return f"its dense variables are {found}, not {wanted}"
-    return ""
 
 
 def find_checkpoint(path: str) -> str:

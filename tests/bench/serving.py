@@ -26,9 +26,9 @@ from trilith.serving.exports import ps_base
 from trilith.serving.prediction import Predictor
 from trilith_services.demo.click_files import click_records
 from trilith_services.demo.clicks import ClickData
+from trilith_services.demo.exporting import reference_exporter
 from trilith_services.demo.models import TABLE, settings_of
 from trilith_services.demo.synthetic import make_clicks
-from trilith_services.exporting import reference_exporter
 from trilith_services.worker.trainer import save_checkpoint
 
 __all__ = ["BENCHMARKS"]

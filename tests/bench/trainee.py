@@ -30,8 +30,10 @@ from trilith.data.ragged import Ragged
 from trilith_services.demo.clicks import ClickData, Parts
 from trilith_services.demo.local import LocalEmbeddings
 from trilith_services.demo.models import ModelSettings, settings_of
+from trilith_services.demo.task import click_task
+from trilith_services.worker.config import WorkerConfig
 from trilith_services.worker.meter import Meter
-from trilith_services.worker.trainer import Trainer, WorkerConfig
+from trilith_services.worker.trainer import Trainer
 
 _HIDDEN = (256, 128)
 _EXPONENT = 1.05
@@ -55,16 +57,16 @@ class _Worker:
         config = WorkerConfig(
             rank=arguments.rank,
             world_size=arguments.world_size,
-            settings=settings,
             batch_size=arguments.batch,
             epochs=_ENDLESS,
             validate=False,
+            device="cpu",
             prefetch=arguments.prefetch,
             async_push=arguments.async_push,
         )
         client = trilith.connect(arguments.cluster, timeout_s=120.0)
         self.samples = 0
-        self._trainer = Trainer(config, client, Parts(data, rest, rest), self._listen)
+        self._trainer = Trainer(config, client, click_task(settings, Parts(data, rest, rest)), self._listen)
 
     def train(self, stop: Callable[[], bool]) -> None:
         self._trainer.run(stop)

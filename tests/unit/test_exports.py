@@ -30,8 +30,9 @@ from trilith.serving import exports
 from trilith.serving.exports import ModelConfig, ProgramInput, ServedFeature
 from trilith.tables import Sgd, table_config
 from trilith_proto.example_pb2 import Example
+from trilith_services.demo.exporting import check_reference
 from trilith_services.demo.models import MODELS
-from trilith_services.exporting import Exporter, check_reference
+from trilith_services.exporting import Exporter
 from trilith_services.serving.models import Models
 
 

@@ -24,7 +24,7 @@ from trilith_services.ps.process.metrics import Metrics
 from trilith_services.ps.process.replica_server import ReplicaOptions
 from trilith_services.ps.process.server import PsOptions
 from trilith_services.serving.http import HttpServer
-from trilith_services.worker.run import WorkerOptions
+from trilith_services.worker.config import WorkerConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +45,7 @@ def test_every_server_listens_on_loopback_unless_told_otherwise() -> None:
         "trilith console --listen", "trilith worker --metrics_host",
     } <= set(found)  # fmt: skip
     assert {name: where for name, where in found.items() if not is_loopback(where.partition(":")[0])} == {}
-    for options in (PsOptions(), ReplicaOptions(), WorkerOptions()):
+    for options in (PsOptions(), ReplicaOptions(), WorkerConfig()):
         assert is_loopback(options.metrics_host)
 
 

@@ -22,7 +22,9 @@ from trilith_proto.proto_parser_pb2 import Instance
 from trilith_services.demo.clicks import split
 from trilith_services.demo.models import TABLE, settings_of
 from trilith_services.demo.synthetic import make_clicks
-from trilith_services.worker.trainer import Trainer, WorkerConfig
+from trilith_services.demo.task import click_task
+from trilith_services.worker.config import WorkerConfig
+from trilith_services.worker.trainer import Trainer
 
 compiled_only = pytest.mark.skipif(JIT_DISABLED, reason="trains for minutes with kernels in plain Python")
 
@@ -284,11 +286,10 @@ def test_rows_lack_exactly_the_updates_that_are_stated_at_worst(prefetch, push):
 
 def train(**changes):
     parts = split(make_clicks(1200, features=4, vocabulary=60, seed=3), seed=0)
-    settings = settings_of("ffm", dim=2, epochs=1)
     torch.manual_seed(0)
     with trilith.connect("local://", threads=1) as client:
-        config = WorkerConfig(settings=settings, epochs=1, batch_size=64, validate=False, **changes)
-        trainer = Trainer(config, client, parts, lambda event: None)
+        config = WorkerConfig(epochs=1, batch_size=64, validate=False, **changes)
+        trainer = Trainer(config, client, click_task(settings_of("ffm", dim=2), parts), lambda event: None)
         assert trainer.run()
         ids = np.concatenate(list(parts.train.vocabulary().values()))
         rows = client.table(TABLE).lookup(ids)
@@ -335,10 +336,8 @@ def test_an_error_of_a_push_in_the_background_stops_training_with_its_cause(verb
 def test_what_is_on_its_way_arrives_before_a_run_ends_that_was_stopped():
     parts = split(make_clicks(1200, features=4, vocabulary=60, seed=3), seed=0)
     with trilith.connect("local://", threads=1) as client:
-        config = WorkerConfig(
-            settings=settings_of("ffm", dim=2), epochs=5, batch_size=64, validate=False, prefetch=2, async_push=2
-        )
-        trainer = Trainer(config, client, parts, lambda event: None)
+        config = WorkerConfig(epochs=5, batch_size=64, validate=False, prefetch=2, async_push=2)
+        trainer = Trainer(config, client, click_task(settings_of("ffm", dim=2), parts), lambda event: None)
         pushed = []
         push = trainer._embeddings.exchange.push
         trainer._embeddings.exchange.push = lambda updates: (pushed.append(1), push(updates))
@@ -355,10 +354,8 @@ def test_a_restart_noticed_in_the_background_is_accepted_and_training_goes_on(mo
     calls = {"lookup": 0, "apply_gradients": 0, "apply_dense_gradients": 0}
     rejoined = []
     with trilith.connect("local://", threads=1) as client:
-        config = WorkerConfig(
-            settings=settings_of("ffm", dim=2), epochs=1, batch_size=64, validate=False, prefetch=2, async_push=2
-        )
-        trainer = Trainer(config, client, parts, lambda event: None)
+        config = WorkerConfig(epochs=1, batch_size=64, validate=False, prefetch=2, async_push=2)
+        trainer = Trainer(config, client, click_task(settings_of("ffm", dim=2), parts), lambda event: None)
 
         def once_broken(name):
             call = getattr(client, name)

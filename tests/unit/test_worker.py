@@ -30,11 +30,15 @@ from trilith_services.demo.clicks import split
 from trilith_services.demo.datasets import load_dataset
 from trilith_services.demo.models import TABLE, settings_of
 from trilith_services.demo.synthetic import make_clicks, zipf_ids
+from trilith_services.demo.task import click_task, load_task
 from trilith_services.local.supervisor import free_ports
+from trilith_services.worker.config import Mode, WorkerConfig
 from trilith_services.worker.events import EventLog, Tail
 from trilith_services.worker.meter import Meter
-from trilith_services.worker.run import WorkerOptions, backends, run_worker
-from trilith_services.worker.trainer import Position, Trainer, WorkerConfig, save_checkpoint
+from trilith_services.worker.position import Position
+from trilith_services.worker.run import backends, run_worker
+from trilith_services.worker.task import Task
+from trilith_services.worker.trainer import Trainer, save_checkpoint
 
 compiled_only = pytest.mark.skipif(JIT_DISABLED, reason="trains for minutes with kernels in plain Python")
 
@@ -52,8 +56,12 @@ def parts():
     return split(make_clicks(2000, features=4, vocabulary=60, seed=3), seed=0)
 
 
+def load() -> Task:
+    return load_task(SMALL, "synthetic:640", lambda line: None)
+
+
 def config(**changes) -> WorkerConfig:
-    return WorkerConfig(**{"settings": SMALL, "epochs": 2, "batch_size": 64, **changes})
+    return WorkerConfig(**{"batch_size": 64, **changes})
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -203,7 +211,7 @@ def test_the_bars_show_their_numbers_whole_on_a_terminal_of_80_columns():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rank": 1}, {"rank": -1}, {"batch_size": 0}, {"epochs": 0}, {"steps": -1}, {"save_every": 5}],
+    [{"rank": 1}, {"rank": -1}, {"batch_size": 0}, {"epochs": -1}, {"steps": -1}, {"save_every": 5}],
 )
 def test_impossible_work_is_refused(changes):
     with pytest.raises(InvalidRequestError, match=next(iter(changes))):
@@ -219,7 +227,7 @@ def test_one_worker_on_a_cluster_learns_what_plain_torch_learns(client, parts):
 
     Every row exists beforehand: a cluster creates rows at their first step and looks up zeros until then.
     """
-    trainer = Trainer(config(seed=4), client, parts, lambda event: None)
+    trainer = Trainer(config(seed=4), client, click_task(SMALL, parts), lambda event: None)
     ids = np.concatenate(list(parts.train.vocabulary().values()))
     client.assign_add({TABLE: (ids, np.zeros((ids.size, trainer.model.head.row_dim), np.float32))})
     assert trainer.run()
@@ -254,11 +262,11 @@ def test_training_stops_when_asked_and_goes_on_where_it_was(client, parts, tmp_p
         return len(asked) > 5
 
     events: list[dict] = []
-    assert not Trainer(config(state_file=state), client, parts, events.append).run(stop)
+    assert not Trainer(config(state_file=state), client, click_task(SMALL, parts), events.append).run(stop)
     assert events[-1]["event"] == "stopped"
     assert Position.load(state) == Position(0, 5, 5)
     assert client.global_step() == 5
-    assert Trainer(config(state_file=state), client, parts, events.append).run()
+    assert Trainer(config(state_file=state), client, click_task(SMALL, parts), events.append).run()
     batches = -(-len(parts.train) // 64)
     assert Position.load(state) == Position(2, 0, 2 * batches)
     assert client.global_step() == 2 * batches
@@ -267,7 +275,7 @@ def test_training_stops_when_asked_and_goes_on_where_it_was(client, parts, tmp_p
 @compiled_only
 def test_steps_limit_a_worker(client, parts):
     events: list[dict] = []
-    assert Trainer(config(steps=7), client, parts, events.append).run()
+    assert Trainer(config(steps=7), client, click_task(SMALL, parts), events.append).run()
     assert events[0]["total_steps"] == 7
     assert events[-1] == {"event": "done", "rank": 0, "samples": 7 * 64}
 
@@ -277,7 +285,7 @@ def test_rank_0_saves_once_it_has_trained_as_steps_go_by_and_at_the_end(client, 
     events: list[dict] = []
     directory = str(tmp_path / "model")
     work = config(model_dir=directory, save_every=16, steps=40, validate=False)
-    Trainer(work, client, parts, events.append).run()
+    Trainer(work, client, click_task(SMALL, parts), events.append).run()
     saved = [event["step"] for event in events if event["event"] == "saved"]
     assert saved == [8, 24, 40]
     assert len(list_checkpoints(directory)) == 3
@@ -291,24 +299,26 @@ def test_rank_0_saves_once_it_has_trained_as_steps_go_by_and_at_the_end(client, 
 def test_a_start_neither_saves_nor_prunes_and_refuses_a_directory_that_is_ahead_of_its_cluster(client, parts, tmp_path):
     directory = str(tmp_path / "model")
     work = config(model_dir=directory, save_every=16, steps=40, validate=False)
-    Trainer(work, client, parts, lambda event: None).run()
+    Trainer(work, client, click_task(SMALL, parts), lambda event: None).run()
     before = list_checkpoints(directory)
     for _ in range(3):
         with trilith.connect("local://") as empty:
-            trainer = Trainer(work, empty, parts, lambda event: None)
+            trainer = Trainer(work, empty, click_task(SMALL, parts), lambda event: None)
             with pytest.raises(InvalidRequestError, match="of step 40, the cluster is at step 0"):
                 trainer.run()
             assert list_checkpoints(directory) == before
         with trilith.connect("local://") as restored:
             restored.restore(before[-1].path)
-            assert Trainer(work, restored, parts, lambda event: None).run(lambda: True) is False
+            assert Trainer(work, restored, click_task(SMALL, parts), lambda event: None).run(lambda: True) is False
             assert list_checkpoints(directory) == before, "stopped before its first step, it has nothing to save"
 
 
 @compiled_only
 def test_the_checkpoint_of_most_steps_outlives_any_number_of_empty_ones(client, parts, tmp_path):
     directory = str(tmp_path / "model")
-    Trainer(config(model_dir=directory, steps=16, validate=False), client, parts, lambda event: None).run()
+    Trainer(
+        config(model_dir=directory, steps=16, validate=False), client, click_task(SMALL, parts), lambda event: None
+    ).run()
     trained = newest_complete(directory)
     with trilith.connect("local://") as empty:
         for _ in range(5):
@@ -322,7 +332,7 @@ def test_a_checkpoint_that_fails_does_not_end_training(client, parts, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("not a directory")
     events: list[dict] = []
-    assert Trainer(config(model_dir=str(blocker), steps=10), client, parts, events.append).run()
+    assert Trainer(config(model_dir=str(blocker), steps=10), client, click_task(SMALL, parts), events.append).run()
     assert "save_failed" in [event["event"] for event in events]
 
 
@@ -330,7 +340,7 @@ def test_a_checkpoint_that_fails_does_not_end_training(client, parts, tmp_path):
 def test_a_restarted_ps_costs_a_batch_and_is_told(client, parts):
     """The restart itself is played: the third push finds another incarnation."""
     events: list[dict] = []
-    trainer = Trainer(config(steps=6), client, parts, events.append)
+    trainer = Trainer(config(steps=6), client, click_task(SMALL, parts), events.append)
     real, calls = client.apply_gradients, []
 
     def apply_gradients(updates):
@@ -361,7 +371,7 @@ def test_a_restarted_ps_costs_a_batch_and_is_told(client, parts):
 def test_both_models_train(client, parts):
     settings = replace(settings_of("deepfm"), dim=4, hidden=(8,))
     events: list[dict] = []
-    assert Trainer(config(settings=settings, steps=5), client, parts, events.append).run()
+    assert Trainer(config(steps=5), client, click_task(settings, parts), events.append).run()
     assert np.isfinite(events[-2]["loss"])
 
 
@@ -374,7 +384,7 @@ def test_a_worker_serves_the_timers_of_its_lookups(tmp_path):
     scraped = []
 
     @contextmanager
-    def follower(parts):
+    def follower(task):
         def tell(event):
             if event["event"] == "done":
                 with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
@@ -383,10 +393,8 @@ def test_a_worker_serves_the_timers_of_its_lookups(tmp_path):
         yield tell
 
     with LocalCluster("1-ps") as cluster:
-        options = WorkerOptions(
-            cluster=cluster.address, data="synthetic:640", model_name="timed-worker", metrics_port=port, threads=1
-        )
-        assert run_worker(options, config(epochs=1, steps=3, validate=False), follower=follower) == 0
+        work = config(cluster=cluster.address, metrics_port=port, threads=1, epochs=1, steps=3, validate=False)
+        assert run_worker(work, lambda: replace(load(), name="timed-worker"), follower=follower) == 0
     (line,) = [
         line
         for line in scraped[0].splitlines()
@@ -400,19 +408,19 @@ def test_a_worker_serves_the_timers_of_its_lookups(tmp_path):
 @compiled_only
 def test_a_worker_that_holds_the_rows_may_queue_between_the_stages_of_an_exchange(tmp_path):
     (port,) = free_ports(1)
-    options = WorkerOptions(data="synthetic:640", master=f"127.0.0.1:{port}", threads=1, update_queue=2)
     events = []
 
     @contextmanager
-    def follower(parts):
+    def follower(task):
         yield events.append
 
-    trained = config(epochs=1, dense="allreduce", prefetch=1, async_push=1, lookup_queue=1)
-    assert run_worker(options, trained, follower=follower) == 0
+    queues = {"prefetch": 1, "async_push": 1, "lookup_queue": 1, "update_queue": 2}
+    work = config(mode=Mode.all_to_all, master=f"127.0.0.1:{port}", threads=1, epochs=1, **queues)
+    assert run_worker(work, load, follower=follower) == 0
     assert events[-1]["event"] == "done"
     assert any(each["event"] == "validation" for each in events)
     with pytest.raises(InvalidRequestError, match="queues of an exchange"):
-        run_worker(WorkerOptions(cluster="local://", update_queue=1), config())
+        run_worker(config(cluster="local://", update_queue=1), load)
 
 
 def test_a_group_for_a_gpu_has_a_backend_for_either_device():
@@ -427,6 +435,5 @@ def test_a_worker_that_waits_for_its_cluster_ends_at_a_signal(monkeypatch, numbe
 
     monkeypatch.setattr("trilith_services.worker.run.connect", wait)
     before = signal.getsignal(number)
-    options = WorkerOptions(cluster="static://127.0.0.1:9", data="synthetic:500")
-    assert run_worker(options, config()) == 0
+    assert run_worker(config(cluster="static://127.0.0.1:9"), load) == 0
     assert signal.getsignal(number) is before

@@ -6,7 +6,10 @@ from trilith.discovery import Directory
 from trilith.discovery.zk_url import redact
 from trilith.errors import InvalidRequestError
 
-__all__ = ["FORMS", "open_directory"]
+__all__ = ["CLUSTER_FORMS", "FORMS", "open_directory"]
+
+CLUSTER_FORMS = "static://host:port,host:port,… with shard 0 first, or zk://host:2181,…/path"
+"""What to write for a cluster; the README has the other forms."""
 
 FORMS = {
     "static": "static://host:port,host:port",

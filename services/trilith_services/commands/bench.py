@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trilith.discovery.urls import CLUSTER_FORMS
 from trilith.discovery.zk_url import redact
 from trilith_services.commands import output
-from trilith_services.commands.flags import CLUSTER_FORMS, Json
+from trilith_services.commands.flags import Json
 
 if TYPE_CHECKING:
     import numpy as np

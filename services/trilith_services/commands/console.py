@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from trilith.discovery.urls import CLUSTER_FORMS
 from trilith.runtime.extras import need
 from trilith_services.commands.flags import (
-    CLUSTER_FORMS,
     Listen,
     LogFormat,
     LogFormatFlag,

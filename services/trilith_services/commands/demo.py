@@ -8,14 +8,18 @@ import time
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from trilith.errors import InvalidRequestError
 from trilith.runtime.extras import need
 from trilith_services.commands import output
 from trilith_services.commands.export import ExportMode
-from trilith_services.commands.flags import AsyncPush, BatchSize, Data, Model, ModelFlag, Prefetch, Seed
+from trilith_services.commands.flags import Model, expanded
+from trilith_services.options import argv_of, flags_of, like, option
+from trilith_services.worker.config import Mode as Rows
+from trilith_services.worker.config import WorkerConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +28,6 @@ if TYPE_CHECKING:
     from trilith_services.demo.clicks import Parts
     from trilith_services.demo.models import ModelSettings
     from trilith_services.local.supervisor import StopRequest, Supervisor
-    from trilith_services.worker.trainer import WorkerConfig
 
 __all__ = ["DemoOptions", "register", "run_demo"]
 
@@ -33,27 +36,75 @@ SERVE_TIMEOUT_S = 600.0
 
 INTERRUPTED = 130
 
+_WORKERS = ("epochs", "batch_size", "save_every", "seed", "prefetch", "async_push")
+"""Options of the demo that its workers have too."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+class Mode(StrEnum):
+    """Where the rows are."""
+
+    ps = "ps"
+    embedded = "embedded"
+    all_to_all = "all-to-all"
+
+
+@dataclass(slots=True, kw_only=True)
 class DemoOptions:
-    """What the demo does; `steps` counts those of all workers, 0 is no limit, `epochs` 0 the model's own number."""
+    """What the demo does; what is left out is decided by the rest.
 
-    num_ps: int
-    workers: int
-    model: str
-    data: str
-    model_dir: Path
-    epochs: int
-    steps: int
-    batch_size: int
-    save_every: int
-    seed: int
-    baseline: bool
-    mode: str = "ps"
-    prefetch: int = 0
-    async_push: int = 0
-    export: Path | None = None
-    export_mode: Literal["distributed", "standalone"] = "distributed"
+    Raises:
+        InvalidRequestError: The mode has no PS, or no workers.
+    """
+
+    mode: Mode = option(
+        None,
+        "ps: rows on PS processes; embedded: everything in one process; all-to-all: rows in the workers.",
+        show_default="ps",
+    )
+    num_ps: int = option(None, "PS processes of mode ps; 0: embedded.", least=0, metavar="N", show_default="2")
+    workers: int = option(None, "Worker processes.", least=1, metavar="N", show_default="2, embedded 1")
+    model: Model = option(Model.deepfm, "Reference model.")
+    data: str = option("movielens", "movielens, or synthetic:SAMPLES for samples that are made up.", metavar="DATA")
+    model_dir: Path = option(
+        None,
+        "Checkpoints and logs go here, and training starts from the newest checkpoint in it; left out: a new directory "
+        "in the cache.",
+        metavar="DIR",
+    )
+    epochs: int = option(0, "Passes over the data; 0: the model's own number.", least=0, metavar="N")
+    steps: int = option(0, "End after so many steps of all workers; 0: no limit.", least=0, metavar="N")
+    batch_size: int = like(WorkerConfig, "batch_size")
+    save_every: int = option(500, "Steps of all workers between checkpoints; 0: none.", least=0, metavar="N")
+    seed: int = like(WorkerConfig, "seed")
+    prefetch: int = like(WorkerConfig, "prefetch")
+    async_push: int = like(WorkerConfig, "async_push")
+    baseline: bool = option(True, "Also train with plain torch, for comparison.")
+    export: Path | None = option(None, "Every checkpoint is exported here, for `trilith serving entry`.", metavar="DIR")
+    export_mode: ExportMode = option(
+        ExportMode.distributed, "distributed: rows come from replicas; standalone: all rows are in the export."
+    )
+
+    def __post_init__(self) -> None:
+        mode: Mode | None = self.mode
+        num_ps: int | None = self.num_ps
+        workers: int | None = self.workers
+        self.mode = mode or (Mode.embedded if num_ps == 0 else Mode.ps)
+        if num_ps is not None and (self.mode is Mode.ps) != (num_ps != 0):
+            raise InvalidRequestError(f"--mode {self.mode} with --num-ps {num_ps}: only mode ps has PS processes")
+        if self.mode is Mode.embedded and workers not in (None, 1):
+            raise InvalidRequestError(f"--workers {workers} in mode embedded: one process does everything")
+        self.num_ps = (num_ps or 2) if self.mode is Mode.ps else 0
+        self.workers = workers or (1 if self.mode is Mode.embedded else 2)
+        if self.model_dir is None:
+            from trilith_services.demo.movielens import cache_dir
+
+            self.model_dir = cache_dir() / "demo" / time.strftime("%Y%m%d-%H%M%S")
+        self.model_dir = self.model_dir.absolute()
+
+    def worker(self, **where: Any) -> WorkerConfig:
+        """What its workers do."""
+        same = {each.name: getattr(self, each.name) for _, each in flags_of(self) if each.name in _WORKERS}
+        return WorkerConfig(**same, model_dir=str(self.model_dir), steps=-(-self.steps // self.workers), **where)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,103 +117,21 @@ class _Result:
     checkpoint: str
 
 
-class Mode(StrEnum):
-    """Where the rows are."""
-
-    ps = "ps"
-    embedded = "embedded"
-    all_to_all = "all-to-all"
-
-
 class _InterruptedError(Exception):
     """Somebody asked for the end."""
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    app.command()(demo)
+    app.command()(expanded(demo))
 
 
-def demo(
-    mode: Annotated[
-        Mode | None,
-        typer.Option(
-            help="ps: rows on PS processes; embedded: everything in one process; all-to-all: rows in the workers.",
-            show_default="ps",
-        ),
-    ] = None,
-    num_ps: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="PS processes of mode ps; 0: embedded.", min=0, show_default="2"),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Worker processes.", min=1, show_default="2, embedded 1"),
-    ] = None,
-    model: ModelFlag = Model.deepfm,
-    data: Data = "movielens",
-    model_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Checkpoints and logs go here, and training starts from the newest checkpoint in it; left out: a new "
-            "directory in the cache.",
-        ),
-    ] = None,
-    epochs: Annotated[
-        int, typer.Option(metavar="N", help="Passes over the data; 0: the model's own number.", min=0)
-    ] = 0,
-    steps: Annotated[
-        int, typer.Option(metavar="N", help="End after so many steps of all workers; 0: no limit.", min=0)
-    ] = 0,
-    batch_size: BatchSize = 512,
-    save_every: Annotated[
-        int, typer.Option(metavar="N", help="Steps of all workers between checkpoints; 0: none.", min=0)
-    ] = 500,
-    seed: Seed = 0,
-    prefetch: Prefetch = 0,
-    async_push: AsyncPush = 0,
-    baseline: Annotated[bool, typer.Option(help="Also train with plain torch, for comparison.")] = True,
-    export: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Every checkpoint is exported here, for `trilith serving entry`."),
-    ] = None,
-    export_mode: Annotated[
-        ExportMode, typer.Option(help="distributed: rows come from replicas; standalone: all rows are in the export.")
-    ] = ExportMode.distributed,
-) -> None:
+def demo(config: DemoOptions) -> None:
     """Train a click model on MovieLens with PS and worker processes of this machine, and say how good it is."""
     need("torch", extra="torch")
-    if export is not None:
+    if config.export is not None:
         need("safetensors", extra="serving")
-    from trilith.errors import InvalidRequestError
-    from trilith_services.demo.movielens import cache_dir
-
-    chosen = mode or (Mode.embedded if num_ps == 0 else Mode.ps)
-    if (chosen is Mode.ps) != (num_ps != 0) and num_ps is not None:
-        raise InvalidRequestError(f"--mode {chosen.value} with --num-ps {num_ps}: only mode ps has PS processes")
-    if chosen is Mode.embedded and workers not in (None, 1):
-        raise InvalidRequestError(f"--workers {workers} in mode embedded: one process does everything")
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    options = DemoOptions(
-        mode=chosen.value,
-        num_ps=(num_ps or 2) if chosen is Mode.ps else 0,
-        workers=workers or (1 if chosen is Mode.embedded else 2),
-        model=model.value,
-        data=data,
-        model_dir=(cache_dir() / "demo" / stamp if model_dir is None else model_dir).absolute(),
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        save_every=save_every,
-        seed=seed,
-        baseline=baseline,
-        prefetch=prefetch,
-        async_push=async_push,
-        export=None if export is None else export.absolute(),
-        export_mode=export_mode.value,
-    )
-    raise typer.Exit(run_demo(options))
+    raise typer.Exit(run_demo(config))
 
 
 def run_demo(options: DemoOptions, console: Console | None = None) -> int:
@@ -188,7 +157,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
         try:
             run = _Cluster(options, settings, parts, console, stop)
             how = {Mode.ps: run.processes, Mode.embedded: run.embedded, Mode.all_to_all: run.all_to_all}
-            result = how[Mode(options.mode)]()
+            result = how[options.mode]()
             base = _baseline(options, settings, parts, console, stop) if options.baseline else None
         except _InterruptedError:
             console.print("stopped, as asked")
@@ -198,7 +167,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
         Mode.ps: f"{options.num_ps} PS, {output.plural(options.workers, 'worker')}",
         Mode.embedded: "embedded",
         Mode.all_to_all: f"{output.plural(options.workers, 'worker')}, all-to-all",
-    }[Mode(options.mode)]
+    }[options.mode]
     table.add_row(where, f"{result.auc:.4f}", f"{result.samples_per_s:,.0f}", f"{result.rows:,}")
     if base is not None:
         console.print("the same model, data, epochs and optimizer:")
@@ -250,9 +219,11 @@ class _Cluster:
         self._exports: ExportSaved | None = None
         if options.export is not None:
             from trilith_services.commands.export_saved import ExportSaved
+            from trilith_services.demo.exporting import reference_exporter
 
-            names = parts.train.features
-            self._exports = ExportSaved(str(options.export), options.export_mode, settings, names, console.print)
+            exporter = reference_exporter(settings, parts.train.features)
+            directory = str(options.export.absolute())
+            self._exports = ExportSaved(directory, options.export_mode.value, exporter, console.print)
 
     def _on_saved(self, event: dict[str, Any]) -> None:
         if self._exports is not None:
@@ -288,7 +259,7 @@ class _Cluster:
                 raise _InterruptedError
             with TrainingView(console, [f"worker-{rank}" for rank in range(options.workers)]) as view:
                 try:
-                    self._start_workers(supervisor, "--cluster", cluster.address)
+                    self._start_workers(supervisor, cluster=cluster.address)
                     self._watch(supervisor, view)
                 finally:
                     # Before the PS: a worker whose PS is gone waits for it to come back.
@@ -309,7 +280,7 @@ class _Cluster:
         with Supervisor(Console(quiet=True), self._run_dir) as supervisor:
             self._say_starting(f"{output.plural(options.workers, 'worker')} that hold the rows")
             with TrainingView(self._console, [f"worker-{rank}" for rank in range(options.workers)]) as view:
-                self._start_workers(supervisor, "--mode", "all-to-all", "--master", f"127.0.0.1:{free_ports(1)[0]}")
+                self._start_workers(supervisor, mode=Rows.all_to_all, master=f"127.0.0.1:{free_ports(1)[0]}")
                 self._watch(supervisor, view)
         newest = newest_complete(str(options.model_dir))
         assert newest is not None  # the workers' last act
@@ -324,25 +295,21 @@ class _Cluster:
         if not cache_directory().is_dir():
             self._console.print("on a machine's first run they compile their kernels, which takes a few minutes")
 
-    def _start_workers(self, supervisor: Supervisor, *where: str) -> None:
+    def _start_workers(self, supervisor: Supervisor, **where: Any) -> None:
         from trilith_services.local.supervisor import ProcessSpec, trilith_argv
 
         options = self._options
-        together = options.mode == Mode.all_to_all
+        together = options.mode is Mode.all_to_all
         for rank in range(options.workers):
-            # Workers that take their steps together end together, and go on from a checkpoint, not from a position.
-            position = () if together else ("--state", str(self._run_dir / f"worker-{rank}.state"))
-            argv = trilith_argv(
-                "worker",
-                *where,
-                *("--rank", str(rank), "--world-size", str(options.workers)),
-                *("--model", options.model, "--data", options.data, "--batch-size", str(options.batch_size)),
-                *("--epochs", str(self._settings.epochs), "--steps", str(-(-options.steps // options.workers))),
-                *("--seed", str(options.seed), "--model-dir", str(options.model_dir)),
-                *("--save-every", str(options.save_every), "--events", str(self._events(rank))),
-                *("--prefetch", str(options.prefetch), "--async-push", str(options.async_push)),
-                *position,
+            config = options.worker(
+                rank=rank,
+                world_size=options.workers,
+                events=str(self._events(rank)),
+                # Workers that take their steps together end together, and go on from a checkpoint, not from a position.
+                state_file="" if together else str(self._run_dir / f"worker-{rank}.state"),
+                **where,
             )
+            argv = trilith_argv("worker", "--model", options.model, "--data", options.data, *argv_of(config))
             supervisor.start(
                 ProcessSpec(name=f"worker-{rank}", argv=argv, restart="never" if together else "on-failure")
             )
@@ -376,6 +343,7 @@ class _Cluster:
         from trilith.connect import connect
         from trilith_services.commands.training_view import TrainingView
         from trilith_services.demo.datasets import training_files
+        from trilith_services.demo.task import click_task
         from trilith_services.worker.run import use_threads
         from trilith_services.worker.trainer import Trainer
 
@@ -388,12 +356,9 @@ class _Cluster:
 
             def train() -> None:
                 try:
+                    task = click_task(self._settings, self._parts, training_files(self._parts))
                     trainer = Trainer(
-                        self._config(),
-                        client,
-                        self._parts,
-                        lambda event: events.put({"time": time.time(), **event}),
-                        samples=training_files(self._parts),
+                        self._options.worker(), client, task, lambda event: events.put({"time": time.time(), **event})
                     )
                     trainer.run(lambda: bool(self._stop))
                 except BaseException as error:  # noqa: BLE001 - raised again below, in the main thread
@@ -422,22 +387,6 @@ class _Cluster:
         newest = newest_complete(str(self._options.model_dir))
         if newest is not None:
             client.restore(newest.path)
-
-    def _config(self) -> WorkerConfig:
-        from trilith_services.worker.trainer import WorkerConfig
-
-        options = self._options
-        return WorkerConfig(
-            settings=self._settings,
-            epochs=self._settings.epochs,
-            batch_size=options.batch_size,
-            steps=options.steps,
-            seed=options.seed,
-            model_dir=str(options.model_dir),
-            save_every=options.save_every,
-            prefetch=options.prefetch,
-            async_push=options.async_push,
-        )
 
     def _finish(self, client: Any, samples_per_s: float, *, checkpoint: str = "") -> _Result:
         """Score the test part with what the cluster holds, and save it unless it is `checkpoint`."""

@@ -61,8 +61,9 @@ def export(
     from dataclasses import asdict
 
     from trilith_services.demo.datasets import load_dataset
+    from trilith_services.demo.exporting import check_reference, reference_exporter
     from trilith_services.demo.models import settings_of
-    from trilith_services.exporting import check_reference, find_checkpoint, reference_exporter
+    from trilith_services.exporting import find_checkpoint
 
     names = [name.strip() for name in features.split(",")] if features else list(load_dataset(data).train.features)
     settings, found = settings_of(model.value), find_checkpoint(checkpoint)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from trilith.errors import TrilithError
 
 if TYPE_CHECKING:
-    from trilith_services.demo.models import ModelSettings
+    from trilith_services.exporting import Exporter
 
 __all__ = ["ExportSaved"]
 
@@ -22,8 +22,7 @@ class ExportSaved:
         self,
         directory: str,
         mode: Literal["distributed", "standalone"],
-        settings: ModelSettings,
-        features: Iterable[str],
+        exporter: Exporter,
         say: Callable[[str], None],
     ) -> None:
         """Begin to wait for checkpoints.
@@ -31,14 +30,11 @@ class ExportSaved:
         Args:
             directory: Where exports go.
             mode: Where their rows are.
-            settings: The model.
-            features: Names of its features.
+            exporter: Of the model.
             say: Is told of exports that fail.
         """
-        from trilith_services.exporting import reference_exporter
-
         self._directory, self._mode, self._say = directory, mode, say
-        self._exporter = reference_exporter(settings, features)
+        self._exporter = exporter
         self._news = threading.Condition()
         self._next = ""
         self._stopped = False

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from trilith.config import LARGEST_MESSAGE
 from trilith.errors import InvalidRequestError
+from trilith_services.options import flags_of
 from trilith_services.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from trilith_services.grpc.serve import Limits
 
 __all__ = [
-    "CLUSTER_FORMS",
     "Advertise",
-    "AsyncPush",
-    "BatchSize",
     "Data",
     "Drain",
     "Json",
@@ -35,20 +34,16 @@ __all__ = [
     "MetricsPort",
     "Model",
     "ModelFlag",
-    "Prefetch",
     "Reflection",
     "RowThreads",
     "RpcThreads",
-    "Seed",
     "ServingName",
     "address",
     "checked",
+    "expanded",
     "limits",
     "size",
 ]
-
-CLUSTER_FORMS = "static://host:port,host:port,… with shard 0 first, or zk://host:2181,…/path"
-"""What to write for a cluster; the README has the other forms."""
 
 
 class LogFormat(StrEnum):
@@ -106,6 +101,33 @@ size = checked(parse_bytes)
 
 address = checked(_listening)
 """Callback of flags that take an address to serve on."""
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `config`, a dataclass, is given by a flag for each of its options."""
+    hints = get_type_hints(command, include_extras=True)
+    kind = hints.pop("config")
+    types, kinds = get_type_hints(kind), inspect.Parameter.KEYWORD_ONLY
+    flags = {}
+    for flag, each in flags_of(kind):
+        names = [f"{flag}/--no-{flag[2:]}"] if isinstance(each.default, bool) else [flag]
+        about = typer.Option(*names, **each.metadata["how"])
+        flags[each.name] = inspect.Parameter(
+            each.name, kinds, default=each.default, annotation=Annotated[types[each.name], about]
+        )
+    own = {
+        name: each.replace(kind=kinds, annotation=hints[name])
+        for name, each in inspect.signature(command).parameters.items()
+        if name != "config"
+    }
+
+    def run(**given: Any) -> None:
+        command(kind(**{name: given.pop(name) for name in flags}), **given)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {name: each.annotation for name, each in (flags | own).items()}
+    run.__signature__ = inspect.Signature([*flags.values(), *own.values()])  # type: ignore[attr-defined]
+    return run
 
 
 def limits(*, rpc_threads: int, max_queue: int, max_message: str, drain: float, reflection: bool) -> Limits:
@@ -203,15 +225,4 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 ModelFlag = Annotated[Model, typer.Option("--model", help="Reference model.")]
 Data = Annotated[
     str, typer.Option("--data", metavar="DATA", help="movielens, or synthetic:SAMPLES for samples that are made up.")
-]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples per step.", min=1)]
-Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", help="Decides initial values and the order of samples.", min=0)
-]
-Prefetch = Annotated[
-    int,
-    typer.Option("--prefetch", metavar="N", help="Batches whose rows are looked up ahead; 0: exact order.", min=0),
-]
-AsyncPush = Annotated[
-    int, typer.Option("--async-push", metavar="N", help="Updates that may be on their way; 0: wait for each.", min=0)
 ]

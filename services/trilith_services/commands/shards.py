@@ -10,8 +10,7 @@ import typer
 
 from trilith.discovery import PS
 from trilith.discovery.members import count_ps, resolve_ps
-from trilith.discovery.urls import open_directory
-from trilith_services.commands.flags import CLUSTER_FORMS
+from trilith.discovery.urls import CLUSTER_FORMS, open_directory
 
 if TYPE_CHECKING:
     from trilith.config import ClientConfig

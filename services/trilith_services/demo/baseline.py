@@ -118,9 +118,8 @@ def train_locally(
 class _Local:
     """A local model with its two optimizers."""
 
-    def __init__(self, settings: ModelSettings, model: ClickModel) -> None:
+    def __init__(self, settings: ModelSettings, model: ClickModel[LocalEmbeddings]) -> None:
         self.model = model
-        assert isinstance(model.embeddings, LocalEmbeddings)
         self.encode = model.embeddings.encode
         self._optimizers = [
             settings.torch_optimizer(model.embeddings.parameters(), dense=False),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,10 @@ class StackedEmbeddings(Protocol):
         """float32[b, F, dim], for ids by feature or whatever else the embeddings take."""
 
 
-class ClickModel(nn.Module):
+_E = TypeVar("_E", bound=StackedEmbeddings)
+
+
+class ClickModel(nn.Module, Generic[_E]):
     """A click model whose embeddings may live anywhere.
 
     Args:
@@ -32,7 +35,7 @@ class ClickModel(nn.Module):
         head: `FFM`, `DeepFM`, or any module from float32[b, F, dim] to logits float32[b].
     """
 
-    def __init__(self, embeddings: StackedEmbeddings, head: nn.Module) -> None:
+    def __init__(self, embeddings: _E, head: nn.Module) -> None:
         super().__init__()
         self.embeddings = embeddings
         self.head = head

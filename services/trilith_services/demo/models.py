@@ -73,7 +73,7 @@ class ModelSettings:
         seed: int,
         device: torch.device | str = "cpu",
         async_push: int = 0,
-    ) -> ClickModel:
+    ) -> ClickModel[FeatureEmbeddings]:
         """The model with its embeddings in a cluster; creates the table if need be.
 
         Args:
@@ -110,7 +110,9 @@ class ModelSettings:
             registry.create_feature_column(slot, name, ReduceMean())
         return registry
 
-    def locally(self, vocabulary: Mapping[str, npt.NDArray[np.uint64]], *, seed: int, sparse: bool) -> ClickModel:
+    def locally(
+        self, vocabulary: Mapping[str, npt.NDArray[np.uint64]], *, seed: int, sparse: bool
+    ) -> ClickModel[LocalEmbeddings]:
         """The model with plain `torch.nn.EmbeddingBag` embeddings, from the initial values that a cluster would give.
 
         Initial values alone move the test AUC by 0.001; starting from the same ones leaves what the cluster does.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import distributed
@@ -27,18 +24,18 @@ from trilith.checkpoint import (
 )
 from trilith.client import Client
 from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
-from trilith.nn import AllReduced, ClippedBackward, DenseOnPs, EmbeddingCollection, FetchedRows, auc, pick_device
+from trilith.nn import AllReduced, ClippedBackward, DenseOnPs, FetchedRows, auc, pick_device
 from trilith.nn.bags import IdsLike
 from trilith.peers import PeerClient
 from trilith.pipelining import Fetch
 from trilith.serving.debugging import write_debugging_info
-from trilith_services.demo.click_files import ClickFiles
-from trilith_services.demo.clicks import ClickData, Parts
-from trilith_services.demo.models import BATCH_SIZE, ModelSettings
+from trilith_services.worker.config import WorkerConfig
 from trilith_services.worker.events import Emit
 from trilith_services.worker.meter import Meter
+from trilith_services.worker.position import Position
+from trilith_services.worker.task import Batch, Task
 
-__all__ = ["Position", "Trainer", "WorkerConfig", "save_checkpoint"]
+__all__ = ["Trainer", "save_checkpoint"]
 
 log = logging.getLogger(__name__)
 
@@ -48,158 +45,40 @@ STEP_EVERY = 8
 KEEP_CHECKPOINTS = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerConfig:
-    """What one worker does.
-
-    Attributes:
-        rank: This worker's number, from 0; decides its shard of the data. Rank 0 validates and saves.
-        world_size: Number of shards the data is cut into; an asynchronous run may have fewer or more workers at a time.
-        settings: The model.
-        batch_size: Samples per step.
-        epochs: Passes over the shard.
-        steps: Ends training after so many steps of this worker; 0 is no limit.
-        seed: Decides initial values and the order of samples.
-        dense: "ps": dense parameters on the PS, asynchronous; "allreduce": averaged every step, synchronous, as workers
-            that hold the rows themselves need it.
-        device: "cpu", "cuda" or "auto".
-        validate: Whether rank 0 scores the validation part after every epoch.
-        model_dir: Where checkpoints go; empty for none.
-        save_every: Steps of the cluster between two checkpoints by rank 0, which then saves also when all is done; 0:
-            only soon after the start, and only where there is no checkpoint yet.
-        state_file: Remembers the position, so that a worker that is started again goes on there; empty for none.
-        prefetch: Batches whose rows are looked up ahead; dense values are then read one step ahead.
-        async_push: Updates that may be on their way, of embeddings and of dense values; 0 waits for each. What the two
-            cost in staleness is written in `trilith.pipelining`; with both 0 every step sees all steps before it.
-        clip_norm: Bound on the norm of a step's gradients, those of rows and dense ones together; 0 is none.
-        lookup_queue: Where the workers hold the rows: batches whose rows their owners have found, and that wait to
-            travel.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    settings: ModelSettings
-    batch_size: int = BATCH_SIZE
-    epochs: int
-    steps: int = 0
-    seed: int = 0
-    dense: Literal["ps", "allreduce"] = "ps"
-    device: str = "cpu"
-    validate: bool = True
-    model_dir: str = ""
-    save_every: int = 0
-    state_file: str = ""
-    prefetch: int = 0
-    async_push: int = 0
-    clip_norm: float = 0.0
-    lookup_queue: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world_size:
-            raise InvalidRequestError(f"rank={self.rank} is outside 0..{self.world_size - 1}, world_size - 1")
-        for name, least in (
-            ("batch_size", 1),
-            ("epochs", 1),
-            ("steps", 0),
-            ("save_every", 0),
-            ("prefetch", 0),
-            ("async_push", 0),
-            ("lookup_queue", 0),
-        ):
-            if getattr(self, name) < least:
-                raise InvalidRequestError(f"{name}={getattr(self, name)} is below {least}")
-        if self.clip_norm < 0:
-            raise InvalidRequestError(f"clip_norm={self.clip_norm} is below 0; 0 does not clip")
-        if self.save_every and not self.model_dir:
-            raise InvalidRequestError(f"save_every={self.save_every} needs a model directory")
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Where in its shard a worker is: `batch` batches of epoch `epoch` are done, and `steps` in all."""
-
-    epoch: int = 0
-    batch: int = 0
-    steps: int = 0
-
-    @classmethod
-    def load(cls, path: str, config: WorkerConfig | None = None) -> Position:
-        """Read what `save` wrote; the start if there is no such file.
-
-        Raises:
-            InvalidRequestError: It counts other batches than `config` has, or is none.
-        """
-        if not path:
-            return cls()
-        try:
-            body = json.loads(Path(path).read_text())
-            place = cls(*(int(body[name]) for name in ("epoch", "batch", "steps")))
-        except FileNotFoundError:
-            return cls()
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidRequestError(
-                f"--state {path} does not say where a worker is ({error!r}); delete it to begin at the first sample"
-            ) from None
-        for name, value in _order_of_samples(config).items():
-            if body.get(name, value) != value:
-                raise InvalidRequestError(
-                    f"--state {path} counts batches of {name} {body[name]}, this run has {name} {value}: it would "
-                    "leave out samples never trained on; keep the flag, or delete the file to begin at the first"
-                )
-        return place
-
-    def save(self, path: str, config: WorkerConfig | None = None) -> None:
-        """Write in one step, with what the order of samples depends on."""
-        if path:
-            fresh = Path(f"{path}.{os.getpid()}")
-            fresh.write_text(json.dumps(asdict(self) | _order_of_samples(config)))
-            fresh.replace(path)
-
-
-def _order_of_samples(config: WorkerConfig | None) -> dict[str, int]:
-    if config is None:
-        return {}
-    names = ("rank", "world_size", "batch_size", "seed")
-    return {name: getattr(config, name) for name in names}
-
-
 class Trainer:
     """Trains until the epochs are done, `stop` says so, or the cluster cannot be reached.
 
     Args:
         config: What to do.
         client: An open `trilith.Client`, or the `PeerClient` of workers that hold the rows themselves.
-        parts: The whole data; the trainer takes its shard of the training part.
+        task: The model and the whole data, of which the trainer takes its shard.
         emit: Is told how it goes.
-        samples: Files of the training part, which are then read instead of it.
         clock: Source of Unix seconds, for checkpoint names.
     """
 
     def __init__(
         self,
         config: WorkerConfig,
-        client: Any,
-        parts: Parts,
+        client: Client | PeerClient,
+        task: Task,
         emit: Emit,
         *,
-        samples: ClickFiles | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
         self._client = client
-        self._peers = isinstance(client, PeerClient)
-        """Whether the rows are in the workers themselves, who then do everything together."""
+        self._task = task
         self._leads = config.rank == 0
+        self._together = isinstance(client, PeerClient)
+        """Whether the rows are in the workers themselves, who then save and validate together."""
+        self._saves = bool(config.model_dir) and (self._leads or self._together)
         self._emit = emit
         self._clock = clock
-        train = parts.train if samples is None else samples
-        self._shard = train.shard(config.rank, config.world_size)
-        self._validation = parts.validation
-        self._device = pick_device(config.device)
-        self.model = config.settings.on_cluster(
-            client, train.features, seed=config.seed, device=self._device, async_push=config.async_push
+        self._epochs = config.epochs or task.epochs
+        self._shard = task.train.shard(config.rank, config.world_size)
+        self.model = task.build(
+            client, seed=config.seed, device=pick_device(config.device), async_push=config.async_push
         )
-        assert isinstance(self.model.embeddings, EmbeddingCollection)
         self._embeddings = self.model.embeddings
         self._dense = self._make_dense()
         self._clipped: Callable[[torch.Tensor], None] | None = None
@@ -214,17 +93,22 @@ class Trainer:
         self._first_save = False  # whether there is no checkpoint yet that a PS could come back from
 
     def _make_dense(self) -> DenseOnPs | AllReduced:
-        settings, head = self._config.settings, self.model.head
-        if self._config.dense == "ps":
+        config, task, head = self._config, self._task, self.model.head
+        if not config.synchronous:
             return DenseOnPs(
                 self._client,
                 head,
-                settings.dense_optimizer(),
-                prefetch=self._config.prefetch > 0,
-                async_push=self._config.async_push,
+                task.dense_optimizer,
+                prefetch=config.prefetch > 0,
+                async_push=config.async_push,
             )
-        optimizer = settings.torch_optimizer(head.parameters(), dense=True)
-        return AllReduced(self._client, head, optimizer, stored_as=settings.dense_optimizer(), all_publish=self._peers)
+        return AllReduced(
+            self._client,
+            head,
+            task.torch_optimizer(head.parameters()),
+            stored_as=task.dense_optimizer,
+            all_publish=self._together,
+        )
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -232,21 +116,21 @@ class Trainer:
         """Train; returns whether all was done rather than stopped before."""
         config = self._config
         self._cluster_step = self._saved_step = self._client.global_step()
-        if (self._leads or self._peers) and config.model_dir:
+        if self._saves:
             self._check_model_dir()
         self._describe()
         self._emit(
             {"event": "start", "rank": config.rank, "total_steps": self._total_steps(), **asdict(self._position)}
         )
         try:
-            finished = self._epochs(stop)
+            finished = self._train(stop)
             self._drain()
         finally:
             self._embeddings.close()
             self._dense.close()
         self._count_steps(flush=True)
         unsaved = self._cluster_step != self._saved_step
-        if (self._peers and config.model_dir) or (self._leads and config.save_every and finished and unsaved):
+        if self._saves and (self._together or (config.save_every and finished and unsaved)):
             self._save()  # what workers hold themselves ends with them
         elif isinstance(self._dense, AllReduced):
             self._dense.publish()
@@ -254,9 +138,9 @@ class Trainer:
         self._emit({"event": "done" if finished else "stopped", "rank": config.rank, "samples": self._meter.samples})
         return finished
 
-    def _epochs(self, stop: Callable[[], bool]) -> bool:
+    def _train(self, stop: Callable[[], bool]) -> bool:
         config = self._config
-        while self._position.epoch < config.epochs:
+        while self._position.epoch < self._epochs:
             with self._embeddings.prefetch(
                 self._batches(), config.prefetch, ids=_ids, lookup_queue=config.lookup_queue
             ) as batches:
@@ -274,7 +158,7 @@ class Trainer:
             self._position = Position(self._position.epoch + 1, 0, self._position.steps)
             self._drain()
             self._position.save(config.state_file, config)
-            if config.validate and self._peers:
+            if config.validate and self._together:
                 if self._should_stop(stop):
                     return False
                 self._validate()
@@ -284,20 +168,20 @@ class Trainer:
 
     def _total_steps(self) -> int:
         batches = -(-self._samples_per_epoch // self._config.batch_size)
-        total = batches * self._config.epochs
+        total = batches * self._epochs
         return min(total, self._config.steps) if self._config.steps else total
 
     def _agree_on_samples(self) -> int:
         """Samples per epoch: all-reduce needs as many steps from everyone, so there the smallest shard counts."""
         size = len(self._shard)
-        return size if self._config.dense == "ps" else _all_reduced(size, distributed.ReduceOp.MIN)
+        return _all_reduced(size, distributed.ReduceOp.MIN) if self._config.synchronous else size
 
     def _should_stop(self, stop: Callable[[], bool]) -> bool:
         """Whether to stop; with all-reduce everyone stops as soon as anyone must, or the rest would wait forever."""
         wanted = stop()
-        return wanted if self._config.dense == "ps" else bool(_all_reduced(int(wanted), distributed.ReduceOp.MAX))
+        return bool(_all_reduced(int(wanted), distributed.ReduceOp.MAX)) if self._config.synchronous else wanted
 
-    def _batches(self) -> Iterator[ClickData]:
+    def _batches(self) -> Iterator[Batch]:
         """What is left of the present epoch; its order depends on seed, epoch and rank only."""
         config, at = self._config, self._position
         return self._shard.epoch(
@@ -309,7 +193,7 @@ class Trainer:
         self._guarded(self._embeddings.drain)
         self._guarded(self._dense.drain)
 
-    def _step(self, batch: ClickData, fetched: Fetch[FetchedRows]) -> None:
+    def _step(self, batch: Batch, fetched: Fetch[FetchedRows]) -> None:
         """Forward, backward, and both kinds of parameters stepped."""
         try:
             self._dense.pull()
@@ -398,7 +282,8 @@ class Trainer:
     def _validate(self) -> None:
         if isinstance(self._dense, DenseOnPs):
             self._dense.pull()
-        score = auc(self._validation.labels, self.model.predict(self._validation))
+        samples = self._task.validation
+        score = auc(samples.labels, self.model.predict(samples))
         if not self._leads:
             return
         self._emit({"event": "validation", "rank": 0, "epoch": self._position.epoch, "auc": score})
@@ -412,7 +297,7 @@ class Trainer:
         """
         directory = self._config.model_dir
         newest = newest_complete(directory)
-        self._first_save = newest is None if not self._peers else self._cluster_step == 0
+        self._first_save = self._cluster_step == 0 if self._together else newest is None
         if newest is None:
             return
         step = read_manifest(newest.path).global_step
@@ -425,7 +310,7 @@ class Trainer:
 
     def _save_if_due(self) -> None:
         config = self._config
-        if not (self._leads or self._peers) or not config.model_dir:
+        if not self._saves:
             return
         if self._first_save and self._cluster_step > self._saved_step:
             self._first_save = False
@@ -459,7 +344,7 @@ class Trainer:
         self._emit({"event": "saved", "rank": self._config.rank, "path": path, "step": step})
 
 
-def _ids(batch: ClickData) -> Mapping[str, IdsLike]:
+def _ids(batch: Batch) -> Mapping[str, IdsLike]:
     return batch.features
 
 

@@ -1,0 +1,52 @@
+"""Options as dataclass fields that say what their flags are: commands make flags of them, and configs of the flags."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import Field, field, fields
+from typing import Any
+
+__all__ = ["argv_of", "flags_of", "like", "option"]
+
+
+def option(
+    default: Any, about: str, *, least: float | None = None, name: str = "", secret: bool = False, **how: Any
+) -> Any:
+    """A field that is a flag.
+
+    Args:
+        default: Where the flag is left out.
+        about: What it says in --help.
+        least: The smallest number.
+        name: The flag's, if it is not the field's.
+        secret: Whether it stays out of what is printed.
+        **how: What else `typer.Option` takes.
+    """
+    return field(default=default, repr=not secret, metadata={"flag": name, "how": {"help": about, "min": least, **how}})
+
+
+def like(config: type[Any], name: str) -> Any:
+    """A field that is the same flag as another config's."""
+    (same,) = (each for each in fields(config) if each.name == name)
+    return field(default=same.default, metadata=same.metadata)
+
+
+def flags_of(config: Any) -> Iterator[tuple[str, Field[Any]]]:
+    """The fields of a dataclass that are flags, each with the flag's name."""
+    for each in fields(config):
+        if "flag" in each.metadata:
+            yield each.metadata["flag"] or "--" + each.name.replace("_", "-"), each
+
+
+def argv_of(config: Any) -> list[str]:
+    """The flags that give this config; those that are at their defaults are left out."""
+    argv: list[str] = []
+    for flag, each in flags_of(config):
+        value = getattr(config, each.name)
+        if value == each.default:
+            continue
+        if isinstance(value, bool):
+            argv.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            argv += [flag, str(value)]
+    return argv
