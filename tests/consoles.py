@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from trilith_services.console.server import ConsoleServer, bind
+from trilith_services.console.app import make_server
 from trilith_services.console.watcher import Watcher, WatchOptions
 
 INTERVAL_S = 0.1
@@ -68,7 +68,7 @@ def open_console(
 ) -> Iterator[Console]:
     """A console on a free port."""
     watcher = Watcher(cluster, WatchOptions(**{"interval_s": INTERVAL_S, "timeout_s": 2.0} | options))
-    server = ConsoleServer(watcher, bind("127.0.0.1:0"), writable=writable, hosts=hosts)
+    server = make_server(watcher, "127.0.0.1:0", writable=writable, hosts=hosts)
     thread = threading.Thread(target=server.serve_until_told)
     thread.start()
     try:

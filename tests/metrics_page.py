@@ -35,6 +35,7 @@ def metrics_page() -> str:
     stats.replica.as_of = 1
     of_ps.watch(lambda: stats)
     of_entry = EntryMetrics()
+    of_entry.called("Predict", "OK", 0.1)
     status = serving_pb2.ModelStatusResponse()
     status.replicas.add()
     of_entry.watch(lambda: status)

@@ -21,8 +21,8 @@ from trilith_services.cli import main
 from trilith_services.console.reader import Reader, age_histogram, norm_histogram
 from trilith_services.console.sampling import Sample, quantile
 from trilith_services.console.schema import number, numbers
-from trilith_services.console.server import bind
 from trilith_services.console.watcher import Watcher
+from trilith_services.listening import bind_address as bind
 from trilith_services.ps.process.server import ParameterServer
 from trilith_services.ps.process.shard import LocalShard
 

@@ -8,7 +8,8 @@ import urllib.request
 
 import pytest
 
-from trilith_services.serving.http import HttpServer, make_app
+from trilith_services.http.server import HttpServer
+from trilith_services.serving.http import make_app
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ from trilith.tables import Sgd, table_config
 from trilith_proto import serving_pb2
 from trilith_proto.example_pb2 import Example
 from trilith_proto.proto_parser_pb2 import Instance
-from trilith_services.serving.http import HttpServer, make_app
+from trilith_services.http.server import HttpServer
+from trilith_services.serving.http import make_app
 from trilith_services.serving.metrics import EntryMetrics
 from trilith_services.serving.servicer import PredictionServicer
 from trilith_services.serving.unknown import UnknownPolicy

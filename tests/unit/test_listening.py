@@ -12,18 +12,18 @@ import click
 import pytest
 import typer
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
 
 from trilith.errors import UnavailableError
 from trilith_services.cli import app
-from trilith_services.console.server import ConsoleServer
-from trilith_services.console.server import bind as bind_console
+from trilith_services.console.app import make_server
 from trilith_services.console.watcher import Watcher
-from trilith_services.grpc.listening import bind, is_loopback, reached_by_others, warn_if_exposed
 from trilith_services.grpc.serve import Server
-from trilith_services.ps.process.metrics import Metrics
+from trilith_services.http.metrics import MetricsServer
+from trilith_services.http.server import HttpServer
+from trilith_services.listening import bind, is_loopback, reached_by_others, warn_if_exposed
 from trilith_services.ps.process.replica_server import ReplicaOptions
 from trilith_services.ps.process.server import PsOptions
-from trilith_services.serving.http import HttpServer
 from trilith_services.worker.config import WorkerConfig
 
 ROOT = Path(__file__).parents[2]
@@ -80,15 +80,13 @@ def served_on(host: str, kind: str) -> None:
         server.listen(f"{host}:0")
         server.stop(0)
     elif kind == "metrics":
-        metrics = Metrics()
-        metrics.serve(0, ready=lambda: True, host=host)
-        metrics.close()
+        MetricsServer(CollectorRegistry(), host, 0, ready=lambda: True).stop()
     elif kind == "HTTP":
         http = HttpServer(FastAPI(), f"{host}:0")
         http.start()
         http.stop()
     else:
-        console = ConsoleServer(Watcher("static://127.0.0.1:1"), bind_console(f"{host}:0"))
+        console = make_server(Watcher("static://127.0.0.1:1"), f"{host}:0")
         console.should_exit = True
         console.serve_until_told()
 
@@ -104,17 +102,15 @@ def test_who_listens_beyond_this_machine_says_so_once_and_loudly(kind, caplog) -
     assert "in plain text and without a login" in told
 
 
-def test_metrics_are_on_loopback_unless_told_otherwise_and_may_be_on_ipv6() -> None:
+def test_metrics_may_be_on_ipv6() -> None:
     for host in ("127.0.0.1", "::1"):
-        metrics = Metrics()
-        port = metrics.serve(0, ready=lambda: True, **({} if host == "127.0.0.1" else {"host": host}))
-        with socket.create_connection((host, port), timeout=20) as stream:
+        metrics = MetricsServer(CollectorRegistry(), host, 0, ready=lambda: True)
+        with socket.create_connection((host, metrics.port), timeout=20) as stream:
             stream.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
             assert b"200 OK" in stream.recv(100)
-        other = Metrics()
-        with pytest.raises(UnavailableError, match=f"cannot listen on .*:{port}: Address already in use"):
-            other.serve(port, ready=lambda: True, host=host)
-        metrics.close()
+        with pytest.raises(UnavailableError, match=f"cannot listen on .*:{metrics.port}: Address already in use"):
+            MetricsServer(CollectorRegistry(), host, metrics.port, ready=lambda: True)
+        metrics.stop()
 
 
 def test_a_taken_address_is_told_of_by_the_entrys_http_too() -> None:

@@ -10,9 +10,11 @@ import urllib.error
 import urllib.request
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from trilith.errors import InvalidRequestError
 from trilith_proto import ps_pb2
+from trilith_services.http.metrics import MetricsServer
 from trilith_services.logs import setup_logging
 from trilith_services.ps.process.metrics import Metrics
 from trilith_services.sizes import parse_bytes
@@ -92,12 +94,12 @@ def test_metrics_are_served_over_http():
         tables=[ps_pb2.TableStats(table="user", rows=7, bytes=900, lookup_ids=10, lookup_hits=4)], queued_requests=3
     )
     metrics.watch(lambda: stats)
-    port = metrics.serve(0, ready=lambda: True, host="127.0.0.1")
+    server = MetricsServer(metrics.registry, "127.0.0.1", 0, ready=lambda: True)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as reply:
             text = reply.read().decode()
     finally:
-        metrics.close()
+        server.stop()
     for line in (
         'trilith_ps_requests_total{method="Lookup",status="OK"} 1.0',
         'trilith_ps_requests_total{method="Lookup",status="NOT_FOUND"} 1.0',
@@ -112,14 +114,13 @@ def test_metrics_are_served_over_http():
         "trilith_ps_queue_calls 3.0",
     ):
         assert line in text.splitlines()
-    assert metrics.requests() == {"Lookup": 2}
+    assert (metrics.totals()["Lookup"].calls, metrics.totals()["Lookup"].failures) == (2, 1)
 
 
 def test_health_over_http_says_whether_calls_are_answered():
     ready = threading.Event()
-    metrics = Metrics()
-    port = metrics.serve(0, ready=ready.is_set, host="127.0.0.1")
-    url = f"http://127.0.0.1:{port}/healthz"
+    server = MetricsServer(CollectorRegistry(), "127.0.0.1", 0, ready=ready.is_set)
+    url = f"http://127.0.0.1:{server.port}/healthz"
     try:
         with pytest.raises(urllib.error.HTTPError, match="503"):
             urllib.request.urlopen(url)
@@ -127,4 +128,4 @@ def test_health_over_http_says_whether_calls_are_answered():
         with urllib.request.urlopen(url) as reply:
             assert (reply.status, reply.read()) == (200, b"ok\n")
     finally:
-        metrics.close()
+        server.stop()

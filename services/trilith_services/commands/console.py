@@ -76,7 +76,7 @@ def console(
     from trilith_services.logs import setup_logging
 
     need("fastapi", "uvicorn", extra="console")
-    from trilith_services.console.server import ConsoleServer, bind
+    from trilith_services.console.app import make_server
     from trilith_services.console.watcher import Watcher, WatchOptions
 
     setup_logging(log_format.value, level=log_level.value, role={"role": "console"})
@@ -92,4 +92,4 @@ def console(
     )
     where = cluster or (info.cluster if info is not None else "")
     hosts = [*(allowed_host or []), listen.rpartition(":")[0]]
-    ConsoleServer(Watcher(where, options), bind(listen), writable=allow_writes, hosts=hosts).serve_until_told()
+    make_server(Watcher(where, options), listen, writable=allow_writes, hosts=hosts).serve_until_told()

@@ -97,7 +97,7 @@ def entry(
     need("torch", "safetensors", "fastapi", "uvicorn", extra="serving")
     from trilith.discovery.serving import ServingDirectory
     from trilith.ops.memory import tune_allocator
-    from trilith_services.grpc.listening import reached_by_others
+    from trilith_services.listening import reached_by_others
     from trilith_services.logs import setup_logging
     from trilith_services.serving.replica_lists import ListedReplicas, ReplicaList, open_replica_list
     from trilith_services.serving.server import Entry, EntryOptions

@@ -135,7 +135,7 @@ def ps(
     from trilith.errors import InvalidRequestError
     from trilith.ops.memory import tune_allocator
     from trilith_services import sizes
-    from trilith_services.grpc.listening import reached_by_others
+    from trilith_services.listening import reached_by_others
     from trilith_services.logs import setup_logging
     from trilith_services.ps.process.server import ParameterServer, PsOptions
     from trilith_services.ps.process.shard import LocalShard

@@ -16,8 +16,9 @@ from trilith_services.console.guard import Guard
 from trilith_services.console.reader import Reader
 from trilith_services.console.watcher import Watcher
 from trilith_services.http.failures import answer_failures
+from trilith_services.http.server import HttpServer
 
-__all__ = ["make_app"]
+__all__ = ["make_app", "make_server"]
 
 _TYPES = {"css": "text/css", "html": "text/html", "js": "text/javascript", "svg": "image/svg+xml"}
 _PAGES = {"/": "index.html", "/docs": "docs.html"}
@@ -29,6 +30,8 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+
+_DRAIN_S = 3.0
 
 _Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
@@ -71,6 +74,13 @@ def make_app(watcher: Watcher, *, writable: bool = False, hosts: Collection[str]
     app.include_router(api.routes(watcher, reader, writable=writable))
     _add_pages(app)
     return app
+
+
+def make_server(watcher: Watcher, listen: str, *, writable: bool = False, hosts: Collection[str] = ()) -> HttpServer:
+    """A server of one console at host:port; see `make_app`."""
+    # Open streams of events would hold the end up: the watcher ends them first.
+    app = make_app(watcher, writable=writable, hosts=hosts)
+    return HttpServer(app, listen, what="the console", drain_s=_DRAIN_S, ending=watcher.dismiss)
 
 
 def _add_pages(app: FastAPI) -> None:

@@ -34,8 +34,8 @@ from grpc_reflection.v1alpha import reflection
 from trilith.config import LARGEST_MESSAGE, MAX_MESSAGE_BYTES
 from trilith.errors import InvalidRequestError, OverloadedError, UnavailableError
 from trilith.rpc.remote import ERROR_KEY
-from trilith_services.grpc.listening import warn_if_exposed
 from trilith_services.grpc.streams import Streams
+from trilith_services.listening import warn_if_exposed
 
 __all__ = ["LIVE", "Limits", "Method", "Server", "serve"]
 
@@ -262,6 +262,11 @@ class Server:
         self._server.start()
         warn_if_exposed("gRPC", address.rpartition(":")[0], port)
         return port
+
+    @property
+    def serving(self) -> bool:
+        """What health checks are told."""
+        return bool(self._serving)
 
     def set_serving(self, serving: bool) -> None:
         """Tell health checks; saying the same again disturbs nobody."""

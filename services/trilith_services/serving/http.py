@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import base64
-import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse, Response
@@ -18,14 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trilith.errors import InvalidRequestError, TrilithError
 from trilith_proto import serving_pb2
-from trilith_services.grpc.listening import bind, warn_if_exposed
 from trilith_services.http.failures import FAILURES, answer_failures
 from trilith_services.serving.metrics import EntryMetrics
 from trilith_services.serving.servicer import PredictionServicer
 
-__all__ = ["HttpServer", "PredictBody", "make_app"]
-
-_START_S = 10.0
+__all__ = ["PredictBody", "make_app"]
 
 
 class PredictBody(BaseModel):
@@ -133,35 +127,3 @@ def _rows(output: serving_pb2.PredictOutput) -> list[Any]:
     values = np.where(np.isfinite(values), values, np.nan)
     found: list[Any] = (values if output.width == 1 else values.reshape(-1, output.width)).tolist()
     return [None if each != each else each for each in found] if output.width == 1 else found
-
-
-class HttpServer:
-    """Serves an app on a thread."""
-
-    def __init__(self, app: FastAPI, listen: str) -> None:
-        """Listen on host:port; port 0 takes a free one.
-
-        Raises:
-            UnavailableError: The address cannot be bound.
-        """
-        host, _, port = listen.rpartition(":")
-        config = uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, lifespan="off")
-        self._socket = bind(host, int(port))
-        self.port: int = self._socket.getsockname()[1]
-        warn_if_exposed("HTTP", host, self.port)
-        self._server = uvicorn.Server(config)
-        run: Callable[[], None] = lambda: self._server.run(sockets=[self._socket])  # noqa: E731
-        self._thread = threading.Thread(target=run, name="http", daemon=True)
-
-    def start(self) -> None:
-        """Begin to answer."""
-        self._thread.start()
-        until = time.monotonic() + _START_S
-        while not self._server.started and self._thread.is_alive() and time.monotonic() < until:
-            time.sleep(0.005)
-
-    def stop(self) -> None:
-        """End, after the requests that are on their way."""
-        self._server.should_exit = True
-        self._thread.join(_START_S)
-        self._socket.close()

@@ -2,81 +2,61 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from trilith_proto import serving_pb2
+from trilith_services.grpc.calls import CallMetrics
 
 __all__ = ["EntryMetrics"]
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
-class EntryMetrics:
-    """Counts what an entry does; thread-safe. Implements `rpc.Observer`."""
+class EntryMetrics(CallMetrics):
+    """Counts what an entry does; thread-safe."""
 
     def __init__(self) -> None:
         """Make an empty registry."""
-        self.registry = CollectorRegistry()
-        self._requests = 0
-        self._failures = 0
-        self._scored = 0
-        self._request_seconds = 0.0
-        self._buckets = [0] * (len(_BUCKETS) + 1)
+        super().__init__("trilith_serving_", ("calls", "Calls."), ("seconds", "Time to answer."), _BUCKETS)
+        registry = self.registry
         self._started = time.monotonic()
-        self._lock = threading.Lock()
-        self._seconds = Histogram(
-            "trilith_serving_seconds", "Time to answer.", ["method"], buckets=_BUCKETS, registry=self.registry
-        )
-        self._calls = Counter("trilith_serving_calls_total", "Calls.", ["method", "status"], registry=self.registry)
-        self._records = Counter("trilith_serving_records_total", "Records scored.", registry=self.registry)
+        self._records = Counter("trilith_serving_records_total", "Records scored.", registry=registry)
         self._unknown = Counter(
             "trilith_serving_unknown_features_total",
             "Features in requests that the model does not know; left out.",
             ["form"],
-            registry=self.registry,
+            registry=registry,
         )
-        self._refused = Counter("trilith_serving_refused_total", "Calls turned away.", registry=self.registry)
-        self._loads = Counter("trilith_serving_model_loads_total", "Versions loaded.", registry=self.registry)
-        self._version = Gauge("trilith_serving_model_version", "Version in use.", registry=self.registry)
-        ProcessCollector(registry=self.registry)
-
-    def called(self, method: str, status: str, seconds: float) -> None:
-        """See `rpc.Observer`."""
-        self._seconds.labels(method).observe(seconds)
-        self._calls.labels(method, status).inc()
-        if method.startswith("Predict"):
-            with self._lock:
-                self._requests += 1
-                self._failures += status != "OK"
-                self._request_seconds += seconds
-                self._buckets[bisect_left(_BUCKETS, seconds)] += 1
+        self._refused = Counter("trilith_serving_refused_total", "Calls turned away.", registry=registry)
+        self._loads = Counter("trilith_serving_model_loads_total", "Versions loaded.", registry=registry)
+        self._version = Gauge("trilith_serving_model_version", "Version in use.", registry=registry)
+        ProcessCollector(registry=registry)
 
     def scored(self, records: int) -> None:
         """So many records were."""
         self._records.inc(records)
-        with self._lock:
-            self._scored += records
 
     def unknown(self, form: str, features: int) -> None:
         """So many features were left out of requests in a form, "json" or "records"."""
         self._unknown.labels(form).inc(features)
 
-    def describe(self, status: serving_pb2.ModelStatusResponse) -> None:
+    def add_requests(self, status: serving_pb2.ModelStatusResponse) -> None:
         """Put into `status` what requests added up to."""
         status.uptime_seconds = time.monotonic() - self._started
-        status.latency_bounds.extend(_BUCKETS)
-        with self._lock:
-            status.requests, status.failures, status.records = self._requests, self._failures, self._scored
-            status.request_seconds = self._request_seconds
-            status.latency_buckets.extend(self._buckets)
+        status.latency_bounds.extend(self.bounds)
+        asked = [totals for method, totals in self.totals().items() if method.startswith("Predict")]
+        status.requests = sum(totals.calls for totals in asked)
+        status.failures = sum(totals.failures for totals in asked)
+        status.request_seconds = sum(totals.seconds for totals in asked)
+        none = [0] * (len(self.bounds) + 1)
+        status.latency_buckets.extend(map(sum, zip(none, *(totals.buckets for totals in asked), strict=True)))
+        status.records = int(next(iter(self._records.collect())).samples[0].value)
 
     def refused(self) -> None:
         """A call was turned away."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trilith.errors import InvalidRequestError
 from trilith.runtime.waiting import Wait
-from trilith_services.grpc.serve import Limits, Server
-from trilith_services.grpc.server_process import Announcement, ServerProcess
+from trilith_services.grpc.serve import Server
+from trilith_services.grpc.server_process import HttpSide, ProcessOptions, ServerProcess
 from trilith_services.serving.metrics import EntryMetrics
 from trilith_services.serving.models import Models
 from trilith_services.serving.servicer import SERVICE, PredictionServicer
@@ -18,7 +18,6 @@ from trilith_services.serving.unknown import UnknownPolicy
 
 if TYPE_CHECKING:
     from trilith.discovery.serving import ServingTask
-    from trilith_services.serving.http import HttpServer
     from trilith_services.serving.replica_lists import ReplicaList
 
 __all__ = ["Entry", "EntryOptions"]
@@ -29,23 +28,19 @@ _HEALTH_EVERY_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EntryOptions:
+class EntryOptions(ProcessOptions):
     """How an entry runs.
 
     Attributes:
-        limits: Threads, queue and messages.
-        http: host:port of the HTTP form; empty: none.
+        http: host:port of the HTTP form, with metrics; empty: none.
         poll_s: Seconds between two looks for a newer export.
         deadline_s: Seconds that looking rows up may take, where the caller's deadline is later or missing.
         max_records: Most that a request may hold.
         threads: That standalone rows are read with; None: one per core.
         unknown: Whose features that the model does not know are refused.
         replica: Its number among the entries; None: one that ZooKeeper gives.
-        advertise: host:port to announce, port 0 for the one served on; empty: the host listened on, or this machine's
-            if that is every interface.
     """
 
-    limits: Limits = field(default_factory=Limits)
     http: str = ""
     poll_s: float = 1.0
     deadline_s: float = 1.0
@@ -53,7 +48,6 @@ class EntryOptions:
     threads: int | None = None
     unknown: UnknownPolicy = UnknownPolicy.json
     replica: int | None = None
-    advertise: str = ""
 
     def __post_init__(self) -> None:
         for name in ("poll_s", "deadline_s", "max_records"):
@@ -61,7 +55,7 @@ class EntryOptions:
                 raise InvalidRequestError(f"{name}={getattr(self, name)} is not above 0")
 
 
-class Entry(ServerProcess):
+class Entry(ServerProcess[EntryOptions]):
     """Serves the exports of one directory."""
 
     def __init__(
@@ -81,7 +75,7 @@ class Entry(ServerProcess):
             listed: Where the entry is announced, for clients to ask; closed in the end.
         """
         self._base = base
-        self._options = options = options or EntryOptions()
+        options = options or EntryOptions()
         self.metrics = EntryMetrics()
         self.models = Models(
             base,
@@ -99,25 +93,29 @@ class Entry(ServerProcess):
         )
         self.metrics.watch(self.servicer.status)
         server = Server(SERVICE, self.servicer.methods(), limits=options.limits, refused=self.metrics.refused)
-        super().__init__(server, advertise=options.advertise)
-        self._http: HttpServer | None = None
+        super().__init__(server, options, self.metrics.registry, listed=listed, number=options.replica)
         self._health = threading.Thread(target=self._watch_health, name="entry-health", daemon=True)
-        self._announcement = Announcement(listed, options.replica, where=lambda: self.address)
 
     @property
     def http_port(self) -> int | None:
         """Where HTTP is answered, once `prepare` has begun."""
         return self._http.port if self._http is not None else None
 
-    def prepare(self) -> None:
-        """Answer HTTP, wait for the first export, and follow newer ones; afterwards there are scores to be had."""
+    def _open_http(self) -> HttpSide | None:
         options = self._options
-        if options.http:
-            from trilith_services.serving.http import HttpServer, make_app
+        if not options.http:
+            return super()._open_http()
+        from trilith_services.http.server import HttpServer
+        from trilith_services.serving.http import make_app
 
-            self._http = HttpServer(make_app(self.servicer, self.metrics), options.http)
-            self._http.start()
-            log.info("http", extra={"port": self._http.port})
+        http = HttpServer(make_app(self.servicer, self.metrics), options.http, drain_s=options.limits.drain_s)
+        http.start()
+        log.info("http", extra={"port": http.port})
+        return http
+
+    def _get_ready(self) -> None:
+        """Wait for the first export, and follow newer ones; afterwards there are scores to be had."""
+        options = self._options
         self._announcement.say(available=False)
         with Wait(f"an export in {self._base} that can be served", most=None) as waiting:
             while not self.models.refresh() and not self._stopping.wait(min(options.poll_s, 0.2)):
@@ -142,10 +140,8 @@ class Entry(ServerProcess):
     def _leave(self) -> None:
         if self._health.is_alive():
             self._health.join()
-        self._announcement.withdraw()
+        super()._leave()
 
     def _finish(self) -> None:
-        if self._http is not None:
-            self._http.stop()
+        super()._finish()
         self.models.close()
-        self._announcement.close()

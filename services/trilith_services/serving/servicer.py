@@ -153,7 +153,7 @@ class PredictionServicer:
         status = serving_pb2.ModelStatusResponse(
             load_error=models.load_error, rows_as_of=models.as_of, incarnation=self._incarnation
         )
-        self._metrics.describe(status)
+        self._metrics.add_requests(status)
         current = models.current
         if current is not None:
             manifest, config = current.manifest, current.model.config

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from trilith.discovery.urls import CLUSTER_FORMS
 from trilith.errors import InvalidRequestError
-from trilith_services.grpc.listening import LOOPBACK
+from trilith_services.listening import LOOPBACK
 from trilith_services.options import flags_of, option
 
 __all__ = ["Dense", "Mode", "WorkerConfig"]

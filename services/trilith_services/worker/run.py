@@ -12,18 +12,17 @@ from types import FrameType
 from typing import Any
 
 import torch
-from prometheus_client import start_http_server
+from prometheus_client import REGISTRY
 from torch import distributed
 
 from trilith.client import Client
 from trilith.connect import connect
 from trilith.discovery.zk_url import redact
-from trilith.errors import UnavailableError
 from trilith.nn import pick_device
 from trilith.peers import PeerClient, connect_peers
 from trilith.runtime.machine import cores
 from trilith.runtime.waiting import Wait
-from trilith_services.grpc.listening import warn_if_exposed
+from trilith_services.http.metrics import MetricsServer
 from trilith_services.worker.config import Mode, WorkerConfig
 from trilith_services.worker.events import Emit, EventLog
 from trilith_services.worker.task import Task
@@ -128,18 +127,11 @@ def _metrics(config: WorkerConfig) -> Iterator[None]:
     if port is None:
         yield
         return
-    try:
-        server, thread = start_http_server(port, host)
-    except OSError as error:
-        raise UnavailableError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
-    warn_if_exposed("metrics", host, server.server_port)
-    log.info("metrics", extra={"port": server.server_port})
+    server = MetricsServer(REGISTRY, host, port, ready=lambda: True)
     try:
         yield
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        server.stop()
 
 
 def _client(config: WorkerConfig, model_name: str) -> Client | PeerClient:

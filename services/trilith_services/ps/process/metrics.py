@@ -5,112 +5,59 @@ Names end in their unit, counters in `_total`; labels are few and bounded: metho
 
 from __future__ import annotations
 
-import copy
-import logging
-import threading
-from bisect import bisect_left
-from collections.abc import Callable, Iterable
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import WSGIRequestHandler
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from trilith_proto import ps_pb2
-from trilith_services.grpc.listening import LOOPBACK, bind, warn_if_exposed
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from wsgiref.simple_server import WSGIServer
+from trilith_services.grpc.calls import CallMetrics
 
 __all__ = ["Metrics"]
 
-log = logging.getLogger(__name__)
+_S = TypeVar("_S")
 
 _BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
 
 
-class _Tally:
-    """What calls of one method added up to."""
-
-    __slots__ = ("buckets", "ids", "received", "seconds", "sent", "statuses")
-
-    def __init__(self) -> None:
-        self.statuses: dict[str, int] = {}
-        self.buckets = [0] * (len(_BUCKETS) + 1)
-        self.seconds = 0.0
-        self.ids = self.received = self.sent = 0
-
-
-class Metrics:
-    """Counts what a PS does; thread-safe. Implements `rpc.Observer`.
-
-    What every call touches is counted in plain numbers under one lock and made into Prometheus samples when somebody
-    scrapes: half a dozen of the library's counters would cost a small lookup as much as its rows.
-    """
+class Metrics(CallMetrics):
+    """Counts what a PS does; thread-safe."""
 
     def __init__(self) -> None:
         """Make an empty registry."""
-        self.registry = CollectorRegistry()
-        self._server: WSGIServer | None = None
-        self._lock = threading.Lock()
-        self._tallies: dict[str, _Tally] = {}
+        super().__init__(
+            "trilith_ps_",
+            ("requests", "Calls answered."),
+            ("rpc_seconds", "Time spent in a servicer method, queueing excluded."),
+            _BUCKETS,
+        )
+        registry = self.registry
         self._refused = Counter(
-            "trilith_ps_refused_total", "Calls refused because the queue was full.", registry=self.registry
+            "trilith_ps_refused_total", "Calls refused because the queue was full.", registry=registry
         )
         self._checkpoint_seconds = Histogram(
             "trilith_ps_checkpoint_seconds",
             "Time to write this PS's part of a checkpoint.",
             buckets=(0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800),
-            registry=self.registry,
+            registry=registry,
         )
         self._checkpoint_bytes = Gauge(
-            "trilith_ps_checkpoint_bytes", "Size of the last part written.", registry=self.registry
+            "trilith_ps_checkpoint_bytes", "Size of the last part written.", registry=registry
         )
         self._checkpoint_failures = Counter(
-            "trilith_ps_checkpoint_failures_total", "Checkpoints that failed.", registry=self.registry
+            "trilith_ps_checkpoint_failures_total", "Checkpoints that failed.", registry=registry
         )
         self._complete_time = Gauge(
             "trilith_ps_last_complete_checkpoint_time_seconds",
             "When the newest checkpoint of all PS became complete, Unix seconds; 0: none yet.",
-            registry=self.registry,
+            registry=registry,
         )
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
-        self.registry.register(_CallCollector(self))
-
-    def called(self, method: str, status: str, seconds: float) -> None:
-        """See `rpc.Observer`."""
-        bucket = bisect_left(_BUCKETS, seconds)
-        with self._lock:
-            tally = self._tally(method)
-            tally.statuses[status] = tally.statuses.get(status, 0) + 1
-            tally.buckets[bucket] += 1
-            tally.seconds += seconds
-
-    def carried(self, method: str, ids: int, received: int, sent: int) -> None:
-        """A call of `method` carried so many ids, in a request of `received` bytes answered by `sent`."""
-        with self._lock:
-            tally = self._tally(method)
-            tally.ids += ids
-            tally.received += received
-            tally.sent += sent
-
-    def _tally(self, method: str) -> _Tally:
-        tally = self._tallies.get(method)
-        if tally is None:
-            tally = self._tallies[method] = _Tally()
-        return tally
-
-    def tallies(self) -> dict[str, _Tally]:
-        """A copy of what calls added up to, by method."""
-        with self._lock:
-            return copy.deepcopy(self._tallies)
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
 
     def refused(self) -> None:
         """A call was refused because the queue was full."""
@@ -128,67 +75,34 @@ class Metrics:
         """The newest complete checkpoint of all PS became so at `time_s`, Unix seconds."""
         self._complete_time.set(time_s)
 
-    def requests(self) -> dict[str, int]:
-        """Calls answered so far, by method."""
-        with self._lock:
-            return {method: sum(tally.statuses.values()) for method, tally in self._tallies.items()}
-
     def add_methods(self, stats: ps_pb2.StatsResponse) -> None:
         """Put into `stats` what calls added up to, by method, with their times."""
-        stats.latency_bounds.extend(_BUCKETS)
-        for method, tally in sorted(self.tallies().items()):
-            calls = sum(tally.statuses.values())
-            failures = calls - tally.statuses.get("OK", 0)
+        stats.latency_bounds.extend(self.bounds)
+        for method, totals in self.totals().items():
+            stats.requests[method] = totals.calls
             stats.methods.add(
-                method=method, calls=calls, failures=failures, seconds=tally.seconds, buckets=tally.buckets
+                method=method,
+                calls=totals.calls,
+                failures=totals.failures,
+                seconds=totals.seconds,
+                buckets=totals.buckets,
             )
+
+    def collect(self) -> Iterable[Metric]:
+        """See `Collector`."""
+        ids = CounterMetricFamily("trilith_ps_ids", "Ids in requests.", labels=["method"])
+        size = CounterMetricFamily(
+            "trilith_ps_message_bytes", "Bytes of messages that carry arrays.", labels=["method", "direction"]
+        )
+        for method, totals in self.totals().items():
+            ids.add_metric([method], totals.ids)
+            size.add_metric([method, "received"], totals.received)
+            size.add_metric([method, "sent"], totals.sent)
+        return [*super().collect(), ids, size]
 
     def watch(self, stats: Callable[[], ps_pb2.StatsResponse]) -> None:
         """Export a shard's own numbers, read when somebody scrapes."""
         self.registry.register(_ShardCollector(stats))
-
-    def serve(self, port: int, *, ready: Callable[[], bool], host: str = LOOPBACK) -> int:
-        """Answer GET /metrics, and GET /healthz with 200 if `ready` and else 503, on a thread until `close`.
-
-        Returns the port; `port` 0 takes any free one.
-
-        Raises:
-            UnavailableError: The address is taken, or not this machine's.
-        """
-        scrape = make_wsgi_app(self.registry)
-
-        def answer(environ: dict[str, Any], start_response: Any) -> Any:
-            if environ["PATH_INFO"] != "/healthz":
-                return scrape(environ, start_response)
-            status, body = ("200 OK", b"ok\n") if ready() else ("503 Service Unavailable", b"not serving\n")
-            start_response(status, [("Content-Type", "text/plain")])
-            return [body]
-
-        server = ThreadingWSGIServer((host, port), _Silent, bind_and_activate=False)
-        server.socket.close()  # one of IPv4
-        server.socket = bind(host, port)
-        server.server_name, server.server_port = host, server.socket.getsockname()[1]
-        server.setup_environ()
-        server.set_app(answer)
-        self._server = server
-        warn_if_exposed("metrics", host, server.server_port)
-        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
-        log.info("metrics", extra={"port": server.server_port})
-        return server.server_port
-
-    def close(self) -> None:
-        """End `serve`, if it was called; harmless when repeated."""
-        server, self._server = self._server, None
-        if server is not None:
-            server.shutdown()
-            server.server_close()
-
-
-class _Silent(WSGIRequestHandler):
-    """Scrapes and health checks are no news."""
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the name it overrides)
-        """Say nothing."""
 
 
 _TABLE_GAUGES: Mapping[str, tuple[str, Callable[[ps_pb2.TableStats], float]]] = {
@@ -255,31 +169,6 @@ _REPLICA_COUNTERS: Mapping[str, tuple[str, Callable[[ps_pb2.ReplicaStats], float
 }
 
 
-class _CallCollector(Collector):
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> Iterable[Metric]:
-        requests = CounterMetricFamily("trilith_ps_requests", "Calls answered.", labels=["method", "status"])
-        seconds = HistogramMetricFamily(
-            "trilith_ps_rpc_seconds", "Time spent in a servicer method, queueing excluded.", labels=["method"]
-        )
-        ids = CounterMetricFamily("trilith_ps_ids", "Ids in requests.", labels=["method"])
-        size = CounterMetricFamily(
-            "trilith_ps_message_bytes", "Bytes of messages that carry arrays.", labels=["method", "direction"]
-        )
-        edges = [*map(str, _BUCKETS), "+Inf"]
-        for method, tally in sorted(self._metrics.tallies().items()):
-            for status, calls in sorted(tally.statuses.items()):
-                requests.add_metric([method, status], calls)
-            cumulative = list(zip(edges, map(float, accumulate(tally.buckets)), strict=True))
-            seconds.add_metric([method], cumulative, tally.seconds)
-            ids.add_metric([method], tally.ids)
-            size.add_metric([method, "received"], tally.received)
-            size.add_metric([method, "sent"], tally.sent)
-        return [requests, seconds, ids, size]
-
-
 class _ShardCollector(Collector):
     def __init__(self, stats: Callable[[], ps_pb2.StatsResponse]) -> None:
         self._stats = stats
@@ -290,39 +179,26 @@ class _ShardCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         stats = self._stats()
-        for name, (text, value_of) in _SHARD_GAUGES.items():
-            yield GaugeMetricFamily(name, text, value=value_of(stats))
-        families: list[Metric] = []
-        for name, (text, of_table) in _TABLE_GAUGES.items():
-            gauge = GaugeMetricFamily(name, text, labels=["table"])
-            for table in stats.tables:
-                gauge.add_metric([table.table], of_table(table))
-            families.append(gauge)
-        for name, (text, of_table) in _TABLE_COUNTERS.items():
-            counter = CounterMetricFamily(name, text, labels=["table"])
-            for table in stats.tables:
-                counter.add_metric([table.table], of_table(table))
-            families.append(counter)
-        if stats.sync_targets:
-            families += _of_targets(stats.sync_targets)
+        yield from _families(GaugeMetricFamily, _SHARD_GAUGES, [stats])
+        yield from _families(GaugeMetricFamily, _TABLE_GAUGES, stats.tables, table=lambda table: table.table)
+        yield from _families(CounterMetricFamily, _TABLE_COUNTERS, stats.tables, table=lambda table: table.table)
+        if targets := stats.sync_targets:
+            yield from _families(GaugeMetricFamily, _TARGET_GAUGES, targets, target=lambda target: target.name)
+            yield from _families(CounterMetricFamily, _TARGET_COUNTERS, targets, target=lambda target: target.name)
         if stats.HasField("replica"):
-            for name, (text, of_replica) in _REPLICA_GAUGES.items():
-                families.append(GaugeMetricFamily(name, text, value=of_replica(stats.replica)))
-            for name, (text, of_replica) in _REPLICA_COUNTERS.items():
-                families.append(CounterMetricFamily(name, text, value=of_replica(stats.replica)))
-        yield from families
+            yield from _families(GaugeMetricFamily, _REPLICA_GAUGES, [stats.replica])
+            yield from _families(CounterMetricFamily, _REPLICA_COUNTERS, [stats.replica])
 
 
-def _of_targets(targets: Iterable[ps_pb2.SyncTargetStats]) -> list[Metric]:
-    families: list[Metric] = []
-    for name, (text, of_target) in _TARGET_GAUGES.items():
-        gauge = GaugeMetricFamily(name, text, labels=["target"])
-        for target in targets:
-            gauge.add_metric([target.name], of_target(target))
-        families.append(gauge)
-    for name, (text, of_target) in _TARGET_COUNTERS.items():
-        counter = CounterMetricFamily(name, text, labels=["target"])
-        for target in targets:
-            counter.add_metric([target.name], of_target(target))
-        families.append(counter)
-    return families
+def _families(
+    kind: type[GaugeMetricFamily | CounterMetricFamily],
+    specs: Mapping[str, tuple[str, Callable[[_S], float]]],
+    parts: Iterable[_S],
+    **labels: Callable[[_S], str],
+) -> Iterator[Metric]:
+    """A family of samples for each of `specs`, one sample for each part, labelled."""
+    for name, (text, value_of) in specs.items():
+        family = kind(name, text, labels=list(labels))
+        for part in parts:
+            family.add_metric([label(part) for label in labels.values()], value_of(part))
+        yield family

@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trilith.errors import InvalidRequestError
 from trilith.rpc.remote import SERVICE
 from trilith.runtime.waiting import Wait
-from trilith_services.grpc.listening import LOOPBACK
-from trilith_services.grpc.serve import Limits, Server
-from trilith_services.grpc.server_process import Announcement, ServerProcess
+from trilith_services.grpc.serve import Server
+from trilith_services.grpc.server_process import ProcessOptions, ServerProcess
 from trilith_services.ps.process.metrics import Metrics
 from trilith_services.ps.process.replica_servicer import SYNC_SERVICE, ReplicaServicer
 from trilith_services.ps.replicas.sync import wire
@@ -29,35 +28,26 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaOptions:
+class ReplicaOptions(ProcessOptions):
     """How one replica runs.
 
     Attributes:
-        limits: Threads, queue and messages.
+        replica: Its number among the replicas of the shard.
         rows: Directory of exported rows, any fsspec URL, that are served until training sends newer ones; None: none.
         wait_s: Seconds to wait for the first full copy, where no rows were exported, before serving what there is;
             None: as long as it takes.
-        metrics_port: Port of GET /metrics; None: not served, 0: any free one.
-        metrics_host: Where that port is.
-        replica: Its number among the replicas of the shard.
-        advertise: host:port to announce, port 0 for the one served on; empty: the host listened on, or this machine's
-            if that is every interface.
     """
 
-    limits: Limits = field(default_factory=Limits)
     replica: int = 0
-    advertise: str = ""
     rows: str | None = None
     wait_s: float | None = None
-    metrics_port: int | None = None
-    metrics_host: str = LOOPBACK
 
     def __post_init__(self) -> None:
         if self.wait_s is not None and self.wait_s < 0:
             raise InvalidRequestError(f"wait_s={self.wait_s} is below 0")
 
 
-class ReplicaServer(ServerProcess):
+class ReplicaServer(ServerProcess[ReplicaOptions]):
     """Serves one Replica."""
 
     def __init__(
@@ -75,7 +65,7 @@ class ReplicaServer(ServerProcess):
             listed: Where the replica is announced, for training to fill and for entries to ask; closed in the end.
         """
         self._replica = replica
-        self._options = options = options or ReplicaOptions()
+        options = options or ReplicaOptions()
         self.metrics = Metrics()
         self.servicer = ReplicaServicer(replica, self.metrics, queued=lambda: self._server.queued)
         server = Server(
@@ -85,15 +75,12 @@ class ReplicaServer(ServerProcess):
             limits=options.limits,
             refused=self.metrics.refused,
         )
-        super().__init__(server, advertise=options.advertise)
-        self._announcement = Announcement(listed, options.replica, where=lambda: self.address)
+        super().__init__(server, options, self.metrics.registry, listed=listed, number=options.replica)
+        self.metrics.watch(self.servicer.stats)
 
-    def prepare(self) -> None:
+    def _get_ready(self) -> None:
         """Compile, load exported rows or take pushes until they are complete; afterwards the rows are served."""
         options = self._options
-        self.metrics.watch(self.servicer.stats)
-        if options.metrics_port is not None:
-            self.metrics.serve(options.metrics_port, ready=lambda: self.servicer.ready, host=options.metrics_host)
         self._replica.store.compile()
         wire.compile_kernels()
         if options.rows is not None:
@@ -131,10 +118,6 @@ class ReplicaServer(ServerProcess):
         self._preparing.join()
         super().stop(grace_s)
 
-    def _leave(self) -> None:
-        self._announcement.withdraw()
-
     def _finish(self) -> None:
-        self._announcement.close()
-        self.metrics.close()
+        super()._finish()
         self._replica.store.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,9 +13,8 @@ from typing import TYPE_CHECKING
 from trilith.errors import InvalidRequestError
 from trilith.folder import Folder
 from trilith.rpc.remote import SERVICE
-from trilith_services.grpc.listening import LOOPBACK
-from trilith_services.grpc.serve import Limits, Server
-from trilith_services.grpc.server_process import ServerProcess
+from trilith_services.grpc.serve import Server
+from trilith_services.grpc.server_process import ProcessOptions, ServerProcess
 from trilith_services.ps.checkpoint.root import CheckpointRoot
 from trilith_services.ps.process.metrics import Metrics
 from trilith_services.ps.process.servicer import ParameterServerServicer
@@ -39,11 +37,10 @@ REPLACED = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PsOptions:
-    """How one PS runs, its shard apart.
+class PsOptions(ProcessOptions):
+    """How one PS runs, its shard apart; `advertise` is what it registers.
 
     Attributes:
-        limits: Threads, queue and messages.
         checkpoint_dir: Restored from before serving, written to afterwards; any fsspec URL; None: no checkpoints.
         checkpoint_every_s: Seconds between checkpoints; 0: only one at the end.
         checkpoint_keep: Complete checkpoints to keep.
@@ -51,25 +48,17 @@ class PsOptions:
             checkpoint_dir.
         checkpoint_anywhere: Whether they may name any path and URL. Whoever reaches the port then reads and writes as
             this process does.
-        metrics_port: Port of GET /metrics; None: not served, 0: any free one.
-        metrics_host: Where that port is.
         discovery: URL of the directory to register in; None: none.
-        advertise: host:port to register, port 0 for the one served on; empty: the host listened on, or this machine's
-            if that is every interface.
         sync: How serving replicas are kept fresh, if there are any.
         sync_to: Address by name of serving replicas known from the start.
     """
 
-    limits: Limits = field(default_factory=Limits)
     checkpoint_dir: str | None = None
     checkpoint_every_s: float = 0.0
     checkpoint_keep: int = 3
     checkpoint_root: str | None = None
     checkpoint_anywhere: bool = False
-    metrics_port: int | None = None
-    metrics_host: str = LOOPBACK
     discovery: str | None = field(default=None, repr=False)  # it may hold credentials
-    advertise: str = ""
     sync: SyncOptions = field(default_factory=SyncOptions)
     sync_to: Mapping[str, str] = field(default_factory=dict)
 
@@ -80,7 +69,7 @@ class PsOptions:
             raise InvalidRequestError("checkpoint_every_s needs a checkpoint_dir")
 
 
-class ParameterServer(ServerProcess):
+class ParameterServer(ServerProcess[PsOptions]):
     """Serves one shard."""
 
     def __init__(
@@ -94,7 +83,7 @@ class ParameterServer(ServerProcess):
             replicas: Where serving replicas are listed that come and go; closed in the end.
         """
         self._shard = shard
-        self._options = options = options or PsOptions()
+        options = options or PsOptions()
         self.metrics = Metrics()
         self.servicer = ParameterServerServicer(
             shard,
@@ -108,20 +97,17 @@ class ParameterServer(ServerProcess):
         self.syncer = Syncer(shard, options.sync)
         self._replicas = replicas
         server = Server(SERVICE, self.servicer.methods(), limits=options.limits, refused=self.metrics.refused)
-        super().__init__(server, advertise=options.advertise)
+        super().__init__(server, options, self.metrics.registry)
+        self.metrics.watch(self.servicer.stats)
         self._checkpointer: Checkpointer | None = None
         self._membership: Membership | None = None
         self._replaced = False
         self._saved = True
         self._end: Callable[[], None] = lambda: None
 
-    def prepare(self) -> None:
-        """Restore, compile, begin to write checkpoints, register; afterwards calls are answered."""
+    def _get_ready(self) -> None:
+        """Restore, compile, begin to write checkpoints, register."""
         options = self._options
-        started = time.perf_counter()
-        self.metrics.watch(self.servicer.stats)
-        if options.metrics_port is not None:
-            self.metrics.serve(options.metrics_port, ready=lambda: self.servicer.ready, host=options.metrics_host)
         if options.discovery is not None:
             from trilith_services.ps.process.membership import Membership
 
@@ -131,20 +117,7 @@ class ParameterServer(ServerProcess):
             Folder(options.checkpoint_dir).check_writable()  # now, not when the first checkpoint is due
         self._shard.compile()
         if options.checkpoint_dir is not None:
-            from trilith_services.ps.checkpoint.checkpointer import Checkpointer, restore_newest
-
-            checkpointer = Checkpointer(
-                self._shard,
-                options.checkpoint_dir,
-                every_s=options.checkpoint_every_s,
-                keep=options.checkpoint_keep,
-                observe=self.metrics.checkpointed,
-                completed=self.metrics.completed,
-            )
-            checkpointer.register()
-            restore_newest(self._shard, options.checkpoint_dir)
-            self._checkpointer = checkpointer
-        if self._checkpointer is not None:
+            self._checkpointer = self._restore(options.checkpoint_dir)
             self._checkpointer.start()
         for name, address in options.sync_to.items():
             self.syncer.add(name, address)
@@ -153,7 +126,21 @@ class ParameterServer(ServerProcess):
         self.servicer.ready = True
         if self._membership is not None and not self._stopping.is_set():
             self._membership.announce(self.address)
-        log.info("prepared", extra={"seconds": round(time.perf_counter() - started, 3)})
+
+    def _restore(self, checkpoint_dir: str) -> Checkpointer:
+        from trilith_services.ps.checkpoint.checkpointer import Checkpointer, restore_newest
+
+        checkpointer = Checkpointer(
+            self._shard,
+            checkpoint_dir,
+            every_s=self._options.checkpoint_every_s,
+            keep=self._options.checkpoint_keep,
+            observe=self.metrics.checkpointed,
+            completed=self.metrics.completed,
+        )
+        checkpointer.register()
+        restore_newest(self._shard, checkpoint_dir)
+        return checkpointer
 
     def run(self, listen: str, *, bound: Callable[[int], None] = lambda port: None) -> int:
         """Serve until SIGTERM, or until another process has registered as this shard; returns the exit status.
@@ -169,6 +156,7 @@ class ParameterServer(ServerProcess):
         log.error("another process has registered as this shard; leaving")
         self._replaced = True
         self.servicer.ready = False
+        self._server.set_serving(False)
         if self._checkpointer is not None:
             self._checkpointer.halt()
         self.syncer.stop()
@@ -192,5 +180,5 @@ class ParameterServer(ServerProcess):
             self._membership = None
         if self._checkpointer is not None:
             self._saved = self._checkpointer.stop(final=not self._replaced)
-        self.metrics.close()
+        super()._finish()
         self._shard.close()

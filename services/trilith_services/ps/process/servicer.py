@@ -113,8 +113,6 @@ class ParameterServerServicer:
     def stats(self) -> ps_pb2.StatsResponse:
         """The shard's numbers with those of the server around it."""
         reply = self._shard.stats()
-        for method, calls in self._metrics.requests().items():
-            reply.requests[method] = calls
         self._metrics.add_methods(reply)
         reply.queued_requests = self._queued()
         self._add_stats(reply)

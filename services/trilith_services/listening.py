@@ -11,9 +11,9 @@ from trilith.discovery import PS
 from trilith.discovery.addresses import advertised
 from trilith.discovery.urls import open_directory
 from trilith.discovery.zk_url import ZkUrl, redact
-from trilith.errors import UnavailableError
+from trilith.errors import InvalidRequestError, UnavailableError
 
-__all__ = ["LOOPBACK", "bind", "is_loopback", "reached_by_others", "warn_if_exposed"]
+__all__ = ["LOOPBACK", "bind", "bind_address", "is_loopback", "reached_by_others", "warn_if_exposed"]
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,20 @@ def bind(host: str, port: int) -> socket.socket:
         return socket.create_server(found[0][4][:2], family=found[0][0], backlog=128)
     except OSError as error:
         raise UnavailableError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+
+
+def bind_address(listen: str) -> socket.socket:
+    """A listening socket on host:port, port 0 for a free one; an empty host is every interface.
+
+    Raises:
+        InvalidRequestError: `listen` is not host:port.
+        UnavailableError: The address is taken, or not this machine's.
+    """
+    host, colon, port = listen.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not colon or not (port.isascii() and port.isdigit() and int(port) < 65536) or (":" in bare and bare == host):
+        raise InvalidRequestError(f"{listen!r} is not host:port (an IPv6 host stands in brackets: [::1]:8080)")
+    return bind(host, int(port))
 
 
 def is_loopback(host: str) -> bool:
