@@ -6,7 +6,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from tests.zookeeper import eventually
+from tests.waiting import eventually
 from trilith_services.local.supervisor import free_ports, is_serving, trilith_argv
 
 __all__ = ["PATIENCE_S", "Processes"]

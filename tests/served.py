@@ -11,7 +11,7 @@ import torch
 
 import trilith
 from tests.programs import PATIENCE_S
-from tests.zookeeper import eventually
+from tests.waiting import eventually
 from trilith.data.records import Records
 from trilith.nn import DenseOnPs
 from trilith.serving.prediction import Prediction, Predictor

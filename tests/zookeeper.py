@@ -7,14 +7,14 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.absent import absent
+from tests.waiting import eventually
 from trilith_services.local.processes import DIE_WITH_PARENT
 from trilith_services.local.supervisor import free_ports
 
@@ -35,15 +35,6 @@ def require_zookeeper() -> None:
     """Skip the test, or fail it in CI, where nothing may be left out, if ZooKeeper cannot run here."""
     if why := missing():
         absent(why)
-
-
-def eventually(condition: Callable[[], object], *, timeout_s: float = 60.0) -> float:
-    """Wait until something is so; returns the seconds it took."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < timeout_s, "it did not happen in time"
-        time.sleep(0.01)
-    return time.monotonic() - started
 
 
 class Server:

@@ -13,7 +13,7 @@ import pytest
 
 import trilith
 from tests.congruence.faults import Blocking, Failing, LosingProxy, Meddled
-from tests.zookeeper import eventually
+from tests.waiting import eventually
 from trilith.client import Client
 from trilith.cluster import Cluster
 from trilith.config import ClientConfig

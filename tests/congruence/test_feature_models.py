@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import trilith.data
-from tests.conformance.worker_ops.exchange import _Rank, _Ranks
 from tests.congruence.clusters import SHAPES, LocalCluster
+from tests.ranks import Rank, Ranks
 from trilith.data.fids import make_fid_v2
 from trilith.data.formats.writers import open_writer
 from trilith.data.parse.specs import Label, Sparse
@@ -78,8 +78,8 @@ def test_a_model_gives_the_same_wherever_its_rows_are():
     for shape in SHAPES:
         with LocalCluster(shape) as cluster, cluster.connect() as client:
             found[shape] = outputs(client)
-    ranks = [_Ranks(1) for _ in range(5)]
-    with PeerClient(lambda rows: _Rank(ranks.pop(), 0), threads=1) as client:
+    ranks = [Ranks(1) for _ in range(5)]
+    with PeerClient(lambda rows: Rank(ranks.pop(), 0), threads=1) as client:
         found["all-to-all"] = outputs(client)
     assert np.unique(found["embedded"]).size > 10
     for each in found.values():

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 import trilith
-from tests.zookeeper import eventually
+from tests.waiting import eventually
 from trilith.data.pipeline.dataset import read
 from trilith.errors import InvalidRequestError, QueueFullError, UnknownQueueError
 from trilith.shard import Dequeued

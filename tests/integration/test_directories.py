@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.zookeeper import eventually
+from tests.waiting import eventually
 from trilith.discovery import PS, WORKER, Directory
 from trilith.discovery.host_files import HostFilesDirectory
 from trilith.discovery.mlp import MlpDirectory, MlpEnvironment

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import trilith
-from tests.zookeeper import eventually
+from tests.waiting import eventually
 from trilith.checkpoint import checkpoint_name
 from trilith.discovery import PS
 from trilith.discovery.zk_directory import ZooKeeperDirectory

@@ -16,7 +16,7 @@ import trilith
 from tests.consoles import open_console
 from tests.programs import PATIENCE_S, Processes
 from tests.served import SETTINGS, Load, Trained, train
-from tests.zookeeper import eventually
+from tests.waiting import eventually
 from trilith.discovery.replicas import ModelState, ReplicaMeta
 from trilith.discovery.zk_url import ZkUrl
 from trilith.discovery.zookeeper import ZooKeeper

@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 import trilith
 from tests.programs import PATIENCE_S
 from tests.served import Load, Trained, train
-from tests.zookeeper import eventually
+from tests.waiting import eventually
 from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.serving.exports import ps_base
 from trilith.serving.prediction import Predictor, remote_predict

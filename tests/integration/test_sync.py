@@ -14,7 +14,7 @@ import pytest
 import trilith
 from tests import zookeeper
 from tests.programs import PATIENCE_S, Processes
-from tests.zookeeper import eventually
+from tests.waiting import eventually
 from trilith.client import Client
 from trilith.config import ClientConfig
 from trilith.rpc.remote import RemoteShard

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 import trilith
+from tests import waiting
 from trilith import checkpoint
 from trilith.errors import ShardRestartedError
 from trilith.tables import Adagrad, RandomUniform
@@ -23,14 +25,7 @@ IDS = np.arange(1000, dtype=np.uint64)
 USERS = {"dim": 4, "optimizer": Adagrad(learning_rate=0.1), "initializer": RandomUniform(-1.0, 1.0)}
 
 pytestmark = pytest.mark.timeout(900)
-
-
-def eventually(condition: Callable[[], object], run: Up | None = None, timeout_s: float = 240.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        late = "it did not happen in time" + ("" if run is None else f":\n{run.output}")
-        assert time.monotonic() < deadline, late
-        time.sleep(0.02)
+eventually = partial(waiting.eventually, timeout_s=240.0)
 
 
 class Up:
@@ -227,20 +222,20 @@ def test_workers_outlive_a_ps_and_come_and_go(up, tmp_path) -> None:
     checkpoints = ["--checkpoint-dir", str(tmp_path / "checkpoints"), "--checkpoint-every", "0.5"]
     run = up("--ps", "2", "--workers", "2", *checkpoints, "--", *training, "--epochs", "1000")
     assert run.address
-    eventually(lambda: complete_rows(tmp_path / "checkpoints") > 0, run)
+    eventually(lambda: complete_rows(tmp_path / "checkpoints") > 0, otherwise=lambda: run.output)
 
     run.child("--index", "1").kill()
     # A worker that was still setting up may fail on it and be started again; the others say this.
-    eventually(lambda: "PS 1 restarted and went back" in run.output, run)
+    eventually(lambda: "PS 1 restarted and went back" in run.output, otherwise=lambda: run.output)
 
     joined = trilith_argv("worker", "--cluster", run.address, *training, "--steps", "20")
     guest = subprocess.run(joined, stderr=subprocess.PIPE, text=True, timeout=240, check=False)
     assert guest.returncode == 0, guest.stderr
 
     run.child("--rank", "1").kill()
-    eventually(lambda: "worker-1 was killed by SIGKILL; starting it again" in run.output, run)
+    eventually(lambda: "worker-1 was killed by SIGKILL; starting it again" in run.output, otherwise=lambda: run.output)
     run.child("--rank", "0").terminate()
-    eventually(lambda: "worker-0 has left" in run.output, run)
+    eventually(lambda: "worker-0 has left" in run.output, otherwise=lambda: run.output)
     assert run.process.poll() is None
 
     run.child("--rank", "1").terminate()

@@ -15,7 +15,7 @@ from kazoo.client import KazooClient
 from kazoo.exceptions import ConnectionLoss
 
 from tests import zookeeper
-from tests.zookeeper import eventually
+from tests.waiting import eventually
 from trilith.discovery import PS, WORKER
 from trilith.discovery.containers import ContainerServiceInfo
 from trilith.discovery.record import ClusterRecord

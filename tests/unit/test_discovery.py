@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.zookeeper import eventually
+from tests.waiting import eventually
 from trilith.discovery import PS, WORKER
 from trilith.discovery.addresses import advertised, ipv6_only, join_address, own_host, split_address
 from trilith.discovery.host_files import HostFilesDirectory

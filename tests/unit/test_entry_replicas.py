@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import trilith
 from tests.served import train
-from tests.zookeeper import eventually
+from tests.waiting import eventually
 from trilith.config import ClientConfig
 from trilith.errors import (
     DeadlineExceededError,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 
 import trilith
-from tests.conformance.worker_ops.exchange import _Rank, _Ranks
+from tests.ranks import Rank, Ranks, on_every_rank
 from trilith.compat.monolith.sharding import FeatureFids
 from trilith.data.ragged import Ragged
 from trilith.errors import (
@@ -33,27 +31,14 @@ TABLE = {"dim": 1, "optimizer": Sgd(learning_rate=1.0), "initializer": Zeros()}
 
 def together(size, work, **options):
     """Call work(client, rank) on every rank; what each gave."""
-    exchanges = [_Ranks(size) for _ in range(5)]
-    found, failures = [None] * size, []
+    meetings = [Ranks(size) for _ in range(5)]  # one for each of a client's threads that exchange
 
     def run(rank):
-        made = iter(exchanges)
-        try:
-            with PeerClient(lambda rows: _Rank(next(made), rank), threads=1, **options) as client:
-                found[rank] = work(client, rank)
-        except BaseException as error:  # noqa: BLE001 - raised below
-            failures.append(error)
-            for each in exchanges:
-                each.barrier.abort()
+        made = iter(meetings)
+        with PeerClient(lambda rows: Rank(next(made), rank), threads=1, **options) as client:
+            return work(client, rank)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise next((each for each in failures if not isinstance(each, threading.BrokenBarrierError)), failures[0])
-    return found
+    return on_every_rank(meetings, run)
 
 
 def test_from_five_ranks_on_rank_0_holds_no_rows_and_its_checkpoint_is_of_four_shards(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import trilith
-from tests.zookeeper import eventually
+from tests.waiting import eventually
 from trilith.discovery.serving import ServingDirectory
 from trilith.errors import (
     ClosedError,

@@ -540,7 +540,7 @@ def test_the_thread_writes_at_ticks_and_stops(make_store, tmp_path) -> None:
     done = []
     writer = Checkpointer(store, str(tmp_path), every_s=0.05, observe=lambda *saved: done.append(saved))
     writer.start()
-    from tests.unit.test_supervisor import eventually
+    from tests.waiting import eventually
 
     eventually(lambda: len(done) >= 2)
     writer.stop(final=False)

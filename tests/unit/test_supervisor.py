@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -18,6 +17,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2_grpc
 from rich.console import Console
 
+from tests.waiting import eventually
 from trilith.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
 from trilith_services.grpc.serve import Server
 from trilith_services.local.supervisor import ProcessSpec, StopRequest, Supervisor, free_ports, is_serving
@@ -49,13 +49,6 @@ def supervisor(tmp_path: Path, screen: io.StringIO) -> Iterator[Supervisor]:
 
 def python(code: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", code, *arguments]
-
-
-def eventually(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def test_output_is_shown_with_a_prefix_and_kept_in_a_log(supervisor, screen, tmp_path) -> None:
