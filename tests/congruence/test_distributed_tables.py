@@ -17,7 +17,7 @@ from trilith.config import ClientConfig
 from trilith.errors import DeadlineExceededError, InvalidRequestError
 from trilith.runtime.timers import EMBEDDING_LOOKUP
 from trilith.tables import Adagrad, HashTableConfig, PolynomialDecay, RandomUniform, Segment, Sgd, TableSpec, Zeros
-from trilith.tables.distributed import DistributedTable, DistributedTables, SeparateTables
+from trilith.tables.distributed import DistributedTables
 from trilith.tables.factories import create_merged_tables, create_tables
 from trilith_proto.hash_table_pb2 import EmbeddingHashTableConfig
 from trilith_services.ps.process.shard import LocalShard
@@ -63,12 +63,16 @@ def counted():
         yield client, shards
 
 
+def table_of(client, name, made):
+    return client.create_tables([TableSpec.of_config(name, made)])[name]
+
+
 def requests(shards):
     return [dict(shard.requests) for shard in shards]
 
 
 def test_rows_come_back_in_the_order_asked_and_the_last_assignment_wins(client, prefix):
-    table = DistributedTable(client, prefix, config(2))
+    table = table_of(client, prefix, config(2))
     table.assign([1, 2, 3], np.array([[1, 1], [2, 2], [3, 3]], np.float32))
     assert table.lookup([1, 1, 3]).tolist() == [[1, 1], [1, 1], [3, 3]]
     table.assign([2, 3, 4, 4], np.array([[1, 1], [2, 2], [9, 9], [3, 3]], np.float32))
@@ -76,13 +80,13 @@ def test_rows_come_back_in_the_order_asked_and_the_last_assignment_wins(client, 
 
 
 def test_gradients_of_repeated_ids_are_one_step(client, prefix):
-    table = DistributedTable(client, prefix, config(1))
+    table = table_of(client, prefix, config(1))
     table.apply_gradients([0, 3, 0, 1], np.full((4, 1), 2, np.float32))
     assert table.lookup([0, 3, 0, 1]).ravel().tolist() == [-4, -2, -4, -2]
 
 
 def test_a_buffer_of_ids_may_be_filled_anew_between_lookup_and_step(client, prefix):
-    table = DistributedTable(client, prefix, config(1))
+    table = table_of(client, prefix, config(1))
     ids = np.array([1, 2, 1, 3])
     for _ in range(6):  # longer than splits are remembered
         table.lookup(ids)
@@ -94,7 +98,7 @@ def test_a_buffer_of_ids_may_be_filled_anew_between_lookup_and_step(client, pref
 
 
 def test_every_repeat_adds(client, prefix):
-    table = DistributedTable(client, prefix, config(1))
+    table = table_of(client, prefix, config(1))
     table.assign_add([7, 7, 2], np.array([[1], [2], [4]], np.float32))
     assert table.lookup([7, 2]).ravel().tolist() == [3, 4]
 
@@ -136,15 +140,14 @@ def test_a_step_is_one_lookup_and_one_update_per_ps_for_all_tables(counted):
     assert requests(shards) == [{"lookup": 1}] * 3
 
 
-@pytest.mark.parametrize(("reduced", "calls"), [(True, 1), (False, 2)])
-def test_merged_tables_share_requests_unless_told_otherwise(counted, reduced, calls):
+def test_merged_tables_share_requests(counted):
     client, shards = counted
     features = {"a": config(1), "b": config(1), "c": config(2)}
-    tables = create_merged_tables(client, features, reduce_network_packets=reduced)
+    tables = create_merged_tables(client, features)
     ids = {name: np.arange(30) for name in features}
     rows = tables.lookup(ids)
     tables.apply_gradients({name: (ids[name], rows[name] + 1) for name in features})
-    assert requests(shards) == [{"lookup": calls, "apply_gradients": calls}] * 3
+    assert requests(shards) == [{"lookup": 1, "apply_gradients": 1}] * 3
     # a and b are the same rows, and their gradients one step.
     assert tables.lookup({"b": [5]})["b"].tolist() == [[-2.0]]
     assert tables.lookup({"c": [5]})["c"].tolist() == [[-1.0, -1.0]]
@@ -155,15 +158,8 @@ def test_statuses_of_reinitialize_are_in_the_order_of_the_ids(client, prefix):
     tables.assign({"a": ([5, 0, 4], np.ones((3, 1), np.float32))})
     assert tables.reinitialize("a", [9, 5, 0, 1, 4], request_time=1).tolist() == [0, 1, 1, 0, 1]
     assert tables.lookup({"a": [5, 0, 4]})["a"].ravel().tolist() == [0, 0, 0]
-    assert tables.reinitialize("nobody", [1, 2]).tolist() == [-1, -1]
-
-
-def test_tables_that_know_nothing_of_each_other_reset_rows_alike(client, prefix):
-    specs = {name: TableSpec.of_config(prefix + name, config(1)) for name in "ab"}
-    tables = SeparateTables(specs, lambda name: DistributedTable(client, specs[name].name, specs[name]))
-    tables.assign({"a": ([5, 0], np.ones((2, 1), np.float32))})
-    assert tables.reinitialize("a", [9, 5, 0], request_time=1).tolist() == [0, 1, 1]
-    assert tables.reinitialize("nobody", [1, 2]).tolist() == [-1, -1]
+    with pytest.raises(InvalidRequestError, match="no table 'nobody'"):
+        tables.reinitialize("nobody", [1, 2])
 
 
 def test_thresholds_count_occurrences_although_ids_travel_once(client, prefix):
@@ -216,12 +212,12 @@ def test_all_shapes_give_the_same_bits():
 
 def test_float16_transfer_halves_the_precision_of_what_travels_only():
     with LocalCluster("3-ps") as cluster, cluster.connect() as client:
-        plain = DistributedTable(client, "t", config(1))
-        short = DistributedTable(client, "t", config(1), transfer_float16=True)
+        plain = table_of(client, "t", config(1))
+        short = create_tables(client, {"t": config(1)}, transfer_float16=True)
         plain.assign([1, 2, 3], np.full((3, 1), 1 + 2.0**-12, np.float32))
-        assert short.lookup([1, 2, 3]).ravel().tolist() == [1.0] * 3
+        assert short.lookup({"t": [1, 2, 3]})["t"].ravel().tolist() == [1.0] * 3
         assert plain.lookup([1, 2, 3]).ravel().tolist() == [1 + 2.0**-12] * 3
-        short.apply_gradients([1], np.array([[2.0**-12 + 2.0**-24]], np.float32))
+        short.apply_gradients({"t": ([1], np.array([[2.0**-12 + 2.0**-24]], np.float32))})
         assert plain.lookup([1]).item() == 1.0
 
 

@@ -344,13 +344,6 @@ def test_the_synchronous_path_gets_sizes_and_passes_gradients_on():
     assert table.inner.seen == {merged: [[1.0], [2.0], [3.0]]}
 
 
-def test_hooks_are_kept_by_every_kind_of_table():
-    table = make_merged()
-    table.inner.add_queue_hook("inner")
-    table.add_queue_hook("own")
-    assert table.get_queue_hooks() == ["own", "inner"]
-
-
 def test_merged_tables_refuse_what_they_cannot_do():
     table = make_merged()
     with pytest.raises(NotImplementedError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,14 +12,13 @@ from trilith.batches import Terms
 from trilith.errors import InvalidRequestError
 from trilith.steps import as_step
 from trilith.tables.config import HashTableConfig
-from trilith.tables.merged import QueueHooks
 from trilith.tables.spec import TableSpec
 
 if TYPE_CHECKING:
     from trilith.client import Client
     from trilith.peers import PeerClient
 
-__all__ = ["DistributedTable", "DistributedTables", "SeparateTables", "TableLike", "as_specs"]
+__all__ = ["DistributedTables", "TableLike", "as_specs"]
 
 Floats = npt.NDArray[np.float32]
 TableLike = HashTableConfig | TableSpec
@@ -40,7 +39,7 @@ def as_specs(configs: Mapping[str, TableLike], *, prefix: str = "") -> dict[str,
     return specs
 
 
-class DistributedTables(QueueHooks):
+class DistributedTables:
     """Tables by name, each spread over all PS by the owner of its ids.
 
     A lookup is one request per PS, whatever the number of tables, and so is a write. Each id travels once: gradients of
@@ -64,7 +63,6 @@ class DistributedTables(QueueHooks):
         transfer_float16: bool | None = None,
         timeout_s: float | None = None,
     ) -> None:
-        super().__init__()
         if not configs:
             raise InvalidRequestError("tables by name need at least one name")
         self._client = client
@@ -112,10 +110,8 @@ class DistributedTables(QueueHooks):
         return self
 
     def reinitialize(self, name: str, ids: npt.ArrayLike, *, request_time: int | None = None) -> npt.NDArray[np.int8]:
-        """Reset rows; int8[n] in the order of `ids`: 1 existed, 0 was created, -1 for all if there is no such table."""
-        if name not in self._specs:
-            return np.full(np.asarray(ids).size, -1, np.int8)
-        return self._client.reinitialize(self._specs[name].name, ids, request_time=request_time)
+        """Reset rows; int8[n] in the order of `ids`: 1 existed, 0 was created."""
+        return self._client.reinitialize(self._known(name), ids, request_time=request_time)
 
     def _terms(self, global_step: int | None, req_time: int | None) -> Terms:
         step = self._client.known_step if global_step is None else as_step(global_step)
@@ -128,114 +124,3 @@ class DistributedTables(QueueHooks):
         if name not in self._specs:
             raise InvalidRequestError(f"no table {name!r}; there are {self.names}")
         return self._specs[name].name
-
-
-class DistributedTable(QueueHooks):
-    """One table over all PS; `DistributedTables` says how.
-
-    Args:
-        client: An open cluster.
-        name: Of the table in the cluster.
-        config: Its rows and rates.
-        **options: As for `DistributedTables`.
-    """
-
-    def __init__(self, client: Client | PeerClient, name: str, config: TableLike, **options: Any) -> None:
-        super().__init__()
-        self.name = name
-        self._tables = DistributedTables(client, {name: config}, **options)
-
-    @property
-    def dim(self) -> int:
-        """Floats per row."""
-        return self._tables.dims[0]
-
-    def lookup(self, ids: Any) -> Floats:
-        """float32[n, dim]."""
-        return self._tables.lookup({self.name: ids})[self.name]
-
-    def assign(self, ids: Any, values: Any, req_time: int | None = None) -> DistributedTable:
-        """Set weights."""
-        self._tables.assign({self.name: (ids, values)}, req_time)
-        return self
-
-    def assign_add(self, ids: Any, values: Any, req_time: int | None = None) -> DistributedTable:
-        """Add to weights."""
-        self._tables.assign_add({self.name: (ids, values)}, req_time)
-        return self
-
-    def apply_gradients(
-        self, ids: Any, grads: Any, *, global_step: int | None = None, req_time: int | None = None
-    ) -> DistributedTable:
-        """One optimizer step per distinct id."""
-        self._tables.apply_gradients({self.name: (ids, grads)}, global_step=global_step, req_time=req_time)
-        return self
-
-    def reinitialize(self, ids: npt.ArrayLike, *, request_time: int | None = None) -> npt.NDArray[np.int8]:
-        """Reset rows; int8[n]: 1 existed, 0 was created."""
-        return self._tables.reinitialize(self.name, ids, request_time=request_time)
-
-
-class SeparateTables(QueueHooks):
-    """Tables by name that know nothing of each other: a request per PS for each of them. For comparison.
-
-    Args:
-        names: Of the tables.
-        factory: Makes the table of a name.
-    """
-
-    def __init__(self, names: Iterable[str], factory: Callable[[str], DistributedTable]) -> None:
-        super().__init__()
-        self._tables = {name: factory(name) for name in sorted(names)}
-
-    @property
-    def names(self) -> list[str]:
-        """Sorted."""
-        return list(self._tables)
-
-    @property
-    def dims(self) -> Sequence[int]:
-        """Floats per row, by sorted name."""
-        return [table.dim for table in self._tables.values()]
-
-    def lookup(self, ids: Mapping[str, Any]) -> dict[str, Floats]:
-        """float32[n, dim] for each requested name."""
-        return {name: self._table(name).lookup(each) for name, each in ids.items()}
-
-    def assign(self, updates: Mapping[str, Any], req_time: int | None = None) -> SeparateTables:
-        """Set weights."""
-        for name, (ids, values) in updates.items():
-            self._table(name).assign(ids, values, req_time)
-        return self
-
-    def assign_add(self, updates: Mapping[str, Any], req_time: int | None = None) -> SeparateTables:
-        """Add to weights."""
-        for name, (ids, values) in updates.items():
-            self._table(name).assign_add(ids, values, req_time)
-        return self
-
-    def apply_gradients(
-        self, updates: Mapping[str, Any], *, global_step: int | None = None, req_time: int | None = None
-    ) -> SeparateTables:
-        """One optimizer step per distinct id of each table."""
-        for name, (ids, grads) in updates.items():
-            self._table(name).apply_gradients(ids, grads, global_step=global_step, req_time=req_time)
-        return self
-
-    def reinitialize(self, name: str, ids: npt.ArrayLike, *, request_time: int | None = None) -> npt.NDArray[np.int8]:
-        """Reset rows; int8[n] in the order of `ids`: 1 existed, 0 was created, -1 for all if there is no such table."""
-        if name not in self._tables:
-            return np.full(np.asarray(ids).size, -1, np.int8)
-        return self._tables[name].reinitialize(ids, request_time=request_time)
-
-    def get_queue_hooks(self) -> list[Any]:
-        """Own hooks, then those of the tables."""
-        return [
-            *super().get_queue_hooks(),
-            *(hook for table in self._tables.values() for hook in table.get_queue_hooks()),
-        ]
-
-    def _table(self, name: str) -> DistributedTable:
-        if name not in self._tables:
-            raise InvalidRequestError(f"no table {name!r}; there are {self.names}")
-        return self._tables[name]

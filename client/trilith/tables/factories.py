@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trilith.tables.config import HashTableConfig
-from trilith.tables.distributed import DistributedTable, DistributedTables, SeparateTables, TableLike
+from trilith.tables.distributed import DistributedTables, TableLike
 from trilith.tables.merged import MergedTables
 from trilith.tables.partitioned import PartitionedFeature, PartitionedTables
 from trilith.tables.spec import TableSpec
@@ -34,7 +34,6 @@ def create_merged_tables(
     client: Client | PeerClient,
     configs: Mapping[str, HashTableConfig],
     *,
-    reduce_network_packets: bool = True,
     spec_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> MergedTables:
@@ -43,21 +42,15 @@ def create_merged_tables(
     Args:
         client: An open cluster.
         configs: By feature.
-        reduce_network_packets: Whether all tables share a request per PS; without, each sends its own.
         spec_options: What the tables' specs have beyond their configs: thresholds, filter, seed; see
             `TableSpec.of_config`.
         **options: As for `DistributedTables`.
     """
 
-    def make(inner: Mapping[str, HashTableConfig]) -> DistributedTables | SeparateTables:
-        prefix = options.get("prefix", "")
-        specs = {
-            name: TableSpec.of_config(prefix + name, config, **(spec_options or {})) for name, config in inner.items()
-        }
-        if reduce_network_packets:
-            return DistributedTables(client, specs, **options)
-        rest = {name: value for name, value in options.items() if name != "prefix"}
-        return SeparateTables(specs, lambda name: DistributedTable(client, specs[name].name, specs[name], **rest))
+    def make(inner: Mapping[str, HashTableConfig]) -> DistributedTables:
+        prefix, more = options.get("prefix", ""), spec_options or {}
+        specs = {name: TableSpec.of_config(prefix + name, config, **more) for name, config in inner.items()}
+        return DistributedTables(client, specs, **options)
 
     return MergedTables(configs, make)
 

@@ -14,27 +14,12 @@ from trilith.arrays import id_array
 from trilith.errors import InvalidRequestError
 from trilith.tables.config import HashTableConfig
 
-__all__ = ["MergedTables", "NamedTables", "QueueHooks", "merge_configs", "merged_name"]
+__all__ = ["MergedTables", "NamedTables", "merge_configs", "merged_name"]
 
 Floats = npt.NDArray[np.float32]
 Update = tuple[npt.ArrayLike, npt.ArrayLike]
 
 _FEATURE_SLOT = re.compile(r"^fc_slot_[0-9]*$")
-
-
-class QueueHooks:
-    """Keeps the hooks of a pipeline's local queues beside the tables whose steps they delay."""
-
-    def __init__(self) -> None:
-        self._hooks: list[Any] = []
-
-    def add_queue_hook(self, hook: Any) -> None:
-        """Keep one more hook."""
-        self._hooks.append(hook)
-
-    def get_queue_hooks(self) -> list[Any]:
-        """Own hooks, then those of inner tables."""
-        return list(self._hooks)
 
 
 class NamedTables(Protocol):
@@ -51,9 +36,6 @@ class NamedTables(Protocol):
 
     def apply_gradients(self, updates: Mapping[str, Any], *, global_step: int = 0, req_time: int = 0) -> Any:
         """Take optimizer steps."""
-
-    def get_queue_hooks(self) -> list[Any]:
-        """The hooks kept beside the tables."""
 
 
 def merged_name(names: Iterable[str]) -> str:
@@ -88,7 +70,7 @@ def merge_configs(configs: Mapping[str, HashTableConfig]) -> tuple[dict[str, Has
     return {name: inner[name] for name in sorted(inner)}, inner_of
 
 
-class MergedTables(QueueHooks):
+class MergedTables:
     """Features by name over inner tables: an id means the same row in all features that share one.
 
     Calls concatenate the features of an inner table in the order of their sorted names.
@@ -109,7 +91,6 @@ class MergedTables(QueueHooks):
             configs: By feature.
             factory: Makes the inner tables from configs by name.
         """
-        super().__init__()
         self.inner_configs, self._inner_of = merge_configs(configs)
         self.inner: NamedTables = factory(self.inner_configs)
 
@@ -191,10 +172,6 @@ class MergedTables(QueueHooks):
     def reinitialize(self, name: str, ids: npt.ArrayLike, *, request_time: int) -> npt.NDArray[np.int8]:
         """Not offered: the rows belong to other features too."""
         raise NotImplementedError("merged tables share rows between features, so none can reinitialize its own")
-
-    def get_queue_hooks(self) -> list[Any]:
-        """Own hooks, then those of the inner tables."""
-        return [*super().get_queue_hooks(), *self.inner.get_queue_hooks()]
 
     def _groups(self, features: Iterable[str]) -> dict[str, list[str]]:
         """Features by inner table, all sorted."""

@@ -18,7 +18,7 @@ from trilith.ops.layout_config import FeatureConfig, FeatureConfigs, OutConfig, 
 from trilith.pipelining import Pusher
 from trilith.steps import as_step
 from trilith.tables.config import HashTableConfig
-from trilith.tables.merged import QueueHooks, merge_configs
+from trilith.tables.merged import merge_configs
 from trilith.tables.spec import TableSpec
 from trilith.times import latest
 
@@ -74,7 +74,7 @@ class Fetched:
     request_time: int | None = None
 
 
-class PartitionedTables(QueueHooks):
+class PartitionedTables:
     """The tables of a model's features, whose rows become the model's tensors without passing through features' own.
 
     A lookup is one request per PS and a step's update another, for all tables. Ids are asked for once per feature: one
@@ -108,7 +108,6 @@ class PartitionedTables(QueueHooks):
         timeout_s: float | None = None,
         async_push: int = 0,
     ) -> None:
-        super().__init__()
         tables = {name: feature.config for name, feature in features.items()}
         self.table_of = {name: name for name in sorted(features)}
         if merge:

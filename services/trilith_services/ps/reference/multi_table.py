@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
-from trilith.tables.merged import QueueHooks
 from trilith_proto import hash_table_pb2
 from trilith_services.ps.reference import fused
 from trilith_services.ps.reference.entry_files import restore_tables, save_tables
@@ -33,7 +32,7 @@ Ids = npt.NDArray[np.uint64]
 Update = tuple[npt.ArrayLike, npt.ArrayLike]
 
 
-class MultiTable(QueueHooks):
+class MultiTable:
     """Tables by name; missing names in a call mean no ids.
 
     Attributes:
@@ -52,7 +51,6 @@ class MultiTable(QueueHooks):
         saver_parallel: int = -1,
         strict: bool = False,
     ) -> None:
-        super().__init__()
         if not configs:
             raise InvalidRequestError("a multi-table needs at least one table")
         self._scope = scope

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
-from trilith.tables.merged import QueueHooks
 from trilith_services.ps.reference import fused
 from trilith_services.ps.reference.assets import asset_base
 from trilith_services.ps.reference.single_table import SingleTable
@@ -25,7 +24,7 @@ Floats = npt.NDArray[np.float32]
 Update = tuple[npt.ArrayLike, npt.ArrayLike]
 
 
-class MultiTypeTable(QueueHooks):
+class MultiTypeTable:
     """Single tables by name, named after it in the scope; everything flat is in the order of the sorted names.
 
     Attributes:
@@ -35,7 +34,6 @@ class MultiTypeTable(QueueHooks):
     def __init__(
         self, scope: Scope, configs: Mapping[str, HashTableConfig], *, hash_filter: OccurrenceFilter | None = None
     ) -> None:
-        super().__init__()
         self.tables = {
             name: SingleTable(scope, configs[name], hash_filter=hash_filter, name_suffix=name)
             for name in sorted(configs)
