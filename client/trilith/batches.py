@@ -17,8 +17,18 @@ from trilith.arrays import as_ids, as_rows, refuse_non_finite
 from trilith.cluster import Cluster, Writes
 from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
 from trilith.ops import dedup
-from trilith.rpc import wire
-from trilith.shard import ANY_WRITE, Float32Array, FloatArray, IdPart, Shard, UInt64Array, UpdatePart, Write
+from trilith.shard import (
+    ANY_WRITE,
+    Float32Array,
+    FloatArray,
+    IdPart,
+    Shard,
+    UInt64Array,
+    UpdateFrame,
+    UpdateLayout,
+    UpdatePart,
+    Write,
+)
 from trilith.times import whole_seconds
 from trilith_proto import ps_pb2
 
@@ -119,9 +129,9 @@ class Batches:
             splits.append(self._remembered(name, array))
         names = list(ids)
 
-        def call(index: int, shard: Shard, left: float) -> list[FloatArray]:
+        def call(index: int, shard: Shard) -> list[FloatArray]:
             parts = [IdPart(name, split.owned(index)) for name, split in zip(names, splits, strict=True)]
-            return self._lookup_on(index, shard, parts, dims, left)
+            return self._lookup_on(index, shard, parts, dims)
 
         replies = self._cluster.fan_out(_concerned(splits, count), call, timeout_s=timeout_s)
         rows = {}
@@ -130,31 +140,29 @@ class Batches:
             rows[name] = dedup.gather_rows(split, blocks, n, dim)
         return rows
 
-    def _lookup_on(
-        self, index: int, shard: Shard, parts: list[IdPart], dims: list[int], left: float
-    ) -> list[FloatArray]:
+    def _lookup_on(self, index: int, shard: Shard, parts: list[IdPart], dims: list[int]) -> list[FloatArray]:
         if self._observe is None:
-            return self._rows_of(index, shard, parts, dims, left)
+            return self._rows_of(shard, parts, dims)
         started = time.perf_counter()
         try:
-            return self._rows_of(index, shard, parts, dims, left)
+            return self._rows_of(shard, parts, dims)
         finally:
             self._observe(index, time.perf_counter() - started)
 
-    def _rows_of(self, index: int, shard: Shard, parts: list[IdPart], dims: list[int], left: float) -> list[FloatArray]:
+    def _rows_of(self, shard: Shard, parts: list[IdPart], dims: list[int]) -> list[FloatArray]:
+        """One shard's rows, by as many calls as their size asks for."""
         float16 = self._float16
         width = 2 if float16 else 4
-        limit = self._cluster.batch_bytes(index)
+        limit = shard.batch_bytes
         if sum([part.ids.size * max(8, width * dim) for part, dim in zip(parts, dims, strict=True)]) <= limit:
-            rows = shard.lookup(parts, float16=float16, timeout_s=left)
+            rows = shard.lookup(parts, float16=float16)
             if self._accepts:
                 _check_widths(parts, rows, dims)
             return rows
-        deadline = time.monotonic() + left
         blocks: list[FloatArray] = []
         for part, dim in zip(parts, dims, strict=True):
             pieces = [
-                shard.lookup([IdPart(part.table, ids)], float16=float16, timeout_s=_left(deadline))[0]
+                shard.lookup([IdPart(part.table, ids)], float16=float16)[0]
                 for ids in _pieces(part.ids, limit, max(8, width * dim))
             ]
             _check_widths([part] * len(pieces), pieces, [dim] * len(pieces))
@@ -175,9 +183,9 @@ class Batches:
         """
         concerned = self._owners_of(ids, {index: dict(tables) for index, tables in enumerate(ids)})
 
-        def call(index: int, shard: Shard, left: float) -> list[FloatArray]:
+        def call(index: int, shard: Shard) -> list[FloatArray]:
             parts = [IdPart(name, each) for name, each in ids[index].items()]
-            return self._lookup_on(index, shard, parts, [self._info(name).dim for name in ids[index]], left)
+            return self._lookup_on(index, shard, parts, [self._info(name).dim for name in ids[index]])
 
         replies = self._cluster.fan_out(concerned, call, timeout_s=timeout_s)
         return [
@@ -200,7 +208,7 @@ class Batches:
         self,
         table: str,
         ids: Any,
-        call: Callable[[Shard, IdPart, Write, float], _T],
+        call: Callable[[Shard, IdPart, Write], _T],
         *,
         writes: Terms | None = None,
         timeout_s: float | None = None,
@@ -210,7 +218,7 @@ class Batches:
         Args:
             table: Which table.
             ids: Integers [n].
-            call: Takes a shard, its ids, the write's name and the seconds that are left.
+            call: Takes a shard, its ids and the write's name.
             writes: What goes with each write; None: the call changes nothing.
             timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
 
@@ -223,14 +231,13 @@ class Batches:
 
         named = self._writes(writes) if writes is not None else None
 
-        def run(index: int, shard: Shard, left: float) -> list[_T]:
-            deadline = time.monotonic() + left
-            pieces = _pieces(split.owned(index), cluster.batch_bytes(index), 8)
+        def run(index: int, shard: Shard) -> list[_T]:
+            pieces = _pieces(split.owned(index), shard.batch_bytes, 8)
             results = []
             for number, piece in enumerate(pieces):
                 write = named.of(index, number) if named else ANY_WRITE
                 with _part(number):
-                    results.append(call(shard, IdPart(table, piece), write, _left(deadline)))
+                    results.append(call(shard, IdPart(table, piece), write))
             return results
 
         replies = cluster.fan_out(
@@ -277,14 +284,14 @@ class Batches:
         """
         names = {name for tables in updates for name in tables}
         rates = {name: self._rates(verb, self._info(name), terms) for name in sorted(names)}
-        frames: dict[int, wire.UpdateFrame] = {}
+        frames: dict[int, UpdateFrame] = {}
         concerned = self._owners_of(
             updates, {index: {name: each[0] for name, each in tables.items()} for index, tables in enumerate(updates)}
         )
         with _closing(frames):
             for index in concerned:
                 layouts = [
-                    wire.UpdateLayout(name, ids.size, self._info(name).dim, bool(counts), rates[name])
+                    UpdateLayout(name, ids.size, self._info(name).dim, bool(counts), rates[name])
                     for name, (ids, _, *counts) in updates[index].items()
                 ]
                 frames[index] = frame = self._room(index, layouts, terms)
@@ -331,12 +338,12 @@ class Batches:
                 return split
         return dedup.split_distinct(array, self._cluster.count)
 
-    def _frame(self, index: int, batch: Sequence[_Rows], terms: Terms) -> wire.UpdateFrame:
+    def _frame(self, index: int, batch: Sequence[_Rows], terms: Terms) -> UpdateFrame:
         """Make room for a shard's part of an update: in the message itself, unless one message will not do."""
         layouts = []
         for rows in batch:
             n, dim = rows.split.owned(index).size, rows.values.shape[1]
-            layouts.append(wire.UpdateLayout(rows.name, n, dim, rows.counts is not None, rows.rates))
+            layouts.append(UpdateLayout(rows.name, n, dim, rows.counts is not None, rows.rates))
         frame = self._room(index, layouts, terms)
         for part, rows in zip(frame, batch, strict=True):
             part.ids[:] = rows.split.owned(index)
@@ -344,31 +351,30 @@ class Batches:
                 part.counts[:] = rows.counts[rows.split.bounds[index] : rows.split.bounds[index + 1]]
         return frame
 
-    def _room(self, index: int, layouts: Sequence[wire.UpdateLayout], terms: Terms) -> wire.UpdateFrame:
-        if sum(each.rows * _row_bytes(each.dim) for each in layouts) > self._cluster.batch_bytes(index):
-            return wire.plain_update(layouts, Write())
-        make: Callable[..., wire.UpdateFrame] = getattr(self._cluster.shards[index], "new_update", wire.plain_update)
-        return make(layouts, self.write(index, terms), float16=self._float16)
+    def _room(self, index: int, layouts: Sequence[UpdateLayout], terms: Terms) -> UpdateFrame:
+        shard = self._cluster.shards[index]
+        if sum(each.rows * _row_bytes(each.dim) for each in layouts) > shard.batch_bytes:
+            return UpdateFrame.plain(layouts, ANY_WRITE)
+        return shard.new_update(layouts, self.write(index, terms), float16=self._float16)
 
     def _send_frames(
-        self, verb: Verb, concerned: Sequence[int], frames: Mapping[int, wire.UpdateFrame], terms: Terms
+        self, verb: Verb, concerned: Sequence[int], frames: Mapping[int, UpdateFrame], terms: Terms
     ) -> None:
         named = self._writes(terms)
         self._cluster.fan_out(
             concerned,
-            lambda index, shard, left: self._send(verb, index, shard, frames[index], named, left),
+            lambda index, shard: self._send(verb, index, shard, frames[index], named),
             timeout_s=terms.timeout_s,
             writes=True,
         )
 
-    def _send(self, verb: Verb, index: int, shard: Shard, frame: wire.UpdateFrame, named: Writes, left: float) -> None:
-        call = getattr(shard, verb)
+    def _send(self, verb: Verb, index: int, shard: Shard, frame: UpdateFrame, named: Writes) -> None:
+        call = {"apply_gradients": shard.apply_gradients, "assign": shard.assign, "assign_add": shard.assign_add}[verb]
         if frame.write.client_id:
-            call(frame, frame.write, timeout_s=left)
+            call(frame, frame.write)
             return
         # Too much for one message: several writes in order, each with a sequence of its own.
-        deadline = time.monotonic() + left
-        limit = self._cluster.batch_bytes(index)
+        limit = shard.batch_bytes
         number, done = itertools.count(), 0
         for part in frame:
             step = max(1, limit // _row_bytes(part.values.shape[1]))
@@ -382,7 +388,7 @@ class Batches:
                 cut = UpdatePart(part.table, part.ids[piece], values, counts, part.learning_rates)
                 write = named.of(index, next(number))
                 with _part(done):
-                    call([cut], write, timeout_s=_left(deadline))
+                    call([cut], write)
                 done += 1
 
 
@@ -397,7 +403,7 @@ def _part(done: int) -> Iterator[None]:
 
 
 @contextmanager
-def _closing(frames: Mapping[int, wire.UpdateFrame]) -> Iterator[None]:
+def _closing(frames: Mapping[int, UpdateFrame]) -> Iterator[None]:
     """Within it frames may be sent; afterwards nobody sends them, unless an error says that the write is unfinished.
 
     Then they stay open for as long as somebody keeps the error.
@@ -446,7 +452,3 @@ def _row_bytes(dim: int) -> int:
 def _pieces(ids: UInt64Array, limit: int, width: int) -> list[UInt64Array]:
     step = max(1, limit // width)
     return [ids[start : start + step] for start in range(0, ids.size, step)]
-
-
-def _left(deadline: float) -> float:
-    return max(deadline - time.monotonic(), 0.001)

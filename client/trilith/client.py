@@ -18,16 +18,10 @@ from trilith.discovery import Directory
 from trilith.discovery.members import Members
 from trilith.discovery.record import ClusterRecord, RecordKeeper
 from trilith.discovery.zk_url import redact
-from trilith.errors import (
-    CheckpointError,
-    InvalidRequestError,
-    ShardRestartedError,
-    TrilithError,
-    UnknownTableError,
-)
+from trilith.errors import CheckpointError, InvalidRequestError, ShardRestartedError, TrilithError, UnknownTableError
 from trilith.ops.dedup import gather_values
 from trilith.queues import Queues
-from trilith.shard import Float32Array, Shard, UInt64Array, Write
+from trilith.shard import ANY_WRITE, Float32Array, Shard, UInt64Array, Write
 from trilith.steps import as_step
 from trilith.tables.initial import InitialRows, Missing, check_missing
 from trilith.times import whole_seconds
@@ -139,7 +133,7 @@ class Client:
             if any(has) and not all(has):
                 self._refuse_half_lost(config.name, has)
         cluster.everywhere(
-            lambda index, shard, left: shard.create_tables(configs, cluster.write(index), timeout_s=left),
+            lambda index, shard: shard.create_tables(configs, cluster.write(index)),
             timeout_s=cluster.config.create_timeout_s,
         )
 
@@ -297,7 +291,7 @@ class Client:
     def contains(self, table: str, ids: Any, *, timeout_s: float | None = None) -> npt.NDArray[np.bool_]:
         """bool[n]: whether each id has a row."""
         split, pieces = self._batches.per_id(
-            table, ids, lambda shard, part, _, left: shard.contains(part, timeout_s=left), timeout_s=timeout_s
+            table, ids, lambda shard, part, _: shard.contains(part), timeout_s=timeout_s
         )
         return gather_values(split, pieces, np.bool_)
 
@@ -308,7 +302,7 @@ class Client:
         split, pieces = self._batches.per_id(
             table,
             ids,
-            lambda shard, part, write, left: shard.reinitialize(part, write, timeout_s=left),
+            lambda shard, part, write: shard.reinitialize(part, write),
             writes=Terms(self._cluster.step, request_time),
             timeout_s=timeout_s,
         )
@@ -317,7 +311,7 @@ class Client:
     def lookup_entries(self, table: str, ids: Any, *, timeout_s: float | None = None) -> list[bytes]:
         """Per id a serialized EntryDump without its id, b"" where there is no row; see `trilith.describe_entry`."""
         split, pieces = self._batches.per_id(
-            table, ids, lambda shard, part, _, left: shard.lookup_entries(part, timeout_s=left), timeout_s=timeout_s
+            table, ids, lambda shard, part, _: shard.lookup_entries(part), timeout_s=timeout_s
         )
         entries = np.empty(split.ids.size, object)
         entries[:] = [entry for piece in pieces for entry in piece]
@@ -328,7 +322,7 @@ class Client:
         _, pieces = self._batches.per_id(
             table,
             ids,
-            lambda shard, part, write, left: shard.erase(part, write, timeout_s=left),
+            lambda shard, part, write: shard.erase(part, write),
             writes=Terms(self._cluster.step),
             timeout_s=timeout_s,
         )
@@ -360,9 +354,7 @@ class Client:
     def _dump_page(self, table: str, index: int, page: int, offset: int, timeout_s: float | None) -> Any:
         return self._cluster.fan_out(
             [index],
-            lambda _, shard, left: shard.dump_entries(
-                table, part=0, parts=1, limit=page, offset=offset, timeout_s=left
-            ),
+            lambda _, shard: shard.dump_entries(table, part=0, parts=1, limit=page, offset=offset),
             timeout_s=timeout_s,
         )[index]
 
@@ -384,9 +376,7 @@ class Client:
         at = 0 if now is None else whole_seconds(now, "now")
         if now is not None and at <= 0:
             raise InvalidRequestError(f"now={now} is no time; None judges by each shard's own clock")
-        return self._counted(
-            tables, lambda shard, names, write, left: shard.evict(names, write, now=at, timeout_s=left), timeout_s
-        )
+        return self._counted(tables, lambda shard, names, write: shard.evict(names, write, now=at), timeout_s)
 
     def clear(self, tables: Sequence[str] | None = None, *, timeout_s: float | None = None) -> dict[str, int]:
         """Drop every row of tables.
@@ -398,14 +388,12 @@ class Client:
         Returns:
             Rows dropped by table.
         """
-        return self._counted(
-            tables, lambda shard, names, write, left: shard.clear(names, write, timeout_s=left), timeout_s
-        )
+        return self._counted(tables, lambda shard, names, write: shard.clear(names, write), timeout_s)
 
     def _counted(
         self,
         tables: Sequence[str] | None,
-        call: Callable[[Shard, Sequence[str], Write, float], Mapping[str, int]],
+        call: Callable[[Shard, Sequence[str], Write], Mapping[str, int]],
         timeout_s: float | None,
     ) -> dict[str, int]:
         if isinstance(tables, str):
@@ -423,7 +411,7 @@ class Client:
         writes = cluster.writes(global_step=cluster.step)
         replies = cluster.fan_out(
             range(cluster.count),
-            lambda index, shard, left: call(shard, names, writes.of(index), left),
+            lambda index, shard: call(shard, names, writes.of(index)),
             timeout_s=timeout_s,
             writes=True,
         )
@@ -501,10 +489,10 @@ class Client:
         advance = None if advance is None else as_step(advance, "advance")
         set_to = None if set_to is None else as_step(set_to, "set_to")
         cluster = self._cluster
-        write = cluster.write(0) if advance is not None or set_to is not None else Write()
+        write = cluster.write(0) if advance is not None or set_to is not None else ANY_WRITE
         cluster.step = cluster.fan_out(
             [0],
-            lambda _, shard, left: shard.global_step(advance=advance, set_to=set_to, write=write, timeout_s=left),
+            lambda _, shard: shard.global_step(advance=advance, set_to=set_to, write=write),
             timeout_s=timeout_s,
             writes=advance is not None or set_to is not None,
         )[0]
@@ -514,7 +502,7 @@ class Client:
 
     def stats(self, *, timeout_s: float | None = None) -> list[ps_pb2.StatsResponse]:
         """Counters and sizes, per shard."""
-        return self._cluster.everywhere(lambda _, shard, left: shard.stats(timeout_s=left), timeout_s=timeout_s)
+        return self._cluster.everywhere(lambda _, shard: shard.stats(), timeout_s=timeout_s)
 
     def describe(self, *, timeout_s: float | None = None) -> list[ps_pb2.DescribeResponse]:
         """Identity and content, per shard."""
@@ -538,9 +526,7 @@ class Client:
     def save_shards(self, path: str, *, timeout_s: float = 3600.0) -> list[ps_pb2.SaveResponse]:
         """Have every shard write its files of a checkpoint, which is complete once somebody writes its manifest."""
         cluster = self._cluster
-        return cluster.everywhere(
-            lambda index, shard, left: shard.save(path, cluster.write(index), timeout_s=left), timeout_s=timeout_s
-        )
+        return cluster.everywhere(lambda index, shard: shard.save(path, cluster.write(index)), timeout_s=timeout_s)
 
     def restore(self, path: str, *, timeout_s: float = 3600.0) -> int:
         """Replace the cluster's content by that of a complete checkpoint, of any number of PS; returns its step.
@@ -585,9 +571,7 @@ class Client:
             ShardRestartedError: A shard came back without tables that this client uses.
         """
         return self._cluster.rejoin(
-            [info.config for info in self._tables.values()],
-            self._variables.owners(),
-            recreate_tables=recreate_tables,
+            [info.config for info in self._tables.values()], self._variables.owners(), recreate_tables=recreate_tables
         )
 
     def close(self) -> None:

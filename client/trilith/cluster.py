@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,7 +31,6 @@ from trilith.errors import (
 )
 from trilith.identity import Identity
 from trilith.routing import OWNER_RULE
-from trilith.rpc.remote import RemoteShard
 from trilith.runtime.forks import renew_in_children
 from trilith.shard import Shard, Write
 from trilith_proto import ps_pb2
@@ -103,7 +101,7 @@ class Cluster:
         self._part = part
         self.count = len(self.shards)
         self.config = config
-        self.remote = all(isinstance(shard, RemoteShard) for shard in shards)
+        self.remote = all(shard.remote for shard in shards)
         self.float16 = config.float16 and self.remote
         self.step = 0
         self._known = [0] * self.count
@@ -140,11 +138,11 @@ class Cluster:
     @property
     def addresses(self) -> list[str]:
         """host:port of every shard that is reached over the network."""
-        return [shard.address for shard in self.shards if isinstance(shard, RemoteShard)]
+        return [shard.address for shard in self.shards if shard.remote]
 
     def describe(self, *, timeout_s: float | None = None) -> list[ps_pb2.DescribeResponse]:
         """What every shard says about itself."""
-        return self.everywhere(lambda _, shard, left: shard.describe(timeout_s=left), timeout_s=timeout_s)
+        return self.everywhere(lambda _, shard: shard.describe(), timeout_s=timeout_s)
 
     def check_incarnations(self, answers: Sequence[ps_pb2.DescribeResponse], *, reading: bool = False) -> None:
         """Raise ShardRestartedError if a shard is no longer in the incarnation that this client knows.
@@ -196,9 +194,8 @@ class Cluster:
             self._adopt(shard.index, answers[shard.index])
             lost = [table for table in tables if table.name in shard.missing_tables]
             if lost:
-                self.shards[shard.index].create_tables(
-                    lost, self.write(shard.index), timeout_s=self.config.create_timeout_s
-                )
+                deadline = time.monotonic() + self.config.create_timeout_s
+                self.shards[shard.index].until(deadline).create_tables(lost, self.write(shard.index))
         return back
 
     def _rejoined(
@@ -222,9 +219,7 @@ class Cluster:
     def _adopt(self, index: int, answer: ps_pb2.DescribeResponse) -> None:
         self._known[index] = answer.incarnation
         self._identities[index].renew(answer.unix_time)
-        shard = self.shards[index]
-        if isinstance(shard, RemoteShard):
-            shard.adopt(answer.incarnation)
+        self.shards[index].adopt(answer.incarnation)
 
     def _check_identity(self, answers: Sequence[ps_pb2.DescribeResponse]) -> None:
         wrong = []
@@ -234,7 +229,7 @@ class Cluster:
             theirs = f"{answer.shard_index} of {answer.shard_count}, owner rule {answer.owner_rule!r}"
             if ours != theirs:
                 shard = self.shards[index]
-                where = f"{shard.address} " if isinstance(shard, RemoteShard) else ""
+                where = f"{shard.address} " if shard.remote else ""
                 wrong.append(f"{where}is shard {ours} by this client's list, and shard {theirs} by its own account")
         if wrong:
             raise ClusterMismatchError("; ".join(wrong))
@@ -265,10 +260,10 @@ class Cluster:
         answers = self.describe()
         self._check_identity(answers)
 
-        def call(index: int, shard: Shard, left: float) -> ps_pb2.RestoreResponse:
+        def call(index: int, shard: Shard) -> ps_pb2.RestoreResponse:
             answer = answers[index]
             write = Identity(self._origin(index), answer.unix_time).write(incarnation=answer.incarnation)
-            return shard.restore(path, write, timeout_s=left)
+            return shard.restore(path, write)
 
         replies = self.everywhere(call, timeout_s=timeout_s)
         for index, (answer, reply) in enumerate(zip(answers, replies, strict=True)):
@@ -277,20 +272,16 @@ class Cluster:
         self.step = replies[0].global_step
         return replies
 
-    def batch_bytes(self, index: int) -> int:
-        """Bytes of arrays that one call to a shard may carry; nothing is too large within a process."""
-        return self.config.batch_bytes if isinstance(self.shards[index], RemoteShard) else sys.maxsize
-
     # ---- calls -------------------------------------------------------------------------------------------------------
 
-    def everywhere(self, call: Callable[[int, Shard, float], _T], *, timeout_s: float | None = None) -> list[_T]:
+    def everywhere(self, call: Callable[[int, Shard], _T], *, timeout_s: float | None = None) -> list[_T]:
         """Call every shard; results in shard order."""
         return list(self.fan_out(range(self.count), call, timeout_s=timeout_s).values())
 
     def fan_out(
         self,
         indexes: Iterable[int],
-        call: Callable[[int, Shard, float], _T],
+        call: Callable[[int, Shard], _T],
         *,
         timeout_s: float | None = None,
         writes: bool = False,
@@ -299,7 +290,7 @@ class Cluster:
 
         Args:
             indexes: Which shards, ascending.
-            call: Takes a shard's index, the shard and the seconds that are left.
+            call: Takes a shard's index and the shard, whose calls end at the deadline.
             timeout_s: Seconds for all; None takes the client's own.
             writes: The call is a write whose names stay the same when it is made again.
 
@@ -315,21 +306,20 @@ class Cluster:
         timeout = self.config.timeout_s if timeout_s is None else timeout_s
         if not timeout > 0:
             raise InvalidRequestError(f"timeout_s={timeout} is not above 0")
+        deadline = time.monotonic() + timeout
         chosen = list(indexes)
         if len(chosen) == 1:  # no hop to another thread
             try:
-                return {chosen[0]: self._call(chosen[0], call, timeout)}
+                return {chosen[0]: self._call(chosen[0], call, deadline)}
             except TrilithError as error:
                 if writes:
                     self._leave_unfinished(error, {chosen[0]: error}, (), call)
                 raise
-        deadline = time.monotonic() + timeout
 
         def run(index: int) -> _T:
-            left = deadline - time.monotonic()
-            if left <= 0:
+            if time.monotonic() >= deadline:
                 raise unsent(index)
-            return self._call(index, call, left)
+            return self._call(index, call, deadline)
 
         def unsent(index: int) -> DeadlineExceededError:
             error = DeadlineExceededError(
@@ -368,7 +358,7 @@ class Cluster:
         error: TrilithError,
         failures: Mapping[int, Exception],
         done: tuple[int, ...],
-        call: Callable[[int, Shard, float], object],
+        call: Callable[[int, Shard], object],
     ) -> None:
         """Have the error say what became of its write, if one can go on with it."""
         unknown = tuple(index for index, each in failures.items() if _may_be_done(each))
@@ -382,13 +372,13 @@ class Cluster:
             )
             error.add_note(str(error.unfinished))
 
-    def _call(self, index: int, call: Callable[[int, Shard, float], _T], left: float) -> _T:
+    def _call(self, index: int, call: Callable[[int, Shard], _T], deadline: float) -> _T:
         try:
-            return call(index, self.shards[index], left)
+            return call(index, self.shards[index].until(deadline))
         except InDoubtError:
             # The shard does not know us any more: what comes next is named so that it can tell it to be new.
             with contextlib.suppress(TrilithError):
-                self._identities[index].renew(self.shards[index].describe(timeout_s=self.config.timeout_s).unix_time)
+                self._identities[index].renew(self.shards[index].describe().unix_time)
             raise
 
     def _submit(self, run: Callable[[int], _T], index: int) -> Future[_T]:

@@ -12,7 +12,7 @@ from trilith.arrays import as_values, refuse_non_finite
 from trilith.cluster import Cluster
 from trilith.errors import InvalidRequestError, UnknownVariableError
 from trilith.routing import partition_owner, partition_sizes
-from trilith.shard import DensePart, Float32Array, Shard
+from trilith.shard import DensePart, Float32Array
 from trilith.steps import as_step
 from trilith_proto import hash_table_pb2, ps_pb2
 
@@ -54,11 +54,8 @@ class Variables:
         writes = cluster.writes()
         replies = cluster.fan_out(
             sorted(by_shard),
-            lambda i, shard, left: shard.create_variables(
-                [spec for spec, _ in by_shard[i]],
-                [piece for _, piece in by_shard[i]],
-                writes.of(i),
-                timeout_s=left,
+            lambda i, shard: shard.create_variables(
+                [spec for spec, _ in by_shard[i]], [piece for _, piece in by_shard[i]], writes.of(i)
             ),
             timeout_s=timeout_s,
             writes=True,
@@ -86,12 +83,9 @@ class Variables:
             for partition in range(len(self._sizes(name))):
                 refs.setdefault(partition_owner(name, partition, cluster.count), []).append((name, partition))
 
-        def call(index: int, shard: Shard, left: float) -> tuple[list[Float32Array], int]:
-            if not refs[index]:
-                return [], shard.global_step(timeout_s=left)
-            return shard.pull_variables(refs[index], timeout_s=left)
-
-        replies = cluster.fan_out(sorted(refs), call, timeout_s=timeout_s)
+        replies = cluster.fan_out(
+            sorted(refs), lambda index, shard: shard.pull_variables(refs[index]), timeout_s=timeout_s
+        )
         found = {ref: value for s, asked in refs.items() for ref, value in zip(asked, replies[s][0], strict=True)}
         values = {}
         for name in wanted:
@@ -120,12 +114,7 @@ class Variables:
         writes = cluster.writes(global_step=step, allow_non_finite=allow_non_finite)
         cluster.fan_out(
             sorted(parts),
-            lambda i, shard, left: shard.apply_dense_gradients(
-                parts[i],
-                writes.of(i),
-                learning_rate=rate,
-                timeout_s=left,
-            ),
+            lambda i, shard: shard.apply_dense_gradients(parts[i], writes.of(i), learning_rate=rate),
             timeout_s=timeout_s,
             writes=True,
         )
@@ -137,7 +126,7 @@ class Variables:
         writes = cluster.writes(global_step=cluster.step, allow_non_finite=allow_non_finite)
         cluster.fan_out(
             sorted(parts),
-            lambda i, shard, left: shard.assign_variables(parts[i], writes.of(i), timeout_s=left),
+            lambda i, shard: shard.assign_variables(parts[i], writes.of(i)),
             timeout_s=timeout_s,
             writes=True,
         )

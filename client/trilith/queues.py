@@ -31,8 +31,8 @@ class Queues:
         """Use `Client.queues`."""
         self._cluster = cluster
 
-    def _call(self, call: Callable[[Shard, float], _T]) -> _T:
-        return self._cluster.fan_out([QUEUE_SHARD], lambda _, shard, left: call(shard, left))[QUEUE_SHARD]
+    def _call(self, call: Callable[[Shard], _T]) -> _T:
+        return self._cluster.fan_out([QUEUE_SHARD], lambda _, shard: call(shard))[QUEUE_SHARD]
 
     def create(self, name: str, elements: Iterable[str] = (), *, capacity: int = 0) -> bool:
         """Create a queue.
@@ -47,12 +47,12 @@ class Queues:
         """
         _check_number(f"queue {name!r}: capacity", capacity)
         write, first = self._cluster.write(QUEUE_SHARD), _strings(elements)
-        return self._call(lambda shard, left: shard.create_queue(name, first, write, capacity=capacity, timeout_s=left))
+        return self._call(lambda shard: shard.create_queue(name, first, write, capacity=capacity))
 
     def enqueue(self, name: str, elements: Iterable[str]) -> None:
         """Append elements, all or, with QueueFullError, none."""
         write, more = self._cluster.write(QUEUE_SHARD), _strings(elements)
-        self._call(lambda shard, left: shard.enqueue(name, more, write, timeout_s=left))
+        self._call(lambda shard: shard.enqueue(name, more, write))
 
     def dequeue(self, names: str | Sequence[str], worker: str, *, lease_s: float, claim: str = "") -> Dequeued:
         """Take the next element.
@@ -66,9 +66,7 @@ class Queues:
         _check_seconds(lease_s)
         write = self._cluster.write(QUEUE_SHARD)
         queues = [names] if isinstance(names, str) else list(names)
-        return self._call(
-            lambda shard, left: shard.dequeue(queues, worker, write, lease_s=lease_s, claim=claim, timeout_s=left)
-        )
+        return self._call(lambda shard: shard.dequeue(queues, worker, write, lease_s=lease_s, claim=claim))
 
     def acknowledge(self, worker: str, lease: int, *, queue: str = "", elements: Iterable[str] = ()) -> bool:
         """Say that a leased element is done.
@@ -84,9 +82,7 @@ class Queues:
         """
         _check_number("lease", lease)
         write, more = self._cluster.write(QUEUE_SHARD), _strings(elements)
-        return self._call(
-            lambda shard, left: shard.acknowledge(worker, lease, write, queue=queue, elements=more, timeout_s=left)
-        )
+        return self._call(lambda shard: shard.acknowledge(worker, lease, write, queue=queue, elements=more))
 
     def hold_leases(self, worker: str, lease_s: float) -> int:
         """Prolong a worker's leases; returns how many it has."""
@@ -99,7 +95,7 @@ class Queues:
     def _hold(self, worker: str, lease_s: float) -> int:
         _check_seconds(lease_s)
         write = self._cluster.write(QUEUE_SHARD)
-        return self._call(lambda shard, left: shard.hold_leases(worker, lease_s, write, timeout_s=left))
+        return self._call(lambda shard: shard.hold_leases(worker, lease_s, write))
 
 
 def _check_number(what: str, value: Any) -> None:

@@ -16,6 +16,10 @@ class Meddled:
     def __getattr__(self, attribute):
         return getattr(self._store, attribute)
 
+    def until(self, deadline):
+        """Itself, and not the store."""
+        return self
+
 
 class Blocking(Meddled):
     """Lookups wait until `release`; `entered` counts those that have begun."""
@@ -31,7 +35,7 @@ class Blocking(Meddled):
         self.release.wait(30)
         self._store.lookup_into(parts, outs)
 
-    def apply_gradients(self, parts, write, *, timeout_s=None):
+    def apply_gradients(self, parts, write):
         self.applied += 1
         self._store.apply_gradients(parts, write)
 
@@ -51,16 +55,16 @@ class Failing(Meddled):
             raise self.errors.pop(0)
         return answer
 
-    def apply_gradients(self, parts, write, *, timeout_s=None):
+    def apply_gradients(self, parts, write):
         self._then_fail("apply_gradients", parts, write)
 
-    def assign_add(self, parts, write, *, timeout_s=None):
+    def assign_add(self, parts, write):
         self._then_fail("assign_add", parts, write)
 
-    def global_step(self, *, advance=None, set_to=None, write=None, timeout_s=None):
+    def global_step(self, *, advance=None, set_to=None, write=None):
         return self._then_fail("global_step", advance=advance, set_to=set_to, write=write)
 
-    def apply_dense_gradients(self, parts, write, *, learning_rate=0.0, timeout_s=None):
+    def apply_dense_gradients(self, parts, write, *, learning_rate=0.0):
         self._then_fail("apply_dense_gradients", parts, write, learning_rate=learning_rate)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.congruence.clusters import SHAPES, LocalCluster
-from tests.congruence.faults import Blocking
+from tests.congruence.faults import Blocking, Meddled
 from trilith.client import Client
 from trilith.cluster import Cluster
 from trilith.config import ClientConfig
@@ -36,15 +36,15 @@ def prefix():
     return f"t{secrets.token_hex(6)}/"
 
 
-class Counting:
+class Counting(Meddled):
     """A shard that counts its requests."""
 
     def __init__(self, shard):
-        self._shard = shard
+        super().__init__(shard)
         self.requests = Counter()
 
     def __getattr__(self, name):
-        found = getattr(self._shard, name)
+        found = super().__getattr__(name)
         if name not in {"lookup", "apply_gradients", "assign", "assign_add", "reinitialize"}:
             return found
 

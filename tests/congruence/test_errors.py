@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.congruence.faults import Meddled
 from trilith import errors
 from trilith.errors import (
     CheckpointError,
@@ -330,14 +331,8 @@ def test_new_rows_beyond_the_memory_limit_are_refused_and_old_ones_served(local,
 def test_an_error_keeps_its_class_and_its_text_over_the_wire(local, shape, name):
     """Whatever the engine raises, embedded and remote callers see the same."""
 
-    class Raising:
-        def __init__(self, store):
-            self._store = store
-
-        def __getattr__(self, attribute):
-            return getattr(self._store, attribute)
-
-        def stats(self, *, timeout_s=None):
+    class Raising(Meddled):
+        def stats(self):
             raise self.error
 
     made = []
@@ -357,14 +352,8 @@ def test_an_error_keeps_its_class_and_its_text_over_the_wire(local, shape, name)
 
 
 def test_a_fault_of_the_engine_is_an_internal_error(local, name):
-    class Broken:
-        def __init__(self, store):
-            self._store = store
-
-        def __getattr__(self, attribute):
-            return getattr(self._store, attribute)
-
-        def stats(self, *, timeout_s=None):
+    class Broken(Meddled):
+        def stats(self):
             raise ZeroDivisionError("by zero")
 
     with local("1-ps", wrap=Broken).connect() as client, pytest.raises(errors.InternalError, match="ZeroDivisionError"):

@@ -28,9 +28,10 @@ from trilith.errors import (
     UnknownTableError,
 )
 from trilith.rpc import wire
-from trilith.rpc.remote import SERVICE, RemoteShard
+from trilith.rpc.remote import RemoteShard
 from trilith.shard import IdPart
 from trilith.tables import Adagrad, RandomUniform, Sgd, Zeros, table_config
+from trilith.verbs import SERVICE
 from trilith_services.grpc.serve import Limits
 from trilith_services.ps.process.server import ParameterServer
 

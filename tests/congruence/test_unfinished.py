@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 
+from tests.congruence.faults import Meddled
 from trilith.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -29,18 +30,18 @@ WRITES = {
 }
 
 
-class Faulty:
+class Faulty(Meddled):
     """A store, of which one write is answered late or refused."""
 
     def __init__(self, store: LocalShard) -> None:
-        self._store = store
+        super().__init__(store)
         self.late: threading.Event | None = None
         self.refusal: Exception | None = None
         self.calls = 0
         self.good = 0  # calls before the one that is answered late or refused
 
     def __getattr__(self, name):
-        found = getattr(self._store, name)
+        found = super().__getattr__(name)
         if name not in WRITES:
             return found
 

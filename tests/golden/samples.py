@@ -176,6 +176,6 @@ def messages() -> dict[str, bytes]:
         "ids_request": wire.pack_ids(id_parts()[0], WRITE),
         "statuses_response": wire.pack_statuses(INCARNATION, np.array([-1, 0, 1], np.int8)),
         "create_variables": wire.pack_create_variables(specs_of, list(VARIABLES.values()), Write(incarnation=77)),
-        "dense_update": wire.pack_dense_update(dense_parts(), WRITE, 0.125),
+        "dense_update": wire.pack_dense_update(dense_parts(), WRITE, learning_rate=0.125),
         "pulled_variables": wire.pack_pulled(INCARNATION, [("bias", 0), ("w", 3)], list(VARIABLES.values()), 2**40),
     }

@@ -55,19 +55,22 @@ class FakeShard:
         self.asked = 0
         self.made[resolve()] = self
 
-    def lookup(self, parts: Any, *, float16: bool, timeout_s: float) -> Any:
+    def until(self, deadline: float) -> FakeShard:
+        return self
+
+    def lookup(self, parts: Any, *, float16: bool) -> Any:
         self.asked += 1
         if self.failure is not None:
             raise self.failure
         return ROWS
 
-    def describe(self, *, timeout_s: float) -> ps_pb2.DescribeResponse:
+    def describe(self) -> ps_pb2.DescribeResponse:
         return ps_pb2.DescribeResponse(shard_index=1, shard_count=2)
 
-    def stats(self, *, timeout_s: float) -> ps_pb2.StatsResponse:
+    def stats(self) -> ps_pb2.StatsResponse:
         return ps_pb2.StatsResponse(replica=ps_pb2.ReplicaStats(as_of=17.0))
 
-    def global_step(self, *, timeout_s: float) -> int:
+    def global_step(self) -> int:
         return 0
 
     def close(self) -> None:
@@ -104,10 +107,10 @@ def test_a_full_queue_or_a_near_deadline_is_held_against_no_replica(pair):
     shard, a, b = pair
     a.failure = b.failure = OverloadedError("128 calls are waiting already")
     with pytest.raises(UnavailableError, match="128 calls"):
-        shard.lookup(PARTS, timeout_s=0.05)
+        shard.until(time.monotonic() + 0.05).lookup(PARTS)
     a.failure = b.failure = DeadlineExceededError("no answer")
     with pytest.raises(UnavailableError, match="no answer"):
-        shard.lookup(PARTS, timeout_s=0.01)
+        shard.until(time.monotonic() + 0.01).lookup(PARTS)
     assert [each.healthy for each in shard.status()] == [True, True]
     assert sum(each.failures for each in shard.status()) >= 2
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trilith.errors import InvalidRequestError
 from trilith.rpc import wire
-from trilith.shard import DensePart, IdPart, UpdatePart, Write
+from trilith.shard import DensePart, IdPart, UpdateLayout, UpdatePart, Write
 from trilith_proto import ps_pb2
 
 NAMES = st.text(max_size=12)
@@ -83,7 +83,7 @@ def test_an_update_request_has_the_librarys_bytes_and_reads_back(shapes, write, 
 def test_a_frame_written_in_place_is_the_packed_request(shapes, write, half):
     parts = update_parts(shapes, np.float16 if half and shapes else np.float32)
     layouts = [
-        wire.UpdateLayout(part.table, part.ids.size, part.values.shape[1], part.counts is not None, part.learning_rates)
+        UpdateLayout(part.table, part.ids.size, part.values.shape[1], part.counts is not None, part.learning_rates)
         for part in parts
     ]
     frame = wire.new_update_request(layouts, write, float16=bool(half and shapes))
@@ -98,7 +98,7 @@ def test_a_frame_written_in_place_is_the_packed_request(shapes, write, half):
 
 def test_a_frame_sent_as_another_write_is_packed_again():
     write = Write(client_id=1, sequence=1)
-    frame = wire.new_update_request([wire.UpdateLayout("t", 1, 2)], write)
+    frame = wire.new_update_request([UpdateLayout("t", 1, 2)], write)
     frame[0].ids[:] = 7
     frame[0].values[:] = 1
     again = Write(client_id=1, sequence=2)
@@ -162,7 +162,7 @@ def test_a_statuses_response_has_the_librarys_bytes_and_reads_back(incarnation, 
 @given(sizes=st.lists(st.tuples(NAMES, st.integers(0, 9), COUNTS), max_size=4), write=WRITES)
 def test_a_dense_update_has_the_librarys_bytes_and_reads_back(sizes, write):
     parts = [DensePart(name, p, np.arange(n, dtype=np.float32)) for name, p, n in sizes]
-    data = wire.pack_dense_update(parts, write, 0.25)
+    data = wire.pack_dense_update(parts, write, learning_rate=0.25)
     assert ps_pb2.DenseUpdateRequest.FromString(data).SerializeToString() == data
     got, got_write, rate = wire.unpack_dense_update(data)
     assert [(part.name, part.partition, part.values.tolist()) for part in got] == [

@@ -141,11 +141,11 @@ class Reader:
         )
 
     def _replica_row(self, replica: Replica, table: str, value: int, trained: list[float] | None) -> ReplicaRow:
-        shard = self._members.replica(replica.shard, replica.address)
+        shard = self._members.replica(replica.shard, replica.address).until(time.monotonic() + 2.0)
         part = IdPart(table, np.array([value], np.uint64))
-        if not shard.contains(part, timeout_s=2.0)[0]:
+        if not shard.contains(part)[0]:
             return ReplicaRow(name=replica.name, address=replica.address, found=False)
-        served = np.asarray(shard.lookup([part], timeout_s=2.0)[0][0], np.float32)
+        served = np.asarray(shard.lookup([part])[0][0], np.float32)
         difference = None
         if trained is not None and len(trained) == served.size:
             gaps = np.abs(served.astype(np.float64) - np.array(trained, np.float64))

@@ -231,17 +231,22 @@ class Watcher:
         return members
 
     @property
-    def _patience_s(self) -> float:
+    def _answer_s(self) -> float:
         """Seconds in which a process must answer a look."""
         return min(max(self.options.interval_s, 0.5), 2.0)
 
+    @property
+    def _answers_by(self) -> float:
+        """When a process that is asked now must have answered."""
+        return time.monotonic() + self._answer_s
+
     def _look_at_shards(self, members: Members) -> tuple[dict[int, PsSample], list[Shard]]:
         def ask(index: int) -> PsSample:
-            shard = members.shards[index]
-            stats = shard.stats(timeout_s=self._patience_s)
+            shard = members.shards[index].until(self._answers_by)
+            stats = shard.stats()
             known = self._answers.get(index)
             if known is None or known.incarnation != stats.incarnation:
-                known = shard.describe(timeout_s=self._patience_s)
+                known = shard.describe()
                 self._answers[index] = known
             if wrong := members.meet(index, known):
                 raise UnavailableError(wrong)
@@ -272,7 +277,7 @@ class Watcher:
             shard, address = key
             if not address:
                 raise UnavailableError("it has announced no address")
-            return Sample(time.monotonic(), members.replica(shard, address).stats(timeout_s=self._patience_s))
+            return Sample(time.monotonic(), members.replica(shard, address).until(self._answers_by).stats())
 
         answers = members.each(known, ask)
         found = []
@@ -286,7 +291,7 @@ class Watcher:
         self._entries.keep(each.address for each in nodes)
 
         def ask(address: str) -> EntrySample:
-            return Sample(time.monotonic(), self._entries.status(address, timeout_s=self._patience_s))
+            return Sample(time.monotonic(), self._entries.status(address, timeout_s=self._answer_s))
 
         answers = members.each(dict.fromkeys(each.address for each in nodes), ask)
         samples = {

@@ -13,7 +13,7 @@ import grpc
 from trilith.errors import DeadlineExceededError, InternalError, TrilithError
 from trilith.rpc.remote import ERROR_KEY, INCARNATION_KEY
 
-__all__ = ["Observer", "Servicer", "rpc"]
+__all__ = ["Observer", "Servicer", "guarded", "rpc"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -46,16 +46,19 @@ class Servicer(Protocol):
 
 
 def rpc(method: _F) -> _F:
-    """Guard a servicer method.
+    """Guard a servicer method, which is named as in the .proto file; see `guarded`."""
+    return functools.wraps(method)(guarded(method.__name__, method))  # type: ignore[return-value]
+
+
+def guarded(name: str, method: Callable[[Any, Any, grpc.ServicerContext], Any]) -> Callable[..., Any]:
+    """Guard what a servicer does for a method: it takes the servicer, the request and the context.
 
     Work whose deadline has passed while it waited is not done. The time spent is reported, queueing excluded. A
-    TrilithError becomes its status, with the name of its class in trailing metadata, where `trilith.rpc.remote` finds
-    it; anything else is logged with its traceback and becomes InternalError.
+    TrilithError becomes its status, with the name of its class in trailing metadata, where `trilith.rpc.remote`
+    finds it; anything else is logged with its traceback and becomes InternalError.
     """
-    name = method.__name__
 
-    @functools.wraps(method)
-    def guarded(self: Servicer, request: Any, context: grpc.ServicerContext) -> Any:
+    def call(self: Servicer, request: Any, context: grpc.ServicerContext) -> Any:
         started = time.perf_counter()
         status = "OK"
         try:
@@ -73,7 +76,7 @@ def rpc(method: _F) -> _F:
         finally:
             self.observer.called(name, status, time.perf_counter() - started)
 
-    return guarded  # type: ignore[return-value]
+    return call
 
 
 def _abort(servicer: Servicer, context: grpc.ServicerContext, error: TrilithError) -> None:

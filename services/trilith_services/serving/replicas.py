@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 from trilith.batches import Batches, TableInfo
 from trilith.cluster import Cluster
@@ -24,7 +27,7 @@ from trilith.routing import OWNER_RULE
 from trilith.rpc.balancer import PROBE_EVERY_S, PROBE_S, Balancer, Member
 from trilith.rpc.remote import RemoteShard
 from trilith.serving.exports import ModelConfig
-from trilith.shard import FloatArray, IdPart
+from trilith.shard import FloatArray, IdPart, InProcess
 from trilith_proto import ps_pb2, serving_pb2
 from trilith_services.serving.replica_lists import ReplicaList
 
@@ -44,7 +47,7 @@ class _Connection:
     as_of: float = 0.0
 
 
-class ReplicaSet:
+class ReplicaSet(InProcess):
     """The replicas of one shard as one shard, which a balancer spreads lookups over. Thread-safe."""
 
     def __init__(self, index: int, count: int, config: ClientConfig) -> None:
@@ -61,6 +64,7 @@ class ReplicaSet:
             timeout_s=config.timeout_s, retry_first_s=1e9, max_message_bytes=config.max_message_bytes
         )
         self._timeout_s = config.timeout_s
+        self._deadline: float | None = None
         self._balancer = Balancer(
             f"replica of shard {index}",
             lambda address: _Connection(RemoteShard(partial(str, address), one_attempt, index=index)),
@@ -81,15 +85,19 @@ class ReplicaSet:
 
     # ---- Shard, as far as a Cluster needs it -------------------------------------------------------------------------
 
-    def describe(self, *, timeout_s: float | None = None) -> ps_pb2.DescribeResponse:
+    def until(self, deadline: float) -> Self:
+        """See `Shard`; the replicas are the same."""
+        bound = copy.copy(self)
+        bound._deadline = deadline
+        return bound
+
+    def describe(self) -> ps_pb2.DescribeResponse:
         """Say which shard this is, whoever may answer for it."""
         return ps_pb2.DescribeResponse(
             shard_index=self.index, shard_count=self.count, owner_rule=OWNER_RULE, incarnation=1
         )
 
-    def lookup(
-        self, parts: Sequence[IdPart], *, float16: bool = False, timeout_s: float | None = None
-    ) -> list[FloatArray]:
+    def lookup(self, parts: Sequence[IdPart], *, float16: bool = False) -> list[FloatArray]:
         """See `Shard`.
 
         Raises:
@@ -97,8 +105,8 @@ class ReplicaSet:
             TrilithError: The first that answered refuses the request.
         """
         return self._balancer.call(
-            lambda member, attempt_s: member.connection.shard.lookup(parts, float16=float16, timeout_s=attempt_s),
-            self._timeout_s if timeout_s is None else timeout_s,
+            lambda member, attempt_s: _within(attempt_s, member).lookup(parts, float16=float16),
+            self._timeout_s if self._deadline is None else self._deadline - time.monotonic(),
             self._nobody,
         )
 
@@ -122,9 +130,9 @@ class ReplicaSet:
         connection = member.connection
         try:
             if not connection.as_of or member.suspect:
-                self._check(connection.shard.describe(timeout_s=PROBE_S))
-            stats = connection.shard.stats(timeout_s=PROBE_S)
-            connection.shard.global_step(timeout_s=PROBE_S)  # like lookups, refused by one that is not filled yet
+                self._check(_within(PROBE_S, member).describe())
+            stats = _within(PROBE_S, member).stats()
+            _within(PROBE_S, member).global_step()  # like lookups, refused by one that is not filled yet
         except TrilithError as error:
             self._balancer.probed(member, error)
             return
@@ -167,6 +175,11 @@ class ReplicaSet:
     def close(self) -> None:
         """Close all connections."""
         self._balancer.close()
+
+
+def _within(seconds: float, member: Member[_Connection]) -> RemoteShard:
+    """The replica, for calls that begin now and end after so many seconds."""
+    return member.connection.shard.until(time.monotonic() + seconds)
 
 
 class ShardedReplicas:

@@ -21,21 +21,16 @@ from trilith.rpc.wire.lookup import (
     unpack_lookup_request,
     unpack_lookup_response,
 )
-from trilith.rpc.wire.payload import pack, unpack
+from trilith.rpc.wire.payload import pack, parse, unpack
 from trilith.rpc.wire.update import (
-    UpdateFrame,
-    UpdateLayout,
     new_update_request,
     pack_update_request,
-    plain_update,
     unpack_update_request,
     unpack_write,
     write_id,
 )
 
 __all__ = [
-    "UpdateFrame",
-    "UpdateLayout",
     "new_lookup_response",
     "new_update_request",
     "pack",
@@ -46,7 +41,7 @@ __all__ = [
     "pack_pulled",
     "pack_statuses",
     "pack_update_request",
-    "plain_update",
+    "parse",
     "unpack",
     "unpack_create_variables",
     "unpack_dense_update",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from trilith.rpc.wire.payload import FLOAT32, Payload, cut, pack, unpack
 from trilith.rpc.wire.update import unpack_write, write_id
-from trilith.shard import DensePart, Float32Array, Write
+from trilith.shard import ANY_WRITE, DensePart, Float32Array, Write
 from trilith_proto import ps_pb2
 
 __all__ = [
@@ -23,7 +23,9 @@ def _cut_partitions(what: str, sizes: Sequence[int], payload: Payload) -> list[F
     return cut(what, payload, [(FLOAT32, size) for size in sizes])
 
 
-def pack_create_variables(specs: Sequence[ps_pb2.VariableSpec], initial: Sequence[Float32Array], write: Write) -> bytes:
+def pack_create_variables(
+    specs: Sequence[ps_pb2.VariableSpec], initial: Sequence[Float32Array], write: Write = ANY_WRITE
+) -> bytes:
     """Encode a CreateVariablesRequest."""
     header = ps_pb2.CreateVariablesRequest(variables=specs, write=write_id(write), incarnation=write.incarnation)
     return pack(header, *initial)
@@ -35,7 +37,7 @@ def unpack_create_variables(data: bytes) -> tuple[ps_pb2.CreateVariablesRequest,
     return header, _cut_partitions("CreateVariablesRequest", [spec.size for spec in header.variables], payload)
 
 
-def pack_dense_update(parts: Sequence[DensePart], write: Write, learning_rate: float) -> bytes:
+def pack_dense_update(parts: Sequence[DensePart], write: Write, *, learning_rate: float = 0.0) -> bytes:
     """Encode a DenseUpdateRequest."""
     header = ps_pb2.DenseUpdateRequest(
         write=write_id(write),

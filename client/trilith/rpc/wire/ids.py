@@ -8,13 +8,13 @@ import numpy.typing as npt
 from trilith.errors import InvalidRequestError
 from trilith.rpc.wire.payload import UINT64, cut, pack, unpack
 from trilith.rpc.wire.update import unpack_write, write_id
-from trilith.shard import IdPart, Write
+from trilith.shard import ANY_WRITE, IdPart, Write
 from trilith_proto import ps_pb2
 
 __all__ = ["pack_ids", "pack_statuses", "unpack_ids", "unpack_statuses"]
 
 
-def pack_ids(part: IdPart, write: Write) -> bytes:
+def pack_ids(part: IdPart, write: Write = ANY_WRITE) -> bytes:
     """Encode an IdsRequest."""
     header = ps_pb2.IdsRequest(
         table=part.table, write=write_id(write), incarnation=write.incarnation, request_time=write.request_time

@@ -30,6 +30,7 @@ __all__ = [
     "float_dtype",
     "head_of",
     "pack",
+    "parse",
     "payload_head",
     "read_varint",
     "unpack",
@@ -90,14 +91,15 @@ def unpack(kind: type[_M], data: bytes) -> tuple[_M, Payload]:
     """
     end, start = _find_payload(data)
     if end >= 0:
-        return _parse(kind, data[:end]), (data, start)
-    message = _parse(kind, data)
+        return parse(kind, data[:end]), (data, start)
+    message = parse(kind, data)
     loose: bytes = message.payload  # type: ignore[attr-defined]
     message.ClearField("payload")
     return message, (loose, 0)
 
 
-def _parse(kind: type[_M], head: bytes) -> _M:
+def parse(kind: type[_M], head: bytes) -> _M:
+    """Decode a message; InvalidRequestError if it is none."""
     try:
         return kind.FromString(head)
     except DecodeError:

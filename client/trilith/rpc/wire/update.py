@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,71 +20,16 @@ from trilith.rpc.wire.payload import (
     head_of,
     unpack,
 )
-from trilith.shard import Float32Array, UpdatePart, Write
+from trilith.shard import UpdateFrame, UpdateLayout, UpdatePart, Write
 from trilith_proto import ps_pb2
 
 __all__ = [
-    "UpdateFrame",
-    "UpdateLayout",
     "new_update_request",
     "pack_update_request",
-    "plain_update",
     "unpack_update_request",
     "unpack_write",
     "write_id",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateLayout:
-    """What one table's part of an update will hold.
-
-    Attributes:
-        table: Table name.
-        rows: Number of ids.
-        dim: Floats per row.
-        counts: Whether multiplicities travel.
-        learning_rates: float32[segments], or None for the rates of the config.
-    """
-
-    table: str
-    rows: int
-    dim: int
-    counts: bool = False
-    learning_rates: Float32Array | None = None
-
-
-class UpdateFrame(list[UpdatePart]):
-    """Parts of an update, which may lie in the message that will carry them.
-
-    Attributes:
-        write: What was encoded with them.
-        message: The encoded UpdateRequest, or None where the parts are ordinary arrays.
-    """
-
-    def __init__(self, parts: Sequence[UpdatePart], write: Write, message: bytes | None) -> None:
-        super().__init__(parts)
-        self.write = write
-        self.message = message
-
-
-def plain_update(layouts: Sequence[UpdateLayout], write: Write, *, float16: bool = False) -> UpdateFrame:
-    """Make parts whose arrays are still to be written, for a shard in this process."""
-    del float16  # saves bytes on a wire; here there is none
-    return UpdateFrame(
-        [
-            UpdatePart(
-                layout.table,
-                np.empty(layout.rows, np.uint64),
-                np.empty((layout.rows, layout.dim), np.float32),
-                np.empty(layout.rows, np.uint32) if layout.counts else None,
-                layout.learning_rates,
-            )
-            for layout in layouts
-        ],
-        write,
-        None,
-    )
 
 
 def new_update_request(layouts: Sequence[UpdateLayout], write: Write, *, float16: bool = False) -> UpdateFrame:

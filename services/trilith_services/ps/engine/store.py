@@ -29,7 +29,18 @@ from trilith.errors import (
 )
 from trilith.ops.memory import address_of
 from trilith.runtime.machine import cores
-from trilith.shard import ANY_WRITE, DensePart, Dequeued, EntryPage, Float32Array, FloatArray, IdPart, UpdatePart, Write
+from trilith.shard import (
+    ANY_WRITE,
+    DensePart,
+    Dequeued,
+    EntryPage,
+    Float32Array,
+    FloatArray,
+    IdPart,
+    InProcess,
+    UpdatePart,
+    Write,
+)
 from trilith.steps import MAX_STEP, MAX_STEPS_AHEAD, as_step
 from trilith.tables.checks import check_table_config
 from trilith.tables.differences import explain, same_table
@@ -59,7 +70,7 @@ OWNER_RULE = "mod"
 """An id belongs to the shard whose index is the id, unsigned, modulo the number of shards."""
 
 
-class Store:
+class Store(InProcess):
     """Implements the verbs of `trilith.shard.Shard` that need no files; see there for them.
 
     Guarantees: a write with an identity (client_id, origin, sequence) is done once, see `Sequences`; a request that
@@ -156,7 +167,7 @@ class Store:
         except KeyError:
             raise UnknownTableError(f"no table {name!r}; this cluster has {sorted(self._tables)}") from None
 
-    def describe(self, *, timeout_s: float | None = None) -> ps_pb2.DescribeResponse:
+    def describe(self) -> ps_pb2.DescribeResponse:
         """See `Shard.describe`."""
         return ps_pb2.DescribeResponse(
             shard_index=self.index,
@@ -174,9 +185,7 @@ class Store:
 
     # ---- tables ------------------------------------------------------------------------------------------------
 
-    def create_tables(
-        self, configs: Sequence[ps_pb2.TableConfig], write: Write = ANY_WRITE, *, timeout_s: float | None = None
-    ) -> None:
+    def create_tables(self, configs: Sequence[ps_pb2.TableConfig], write: Write = ANY_WRITE) -> None:
         """See `Shard.create_tables`. Kernels are compiled before the tables appear; other tables answer meanwhile."""
         self._check_incarnation(write.incarnation)
         self._sequences.once(write, lambda: self._create_tables(configs, write))
@@ -207,21 +216,23 @@ class Store:
             size = table.layout.row_bytes + table.layout.state_bytes
             _LOG.info("table %s created: dim %d, %d bytes per row", name, table.dim, size)
 
-    def lookup(
-        self, parts: Sequence[IdPart], *, float16: bool = False, timeout_s: float | None = None
-    ) -> list[FloatArray]:
+    def lookup(self, parts: Sequence[IdPart], *, float16: bool = False) -> list[FloatArray]:
         """See `Shard.lookup`."""
         dtype = np.float16 if float16 else np.float32
         outs: list[FloatArray] = [np.empty((len(part.ids), self.table(part.table).dim), dtype) for part in parts]
         self.lookup_into(parts, outs)
         return outs
 
+    def dims(self, parts: Sequence[IdPart]) -> list[int]:
+        """Floats per row of each part's table."""
+        return [self.table(part.table).dim for part in parts]
+
     def lookup_into(self, parts: Sequence[IdPart], outs: Sequence[FloatArray]) -> None:
         """Look up into arrays float32 or float16 [n, dim] of any alignment, such as views on a reply being built."""
         for part, out in zip(parts, outs, strict=True):
             self.table(part.table).lookup(part.ids, out)
 
-    def apply_gradients(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
+    def apply_gradients(self, parts: Sequence[UpdatePart], write: Write) -> None:
         """See `Shard.apply_gradients`."""
 
         def check() -> None:
@@ -246,7 +257,7 @@ class Store:
 
         self._write_rows(parts, write, check, work)
 
-    def assign(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
+    def assign(self, parts: Sequence[UpdatePart], write: Write) -> None:
         """See `Shard.assign`."""
 
         def work(request_time: int) -> None:
@@ -255,7 +266,7 @@ class Store:
 
         self._write_rows(parts, write, lambda: self._check_values(parts), work)
 
-    def assign_add(self, parts: Sequence[UpdatePart], write: Write, *, timeout_s: float | None = None) -> None:
+    def assign_add(self, parts: Sequence[UpdatePart], write: Write) -> None:
         """See `Shard.assign_add`."""
 
         def work(request_time: int) -> None:
@@ -264,7 +275,7 @@ class Store:
 
         self._write_rows(parts, write, lambda: self._check_values(parts), work)
 
-    def reinitialize(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> npt.NDArray[np.int8]:
+    def reinitialize(self, part: IdPart, write: Write) -> npt.NDArray[np.int8]:
         """See `Shard.reinitialize`."""
         with ExitStack() as held:
 
@@ -282,20 +293,18 @@ class Store:
 
             return self._once(write, work, check)
 
-    def contains(self, part: IdPart, *, timeout_s: float | None = None) -> npt.NDArray[np.bool_]:
+    def contains(self, part: IdPart) -> npt.NDArray[np.bool_]:
         """See `Shard.contains`."""
         return self.table(part.table).contains(part.ids)
 
-    def lookup_entries(self, part: IdPart, *, timeout_s: float | None = None) -> list[bytes]:
+    def lookup_entries(self, part: IdPart) -> list[bytes]:
         """See `Shard.lookup_entries`."""
         table = self.table(part.table)
         present, found = table.export_rows(part.ids)
         encoded = iter(entries.entry_list(table.layout, found, with_id=False))
         return [next(encoded) if there else b"" for there in present.tolist()]
 
-    def dump_entries(
-        self, table: str, *, part: int, parts: int, limit: int, offset: int = 0, timeout_s: float | None = None
-    ) -> EntryPage:
+    def dump_entries(self, table: str, *, part: int, parts: int, limit: int, offset: int = 0) -> EntryPage:
         """See `Shard.dump_entries`."""
         source = self.table(table)
         dumped: list[bytes] = []
@@ -312,13 +321,11 @@ class Store:
             if len(dumped) >= most or size >= _PAGE_BYTES:
                 return EntryPage(dumped, offset)
 
-    def erase(self, part: IdPart, write: Write, *, timeout_s: float | None = None) -> int:
+    def erase(self, part: IdPart, write: Write) -> int:
         """See `Shard.erase`."""
         return self._once(write, lambda: self.table(part.table).erase(part.ids), lambda: self.table(part.table))
 
-    def evict(
-        self, tables: Sequence[str], write: Write, *, now: int = 0, timeout_s: float | None = None
-    ) -> Mapping[str, int]:
+    def evict(self, tables: Sequence[str], write: Write, *, now: int = 0) -> Mapping[str, int]:
         """See `Shard.evict`."""
         chosen: list[Table] = []
 
@@ -332,7 +339,7 @@ class Store:
 
         return self._once(write, work, check)
 
-    def clear(self, tables: Sequence[str], write: Write, *, timeout_s: float | None = None) -> Mapping[str, int]:
+    def clear(self, tables: Sequence[str], write: Write) -> Mapping[str, int]:
         """See `Shard.clear`."""
         chosen: list[Table] = []
 
@@ -341,7 +348,7 @@ class Store:
 
         return self._once(write, lambda: {table.name: table.clear() for table in chosen}, check)
 
-    def stats(self, *, timeout_s: float | None = None) -> ps_pb2.StatsResponse:
+    def stats(self) -> ps_pb2.StatsResponse:
         """See `Shard.stats`."""
         return ps_pb2.StatsResponse(
             incarnation=self.incarnation,
@@ -369,12 +376,7 @@ class Store:
     # ---- dense variables and the step counter --------------------------------------------------------------------
 
     def create_variables(
-        self,
-        specs: Sequence[ps_pb2.VariableSpec],
-        initial: Sequence[Float32Array],
-        write: Write = ANY_WRITE,
-        *,
-        timeout_s: float | None = None,
+        self, specs: Sequence[ps_pb2.VariableSpec], initial: Sequence[Float32Array], write: Write = ANY_WRITE
     ) -> list[bool]:
         """See `Shard.create_variables`."""
         self._check_incarnation(write.incarnation)
@@ -382,20 +384,11 @@ class Store:
         made = self.variables.make(specs, initial)  # compiles, which others need not wait for
         return self._once(write, lambda: self.variables.add(made))
 
-    def pull_variables(
-        self, refs: Sequence[tuple[str, int]], *, timeout_s: float | None = None
-    ) -> tuple[list[Float32Array], int]:
+    def pull_variables(self, refs: Sequence[tuple[str, int]]) -> tuple[list[Float32Array], int]:
         """See `Shard.pull_variables`."""
-        return self.variables.pull(refs), self._step
+        return self.variables.pull(refs) if refs else [], self._step
 
-    def apply_dense_gradients(
-        self,
-        parts: Sequence[DensePart],
-        write: Write,
-        *,
-        learning_rate: float = 0.0,
-        timeout_s: float | None = None,
-    ) -> None:
+    def apply_dense_gradients(self, parts: Sequence[DensePart], write: Write, *, learning_rate: float = 0.0) -> None:
         """See `Shard.apply_dense_gradients`."""
 
         def check() -> None:
@@ -409,7 +402,7 @@ class Store:
 
         self._once(write, work, check)
 
-    def assign_variables(self, parts: Sequence[DensePart], write: Write, *, timeout_s: float | None = None) -> None:
+    def assign_variables(self, parts: Sequence[DensePart], write: Write) -> None:
         """See `Shard.assign_variables`."""
 
         def check() -> None:
@@ -418,14 +411,7 @@ class Store:
 
         self._once(write, lambda: self.variables.assign(parts), check)
 
-    def global_step(
-        self,
-        *,
-        advance: int | None = None,
-        set_to: int | None = None,
-        write: Write = ANY_WRITE,
-        timeout_s: float | None = None,
-    ) -> int:
+    def global_step(self, *, advance: int | None = None, set_to: int | None = None, write: Write = ANY_WRITE) -> int:
         """See `Shard.global_step`."""
         if advance is None and set_to is None:
             return self._step
@@ -445,50 +431,26 @@ class Store:
     # ---- queues --------------------------------------------------------------------------------------------------
 
     def create_queue(
-        self,
-        name: str,
-        elements: Sequence[str] = (),
-        write: Write = ANY_WRITE,
-        *,
-        capacity: int = 0,
-        timeout_s: float | None = None,
+        self, name: str, elements: Sequence[str] = (), write: Write = ANY_WRITE, *, capacity: int = 0
     ) -> bool:
         """See `Shard.create_queue`."""
         return self._once(write, lambda: self.queues.create(name, elements, capacity))
 
-    def enqueue(self, queue: str, elements: Sequence[str], write: Write, *, timeout_s: float | None = None) -> None:
+    def enqueue(self, queue: str, elements: Sequence[str], write: Write) -> None:
         """See `Shard.enqueue`."""
         self._once(write, lambda: self.queues.enqueue(queue, elements))
 
-    def dequeue(
-        self,
-        queues: Sequence[str],
-        worker: str,
-        write: Write,
-        *,
-        lease_s: float,
-        claim: str = "",
-        timeout_s: float | None = None,
-    ) -> Dequeued:
+    def dequeue(self, queues: Sequence[str], worker: str, write: Write, *, lease_s: float, claim: str = "") -> Dequeued:
         """See `Shard.dequeue`."""
         return self._once(write, lambda: self.queues.dequeue(queues, worker, lease_s, claim))
 
     def acknowledge(
-        self,
-        worker: str,
-        lease: int,
-        write: Write,
-        *,
-        queue: str = "",
-        elements: Sequence[str] = (),
-        timeout_s: float | None = None,
+        self, worker: str, lease: int, write: Write, *, queue: str = "", elements: Sequence[str] = ()
     ) -> bool:
         """See `Shard.acknowledge`."""
         return self._once(write, lambda: self.queues.acknowledge(worker, lease, queue, elements))
 
-    def hold_leases(
-        self, worker: str, lease_s: float, write: Write = ANY_WRITE, *, timeout_s: float | None = None
-    ) -> int:
+    def hold_leases(self, worker: str, lease_s: float, write: Write = ANY_WRITE) -> int:
         """See `Shard.hold_leases`."""
         return self._once(write, lambda: self.queues.hold(worker, lease_s))
 

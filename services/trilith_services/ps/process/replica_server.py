@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trilith.errors import InvalidRequestError
-from trilith.rpc.remote import SERVICE
 from trilith.runtime.waiting import Wait
+from trilith.verbs import SERVICE
 from trilith_services.grpc.serve import Server
 from trilith_services.grpc.server_process import ProcessOptions, ServerProcess
 from trilith_services.ps.process.metrics import Metrics

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import grpc
 
 from trilith.errors import ReadOnlyError, UnavailableError
+from trilith.shard import Write
+from trilith.verbs import VERBS
 from trilith_proto import parameter_sync_pb2, ps_pb2
 from trilith_services.grpc.rpc import rpc
 from trilith_services.grpc.serve import Method
@@ -22,15 +24,13 @@ __all__ = ["SYNC_SERVICE", "ReplicaServicer"]
 
 SYNC_SERVICE = parameter_sync_pb2.DESCRIPTOR.services_by_name["ParameterSync"].full_name
 
-_ALWAYS = frozenset({"Describe", "Stats"})
-_READS = frozenset({"Lookup", "Contains", "LookupEntries", "DumpEntries", "PullVariables", "GlobalStep"})
-
 
 class ReplicaServicer(ParameterServerServicer):
     """The verbs that read, those that write refused; and Push, from when `taking` is set."""
 
     def __init__(self, replica: Replica[LocalShard], metrics: Metrics, *, queued: Callable[[], int]) -> None:
         super().__init__(replica.store, metrics, queued=queued, add_stats=self._add_replica)
+        self._own["GlobalStep"] = self.global_step
         self._replica = replica
         self.taking = False
 
@@ -38,9 +38,9 @@ class ReplicaServicer(ParameterServerServicer):
         """Pushes once kernels are compiled and exported rows are loaded; reads once there are rows; no writes."""
         if method == "Push" and not self.taking:
             raise UnavailableError("Push: this replica is still starting")
-        if method == "Push" or method in _ALWAYS:
+        if method == "Push" or VERBS[method].control:
             return
-        if method not in _READS:
+        if not VERBS[method].reads:
             raise ReadOnlyError(f"{method}: this is a serving replica; its rows change on the training PS only")
         super().admit(method)
 
@@ -55,12 +55,11 @@ class ReplicaServicer(ParameterServerServicer):
         self._metrics.carried("Push", reply.update_num, len(request), 0)
         return reply
 
-    @rpc
-    def GlobalStep(self, request: ps_pb2.GlobalStepRequest, context: grpc.ServicerContext) -> ps_pb2.GlobalStepResponse:
+    def global_step(self, *, advance: int | None, set_to: int | None, write: Write) -> int:
         """Read the step."""
-        if request.WhichOneof("action") is not None:
+        if advance is not None or set_to is not None:
             raise ReadOnlyError("GlobalStep: this is a serving replica; its step changes on the training PS only")
-        return ps_pb2.GlobalStepResponse(incarnation=self.incarnation, global_step=self._shard.global_step())
+        return self._shard.global_step()
 
     def _add_replica(self, stats: ps_pb2.StatsResponse) -> None:
         stats.replica.CopyFrom(self._replica.stats)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from trilith.errors import InvalidRequestError
 from trilith.folder import Folder
-from trilith.rpc.remote import SERVICE
+from trilith.verbs import SERVICE
 from trilith_services.grpc.serve import Server
 from trilith_services.grpc.server_process import ProcessOptions, ServerProcess
 from trilith_services.ps.checkpoint.root import CheckpointRoot

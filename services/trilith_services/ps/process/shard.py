@@ -13,12 +13,12 @@ __all__ = ["LocalShard"]
 class LocalShard(Store):
     """Implements `trilith.shard.Shard`: what a PS process serves and `local://` embeds."""
 
-    def save(self, path: str, write: Write = ANY_WRITE, *, timeout_s: float | None = None) -> ps_pb2.SaveResponse:
+    def save(self, path: str, write: Write = ANY_WRITE) -> ps_pb2.SaveResponse:
         """See `Shard.save`."""
         self._check_incarnation(write.incarnation)
         return self._sequences.once(write, lambda: snapshot.save_shard(self, path))[0]
 
-    def restore(self, path: str, write: Write = ANY_WRITE, *, timeout_s: float | None = None) -> ps_pb2.RestoreResponse:
+    def restore(self, path: str, write: Write = ANY_WRITE) -> ps_pb2.RestoreResponse:
         """See `Shard.restore`."""
 
         def work() -> ps_pb2.RestoreResponse:
