@@ -109,7 +109,7 @@ class Tables(Kind):
         self.tables[t].table.evict(now)
 
     def op_max_update_ts(self, t: str = "t") -> int:
-        return self.tables[t].table.max_update_time
+        return self.tables[t].table.newest_update
 
     def op_dim(self, t: str = "t") -> int:
         return self.tables[t].dim_size

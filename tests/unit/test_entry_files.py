@@ -94,7 +94,7 @@ def test_a_saved_table_reads_back_bit_for_bit(tmp_path, parallel):
     fill(other, 5, first=10_000)
     assert restore_table(other, f"{tmp_path}/t") == 300
     assert content(other) == content(table), "and the rows that were there are gone"
-    assert other.max_update_time == 1000
+    assert other.newest_update == 1000
 
 
 def test_an_empty_table_is_saved_and_restored(tmp_path):

@@ -195,7 +195,7 @@ def test_rows_that_a_wrong_clock_dated_ahead_live_no_longer_than_others(tmp_path
     path = save_all(stores[:1], tmp_path / "ckpt")
     clock[0] = NOW + day
     stores[1].restore(path)
-    assert stores[1].table("t").max_update_time == NOW + day
+    assert stores[1].table("t").newest_update == NOW + day
     assert stores[1].evict([], Write()) == {"t": 0}
     clock[0] = NOW + 3 * day
     assert stores[1].evict([], Write()) == {"t": 1}

@@ -184,7 +184,7 @@ def test_rows_go_out_and_back_verbatim() -> None:
     source.apply_gradients(ids, grads, learning_rates=[0.1], request_time=77)
     for s in range(source.stripes):
         target.import_rows(source.export_stripe(s))
-    assert target.max_update_time == 77
+    assert target.newest_update == 77
     for table in (source, target):
         table.apply_gradients(ids, grads, learning_rates=[0.1], request_time=78)
     np.testing.assert_array_equal(source.lookup(ids), target.lookup(ids))
@@ -216,7 +216,7 @@ def test_reinitialize_says_which_rows_there_were() -> None:
     table.assign(u64(1), np.ones((1, DIM), np.float32), request_time=9)
     assert table.reinitialize(u64(1, 2, 1), request_time=4).tolist() == [1, 0, 1]
     assert not table.lookup(u64(1, 2)).any()
-    assert table.max_update_time == 9
+    assert table.newest_update == 9
     assert table.export_rows(u64(1))[1].last_update.tolist() == [4]
 
 
@@ -251,7 +251,7 @@ def test_the_filter_decides_before_the_first_row_changes() -> None:
     ones = np.ones((2, DIM), np.float32)
     table.apply_gradients(u64(1, 1), ones, learning_rates=[1.0], request_time=50)
     assert len(table) == 0
-    assert table.max_update_time == 50
+    assert table.newest_update == 50
     assert table.counters.filtered_ids == 2
     table.apply_gradients(u64(1, 2), ones, learning_rates=[1.0])
     assert table.contains(u64(1, 2)).tolist() == [True, False]

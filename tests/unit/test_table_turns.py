@@ -18,10 +18,9 @@ from tests.unit.test_table import DAY, DIM, TableMachine, colliding_ids, config,
 from trilith.errors import MemoryLimitError
 from trilith.ops.jit import JIT_DISABLED
 from trilith.ops.memory import address_of
-from trilith_services.ps.engine import stripes as stripes_module
-from trilith_services.ps.engine import table as table_module
+from trilith_services.ps.engine import stripe_memory, stripes, table_reads
 from trilith_services.ps.engine.budget import MemoryBudget
-from trilith_services.ps.engine.group_lock import two_rooms
+from trilith_services.ps.engine.group_lock import group_lock
 from trilith_services.ps.engine.kernels import index, sweep
 from trilith_services.ps.engine.maintenance import Maintenance
 from trilith_services.ps.engine.rows import Rows
@@ -30,12 +29,17 @@ from trilith_services.ps.engine.table import Table
 SMALL = {"_SPLIT_SLOTS": 16, "_STEP": 1, "_STEP_PER_ROW": 2, "RANGE": 8, "_GIVEN_BACK": 64}
 
 
+def make_small(patch: pytest.MonkeyPatch) -> None:
+    for module in (stripe_memory, stripes, table_reads):
+        for name, value in SMALL.items():
+            if hasattr(module, name):
+                patch.setattr(module, name, value)
+
+
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that goes by pieces goes by tiny ones."""
-    for name, value in SMALL.items():
-        monkeypatch.setattr(stripes_module, name, value)
-    monkeypatch.setattr(table_module, "RANGE", SMALL["RANGE"])
+    make_small(monkeypatch)
 
 
 def values_of(ids: np.ndarray) -> np.ndarray:
@@ -55,9 +59,7 @@ class PiecewiseMachine(TableMachine):
     @initialize()
     def small(self) -> None:
         self.patch = pytest.MonkeyPatch()
-        for name, value in SMALL.items():
-            self.patch.setattr(stripes_module, name, value)
-        self.patch.setattr(table_module, "RANGE", SMALL["RANGE"])
+        make_small(self.patch)
 
     @rule(least=st.sampled_from([0.0, 0.3]))
     def compact(self, least: float) -> None:
@@ -99,9 +101,9 @@ def test_an_index_is_rebuilt_piece_by_piece_and_leads_to_every_row_meanwhile() -
 @pytest.mark.parametrize("seed", range(3))
 def test_a_write_that_fails_in_the_middle_leaves_no_index_behind(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(seed)
-    table, plan = Table(config()), stripes_module._plan_index
+    table, plan = Table(config()), stripe_memory._plan_index
     ids = spread_ids(4000, seed)
-    monkeypatch.setattr(stripes_module, "_plan_index", lambda *given: 1 // 0 if rng.random() < 0.3 else plan(*given))
+    monkeypatch.setattr(stripe_memory, "_plan_index", lambda *given: 1 // 0 if rng.random() < 0.3 else plan(*given))
     written: list[np.ndarray] = []
     failed = 0
     for start in range(0, len(ids), 40):
@@ -249,7 +251,7 @@ def one_stripe(ids: np.ndarray) -> np.ndarray:
 
 @pytest.mark.skipif(JIT_DISABLED, reason="plain Python is too slow to race")
 def test_threads_write_erase_sweep_copy_and_close_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stripes_module, "_SPLIT_SLOTS", 64)
+    monkeypatch.setattr(stripe_memory, "_SPLIT_SLOTS", 64)
     table = Table(config(optimizer="adagrad"))
     ids = spread_ids(60_000)
     stay, come_and_go, new = ids[::3], ids[1::3], ids[2::3]
@@ -329,7 +331,7 @@ def test_a_stack_of_freed_rows_that_others_have_changed_is_sorted_again_before_r
 
 
 def test_both_groups_get_their_turn_together() -> None:
-    readers, writers = two_rooms()
+    readers, writers = group_lock()
     order: list[str] = []
     inside = threading.Barrier(3)
 
@@ -358,8 +360,8 @@ def test_both_groups_get_their_turn_together() -> None:
 
 
 def test_a_table_that_outgrows_its_address_space_moves_and_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stripes_module, "commits_strictly", lambda: True)
-    monkeypatch.setattr(stripes_module, "_FIRST_COUNTED", 1 << 14)
+    monkeypatch.setattr(stripe_memory, "commits_strictly", lambda: True)
+    monkeypatch.setattr(stripe_memory, "_FIRST_COUNTED", 1 << 14)
     table = Table(config(dim=16, optimizer="adagrad"))
     count = 2_000 if JIT_DISABLED else 200_000
     ids = spread_ids(count)

@@ -68,14 +68,14 @@ class RowFile:
         layout: Its segments' layout, as `RowLayout` describes itself: kinds, widths, offsets, slots.
         dim: Floats per row.
         state_floats: Floats of optimizer state per row.
-        max_update_time: The table's newest update, Unix seconds, as callers dated it; that row may be gone by now.
+        newest_update: The table's newest update, Unix seconds, as callers dated it; that row may be gone by now.
     """
 
     config: ps_pb2.TableConfig
     layout: list[dict[str, Any]]
     dim: int
     state_floats: int
-    max_update_time: int
+    newest_update: int
     _reader: Any
     _where: str
 
@@ -108,7 +108,7 @@ def write_table(folder: Folder, name: str, table: Table) -> FileRecord:
         "trilith.version": str(VERSION),
         "trilith.table": table.name,
         "trilith.table_config": base64.b64encode(table.config.SerializeToString(deterministic=True)).decode(),
-        "trilith.max_update_time": str(table.max_update_time),
+        "trilith.max_update_time": str(table.newest_update),
         "trilith.layout": json.dumps(_describe_layout(layout)),
     }
     schema = pa.schema(
@@ -241,7 +241,7 @@ def _row_file(reader: Any, where: str) -> RowFile:
         ),
         dim=columns["weights"].list_size,
         state_floats=columns["state"].list_size,
-        max_update_time=whole_number(newest, 2**32 - 1, "trilith.max_update_time"),
+        newest_update=whole_number(newest, 2**32 - 1, "trilith.max_update_time"),
         _reader=reader,
         _where=where,
     )

@@ -340,8 +340,8 @@ def _load_rows(table: Table, folder: Folder, file: FileRecord, part: Part, index
                 ahead += int(np.count_nonzero(late))
                 rows = replace(rows, last_update=np.where(late, np.uint32(newest), rows.last_update))
             table.import_rows(rows)
-        latest = rows_file.max_update_time
-        table.raise_max_update_time(newest if latest > newest + MAX_AHEAD_S else latest)
+        latest = rows_file.newest_update
+        table.note_update(newest if latest > newest + MAX_AHEAD_S else latest)
     if ahead:
         log.warning(
             "rows with a time ahead of this PS's clock and of the checkpoint; they count as updated with it",

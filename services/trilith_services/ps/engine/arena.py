@@ -8,7 +8,7 @@ import os
 
 from trilith.errors import MemoryLimitError
 
-__all__ = ["HUGE_PAGE", "Arena", "Mapping"]
+__all__ = ["HUGE_PAGE", "Arena", "MappedMemory"]
 
 HUGE_PAGE = 2 << 20
 _PAGE = mmap.PAGESIZE
@@ -27,7 +27,7 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-class Mapping:
+class MappedMemory:
     """Zeroed memory, reserved at once and committed page by page when first touched; aligned to huge pages.
 
     Attributes:
@@ -76,7 +76,7 @@ class Mapping:
         if start < end:
             _libc.madvise(self.address + start, end - start, _DONT_NEED)
 
-    def move(self, offset: int, size: int, target: Mapping, to: int, used: int) -> None:
+    def move(self, offset: int, size: int, target: MappedMemory, to: int, used: int) -> None:
         """Move `size` bytes, of which the first `used` hold something, into another mapping, and forget them here.
 
         Pages change their address and are not copied, except where the kernel does not move them.
@@ -99,8 +99,8 @@ class Arena:
         """Reserve parts for item numbers 0 to `items`; items of 0 bytes take none."""
         self.item_bytes = item_bytes
         self._part = self._part_bytes(items)
-        self._shared = Mapping(stripes * self._part) if item_bytes else None
-        self._own: dict[int, Mapping] = {}
+        self._shared = MappedMemory(stripes * self._part) if item_bytes else None
+        self._own: dict[int, MappedMemory] = {}
         self._advised: dict[int, list[int]] = {}  # where a part's memory changes its kind: it is moved in such pieces
 
     def address(self, s: int) -> int:
@@ -113,7 +113,7 @@ class Arena:
         old, offset, size = self._place(s)
         if old is None:
             return
-        new = Mapping(self._part_bytes(items))
+        new = MappedMemory(self._part_bytes(items))
         used_bytes = (used + 1) * self.item_bytes
         at = 0
         for end in [*self._advised.pop(s, []), size]:
@@ -138,7 +138,7 @@ class Arena:
             end = min(size, _up((last + 1) * self.item_bytes, _PAGE))
             mapping.discard(offset + first * self.item_bytes, offset + end)
 
-    def _place(self, s: int) -> tuple[Mapping | None, int, int]:
+    def _place(self, s: int) -> tuple[MappedMemory | None, int, int]:
         """The mapping that holds the part of stripe `s`, where in it, and the part's size."""
         own = self._own.get(s)
         return (own, 0, own.size) if own is not None else (self._shared, s * self._part, self._part)

@@ -1,19 +1,19 @@
-"""Rooms: a group lock, whose two groups take turns: any number of one group at a time, never both."""
+"""A group lock: any number of threads of one of its two groups are inside at a time, never both groups."""
 
 from __future__ import annotations
 
 import threading
 from types import TracebackType
 
-__all__ = ["Room", "two_rooms"]
+__all__ = ["Group", "group_lock"]
 
 
-class Room:
+class Group:
     """A context manager: inside, threads of this group are alone or among themselves.
 
-    Phase-fair: who arrives while the other group is inside, or waits, waits for the end of one turn of theirs and goes
-    in with all of its own group that wait by then. So neither group can keep the other out, and a thread that takes
-    turn after turn holds nobody up for longer than one of them. Entering takes less than a microsecond.
+    Turns are phase-fair: who arrives while the other group is inside, or waits, waits for the end of one turn of theirs
+    and goes in with all of its own group that wait by then. So neither group can keep the other out, and a thread that
+    takes turn after turn holds nobody up for longer than one of them. Entering takes less than a microsecond.
     """
 
     def __init__(self, mutex: threading.Lock) -> None:
@@ -61,9 +61,9 @@ class Room:
             turn.release()
 
 
-def two_rooms() -> tuple[Room, Room]:
-    """Two rooms that exclude each other."""
+def group_lock() -> tuple[Group, Group]:
+    """Two groups that exclude each other."""
     mutex = threading.Lock()
-    first, second = Room(mutex), Room(mutex)
+    first, second = Group(mutex), Group(mutex)
     first._other, second._other = second, first
     return first, second

@@ -18,9 +18,10 @@ from trilith_services.ps.engine.kernels import plan as columns
 from trilith_services.ps.engine.kernels.apply import Structure
 from trilith_services.ps.engine.kernels.optimizers import PARAMETERS
 
-__all__ = ["OptimizerLayout", "RowLayout", "SegmentLayout", "serving_config"]
+__all__ = ["OptimizerLayout", "RowLayout", "SegmentLayout", "lifetimes", "serving_config"]
 
 _NEVER_DAYS = 36500
+_SECONDS_PER_DAY = 86400
 
 
 def _slots(kind: str, dim: int, config: object) -> list[tuple[str, Float32Array]]:
@@ -156,6 +157,11 @@ class RowLayout:
             states = [s.optimizer.initial_state for s in self.segments if s.optimizer]
             self._image[:] = np.concatenate([low, *states])
         self._random = np.concatenate([spans, limits])
+        self._one_bit = [
+            (segment, (config.step_size, config.init_scale, config.max_scale))
+            for segment, config in zip(self.segments, (s.comp_config.one_bit for s in entry.segments), strict=True)
+            if segment.codec == codecs.ONE_BIT
+        ]
         self.plan, self.segment_table = self._kernel_arguments(bool(spans.any()), config.seed)
         if self.serving:
             # A row that is only added to starts from what its codec makes of zero.
@@ -206,6 +212,15 @@ class RowLayout:
             table[k, columns.SEG_CODEC_PARAMS] = address_of(segment.codec_parameters)
         return plan, table
 
+    def grow_one_bit_scales(self, global_step: int) -> None:
+        """Let one-bit scales grow: every `step_size` steps, before the gradients of that step use them.
+
+        Kernels read a scale anew with every row, so steps under way on other threads take the new one in their middle.
+        """
+        for segment, (step_size, first, highest) in self._one_bit:
+            if global_step % step_size == 0:
+                segment.codec_parameters[1] = min(first * (1.0 + 0.005 * global_step) ** 0.5, highest)
+
 
 def _padded(size: int) -> int:
     """Room for `size` bytes: a power of two up to a cache line, whole lines where that costs at most a quarter more."""
@@ -231,3 +246,15 @@ def serving_config(training: ps_pb2.TableConfig) -> ps_pb2.TableConfig:
         if not segment.HasField("comp_config"):
             segment.comp_config.fp32.SetInParent()
     return config
+
+
+def lifetimes(config: ps_pb2.TableConfig) -> npt.NDArray[np.int64]:
+    """Seconds without update that rows live: int64[1] for all slots, or int64[32768] by slot."""
+    expiry = config.hash_table.slot_expire_time_config
+    default = expiry.default_expire_time * _SECONDS_PER_DAY
+    if not expiry.slot_expire_times:
+        return np.array([default], np.int64)
+    seconds = np.full(1 << 15, default, np.int64)
+    for given in expiry.slot_expire_times:
+        seconds[given.slot] = given.expire_time * _SECONDS_PER_DAY
+    return seconds

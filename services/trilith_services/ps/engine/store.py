@@ -28,6 +28,7 @@ from trilith.errors import (
     UnknownTableError,
 )
 from trilith.ops.memory import address_of
+from trilith.routing import OWNER_RULE
 from trilith.runtime.machine import cores
 from trilith.shard import (
     ANY_WRITE,
@@ -48,26 +49,24 @@ from trilith.times import check_ahead, whole_seconds
 from trilith_proto import ps_pb2
 from trilith_services.ps.engine import entry_codec as entries
 from trilith_services.ps.engine import filters
-from trilith_services.ps.engine.budget import MemoryBudget
-from trilith_services.ps.engine.group_lock import two_rooms
+from trilith_services.ps.engine.budget import MemoryBudget, RowWrite, room_for
+from trilith_services.ps.engine.group_lock import group_lock
 from trilith_services.ps.engine.kernels.values import all_finite
+from trilith_services.ps.engine.kernels.warm_up import compile_common_kernels
 from trilith_services.ps.engine.maintenance import Maintenance
 from trilith_services.ps.engine.queues import Queues, QueueState
 from trilith_services.ps.engine.rows import as_ids
 from trilith_services.ps.engine.sequences import Sequences
-from trilith_services.ps.engine.table import RowWrite, Table, compile_common_kernels, room_for
+from trilith_services.ps.engine.table import Table
 from trilith_services.ps.engine.variables import Variables, VariableState
 
-__all__ = ["OWNER_RULE", "Store"]
+__all__ = ["Store"]
 
 _LOG = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 # One page of a dump, whatever was asked for; rows are encoded a few at a time, so that it is not passed by much.
 _PAGE_ROWS, _PAGE_BYTES, _PAGE_STEP = 100_000, 8 << 20, 256
-
-OWNER_RULE = "mod"
-"""An id belongs to the shard whose index is the id, unsigned, modulo the number of shards."""
 
 
 class Store(InProcess):
@@ -123,7 +122,7 @@ class Store(InProcess):
         self._creating = threading.Lock()
         self._sequences = Sequences(clock=clock)
         self.budget.watch(lambda: self._sequences.memory_bytes)
-        self._changing, self._replacing = two_rooms()
+        self._changing, self._replacing = group_lock()
         self._step = 0
         self._step_lock = threading.Lock()
         threads = threads or cores()
@@ -362,7 +361,7 @@ class Store(InProcess):
                     update_ids=table.counters.update_ids,
                     filtered_ids=table.counters.filtered_ids,
                     evicted_rows=table.counters.evicted_rows,
-                    max_update_time=table.max_update_time,
+                    max_update_time=table.newest_update,
                 )
                 for table in list(self._tables.values())
             ],

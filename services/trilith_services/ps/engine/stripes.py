@@ -1,8 +1,7 @@
-"""Stripes: the memory of one table, the locks over it, and how a batch of ids is walked through both."""
+"""Stripes: the locks over the memory of one table, and how a batch of ids is walked through both."""
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
@@ -10,21 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
-from trilith.errors import MemoryLimitError
 from trilith.ops.memory import address_of
-from trilith.runtime.machine import commits_strictly
 from trilith.shard import UInt64Array
-from trilith_services.ps.engine.arena import HUGE_PAGE, Arena, Mapping
-from trilith_services.ps.engine.group_lock import two_rooms
+from trilith_services.ps.engine.group_lock import group_lock
 from trilith_services.ps.engine.kernels import index
 from trilith_services.ps.engine.kernels.index import STRIPES
-from trilith_services.ps.engine.kernels.sweep import copy_places, drop_freed, match_index, move_rows, sort_freed
+from trilith_services.ps.engine.kernels.sweep import drop_freed, move_rows, sort_freed
 from trilith_services.ps.engine.row_layout import RowLayout
+from trilith_services.ps.engine.scratch import SCRATCH, Batch, group
+from trilith_services.ps.engine.stripe_memory import StripeMemory, max_load
 from trilith_services.ps.engine.touched import Touched
 
-__all__ = ["RANGE", "Batch", "Scan", "Stripes", "group", "work_memory"]
+__all__ = ["RANGE", "Scan", "Stripes"]
 
 RANGE = 4096
 """Places of an index that whoever goes through a whole stripe looks at in one turn: up to half a millisecond."""
@@ -35,66 +32,9 @@ _SMALL = 1024  # up to here one kernel call under all locks is the fastest
 _READ_PIECE, _READ_BYTES = 16384, 2 << 20  # ids, or bytes of them, read before writers get their turn: 1 to 3 ms
 _PIECE_BYTES = 512 << 10  # a batch is written in pieces whose gradients stay in the second-level cache
 _PARALLEL = 16384  # from here a batch is worth two threads
-_HUGE_BYTES = 2 * HUGE_PAGE  # rows or slots of one stripe beyond which huge pages pay
-_FIRST_SLOTS = 16
-_TIME_BYTES = 4
-_MAX_ROWS = 1 << 29  # of a stripe; a slot has bits for twice as many row numbers
-# Address space that a table begins with, and how often more a stripe gets that fills its part. Where the machine counts
-# every reserved byte as used, a table begins small.
-_FIRST_RESERVED, _MORE_RESERVED = 1 << 30, 8
-_FIRST_COUNTED, _MORE_COUNTED = 1 << 20, 4
-_STASH_PART = 512  # a stash has room for one in so many slots, ten times what chance puts there in a full index
-_FIRST_STASH = 8
-_DELETED_PART = 9  # one slot in so many may be a deleted one, and one more of them while the index is rebuilt
-_SPLIT_SLOTS = 8192  # an index of more slots is rebuilt piece by piece, one of fewer in 0.1 ms
-_LATE = 17 / 16  # how far beyond its limit an index may fill until that is done
-_STEP, _STEP_PER_ROW = 512, 32  # places copied with every write, and for every row that it added
-_HEAP_BYTES = 128 << 10  # an index of fewer bytes comes from the heap: a mapping takes whole pages
+_STEP = 512  # places of an index that is rebuilt, copied with every write
 _GIVEN_BACK = 8 << 20  # bytes of rows given back to the machine in one turn
 _TRIES = 3  # times that a stripe is gone through range by range while it is rebuilt under whoever does so
-_SHAPE = [index.SLOTS, index.STASH_ROOM]  # columns that say how large an index is
-_LINE = 64  # bytes of a cache line, which slots are aligned to
-_USE = [index.USED, *_SHAPE]
-_FREE_BYTES = 4
-
-Batch = tuple[int, int, int]
-"""Addresses of starts, hashes and positions, as `index.group_by_stripe` describes them."""
-
-
-class _Scratch(threading.local):
-    """One thread's memory for grouping a batch and for kernels' own use, grown as needed."""
-
-    def __init__(self) -> None:
-        self.room = 0
-        self.starts = np.zeros(STRIPES + 1, np.int64)
-        self.work, self.work_at = np.empty(0, np.uint8), 0
-        self.batch: Batch = (0, 0, 0)
-        self.unsorted_at = 0
-        self.arrays = np.empty((3, 0), np.uint64)
-
-
-_SCRATCH = _Scratch()
-
-
-def group(ids: UInt64Array) -> Batch:
-    """Group ids by stripe; the result is good until this thread's next call."""
-    if len(ids) > _SCRATCH.room:
-        _SCRATCH.room = 1 << max(10, (len(ids) - 1).bit_length())
-        _SCRATCH.arrays = np.empty((3, _SCRATCH.room), np.uint64)
-        start, step = address_of(_SCRATCH.arrays), 8 * _SCRATCH.room
-        _SCRATCH.batch = address_of(_SCRATCH.starts), start, start + step
-        _SCRATCH.unsorted_at = start + 2 * step
-    starts, hashes, positions = _SCRATCH.batch
-    index.group_by_stripe(address_of(ids), len(ids), _SCRATCH.unsorted_at, hashes, positions, starts)
-    return _SCRATCH.batch
-
-
-def work_memory(size: int) -> int:
-    """Address of `size` bytes of this thread's scratch memory for kernels."""
-    if _SCRATCH.work.size < size:
-        _SCRATCH.work = np.empty(size, np.uint8)
-        _SCRATCH.work_at = address_of(_SCRATCH.work)
-    return _SCRATCH.work_at
 
 
 @dataclass(eq=False, slots=True)
@@ -111,109 +51,31 @@ class Scan:
     erased: list[UInt64Array] = field(default_factory=list)
 
 
-@dataclass(eq=False, slots=True)
-class _Rebuild:
-    """An index that is being filled, beside the one that it will replace.
-
-    Attributes:
-        columns: int64[COLUMNS] that describe it.
-        memory: Keeps it.
-        place: Those of the old index below it have been copied; what changed in them since, too.
-        size: Rows of the stripe when it was last looked at.
-    """
-
-    columns: npt.NDArray[np.int64]
-    memory: object
-    place: int
-    size: int
-
-
-class Stripes:
+class Stripes(StripeMemory):
     """The rows of one table, spread over stripes by the high bits of the ids' hashes.
 
     A stripe is an index and a part each of the table's arenas of weights, of optimizer states and of times. Readers and
     writers take turns, piece by piece; readers need nothing more, writers the locks of the stripes they change.
     Neighbouring stripes share a lock. Addresses of rows hold for a turn.
 
-    Nobody is kept waiting while a stripe as a whole is gone through. A large index is rebuilt by those who write, a
-    few places with every write, while it fills to a sixteenth beyond its limit; only one whose ids were made to
-    collide, or that one batch fills so far, is rebuilt in one turn (about 90 ns a row). Sweeps, copies and `compact` go
-    by ranges of places. Sorting a stripe's freed row numbers takes one turn of 2 ns a number.
+    Nobody is kept waiting while a stripe as a whole is gone through: sweeps, copies and `compact` go by ranges of
+    places. Sorting a stripe's freed row numbers takes one turn of 2 ns a number.
 
     Attributes:
-        columns: int64[STRIPES, index.COLUMNS], what the kernels know of each stripe.
-        address: Of `columns`.
         reading: To be held while rows or indexes are read.
+        piece: Ids that are written in one turn at most.
         touched: Is told which ids were written to, once they have been; None while nobody wants to know.
     """
 
     def __init__(self, layout: RowLayout, initial_rows: int, pool: Executor | None) -> None:
-        self._layout = layout
+        super().__init__(layout, initial_rows)
         self._pool = pool
         self.touched: Touched | None = None
-        self._piece = max(1024, min(16384, _PIECE_BYTES // (4 * layout.dim)))
+        self.piece = max(1024, min(16384, _PIECE_BYTES // (4 * layout.dim)))
         self._read_piece = max(_READ_PIECE, _READ_BYTES // (4 * layout.dim))
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
-        self.reading, self._writing = two_rooms()
-        self.columns = np.zeros((STRIPES, index.COLUMNS), np.int64)
-        self.address = address_of(self.columns)
-        self._generations = [0] * STRIPES
+        self.reading, self._writing = group_lock()
         self._scans: set[Scan] = set()
-        self._rebuilds: dict[int, _Rebuild] = {}
-        self._dropped: list[object] = []  # memory that is unmapped after the turn in which it was replaced
-        self._least_slots = _FIRST_SLOTS
-        self._reset(-(-initial_rows // STRIPES))
-        self._least_slots = int(self.columns[:, index.SLOTS].min())
-
-    def __len__(self) -> int:
-        return int(self.columns[:, index.SIZE].sum())
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of rows, their times and indexes in use; rows that were freed and not given back count.
-
-        Four bytes for each freed row's number do not: they are there only until `compact`.
-        """
-        used, slots, stash = self.columns[:, _USE].sum(axis=0).tolist()
-        size = used * self.row_bytes + _index_bytes(slots, stash)
-        if self._rebuilds:
-            for rebuild in list(self._rebuilds.values()):
-                size += _index_bytes(*rebuild.columns[_SHAPE].tolist())
-        return int(size)
-
-    @property
-    def places(self) -> npt.NDArray[np.int64]:
-        """int64[STRIPES]: places where each index can lead to a row."""
-        places: npt.NDArray[np.int64] = self.columns[:, _SHAPE].sum(axis=1)
-        return places
-
-    @property
-    def freed_rows(self) -> int:
-        """Rows that will be used again before the arena grows, or given back by `compact`."""
-        return int(self.columns[:, index.FREED].sum())
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row, its state and its time."""
-        return self._layout.row_bytes + self._layout.state_bytes + _TIME_BYTES
-
-    def growth_bytes(self, new_rows: int) -> int:
-        """Index memory that `new_rows` more rows, spread by chance, will add at most."""
-        if new_rows == 0:
-            return 0
-        mean = new_rows / STRIPES
-        most = min(new_rows, int(mean + 5 * math.sqrt(mean)) + 1)
-        # Copied: others go on meanwhile, and while `clear` makes new indexes some have no limit, and no rows to come.
-        rows, limits = self.columns[:, index.SIZE] + most, self.columns[:, index.LIMIT].copy()
-        if (rows <= limits).all():  # as before most writes, each of which asks
-            return 0
-        filled = np.where(limits > 0, rows / np.maximum(limits, 1), 1.0)
-        times = np.exp2(np.ceil(np.log2(np.maximum(filled, 1.0))))  # an index grows to twice its size, again and again
-        return 8 * int((self.columns[:, index.SLOTS] * (times - 1)).sum())
-
-    def generation(self, s: int) -> int:
-        """Changes whenever the places of stripe `s` change their meaning; for one turn."""
-        return self._generations[s]
 
     def clear(self) -> None:
         """Drop every row; the caller is `writing`, and lets `unmap` give the memory back afterwards."""
@@ -273,10 +135,10 @@ class Stripes:
 
     def _write(self, ids: UInt64Array, work: Callable[[Batch, int, int, int, int], int], first: int, last: int) -> None:
         """Work on the stripes of locks first..last - 1, piece by piece."""
-        for offset in range(0, len(ids), self._piece):
+        for offset in range(0, len(ids), self.piece):
             if self._dropped:
                 self.unmap()
-            batch = group(ids[offset : offset + self._piece])
+            batch = group(ids[offset : offset + self.piece])
             with self._writing:
                 if len(ids) <= _SMALL:
                     with self._locked(range(_LOCKS)):
@@ -303,7 +165,7 @@ class Stripes:
         begin = 0
         try:
             while (begin := work(batch, offset, first, last, begin)) >= 0:
-                self._grow(int(np.searchsorted(_SCRATCH.starts, begin, "right")) - 1, batch)
+                self._grow(int(np.searchsorted(SCRATCH.starts, begin, "right")) - 1, batch)
             if self._rebuilds:
                 for s in list(self._rebuilds):
                     if first <= s < last:
@@ -394,10 +256,6 @@ class Stripes:
             self.unmap()
         return before - self.memory_bytes
 
-    def unmap(self) -> None:
-        """Give back memory that was replaced: not in the turn in which that happened, since it can take long."""
-        self._dropped.clear()
-
     def _close_up(self, s: int, least: float) -> None:
         """Move the rows of stripe `s` to the lowest numbers, and give the memory behind them back."""
         columns, address = self.columns[s], self.address + 8 * index.COLUMNS * s
@@ -458,8 +316,8 @@ class Stripes:
 
     def _shrink(self, s: int) -> None:
         """Rebuild an index that is far too large for its rows."""
-        wanted = self._least_slots
-        while wanted * _max_load(s) <= 2 * int(self.columns[s, index.USED]):
+        wanted = self.least_slots
+        while wanted * max_load(s) <= 2 * int(self.columns[s, index.USED]):
             wanted *= 2
         if 2 * wanted > self.columns[s, index.SLOTS]:
             return
@@ -472,169 +330,3 @@ class Stripes:
             with self.writing(s):
                 if self._rebuilds.get(s) is rebuild:
                     self._step(s, rebuild, RANGE)
-
-    # ---- growth --------------------------------------------------------------------------------------------------
-
-    def _reset(self, rows_per_stripe: int) -> None:
-        counted = commits_strictly()
-        self._more = _MORE_COUNTED if counted else _MORE_RESERVED
-        reserved = (_FIRST_COUNTED if counted else _FIRST_RESERVED) // STRIPES // self.row_bytes
-        room = min(_MAX_ROWS, max(reserved, 5 * rows_per_stripe // 2, _FIRST_SLOTS))
-        self._room = [room] * STRIPES
-        sizes = self._layout.row_bytes, self._layout.state_bytes, _TIME_BYTES, _FREE_BYTES
-        self._arenas = [Arena(STRIPES, room, size) for size in sizes]
-        self._rebuilds.clear()
-        self.columns[:] = 0
-        self.columns[:, index.ROW_BYTES], self.columns[:, index.STATE_BYTES] = sizes[:2]
-        self._memory: list[object] = []
-        for s in range(STRIPES):
-            slots = _FIRST_SLOTS
-            while slots * _max_load(s) < rows_per_stripe:
-                slots *= 2
-            self._point(s)
-            self._memory.append(_plan_index(self.columns[s], slots, 0))
-            self._generations[s] += 1
-            self._set_limits(s)
-            self._advise(s)
-
-    def _point(self, s: int) -> None:
-        """Say where the rows of stripe `s` are."""
-        rows, states, times, free = self._arenas
-        self.columns[s, [index.ROWS, index.STATES, index.TIMES, index.FREE]] = (
-            rows.address(s),
-            states.address(s),
-            times.address(s),
-            free.address(s),
-        )
-
-    def _make_room(self, s: int, rows: int) -> None:
-        """Reserve address space for so many rows of stripe `s`; what it has moves there, page by page."""
-        if rows <= self._room[s]:
-            return
-        room = min(_MAX_ROWS, max(rows, self._more * self._room[s]))
-        try:
-            for arena in self._arenas:
-                arena.grow(s, room, int(self.columns[s, index.USED]))
-        finally:
-            self._point(s)
-        self._room[s] = room
-
-    def _set_limits(self, s: int) -> None:
-        """Set the limits of the index of stripe `s`, at which it is rebuilt; while it is, they are further off."""
-        slots, rebuilt = int(self.columns[s, index.SLOTS]), s in self._rebuilds
-        limit = _most_rows(s, slots) if rebuilt else int(slots * _max_load(s))
-        self.columns[s, index.LIMIT] = min(limit, self._room[s])
-        self.columns[s, index.MOST_DELETED] = slots // (_DELETED_PART - rebuilt)
-
-    def _grow(self, s: int, batch: Batch) -> None:
-        """Begin or finish to rebuild the index of stripe `s`, whose lock is held, so that a row can be added."""
-        old = self.columns[s]
-        rebuild = self._rebuilds.get(s)
-        if rebuild is not None and rebuild.columns[index.SLOTS] >= old[index.SLOTS]:
-            self._step(s, rebuild, int(old[index.SLOTS]), batch)
-            if self._memory[s] is rebuild.memory:
-                return
-        self._cancel(s)
-        if old[index.SIZE] >= _MAX_ROWS:
-            raise MemoryLimitError(f"stripe {s} holds {_MAX_ROWS} rows, all that an index can lead to")
-        slots = int(old[index.SLOTS])
-        # A half empty index whose stash is full is one whose ids were made to collide: twice the slots would not help.
-        if old[index.DELETED] < old[index.MOST_DELETED] and 2 * old[index.SIZE] >= old[index.LIMIT]:
-            slots *= 2
-        if rebuild is None and slots > _SPLIT_SLOTS and old[index.STASHED] < old[index.STASH_ROOM]:
-            self._begin(s, slots)
-            return
-        stash = 0
-        while True:
-            new = old.copy()
-            memory = _plan_index(new, slots, stash)
-            copy_places(address_of(old), s, address_of(new), 0, int(self.places[s]))
-            if new[index.STASHED] < new[index.STASH_ROOM]:
-                break
-            stash = 2 * int(new[index.STASHED])
-        self._adopt(s, new, memory)
-
-    def _begin(self, s: int, slots: int) -> None:
-        """Begin to rebuild the index of stripe `s` with so many slots; until that is done it may fill to its limits."""
-        new = self.columns[s].copy()
-        memory = _plan_index(new, slots, 0)
-        self._rebuilds[s] = _Rebuild(new, memory, 0, int(new[index.SIZE]))
-        self._set_limits(s)
-
-    def _step(self, s: int, rebuild: _Rebuild, places: int, batch: Batch | None = None) -> None:
-        """Go on with a rebuild: `places` more, and more for rows that `batch` has added or erased."""
-        old, new = address_of(self.columns[s]), address_of(rebuild.columns)
-        size, slots = int(self.columns[s, index.SIZE]), int(self.columns[s, index.SLOTS])
-        if size != rebuild.size and batch is not None:
-            first, last = (int(at) for at in _SCRATCH.starts[s : s + 2])
-            match_index(old, new, batch[1] + 8 * first, last - first)
-            places += _STEP_PER_ROW * max(0, size - rebuild.size)
-            rebuild.size = size
-        end = min(slots, rebuild.place + places)
-        copy_places(old, s, new, rebuild.place, end)
-        rebuild.place = end
-        if end < slots:
-            return
-        copy_places(old, s, new, slots, int(self.places[s]))
-        del self._rebuilds[s]
-        if rebuild.columns[index.STASHED] < rebuild.columns[index.STASH_ROOM]:
-            self._adopt(s, rebuild.columns, rebuild.memory)
-        else:
-            self._dropped.append(rebuild.memory)  # its stash is too small: at its limits `_grow` makes another one
-
-    def _adopt(self, s: int, new: npt.NDArray[np.int64], memory: object) -> None:
-        """Lead to the rows of stripe `s` by another index."""
-        self._make_room(s, min(_most_rows(s, int(new[index.SLOTS])), _MAX_ROWS))
-        used = [index.INDEX, index.SLOTS, index.STASHED, index.STASH_ROOM, index.DELETED]
-        self.columns[s, used] = new[used]
-        self._dropped.append(self._memory[s])
-        self._memory[s] = memory
-        self._generations[s] += 1
-        self._set_limits(s)
-        self._advise(s)
-
-    def _cancel(self, s: int) -> None:
-        """Give up a rebuild that the caller does not keep up to date."""
-        if (rebuild := self._rebuilds.pop(s, None)) is not None:
-            self._dropped.append(rebuild.memory)
-            self._set_limits(s)
-
-    def _advise(self, s: int) -> None:
-        """Ask for huge pages for the rows that the index of stripe `s` has room for."""
-        limit = int(self.columns[s, index.LIMIT])
-        if limit * self.row_bytes >= _HUGE_BYTES:
-            for arena in self._arenas[:-1]:
-                arena.advise_huge(s, limit)
-
-
-def _plan_index(columns: npt.NDArray[np.int64], slots: int, stash: int) -> object:
-    """Memory for an empty index, which `columns` describe from now on."""
-    room = max(slots // _STASH_PART, stash, _FIRST_STASH)
-    size = _index_bytes(slots, room)
-    memory: object
-    if size < _HEAP_BYTES:
-        memory = heap = np.zeros(size + _LINE, np.uint8)
-        start = address_of(heap)
-        address = start + -start % _LINE
-    else:
-        memory = mapping = Mapping(size)
-        address = mapping.address
-        if size >= _HUGE_BYTES:
-            mapping.advise_huge()
-    columns[_SHAPE] = slots, room
-    columns[[index.INDEX, index.STASHED, index.DELETED]] = address, 0, 0
-    return memory
-
-
-def _index_bytes(slots: int, stash: int) -> int:
-    return 8 * slots + index.STASH_ENTRY * stash
-
-
-def _max_load(s: int) -> float:
-    """Fill at which stripe `s` grows: spread over 0.6..0.7, so that a table's stripes do not all grow in one batch."""
-    return 0.6 + 0.1 * (s + 1) / STRIPES
-
-
-def _most_rows(s: int, slots: int) -> int:
-    """Rows to which an index of stripe `s` may fill while it is rebuilt."""
-    return int(slots * _max_load(s) * _LATE)

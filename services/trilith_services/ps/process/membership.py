@@ -11,7 +11,7 @@ from trilith.discovery import PS
 from trilith.discovery.record import ClusterRecord, RecordKeeper
 from trilith.discovery.zk_url import redact
 from trilith.errors import TrilithError
-from trilith_services.ps.engine.store import OWNER_RULE
+from trilith.routing import OWNER_RULE
 
 if TYPE_CHECKING:
     from trilith.discovery import Directory

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from trilith.discovery import PS
 from trilith.discovery.record import ClusterRecord
 from trilith.discovery.zk_directory import ZooKeeperDirectory
-from trilith_services.ps.engine.store import OWNER_RULE
+from trilith.routing import OWNER_RULE
 
 __all__ = ["wait_for_place"]
 

@@ -255,7 +255,7 @@ def _stripes(table: Table, index: int, total: int) -> Iterator[Rows]:
 
 def _judged_at(table: Table) -> int:
     """The time that expiry is judged at: the reference's, which is the newest update, unless that is yet to come."""
-    return min(table.max_update_time, int(time.time()))
+    return min(table.newest_update, int(time.time()))
 
 
 def _log_dropped(name: str, base: str, rows: int) -> None:

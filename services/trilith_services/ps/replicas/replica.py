@@ -233,7 +233,7 @@ class Replica(Generic[_Store]):
                 self._replacing[delta.table] = table
             else:
                 self.store.put_table(table)
-        self._began[delta.table] = max(int(self._clock()), table.max_update_time + 1)
+        self._began[delta.table] = max(int(self._clock()), table.newest_update + 1)
         self._copying.add(delta.table)
 
     def _change(self, table: Table, delta: wire.Delta) -> int:
