@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from trilith.data.formats.convert import promote
 from trilith.data.line_ids import line_fields
+from trilith.data.messages import promote
 from trilith.data.parse.columns import Element, Fields
 from trilith_proto import example_pb2, line_id_pb2, proto_parser_pb2
 

@@ -10,13 +10,27 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.bench import data_parse, data_pipeline, data_read, discovery, engine, ops, rpc, serving, sync, tables, train
+from tests.bench import (
+    data_columnar,
+    data_parse,
+    data_pipeline,
+    data_read,
+    discovery,
+    engine,
+    ops,
+    rpc,
+    serving,
+    sync,
+    tables,
+    train,
+)
 from tests.bench.harness import Benchmark, run_all, show, write_json
 from tests.bench.sizes import FULL, QUICK, Sizes
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     *data_read.BENCHMARKS,
     *data_parse.BENCHMARKS,
+    *data_columnar.BENCHMARKS,
     *data_pipeline.BENCHMARKS,
     *discovery.BENCHMARKS,
     *engine.BENCHMARKS,

@@ -14,6 +14,8 @@ class Sizes:
     Attributes:
         data_records: Records of about a kilobyte in the file that is read.
         data_rounds: Timed rounds per side of that figure.
+        columnar_rows: Rows of the Parquet and CSV files that are read.
+        columnar_rounds: Timed rounds per side of those figures.
         pipeline_records: Records of 2 to 4 KB of a pipeline that is timed.
         pipeline_rounds: Timed rounds per side of that figure.
         pipeline_megabytes: Size of the file that streams through while memory is watched.
@@ -60,6 +62,8 @@ class Sizes:
 
     data_records: int = 262_144
     data_rounds: int = 30
+    columnar_rows: int = 262_144
+    columnar_rounds: int = 7
     pipeline_records: int = 32_768
     pipeline_rounds: int = 15
     pipeline_megabytes: int = 2048
@@ -109,6 +113,8 @@ FULL = Sizes()
 QUICK = Sizes(
     data_records=4096,
     data_rounds=3,
+    columnar_rows=4096,
+    columnar_rounds=2,
     pipeline_records=2048,
     pipeline_rounds=3,
     pipeline_megabytes=32,

@@ -15,6 +15,8 @@ FIGURES = {
     "data.parse.instance.fromstring": ("higher", 1.0),
     "data.parse.example": ("higher", 30.0),
     "data.parse.example.fromstring": ("higher", 1.0),
+    "data.columnar.parquet": ("higher", 0.5),
+    "data.columnar.csv": ("higher", 0.5),
     "data.pipeline.threads": ("higher", 0.85),
     "data.pipeline.memory": ("lower", 1.0),
     "discovery.back": ("lower", 1.0),

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import trilith.data
-from trilith.data import Dense, Extra, Label, Sparse
-from trilith.data.formats.column_types import Column, ragged_column
+from trilith.data import Column, Dense, Extra, Label, Sparse
+from trilith.data.formats.column_types import numbers_of
 from trilith.data.formats.readers import Position, open_records, position_of
 from trilith.data.formats.writers import open_writer
 from trilith.data.records import Records
@@ -253,7 +253,7 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path):
 
 def test_ragged_columns_of_slices_have_their_own_values():
     array = pa.array([[1], [2, 3], None, [4]], pa.list_(pa.int64()))
-    found, bad = ragged_column(array.slice(1, 3), "int")
+    found, bad = numbers_of(array.slice(1, 3), "int")
     assert (found.values.tolist(), found.row_splits.tolist(), bad) == ([2, 3, 4], [0, 2, 2, 3], {})
 
 
@@ -425,7 +425,7 @@ def test_views_of_lists(stored):
     if not hasattr(pa, stored):
         pytest.skip("pyarrow is older")
     given = pa.array([[1, 2], None, [3]], getattr(pa, stored)(pa.int64()))
-    found, bad = ragged_column(given, "fid_v2")
+    found, bad = numbers_of(given, "fid_v2")
     assert (found.tolist(), bad) == ([[1, 2], [], [3]], {})
 
 

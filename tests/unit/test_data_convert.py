@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from trilith.data import messages as convert
 from trilith.data.fids import make_fid_v1, make_fid_v2
-from trilith.data.formats import convert
-from trilith.data.formats.convert import Pruning
+from trilith.data.messages import Pruning
 from trilith.data.records import Kind, Records
 from trilith.errors import DataError, InvalidRequestError
 from trilith_proto.example_pb2 import INDIVIDUAL, SHARED, Example, ExampleBatch

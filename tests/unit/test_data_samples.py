@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests import naive_samples as naive
 from trilith.data.fids import make_fid_v1, make_fid_v2
-from trilith.data.formats.convert import read_message
+from trilith.data.messages import read_message
 from trilith.data.records import Kind, Records
 from trilith.data.samples import (
     AddAction,

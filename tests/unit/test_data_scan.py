@@ -20,7 +20,7 @@ from tests.scan_cases import (
     instance_rows,
     instances,
 )
-from trilith.data.formats.convert import promote
+from trilith.data.messages import promote
 from trilith.data.parse.columns import Columns, Element, Fields, Scalars, extract
 from trilith.data.ragged import Ragged
 from trilith.data.records import Records

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from trilith.data.formats.convert import message_of
+from trilith.data.messages import message_of
 from trilith.data.pipeline.dataset import from_records
 from trilith.data.pipeline.positions import from_json, to_json
 from trilith.data.records import Kind, Records

@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trilith.data.formats.columnar import Column
     from trilith.data.formats.files import gen_patterns, match_input_patterns
     from trilith.data.formats.framing import Framing
     from trilith.data.formats.readers import open_records
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from trilith.data.records import Kind, Records
     from trilith.data.samples.item_pool import ItemPool
     from trilith.data.samples.negatives import NegativeConfig
+    from trilith.data.scan.rows import Column
 
 __all__ = [
     "Column",
@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 _WHERE = {
-    "Column": "formats.columnar",
+    "Column": "scan.rows",
     "Dataset": "pipeline.dataset",
     "DatasetIterator": "pipeline.dataset",
     "Dense": "parse.specs",

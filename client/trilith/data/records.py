@@ -15,7 +15,7 @@ from trilith.errors import InvalidRequestError
 from trilith.ops.jit import kernel
 from trilith.ops.memory import address_of, copy_line, load_u64
 
-__all__ = ["PADDING", "Kind", "Records", "gather_payloads", "measure_payloads"]
+__all__ = ["PADDING", "Kind", "Records", "gather_payloads", "joined_sources", "measure_payloads"]
 
 PADDING = 64
 """Bytes that can be read behind the last payload of a buffer: kernels load whole lines."""
@@ -94,7 +94,7 @@ class Records:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Records]) -> Records:
-        """The records of all parts in order, in one new buffer.
+        """The records of all parts in order, in new memory.
 
         Args:
             parts: At least one, of one kind.
@@ -104,8 +104,11 @@ class Records:
         kinds = sorted({str(part.kind) for part in parts})
         if len(kinds) > 1:
             raise InvalidRequestError(f"records of one chunk are of one kind, not {kinds}")
-        sources = tuple(dict.fromkeys(name for part in parts for name in part.sources))
-        place = {name: index for index, name in enumerate(sources)}
+        form = type(parts[0]) if len({type(part) for part in parts}) == 1 else Records
+        return form._joined(parts)
+
+    @classmethod
+    def _joined(cls, parts: Sequence[Any]) -> Records:
         size = sum(int(part.lengths.sum()) for part in parts)
         buffer = _padded(size)
         offsets = np.empty(sum(map(len, parts)), np.int64)
@@ -114,8 +117,8 @@ class Records:
             n = len(part)
             used = _gather(part, address_of(buffer), used, offsets[row : row + n])
             row += n
-        index = [np.array([place[name] for name in part.sources], np.int32)[part.source_index] for part in parts]
-        return cls(
+        sources, source_index = joined_sources(parts)
+        return Records(
             kind=parts[0].kind,
             buffer=buffer,
             offsets=offsets,
@@ -124,11 +127,11 @@ class Records:
             numbers=np.concatenate([part.numbers for part in parts]),
             positions=np.concatenate([part.positions for part in parts]),
             sources=sources,
-            source_index=np.concatenate(index),
+            source_index=source_index,
         )
 
     def __len__(self) -> int:
-        return self.offsets.size
+        return self.numbers.size
 
     @property
     def payload_bytes(self) -> int:
@@ -187,13 +190,34 @@ class Records:
             lengths: int64[n].
             kind: What the new payloads are, if something else.
         """
-        kind = self.kind if kind is None else kind
-        return dataclasses.replace(self, kind=kind, buffer=buffer, offsets=offsets, lengths=lengths)
+        return Records(
+            kind=self.kind if kind is None else kind,
+            buffer=buffer,
+            offsets=offsets,
+            lengths=lengths,
+            source_keys=self.source_keys,
+            numbers=self.numbers,
+            positions=self.positions,
+            sources=self.sources,
+            source_index=self.source_index,
+        )
+
+    def renumbered(self, numbers: npt.NDArray[np.int64]) -> Records:
+        """The same records with other `numbers`, int64[n]."""
+        return dataclasses.replace(self, numbers=numbers)
 
     def where(self, index: int) -> str:
         """Where a record came from, for messages: "FILE: record 7, byte 812"."""
         name = self.sources[int(self.source_index[index])]
         return f"{name}: record {int(self.numbers[index])}, byte {int(self.positions[index])}"
+
+
+def joined_sources(parts: Sequence[Records]) -> tuple[tuple[str, ...], npt.NDArray[np.int32]]:
+    """The `sources` and `source_index` of the records of all parts in order."""
+    sources = tuple(dict.fromkeys(name for part in parts for name in part.sources))
+    place = {name: index for index, name in enumerate(sources)}
+    index = [np.array([place[name] for name in part.sources], np.int32)[part.source_index] for part in parts]
+    return sources, np.concatenate(index)
 
 
 def _padded(size: int) -> npt.NDArray[np.uint8]:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from trilith.data.formats.convert import message_of
+from trilith.data.messages import message_of
 from trilith.data.parse.parsers import ExampleParser, InstanceParser
 from trilith.data.parse.specs import Dense, Features
 from trilith.data.records import Kind, Records

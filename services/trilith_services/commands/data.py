@@ -164,7 +164,7 @@ def inspect(path: File, csv: CsvOption = None, as_json: Json = False) -> None:
     if guess.format is FileFormat.RECORDS:
         console.print(f"framing: {flags}")
     if guess.tf_examples:
-        from trilith.compat.monolith.tf_example import HINT
+        from trilith.data.messages import HINT
 
         console.print(HINT)
     if names:
@@ -294,8 +294,8 @@ def convert(
 
     The output is there once it is whole; where a conversion fails there is none.
     """
-    from trilith.data.formats.convert import convert as convert_records
     from trilith.data.formats.writers import open_writer
+    from trilith.data.messages import convert as convert_records
 
     opened = _Input(format_, kind, framing, compression, columns, csv, skip_damage)
     place = "" if target == "-" else target
@@ -335,8 +335,7 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Read every record and parse it; name what is damaged. Exit status 1 if anything is."""
-    from trilith.compat.monolith.tf_example import HINT, is_tf_example
-    from trilith.data.formats.convert import message_of
+    from trilith.data.messages import HINT, is_tf_example, message_of
     from trilith.data.records import Kind
     from trilith.errors import DataError
 
@@ -466,7 +465,7 @@ def _csv_form(given: list[str] | None) -> dict[str, Any]:
 def _columns(text: str | None) -> list[Any] | None:
     if text is None:
         return None
-    from trilith.data.formats.columnar import Column
+    from trilith.data.scan.rows import Column
     from trilith.errors import InvalidRequestError
 
     found = []
@@ -482,7 +481,7 @@ def _messages(records: Records) -> Iterator[tuple[int, Any]]:
     """Each record's message as plain values."""
     from google.protobuf.json_format import MessageToDict
 
-    from trilith.data.formats.convert import message_of
+    from trilith.data.messages import message_of
     from trilith.data.records import Kind
     from trilith.errors import DataError
 

@@ -20,10 +20,10 @@ from tests.conformance.compare import differ, in_order
 from tests.conformance.data.members import raises, spread, unknown
 from trilith.compat.monolith import datasets as reference
 from trilith.compat.monolith.operators import cache_one, merged_window
-from trilith.data.formats.convert import message_of
 from trilith.data.formats.files import expand_glob, expand_input_patterns, gen_patterns, match_input_patterns
 from trilith.data.formats.framing import Framing
 from trilith.data.formats.writers import open_writer
+from trilith.data.messages import message_of
 from trilith.data.pipeline.dataset import Dataset
 from trilith.data.pipeline.queue import LocalFiles, StrQueue
 from trilith.data.records import Kind, Records

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from tests.conformance.compare import differ
 from tests.conformance.data.members import spread, unknown
 from trilith.data.fids import data_source_key
-from trilith.data.formats.convert import message_of
 from trilith.data.formats.framing import Framing
+from trilith.data.messages import message_of
 from trilith.data.pipeline.dataset import Dataset, from_records, read
 from trilith.data.pipeline.flows import with_source_names
 from trilith.data.records import Kind

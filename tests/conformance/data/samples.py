@@ -12,7 +12,7 @@ from tests.conformance.compare import differ
 from tests.conformance.data.members import each_of, raises, spread, unknown
 from tests.conformance.data.parsing import differences, parsed_as
 from trilith.compat.monolith.datasets import FilePBDataset
-from trilith.data.formats import convert
+from trilith.data import messages as convert
 from trilith.data.formats.framing import Framing
 from trilith.data.formats.readers import open_records
 from trilith.data.parse.columns import Fields, extract

@@ -316,7 +316,7 @@ class ParquetDataset(Dataset):
             select_columns_type: Their types: int, fid_v1, fid_v2, float or bytes.
             **ignored: Arguments of other classes that are of no meaning here.
         """
-        from trilith.data.formats.columnar import Column
+        from trilith.data.scan.rows import Column
 
         self.file_name = file_name
         columns = None

@@ -8,17 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from google.protobuf.unknown_fields import UnknownFieldSet
 
 from trilith.data.fids import MAX_SLOTS, make_fid_v2
 from trilith.data.records import Kind, Records
 from trilith.errors import DataError, InvalidRequestError
 from trilith_proto import data_op_config_pb2, example_pb2, tf_example_pb2
 
-__all__ = ["HINT", "TFExampleConverter", "is_tf_example", "tf_example_to_example"]
-
-HINT = "these are tf.Examples: make Examples of them with trilith.compat.monolith.tf_example.TFExampleConverter"
-"""What to tell whoever reads tf.Examples as something else."""
+__all__ = ["TFExampleConverter", "tf_example_to_example"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -101,20 +97,6 @@ class TFExampleConverter:
                 raise DataError(f"{records.where(index)}: {error}") from None
         made = Records.of(payloads, Kind.EXAMPLE)
         return records.replace(buffer=made.buffer, offsets=made.offsets, lengths=made.lengths, kind=Kind.EXAMPLE)
-
-
-def is_tf_example(payload: bytes) -> bool:
-    """Whether bytes are a tf.Example with features, and nothing else."""
-    try:
-        message = tf_example_pb2.Example.FromString(payload)
-    except DecodeError:
-        return False
-    features = message.features.feature
-    if not features or len(message.SerializeToString()) != len(payload):
-        return False
-    return all(each.WhichOneof("kind") is not None for each in features.values()) and not any(
-        len(UnknownFieldSet(each)) for each in (message, message.features, *features.values())
-    )
 
 
 def tf_example_to_example(

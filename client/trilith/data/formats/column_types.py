@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,41 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trilith.data.ragged import Ragged
+from trilith.data.records import PADDING
+from trilith.data.scan.rows import Column, ColumnType
 from trilith.errors import InvalidRequestError
 
-__all__ = ["Column", "ColumnType", "Values", "check_column", "column_of", "ragged_column", "taken", "unreadable"]
+__all__ = ["Values", "check_column", "column_of", "numbers_of", "text_of", "texts_of", "unreadable"]
 
 Values: TypeAlias = npt.NDArray[Any]
 """uint64 ids, int64, float32, or byte strings as objects."""
-
-
-class ColumnType(StrEnum):
-    """What a column's values become."""
-
-    INT = "int"
-    FID_V1 = "fid_v1"
-    FID_V2 = "fid_v2"
-    FLOAT = "float"
-    BYTES = "bytes"
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One column to read.
-
-    Attributes:
-        name: Its name; of a nested column's path the first component.
-        type: What its values become.
-    """
-
-    name: str
-    type: ColumnType | str
-
-    def __post_init__(self) -> None:
-        if self.type not in set(ColumnType):
-            raise InvalidRequestError(
-                f"column {self.name!r}: type {self.type!r} is none of {[str(each) for each in ColumnType]}"
-            )
 
 
 _DAY_S = 86400
@@ -133,15 +104,13 @@ def _leaf(stored: pa.DataType) -> pa.DataType:
             return stored
 
 
-def ragged_column(array: pa.Array, column_type: ColumnType | str) -> tuple[Ragged[Any], dict[int, str]]:
-    """A column's values; a null is no value, nor is a NaN where integers are wanted, and lists of lists are one list.
+def numbers_of(array: pa.Array, column_type: ColumnType | str) -> tuple[Ragged[Any], dict[int, str]]:
+    """A column's numbers; a null is no value, nor is a NaN where integers are wanted, and lists of lists are one list.
 
     Returns:
         The values, with anything in place of those that do not fit; and by row which those are.
     """
     leaves, splits = _flattened(array)
-    if ColumnType(column_type) is ColumnType.BYTES:
-        return Ragged(_byte_values(leaves), splits), {}
     stored = leaves.type
     if pa.types.is_floating(stored) and column_type != ColumnType.FLOAT:
         there = ~np.isnan(np.asarray(leaves.to_numpy(zero_copy_only=False), np.float64))
@@ -218,12 +187,28 @@ def _whole(leaves: pa.Array, lowest: int, highest: int, wanted: str) -> _Made:
     return numbers.astype(np.int64), np.zeros(len(numbers), np.bool_), wanted
 
 
-def _byte_values(leaves: pa.Array) -> npt.NDArray[np.object_]:
-    if not (pa.types.is_fixed_size_binary(leaves.type) or pa.types.is_null(leaves.type)):
-        leaves = leaves.cast(pa.large_binary())
-    values = np.empty(len(leaves), np.object_)
-    values[:] = leaves.to_pylist()
-    return values
+def texts_of(array: pa.Array) -> tuple[npt.NDArray[np.uint8], Ragged[Any]]:
+    """A column's byte strings, as a text and spans int64[m, 2] of (offset in it, length); a null is no value."""
+    leaves, splits = _flattened(array)
+    text, spans = text_of(leaves)
+    return text, Ragged(spans, splits)
+
+
+def text_of(strings: pa.Array) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Byte strings, none of them null, as a text with `PADDING` behind it, and spans of it."""
+    if pa.types.is_null(strings.type):
+        return np.zeros(PADDING, np.uint8), np.empty((0, 2), np.int64)
+    if pa.types.is_fixed_size_binary(strings.type):
+        strings = strings.cast(pa.binary())
+    strings = strings.cast(pa.large_binary())
+    _, offsets, data = strings.buffers()
+    ends = np.frombuffer(offsets, np.int64)[strings.offset : strings.offset + len(strings) + 1]
+    first = int(ends[0]) if ends.size else 0
+    size = int(ends[-1]) - first if ends.size else 0
+    text = np.zeros(size + PADDING, np.uint8)
+    if size:
+        text[:size] = np.frombuffer(data, np.uint8)[first : first + size]
+    return text, np.stack([ends[:-1] - first, np.diff(ends)], axis=1)
 
 
 def _flattened(array: pa.Array) -> tuple[pa.Array, npt.NDArray[np.int64]]:
@@ -240,6 +225,8 @@ def _flattened(array: pa.Array) -> tuple[pa.Array, npt.NDArray[np.int64]]:
         lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
         values, inner = _flattened(array.flatten())
         return values, inner[_splits(lengths)]
+    if not array.null_count:
+        return array, np.arange(len(array) + 1)
     present = array.is_valid().to_numpy(zero_copy_only=False)
     return array.drop_null(), _splits(present)
 
@@ -248,8 +235,3 @@ def _splits(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     splits = np.zeros(lengths.size + 1, np.int64)
     np.cumsum(lengths, out=splits[1:])
     return splits
-
-
-def taken(given: Ragged[Any], rows: npt.NDArray[np.bool_]) -> Ragged[Any]:
-    """Some rows of lists, by a mask; all of them are not copied."""
-    return given if rows.all() else given.take(rows)

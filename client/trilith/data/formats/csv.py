@@ -12,14 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from trilith.data.formats.column_types import Column, ColumnType
-from trilith.data.formats.columnar import LABEL, ColumnarReader, Rows, line_id_type
+from trilith.data.formats.columnar import ColumnarReader, line_id_type
 from trilith.data.formats.compression import Compression, decompressing
 from trilith.data.formats.csv_cells import Cells, guess_type
 from trilith.data.formats.streams import ByteStream, open_stream
 from trilith.data.formats.text import Utf8Stream, is_odd, restored
-from trilith.data.ragged import Ragged
 from trilith.data.records import Kind
+from trilith.data.scan.rows import LABEL, NO_TEXT, Column, ColumnType, RowColumn, Rows
 from trilith.errors import DataError, InvalidRequestError
 
 __all__ = ["CsvForm", "CsvReader"]
@@ -171,11 +170,13 @@ class CsvReader(ColumnarReader):
             while reader is not None:
                 batch = reader.read_next_batch()
                 if row + batch.num_rows > first or None in self._guessed or ColumnType.INT in self._guessed:
-                    rows, bad = self._typed(row, batch)  # what columns are is found from the first row on
+                    columns, bad = self._typed(batch)  # what columns are is found from the first row on
                     if row + batch.num_rows > first:
                         skipped = max(0, first - row)
-                        bad = {index - skipped: reason for index, reason in bad.items() if index >= skipped}
-                        yield from self._sound(rows.take(slice(skipped, None)) if skipped else rows, bad)
+                        if skipped:
+                            columns = [each.take(slice(skipped, None)) for each in columns]
+                            bad = {index - skipped: reason for index, reason in bad.items() if index >= skipped}
+                        yield from self._found(np.arange(row + skipped, row + batch.num_rows), columns, bad)
                         self._report_lines(row + batch.num_rows)
                 row += batch.num_rows
         except StopIteration:
@@ -198,31 +199,31 @@ class CsvReader(ColumnarReader):
             number = "a line" if line.number is None else f"line {line.number + self._lines}"
             self._lost(row, 1, f"{number} of the file has {cells}: {text!r}")
 
-    def _typed(self, row: int, batch: pa.RecordBatch) -> tuple[Rows, dict[int, str]]:
-        """Rows of a batch of cells, and what is wrong with which of them."""
-        columns: list[tuple[int, Column]] = []
-        lists: list[Ragged[Any]] = []
+    def _typed(self, batch: pa.RecordBatch) -> tuple[list[RowColumn], dict[int, str]]:
+        """Columns of a batch of cells, and what is wrong with which of its rows."""
+        columns: list[RowColumn] = []
         bad: dict[int, str] = {}
-        for index, column in enumerate(self.columns):
+        for index, (name, kind) in enumerate((each.name, ColumnType(each.type)) for each in self.columns):
             cells = Cells(batch.column(index), self._form.list_separator, odd=self._text.odd)
-            kind = ColumnType(column.type)
             if not self._declared:
                 guess = guess_type(cells, self._guessed[index])
                 self._guessed[index] = guess
                 if guess is None:
                     continue
                 kind = guess
-                column = Column(column.name, kind)
-            given, odd = cells.read(kind)
+            text, odd = NO_TEXT, dict[int, str]()
+            if kind is ColumnType.BYTES:
+                text, lists = cells.texts()
+            else:
+                lists, odd = cells.read(kind)
             if self._text.odd and self._form.encoding is not None:
                 odd = {**odd, **cells.odd_texts(self._form.encoding)}
             if odd and not self._declared and kind is ColumnType.INT and self._fields[index] is None:
                 wide, still = cells.read(ColumnType.FID_V2)
                 if len(still) < len(odd):  # nobody asked for int64; ids of 64 bits are no damage
-                    column, given, odd = Column(column.name, ColumnType.FID_V2), wide, still
-            columns.append((index, column))
-            lists.append(given)
-            hint = "" if self._declared else f"; Column({column.name!r}, 'bytes') reads the column as text"
+                    kind, lists, odd = ColumnType.FID_V2, wide, still
+            columns.append(RowColumn(name=name, type=kind, number=index, lists=lists, text=text))
+            hint = "" if self._declared else f"; Column({name!r}, 'bytes') reads the column as text"
             for place, reason in odd.items():
-                bad.setdefault(place, f"column {column.name!r}: {reason}{hint}")
-        return Rows(row + np.arange(batch.num_rows), columns, lists), bad
+                bad.setdefault(place, f"column {name!r}: {reason}{hint}")
+        return columns, bad

@@ -10,9 +10,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trilith.data.formats.column_types import ColumnType, Values
+from trilith.data.formats.column_types import Values, text_of
 from trilith.data.formats.text import is_odd, restored
 from trilith.data.ragged import Ragged
+from trilith.data.scan.rows import ColumnType
 
 __all__ = ["Cells", "guess_type"]
 
@@ -52,33 +53,45 @@ class Cells:
             flat = pieces.flatten()
             there = pc.greater(pc.binary_length(flat), 0)
             self.flat = flat.filter(there)
-            rows = rows[there.to_numpy(zero_copy_only=False)]
+            self._of = rows[there.to_numpy(zero_copy_only=False)]
+        elif cells.null_count:
+            self._of = np.flatnonzero(cells.is_valid().to_numpy(zero_copy_only=False))
+            self.flat = cells.drop_null()
         else:
-            rows = np.flatnonzero(cells.is_valid().to_numpy(zero_copy_only=False))
-            self.flat = cells.drop_null() if cells.null_count else cells
-        self._of = rows
-        self._numbers: tuple[pa.Array, npt.NDArray[np.int64]] | None = None
+            self._of = np.arange(self._rows)
+            self.flat = cells
+        self._single = separator is None and not cells.null_count
+        self._whole: dict[ColumnType, Values | None] = {}
 
     def __len__(self) -> int:
         return len(self.flat)
 
-    def texts(self) -> tuple[pa.Array, npt.NDArray[np.int64]]:
+    def texts(self) -> tuple[npt.NDArray[np.uint8], Ragged[Any]]:
+        """All values as byte strings: a text, and spans int64[m, 2] of it."""
+        flat = self.flat
+        if self._odd:
+            flat = pa.array([restored(text) for text in flat.to_pylist()], pa.large_binary())
+        text, spans = text_of(flat)
+        return text, self._ragged(spans, self._of)
+
+    def whole(self, kind: ColumnType) -> Values | None:
+        """All values as numbers of a type; None if one of them may be none."""
+        if kind not in self._whole:
+            self._whole[kind] = _cast(self.flat, kind)
+        return self._whole[kind]
+
+    def numbers(self) -> tuple[pa.Array, npt.NDArray[np.int64]]:
         """What may be numbers, and int64[m] rows: quotes with nothing inside are no number."""
-        if self._numbers is None:
-            full = pc.greater(pc.binary_length(self.flat), 0)
-            if pc.all(full).as_py() in (True, None):
-                self._numbers = self.flat, self._of
-            else:
-                self._numbers = self.flat.filter(full), self._of[full.to_numpy(zero_copy_only=False)]
-        return self._numbers
+        full = pc.greater(pc.binary_length(self.flat), 0)
+        if pc.all(full).as_py() in (True, None):
+            return self.flat, self._of
+        return self.flat.filter(full), self._of[full.to_numpy(zero_copy_only=False)]
 
     def read(self, kind: ColumnType) -> tuple[Ragged[Any], dict[int, str]]:
-        """Values of a type, with anything in place of those that are none; and by row which those are."""
-        if kind is ColumnType.BYTES:
-            values = np.empty(len(self.flat), np.object_)
-            values[:] = [restored(text) for text in self.flat.to_pylist()] if self._odd else self.flat.to_pylist()
-            return self._ragged(values, self._of), {}
-        texts, rows = self.texts()
+        """Numbers of a type, with anything in place of those that are none; and by row which those are."""
+        if (numbers := self.whole(kind)) is not None:
+            return self._ragged(numbers, self._of), {}
+        texts, rows = self.numbers()
         numbers, odd = _read(texts, kind)
         bad: dict[int, str] = {}
         for place in odd:
@@ -94,6 +107,8 @@ class Cells:
         }
 
     def _ragged(self, values: Values, rows: npt.NDArray[np.int64]) -> Ragged[Any]:
+        if self._single and len(rows) == self._rows:
+            return Ragged(values, np.arange(self._rows + 1))
         return Ragged.of_lengths(values, np.bincount(rows, minlength=self._rows).astype(np.int64))
 
 
@@ -101,7 +116,9 @@ def guess_type(cells: Cells, before: ColumnType | None) -> ColumnType | None:
     """What a column is, given what it was in front of these cells; None as long as it has no values."""
     if before in (ColumnType.FLOAT, ColumnType.BYTES):
         return before
-    texts, _ = cells.texts()
+    if len(cells) and cells.whole(ColumnType.INT) is not None:
+        return ColumnType.INT
+    texts, _ = cells.numbers()
     if not len(texts):
         return ColumnType.BYTES if before is None and len(cells) else before
     if not _read(texts, ColumnType.FID_V2, enough=1)[1]:
@@ -146,7 +163,7 @@ def _read(texts: pa.Array, kind: ColumnType, *, enough: int | None = None) -> tu
 def _cast(texts: pa.Array, kind: ColumnType) -> Values | None:
     """All at once; None if there is one that may be none."""
     try:
-        strings = texts.cast(pa.string())
+        strings = texts.view(pa.string())  # bytes that are no text are no number either
         if kind in _STORED:
             numbers: Values = strings.cast(_STORED[kind]).to_numpy(zero_copy_only=False)
             return None if kind is ColumnType.FLOAT and np.isinf(numbers).any() else numbers

@@ -11,13 +11,13 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from trilith.compat.monolith.tf_example import is_tf_example
 from trilith.data.formats import framing_kernels as kernels
 from trilith.data.formats.compression import MARKS, Compression, compression_of, decompressing
 from trilith.data.formats.framing import Framing, Scratch, split_all, split_frames
 from trilith.data.formats.readers import FileFormat, named_format
 from trilith.data.formats.streams import ByteStream, FileStream, open_file
 from trilith.data.formats.tfrecord import concatenate, frame_records, read_records
+from trilith.data.messages import is_tf_example
 from trilith.data.records import Kind, Records
 from trilith.errors import DataError
 from trilith_proto import example_pb2, proto_parser_pb2

@@ -9,16 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trilith.data.formats.column_types import Column, ColumnType, check_column, column_of, ragged_column, unreadable
-from trilith.data.formats.columnar import LABEL, ColumnarReader, Rows
+from trilith.data.formats.column_types import check_column, column_of, numbers_of, texts_of, unreadable
+from trilith.data.formats.columnar import ColumnarReader
 from trilith.data.formats.readers import UnfitColumnsError
 from trilith.data.formats.streams import open_file
-from trilith.data.ragged import Ragged
+from trilith.data.scan.rows import LABEL, NO_TEXT, Column, ColumnType, RowColumn, Rows
 from trilith.errors import DataError, InvalidRequestError
 
 __all__ = ["ParquetReader"]
 
-_ROWS = 1024
+_MOST_ROWS = 1 << 16
+"""Of a chunk; fewer where rows are long."""
 _DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, ArithmeticError, MemoryError)
 """What pyarrow raises for files that are none, or damaged."""
 
@@ -78,7 +79,9 @@ class ParquetReader(ColumnarReader):
             if end <= first:
                 self._taken = end
                 continue
-            batches = self._file.iter_batches(_ROWS, row_groups=[group], columns=names)
+            size = self._file.metadata.row_group(group).total_byte_size // max(rows, 1)
+            chunk = min(max(self._block // max(size, 1), 1), _MOST_ROWS)
+            batches = self._file.iter_batches(chunk, row_groups=[group], columns=names)
             while True:
                 try:
                     batch = next(batches, None)
@@ -93,21 +96,23 @@ class ParquetReader(ColumnarReader):
                 except _DAMAGE as error:
                     self._lost(max(at, first), end - max(at, first), f"row group {group} is damaged: {error}")
                     break
-                yield from self._sound(*made)
+                yield from self._found(*made)
 
-    def _made_of(self, first: int, batch: pa.RecordBatch) -> tuple[Rows, dict[int, str]]:
-        """Rows of a batch, and what is wrong with which of them."""
-        columns: list[tuple[int, Column]] = []
-        lists: list[Ragged[Any]] = []
+    def _made_of(self, first: int, batch: pa.RecordBatch) -> tuple[Any, list[RowColumn], dict[int, str]]:
+        """Numbers and columns of the rows of a batch, and what is wrong with which of them."""
+        columns: list[RowColumn] = []
         bad: dict[int, str] = {}
-        for index, column in enumerate(self.columns):
+        for index, (name, kind) in enumerate((each.name, ColumnType(each.type)) for each in self.columns):
             array = batch.column(index)
-            given, odd = ragged_column(array, column.type)
-            if odd and not self._declared and column.name != LABEL and self._fields[index] is None:
-                # Nobody asked for int64; ids of 64 bits are no damage.
-                column = Column(column.name, ColumnType.FID_V2)
-                given, odd = ragged_column(array, column.type)
-            columns.append((index, column))
-            lists.append(given)
-            bad |= {row: f"column {column.name!r}: {reason}" for row, reason in odd.items() if row not in bad}
-        return Rows(first + np.arange(batch.num_rows), columns, lists), bad
+            text, odd = NO_TEXT, dict[int, str]()
+            if kind is ColumnType.BYTES:
+                text, lists = texts_of(array)
+            else:
+                lists, odd = numbers_of(array, kind)
+            if odd and not self._declared and name != LABEL and self._fields[index] is None:
+                kind = ColumnType.FID_V2  # nobody asked for int64; ids of 64 bits are no damage
+                lists, odd = numbers_of(array, kind)
+            columns.append(RowColumn(name=name, type=kind, number=index, lists=lists, text=text))
+            for row, reason in odd.items():
+                bad.setdefault(row, f"column {name!r}: {reason}")
+        return first + np.arange(batch.num_rows), columns, bad

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
+from trilith.data.blocks import Blocks
 from trilith.data.choices import Choice, OnError, check_on_error
 from trilith.data.formats import framing_kernels as kernels
-from trilith.data.formats.blocks import Blocks
 from trilith.data.formats.compression import Compression, compression_of, decompressing, effective_compression
 from trilith.data.formats.framing import MAX_PAYLOAD, Framing, Scratch, explain, split_frames
 from trilith.data.formats.streams import ByteStream, NoSuchFileError, open_file, open_stream, read_once, stream_name
@@ -27,7 +27,7 @@ from trilith.errors import DataError, InvalidRequestError
 from trilith.ops.memory import address_of
 
 if TYPE_CHECKING:
-    from trilith.data.formats.columnar import Column
+    from trilith.data.scan.rows import Column
 
 __all__ = [
     "BLOCK_BYTES",

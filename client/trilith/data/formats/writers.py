@@ -22,7 +22,7 @@ from trilith.folder import Folder, absolute
 from trilith_proto import example_pb2
 
 if TYPE_CHECKING:
-    from trilith.data.formats.columnar import Column
+    from trilith.data.scan.rows import Column
 
 __all__ = ["RecordsWriter", "open_writer"]
 
@@ -200,8 +200,8 @@ def _parse(records: Records) -> list[example_pb2.Example]:
 
 def _columns_of(examples: Sequence[example_pb2.Example]) -> list[Column]:
     """A column for everything that some Example has."""
-    from trilith.data.formats.columnar import Column
     from trilith.data.line_ids import line_fields
+    from trilith.data.scan.rows import Column
 
     found: dict[str, Column] = {}
     if any(example.label for example in examples):

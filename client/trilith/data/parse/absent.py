@@ -7,8 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol, TypeAlias
 
-from trilith.compat.monolith.tf_example import HINT, is_tf_example
-from trilith.data.formats.convert import message_of
+from trilith.data.messages import HINT, is_tf_example, message_of
 from trilith.data.records import Kind, Records
 from trilith.errors import DataError, InvalidRequestError
 

@@ -12,7 +12,8 @@ from trilith.data.choices import OnError
 from trilith.data.line_ids import LineField, line_field
 from trilith.data.ragged import Ragged
 from trilith.data.records import Records
-from trilith.data.scan.scanner import Scan, byte_strings, scanner
+from trilith.data.scan.result import Scalars, Scan, byte_strings
+from trilith.data.scan.scanner import scanner
 from trilith.data.scan.schema import Element, Fields, Schema
 
 __all__ = [
@@ -27,19 +28,6 @@ __all__ = [
     "ragged_of",
     "scalars_of",
 ]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scalars:
-    """One scalar field of all records.
-
-    Attributes:
-        values: [rows]; the field's default where it is unset.
-        present: bool[rows], whether it is set.
-    """
-
-    values: npt.NDArray[Any]
-    present: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,7 +152,7 @@ def scalars_of(scan: Scan, cell: int, dtype: np.dtype[np.generic], default: Any)
     raw = scan.cells[cell]
     values: npt.NDArray[Any]
     if dtype == np.object_:
-        values = byte_strings(scan.records, raw.view(np.int64), scan.cells[cell + 1].view(np.int64))
+        values = byte_strings(scan.text, raw.view(np.int64), scan.cells[cell + 1].view(np.int64))
     elif dtype.itemsize == 4:
         values = raw.astype(np.uint32).view(dtype)
     else:

@@ -30,7 +30,9 @@ from trilith.data.parse.specs import (
 )
 from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
-from trilith.data.scan.scanner import BatchScan, BatchScanner, LineIdScanner, Scan, Scanner
+from trilith.data.scan.result import Scan
+from trilith.data.scan.rows import merged
+from trilith.data.scan.scanner import BatchScan, BatchScanner, LineIdScanner, Scanner
 from trilith.data.scan.schema import Element, Fields, Schema
 from trilith.errors import DataError, InvalidRequestError
 from trilith_proto import example_pb2, feature_pb2
@@ -432,7 +434,7 @@ class ExampleParser(_ColumnParser):
         own = ragged_of(schema, scan, schema.named_columns[feature, element])
         if (feature, Element.INT) not in schema.named_columns:
             return own
-        return _either(own, ragged_of(schema, scan, schema.named_columns[feature, Element.INT]))
+        return merged([own, ragged_of(schema, scan, schema.named_columns[feature, Element.INT])], own.values.dtype)
 
     def _odd_dense(self, scan: Scan) -> list[_Wrong]:
         """See `_ColumnParser`."""
@@ -604,19 +606,6 @@ def _odd_values(
     return None
 
 
-def _either(own: Ragged[Any], ints: Ragged[Any]) -> Ragged[Any]:
-    """Lists of which each is in one of two; integers become what the others are."""
-    if not ints.values.size:
-        return own
-    if not own.values.size:
-        return Ragged(ints.values.astype(own.values.dtype), ints.row_splits)
-    lengths = own.lengths + ints.lengths
-    from_ints = np.repeat(ints.lengths > 0, lengths)
-    values = np.empty(from_ints.size, own.values.dtype)
-    values[from_ints], values[~from_ints] = ints.values, own.values
-    return Ragged.of_lengths(values, lengths)
-
-
 def _check_members(records: Records, name: str, member: npt.NDArray[np.uint8], element: Element) -> None:
     """Refuse a feature that holds something else than what was asked for."""
     wrong = ~np.isin(member, (0, 255, *_DENSE_MEMBERS[element]))
@@ -724,14 +713,18 @@ class BatchParser(Parser):
         """Fids of one list."""
         if not self.strict:
             return self.column(batch, name, Element.FID_V2)[0]
-        merged = (name, Element.ID) not in self._scanner.schema.named_columns
-        ragged, member = self.column(batch, name, Element.FID_V2 if merged else Element.ID)
+        apart = (name, Element.ID) not in self._scanner.schema.named_columns
+        ragged, member = self.column(batch, name, Element.FID_V2 if apart else Element.ID)
         odd = ~np.isin(member, (0, 1, 2, _INT_MEMBER, _EMPTY))
         if odd.any():
             row = int(odd.argmax())
             reason = _no_ids(name, int(member[row]), self.kind)
             raise DataError(f"{batch.scan.records.where(0)}: row {row} of the batch: {reason}")
-        return _either(ragged, self.column(batch, name, Element.INT)[0]) if merged else ragged
+        return self._with_integers(batch, name, ragged) if apart else ragged
+
+    def _with_integers(self, batch: BatchScan, name: str, own: Ragged[Any]) -> Ragged[Any]:
+        """Values of one list, of which some rows may have integers instead."""
+        return merged([own, self.column(batch, name, Element.INT)[0]], own.values.dtype)
 
     def _floats(self, batch: BatchScan, name: str) -> tuple[Ragged[Any], npt.NDArray[np.uint8]]:
         """Floats of one list, integers among them if the parser is strict; and what the rows hold."""
@@ -744,7 +737,7 @@ class BatchParser(Parser):
             row = int(odd.argmax())
             reason = _no_floats(name, member, self.kind, row)
             raise DataError(f"{batch.scan.records.where(0)}: row {row} of the batch: {reason}")
-        return _either(ragged, self.column(batch, name, Element.INT)[0]), member
+        return self._with_integers(batch, name, ragged), member
 
     def _dense(self, batch: BatchScan, name: str, element: Element, spec: Dense) -> npt.NDArray[Any]:
         if element is Element.FLOAT:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trilith.data.blocks import Blocks
 from trilith.data.choices import OnError
-from trilith.data.formats.blocks import Blocks
 from trilith.data.formats.files import match_files, shard_files
 from trilith.data.formats.readers import BLOCK_BYTES, Losses, Position, RecordReader, open_records
 from trilith.data.formats.streams import STDIN, read_once
@@ -367,7 +367,7 @@ class Convert(Node):
         """See `Node`."""
 
         def converted(records: Records) -> Records:
-            from trilith.data.formats.convert import Pruning, convert
+            from trilith.data.messages import Pruning, convert
 
             pruning = None if self.pruning is None else Pruning(self.pruning)
             return convert(records, self.kind, pruning=pruning, on_error=context.on_error, lost=context.lost)

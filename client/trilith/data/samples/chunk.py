@@ -6,7 +6,6 @@ the union of their columns once, lets each op see what those before it changed, 
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,8 +17,8 @@ import numpy.typing as npt
 
 from trilith.data.choices import OnError
 from trilith.data.fids import MAX_SLOTS
-from trilith.data.formats.convert import Message
 from trilith.data.line_ids import line_field
+from trilith.data.messages import Message
 from trilith.data.parse.columns import member_of, ragged_of, scalars_of
 from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
@@ -181,7 +180,7 @@ class Samples:
         self._reader = scanner(records.kind, _fields(records.kind, needs))
         if on_error == "skip":
             # Numbered from 0, the records left by the scan say which they are; nothing else reads these numbers.
-            numbered = dataclasses.replace(records, numbers=np.arange(len(records)))
+            numbered = records.renumbered(np.arange(len(records)))
             self._scan = self._reader.scan(numbered, on_error=on_error, promote=promote)
             if self._scan.skipped:
                 rows = self._scan.records.numbers
@@ -242,7 +241,7 @@ class Samples:
             return relation.of_numbers(self.numbers(name))
         cell = self._reader.schema.line_cells[name]
         starts, sizes = (self._scan.cells[place].view(np.int64) for place in (cell, cell + 1))
-        return relation.of_strings(Strings(self._scan.records.buffer, starts, sizes))
+        return relation.of_strings(Strings(self._scan.text, starts, sizes))
 
     @property
     def fids(self) -> list[Bits]:
@@ -274,7 +273,7 @@ class Samples:
             lengths=np.where(held, np.diff(splits), 0),
             starts=splits[:-1],
             values=scan.values[column],
-            buffer=scan.records.buffer,
+            buffer=scan.text,
         )
 
     def _column(self, column: int) -> Ragged[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trilith.data.formats.convert import RESERVED, message_of, promote
+from trilith.data.messages import RESERVED, message_of, promote
 from trilith.data.pipeline.nodes import Context, Node
 from trilith.data.pipeline.stages import Replayed, Stage, State
 from trilith.data.records import Kind, Records

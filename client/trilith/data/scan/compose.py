@@ -9,12 +9,15 @@ import numpy as np
 from trilith.data.scan.encode import put_fields, put_varint, varint_size
 from trilith.data.scan.wire import copy_bytes, i64_at, put_i64
 from trilith.ops.jit import kernel, part
+from trilith.ops.memory import load_u8
 
 __all__ = ["compose_batch", "compose_examples"]
 
 if TYPE_CHECKING:
+    _uint8: Any
     _uint64: Any
 else:
+    _uint8 = np.uint8
     _uint64 = np.uint64
 
 _NAMED = 1 << 3 | 2
@@ -111,7 +114,8 @@ def compose_examples(
 
     Args:
         rows: Number of Examples.
-        lists: Address of int64[count, 6]: the list of each named feature, as for `put_fields`.
+        lists: Address of int64[count, 6]: the list of each named feature, as for `put_fields`; its flags say which rows
+            have the feature.
         frames: Address of int64[count, 5]: address and length of what stands in front of a feature in its
             NamedFeature, and of what stands behind; the number of the list in Feature.
         count: Number of named features.
@@ -129,6 +133,9 @@ def compose_examples(
     for row in range(rows):
         start = out
         for f in range(count):
+            flags = i64_at(lists, 6 * f + 4)
+            if flags != 0 and load_u8(flags, row) == _uint8(0):
+                continue
             end = put_list(feature, lists + 48 * f, row, i64_at(frames, 5 * f + 4), scratch)
             out = put_named(out, feature, end - feature, frames + 40 * f)
         if line_count:

@@ -7,7 +7,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from trilith.data.formats.blocks import Blocks
+from trilith.data.blocks import Blocks
 from trilith.ops.jit import kernel
 from trilith.ops.memory import address_of, load_f32, load_u64, store_f32, store_u64
 

@@ -13,13 +13,16 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from trilith.data.choices import OnError, check_on_error
-from trilith.data.ragged import Ragged
+from trilith.data.messages import HINT, is_tf_example, message_of, promote
 from trilith.data.records import PADDING, Kind, Records, measure_payloads
 from trilith.data.scan.batches import measure_batch, scan_batch, scan_line_ids
 from trilith.data.scan.examples import scan_examples
 from trilith.data.scan.instances import scan_instances
 from trilith.data.scan.plan import BLOCK_ROWS, Slot
+from trilith.data.scan.result import Scan
 from trilith.data.scan.room import Room, lay_out, settle
+from trilith.data.scan.row_scan import scan_rows
+from trilith.data.scan.rows import Rows
 from trilith.data.scan.schema import Fields, Schema
 from trilith.data.scan.wire import CODES
 from trilith.errors import DataError, InvalidRequestError
@@ -31,10 +34,8 @@ __all__ = [
     "BatchScan",
     "BatchScanner",
     "LineIdScanner",
-    "Scan",
     "Scanner",
     "bounds_of",
-    "byte_strings",
     "damage",
     "replace_payloads",
     "run_kernel",
@@ -50,57 +51,6 @@ _CLEARED = np.array([
     Slot.CURSORS, Slot.STATUS, Slot.PLACES, Slot.FOLLOWERS, Slot.CELLS, Slot.PRESENT, Slot.SEEN,
 ])  # fmt: skip
 _SPLITS, _CAPACITIES, _REGIONS = int(Slot.SPLITS), int(Slot.CAPACITIES), int(Slot.REGIONS)
-
-
-@dataclass(slots=True, eq=False)
-class Scan:
-    """What one scan found.
-
-    Attributes:
-        records: The records that were read: all of them, or without those that were skipped.
-        skipped: How many records were skipped.
-        splits: Per column int64[rows + 1].
-        values: Per column its values; spans int64[m, 2] of (offset in the buffer, length) for byte strings.
-        cells: uint64[cells, rows].
-        present: uint8[cells, rows].
-        seen: uint8[rows, names].
-    """
-
-    records: Records
-    skipped: int
-    splits: list[npt.NDArray[np.int64]]
-    values: list[npt.NDArray[Any]]
-    cells: npt.NDArray[np.uint64]
-    present: npt.NDArray[np.uint8]
-    seen: npt.NDArray[np.uint8]
-
-    def take(self, rows: npt.NDArray[np.bool_]) -> Scan:
-        """Some of the rows, by a mask."""
-        parts = [Ragged(*each).take(rows) for each in zip(self.values, self.splits, strict=True)]
-        return Scan(
-            records=self.records.take(rows),
-            skipped=self.skipped + int(rows.size - rows.sum()),
-            splits=[part.row_splits for part in parts],
-            values=[part.values for part in parts],
-            cells=self.cells[:, rows],
-            present=self.present[:, rows],
-            seen=self.seen[rows],
-        )
-
-    def strings(self, column: int) -> npt.NDArray[np.object_]:
-        """object[m]: the byte strings of a column."""
-        spans = self.values[column]
-        return byte_strings(self.records, spans[:, 0], spans[:, 1])
-
-
-def byte_strings(
-    records: Records, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
-) -> npt.NDArray[np.object_]:
-    """object[m] of bytes: pieces of the buffer."""
-    data = records.buffer.data
-    out = np.empty(len(starts), np.object_)
-    out[:] = [bytes(data[s : s + n]) for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
-    return out
 
 
 class Scanner:
@@ -131,6 +81,8 @@ class Scanner:
         if records.kind != self.schema.kind:
             raise InvalidRequestError(f"this scanner reads records of kind {self.schema.kind}, not {records.kind}")
         check_on_error(on_error)
+        if isinstance(records, Rows) and (found := scan_rows(self.schema, records, promote=promote)) is not None:
+            return found
         skipped = 0
         flags = np.full(len(records), int(promote), np.uint8)
         while True:
@@ -151,8 +103,6 @@ class Scanner:
                 if unreadable:
                     if on_error == "raise":
                         row, reason = unreadable[0]
-                        from trilith.compat.monolith.tf_example import HINT, is_tf_example
-
                         hint = f"; {HINT}" if is_tf_example(records.payload(row)) else ""
                         raise DataError(f"{records.where(row)}: {reason}{hint}")
                     skipped += len(unreadable)
@@ -164,8 +114,6 @@ class Scanner:
         self, records: Records, odd: npt.NDArray[np.int64], flags: npt.NDArray[np.uint8]
     ) -> tuple[Records, list[tuple[int, str]]]:
         """Let the protobuf library rewrite records whose parts must be merged; rows it cannot read, and why."""
-        from trilith.data.formats.convert import message_of, promote
-
         payloads, unreadable = [], []
         for row in odd.tolist():
             payload = records.payload(row)
@@ -254,6 +202,7 @@ def run_kernel(
     counts = cursors[:columns].tolist()
     scan = Scan(
         records=records,
+        text=records.buffer,
         skipped=0,
         splits=list(splits),
         values=[
@@ -336,8 +285,6 @@ def bounds_of(records: Records) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.i
 
 def damage(records: Records, row: int, status: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> DataError:
     """The error that says which record is damaged, where and how."""
-    from trilith.compat.monolith.tf_example import HINT, is_tf_example
-
     hint = f"; {HINT}" if is_tf_example(records.payload(row)) else ""
     return DataError(
         f"{records.where(row)}: no sound {records.kind}: {CODES[int(status[row])]}, at byte {int(places[row])} of "

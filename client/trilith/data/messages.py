@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 import numpy as np
 from google.protobuf.message import DecodeError
+from google.protobuf.unknown_fields import UnknownFieldSet
 
-from trilith.compat.monolith.tf_example import HINT, is_tf_example
 from trilith.data.records import Kind, Records
 from trilith.errors import DataError, InvalidRequestError
-from trilith_proto import example_pb2, feature_pb2, proto_parser_pb2
+from trilith_proto import example_pb2, feature_pb2, proto_parser_pb2, tf_example_pb2
 
 __all__ = [
+    "HINT",
     "INSTANCE_WEIGHT",
     "LABEL",
     "LINE_ID",
@@ -26,6 +27,7 @@ __all__ = [
     "convert",
     "example_to_instance",
     "instance_to_example",
+    "is_tf_example",
     "message_of",
     "messages",
     "promote",
@@ -38,6 +40,9 @@ LABEL = "__LABEL__"
 INSTANCE_WEIGHT = "instance_weight"
 RESERVED = frozenset((LINE_ID, LABEL, INSTANCE_WEIGHT))
 """Named features that carry the line id, the labels and the weight of an Example or of the rows of an ExampleBatch."""
+
+HINT = "these are tf.Examples: make Examples of them with trilith.compat.monolith.tf_example.TFExampleConverter"
+"""What to tell whoever reads tf.Examples as something else."""
 
 Message = proto_parser_pb2.Instance | example_pb2.Example | example_pb2.ExampleBatch
 
@@ -266,6 +271,20 @@ def _check_batch(batch: example_pb2.ExampleBatch, *, raw: bool) -> None:
             raise DataError(f"the shared column {name!r} has no feature; it needs one")
         if kind != example_pb2.SHARED and length != batch.batch_size:
             raise DataError(f"column {name!r} has {length} features in a batch of {batch.batch_size} rows")
+
+
+def is_tf_example(payload: bytes) -> bool:
+    """Whether bytes are a tf.Example with features, and nothing else."""
+    try:
+        message = tf_example_pb2.Example.FromString(payload)
+    except DecodeError:
+        return False
+    features = message.features.feature
+    if not features or len(message.SerializeToString()) != len(payload):
+        return False
+    return all(each.WhichOneof("kind") is not None for each in features.values()) and not any(
+        len(UnknownFieldSet(each)) for each in (message, message.features, *features.values())
+    )
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------
