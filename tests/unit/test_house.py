@@ -27,15 +27,6 @@ IN_CIRCLES = {
     "trilith.data.pipeline.division",
     "trilith.data.pipeline.nodes",
     "trilith.data.pipeline.torch_dataset",
-    "trilith_services.ps.checkpoint.snapshot",
-    "trilith_services.ps.engine.filters",
-    "trilith_services.ps.engine.store",
-    "trilith_services.ps.reference.filter_shards",
-    "trilith_services.ps.reference.fused",
-    "trilith_services.ps.reference.model",
-    "trilith_services.ps.reference.multi_table",
-    "trilith_services.ps.reference.multi_type_table",
-    "trilith_services.ps.reference.single_table",
 }
 """Modules that may still import each other in a circle: names only ever leave this list."""
 

@@ -1,4 +1,4 @@
-"""What one worker does and where it finds what it needs. The flags of `trilith worker` are made of these fields."""
+"""What one worker does and where it finds what it needs, as fields of which the flags of `trilith worker` are made."""
 
 from __future__ import annotations
 
