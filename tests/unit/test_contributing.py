@@ -15,7 +15,7 @@ from tests.absent import absent
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "CONTRIBUTING.md"
-PROTOC = ROOT / ".venv-proto/bin/python"
+PROTOC = ROOT / ".venv-proto"
 RECIPES = {
     recipe.partition("\n")[0]: re.findall(r"^```diff\n(.*?)^```$", recipe, re.M | re.S)
     for recipe in PAGE.read_text().split("\n### ")[1:]
@@ -62,7 +62,8 @@ def test_who_follows_a_recipe_arrives(recipe, tmp_path):
     if any(path.suffix == ".proto" for path in written):
         if not PROTOC.exists():
             absent("no .venv-proto: make proto-check makes it")
-        subprocess.run(["make", "proto", f"PROTO_BIN={PROTOC.parent}", f"PROTO_VENV={PAGE}"], cwd=tmp_path, check=True)
+        (tmp_path / ".venv-proto").symlink_to(PROTOC)
+        subprocess.run(["make", "--old-file", ".venv-proto/.stamp", "proto"], cwd=tmp_path, check=True)
     sources = [str(path) for path in written if path.suffix == ".py"]
     run(tmp_path, "-m", "ruff", "check", "-q", *sources)
     run(tmp_path, "-m", "ruff", "format", "--check", *sources)
