@@ -34,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 
 from trilith import checkpoint
+from trilith.checkpoint import signed
 from trilith.data.formats.tfrecord import RecordWriter
 from trilith.errors import TrilithError
 from trilith.folder import Folder
@@ -282,7 +283,7 @@ def change_checkpoint(where: Path, draw: random.Random) -> None:
         kind = body.pop("format")
         del body["crc32c"], body["version"]
         changed = forged(body, draw)
-        packed = checkpoint._pack(kind, changed) if isinstance(changed, dict) else json.dumps(changed).encode()
+        packed = signed.pack(kind, changed) if isinstance(changed, dict) else json.dumps(changed).encode()
         file.write_bytes(packed)
         return
     if name.endswith(".json"):
@@ -298,7 +299,7 @@ def change_checkpoint(where: Path, draw: random.Random) -> None:
                 each |= {"bytes": len(changed), "crc32c": int(google_crc32c.value(changed))}
     kind = body.pop("format")
     del body["crc32c"], body["version"]
-    manifest.write_bytes(checkpoint._pack(kind, body))
+    manifest.write_bytes(signed.pack(kind, body))
 
 
 def use(store: LocalShard) -> None:

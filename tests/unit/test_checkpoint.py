@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 from trilith import checkpoint
-from trilith.checkpoint import FileRecord, Part
+from trilith.checkpoint import FileRecord, Part, marks
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.folder import Folder, absolute
 
@@ -258,14 +258,14 @@ def test_a_reader_that_never_came_back_holds_for_a_while_only(tmp_path: Path) ->
         complete(str(tmp_path / checkpoint.checkpoint_name(number)))
     hold = checkpoint.hold(str(tmp_path / checkpoint.checkpoint_name(1)), clock=lambda: 1000.0)
     hold.__enter__()
-    assert checkpoint.prune(str(tmp_path), keep=1, clock=lambda: 1000.0 + checkpoint.HELD_S - 1) == []
-    assert len(checkpoint.prune(str(tmp_path), keep=1, clock=lambda: 1001.0 + checkpoint.HELD_S)) == 1
+    assert checkpoint.prune(str(tmp_path), keep=1, clock=lambda: 1000.0 + marks.HELD_S - 1) == []
+    assert len(checkpoint.prune(str(tmp_path), keep=1, clock=lambda: 1001.0 + marks.HELD_S)) == 1
 
 
 def test_only_what_could_be_pruned_is_held(tmp_path: Path) -> None:
-    for name, marks in (("mine", 0), (checkpoint.checkpoint_name(1), 1)):
+    for name, count in (("mine", 0), (checkpoint.checkpoint_name(1), 1)):
         with checkpoint.hold(str(tmp_path / name)):
-            assert len(Folder(str(tmp_path / name)).names()) == marks
+            assert len(Folder(str(tmp_path / name)).names()) == count
 
 
 def test_the_complete_checkpoint_of_the_highest_step_stays(tmp_path: Path) -> None:

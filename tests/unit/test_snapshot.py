@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trilith import checkpoint
+from trilith.checkpoint import signed
 from trilith.client import Client
 from trilith.cluster import Cluster
 from trilith.config import ClientConfig
@@ -585,7 +586,7 @@ def forge(path: str, kind: str, change: Callable[[pa.Schema, list[pa.RecordBatch
 def repack(path: str, body: dict) -> None:
     kind = body.pop("format")
     del body["crc32c"], body["version"]
-    (Path(path) / checkpoint.MANIFEST).write_bytes(checkpoint._pack(kind, body))
+    (Path(path) / checkpoint.MANIFEST).write_bytes(signed.pack(kind, body))
 
 
 def state_with(word: int, value: int) -> Callable:
@@ -674,7 +675,9 @@ def test_a_manifest_names_files_of_its_own_directory_only(make_store, tmp_path, 
     body = json.loads((Path(path) / checkpoint.MANIFEST).read_bytes())
     body["parts"][0]["files"][0]["name"] = name
     repack(path, body)
-    with pytest.raises(CheckpointError, match="is no name of a file in the checkpoint's directory"):
+    with pytest.raises(
+        CheckpointError, match=r"parts\.0\.files\.0.*(is no name of a file in the checkpoint's directory|valid string)"
+    ):
         make_store().restore(path)
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.folder import Folder
+from trilith.runtime.checked_json import read_json
 from trilith_proto import ps_pb2
 
 __all__ = [
@@ -332,10 +333,11 @@ def read_export(path: str) -> ExportManifest:
     folder = Folder(path)
     where = folder.path(MANIFEST)
     try:
-        body: dict[str, Any] = json.loads(folder.read(MANIFEST))
-        if body.pop("format") != FORMAT or body.pop("format_version") != _VERSION:
+        raw = folder.read(MANIFEST)
+        body = json.loads(raw)
+        if (body["format"], body["format_version"]) != (FORMAT, _VERSION):
             raise ValueError(f"not of format {FORMAT!r}, version {_VERSION}")
-        return ExportManifest(**body)
+        return read_json(ExportManifest, raw)
     except FileNotFoundError:
         raise CheckpointError(f"{where}: missing; the export was never finished") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
