@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests import naive_engine as naive
 from trilith.ops.memory import address_of
 from trilith_proto import hash_table_pb2, ps_pb2
+from trilith_services.ps.engine.kernels.optimizers import KINDS
 from trilith_services.ps.engine.kernels.values import all_finite, widen_halves
 from trilith_services.ps.engine.table import Table
 
@@ -48,6 +49,10 @@ def make_table(dim: int = 4, optimizer: str = "sgd", *, seed: int = 3, **fields:
 def parameters(table: Table, kind: str) -> dict[str, float]:
     message = getattr(table.config.hash_table.entry_config.segments[0].opt_config, kind)
     return {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
+
+
+def test_every_optimizer_has_a_case() -> None:
+    assert {kind for kind, _ in CASES} | {"batch_softmax"} == set(KINDS)
 
 
 @pytest.mark.parametrize(("kind", "fields"), CASES, ids=lambda value: value if isinstance(value, str) else None)

@@ -35,7 +35,7 @@ __all__ = [
 Bytes = npt.NDArray[np.uint8]
 Offsets = npt.NDArray[np.int64]
 _VARINT, _FIXED32 = 0, 5
-_INT_KINDS = frozenset({"batch_softmax"})
+_DUMPS = hash_table_pb2.SingleOptimizerDump.DESCRIPTOR.fields_by_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,13 +58,13 @@ class EntryCodec:
         segments: list[tuple[int, int, int]] = []
         fields: list[tuple[int, int, int, int]] = []
         for segment in _dumped(layout):
-            kind = hash_table_pb2.SingleOptimizerDump.DESCRIPTOR.fields_by_name[segment.kind]
+            kind = _DUMPS[segment.kind]
             first, offset = len(fields), segment.state_offset
             for slot, floats in segment.slots:
                 assert kind.message_type is not None
-                number = kind.message_type.fields_by_name[slot].number
-                is_int = segment.kind in _INT_KINDS
-                fields.append((number << 3 | (_VARINT if is_int else _FIXED32), floats, offset, int(is_int)))
+                field = kind.message_type.fields_by_name[slot]
+                is_int = field.type == field.TYPE_INT64
+                fields.append((field.number << 3 | (_VARINT if is_int else _FIXED32), floats, offset, int(is_int)))
                 offset += floats
             segments.append((kind.number << 3 | 2, first, len(fields)))
         return cls(
@@ -192,7 +192,7 @@ class EntryCodec:
 def _slot_values(dump: object, kind: str, slot: str, floats: int) -> npt.NDArray[np.float32]:
     """float32[floats] of one field of an optimizer's dump."""
     value = getattr(dump, slot)
-    if kind in _INT_KINDS:
+    if isinstance(value, int):
         return np.array([value], np.int64).view(np.float32)
     if isinstance(value, float):
         if not dump.HasField(slot):  # type: ignore[attr-defined]
@@ -205,7 +205,7 @@ def _slot_values(dump: object, kind: str, slot: str, floats: int) -> npt.NDArray
 
 def _dumped(layout: RowLayout) -> list[SegmentLayout]:
     """The segments that dump something: a moving average has no message, a serving row no optimizers."""
-    return [segment for segment in layout.segments if segment.kind not in {"", "moving_average"}]
+    return [segment for segment in layout.segments if segment.kind in _DUMPS]
 
 
 def compile_kernels() -> None:

@@ -16,39 +16,12 @@ from trilith_proto import hash_table_pb2, ps_pb2
 from trilith_services.ps.engine.kernels import codecs, write
 from trilith_services.ps.engine.kernels import plan as columns
 from trilith_services.ps.engine.kernels.apply import Structure
-from trilith_services.ps.engine.kernels.optimizers import PARAMETERS
+from trilith_services.ps.engine.kernels.optimizers import KINDS
 
 __all__ = ["OptimizerLayout", "RowLayout", "SegmentLayout", "lifetimes", "serving_config"]
 
 _NEVER_DAYS = 36500
 _SECONDS_PER_DAY = 86400
-
-
-def _slots(kind: str, dim: int, config: object) -> list[tuple[str, Float32Array]]:
-    """State of one optimizer: (name, initial values) in storage order, which is the order of its dump."""
-
-    def filled(size: int, field: str = "") -> Float32Array:
-        return np.full(size, getattr(config, field) if field else 0.0, np.float32)
-
-    match kind:
-        case "sgd" | "moving_average":
-            return []
-        case "adagrad" | "dynamic_wd_adagrad":
-            return [("norm", filled(dim, "initial_accumulator_value"))]
-        case "ftrl" | "group_ftrl":
-            return [("zero", filled(dim)), ("norm", filled(dim, "initial_accumulator_value"))]
-        case "adadelta":
-            return [("accum", filled(dim)), ("accum_update", filled(dim))]
-        case "adam" | "amsgrad":
-            vectors = [(name, filled(dim)) for name in (("m", "v") if kind == "adam" else ("m", "v", "vhat"))]
-            return [*vectors, ("beta1_power", filled(1, "beta1")), ("beta2_power", filled(1, "beta2"))]
-        case "momentum" | "rmsprop" | "rmspropv2":
-            return [("n", filled(dim))]
-        case "batch_softmax":
-            return [("global_step", filled(2))]  # an int64 over two words
-        case "group_adagrad":
-            return [("grad_square_sum", filled(1, "initial_accumulator_value"))]
-    raise InvalidRequestError(f"optimizer {kind!r} cannot be built from a config; known are {sorted(PARAMETERS)}")
 
 
 @dataclass(frozen=True)
@@ -74,15 +47,20 @@ class OptimizerLayout:
     @classmethod
     def of(cls, config: hash_table_pb2.OptimizerConfig, dim: int) -> OptimizerLayout:
         """Read a validated optimizer config."""
-        kind = config.WhichOneof("type") or ""
-        chosen = getattr(config, kind, None)
-        slots = _slots(kind, dim, chosen)
+        name = config.WhichOneof("type") or ""
+        kind, chosen = KINDS.get(name), getattr(config, name, None)
+        if kind is None:
+            raise InvalidRequestError(f"optimizer {name!r} cannot be built from a config; known are {sorted(KINDS)}")
+        initial = [
+            np.full(slot.words or dim, getattr(chosen, slot.initial) if slot.initial else 0.0, np.float32)
+            for slot in kind.state
+        ]
         return cls(
-            kind=kind,
-            slots=tuple((name, len(values)) for name, values in slots),
-            initial_state=np.concatenate([np.zeros(0, np.float32), *(values for _, values in slots)]),
+            kind=name,
+            slots=tuple((slot.name, len(values)) for slot, values in zip(kind.state, initial, strict=True)),
+            initial_state=np.concatenate([np.zeros(0, np.float32), *initial]),
             # Never empty, so that it has an address.
-            parameters=np.array([*(float(getattr(chosen, name)) for name in PARAMETERS[kind]), 0.0], np.float32),
+            parameters=np.array([*(float(getattr(chosen, field)) for field in kind.parameters), 0.0], np.float32),
             learning_rate=float(getattr(chosen, "learning_rate", 0.0)),
             stochastic=config.stochastic_rounding_float16,
         )

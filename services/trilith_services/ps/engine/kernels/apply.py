@@ -28,7 +28,7 @@ from trilith_services.ps.engine.kernels.index import (
     stripe_at,
     time_at,
 )
-from trilith_services.ps.engine.kernels.optimizers import STEPS, round_to_half
+from trilith_services.ps.engine.kernels.optimizers import KINDS, round_to_half
 from trilith_services.ps.engine.kernels.plan import (
     DIM,
     SEED,
@@ -49,7 +49,7 @@ Structure: TypeAlias = tuple[tuple[str, bool, bool], ...]
 
 def _segment_step(k: int, kind: str, stochastic: bool, one_bit: bool) -> Callable[..., Any]:
     """The step of segment k: gradient through its reader, optimizer, rounding."""
-    advance = STEPS[kind]
+    advance = KINDS[kind].step
 
     @inlined
     def step_segment(
@@ -188,7 +188,7 @@ def make_apply(structure: Structure) -> Callable[..., Any]:
 @functools.cache
 def make_dense_step(kind: str) -> Callable[..., Any]:
     """The kernel that steps one dense partition as a single row."""
-    advance = STEPS[kind]
+    advance = KINDS[kind].step
 
     @kernel("void(int64, int64, int64, int64, int64, float32, int64)", variant=kind)
     def step_dense(weights: int, state: int, grads: int, size: int, params: int, rate: np.float32, step: int) -> None:

@@ -2,14 +2,13 @@
 
 Every step has the form step(w, s, g, dim, p, lr, step): addresses of float32 weights[dim], state, gradient[dim] and
 parameters, the learning rate, and the global step. Parameters are read into locals before the loop, so that no store
-can be suspected of changing them and the loop vectorises. `PARAMETERS` fixes their order, `kinds` in row_layout.py the
-state's.
+can be suspected of changing them and the loop vectorises. `_kind` says which they are, and what the state is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,32 +19,57 @@ from trilith.ops.memory import load_f32, load_u32, load_u64, store_f32, store_u6
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 
-PARAMETERS: dict[str, tuple[str, ...]] = {
-    "sgd": (),
-    "adagrad": ("weight_decay_factor",),
-    "dynamic_wd_adagrad": ("weight_decay_factor", "decouple_weight_decay"),
-    "ftrl": ("beta", "l1_regularization_strength", "l2_regularization_strength"),
-    "group_ftrl": ("beta", "l1_regularization_strength", "l2_regularization_strength"),
-    "adadelta": ("weight_decay_factor", "averaging_ratio", "epsilon"),
-    "adam": ("weight_decay_factor", "beta1", "beta2", "epsilon", "use_nesterov"),
-    "amsgrad": ("weight_decay_factor", "beta1", "beta2", "epsilon", "use_nesterov"),
-    "momentum": ("weight_decay_factor", "momentum", "use_nesterov"),
-    "moving_average": ("momentum",),
-    "rmsprop": ("weight_decay_factor", "momentum", "learning_rate"),
-    "rmspropv2": ("weight_decay_factor", "momentum"),
-    "batch_softmax": (),
-    "group_adagrad": ("weight_decay_factor", "beta", "l2_regularization_strength"),
-}
-"""Per kind, the config fields that its step reads, in the order of its parameter block."""
+
+class Slot(NamedTuple):
+    """A part of a kind's state.
+
+    Attributes:
+        name: As the dump message calls it.
+        initial: The config field that float32 words begin at; "" begins them at 0.
+        words: How many; 0: one for each weight.
+    """
+
+    name: str
+    initial: str = ""
+    words: int = 0
 
 
-@inlined
+class Kind(NamedTuple):
+    """What the engine knows of an optimizer.
+
+    Attributes:
+        step: Its step.
+        parameters: The config fields that the step reads, in the order of its parameter block.
+        state: In storage order, which is the order of its dump.
+    """
+
+    step: Callable[..., Any]
+    parameters: tuple[str, ...]
+    state: tuple[Slot, ...]
+
+
+KINDS: dict[str, Kind] = {}
+"""By the name of its config's oneof field, every optimizer."""
+
+_Step = TypeVar("_Step", bound=Callable[..., Any])
+
+
+def _kind(name: str, parameters: tuple[str, ...] = (), state: tuple[Slot, ...] = ()) -> Callable[[_Step], _Step]:
+    def register(function: _Step) -> _Step:
+        step = inlined(function)
+        KINDS[name] = Kind(step, parameters, state)
+        return step
+
+    return register
+
+
+@_kind("sgd")
 def _sgd(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     for d in range(dim):
         store_f32(w, d, load_f32(w, d) - lr * load_f32(g, d))
 
 
-@inlined
+@_kind("adagrad", ("weight_decay_factor",), (Slot("norm", initial="initial_accumulator_value"),))
 def _adagrad(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay = load_f32(p, 0)
     for d in range(dim):
@@ -56,7 +80,11 @@ def _adagrad(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> An
         store_f32(w, d, weight - lr * grad / np.sqrt(norm))
 
 
-@inlined
+@_kind(
+    "dynamic_wd_adagrad",
+    ("weight_decay_factor", "decouple_weight_decay"),
+    (Slot("norm", initial="initial_accumulator_value"),),
+)
 def _dynamic_wd_adagrad(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay = load_f32(p, 0)
     if load_f32(p, 1) == _ZERO:
@@ -70,7 +98,11 @@ def _dynamic_wd_adagrad(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step:
         store_f32(w, d, weight - lr * grad / np.sqrt(norm) - lr * decay * weight)
 
 
-@inlined
+@_kind(
+    "ftrl",
+    ("beta", "l1_regularization_strength", "l2_regularization_strength"),
+    (Slot("zero"), Slot("norm", initial="initial_accumulator_value")),
+)
 def _ftrl(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     beta, l1, l2 = load_f32(p, 0), load_f32(p, 1), load_f32(p, 2)
     for d in range(dim):
@@ -89,7 +121,11 @@ def _ftrl(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
             store_f32(w, d, lr * (negative * l1 - zero) / (np.sqrt(norm) + beta + l2 * lr))
 
 
-@inlined
+@_kind(
+    "group_ftrl",
+    ("beta", "l1_regularization_strength", "l2_regularization_strength"),
+    (Slot("zero"), Slot("norm", initial="initial_accumulator_value")),
+)
 def _group_ftrl(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     beta, l1, l2 = load_f32(p, 0), load_f32(p, 1), load_f32(p, 2)
     square = np.float64(0)
@@ -112,7 +148,7 @@ def _group_ftrl(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) ->
         store_f32(w, d, lr * load_f32(s, d) * shrink / (beta + np.sqrt(load_f32(s, dim + d)) + l2 * lr))
 
 
-@inlined
+@_kind("adadelta", ("weight_decay_factor", "averaging_ratio", "epsilon"), (Slot("accum"), Slot("accum_update")))
 def _adadelta(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay, rho, epsilon = load_f32(p, 0), load_f32(p, 1), load_f32(p, 2)
     for d in range(dim):
@@ -126,7 +162,16 @@ def _adadelta(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> A
         store_f32(w, d, weight - lr * delta)
 
 
-@inlined
+@_kind(
+    "adam",
+    ("weight_decay_factor", "beta1", "beta2", "epsilon", "use_nesterov"),
+    (
+        Slot("m"),
+        Slot("v"),
+        Slot("beta1_power", initial="beta1", words=1),
+        Slot("beta2_power", initial="beta2", words=1),
+    ),
+)
 def _adam(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay, beta1, beta2, epsilon = load_f32(p, 0), load_f32(p, 1), load_f32(p, 2), load_f32(p, 3)
     nesterov = load_f32(p, 4) != _ZERO
@@ -147,7 +192,17 @@ def _adam(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     store_f32(s, 2 * dim + 1, power2 * beta2)
 
 
-@inlined
+@_kind(
+    "amsgrad",
+    ("weight_decay_factor", "beta1", "beta2", "epsilon", "use_nesterov"),
+    (
+        Slot("m"),
+        Slot("v"),
+        Slot("vhat"),
+        Slot("beta1_power", initial="beta1", words=1),
+        Slot("beta2_power", initial="beta2", words=1),
+    ),
+)
 def _amsgrad(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay, beta1, beta2, epsilon = load_f32(p, 0), load_f32(p, 1), load_f32(p, 2), load_f32(p, 3)
     nesterov = load_f32(p, 4) != _ZERO
@@ -170,7 +225,7 @@ def _amsgrad(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> An
     store_f32(s, 3 * dim + 1, power2 * beta2)
 
 
-@inlined
+@_kind("momentum", ("weight_decay_factor", "momentum", "use_nesterov"), (Slot("n"),))
 def _momentum(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay, mu = load_f32(p, 0), load_f32(p, 1)
     nesterov = load_f32(p, 2) != _ZERO
@@ -182,14 +237,14 @@ def _momentum(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> A
         store_f32(w, d, weight - mu * old + (_ONE + mu) * new if nesterov else weight + new)
 
 
-@inlined
+@_kind("moving_average", ("momentum",))
 def _moving_average(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     mu = load_f32(p, 0)
     for d in range(dim):
         store_f32(w, d, mu * load_f32(w, d) + (_ONE - mu) * load_f32(g, d))
 
 
-@inlined
+@_kind("rmsprop", ("weight_decay_factor", "momentum", "learning_rate"), (Slot("n"),))
 def _rmsprop(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     # In float64, and with the config's rate instead of the passed one, as upstream.
     decay, mu, rate = np.float64(load_f32(p, 0)), np.float64(load_f32(p, 1)), np.float64(load_f32(p, 2))
@@ -201,7 +256,7 @@ def _rmsprop(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> An
         store_f32(w, d, np.float32(weight - rate * grad / (np.sqrt(norm) + 1.0)))
 
 
-@inlined
+@_kind("rmspropv2", ("weight_decay_factor", "momentum"), (Slot("n"),))
 def _rmspropv2(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay, mu = load_f32(p, 0), load_f32(p, 1)
     for d in range(dim):
@@ -212,14 +267,18 @@ def _rmspropv2(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> 
         store_f32(w, d, weight - lr * grad / (np.sqrt(norm) + _ONE))
 
 
-@inlined
+@_kind("batch_softmax", state=(Slot("global_step", words=2),))
 def _batch_softmax(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     last = np.int64(load_u64(s, 0))
     store_f32(w, 0, (_ONE - lr) * load_f32(w, 0) + lr * np.float32(step - last))
     store_u64(s, 0, np.uint64(step))
 
 
-@inlined
+@_kind(
+    "group_adagrad",
+    ("weight_decay_factor", "beta", "l2_regularization_strength"),
+    (Slot("grad_square_sum", initial="initial_accumulator_value", words=1),),
+)
 def _group_adagrad(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     decay, beta, l2 = load_f32(p, 0), load_f32(p, 1), load_f32(p, 2)
     largest = _ZERO
@@ -244,24 +303,6 @@ def _group_adagrad(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any)
         weight = load_f32(w, d)
         store_f32(w, d, scale * (load_f32(g, d) + decay * weight - weight / alpha))
 
-
-STEPS: dict[str, Callable[..., Any]] = {
-    "sgd": _sgd,
-    "adagrad": _adagrad,
-    "dynamic_wd_adagrad": _dynamic_wd_adagrad,
-    "ftrl": _ftrl,
-    "group_ftrl": _group_ftrl,
-    "adadelta": _adadelta,
-    "adam": _adam,
-    "amsgrad": _amsgrad,
-    "momentum": _momentum,
-    "moving_average": _moving_average,
-    "rmsprop": _rmsprop,
-    "rmspropv2": _rmspropv2,
-    "batch_softmax": _batch_softmax,
-    "group_adagrad": _group_adagrad,
-}
-"""The step of every optimizer kind."""
 
 _LARGEST_HALF = np.float32(65504)
 
