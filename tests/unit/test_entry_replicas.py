@@ -32,8 +32,8 @@ from trilith.errors import (
 from trilith.serving.exports import ps_base
 from trilith.shard import IdPart
 from trilith_proto import ps_pb2, serving_pb2
-from trilith_services.console.replicas import Listed
 from trilith_services.console.sampling import Sample, entry_state, missing_replicas
+from trilith_services.console.serving_list import ServingProcess
 from trilith_services.ps.process.replica_server import ReplicaOptions, ReplicaServer
 from trilith_services.ps.process.shard import LocalShard
 from trilith_services.ps.replicas.replica import Replica
@@ -227,7 +227,7 @@ def sample(**fields: Any) -> Sample[serving_pb2.ModelStatusResponse]:
 
 
 def test_the_console_shows_an_entry_that_cannot_answer_as_degraded():
-    listed = Listed(server_type="entry", shard=0, name="1", address="a:1", state="available")
+    listed = ServingProcess(server_type="entry", shard=0, name="1", address="a:1", state="available")
     well = serving_pb2.ReplicaStatus(shard=0, address="b:1", healthy=True)
     gone = serving_pb2.ReplicaStatus(shard=1, address="c:1", error="no replica of this shard is listed any more")
     found = entry_state(listed, sample(model="m", mode="distributed", replicas=[well, gone]))

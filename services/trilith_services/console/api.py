@@ -155,13 +155,13 @@ async def _events(watcher: Watcher) -> AsyncIterator[str]:
             look = None
         newest.put_nowait(look)
 
-    def told(look: Look | None) -> None:
+    def listener(look: Look | None) -> None:
         try:
             loop.call_soon_threadsafe(put, look)
         except RuntimeError:
             pass  # the loop has ended, and with it whoever listened
 
-    stop = watcher.listen(told)
+    stop = watcher.listen(listener)
     try:
         while (look := await newest.get()) is not None:
             yield f"event: look\ndata: {look.model_dump_json()}\n\n"

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Request
 from google.protobuf.text_format import MessageToString
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, StrictStr, ValidationError, WithJsonSchema
 from starlette.concurrency import run_in_threadpool
 
 from trilith.entries import signed_id
 from trilith.errors import InternalError, InvalidRequestError, TrilithError
 from trilith_proto import hash_table_pb2
 from trilith_services.console.reader import Reader
-from trilith_services.http.failures import FAILURES
+from trilith_services.http.failures import FAILURES, describe_validation
 
 __all__ = ["DebuggingAnswer", "features", "routes", "variables"]
 
@@ -36,31 +36,49 @@ class DebuggingAnswer(BaseModel):
     msg: str = Field(description="On success JSON, as a string; else the class of the error and its message.")
 
 
-class _VariablesRequest(BaseModel):
-    variable_names: list[str] = []
+def _integer(given: Any) -> int:
+    if isinstance(given, bool) or not isinstance(given, int | str):
+        raise ValueError(f"{given} is no id; ids are integers, or strings of them")
+    value = int(given)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{given} does not fit in 64 bits")
+    return value
 
 
-class _FeaturesRequest(BaseModel):
-    feature_names: list[str] = []
-    feature_ids: list[int | str] = Field(default=[], description="As many as names; numbers, or strings of them.")
+_Id = Annotated[int, BeforeValidator(_integer), WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}]})]
 
 
-def variables(reader: Reader, body: dict[str, Any]) -> dict[str, str]:
+class VariablesRequest(BaseModel):
+    """Which variables to show."""
+
+    variable_names: list[StrictStr] = []
+
+
+class FeaturesRequest(BaseModel):
+    """Which ids of which features to show."""
+
+    feature_names: list[StrictStr] = []
+    feature_ids: list[_Id] = Field(default=[], description="As many as names; numbers, or strings of them.")
+
+
+_Request = TypeVar("_Request", bound=BaseModel)
+
+
+def variables(reader: Reader, asked: VariablesRequest) -> dict[str, str]:
     """Text of the value by name; names that the cluster does not have are left out.
 
     Of a variable that is longer than its share of what an answer may hold, both ends are shown.
     """
-    found = reader.values(list(dict.fromkeys(_texts(body, "variable_names"))))
+    found = reader.values(list(dict.fromkeys(asked.variable_names)))
     most = _MOST_VALUES // max(len(found), 1)
     return {
         name: np.array2string(value, threshold=max(most, 2 * _ENDS), edgeitems=_ENDS) for name, value in found.items()
     }
 
 
-def features(reader: Reader, body: dict[str, Any]) -> dict[str, dict[str, str]]:
+def features(reader: Reader, asked: FeaturesRequest) -> dict[str, dict[str, str]]:
     """EntryDump as text by feature and decimal id; unknown features and ids without a row are left out."""
-    names = _texts(body, "feature_names")
-    ids = [_integer(each) for each in _list(body, "feature_ids")]
+    names, ids = asked.feature_names, asked.feature_ids
     if len(names) != len(ids):
         raise InvalidRequestError(
             f"{len(names)} feature_names but {len(ids)} feature_ids: it takes one name for each id"
@@ -70,12 +88,13 @@ def features(reader: Reader, body: dict[str, Any]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     tables = reader.feature_tables() if names else {}
     for feature in dict.fromkeys(name for name in names if name in tables):
-        asked = list(dict.fromkeys(each for name, each in zip(names, ids, strict=True) if name == feature))
-        for each, entry in zip(asked, reader.entries(tables[feature], [each % 2**64 for each in asked]), strict=True):
-            if entry:
-                dump = hash_table_pb2.EntryDump.FromString(entry)
-                dump.id = signed_id(each % 2**64)
-                found.setdefault(feature, {})[str(each)] = MessageToString(dump)
+        own = list(dict.fromkeys(value for name, value in zip(names, ids, strict=True) if name == feature))
+        dumps = reader.row_dumps(tables[feature], [value % 2**64 for value in own])
+        for value, serialized in zip(own, dumps, strict=True):
+            if serialized:
+                dump = hash_table_pb2.EntryDump.FromString(serialized)
+                dump.id = signed_id(value % 2**64)
+                found.setdefault(feature, {})[str(value)] = MessageToString(dump)
     return found
 
 
@@ -88,24 +107,31 @@ def routes(reader: Callable[[], Reader]) -> APIRouter:
         schema = body.model_json_schema()
         return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
-    @router.post("/variables", openapi_extra=documented(_VariablesRequest))
+    @router.post("/variables", openapi_extra=documented(VariablesRequest))
     async def debugging_variables(request: Request) -> DebuggingAnswer:
         """Values of dense variables, as text by name."""
-        return await run_in_threadpool(_answer, variables, reader, await request.body())
+        return await run_in_threadpool(_answer, VariablesRequest, variables, reader, await request.body())
 
-    @router.post("/features", openapi_extra=documented(_FeaturesRequest))
+    @router.post("/features", openapi_extra=documented(FeaturesRequest))
     async def debugging_features(request: Request) -> DebuggingAnswer:
         """Rows of features' ids, as EntryDump text by feature and id."""
-        return await run_in_threadpool(_answer, features, reader, await request.body())
+        return await run_in_threadpool(_answer, FeaturesRequest, features, reader, await request.body())
 
     return router
 
 
 def _answer(
-    read: Callable[[Reader, dict[str, Any]], dict[str, Any]], reader: Callable[[], Reader], body: bytes
+    kind: type[_Request],
+    read: Callable[[Reader, _Request], dict[str, Any]],
+    reader: Callable[[], Reader],
+    body: bytes,
 ) -> DebuggingAnswer:
     try:
-        return DebuggingAnswer(status="success", msg=json.dumps(read(reader(), _object(body))))
+        try:
+            asked = kind.model_validate_json(body)
+        except ValidationError as error:
+            raise InvalidRequestError(describe_validation(error.errors())) from None
+        return DebuggingAnswer(status="success", msg=json.dumps(read(reader(), asked)))
     except TrilithError as error:
         return _failed(error)
     except Exception as error:
@@ -115,40 +141,3 @@ def _answer(
 
 def _failed(error: TrilithError) -> DebuggingAnswer:
     return DebuggingAnswer(status="fail", msg=" ".join(f"{type(error).__name__}: {error}".split()))
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"the body is no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InvalidRequestError(f"the body is a JSON {type(content).__name__}; it must be an object")
-    return content
-
-
-def _list(body: dict[str, Any], name: str) -> list[Any]:
-    found = body.get(name, [])
-    if not isinstance(found, list):
-        raise InvalidRequestError(f"{name}={found!r} is no list")
-    return found
-
-
-def _texts(body: dict[str, Any], name: str) -> list[str]:
-    found = _list(body, name)
-    for each in found:
-        if not isinstance(each, str):
-            raise InvalidRequestError(f"{name} has {each!r}; it must be strings")
-    return found
-
-
-def _integer(text: Any) -> int:
-    if isinstance(text, bool) or not isinstance(text, int | str):
-        raise InvalidRequestError(f"feature_ids has {text!r}; ids are integers, or strings of them")
-    try:
-        value = int(text)
-    except ValueError:
-        raise InvalidRequestError(f"feature_ids has {str(text)[:100]!r}, which is no integer") from None
-    if not -(2**63) <= value < 2**64:
-        raise InvalidRequestError(f"feature_ids has {text}, which does not fit in 64 bits")
-    return value

@@ -56,16 +56,16 @@ class Guard:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
-        status, told = refusal
-        await failure(status, InvalidRequestError.__name__, told)(scope, receive, send)
+        status, why = refusal
+        await failure(status, InvalidRequestError.__name__, why)(scope, receive, send)
 
     def _refusal(self, scope: _Message) -> tuple[HTTPStatus, str] | None:
         headers = Headers(scope=scope)
         given = headers.getlist("host")
         # HTTP/1.0 has no Host, and no browser speaks it: health checks do.
         if given and (len(given) > 1 or not self._is_ours(_host_of(f"//{given[0]}"), scope)):
-            told = f"this console is not asked as {given[-1]!r}; start it with --allowed-host for a name it has"
-            return HTTPStatus.FORBIDDEN, told
+            why = f"this console is not asked as {given[-1]!r}; start it with --allowed-host for a name it has"
+            return HTTPStatus.FORBIDDEN, why
         if scope["type"] == "websocket" or scope["method"] not in _READS:
             origin = headers.get("origin")
             if origin is not None and (not given or urlsplit(origin).netloc.lower() != given[0].lower()):
@@ -85,8 +85,8 @@ class Guard:
             return HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a body of {size} bytes; {_MOST_BYTES} are the most"
         # Any other kind could come from a form of any page, without the browser asking here first.
         if (size or scope["method"] == "POST") and kind.partition(";")[0].strip().lower() != "application/json":
-            told = f"the request's content type is {kind!r}, expected 'application/json'"
-            return HTTPStatus.UNSUPPORTED_MEDIA_TYPE, told
+            why = f"the request's content type is {kind!r}, expected 'application/json'"
+            return HTTPStatus.UNSUPPORTED_MEDIA_TYPE, why
         return None
 
     def _is_ours(self, host: str | None, scope: _Message) -> bool:

@@ -17,6 +17,7 @@ from trilith.errors import ClusterMismatchError, TrilithError, UnavailableError
 from trilith.routing import OWNER_RULE
 from trilith.rpc.remote import RemoteShard
 from trilith_proto import ps_pb2
+from trilith_services.console.connections import Connections
 
 __all__ = ["Members"]
 
@@ -30,6 +31,11 @@ class Members:
     """Connections to a cluster, opened once its directory knows how many PS there are. Thread-safe.
 
     A spectator is not disturbed by restarts: whichever incarnation answers is asked.
+
+    Attributes:
+        count: How many PS there are.
+        shards: The PS by index, whoever answers there.
+        replicas: Serving replicas, each by its shard's index and its address.
     """
 
     def __init__(self, url: str, *, timeout_s: float, features: Mapping[str, str] | None = None) -> None:
@@ -52,9 +58,11 @@ class Members:
             RemoteShard(partial(resolve_ps, self._directory, index), self._config, index=index)
             for index in range(self.count)
         ]
+        self.replicas: Connections[tuple[int, str], RemoteShard] = Connections(
+            lambda key: RemoteShard(lambda: key[1], self._config, index=key[0]), RemoteShard.close
+        )
         self._lock = threading.Lock()
-        self._strangers: dict[int, str] = {}
-        self._replicas: dict[tuple[int, str], RemoteShard] = {}
+        self._mismatches: dict[int, str] = {}
         self._pool = ThreadPoolExecutor(min(_MAX_THREADS, 8 + 4 * self.count), thread_name_prefix="trilith-console")
 
     def recount(self) -> int:
@@ -71,13 +79,13 @@ class Members:
         record = self._directory.read_record() if isinstance(self._directory, RecordKeeper) else None
         return self._features | dict(record.features if record is not None else {})
 
-    def meet(self, index: int, answer: ps_pb2.DescribeResponse) -> str:
+    def check_identity(self, index: int, answer: ps_pb2.DescribeResponse) -> str:
         """Take note of who answers at a shard's place; what is wrong about it, empty if nothing."""
         ours = f"{index} of {self.count}, owner rule {OWNER_RULE!r}"
         theirs = f"{answer.shard_index} of {answer.shard_count}, owner rule {answer.owner_rule!r}"
         wrong = "" if ours == theirs else f"is shard {ours} by its place, and shard {theirs} by its own account"
         with self._lock:
-            self._strangers[index] = wrong
+            self._mismatches[index] = wrong
         return wrong
 
     def shard(self, index: int) -> RemoteShard:
@@ -87,30 +95,14 @@ class Members:
             ClusterMismatchError: Who answers there is another shard.
         """
         with self._lock:
-            known = index in self._strangers
+            known = index in self._mismatches
         if not known:
-            self.meet(index, self.shards[index].describe())
+            self.check_identity(index, self.shards[index].describe())
         with self._lock:
-            wrong = self._strangers[index]
+            wrong = self._mismatches[index]
         if wrong:
             raise ClusterMismatchError(f"{self.shards[index].address} {wrong}")
         return self.shards[index]
-
-    def replica(self, shard: int, address: str) -> RemoteShard:
-        """A connection to a serving replica."""
-        with self._lock:
-            found = self._replicas.get((shard, address))
-            if found is None:
-                found = self._replicas[shard, address] = RemoteShard(lambda: address, self._config, index=shard)
-            return found
-
-    def keep_replicas(self, wanted: Iterable[tuple[int, str]]) -> None:
-        """Close connections to replicas that are not among these, each a shard's index and an address."""
-        keep = set(wanted)
-        with self._lock:
-            gone = [self._replicas.pop(key) for key in self._replicas.keys() - keep]
-        for each in gone:
-            each.close()
 
     def each(self, keys: Iterable[_K], call: Callable[[_K], _T]) -> dict[_K, _T | TrilithError]:
         """Call for every key, all at once; a TrilithError is a result like others."""
@@ -144,7 +136,7 @@ class Members:
 
     def close(self) -> None:
         """Close every connection."""
-        self.keep_replicas([])
+        self.replicas.close()
         for shard in self.shards:
             shard.close()
         self._directory.close()

@@ -73,7 +73,7 @@ class Reader:
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
-    def entries(self, table: str, ids: Sequence[int]) -> list[bytes]:
+    def row_dumps(self, table: str, ids: Sequence[int]) -> list[bytes]:
         """Per id, unsigned, a serialized EntryDump without its id; b"" where there is no row."""
         wanted = np.array(ids, np.uint64)
         owner = owners(wanted, self._members.count)
@@ -81,8 +81,8 @@ class Reader:
         for index in np.unique(owner).tolist():
             places = np.flatnonzero(owner == index)
             answer = self._members.shard(index).lookup_entries(IdPart(table, wanted[places]))
-            for place, entry in zip(places.tolist(), answer, strict=True):
-                found[place] = entry
+            for place, dump in zip(places.tolist(), answer, strict=True):
+                found[place] = dump
         return found
 
     def row(self, table: str, text: str, replicas: Sequence[Replica] = ()) -> Row:
@@ -97,7 +97,7 @@ class Reader:
             UnknownTableError: There is no such table.
         """
         value = parse_id(text)
-        (entry,) = self.entries(table, [value])
+        (dump,) = self.row_dumps(table, [value])
         owner = value % self._members.count
         answer = Row(
             table=table,
@@ -105,11 +105,11 @@ class Reader:
             signed_id=str(signed_id(value)),
             owner=owner,
             address=self._members.addresses()[owner],
-            found=bool(entry),
+            found=bool(dump),
         )
         weights: list[float] = []
-        if entry:
-            described = describe_entry(entry)
+        if dump:
+            described = describe_entry(dump)
             weights = described["weights"]
             moment = int(described["last_update_unix_s"])
             with np.errstate(over="ignore"):
@@ -125,7 +125,7 @@ class Reader:
             )
         mine = [each for each in replicas if each.shard == owner and each.address]
         copies = self._members.each(
-            range(len(mine)), lambda i: self._replica_row(mine[i], table, value, weights if entry else None)
+            range(len(mine)), lambda i: self._replica_row(mine[i], table, value, weights if dump else None)
         )
         return answer.model_copy(
             update={
@@ -141,7 +141,7 @@ class Reader:
         )
 
     def _replica_row(self, replica: Replica, table: str, value: int, trained: list[float] | None) -> ReplicaRow:
-        shard = self._members.replica(replica.shard, replica.address).until(time.monotonic() + 2.0)
+        shard = self._members.replicas.get((replica.shard, replica.address)).until(time.monotonic() + 2.0)
         part = IdPart(table, np.array([value], np.uint64))
         if not shard.contains(part)[0]:
             return ReplicaRow(name=replica.name, address=replica.address, found=False)
@@ -193,8 +193,8 @@ class Reader:
             if isinstance(answer, TrilithError):
                 continue
             rows += answer[0]
-            for entry in answer[1]:
-                dump = hash_table_pb2.EntryDump.FromString(entry)
+            for serialized in answer[1]:
+                dump = hash_table_pb2.EntryDump.FromString(serialized)
                 norms.append(_norm(dump.num))
                 moments.append(dump.last_update_ts_sec)
         with np.errstate(over="ignore"):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
 
 from trilith_proto import ps_pb2, serving_pb2
-from trilith_services.console.replicas import Listed
 from trilith_services.console.schema import EntryServer, Latency, Replica, Shard, TableState, Totals
+from trilith_services.console.serving_list import ServingProcess
 
 __all__ = [
     "EntrySample",
@@ -146,7 +146,7 @@ def shard_state(index: int, address: str, sample: PsSample, answer: ps_pb2.Descr
 def replica_state(
     shard: int,
     target: tuple[ps_pb2.SyncTargetStats, PsSample] | None,
-    listed: Listed | None,
+    listed: ServingProcess | None,
     answered: PsSample | str,
 ) -> Replica:
     """A serving replica.
@@ -164,14 +164,14 @@ def replica_state(
         if earlier is not None and earlier.address == target[0].address:
             synced = target[1].rate(target[0].rows, earlier.rows)
     own = answered.stats if isinstance(answered, Sample) else None
-    told = answered if isinstance(answered, str) else ""
+    silent = answered if isinstance(answered, str) else ""
     return Replica(
         shard=shard,
         name=push.name if push is not None else (listed.name if listed is not None else ""),
         address=push.address if push is not None else (listed.address if listed is not None else ""),
         state=listed.state if listed is not None else "",
         alive=own is not None,
-        error=(push.error if push is not None else "") or told,
+        error=(push.error if push is not None else "") or silent,
         rows=sum(table.rows for table in own.tables) if own is not None else 0,
         memory_bytes=own.memory_bytes if own is not None else 0,
         lookups_per_s=(
@@ -186,7 +186,7 @@ def replica_state(
     )
 
 
-def entry_state(listed: Listed, answered: EntrySample | str) -> EntryServer:
+def entry_state(listed: ServingProcess, answered: EntrySample | str) -> EntryServer:
     """A process that scores requests.
 
     Args:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from trilith.discovery.urls import open_directory
 from trilith.discovery.zk_url import ZkUrl
 from trilith.errors import TrilithError, UnavailableError
+from trilith.serving.prediction import Predictor
 from trilith_proto import ps_pb2
-from trilith_services.console.entries import Entries
+from trilith_services.console.connections import Connections
 from trilith_services.console.members import Members
-from trilith_services.console.replicas import Listed, ServingList
 from trilith_services.console.sampling import (
     EntrySample,
     PsSample,
@@ -28,6 +28,7 @@ from trilith_services.console.sampling import (
     table_states,
 )
 from trilith_services.console.schema import EntryServer, Look, Point, Replica, Shard
+from trilith_services.console.serving_list import ServingList, ServingProcess
 from trilith_services.http.failures import Failure
 
 __all__ = ["WatchOptions", "Watcher"]
@@ -80,7 +81,7 @@ class Watcher:
         self._history: deque[Point] = deque(maxlen=self.options.history)
         self._listeners: list[Callable[[Look | None], None]] = []
         self._samples: dict[tuple[int, str], PsSample] = {}
-        self._entries = Entries()
+        self._entries: Connections[str, Predictor] = Connections(lambda address: Predictor([address]), Predictor.close)
         self._entry_samples: dict[str, EntrySample] = {}
         self._answers: dict[int, ps_pb2.DescribeResponse] = {}
         self._stopping = threading.Event()
@@ -114,27 +115,27 @@ class Watcher:
         with self._lock:
             return list(self._history)
 
-    def listen(self, told: Callable[[Look | None], None]) -> Callable[[], None]:
-        """Call `told` with every new look, and None when there will be no more, until the returned function is called.
+    def listen(self, listener: Callable[[Look | None], None]) -> Callable[[], None]:
+        """Call `listener` with every new look, and None after the last, until the returned function is called.
 
         Calls come from the watcher's thread and must not block.
         """
         with self._lock:
-            self._listeners.append(told)
+            self._listeners.append(listener)
         if self._stopping.is_set():
-            told(None)
+            listener(None)
 
         def stop() -> None:
             with self._lock:
-                if told in self._listeners:
-                    self._listeners.remove(told)
+                if listener in self._listeners:
+                    self._listeners.remove(listener)
 
         return stop
 
     def dismiss(self) -> None:
         """Tell all who listen that there will be no more looks."""
         self._stopping.set()
-        self._tell(None)
+        self._notify(None)
 
     def close(self) -> None:
         """Stop looking, and close connections."""
@@ -176,13 +177,13 @@ class Watcher:
             self._look = look
             if look.problem is None:
                 self._history.append(Point(unix_s=look.unix_s, **look.totals.model_dump()))
-        self._tell(look)
+        self._notify(look)
 
-    def _tell(self, look: Look | None) -> None:
+    def _notify(self, look: Look | None) -> None:
         with self._lock:
             listeners = list(self._listeners)
-        for told in listeners:
-            told(look)
+        for listener in listeners:
+            listener(look)
 
     def _next(self, *, recount: bool) -> Look:
         members = self._open()
@@ -248,7 +249,7 @@ class Watcher:
             if known is None or known.incarnation != stats.incarnation:
                 known = shard.describe()
                 self._answers[index] = known
-            if wrong := members.meet(index, known):
+            if wrong := members.check_identity(index, known):
                 raise UnavailableError(wrong)
             return Sample(time.monotonic(), stats)
 
@@ -263,7 +264,9 @@ class Watcher:
             shards.append(shard_state(index, addresses[index], samples[index], self._answers[index]))
         return samples, shards
 
-    def _look_at_replicas(self, members: Members, samples: dict[int, PsSample], listed: list[Listed]) -> list[Replica]:
+    def _look_at_replicas(
+        self, members: Members, samples: dict[int, PsSample], listed: list[ServingProcess]
+    ) -> list[Replica]:
         targets = {
             (index, target.address): (target, sample)
             for index, sample in samples.items()
@@ -271,13 +274,11 @@ class Watcher:
         }
         nodes = {(each.shard, each.address): each for each in listed if each.server_type == "ps"}
         known = sorted(targets.keys() | nodes.keys())
-        members.keep_replicas(known)
+        members.replicas.keep(known)
 
         def ask(key: tuple[int, str]) -> PsSample:
-            shard, address = key
-            if not address:
-                raise UnavailableError("it has announced no address")
-            return Sample(time.monotonic(), members.replica(shard, address).until(self._answers_by).stats())
+            _check_announced(key[1])
+            return Sample(time.monotonic(), members.replicas.get(key).until(self._answers_by).stats())
 
         answers = members.each(known, ask)
         found = []
@@ -286,12 +287,13 @@ class Watcher:
             found.append(replica_state(key[0], targets.get(key), nodes.get(key), own))
         return found
 
-    def _look_at_entries(self, members: Members, listed: list[Listed]) -> list[EntryServer]:
+    def _look_at_entries(self, members: Members, listed: list[ServingProcess]) -> list[EntryServer]:
         nodes = [each for each in listed if each.server_type != "ps"]
         self._entries.keep(each.address for each in nodes)
 
         def ask(address: str) -> EntrySample:
-            return Sample(time.monotonic(), self._entries.status(address, timeout_s=self._answer_s))
+            _check_announced(address)
+            return Sample(time.monotonic(), self._entries.get(address).status(timeout_s=self._answer_s))
 
         answers = members.each(dict.fromkeys(each.address for each in nodes), ask)
         samples = {
@@ -310,6 +312,11 @@ class Watcher:
 
 def _failure(error: TrilithError) -> Failure:
     return Failure(error=type(error).__name__, message=str(error))
+
+
+def _check_announced(address: str) -> None:
+    if not address:
+        raise UnavailableError("it has announced no address")
 
 
 def _check_url(url: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
@@ -14,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from trilith.errors import DataError, InternalError, InvalidRequestError, ReadOnlyError, TrilithError
 
-__all__ = ["FAILURES", "Failure", "answer_failures", "failure"]
+__all__ = ["FAILURES", "Failure", "answer_failures", "describe_validation", "failure"]
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,11 @@ def failure(status: int, name: str, message: str, headers: Any = None) -> JSONRe
     return JSONResponse(Failure(error=name, message=message).model_dump(), int(status), headers)
 
 
+def describe_validation(errors: Iterable[Any]) -> str:
+    """What pydantic found wrong, in one line."""
+    return "; ".join(": ".join(filter(None, (".".join(map(str, found["loc"])), found["msg"]))) for found in errors)
+
+
 async def _on_ours(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, TrilithError)
     return failure(_status(error), type(error).__name__, str(error))
@@ -80,11 +86,11 @@ async def _on_ours(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    told = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+    wrong = describe_validation(error.errors())
     given = request.headers.get("content-type", "")
     if error.body and "json" not in given:
-        told.append(f"the request's content type is {given!r}, expected 'application/json'")
-    return failure(HTTPStatus.BAD_REQUEST, InvalidRequestError.__name__, "; ".join(told))
+        wrong += f"; the request's content type is {given!r}, expected 'application/json'"
+    return failure(HTTPStatus.BAD_REQUEST, InvalidRequestError.__name__, wrong)
 
 
 async def _on_other(request: Request, error: Exception) -> JSONResponse:

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from trilith.discovery import Directory
     from trilith.discovery.replicas import Replica
 
-__all__ = ["Listed", "ServingList"]
+__all__ = ["ServingList", "ServingProcess"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Listed:
+class ServingProcess:
     """A serving process.
 
     Attributes:
@@ -43,7 +43,7 @@ class ServingList:
         """Open the directory at `url`."""
         self._model = model
         self._lock = threading.Lock()
-        self._nodes: list[Listed] = []
+        self._nodes: list[ServingProcess] = []
         self._directory: Directory = open_directory(url, timeout_s=timeout_s)
         self._watches = url.startswith("zk://")
         if self._watches:
@@ -63,7 +63,7 @@ class ServingList:
         ipv6 = ipv6_only()
         states: Mapping[int, str] = {state.value: state.name.lower() for state in ModelState}
         nodes = [
-            Listed(
+            ServingProcess(
                 server_type=each.path.server_type,
                 shard=each.path.index,
                 name=f"replica-{each.path.replica}" if each.path.server_type == "ps" else f"{each.path.replica}",
@@ -75,18 +75,18 @@ class ServingList:
         with self._lock:
             self._nodes = nodes
 
-    def read(self, shards: int) -> list[Listed]:
+    def read(self, shards: int) -> list[ServingProcess]:
         """Who is listed now, for a cluster of so many shards."""
         if self._watches:
             with self._lock:
                 return list(self._nodes)
         replicas = [
-            Listed(server_type="ps", shard=shard, name=f"replica-{number}", address=address, state="listed")
+            ServingProcess(server_type="ps", shard=shard, name=f"replica-{number}", address=address, state="listed")
             for shard in range(shards)
             for number, address in self._directory.query(f"{self._model}-ps-{shard}").items()
         ]
         return replicas + [
-            Listed(server_type="entry", shard=0, name=f"{number}", address=address, state="listed")
+            ServingProcess(server_type="entry", shard=0, name=f"{number}", address=address, state="listed")
             for number, address in self._directory.query(f"{self._model}-entry-0").items()
         ]
 
