@@ -168,6 +168,17 @@ def test_when_all_fail_the_reason_is_told_at_the_deadline(two) -> None:
     assert two.b.asked > 1
 
 
+def test_what_an_entry_said_before_it_fell_silent_is_told_at_the_deadline(start) -> None:
+    entry = start()
+    entry.failure = UnavailableError("no replica of shard 0")
+    with Predictor(entry.address) as predictor:
+        silence = threading.Thread(target=lambda: (until(lambda: entry.asked > 1), entry.free.clear()))
+        silence.start()
+        with pytest.raises(UnavailableError, match="no replica of shard 0"):
+            predictor.predict([b""], timeout_s=1.0)
+        silence.join()
+
+
 def test_an_entry_alone_gets_all_the_time(start) -> None:
     entry = start()
     entry.free.clear()

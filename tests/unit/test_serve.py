@@ -24,7 +24,8 @@ SERVICE = "trilith.ParameterServer"
 PROGRAM = """
 import sys, threading
 from trilith.errors import InvalidRequestError
-from trilith_services.grpc.serve import Limits, Method, Server, serve
+from trilith_services.grpc.foreground import serve
+from trilith_services.grpc.serve import Limits, Method, Server
 
 def say(*words):
     print(*words, flush=True)

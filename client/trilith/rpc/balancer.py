@@ -128,7 +128,7 @@ class Balancer(Generic[T]):
         Args:
             attempt: Asks a member, within so many seconds.
             timeout_s: For all attempts together.
-            nobody: What to raise when that is over, from what members failed with, the latest last.
+            nobody: What to raise when that is over, from what each member failed with, the latest last.
 
         Raises:
             ClosedError: The balancer was closed.
@@ -152,8 +152,10 @@ class Balancer(Generic[T]):
             except self._elsewhere as error:
                 too_near = isinstance(error, DeadlineExceededError) and attempt_s < _TELLING_S
                 self._done(member, error, suspect=not too_near and not isinstance(error, OverloadedError))
-                failures.pop(member, None)
-                failures[member] = error
+                # What came before a deadline says more than the deadline.
+                if member not in failures or not isinstance(error, DeadlineExceededError):
+                    failures.pop(member, None)
+                    failures[member] = error
             except BaseException:
                 self._done(member, None)
                 raise

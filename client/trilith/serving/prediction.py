@@ -184,9 +184,9 @@ class Predictor:
 
     def _call(self, name: str, method: Callable[[Entry], Any], request: bytes, timeout_s: float | None) -> bytes:
         def nobody(failures: Mapping[Member[Entry], TrilithError]) -> TrilithError:
-            # What came before a deadline says more than the deadline.
-            said = sorted(failures.values(), key=lambda error: not isinstance(error, DeadlineExceededError))
-            return said[-1] if said else UnavailableError(self._where)
+            if not failures:
+                return UnavailableError(self._where)
+            return max(failures.values(), key=lambda error: not isinstance(error, DeadlineExceededError))
 
         def ask(member: Member[Entry], attempt_s: float) -> bytes:
             return member.connection.ask(name, method(member.connection), request, attempt_s)

@@ -1,4 +1,4 @@
-"""Runs a gRPC server well: bounded queue, health, draining on SIGTERM; reflection where it is wanted.
+"""A gRPC server that takes on so much: bounded queue, health, draining; reflection where it is wanted.
 
 A synchronous server on a thread pool. Measured against grpc.aio with uvloop, the three kinds called in turn by one
 client, allocator tuned, two cores with other work on them (median milliseconds a call, so look at the ratios):
@@ -15,16 +15,11 @@ Kernels must not block an event loop, so the fair comparison is the last column:
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import socket
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import grpc
@@ -37,7 +32,7 @@ from trilith.rpc.remote import ERROR_KEY
 from trilith_services.grpc.streams import Streams
 from trilith_services.listening import warn_if_exposed
 
-__all__ = ["LIVE", "Limits", "Method", "Server", "serve"]
+__all__ = ["LIVE", "Limits", "Method", "Server"]
 
 log = logging.getLogger(__name__)
 
@@ -290,73 +285,6 @@ class Server:
         self._streams.close()
 
 
-def serve(
-    server: Server,
-    listen: str,
-    *,
-    prepare: Callable[[], None],
-    bound: Callable[[int], None] = lambda port: None,
-    draining: Callable[[], None] = lambda: None,
-    drained: Callable[[], None] = lambda: None,
-) -> int:
-    """Serve until SIGTERM or SIGINT; to be called in the main thread.
-
-    Handlers are installed first, so that a signal during `prepare` ends the process properly too: what `prepare` was
-    doing is left where it is. Health says NOT_SERVING until `prepare` has returned.
-
-    Args:
-        server: What to run.
-        listen: host:port.
-        prepare: Gets everything ready, on a thread of its own.
-        bound: Told the port before `prepare` begins.
-        draining: Called when the server is to stop, while it still takes calls; `prepare` may still be at work.
-        drained: Called after the last call, for final work.
-
-    Returns:
-        0, the exit status.
-
-    Raises:
-        TrilithError: `prepare` failed, or the address is taken.
-    """
-    with _signals() as stopping:
-        port = server.listen(listen)
-        log.info("listening", extra={"listen": listen, "port": port})
-        bound(port)
-        failure: list[BaseException] = []
-        ready = threading.Event()
-
-        def run() -> None:
-            try:
-                prepare()
-            except BaseException as error:  # noqa: BLE001 (raised again in the main thread)
-                failure.append(error)
-                stopping.set()
-            ready.set()
-
-        threading.Thread(target=run, name="prepare", daemon=True).start()
-        while not ready.wait(0.02) and not stopping.is_set():
-            pass
-        if failure:
-            server.stop(0.0)
-            raise failure[0]
-        if not ready.is_set():
-            log.info("stopped while preparing")
-            draining()
-            server.stop(0.0)
-            _exit_at_once(ready)
-            return 0
-        server.set_serving(True)
-        log.info("serving", extra={"port": port})
-        stopping.wait()
-        log.info("draining")
-        draining()
-        server.set_serving(False)
-        server.stop(server.limits.drain_s)
-        drained()
-        log.info("stopped")
-        return 0
-
-
 def _check_free(address: str) -> None:
     """Say why an address cannot be bound: gRPC does not, and writes to stderr by itself."""
     host, _, port = address.rpartition(":")
@@ -368,28 +296,3 @@ def _check_free(address: str) -> None:
             probe.bind(place)
     except OSError as error:
         raise UnavailableError(f"cannot listen on {address}: {error.strerror or error}") from None
-
-
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    stopping = threading.Event()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        stopping.set()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stopping
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _exit_at_once(ready: threading.Event) -> None:
-    """End the process while `prepare` still runs: an interpreter that shuts down under a compiling thread may crash."""
-    if ready.wait(0.5):
-        return
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(0)

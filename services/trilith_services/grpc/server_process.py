@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry
 
 from trilith.discovery.addresses import advertised
 from trilith.errors import TrilithError
-from trilith_services.grpc.serve import Limits, Server, serve
+from trilith_services.grpc.foreground import serve
+from trilith_services.grpc.serve import Limits, Server
 from trilith_services.http.metrics import MetricsServer
 from trilith_services.listening import LOOPBACK
 
