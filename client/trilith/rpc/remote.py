@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import socket
 import threading
@@ -30,6 +29,7 @@ from trilith.errors import (
 from trilith.rpc import wire
 from trilith.rpc.channels import open_channel
 from trilith.rpc.streams import StreamedMethod
+from trilith.runtime.backoff import Backoff
 from trilith.runtime.forks import keep_for_ever, renew_in_children
 from trilith.runtime.waiting import Wait
 from trilith.shard import ANY_WRITE, UpdateFrame, UpdateLayout, Write
@@ -148,7 +148,6 @@ class _Connection:
         self._address = ""
         self._channel: grpc.Channel | None = None
         self._methods: dict[str, Any] = {}
-        self._random = random.Random()
         renew_in_children(self)
 
     def after_fork(self) -> None:
@@ -156,7 +155,6 @@ class _Connection:
         keep_for_ever(self._channel, self._methods)
         self._lock = threading.Lock()
         self._channel, self._methods = None, {}
-        self._random = random.Random()
 
     @property
     def address(self) -> str:
@@ -199,7 +197,7 @@ class _Connection:
         timeout = self.config.timeout_s if deadline is None else max(deadline - time.monotonic(), 0.001)
         deadline = time.monotonic() + timeout
         raised: TrilithError
-        pause = self.config.retry_first_s
+        backoff = Backoff(self.config.retry_first_s, self.config.retry_max_s)
         attempts = 0
         away_since: float | None = None
         waiting = self._wait(timeout) if verb.awaited else None
@@ -235,12 +233,10 @@ class _Connection:
                     if away_since is None or now - sent > max(self.config.timeout_s, 2 * self.config.keepalive_s):
                         away_since = now
                     rest = min(rest, away_since + self.config.timeout_s - now)
-                # Full jitter: workers that lost the same PS do not come back in step.
-                wait = pause * (0.5 + 0.5 * self._random.random())
-                if wait >= rest:
+                pause_s = backoff.next_s()
+                if pause_s >= rest:
                     raise raised
-                time.sleep(wait)
-                pause = min(2 * pause, self.config.retry_max_s)
+                time.sleep(pause_s)
                 if isinstance(raised, UnavailableError):
                     self.follow()
         finally:

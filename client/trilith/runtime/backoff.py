@@ -17,13 +17,12 @@ class Backoff:
         """Begin with a pause of about `first_s` seconds; none is longer than `most_s`, but for the first."""
         self._first_s, self._most_s = first_s, most_s
         self._pause_s = first_s
-        self._random = random.Random()
 
     def next_s(self) -> float:
         """Seconds to pause now."""
         pause_s = self._pause_s
         self._pause_s = min(2 * pause_s, self._most_s)
-        return pause_s * (0.5 + 0.5 * self._random.random())
+        return pause_s * (0.5 + 0.5 * random.random())
 
     def reset(self) -> None:
         """Begin anew after an attempt that succeeded."""
