@@ -197,7 +197,7 @@ class _Connection:
         timeout = self.config.timeout_s if deadline is None else max(deadline - time.monotonic(), 0.001)
         deadline = time.monotonic() + timeout
         raised: TrilithError
-        backoff = Backoff(self.config.retry_first_s, self.config.retry_max_s)
+        backoff: Backoff | None = None
         attempts = 0
         away_since: float | None = None
         waiting = self._wait(timeout) if verb.awaited else None
@@ -233,6 +233,7 @@ class _Connection:
                     if away_since is None or now - sent > max(self.config.timeout_s, 2 * self.config.keepalive_s):
                         away_since = now
                     rest = min(rest, away_since + self.config.timeout_s - now)
+                backoff = backoff or Backoff(self.config.retry_first_s, self.config.retry_max_s)
                 pause_s = backoff.next_s()
                 if pause_s >= rest:
                     raise raised

@@ -19,7 +19,7 @@ from trilith_proto import hash_table_pb2
 from trilith_services.console.reader import Reader
 from trilith_services.http.failures import FAILURES, describe_validation
 
-__all__ = ["DebuggingAnswer", "features", "routes", "variables"]
+__all__ = ["DebuggingAnswer", "FeaturesRequest", "VariablesRequest", "features", "routes", "variables"]
 
 log = logging.getLogger(__name__)
 
