@@ -1,4 +1,4 @@
-"""Ids arranged by shard, each once: one list, or the lists of many tables fused for an exchange between workers."""
+"""Ids of many tables' lists arranged by shard, each once, fused for an exchange between workers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from trilith.ops.jit import kernel
 from trilith.ops.memory import address_of, as_index, load_u32, load_u64, store_u32, store_u64
 from trilith.ops.ragged import Int64Array, as_integers
 from trilith.ops.threads import in_parts, thread_count
-from trilith.ops.unique import distinct_in_rows, slot_count
+from trilith.ops.unique import slot_count
 
-__all__ = ["EMPTY_FROM", "FusedReorder", "fused_reorder_by_indices", "reorder_by_indices"]
+__all__ = ["EMPTY_FROM", "FusedReorder", "fused_reorder_by_indices"]
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -151,36 +151,6 @@ def place_cells(
             store_u64(bases, cell, base + dim)
         for i in range(start, end):
             store_u32(offsets, i, load_u32(owners, start + as_index(load_u32(numbers, i) & _POSITION)))
-
-
-def reorder_by_indices(
-    rows: npt.ArrayLike, shard_ids: npt.ArrayLike, num_of_shards: int
-) -> tuple[Int64Array, Int32Array]:
-    """Arrange rows by shard, one for each key.
-
-    Args:
-        rows: int64[n], keys, or int64[n, w], rows that begin with their key.
-        shard_ids: int32[n]; of equal keys the first row and its shard count.
-        num_of_shards: How many shards there are.
-
-    Returns:
-        The rows shard after shard, within a shard the last first occurrence first; int32[num_of_shards] rows of each.
-    """
-    if num_of_shards < 1:
-        raise InvalidRequestError(f"num_of_shards={num_of_shards} is below 1")
-    given = as_integers("rows", rows)
-    if given.ndim not in (1, 2) or (given.ndim == 2 and given.shape[1] == 0):
-        raise InvalidRequestError(f"rows have shape {given.shape}; (n,) or (n, w) is needed")
-    shards = as_integers("shard_ids", shard_ids, shape=(given.shape[0],))
-    if shards.size and (shards.min() < 0 or shards.max() >= num_of_shards):
-        bad = int(((shards < 0) | (shards >= num_of_shards)).argmax())
-        raise InvalidRequestError(f"shard_ids[{bad}]={shards[bad]} is outside 0..{num_of_shards - 1}")
-    keys = np.ascontiguousarray(given if given.ndim == 1 else given[:, 0])
-    distinct = distinct_in_rows(keys, np.array([0, keys.size]))
-    first = np.flatnonzero(distinct.numbers & np.uint32(FIRST))
-    owners = shards[first]
-    order = np.argsort(-np.arange(first.size) + owners * (first.size + 1), kind="stable")
-    return given[first[order]], np.bincount(owners, minlength=num_of_shards).astype(np.int32)
 
 
 def fused_reorder_by_indices(

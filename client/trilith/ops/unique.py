@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +10,9 @@ import numpy.typing as npt
 from trilith.ops.dedup import FIRST, GROUP, find_distinct
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import address_of, as_index, load_u32, load_u64, store_u32, store_u64
-from trilith.ops.ragged import Int64Array, as_integers, as_splits
+from trilith.ops.ragged import Int64Array
 
-__all__ = ["Distinct", "distinct_in_rows", "slot_count", "unique_first_occurrence"]
+__all__ = ["Distinct", "distinct_in_rows", "slot_count"]
 
 _POSITION = np.uint32(FIRST - 1)
 _FIRST = np.uint32(FIRST)
@@ -108,16 +108,3 @@ def distinct_in_rows(values: Int64Array, row_splits: Int64Array) -> Distinct:
         address_of(counts),
     )
     return Distinct(uniques[:found], splits, numbers, counts[:found])
-
-
-def unique_first_occurrence(fids: npt.ArrayLike) -> tuple[npt.NDArray[Any], Int64Array]:
-    """Distinct ids in order of first occurrence, and per input id its number among them.
-
-    Args:
-        fids: int64 or uint64[n]; the distinct ones are of the same type.
-    """
-    given = np.asarray(fids)
-    flat = as_integers("fids", given, shape=(-1,))
-    found = distinct_in_rows(flat, as_splits("row_splits", [0, flat.size], flat.size))
-    values = found.values.view(np.uint64) if given.dtype == np.uint64 else found.values
-    return values, (found.numbers & _POSITION).astype(np.int64)

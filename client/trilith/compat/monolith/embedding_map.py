@@ -7,17 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from trilith.compat.monolith.row_ops import sum_rows_at
 from trilith.errors import InvalidRequestError
 from trilith.ops.hashing import mix64
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import address_of, as_index, copy_floats, load_u64, prefetch, store_u64
 from trilith.ops.ragged import Int64Array, as_floats, as_integers
-from trilith.ops.row_sums import sum_rows_at
 from trilith.ops.threads import in_parts, thread_count
 
 __all__ = [
-    "IdMap",
-    "fetch",
     "gather_embeddings_by_ids_gradient_back_prop",
     "gather_embeddings_by_input",
     "map_id_to_embedding",
@@ -122,7 +120,7 @@ def _address(place: np.uint64, bases: int, dim: int) -> int:
     return as_index(load_u64(bases, as_index(place >> _LIST))) + 4 * dim * as_index(place & _PLACE)
 
 
-class IdMap:
+class _IdMap:
     """Where ids are: in which of several lists, at which place; of a repeated id the first place counts."""
 
     def __init__(self, ids: Sequence[npt.ArrayLike]) -> None:
@@ -188,8 +186,8 @@ def map_id_to_embedding(
         float32[*wanted.shape, d].
     """
     blocks = _blocks(ids, embeddings)
-    places = IdMap(ids)
-    return fetch(blocks, places.find(wanted, threads=threads), threads=threads)
+    places = _IdMap(ids)
+    return _fetch(blocks, places.find(wanted, threads=threads), threads)
 
 
 def map_id_to_embedding_gradient_back_prop(
@@ -205,7 +203,7 @@ def map_id_to_embedding_gradient_back_prop(
     Returns:
         P times float32[n_p, d], zero for ids that `wanted` does not use.
     """
-    places = IdMap(ids)
+    places = _IdMap(ids)
     rows = places.rows(places.find(wanted))
     values = as_floats("grads", grads)
     if values.ndim == 0 or values.shape[:-1] != rows.shape:
@@ -228,9 +226,9 @@ def gather_embeddings_by_input(
         float32[*wanted.shape, d], and int64[*wanted.shape]: which row each is.
     """
     blocks = _blocks([ids], [embeddings])
-    places = IdMap([ids])
+    places = _IdMap([ids])
     mapping = places.find(wanted, threads=threads)
-    return fetch(blocks, mapping, threads=threads), mapping
+    return _fetch(blocks, mapping, threads), mapping
 
 
 def gather_embeddings_by_ids_gradient_back_prop(
@@ -267,21 +265,8 @@ def _blocks(ids: Sequence[npt.ArrayLike], embeddings: Sequence[npt.ArrayLike]) -
     ]
 
 
-def fetch(blocks: Sequence[Float32Array], places: Int64Array, *, threads: int | None = None) -> Float32Array:
-    """float32[*places.shape, d]: rows that an `IdMap` found.
-
-    Args:
-        blocks: Per list float32[n, d], C-contiguous.
-        places: int64, list << 32 | row.
-        threads: How many may work on it; None decides by size.
-    """
-    for block in blocks:
-        if block.ndim != 2 or block.dtype != np.float32 or not block.flags.c_contiguous:
-            raise InvalidRequestError(
-                f"a block is {block.dtype}{list(block.shape)}, expected C-contiguous float32[n, d]"
-            )
-    if places.dtype != np.int64:
-        raise InvalidRequestError(f"places are {places.dtype}, expected int64")
+def _fetch(blocks: Sequence[Float32Array], places: Int64Array, threads: int | None) -> Float32Array:
+    """float32[*places.shape, d]: the rows of C-contiguous blocks that an `_IdMap` found."""
     dim = blocks[0].shape[1]
     flat = places.reshape(-1)
     out = np.empty((flat.size, dim), np.float32)

@@ -1,4 +1,4 @@
-"""Rows reduced to one per bag: sums, means, square roots of sums of squares, and their gradients."""
+"""The reference system's reductions of rows to one per bag: sums, means, norms, and their gradients, in NumPy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
-from trilith.ops.memory import address_of
 from trilith.ops.ragged import Int64Array, as_floats, as_integers, as_splits, value_rowids
-from trilith.ops.row_sums import add_squares_at, check_rows, multiply_rows_at, sum_rows_at
 
 __all__ = [
     "fused_reduce_and_split",
@@ -21,10 +19,11 @@ __all__ = [
     "fused_sorted_segment_sum_gradient",
     "reduce_mean",
     "reduce_mean_gradient",
-    "reduce_sqrtn",
-    "reduce_sqrtn_gradient",
+    "reduce_norm",
+    "reduce_norm_gradient",
     "reduce_sum",
     "reduce_sum_gradient",
+    "sum_rows_at",
 ]
 
 Float32Array = npt.NDArray[np.float32]
@@ -68,25 +67,23 @@ def reduce_mean_gradient(id_indices: npt.ArrayLike, grads: npt.ArrayLike) -> Flo
     return _spread(places, upstream / np.maximum(counts, 1).astype(np.float32)[:, None])
 
 
-def reduce_sqrtn(id_indices: npt.ArrayLike, id_values: npt.ArrayLike, rows: int) -> Float32Array:
-    """Take the square root of the sum of squares of every bag, column by column; arguments as for `reduce_sum`."""
+def reduce_norm(id_indices: npt.ArrayLike, id_values: npt.ArrayLike, rows: int) -> Float32Array:
+    """Take the L2 norm of every bag, column by column; arguments as for `reduce_sum`.
+
+    The reference system calls it sqrtn, which everywhere else is the sum divided by the root of the bag's size.
+    """
     places, values = _bags(id_indices, id_values)
-    check_rows(places, rows)
-    out = np.zeros((rows, values.shape[1]), np.float32)
-    add_squares_at(address_of(places), places.size, address_of(values), values.shape[1], address_of(out))
-    root: Float32Array = np.sqrt(out, out=out)
-    return root
+    squares = sum_rows_at(places, values * values, rows)
+    return np.sqrt(squares, out=squares)
 
 
-def reduce_sqrtn_gradient(id_indices: npt.ArrayLike, id_values: npt.ArrayLike, grads: npt.ArrayLike) -> Float32Array:
+def reduce_norm_gradient(id_indices: npt.ArrayLike, id_values: npt.ArrayLike, grads: npt.ArrayLike) -> Float32Array:
     """float32[n, d]: the gradient of each row, its bag's times the row's share; 0 where the bag's norm is 0."""
     places, values = _bags(id_indices, id_values)
     upstream = as_floats("grads", grads, shape=(-1, values.shape[1]))
-    norms = reduce_sqrtn(places, values, upstream.shape[0])
+    norms = reduce_norm(places, values, upstream.shape[0])
     factors = np.divide(upstream, norms, out=np.zeros_like(norms), where=norms != 0)
-    out = values.copy()
-    multiply_rows_at(address_of(places), places.size, address_of(out), values.shape[1], address_of(factors))
-    return out
+    return values * factors[places]
 
 
 def fused_reduce_sum_and_split(
@@ -191,6 +188,28 @@ def fused_reduce_and_split_gradient(
         results.append(fused_reduce_sum_and_split_gradient(value_rowids(splits), grads[start : start + len(dims)]))
         start += len(dims)
     return results
+
+
+def check_rows(places: Int64Array, rows: int) -> None:
+    """Raise for a place outside 0..rows - 1."""
+    outside = (places < 0) | (places >= rows)
+    if outside.any():
+        raise InvalidRequestError(f"row {places[outside.argmax()]} is outside 0..{rows - 1}")
+
+
+def sum_rows_at(rows: npt.ArrayLike, values: npt.ArrayLike, count: int) -> Float32Array:
+    """Zeros, float32[count, d], onto whose row rows[i] the row values[i] is added.
+
+    Args:
+        rows: int64 of any shape, in 0..count - 1.
+        values: float32[*rows.shape, d].
+        count: Number of rows of the result.
+    """
+    places, grads = as_integers("rows", rows).reshape(-1), as_floats("values", values)
+    check_rows(places, count)
+    out = np.zeros((count, grads.shape[-1]), np.float32)
+    np.add.at(out, places, grads.reshape(places.size, grads.shape[-1]))
+    return out
 
 
 def _bags(id_indices: npt.ArrayLike, id_values: npt.ArrayLike) -> tuple[Int64Array, Float32Array]:
