@@ -93,15 +93,16 @@ def layout_values(configs, rows_of, vector_of):
         out = []
         for ids in rows:
             vectors = [vector_of(name, each) for each in ids]
-            kind = feature.pooling_type.name
-            if kind == "FIRSTN":
-                padded = np.zeros((feature.max_sequence_length, feature.dim), np.float32)
-                for i, vector in enumerate(vectors[: feature.max_sequence_length]):
+            kind = feature.combiner.kind
+            if kind == "first":
+                padded = np.zeros((feature.combiner.n, feature.dim), np.float32)
+                for i, vector in enumerate(vectors[: feature.combiner.n]):
                     padded[i] = vector
                 out.append(padded)
             else:
                 total = np.sum(vectors, axis=0) if vectors else np.zeros(feature.dim, np.float32)
-                out.append(total / len(vectors) if kind == "MEAN" and vectors else total)
+                divisor = {"sum": 1, "mean": len(vectors), "sqrtn": len(vectors) ** 0.5}[kind]
+                out.append(total / (divisor or 1))
         pooled[name] = np.array(out, np.float32)
     tensors = []
     for name in sorted(configs.layouts):

@@ -28,9 +28,9 @@ from trilith.data.parse.specs import (
     Slot,
     Sparse,
 )
-from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.ops.memory import tune_allocator
+from trilith.ops.ragged import Ragged
 from trilith_proto import example_pb2, proto_parser_pb2
 
 __all__ = ["BENCHMARKS", "example_twin", "instance_twin", "records", "specs"]

@@ -16,10 +16,11 @@ import numpy.typing as npt
 from tests.bench import ops_numpy
 from tests.bench.draws import Zipf, spread
 from tests.bench.harness import Benchmark, Context, Entry, Side, higher, interleave
-from trilith.ops.embedding_map import map_id_to_embedding
+from trilith.compat.monolith.embedding_map import map_id_to_embedding
+from trilith.ops.combiners import Combiner
 from trilith.ops.fused_gather import fused_gather_embeddings_by_input
 from trilith.ops.layout import FidOffsets, fused_embedding_to_layout, fused_embedding_to_layout_grad
-from trilith.ops.layout_config import FeatureConfig, FeatureConfigs, OutConfig, OutType, PoolingType, SliceConfig
+from trilith.ops.layout_config import FeatureConfig, FeatureConfigs, OutConfig, OutType, SliceConfig
 from trilith.ops.memory import tune_allocator
 from trilith.ops.reorder import fused_reorder_by_indices
 from trilith.ops.unique import distinct_in_rows
@@ -124,7 +125,7 @@ def _layout_case(
         name: FeatureConfig(
             table=f"t{i % _TABLES}",
             slice_dims=(1, _DIM - 1),
-            pooling_type=PoolingType.MEAN if i % 3 == 0 else PoolingType.SUM,
+            combiner=Combiner("mean" if i % 3 == 0 else "sum"),
         )
         for i, name in enumerate(names)
     }

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.ops.layout import FidOffsets
-from trilith.ops.layout_config import FeatureConfigs, OutType, PoolingType
+from trilith.ops.layout_config import FeatureConfigs, OutType
 
 __all__ = ["fused_reorder", "gather", "layout_backward", "layout_forward", "map_id"]
 
@@ -94,7 +94,7 @@ def layout_forward(embeddings: Sequence[Floats], offsets: FidOffsets, configs: F
         sums = np.zeros((lengths.size, feature.dim), np.float32)
         filled = lengths > 0
         sums[filled] = np.add.reduceat(rows, starts[filled], axis=0)
-        if feature.pooling_type is PoolingType.MEAN:
+        if feature.combiner.kind == "mean":
             sums /= np.maximum(lengths, 1).astype(np.float32)[:, None]
         pooled[name] = sums
     tensors: list[Floats] = []
@@ -134,7 +134,7 @@ def layout_backward(
     for name, (ids, _, lengths) in _features(offsets, configs).items():
         feature = configs.features[name]
         rows = pooled[name]
-        if feature.pooling_type is PoolingType.MEAN:
+        if feature.combiner.kind == "mean":
             rows = rows / np.maximum(lengths, 1).astype(np.float32)[:, None]
         targets = begin[ids]
         order = np.argsort(targets, kind="stable")

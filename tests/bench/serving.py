@@ -19,9 +19,9 @@ from tests.bench.harness import Benchmark, Context, Entry, interleave, lower
 from tests.bench.processes import Child
 from trilith.data.parse.parsers import ExampleParser
 from trilith.data.parse.specs import Sparse
-from trilith.data.ragged import Ragged
 from trilith.nn import DenseOnPs
 from trilith.ops.memory import tune_allocator
+from trilith.ops.ragged import Ragged
 from trilith.serving.exports import ps_base
 from trilith.serving.prediction import Predictor
 from trilith_services.demo.click_files import click_records

@@ -26,7 +26,7 @@ from torch.nn import functional
 import trilith
 from tests.bench.draws import Zipf
 from trilith.data.fids import make_fid_v2
-from trilith.data.ragged import Ragged
+from trilith.ops.ragged import Ragged
 from trilith_services.demo.clicks import ClickData, Parts
 from trilith_services.demo.local import LocalEmbeddings
 from trilith_services.demo.models import ModelSettings, settings_of

@@ -14,11 +14,11 @@ from tests.ranks import Rank, Ranks
 from trilith.data.fids import make_fid_v2
 from trilith.data.formats.writers import open_writer
 from trilith.data.parse.specs import Label, Sparse
-from trilith.data.ragged import Ragged
 from trilith.data.records import Records
 from trilith.errors import InvalidRequestError
-from trilith.features import FeatureRegistry, FeatureSlotConfig, FirstN, ReduceMean, ReduceSum
+from trilith.features import FeatureRegistry, FeatureSlotConfig, FirstN
 from trilith.nn import EmbeddingBag, EmbeddingCollection, Feature, FeatureEmbeddings, FeatureModel
+from trilith.ops.ragged import Ragged
 from trilith.peers import PeerClient
 from trilith.tables import Adagrad, Adam, RandomUniform, Sgd, Zeros
 from trilith_proto.example_pb2 import Example
@@ -35,9 +35,9 @@ class Model(nn.Module):
         item = features.create_feature_slot(FeatureSlotConfig(slot_id=2, default_vec_optimizer=Adam()))
         self.item = item.add_feature_slice(4)
         self.user = features.create_feature_column(user, "user")
-        self.seen = features.create_feature_column(item, "seen", ReduceMean())
+        self.seen = features.create_feature_column(item, "seen", "mean")
         self.clicked = features.create_feature_column(item, "clicked", FirstN(2))
-        self.liked = features.create_feature_column(item, "liked", ReduceSum())
+        self.liked = features.create_feature_column(item, "liked", "sum")
 
     def forward(self):
         vector = self.user.embedding_lookup(self.vector)

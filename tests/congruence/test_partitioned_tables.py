@@ -15,10 +15,10 @@ from trilith.client import Client
 from trilith.cluster import Cluster
 from trilith.compat.monolith.sharding import FeatureFids
 from trilith.config import ClientConfig
-from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.nn import ClippedLayouts, FusedLayouts
-from trilith.ops.layout_config import OutConfig, OutType, PoolingType, SliceConfig
+from trilith.ops.layout_config import OutConfig, OutType, SliceConfig
+from trilith.ops.ragged import Ragged
 from trilith.tables import Adagrad, PolynomialDecay, RandomUniform
 from trilith.tables.factories import create_partitioned_tables
 from trilith.tables.partitioned import PartitionedFeature
@@ -41,8 +41,8 @@ def features(**options):
     two = config(1, 2, **options)
     return {
         "a": PartitionedFeature(config=two, slice_dims=(1, 2)),
-        "b": PartitionedFeature(config=two, slice_dims=(1, 2), pooling=PoolingType.MEAN),
-        "c": PartitionedFeature(config=config(2), slice_dims=(2,), pooling=PoolingType.FIRSTN, max_sequence_length=2),
+        "b": PartitionedFeature(config=two, slice_dims=(1, 2), combiner="mean"),
+        "c": PartitionedFeature(config=config(2), slice_dims=(2,), combiner="first(2)"),
     }
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.distributed
 
 from trilith.compat.monolith.sharding import FeatureFids
-from trilith.data.ragged import Ragged
 from trilith.errors import TrilithError
 from trilith.nn import EmbeddingCollection, Feature, FusedLayouts
 from trilith.nn.reduction import FUSIONS, average_gradients
-from trilith.ops.layout_config import OutConfig, OutType, PoolingType, SliceConfig
+from trilith.ops.layout_config import OutConfig, OutType, SliceConfig
+from trilith.ops.ragged import Ragged
 from trilith.peers import PeerClient, connect_peers
 from trilith.tables import Adagrad, Fp32, HashTableConfig, RandomUniform, Sgd, table_config
 from trilith.tables.config import Segment
@@ -131,12 +131,12 @@ def layouts(client: PeerClient, rank: int, lookups_ahead: int) -> list[Any]:
 
 
 def layout_features() -> tuple[dict[str, PartitionedFeature], dict[str, OutConfig]]:
-    def feature(pooling: PoolingType, length: int = 0) -> PartitionedFeature:
+    def feature(combiner: str) -> PartitionedFeature:
         table = table_config("t", segments=[Segment(3, RandomUniform(-1.0, 1.0), Adagrad(learning_rate=0.1), Fp32())])
         config = HashTableConfig(table.proto.hash_table, [0.1])
-        return PartitionedFeature(config=config, slice_dims=(1, 2), pooling=pooling, max_sequence_length=length)
+        return PartitionedFeature(config=config, slice_dims=(1, 2), combiner=combiner)
 
-    features = {"x": feature(PoolingType.MEAN), "y": feature(PoolingType.FIRSTN, 2)}
+    features = {"x": feature("mean"), "y": feature("first(2)")}
     return features, {
         "bias": OutConfig(slices=(SliceConfig("x", 0, 1),), out_type=OutType.CONCAT),
         "seq": OutConfig(slices=(SliceConfig("y", 1, 3),), out_type=OutType.CONCAT),

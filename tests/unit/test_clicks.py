@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tests.quality import test_models
-from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
+from trilith.ops.ragged import Ragged
 from trilith_services.demo import movielens
 from trilith_services.demo.clicks import ClickData, split
 from trilith_services.demo.movielens import MovieLensUnavailableError

@@ -175,7 +175,7 @@ def test_multi_label_gen_matches_naive(messages, field, lists, priorities):
 
 @given(rows=st.lists(ACTIONS, max_size=5), priorities=st.lists(st.integers(-1, 4), max_size=5))
 def test_most_prior_action_matches_naive(rows, priorities):
-    from trilith.data.ragged import Ragged
+    from trilith.ops.ragged import Ragged
 
     ranks, actions = Priorities(priorities).best(Ragged.of(rows))
     unique = list(dict.fromkeys(priorities))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from trilith.compat.monolith.expanding import ParseSteps, contract, expand
 from trilith.compat.monolith.parse_functions import (
     parse_example_batch,
     parse_examples,
@@ -24,9 +25,9 @@ from trilith.compat.monolith.sharding import (
 from trilith.data.parse.parsers import ParseSpec
 from trilith.data.parse.quantized import dequantize, quantize
 from trilith.data.parse.specs import INVALID_LABEL, Dense, Extra, InstanceWeight, Label, Slot, Sparse
-from trilith.data.ragged import ParseSteps, Ragged, contract, expand
 from trilith.data.records import Records
 from trilith.errors import DataError, InvalidRequestError
+from trilith.ops.ragged import Ragged
 from trilith_proto import example_pb2, proto_parser_pb2
 
 

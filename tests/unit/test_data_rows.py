@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 import trilith.data
 from trilith.data import Column, Dense, Extra, InstanceWeight, Label, Records, Sparse
 from trilith.data.parse.columns import Columns, extract
-from trilith.data.ragged import Ragged
 from trilith.data.samples import FilterByFids, FilterByLabel, FilterByValue
 from trilith.data.scan.rows import ColumnType, RowColumn, Rows
 from trilith.data.scan.schema import Element, Fields
+from trilith.ops.ragged import Ragged
 from trilith_proto.example_pb2 import Example
 
 EXAMPLES = 60

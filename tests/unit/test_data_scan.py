@@ -22,11 +22,11 @@ from tests.scan_cases import (
 )
 from trilith.data.messages import promote
 from trilith.data.parse.columns import Columns, Element, Fields, Scalars, extract
-from trilith.data.ragged import Ragged
 from trilith.data.records import Records
 from trilith.data.samples.rewrite import rewrite
 from trilith.errors import DataError, InvalidRequestError
 from trilith.ops.jit import JIT_DISABLED
+from trilith.ops.ragged import Ragged
 from trilith_proto import example_pb2, proto_parser_pb2
 
 EXAMPLES = 10 if JIT_DISABLED else 70

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from tests import naive_samples as naive
 from trilith.data.fids import make_fid_v1, make_fid_v2
-from trilith.data.ragged import Ragged
 from trilith.data.records import Records
 from trilith.data.samples import (
     FeatureHash,
@@ -33,6 +32,7 @@ from trilith.data.samples.transforms import (
     ops_of,
 )
 from trilith.errors import DataError, InvalidRequestError
+from trilith.ops.ragged import Ragged
 from trilith_proto.example_pb2 import SHARED, Example, ExampleBatch, FilterValues
 from trilith_proto.line_id_pb2 import LineId
 from trilith_proto.proto_parser_pb2 import Instance

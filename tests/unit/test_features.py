@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from trilith.errors import InvalidRequestError
 from trilith.features import (
@@ -14,13 +12,9 @@ from trilith.features import (
     FeatureSlotConfig,
     FirstN,
     GradientUpdate,
-    ReduceMean,
-    ReduceSum,
     UserEmbeddingCheck,
     clip_by_global_norm,
     clip_gradients,
-    combine,
-    combiner_of,
     create_embedding_slices,
     global_norm,
     row_mask,
@@ -28,35 +22,11 @@ from trilith.features import (
 from trilith.pipelining import Pusher
 from trilith.tables import Adagrad, PolynomialDecay, Sgd
 
-# ---- combiners and slices --------------------------------------------------------------------------------------------
+# ---- slices --------------------------------------------------------------------------------------------
 
 
-@given(seed=st.integers(0, 2**32 - 1), lengths=st.lists(st.integers(0, 4), max_size=6), n=st.integers(1, 3))
-def test_combiners_make_one_of_the_vectors_of_a_row(seed, lengths, n):
-    rows = [
-        np.random.default_rng([seed, i]).normal(size=(each, 3)).astype(np.float32) for i, each in enumerate(lengths)
-    ]
-    vectors = np.concatenate([np.empty((0, 3), np.float32), *rows])
-    splits = np.cumsum([0, *lengths])
-    summed, mean = (combine(each, splits, vectors) for each in (ReduceSum(), ReduceMean()))
-    first = combine(FirstN(n), splits, vectors)
-    assert first.shape == (len(rows), n, 3)
-    for i, row in enumerate(rows):
-        np.testing.assert_allclose(summed[i], row.sum(0), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(mean[i], row.mean(0) if len(row) else np.zeros(3), rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(first[i, : len(row)], row[:n])
-        assert not first[i, len(row) :].any()
-
-
-def test_combiners_have_names_and_refuse_others():
-    assert [combiner_of(each) for each in ("ReduceSum", "ReduceMean", "FirstN(3)")] == [
-        ReduceSum(),
-        ReduceMean(),
-        FirstN(3),
-    ]
-    for wrong in ("FirstN(0)", "FirstN", "Max"):
-        with pytest.raises(InvalidRequestError):
-            combiner_of(wrong)
+def test_a_mask_says_where_rows_have_values():
+    assert row_mask(3, [2, 0, 5]).tolist() == [[1, 1, 0], [0, 0, 0], [1, 1, 1]]
     with pytest.raises(InvalidRequestError, match="seq_length"):
         row_mask(0, [1])
 
@@ -68,7 +38,7 @@ def test_slices_are_cut_from_the_last_axis():
     assert slices["f:0_1"].tolist() == [[[1], [0]], [[0], [0]], [[2], [3]]]
     assert slices["f:1_2"].tolist() == [[[2], [0]], [[0], [0]], [[3], [5]]]
     with pytest.raises(InvalidRequestError, match="do not cut 2 columns"):
-        create_embedding_slices({"f": vectors}, names, {"f": ReduceSum()}, {"f": [1, 2]})
+        create_embedding_slices({"f": vectors}, names, {"f": "sum"}, {"f": [1, 2]})
 
 
 # ---- slots -----------------------------------------------------------------------------------------------------------

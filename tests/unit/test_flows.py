@@ -25,9 +25,9 @@ from trilith.data.pipeline import flows
 from trilith.data.pipeline.dataset import from_records
 from trilith.data.pipeline.flows import with_source_names
 from trilith.data.pipeline.queue import LocalFiles, StrQueue
-from trilith.data.ragged import Ragged
 from trilith.data.records import Records
 from trilith.errors import DataError, InvalidRequestError, QueueFullError
+from trilith.ops.ragged import Ragged
 from trilith_proto.example_pb2 import Example
 from trilith_proto.proto_parser_pb2 import Instance
 

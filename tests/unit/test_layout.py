@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from tests import naive_ops
 from trilith.errors import InvalidRequestError
+from trilith.nn.layouts import layouts_by_kernel, layouts_by_torch
+from trilith.ops.combiners import combiner_of
 from trilith.ops.layout import (
     FidOffsets,
     flatten_layout,
@@ -17,8 +19,7 @@ from trilith.ops.layout import (
     fused_embedding_to_layout_grad,
     nest_layout,
 )
-from trilith.ops.layout_config import FeatureConfig, FeatureConfigs, OutConfig, OutType, PoolingType, SliceConfig
-from trilith.ops.torch_layout import fused_embedding_to_layout as torch_layout
+from trilith.ops.layout_config import FeatureConfig, FeatureConfigs, OutConfig, OutType, SliceConfig
 
 SHARED = 1 << 31
 
@@ -26,16 +27,16 @@ SHARED = 1 << 31
 def make_configs(one_dim=False):
     """Five features of two tables; every pooling, every form."""
 
-    def feature(table, pooling=PoolingType.SUM, length=0, dims=(1, 2, 18)):
+    def feature(table, combiner="sum", dims=(1, 2, 18)):
         dims = (1, 2, 2) if one_dim else dims
-        return FeatureConfig(table=table, slice_dims=dims, pooling_type=pooling, max_sequence_length=length)
+        return FeatureConfig(table=table, slice_dims=dims, combiner=combiner_of(combiner))
 
     features = {
         "a": feature("t1"),
-        "b": feature("t1", PoolingType.MEAN, dims=(1, 2)),
-        "c": feature("t2", PoolingType.FIRSTN, 2, dims=(3,)),
-        "d": feature("t1", PoolingType.MEAN),
-        "e": feature("t2", PoolingType.FIRSTN, 2, dims=(4,)),
+        "b": feature("t1", "mean", dims=(1, 2)),
+        "c": feature("t2", "first(2)", dims=(3,)),
+        "d": feature("t1", "sqrtn"),
+        "e": feature("t2", "first(2)", dims=(4,)),
     }
 
     def slices(*given):
@@ -120,11 +121,11 @@ def draw(configs, rng, batch):
     return rows_of
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["kernels", "torch"])
+@pytest.mark.parametrize("torch_layout", [layouts_by_kernel, layouts_by_torch])
 @pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), batch=st.integers(1, 5), shards=st.integers(1, 3), threads=st.integers(1, 3))
-def test_layouts_and_their_gradients_match_naive(version, native, seed, batch, shards, threads):
+def test_layouts_and_their_gradients_match_naive(version, torch_layout, seed, batch, shards, threads):
     rng = np.random.default_rng(seed)
     configs = make_configs(one_dim=version == 1)
     rows_of = draw(configs, rng, batch)
@@ -132,7 +133,7 @@ def test_layouts_and_their_gradients_match_naive(version, native, seed, batch, s
     want = naive_ops.layout_values(configs, rows_of, lambda name, each: vectors[name, each])
     got = fused_embedding_to_layout(buffers, offsets, configs, threads=threads)
     leaves = [torch.from_numpy(each.copy()).requires_grad_() for each in buffers]
-    ours = torch_layout(leaves, offsets, configs, scale=0.5, native=native)
+    ours = torch_layout(leaves, offsets, configs)
     assert len(got) == len(ours) == len(want)
     for each, tensor, reference in zip(got, ours, want, strict=True):
         np.testing.assert_allclose(each, reference, rtol=1e-4, atol=1e-5)
@@ -145,11 +146,11 @@ def test_layouts_and_their_gradients_match_naive(version, native, seed, batch, s
     right = sum(float((each * grad).sum()) for each, grad in zip(buffers, back, strict=True))
     assert abs(left / 2 - right) <= 1e-3 * (1 + abs(left))
     for each, tensor in zip(back, leaves, strict=True):
-        np.testing.assert_allclose(tensor.grad, each, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(tensor.grad / 2, each, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["kernels", "torch"])
-def test_requests_glued_together_give_their_rows_one_after_another(native):
+@pytest.mark.parametrize("torch_layout", [layouts_by_kernel, layouts_by_torch])
+def test_requests_glued_together_give_their_rows_one_after_another(torch_layout):
     rng = np.random.default_rng(3)
     configs = make_configs()
     cases = [arrange(configs, draw(configs, rng, batch), 5, 2, rng) for batch in (3, 2)]
@@ -170,7 +171,7 @@ def test_requests_glued_together_give_their_rows_one_after_another(native):
     want = [np.concatenate(pair) for pair in zip(*singles, strict=True)]
     for got, reference in zip(fused_embedding_to_layout(buffers, glued, configs), want, strict=True):
         np.testing.assert_array_equal(got, reference)
-    tensors = torch_layout([torch.from_numpy(each) for each in buffers], glued, configs, native=native)
+    tensors = torch_layout([torch.from_numpy(each) for each in buffers], glued, configs)
     for got, reference in zip(tensors, want, strict=True):
         np.testing.assert_allclose(got, reference, rtol=1e-5, atol=1e-5)
     back = fused_embedding_to_layout_grad(want, buffers, glued, configs)
@@ -197,8 +198,8 @@ def changed(offsets, **fields):
     return FidOffsets(**{name: getattr(offsets, name) for name in FidOffsets.__slots__} | fields)
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["kernels", "torch"])
-def test_offsets_that_point_nowhere_are_refused(native):
+@pytest.mark.parametrize("torch_layout", [layouts_by_kernel, layouts_by_torch])
+def test_offsets_that_point_nowhere_are_refused(torch_layout):
     rng = np.random.default_rng(1)
     configs = make_configs()
     rows_of = {name: [[1, 2], [3]] for name in configs.features}
@@ -218,7 +219,7 @@ def test_offsets_that_point_nowhere_are_refused(native):
         with pytest.raises(InvalidRequestError):
             fused_embedding_to_layout(buffers, wrong, configs)
         with pytest.raises(InvalidRequestError):
-            torch_layout(tensors, wrong, configs, native=native)
+            torch_layout(tensors, wrong, configs)
     with pytest.raises(InvalidRequestError, match="buffers"):
         fused_embedding_to_layout(buffers[1:], offsets, configs)
     grads = fused_embedding_to_layout(buffers, offsets, configs)

@@ -11,9 +11,9 @@ from torch import nn
 
 import trilith
 from tests.unit.nn_fakes import FakeClient
-from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError, NonFiniteError
 from trilith.nn import Bridge, Embedding, EmbeddingBag, EmbeddingCollection, Feature, FirstN, as_bags, pick_device
+from trilith.ops.ragged import Ragged
 
 VOCABULARY, DIM = 11, 3
 
@@ -112,10 +112,12 @@ def test_every_form_of_ids_means_the_same():
         as_bags(ids, row_splits=np.array([0, 2, 2, 6])),
         as_bags(ids.astype(np.int32), lengths=np.array([2, 0, 4])),
         as_bags(padded, lengths=torch.tensor([2, 0, 4])),
+        as_bags(want.torch_nested()),
+        as_bags(Ragged(ids.astype(np.int32), np.array([0, 2, 2, 6]))),
     ):
-        np.testing.assert_array_equal(got.ids, want.ids)
+        np.testing.assert_array_equal(got.values, want.values)
         np.testing.assert_array_equal(got.lengths, want.lengths)
-    assert as_bags(np.array([-1])).ids[0] == 2**64 - 1
+    assert as_bags(np.array([-1])).values[0] == 2**64 - 1
 
 
 @pytest.mark.parametrize(
@@ -144,8 +146,8 @@ def test_ids_that_are_no_bags_are_refused(ids, options):
 
 @pytest.mark.parametrize("ids", [[5, 2**63 + 9], (5, 2**63 + 9), np.array([5, 2**63 + 9], object)], ids=repr)
 def test_pythons_ids_keep_all_bits(ids):
-    assert as_bags(ids).ids.tolist() == [5, 2**63 + 9]
-    assert as_bags([ids, ids]).ids.tolist() == [5, 2**63 + 9] * 2
+    assert as_bags(ids).values.tolist() == [5, 2**63 + 9]
+    assert as_bags([ids, ids]).values.tolist() == [5, 2**63 + 9] * 2
 
 
 def test_an_unknown_combiner_is_refused():

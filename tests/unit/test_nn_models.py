@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.unit.nn_fakes import FakeClient
-from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
 from trilith.nn import (
     FFM,
@@ -24,6 +23,7 @@ from trilith.nn import (
     auc,
 )
 from trilith.nn.reduction import FUSIONS, average_gradients
+from trilith.ops.ragged import Ragged
 from trilith_services.demo.click_model import ClickModel
 from trilith_services.demo.clicks import ClickData
 from trilith_services.demo.local import LocalEmbeddings

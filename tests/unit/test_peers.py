@@ -8,7 +8,6 @@ import pytest
 import trilith
 from tests.ranks import Rank, Ranks, on_every_rank
 from trilith.compat.monolith.sharding import FeatureFids
-from trilith.data.ragged import Ragged
 from trilith.errors import (
     ClosedError,
     ClusterMismatchError,
@@ -18,7 +17,8 @@ from trilith.errors import (
     UnknownVariableError,
 )
 from trilith.nn import EmbeddingBag, EmbeddingCollection, Feature, FusedLayouts
-from trilith.ops.layout_config import OutConfig, OutType, PoolingType, SliceConfig
+from trilith.ops.layout_config import OutConfig, OutType, SliceConfig
+from trilith.ops.ragged import Ragged
 from trilith.peers import PeerClient
 from trilith.tables import Adagrad, HashTableConfig, RandomUniform, Sgd, Zeros
 from trilith.tables.config import Segment
@@ -290,8 +290,8 @@ def test_merged_tables_stand_on_workers_that_hold_the_rows():
 @pytest.mark.parametrize("merge", [False, True])
 def test_fused_layouts_stand_on_workers_that_hold_the_rows(size, merge):
     features = {
-        name: PartitionedFeature(config=HashTableConfig(**config_of(3)), slice_dims=(1, 2), pooling=pooling)
-        for name, pooling in (("x", PoolingType.SUM), ("y", PoolingType.MEAN))
+        name: PartitionedFeature(config=HashTableConfig(**config_of(3)), slice_dims=(1, 2), combiner=combiner)
+        for name, combiner in (("x", "sum"), ("y", "mean"))
     }
     layouts = {
         "bias": OutConfig(slices=(SliceConfig("x", 0, 1), SliceConfig("y", 0, 1)), out_type=OutType.ADDN),

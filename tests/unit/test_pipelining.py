@@ -13,10 +13,10 @@ from tests.unit.nn_fakes import FakeClient
 from trilith.data.parse.specs import Slot
 from trilith.data.pipeline.dataset import from_records
 from trilith.data.pipeline.positions import from_json, to_json
-from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError, ShardRestartedError, UnavailableError
 from trilith.nn import EmbeddingCollection, Feature
 from trilith.ops.jit import JIT_DISABLED
+from trilith.ops.ragged import Ragged
 from trilith.pipelining import Ahead, Prefetcher, Pusher
 from trilith_proto.proto_parser_pb2 import Instance
 from trilith_services.demo.clicks import split

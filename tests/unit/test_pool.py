@@ -1,12 +1,16 @@
-"""Bags pooled into places of a tensor, against numpy."""
+"""Bags of rows combined: the kernel and the tensors against plain Python, and the gradients of the tensors."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from trilith.errors import InvalidRequestError
-from trilith.ops.pool import MEAN, SQRTN, SUM, pool_first_rows, pool_rows
+from trilith.nn.pooling import make_pooling
+from trilith.ops.combiners import Combiner, FirstN, combiner_of
+from trilith.ops.pool import pool_rows
+from trilith.ops.ragged import Ragged
 
 _LENGTHS = [1, 0, 3, 2, 0, 1, 5]
 
@@ -23,23 +27,48 @@ def _bags(rows):
     return np.split(rows, _SPLITS[1:-1])
 
 
-@pytest.mark.parametrize(
-    ("combiner", "divisor"), [(SUM, lambda n: 1), (MEAN, lambda n: max(n, 1)), (SQRTN, lambda n: max(n, 1) ** 0.5)]
-)
-def test_bags_become_vectors_that_may_lie_apart(rows, combiner, divisor):
+def combined(combiner, bag, dim):
+    """The vector of one bag, by definition."""
+    if combiner.n:
+        return np.concatenate([bag, np.zeros((combiner.n, dim))])[: combiner.n]
+    divisor = {"sum": 1, "mean": len(bag), "sqrtn": len(bag) ** 0.5}[combiner.kind]
+    return bag.sum(0) / (divisor or 1)
+
+
+@pytest.mark.parametrize("name", ["sum", "mean", "sqrtn", "first(2)", "first(6)"])
+def test_the_kernel_and_tensors_combine_alike(rows, name):
+    combiner, dim = combiner_of(name), rows.shape[1]
+    expected = np.array([combined(combiner, bag, dim) for bag in _bags(rows)])
+    np.testing.assert_allclose(pool_rows(rows, _SPLITS, combiner), expected, rtol=1e-5, atol=1e-6)
+    places = Ragged(np.arange(len(rows)), _SPLITS)
+    kept = places.first(combiner.n) if combiner.n else places
+    pooling = make_pooling([kept.lengths], [combiner], torch.from_numpy)
+    leaf = torch.from_numpy(rows[kept.values]).requires_grad_()
+    vectors = pooling.forward(leaf)
+    np.testing.assert_allclose(vectors.detach(), expected, rtol=1e-5, atol=1e-6)
+    grads = torch.from_numpy(np.random.default_rng(1).normal(size=expected.shape).astype(np.float32))
+    vectors.backward(grads)
+    torch.testing.assert_close(pooling.backward(grads), leaf.grad)
+
+
+def test_vectors_may_lie_apart(rows):
     out = np.full((len(_LENGTHS), 3, rows.shape[1]), 9, np.float32)
-    pool_rows(rows, _SPLITS, combiner, out[:, 1])
-    expected = [bag.sum(0) / divisor(len(bag)) for bag in _bags(rows)]
-    np.testing.assert_allclose(out[:, 1], expected, rtol=1e-5, atol=1e-6)
+    pool_rows(rows, _SPLITS, Combiner("sum"), out[:, 1])
+    np.testing.assert_allclose(out[:, 1], [bag.sum(0) for bag in _bags(rows)], rtol=1e-5, atol=1e-6)
     assert (out[:, ::2] == 9).all()
 
 
-def test_first_rows_stand_side_by_side(rows):
-    out = np.full((len(_LENGTHS), 5, rows.shape[1]), 9, np.float32)
-    pool_first_rows(rows, _SPLITS, out)
-    for bag, found in zip(_bags(rows), out, strict=True):
-        np.testing.assert_array_equal(found[: len(bag)], bag)
-        assert not found[len(bag) :].any()
+def test_combiners_have_one_name_each():
+    for name in ("sum", "mean", "sqrtn", "first(3)"):
+        assert str(combiner_of(name)) == name
+        assert combiner_of(combiner_of(name)) == combiner_of(name)
+    assert FirstN(3) == Combiner("first", 3) == combiner_of("first(3)")
+    for wrong in ("first(0)", "first", "max", "ReduceSum"):
+        with pytest.raises(InvalidRequestError, match=wrong.split("(")[0]):
+            combiner_of(wrong)
+    for kind, n in (("first", 0), ("sum", 1), ("max", 0)):
+        with pytest.raises(InvalidRequestError, match="none of sum, mean, sqrtn, first n"):
+            Combiner(kind, n)
 
 
 ROWS, SPLITS = np.ones((4, 3), np.float32), np.array([0, 1, 4])
@@ -60,10 +89,10 @@ ROWS, SPLITS = np.ones((4, 3), np.float32), np.array([0, 1, 4])
 )
 def test_what_the_kernel_would_misread_is_refused(rows, splits, out, message):
     with pytest.raises(InvalidRequestError, match=message):
-        pool_rows(rows, splits, SUM, out)
+        pool_rows(rows, splits, Combiner("sum"), out)
 
 
 def test_bags_go_only_where_they_fit():
     for out in (np.empty((2, 3)), np.empty((2, 3, 4), np.float32), np.empty((2, 3, 6), np.float32)[:, :, ::2]):
         with pytest.raises(InvalidRequestError, match="out is"):
-            pool_first_rows(ROWS, SPLITS, out)
+            pool_rows(ROWS, SPLITS, FirstN(3), out)

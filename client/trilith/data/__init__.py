@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from trilith.data.pipeline.dataset import Dataset, DatasetIterator, from_records, read, read_kafka
     from trilith.data.pipeline.positions import from_json, to_json
     from trilith.data.pipeline.queue import StrQueue
-    from trilith.data.ragged import Ragged
     from trilith.data.records import Kind, Records
     from trilith.data.samples.item_pool import ItemPool
     from trilith.data.samples.negatives import NegativeConfig
     from trilith.data.scan.rows import Column
+    from trilith.ops.ragged import Ragged
 
 __all__ = [
     "Column",
@@ -67,7 +67,7 @@ _WHERE = {
     "Label": "parse.specs",
     "NegativeConfig": "samples.negatives",
     "ParseSpec": "parse.parsers",
-    "Ragged": "ragged",
+    "Ragged": ".ops.ragged",
     "Records": "records",
     "Slot": "parse.specs",
     "Sparse": "parse.specs",
@@ -87,7 +87,7 @@ _WHERE = {
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"trilith.data.{_WHERE[name]}"), name)
+    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

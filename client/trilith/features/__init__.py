@@ -1,7 +1,6 @@
 """What a model says about its features: slots, columns, slices, how rows become one, and how updates are made."""
 
-from trilith.features.combiners import Combiner, FirstN, ReduceMean, ReduceSum, combine, combiner_of, row_mask
-from trilith.features.slices import create_embedding_slices, dummy_lookup_shape
+from trilith.features.slices import create_embedding_slices, dummy_lookup_shape, row_mask
 from trilith.features.slots import (
     FeatureColumn,
     FeatureRegistry,
@@ -19,6 +18,7 @@ from trilith.features.updates import (
     clip_gradients,
     global_norm,
 )
+from trilith.ops.combiners import Combiner, FirstN, combiner_of
 
 __all__ = [
     "ClipType",
@@ -30,13 +30,10 @@ __all__ = [
     "FeatureSlotConfig",
     "FirstN",
     "GradientUpdate",
-    "ReduceMean",
-    "ReduceSum",
     "SlotSegment",
     "UserEmbeddingCheck",
     "clip_by_global_norm",
     "clip_gradients",
-    "combine",
     "combiner_of",
     "create_embedding_slices",
     "dummy_lookup_shape",

@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import Any
 
 from trilith.errors import InvalidRequestError
-from trilith.features.combiners import Combiner, FirstN, ReduceSum
 from trilith.features.slices import dummy_lookup_shape
+from trilith.ops.combiners import Combiner, CombinerLike, combiner_of
 from trilith.tables.compressors import CompressorLike, Fp16, Fp32
 from trilith.tables.config import HashTableConfig, Segment, default_learning_rate, fuse_adjacent
 from trilith.tables.initializers import InitializerLike, RandomUniform, Zeros
@@ -297,7 +297,7 @@ class FeatureRegistry:
         return slot
 
     def create_feature_column(
-        self, slot: FeatureSlot, feature_name: str, combiner: Combiner | None = None
+        self, slot: FeatureSlot, feature_name: str, combiner: CombinerLike = "sum"
     ) -> FeatureColumn:
         """Let a feature read a slot; one feature reads one slot."""
         if self.slots.get(slot.name) is not slot:
@@ -305,7 +305,7 @@ class FeatureRegistry:
         known = self.columns.get(feature_name)
         if known is not None and known.slot is not slot:
             raise InvalidRequestError(f"feature {feature_name!r} reads slot {known.slot.name!r} already")
-        column = FeatureColumn(slot, feature_name, combiner or ReduceSum(), self._values)
+        column = FeatureColumn(slot, feature_name, combiner_of(combiner), self._values)
         self.columns[feature_name] = column
         return column
 
@@ -358,5 +358,4 @@ class FeatureRegistry:
         return sorted(name for name, column in self.columns.items() if column.slot.name == table)
 
     def _shape(self, column: FeatureColumn, slice_: FeatureSlice) -> tuple[int, ...]:
-        length = column.combiner.max_seq_length if isinstance(column.combiner, FirstN) else 0
-        return dummy_lookup_shape(self._batch_size, slice_.start, slice_.end, length)
+        return dummy_lookup_shape(self._batch_size, slice_.start, slice_.end, column.combiner.n)

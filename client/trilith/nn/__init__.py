@@ -8,7 +8,7 @@ except ModuleNotFoundError as error:
     raise missing_extra(error) from None
 
 from trilith.nn.auc import auc
-from trilith.nn.bags import Bags, Combiner, FirstN, as_bags
+from trilith.nn.bags import as_bags
 from trilith.nn.deepfm import DeepFM
 from trilith.nn.dense import AllReduced, DenseOnPs
 from trilith.nn.embedding import Embedding, EmbeddingBag, EmbeddingCollection, Feature, FetchedRows
@@ -16,11 +16,11 @@ from trilith.nn.features import FeatureEmbeddings, FeatureModel
 from trilith.nn.ffm import FFM
 from trilith.nn.layouts import FusedLayouts
 from trilith.nn.updates import ClippedBackward, ClippedLayouts
+from trilith.ops.combiners import Combiner, FirstN
 
 __all__ = [
     "FFM",
     "AllReduced",
-    "Bags",
     "Bridge",
     "ClippedBackward",
     "ClippedLayouts",

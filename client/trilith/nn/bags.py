@@ -1,10 +1,9 @@
-"""Bags of ids in every form a caller may have them, made into one; and how a bag becomes one vector."""
+"""Bags of ids in every form a caller may have them, made into one: a `Ragged` of uint64."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +11,12 @@ import torch
 from torch import Tensor
 
 from trilith.arrays import id_array
-from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
-from trilith.features.combiners import FirstN
+from trilith.ops.ragged import Int64Array, Ragged
 
-__all__ = ["Bags", "Combiner", "FirstN", "IdsLike", "as_bags", "as_ids", "check_combiner"]
+__all__ = ["IdsLike", "as_bags", "as_ids"]
 
 UInt64Array: TypeAlias = npt.NDArray[np.uint64]
-Int64Array: TypeAlias = npt.NDArray[np.int64]
 IdsLike: TypeAlias = (
     Ragged[Any]
     | Tensor
@@ -28,43 +25,6 @@ IdsLike: TypeAlias = (
     | Sequence[Sequence[int]]
     | tuple[Tensor | npt.NDArray[Any], Tensor | npt.NDArray[Any]]
 )
-
-POOLED = ("sum", "mean", "sqrtn")
-
-
-Combiner: TypeAlias = Literal["sum", "mean", "sqrtn"] | FirstN
-"""sum; mean; sqrtn, the sum divided by the square root of the bag's size; or the first n rows, others not looked up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bags:
-    """Bags of ids.
-
-    Attributes:
-        ids: uint64[n], bag after bag.
-        lengths: int64[b]; a bag may be empty.
-    """
-
-    ids: UInt64Array
-    lengths: Int64Array
-
-    def __len__(self) -> int:
-        return self.lengths.size
-
-    def first(self, n: int) -> Bags:
-        """The same bags cut to at most n ids each."""
-        if self.lengths.size == 0 or int(self.lengths.max()) <= n:
-            return self
-        ends = np.cumsum(self.lengths)
-        place = np.arange(self.ids.size) - np.repeat(ends - self.lengths, self.lengths)
-        return Bags(self.ids[place < n], np.minimum(self.lengths, n))
-
-
-def check_combiner(combiner: Combiner) -> Combiner:
-    """Return a known combiner, refuse others."""
-    if isinstance(combiner, FirstN) or combiner in POOLED:
-        return combiner
-    raise InvalidRequestError(f"combiner {combiner!r} is none of {', '.join(POOLED)}, FirstN(n)")
 
 
 def as_ids(ids: Any) -> UInt64Array:
@@ -86,12 +46,13 @@ def as_bags(
     *,
     row_splits: Tensor | npt.NDArray[Any] | None = None,
     lengths: Tensor | npt.NDArray[Any] | None = None,
-) -> Bags:
-    """Make bags of any of the accepted forms.
+) -> Ragged[np.uint64]:
+    """Make bags of any of the accepted forms; without a copy where the form is one array of 64-bit integers.
 
     Args:
-        ids: A `Ragged`, as parsed batches hold them; or [b, k], a bag per row, cut to `lengths` where given; or [n]
-            with one of the others; or [n] alone, one id per bag; or two arrays or tensors [n] and [b], ids and offsets.
+        ids: A `Ragged`, as parsed batches hold them; or a jagged nested tensor; or [b, k], a bag per row, cut to
+            `lengths` where given; or [n] with one of the others; or [n] alone, one id per bag; or two arrays or tensors
+            [n] and [b], ids and offsets.
         offsets: [b], where each bag starts, as `torch.nn.EmbeddingBag` has it.
         row_splits: [b + 1], where each bag starts and the last one ends.
         lengths: [b], size of each bag.
@@ -107,11 +68,17 @@ def as_bags(
     ]
     if len(given) > 1:
         raise InvalidRequestError(f"{' and '.join(given)} say the same thing; give one of them")
-    if isinstance(ids, Ragged):
+    nested = isinstance(ids, Tensor) and ids.is_nested
+    if isinstance(ids, Ragged) or nested:
         if given:
             raise InvalidRequestError(f"ragged ids carry their own splits; {given[0]} cannot be given too")
-        ids.check()
-        return Bags(as_ids(ids.values), ids.lengths)
+        if isinstance(ids, Ragged):
+            bags = Ragged(as_ids(ids.values), ids.row_splits)
+        else:
+            parts: Any = ids
+            bags = Ragged(as_ids(parts.values()), _integers("offsets", parts.offsets()))
+        bags.check()
+        return bags
     flat = as_ids(ids)
     if flat.ndim == 2:
         return _padded(flat, given, lengths)
@@ -120,36 +87,35 @@ def as_bags(
     if lengths is not None:
         sizes = _integers("lengths", lengths)
     elif row_splits is not None:
-        splits = _integers("row_splits", row_splits)
-        if splits.size == 0 or splits[0] != 0 or splits[-1] != flat.size:
-            raise InvalidRequestError(f"row_splits must run from 0 to {flat.size}, the number of ids")
-        sizes = np.diff(splits)
+        bags = Ragged(flat, _integers("row_splits", row_splits))
+        bags.check()
+        return bags
     elif offsets is not None:
         starts = _integers("offsets", offsets)
         if starts.size and starts[0] != 0:
             raise InvalidRequestError(f"offsets start at {starts[0]}, not at 0")
         sizes = np.diff(starts, append=flat.size) if starts.size else starts
     else:
-        return Bags(flat, np.ones(flat.size, np.int64))
+        return Ragged(flat, np.arange(flat.size + 1))
     if (sizes < 0).any() or int(sizes.sum()) != flat.size:
         raise InvalidRequestError(f"{given[0]} do not cut {flat.size} ids into bags")
-    return Bags(flat, sizes)
+    return Ragged.of_lengths(flat, sizes)
 
 
-def _padded(table: UInt64Array, given: list[str], lengths: Tensor | npt.NDArray[Any] | None) -> Bags:
+def _padded(table: UInt64Array, given: list[str], lengths: Tensor | npt.NDArray[Any] | None) -> Ragged[np.uint64]:
     if given and given != ["lengths"]:
         raise InvalidRequestError(f"padded ids of shape {table.shape} go with lengths, not with {given[0]}")
     bags, width = table.shape
     if lengths is None:
-        return Bags(table.reshape(-1), np.full(bags, width, np.int64))
+        return Ragged(table.reshape(-1), np.arange(bags + 1) * width)
     sizes = _integers("lengths", lengths)
     if sizes.size != bags or (sizes < 0).any() or (sizes > width).any():
         raise InvalidRequestError(f"lengths must be {bags} numbers in 0..{width} for padded ids of shape {table.shape}")
-    return Bags(table[np.arange(width) < sizes[:, None]], sizes)
+    return Ragged.of_lengths(table[np.arange(width) < sizes[:, None]], sizes)
 
 
 def _integers(name: str, values: Tensor | npt.NDArray[Any]) -> Int64Array:
     array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise InvalidRequestError(f"{name} must be one-dimensional integers, not {array.dtype}{list(array.shape)}")
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)

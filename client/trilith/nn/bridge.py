@@ -70,12 +70,12 @@ class Bridge:
         same = self.device.type == device.type and self.device.index in (None, device.index)
         return self if same else Bridge(device)
 
-    def to_device(self, rows: npt.NDArray[np.float32]) -> Tensor:
-        """Return the rows as a tensor on the device."""
+    def to_device(self, rows: npt.NDArray[Any]) -> Tensor:
+        """Return rows, or int64 indices or lengths, as a tensor on the device."""
         if not rows.flags.writeable:
             rows = rows.copy()  # torch has no read-only tensors
         host = torch.from_numpy(rows)
-        if not self._pinned:
+        if not self._pinned or host.dtype != torch.float32:
             return host.to(self.device)
         staged = self._allocate(tuple(rows.shape))
         staged.copy_(host)
@@ -91,7 +91,3 @@ class Bridge:
             values = staged
         array: npt.NDArray[Any] = values.cpu().numpy()
         return array
-
-    def integers(self, values: npt.NDArray[np.int64]) -> Tensor:
-        """Return int64 indices or lengths on the device."""
-        return torch.from_numpy(values).to(self.device)

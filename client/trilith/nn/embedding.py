@@ -16,11 +16,13 @@ from torch.autograd.function import once_differentiable
 from trilith.client import Client
 from trilith.errors import InvalidRequestError
 from trilith.nn.anchored import Anchored
-from trilith.nn.bags import Bags, Combiner, FirstN, IdsLike, as_bags, as_ids, check_combiner
+from trilith.nn.bags import IdsLike, as_bags, as_ids
 from trilith.nn.bridge import Bridge, pick_device
 from trilith.nn.eager import outside_graphs
 from trilith.nn.exchange import Exchange, RowClient
 from trilith.nn.pooling import FirstRows, Pooled, make_pooling
+from trilith.ops.combiners import Combiner, CombinerLike, combiner_of
+from trilith.ops.ragged import Ragged
 from trilith.pipelining import Prefetcher
 
 __all__ = ["Embedding", "EmbeddingBag", "EmbeddingCollection", "Feature", "FetchedRows", "TableLike"]
@@ -44,15 +46,21 @@ class TableLike(Protocol):
         """The cluster's client."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Feature:
     """Which table a feature is looked up in, and how its bags become vectors."""
 
     table: TableLike
-    combiner: Combiner = "mean"
+    combiner: Combiner
 
-    def __post_init__(self) -> None:
-        check_combiner(self.combiner)
+    def __init__(self, table: TableLike, combiner: CombinerLike = "mean") -> None:
+        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "combiner", combiner_of(combiner))
+
+    def bags(self, ids: IdsLike) -> Ragged[np.uint64]:
+        """The bags of a batch, without the ids that the combiner has no place for."""
+        bags = as_bags(ids)
+        return bags.first(self.combiner.n) if self.combiner.n else bags
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,14 +251,14 @@ class EmbeddingBag(_ClusterModule):
         self,
         table: TableLike,
         *,
-        combiner: Combiner = "mean",
+        combiner: CombinerLike = "mean",
         device: str | torch.device | None = "cpu",
         init_missing: bool = False,
         bridge: Bridge | None = None,
     ) -> None:
         super().__init__(table.client, device=device, init_missing=init_missing, bridge=bridge)
         self.table = table
-        self.combiner = check_combiner(combiner)
+        self.combiner = combiner_of(combiner)
 
     @outside_graphs
     def forward(
@@ -263,17 +271,17 @@ class EmbeddingBag(_ClusterModule):
     ) -> Tensor:
         """Return float32[b, dim], with FirstN(n) float32[b, n, dim]; `as_bags` says which forms of ids there are."""
         bags = as_bags(ids, offsets, row_splits=row_splits, lengths=lengths)
-        if isinstance(self.combiner, FirstN):
-            bags = bags.first(self.combiner.max_seq_length)
-        pooling = make_pooling([bags], [self.combiner], self.bridge)
+        if self.combiner.n:
+            bags = bags.first(self.combiner.n)
+        pooling = make_pooling([bags.lengths], [self.combiner], self.bridge.to_device)
         name = self.table.name
-        output = _Output(name, 0, bags.ids.size, pooling)
-        (vectors,) = self._run(_Step(self.exchange, self.bridge, {name: bags.ids}, [output], self._learns()))
+        output = _Output(name, 0, bags.values.size, pooling)
+        (vectors,) = self._run(_Step(self.exchange, self.bridge, {name: bags.values}, [output], self._learns()))
         return vectors
 
     def extra_repr(self) -> str:
         """Table, dim and combiner."""
-        return f"{self.table.name!r}, dim={self.table.dim}, combiner={self.combiner!r}"
+        return f"{self.table.name!r}, dim={self.table.dim}, combiner={str(self.combiner)!r}"
 
 
 class EmbeddingCollection(_ClusterModule):
@@ -320,7 +328,7 @@ class EmbeddingCollection(_ClusterModule):
         self._by_table: dict[str, tuple[list[str], list[str]]] = {}
         for name, feature in self.features.items():
             pooled, first = self._by_table.setdefault(feature.table.name, ([], []))
-            (first if isinstance(feature.combiner, FirstN) else pooled).append(name)
+            (first if feature.combiner.n else pooled).append(name)
 
     def fetch(self, batch: Mapping[str, IdsLike]) -> FetchedRows:
         """Look a batch up now, to go through the model later; may be called in another thread.
@@ -412,25 +420,22 @@ class EmbeddingCollection(_ClusterModule):
             runs = ([pooled] if pooled else []) + [[name] for name in first]
             start = 0
             for names in runs:
-                stop = start + sum(bags[name].ids.size for name in names)
+                stop = start + sum(bags[name].values.size for name in names)
                 combiners = [self.features[name].combiner for name in names]
-                pooling = make_pooling([bags[name] for name in names], combiners, self.bridge)
+                pooling = make_pooling([bags[name].lengths for name in names], combiners, self.bridge.to_device)
                 step.outputs.append(_Output(table, start, stop, pooling))
                 groups.append(names)
                 start = stop
-            parts = [bags[name].ids for names in runs for name in names]
+            parts = [bags[name].values for names in runs for name in names]
             step.ids[table] = np.concatenate(parts) if len(parts) > 1 else parts[0]
         return step, groups, samples
 
-    def _bags(self, batch: Mapping[str, IdsLike]) -> dict[str, Bags]:
+    def _bags(self, batch: Mapping[str, IdsLike]) -> dict[str, Ragged[np.uint64]]:
         if batch.keys() != self.features.keys():
             raise InvalidRequestError(
                 f"the batch has features {sorted(batch)}, the collection has {sorted(self.features)}"
             )
-        bags = {}
-        for name, feature in self.features.items():
-            one = as_bags(batch[name])
-            bags[name] = one.first(feature.combiner.max_seq_length) if isinstance(feature.combiner, FirstN) else one
+        bags = {name: feature.bags(batch[name]) for name, feature in self.features.items()}
         sizes = {name: len(one) for name, one in bags.items()}
         if len(set(sizes.values())) > 1:
             raise InvalidRequestError(f"features differ in their number of samples: {sizes}")

@@ -10,10 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from trilith.client import Client
-from trilith.features.combiners import Combiner as FeatureCombiner
-from trilith.features.combiners import FirstN, ReduceMean
 from trilith.features.slots import FeatureColumn, FeatureRegistry, FeatureSlice
-from trilith.nn.bags import Combiner, IdsLike
+from trilith.nn.bags import IdsLike
 from trilith.nn.eager import outside_graphs
 from trilith.nn.embedding import EmbeddingCollection, Feature, FetchedRows, TableLike
 from trilith.nn.exchange import RowClient
@@ -48,7 +46,7 @@ class FeatureEmbeddings(EmbeddingCollection):
             specs, table_of = registry.merged_table_specs()
         tables = client.create_tables(specs)
         features = {
-            name: Feature(tables[table_of[column.slot.name]], _combiner(column.combiner))
+            name: Feature(tables[table_of[column.slot.name]], column.combiner)
             for name, column in registry.columns.items()
         }
         if isinstance(client, Client):
@@ -87,9 +85,3 @@ class FeatureModel(nn.Module):
         """What the body makes of a batch."""
         with self.embeddings.looked_up(batch):
             return self.body()
-
-
-def _combiner(combiner: FeatureCombiner) -> Combiner:
-    if isinstance(combiner, FirstN):
-        return combiner
-    return "mean" if isinstance(combiner, ReduceMean) else "sum"

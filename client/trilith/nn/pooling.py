@@ -1,17 +1,22 @@
-"""Rows of bags to vectors and back: the arithmetic of the combiners, forward and backward."""
+"""Rows of bags to vectors and back: the arithmetic of the combiners for tensors, forward and backward.
+
+`trilith.ops.pool` is the same for arrays from which nothing is learned.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trilith.nn.bags import Bags, Combiner, FirstN, Int64Array
-from trilith.nn.bridge import Bridge
+from trilith.ops.combiners import Combiner
+from trilith.ops.ragged import Int64Array
 
 __all__ = ["FirstRows", "Pooled", "make_pooling"]
 
@@ -70,37 +75,40 @@ class FirstRows:
         return grads.flatten(0, 1)[self.places]
 
 
-def make_pooling(bags: Sequence[Bags], combiners: Sequence[Combiner], bridge: Bridge) -> Pooled | FirstRows:
+def make_pooling(
+    lengths: Sequence[Int64Array], combiners: Sequence[Combiner], to_device: Callable[[npt.NDArray[Any]], Tensor]
+) -> Pooled | FirstRows:
     """Work out how the rows of several features, feature after feature, become vectors.
 
     Args:
-        bags: Per feature its bags; several for pooled combiners, one for FirstN, cut already.
+        lengths: Per feature int64[b], the rows of its bags; of several for pooled combiners, of one, cut already, for
+            the first n.
         combiners: Per feature.
-        bridge: Knows the device.
+        to_device: Takes an array where the rows are.
     """
-    if isinstance(combiners[0], FirstN):
-        return _first_rows(bags[0], combiners[0].max_seq_length, bridge)
-    lengths = bags[0].lengths if len(bags) == 1 else np.concatenate([feature.lengths for feature in bags])
-    if (lengths == 1).all():
+    if combiners[0].n:
+        return _first_rows(lengths[0], combiners[0].n, to_device)
+    sizes = lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
+    if (sizes == 1).all():
         return Pooled(None, None)  # one row in, the same out, whatever the combiner
     scale = None
-    if any(combiner != "sum" for combiner in combiners):
-        safe = np.maximum(lengths, 1).astype(np.float32)
-        factors = np.ones_like(safe)
-        start = 0
-        for feature, combiner in zip(bags, combiners, strict=True):
-            part = slice(start, start + len(feature))
-            start = part.stop
-            if combiner == "mean":
-                factors[part] = 1 / safe[part]
-            elif combiner == "sqrtn":
-                factors[part] = 1 / np.sqrt(safe[part])
-        scale = bridge.to_device(factors[:, None])
-    return Pooled(bridge.integers(lengths), scale)
+    if any(combiner.kind != "sum" for combiner in combiners):
+        factors = np.concatenate([_factors(*each) for each in zip(lengths, combiners, strict=True)])
+        scale = to_device(factors[:, None])
+    return Pooled(to_device(sizes), scale)
 
 
-def _first_rows(bags: Bags, width: int, bridge: Bridge) -> FirstRows:
-    lengths: Int64Array = bags.lengths
-    starts = np.cumsum(lengths) - lengths
-    shift = np.arange(len(bags)) * width - starts
-    return FirstRows(bridge.integers(np.arange(bags.ids.size) + np.repeat(shift, lengths)), len(bags), width)
+def _factors(lengths: Int64Array, combiner: Combiner) -> npt.NDArray[np.float32]:
+    """float32[b]: what the sum of each bag is multiplied by."""
+    safe = np.maximum(lengths, 1).astype(np.float32)
+    if combiner.kind == "sum":
+        return np.ones_like(safe)
+    divisors = safe if combiner.kind == "mean" else np.sqrt(safe)
+    return np.reciprocal(divisors, out=divisors)
+
+
+def _first_rows(lengths: Int64Array, width: int, to_device: Callable[[npt.NDArray[Any]], Tensor]) -> FirstRows:
+    ends = np.cumsum(lengths)
+    shift = np.arange(lengths.size) * width - (ends - lengths)
+    places = np.arange(ends[-1] if ends.size else 0) + np.repeat(shift, lengths)
+    return FirstRows(to_device(places), lengths.size, width)

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, distributed
 
 from trilith.errors import InvalidRequestError
-from trilith.ops.packing import MOST_INPUTS
-from trilith.ops.torch_packing import aligned_flat_concat, aligned_flat_split
 
 __all__ = ["FUSIONS", "Fusion", "average_gradients"]
 
@@ -45,8 +43,7 @@ def average_gradients(
     # float16 would not hold the sum of what it holds.
     share = scale / ranks if float16 else scale
     if fusion == "one":
-        batches = [given[start : start + MOST_INPUTS] for start in range(0, len(given), MOST_INPUTS)]
-        pieces = [aligned_flat_concat(batch, share) for batch in batches]
+        pieces = [torch.cat([each.reshape(-1) for each in given]) * share] if given else []
     else:
         pieces = [each * share for each in given]
     if float16:
@@ -64,6 +61,7 @@ def average_gradients(
         for piece in pieces:
             piece /= ranks
     if fusion == "one":
-        pieces = [part for batch, flat in zip(batches, pieces, strict=True) for part in aligned_flat_split(batch, flat)]
+        parts = torch.split(pieces[0], [each.numel() for each in given]) if given else ()
+        pieces = [part.view(each.shape) for part, each in zip(parts, given, strict=True)]
     averaged = iter(pieces)
     return [None if each is None else next(averaged) for each in gradients]

@@ -11,21 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from trilith.data.parse.specs import Dense, FeatureSpec, Slot, Sparse
-from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.errors import DataError, InternalError, InvalidRequestError
 from trilith.folder import Folder
-from trilith.nn.bags import Bags
 from trilith.nn.program import Program, load_program, unpack_weights
 from trilith.nn.requests import OnUnknown, RequestExamples, RequestInstances, RequestParser
-from trilith.ops.pool import MEAN, SQRTN, SUM, pool_first_rows, pool_rows
+from trilith.ops.pool import pool_rows
+from trilith.ops.ragged import Ragged
 from trilith.serving.exports import GRAPH, MODEL, WEIGHTS, ExportManifest, ModelConfig, read_export, read_file
 
 __all__ = ["Lookup", "Scores", "ServedModel", "load_model"]
 
 Float32Array = npt.NDArray[np.float32]
-
-_COMBINERS = {"sum": SUM, "mean": MEAN, "sqrtn": SQRTN}
 
 Lookup = Callable[[Mapping[str, Any], float | None], Mapping[str, Float32Array]]
 """Rows by table for ids by table, within so many seconds."""
@@ -118,11 +115,8 @@ class ServedModel:
 
     def _bags(self, name: str, ids: Ragged[np.int64]) -> Ragged[np.int64]:
         """A feature's ids, without those that no input has a place for."""
-        width = self.config.features[name].n
-        if not width:
-            return ids
-        cut = Bags(ids.values.view(np.uint64), ids.lengths).first(width)
-        return Ragged.of_lengths(cut.ids.view(np.int64), cut.lengths)
+        width = self.config.features[name].combiner.n
+        return ids.first(width) if width else ids
 
     def _rows(self, bags: Mapping[str, Ragged[np.int64]], timeout_s: float | None) -> dict[str, Float32Array]:
         """Per feature the float32[n, dim] rows of its ids, all looked up in one call."""
@@ -154,12 +148,8 @@ class ServedModel:
             return np.ascontiguousarray(parsed[f"dense {place}"])
         out = np.empty((len(bags[wanted.names[0]]), *self._shapes[place]), np.float32)
         for column, name in enumerate(wanted.names):
-            feature = self.config.features[name]
             target = out[:, column] if wanted.kind == "stacked" else out
-            if feature.n:
-                pool_first_rows(rows[name], bags[name].row_splits, target)
-            else:
-                pool_rows(rows[name], bags[name].row_splits, _COMBINERS[feature.combiner], target)
+            pool_rows(rows[name], bags[name].row_splits, self.config.features[name].combiner, target)
         return out
 
 

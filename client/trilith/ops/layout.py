@@ -262,7 +262,7 @@ def _plan(configs: FeatureConfigs, tensors: list[Float32Array]) -> _Tensors:
     plan = np.array(entries, np.int64).reshape(-1, FIELDS)
     about = np.array(
         [
-            (each.dim, int(each.pooling_type), each.max_sequence_length)
+            (each.dim, each.combiner.code, each.combiner.n)
             for each in (configs.features[name] for name in configs.feature_names)
         ],
         np.int64,

@@ -7,16 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trilith.errors import InvalidRequestError
+from trilith.ops.combiners import Combiner
 
-__all__ = ["FeatureConfig", "FeatureConfigs", "OutConfig", "OutType", "PoolingType", "SliceConfig"]
+__all__ = ["FeatureConfig", "FeatureConfigs", "OutConfig", "OutType", "SliceConfig"]
 
 
-class PoolingType(enum.IntEnum):
-    """How the vectors of a row become one; the numbers are those of the messages."""
-
-    SUM = 0
-    MEAN = 1
-    FIRSTN = 3
+_SUM = Combiner("sum")
 
 
 class OutType(enum.IntEnum):
@@ -35,24 +31,17 @@ class FeatureConfig:
     Attributes:
         table: Whose vectors it has.
         slice_dims: Widths of the slices of a vector.
-        pooling_type: How the vectors of a row become one.
-        max_sequence_length: Vectors that FIRSTN keeps of a row; 0 for the others.
+        combiner: How the vectors of a row become one.
     """
 
     table: str
     slice_dims: tuple[int, ...]
-    pooling_type: PoolingType = PoolingType.SUM
-    max_sequence_length: int = 0
+    combiner: Combiner = _SUM
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "slice_dims", tuple(int(each) for each in self.slice_dims))
-        object.__setattr__(self, "pooling_type", PoolingType(self.pooling_type))
         if not self.slice_dims or min(self.slice_dims) < 1:
             raise InvalidRequestError(f"slice_dims {list(self.slice_dims)} are not all at least 1")
-        if self.pooling_type is PoolingType.FIRSTN and self.max_sequence_length < 1:
-            raise InvalidRequestError(f"FIRSTN: max_sequence_length={self.max_sequence_length} is below 1")
-        if self.max_sequence_length < 0:
-            raise InvalidRequestError(f"max_sequence_length={self.max_sequence_length} is negative")
 
     @property
     def dim(self) -> int:
@@ -137,9 +126,7 @@ class FeatureConfigs:
         return [shapes[0] if out.out_type is OutType.ADDN else (len(shapes), *shapes[0])]
 
     def _slice_shape(self, slice_: SliceConfig) -> tuple[int, ...]:
-        feature = self.features[slice_.feature_name]
-        width = slice_.end - slice_.start
-        return (feature.max_sequence_length, width) if feature.pooling_type is PoolingType.FIRSTN else (width,)
+        return self.features[slice_.feature_name].combiner.shape(slice_.end - slice_.start)
 
     def _check(self, name: str, layout: OutConfig) -> None:
         if not layout.slices:
@@ -154,7 +141,7 @@ class FeatureConfigs:
                 )
         shapes = [self._slice_shape(each) for each in layout.slices]
         if layout.out_type is OutType.ADDN and any(len(shape) > 1 for shape in shapes):
-            raise InvalidRequestError(f"layout {name!r}: sequences of FIRSTN features cannot be added up")
+            raise InvalidRequestError(f"layout {name!r}: sequences cannot be added up")
         alike = {shape[:-1] for shape in shapes} if layout.out_type is OutType.CONCAT else set(shapes)
         if layout.out_type is not OutType.NONE and len(alike) > 1:
             raise InvalidRequestError(f"layout {name!r}: slices of shapes {shapes} do not fit {layout.out_type.name}")

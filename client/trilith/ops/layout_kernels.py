@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from trilith.ops.combiners import FIRST, MEAN, SQRTN
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import as_index, copy_floats, load_u32, load_u64, prefetch
 from trilith.ops.vectors import add_plain, add_scaled, set_scaled, set_zero
 
-__all__ = ["FIELDS", "FIRSTN", "MEAN", "SHARED", "gather_layouts", "scatter_layouts"]
+__all__ = ["FIELDS", "SHARED", "gather_layouts", "scatter_layouts"]
 
 FIELDS = 8
-MEAN = 1
-FIRSTN = 3
 SHARED = 0x80000000
 
 _ROW = np.uint32(SHARED - 1)
@@ -79,7 +78,11 @@ def _write_zeros(plan: int, first: int, last: int, b: int) -> None:
 @inlined
 def _share(pooling: int, count: int) -> np.float32:
     """What each of `count` vectors is multiplied by."""
-    return _ONE / np.float32(count) if pooling == MEAN and count > 0 else _ONE
+    if count > 1 and pooling == MEAN:
+        return _ONE / np.float32(count)
+    if count > 1 and pooling == SQRTN:
+        return np.float32(_ONE / np.sqrt(np.float32(count)))
+    return _ONE
 
 
 @kernel(
@@ -133,7 +136,7 @@ def gather_layouts(
         mark = load_u32(firsts, f)
         row, shared = as_index(mark & _ROW), as_index(mark & _SHARED) != 0
         present = _present(firsts, f, features)
-        if shared and present and pooling != FIRSTN:
+        if shared and present and pooling != FIRST:
             p, q = as_index(load_u32(rows, row)), as_index(load_u32(rows, row + 1))
             set_zero(scratch, dim)
             for i in range(p, q):
@@ -149,7 +152,7 @@ def gather_layouts(
             if present:
                 at = row if shared else row + b
                 p, q = as_index(load_u32(rows, at)), as_index(load_u32(rows, at + 1))
-            if pooling == FIRSTN:
+            if pooling == FIRST:
                 q = min(q, p + places)
                 for s in range(first, last):
                     entry = plan + 8 * FIELDS * s
@@ -164,7 +167,7 @@ def gather_layouts(
                 vector = _vector(load_u64(fids, i), unit, dim, lists, starts, sizes)
                 if vector == 0:
                     return i
-                if pooling != FIRSTN:
+                if pooling != FIRST:
                     _write(plan, first, last, b, vector, factor, i > p)
                     continue
                 for s in range(first, last):
@@ -238,7 +241,7 @@ def scatter_layouts(
         unit = dim if by_row else 1
         mark = load_u32(firsts, f)
         row, shared = as_index(mark & _ROW), as_index(mark & _SHARED) != 0
-        if shared and pooling != FIRSTN:
+        if shared and pooling != FIRST:
             set_zero(scratch, dim)
             for s in range(first, last):
                 entry = plan + 8 * FIELDS * s
@@ -256,7 +259,7 @@ def scatter_layouts(
             at = row if shared else row + b
             p, q = as_index(load_u32(rows, at)), as_index(load_u32(rows, at + 1))
             factor = np.float32(scale * _share(pooling, q - p))
-            if pooling == FIRSTN:
+            if pooling == FIRST:
                 q = min(q, p + places)
             for i in range(p, q):
                 _look_ahead(fids, i, total, unit, lists, starts)
@@ -266,7 +269,7 @@ def scatter_layouts(
                 for s in range(first, last):
                     entry = plan + 8 * FIELDS * s
                     target = _number(entry, 3) + 4 * b * _number(entry, 4)
-                    if pooling == FIRSTN:
+                    if pooling == FIRST:
                         target += 4 * (i - p) * _number(entry, 5)
                     add_scaled(vector + 4 * _number(entry, 1), target, _number(entry, 2), factor)
     return -1

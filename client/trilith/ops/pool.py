@@ -1,23 +1,23 @@
-"""Bags of rows pooled into places of a tensor: what a model takes of looked up rows where nothing is learned."""
+"""Bags of rows combined by a kernel, where nothing is learned: in serving, in data, in layouts of slices.
+
+`trilith.nn.pooling` does the same for tensors whose gradients go back.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
+from trilith.ops.combiners import FIRST, MEAN, SQRTN, Combiner
 from trilith.ops.jit import kernel
 from trilith.ops.memory import address_of, as_index, copy_floats, load_u64
 from trilith.ops.vectors import add_plain, set_scaled, set_zero
 
-__all__ = ["MEAN", "SQRTN", "SUM", "pool_first_rows", "pool_rows"]
+__all__ = ["pool_rows"]
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
-
-SUM, MEAN, SQRTN = 0, 1, 2
 
 _ONE = np.float32(1.0)
 
@@ -56,11 +56,11 @@ def pool_bags(rows: int, splits: int, bags: int, dim: int, combiner: int, out: i
 
 @kernel("void(int64, int64, int64, int64, int64, int64)")
 def place_bags(rows: int, splits: int, bags: int, dim: int, width: int, out: int) -> None:
-    """Put the rows of each bag side by side, zeros behind them.
+    """Put the first rows of each bag side by side, zeros behind them.
 
     Args:
         rows: Address of float32[n, dim], bag after bag.
-        splits: Address of int64[bags + 1]; no bag has more than `width` rows.
+        splits: Address of int64[bags + 1].
         bags: Number of bags.
         dim: Floats per row.
         width: Rows of the result per bag.
@@ -70,49 +70,42 @@ def place_bags(rows: int, splits: int, bags: int, dim: int, width: int, out: int
     for bag in range(bags):
         start, end = end, as_index(load_u64(splits, bag + 1))
         target = out + 4 * dim * width * bag
-        floats = dim * (end - start)
+        floats = dim * min(end - start, width)
         copy_floats(target, rows + 4 * dim * start, floats)
         set_zero(target + 4 * floats, dim * width - floats)
 
 
-def pool_rows(rows: Float32Array, splits: Int64Array, combiner: int, out: npt.NDArray[Any]) -> None:
+def pool_rows(
+    rows: Float32Array, splits: Int64Array, combiner: Combiner, out: Float32Array | None = None
+) -> Float32Array:
     """Make one vector of each bag of rows; zeros of an empty one.
 
     Args:
         rows: float32[n, dim], bag after bag, C-contiguous.
         splits: int64[b + 1], C-contiguous, from 0 to n.
-        combiner: SUM, MEAN or SQRTN.
-        out: float32[b, dim], written; its rows may lie apart.
+        combiner: How.
+        out: float32[b, dim], or [b, n, dim] for the first n, written; pooled vectors may lie apart.
+
+    Returns:
+        `out`, or a new array of that shape.
     """
     _check(rows, splits)
-    target = out[0] if len(out) else out
-    if out.shape != (splits.size - 1, rows.shape[1]) or out.dtype != np.float32 or not target.flags.c_contiguous:
+    bags, dim = splits.size - 1, rows.shape[1]
+    shape = bags, *combiner.shape(dim)
+    if out is None:
+        out = np.empty(shape, np.float32)
+    target = out[:1] if bags and combiner.code != FIRST else out
+    if out.shape != shape or out.dtype != np.float32 or not target.flags.c_contiguous:
         raise InvalidRequestError(
-            f"out is {out.dtype}{list(out.shape)}, expected float32[{splits.size - 1}, {rows.shape[1]}] of whole rows"
+            f"out is {out.dtype}{list(out.shape)}, expected float32{list(shape)} of whole rows in C order"
         )
     if not out.flags.writeable:
         raise InvalidRequestError("out is read-only")
-    pool_bags(
-        address_of(rows), address_of(splits), splits.size - 1, rows.shape[1], combiner, address_of(out), out.strides[0]
-    )
-
-
-def pool_first_rows(rows: Float32Array, splits: Int64Array, out: Float32Array) -> None:
-    """Put the rows of each bag side by side, zeros behind them.
-
-    Args:
-        rows: float32[n, dim], bag after bag, C-contiguous.
-        splits: int64[b + 1], C-contiguous, from 0 to n; no bag has more than `width` rows.
-        out: float32[b, width, dim], written, C-contiguous.
-    """
-    _check(rows, splits)
-    shape = splits.size - 1, out.shape[1] if out.ndim > 1 else -1, rows.shape[1]
-    if out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous or not out.flags.writeable:
-        raise InvalidRequestError(
-            f"out is {out.dtype}{list(out.shape)}, expected float32[{shape[0]}, width, {shape[2]}], writable and "
-            "C-contiguous"
-        )
-    place_bags(address_of(rows), address_of(splits), splits.size - 1, rows.shape[1], out.shape[1], address_of(out))
+    if combiner.code == FIRST:
+        place_bags(address_of(rows), address_of(splits), bags, dim, combiner.n, address_of(out))
+    else:
+        pool_bags(address_of(rows), address_of(splits), bags, dim, combiner.code, address_of(out), out.strides[0])
+    return out
 
 
 def _check(rows: Float32Array, splits: Int64Array) -> None:

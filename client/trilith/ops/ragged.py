@@ -1,37 +1,184 @@
-"""Ragged arrays of the ops: values and row splits, checked; row ids; the splits of batches glued together."""
+"""Ragged arrays, lists of different lengths as one flat array and where each row of it begins; and checks of arrays."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
+from trilith.ops.jit import kernel
+from trilith.ops.memory import address_of, load_u32, load_u64, store_u32
+from trilith.runtime.extras import need
 
-__all__ = [
-    "Int64Array",
-    "RaggedArray",
-    "as_floats",
-    "as_integers",
-    "as_splits",
-    "normalize_merged_split",
-    "value_rowids",
-]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Int64Array", "Ragged", "as_floats", "as_integers", "as_splits", "pad_rows", "value_rowids"]
 
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+# What np.int64 is inside a kernel, for the type checker: an int.
+_int64 = cast("type[int]", np.int64)
 
-class RaggedArray(NamedTuple):
-    """Rows of different lengths.
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ragged(Generic[_Scalar]):
+    """Lists of different lengths.
 
     Attributes:
-        values: [n], row after row.
-        row_splits: int64[rows + 1]; row r is values[row_splits[r]:row_splits[r + 1]].
+        values: [m], the elements of all rows, row after row.
+        row_splits: int64[rows + 1]; row i is values[row_splits[i]:row_splits[i + 1]].
     """
 
-    values: npt.NDArray[Any]
-    row_splits: Int64Array
+    values: npt.NDArray[_Scalar]
+    row_splits: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[Any]], dtype: npt.DTypeLike = np.int64) -> Ragged[Any]:
+        """From a list of rows; `dtype` is that of the elements."""
+        lists = list(rows)
+        values = np.empty(sum(map(len, lists)), dtype)
+        values[:] = [value for row in lists for value in row]
+        return cls.of_lengths(values, np.fromiter(map(len, lists), np.int64, len(lists)))
+
+    @classmethod
+    def of_lengths(cls, values: npt.NDArray[_Scalar], lengths: npt.NDArray[np.int64]) -> Ragged[_Scalar]:
+        """From the elements, of any dtype [sum of lengths], and the length of each row, int64[rows]."""
+        row_splits = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=row_splits[1:])
+        return cls(values, row_splits)
+
+    @classmethod
+    def of_singles(cls, values: npt.ArrayLike) -> Ragged[np.uint64]:
+        """One id per row: integers [rows]."""
+        flat = np.ascontiguousarray(values, dtype=np.uint64).reshape(-1)
+        return Ragged(flat, np.arange(flat.size + 1, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return self.row_splits.size - 1
+
+    def __getitem__(self, row: int) -> npt.NDArray[_Scalar]:
+        """One row, a view; negative numbers count from the end."""
+        at = range(len(self))[row]
+        return self.values[self.row_splits[at] : self.row_splits[at + 1]]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """int64[rows]: elements of each row."""
+        return np.diff(self.row_splits)
+
+    @property
+    def value_rowids(self) -> npt.NDArray[np.int64]:
+        """int64[m]: the row of each element."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def check(self) -> None:
+        """Refuse splits that do not cut the values into rows; made by hand they may, and making one does not look."""
+        as_splits("row_splits", self.row_splits, len(self.values))
+
+    def take(self, rows: npt.ArrayLike) -> Ragged[_Scalar]:
+        """Some rows, by index or bool mask, copied."""
+        chosen = np.asarray(rows)
+        chosen = np.flatnonzero(chosen) if chosen.dtype == np.bool_ else chosen.astype(np.int64)
+        lengths = self.lengths[chosen]
+        ends = np.cumsum(lengths)
+        count = int(ends[-1]) if ends.size else 0
+        at = np.arange(count) + np.repeat(self.row_splits[chosen] - ends + lengths, lengths)
+        return Ragged.of_lengths(self.values[at], lengths)
+
+    def first(self, n: int) -> Ragged[_Scalar]:
+        """The same rows cut to at most n elements each; itself where none is longer."""
+        lengths = self.lengths
+        if lengths.max(initial=0) <= n:
+            return self
+        place = np.arange(self.values.size) - np.repeat(self.row_splits[:-1], lengths)
+        return Ragged.of_lengths(self.values[place < n], np.minimum(lengths, n))
+
+    def tolist(self) -> list[list[Any]]:
+        """A list of lists."""
+        values = self.values.tolist()
+        bounds = self.row_splits.tolist()
+        return [values[start:stop] for start, stop in pairwise(bounds)]
+
+    def dense(self, dim: int, fill: Any = 0, *, exact: bool = False) -> npt.NDArray[_Scalar]:
+        """dtype[rows, dim]: the first elements of each row, short rows filled up.
+
+        Args:
+            dim: Elements per row.
+            fill: What stands where there is no element.
+            exact: Take a row that has not exactly `dim` elements as empty.
+        """
+        rows, dtype = len(self), self.values.dtype
+        out = np.empty((rows, dim), dtype)
+        out[...] = fill
+        if dtype.kind in "fiu" and dtype.itemsize in (4, 8):
+            values, splits = np.ascontiguousarray(self.values), np.ascontiguousarray(self.row_splits, np.int64)
+            addresses = address_of(values), address_of(splits), address_of(out)
+            if not pad_rows(*addresses, values.size, rows, dim, dtype.itemsize // 4, int(exact)):
+                raise InvalidRequestError(f"row_splits point outside {values.size} values")
+            return out
+        lengths = np.where(self.lengths == dim, dim, 0) if exact else self.lengths
+        there = np.arange(dim) < lengths[:, None]
+        out[there] = self.values[(self.row_splits[:-1, None] + np.arange(dim))[there]]
+        return out
+
+    def torch_offsets(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values, and int64[rows] where rows start, as `torch.nn.EmbeddingBag` takes them; both share this memory."""
+        values, row_splits = self.tensors()
+        return values, row_splits[:-1]
+
+    def torch_nested(self) -> torch.Tensor:
+        """A jagged nested tensor [rows, *] that shares this memory."""
+        values, row_splits = self.tensors()
+        import torch
+
+        return torch.nested.nested_tensor_from_jagged(values, row_splits)
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and row splits, which share this memory; uint64 by their bits, as int64."""
+        need("torch", extra="torch")
+        import torch
+
+        values = self.values.view(np.int64) if self.values.dtype == np.uint64 else self.values
+        return torch.from_numpy(values), torch.from_numpy(self.row_splits)
+
+
+@kernel("boolean(int64, int64, int64, int64, int64, int64, int64, int64)")
+def pad_rows(values: int, splits: int, out: int, size: int, rows: int, dim: int, words: int, exact: int) -> bool:
+    """Copy the first elements of each row of a ragged array to a matrix.
+
+    Args:
+        values: Address of the elements.
+        splits: Address of int64[rows + 1].
+        out: Address of [rows, dim], written where there is an element.
+        size: Number of elements.
+        rows: Number of rows.
+        dim: Elements of a row of the matrix.
+        words: Elements are 4 * words bytes long.
+        exact: Whether rows of other lengths than `dim` are left alone.
+
+    Returns:
+        Whether the splits lie within the elements, which is checked before they are read.
+    """
+    for row in range(rows):
+        start, stop = _int64(load_u64(splits, row)), _int64(load_u64(splits, row + 1))
+        if start < 0 or stop < start or stop > size:
+            return False
+        count = stop - start
+        if exact and count != dim:
+            continue
+        for i in range(min(count, dim) * words):
+            store_u32(out, row * dim * words + i, load_u32(values, start * words + i))
+    return True
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def as_integers(name: str, values: npt.ArrayLike, *, shape: tuple[int, ...] | None = None) -> Int64Array:
@@ -87,30 +234,6 @@ def value_rowids(row_splits: npt.ArrayLike) -> Int64Array:
     splits = as_integers("row_splits", row_splits, shape=(-1,))
     splits = as_splits("row_splits", splits, int(splits[-1]) if splits.size else 0)
     return np.repeat(np.arange(splits.size - 1), np.diff(splits))
-
-
-def normalize_merged_split(row_split: npt.ArrayLike, row_split_size: npt.ArrayLike) -> Int64Array:
-    """Make the row splits of several batches, glued together, those of one batch.
-
-    Args:
-        row_split: int64[l], whole row splits one after another.
-        row_split_size: int[m], the length of each; they add up to l.
-
-    Returns:
-        int64[l + 1 - m].
-    """
-    glued = as_integers("row_split", row_split, shape=(-1,))
-    sizes = as_integers("row_split_size", row_split_size, shape=(-1,))
-    if sizes.size == 0 or (sizes < 1).any() or sizes.sum() != glued.size:
-        raise InvalidRequestError(f"row_split_size {sizes.tolist()} does not cut {glued.size} splits into whole ones")
-    ends = np.cumsum(sizes)
-    totals = glued[ends - 1]
-    for start, end, total in zip(ends - sizes, ends, totals, strict=True):
-        as_splits("row_split", glued[start:end], int(total))
-    shifted = glued + np.repeat(np.cumsum(totals) - totals, sizes)
-    keep = np.ones(glued.size, np.bool_)
-    keep[ends[:-1]] = False
-    return shifted[keep]
 
 
 def _wanted(shape: tuple[int, ...]) -> str:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.folder import Folder
+from trilith.ops.combiners import Combiner, CombinerLike, combiner_of
 from trilith.runtime.checked_json import read_json
 from trilith_proto import ps_pb2
 
@@ -61,29 +62,39 @@ _VERSION = 1
 Mode = Literal["standalone", "distributed"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, init=False)
 class ServedFeature:
     """One feature whose ids are looked up.
 
     Attributes:
         table: Its table.
-        combiner: "sum", "mean" or "sqrtn", or "first" for the first `n` rows side by side.
-        n: Rows, for "first".
+        combiner: How its rows become one vector.
         feature: Name in the records; the feature's own by default.
         slot: Slot of flat fids in Instances, where the feature has no name there; None: it has one.
     """
 
     table: str
-    combiner: str = "mean"
-    n: int = 0
-    feature: str | None = None
-    slot: int | None = None
+    combiner: Combiner
+    feature: str | None
+    slot: int | None
 
-    def __post_init__(self) -> None:
-        if self.combiner not in ("sum", "mean", "sqrtn", "first") or (self.combiner == "first") != (self.n > 0):
-            raise InvalidRequestError(
-                f"combiner {self.combiner!r} with n={self.n} is none of sum, mean, sqrtn, first n"
-            )
+    def __init__(
+        self,
+        *,
+        table: str,
+        combiner: CombinerLike = "mean",
+        n: int = 0,
+        feature: str | None = None,
+        slot: int | None = None,
+    ) -> None:
+        # Files, and callers of before, have kind and n apart.
+        whole = Combiner(combiner, n) if combiner == "first" or n else combiner_of(combiner)  # type: ignore[arg-type]
+        for name, value in (("table", table), ("combiner", whole), ("feature", feature), ("slot", slot)):
+            object.__setattr__(self, name, value)
+
+    def to_json(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "combiner": self.combiner.kind, "n": self.combiner.n}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +208,7 @@ class ModelConfig:
     def _check_stacked(self, names: Sequence[str]) -> None:
         features = [self.features[name] for name in names]
         dims = {self.dim_of(feature.table) for feature in features}
-        if len(dims) > 1 or any(feature.n for feature in features):
+        if len(dims) > 1 or any(feature.combiner.n for feature in features):
             raise InvalidRequestError(f"features {list(names)} have no vectors of one size and cannot be stacked")
 
     def dim_of(self, table: str) -> int:
@@ -214,10 +225,7 @@ class ModelConfig:
                 continue
             feature = self.features[each.names[0]]
             dim = self.dim_of(feature.table)
-            if each.kind == "stacked":
-                found.append((len(each.names), dim))
-            else:
-                found.append((feature.n, dim) if feature.n else (dim,))
+            found.append((len(each.names), dim) if each.kind == "stacked" else feature.combiner.shape(dim))
         return found
 
     def to_json(self) -> bytes:
@@ -226,7 +234,7 @@ class ModelConfig:
 
         content = {
             "name": self.name,
-            "features": {name: asdict(feature) for name, feature in self.features.items()},
+            "features": {name: feature.to_json() for name, feature in self.features.items()},
             "inputs": [_input_json(each) for each in self.inputs],
             "outputs": self.outputs,
             "tables": [MessageToDict(config, preserving_proto_field_name=True) for config in self.tables],

@@ -21,7 +21,6 @@ from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.ops.fused_gather import fused_gather_embeddings_by_input, fused_gather_embeddings_by_input_gradient
 from trilith.ops.ragged import as_floats
 from trilith.ops.reorder import EMPTY_FROM, FusedReorder, fused_reorder_by_indices
-from trilith.ops.split import split_by_indices
 
 __all__ = ["AllToAllTables", "Asked", "Collective", "Exchanged", "LocalTables", "Returned", "TorchCollective"]
 
@@ -194,9 +193,14 @@ class AllToAllTables:
         routed: list[dict[str, tuple[Ints, Floats]]] = [{} for _ in range(ranks)]
         for name, (ids, rows) in updates.items():
             wanted = as_ids(name, ids).view(np.int64)
+            values = as_floats(f"table {name!r}: rows", rows)
+            if values.ndim == 0 or len(values) != wanted.size:
+                raise InvalidRequestError(f"table {name!r}: rows have shape {values.shape} for {wanted.size} ids")
             owners = self._owners(wanted)
-            values = split_by_indices(owners, as_floats(f"table {name!r}: rows", rows), ranks)
-            for rank, (own, block) in enumerate(zip(split_by_indices(owners, wanted, ranks), values, strict=True)):
+            order = np.argsort(owners.astype(np.uint16), kind="stable")  # by radix, which no other width is
+            bounds = np.searchsorted(owners[order], np.arange(1, ranks))
+            parts = zip(np.split(wanted[order], bounds), np.split(values[order], bounds), strict=True)
+            for rank, (own, block) in enumerate(parts):
                 routed[rank][name] = own, block
         return routed
 

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from trilith.arrays import as_ids
 from trilith.batches import Terms, Verb
 from trilith.errors import InvalidRequestError
+from trilith.ops.combiners import CombinerLike, combiner_of
 from trilith.ops.layout import FidOffsets, fused_embedding_to_layout, fused_embedding_to_layout_grad, nest_layout
-from trilith.ops.layout_config import FeatureConfig, FeatureConfigs, OutConfig, PoolingType
+from trilith.ops.layout_config import FeatureConfig, FeatureConfigs, OutConfig
 from trilith.pipelining import Pusher
 from trilith.steps import as_step
 from trilith.tables.config import HashTableConfig
@@ -42,14 +43,12 @@ class PartitionedFeature:
     Attributes:
         config: Its rows and rates.
         slice_dims: Widths of the slices that layouts may take; they make up the row.
-        pooling: How the rows of a sample become one.
-        max_sequence_length: Rows that FIRSTN keeps; 0 for the others.
+        combiner: How the rows of a sample become one.
     """
 
     config: HashTableConfig
     slice_dims: tuple[int, ...]
-    pooling: PoolingType = PoolingType.SUM
-    max_sequence_length: int = 0
+    combiner: CombinerLike = "sum"
 
     def __post_init__(self) -> None:
         dim = sum(segment.dim_size for segment in self.config.table_config.entry_config.segments)
@@ -117,8 +116,7 @@ class PartitionedTables:
                 name: FeatureConfig(
                     table=self.table_of[name],
                     slice_dims=feature.slice_dims,
-                    pooling_type=feature.pooling,
-                    max_sequence_length=feature.max_sequence_length,
+                    combiner=combiner_of(feature.combiner),
                 )
                 for name, feature in features.items()
             },

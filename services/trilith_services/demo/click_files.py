@@ -18,9 +18,9 @@ from trilith.data.formats.writers import open_writer
 from trilith.data.parse.parsers import ParseSpec
 from trilith.data.parse.specs import Features, Label, Sparse
 from trilith.data.pipeline.dataset import Dataset, read
-from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.errors import InvalidRequestError
+from trilith.ops.ragged import Ragged
 from trilith_proto.example_pb2 import Example
 from trilith_services.demo.clicks import ClickData
 

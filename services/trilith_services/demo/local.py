@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
 from trilith.nn.bags import IdsLike, as_bags
+from trilith.ops.ragged import Ragged
 from trilith_services.demo.clicks import ClickData
 
 __all__ = ["LocalEmbeddings"]
@@ -71,7 +71,7 @@ class LocalEmbeddings(nn.Module):
             raise InvalidRequestError(f"the batch has features {sorted(batch)}, not {sorted(self._vocabulary)}")
         bags = [as_bags(batch[name]) for name in self._vocabulary]
         lengths = np.concatenate([feature.lengths for feature in bags])
-        rows = np.concatenate([feature.ids for feature in bags]).view(np.int64)
+        rows = np.concatenate([feature.values for feature in bags]).view(np.int64)
         starts = np.cumsum(lengths) - lengths
         vectors: Tensor = self.bag(torch.from_numpy(rows), torch.from_numpy(starts))
         return vectors.view(len(bags), len(bags[0]), -1).transpose(0, 1)

@@ -17,7 +17,7 @@ from torch import nn
 
 from trilith.connect import connect
 from trilith.errors import InvalidRequestError
-from trilith.features import FeatureRegistry, FeatureSlotConfig, ReduceMean
+from trilith.features import FeatureRegistry, FeatureSlotConfig
 from trilith.nn import FFM, DeepFM, FeatureEmbeddings
 from trilith.tables import Adagrad, Fp16, RandomUniform
 from trilith_services.demo.click_model import ClickModel
@@ -107,7 +107,7 @@ class ModelSettings:
         )
         slot.add_feature_slice(row_dim - 1)
         for name in names:
-            registry.create_feature_column(slot, name, ReduceMean())
+            registry.create_feature_column(slot, name, "mean")
         return registry
 
     def locally(

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from trilith.data.fids import make_fid_v2
-from trilith.data.ragged import Ragged
 from trilith.errors import TrilithError
+from trilith.ops.ragged import Ragged
 from trilith_services.demo.clicks import ClickData, Parts, split
 
 __all__ = ["FEATURES", "MovieLensUnavailableError", "cache_dir", "fetch", "is_cached", "load", "parse"]

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.data.fids import make_fid_v2
-from trilith.data.ragged import Ragged
 from trilith.errors import InvalidRequestError
+from trilith.ops.ragged import Ragged
 from trilith_services.demo.clicks import ClickData
 
 __all__ = ["make_clicks", "zipf_ids"]

@@ -10,6 +10,7 @@ import numpy as np
 
 from tests.conformance.compare import Absent, differ
 from tests.conformance.data.members import raises, spread, unknown
+from trilith.compat.monolith.expanding import contract, expand
 from trilith.compat.monolith.names import SlotNames
 from trilith.compat.monolith.parse_functions import (
     parse_example_batch,
@@ -20,8 +21,8 @@ from trilith.compat.monolith.parse_functions import (
     parse_instances_raw,
 )
 from trilith.compat.monolith.sharding import ShardingConfig, shard_fids
-from trilith.data.ragged import Ragged, contract, expand
 from trilith.data.records import Kind, Records
+from trilith.ops.ragged import Ragged
 
 if TYPE_CHECKING:
     from tests.conformance.data import Check

@@ -16,7 +16,6 @@ from trilith.data import messages as convert
 from trilith.data.formats.framing import Framing
 from trilith.data.formats.readers import open_records
 from trilith.data.parse.columns import Fields, extract
-from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.data.samples import (
     AddAction,
@@ -44,6 +43,7 @@ from trilith.data.samples import (
 )
 from trilith.data.samples.label_conf import label_conf, tasks_of
 from trilith.data.samples.reweight import InstanceReweight
+from trilith.ops.ragged import Ragged
 from trilith_proto.example_pb2 import Example, ExampleBatch
 from trilith_proto.line_id_pb2 import LineId
 from trilith_proto.proto_parser_pb2 import Instance

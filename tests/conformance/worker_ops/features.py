@@ -9,21 +9,27 @@ import numpy as np
 
 from tests.conformance.configs import floats, rate_of, table_of
 from trilith.features import (
+    Combiner,
     FeatureSlot,
     FeatureSlotConfig,
     SlotSegment,
-    combine,
     combiner_of,
     create_embedding_slices,
     dummy_lookup_shape,
     merge_slices,
     row_mask,
 )
+from trilith.ops.pool import pool_rows
 from trilith.tables import Fp32, PolynomialDecay
 
 __all__ = ["OPS"]
 
 Json = Mapping[str, Any]
+
+
+def combiner(text: str) -> Combiner:
+    """The combiner that "ReduceSum", "ReduceMean" or "FirstN(n)" stands for."""
+    return combiner_of(text.removesuffix("()").removeprefix("Reduce").lower().replace("firstn", "first"))
 
 
 def rows(values: Any) -> np.ndarray:
@@ -36,7 +42,7 @@ def create_slices(inputs: Json) -> Any:
     return create_embedding_slices(
         {name: rows(each["embedding"]) for name, each in features.items()},
         {name: each["row_splits"] for name, each in features.items()},
-        {name: combiner_of(each["combiner"]) for name, each in features.items()},
+        {name: combiner(each["combiner"]) for name, each in features.items()},
         {name: each["slice_dims"] for name, each in features.items()},
     )
 
@@ -81,7 +87,9 @@ def polynomial_decay(inputs: Json) -> Any:
 
 
 OPS = {
-    "combine": lambda inputs: combine(combiner_of(inputs["combiner"]), inputs["row_splits"], rows(inputs["embedding"])),
+    "combine": lambda inputs: pool_rows(
+        rows(inputs["embedding"]), np.array(inputs["row_splits"], np.int64), combiner(inputs["combiner"])
+    ),
     "create_embedding_slices": create_slices,
     "dummy_embedding_lookup_shape": lambda inputs: dummy_lookup_shape(
         inputs["batch_size"], inputs["start"], inputs["end"], inputs.get("seq_length") or 0

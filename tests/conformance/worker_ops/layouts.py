@@ -8,12 +8,19 @@ from typing import Any
 import numpy as np
 
 from tests.conformance.configs import floats
+from trilith.ops.combiners import Combiner, FirstN, combiner_of
 from trilith.ops.layout import FidOffsets, fused_embedding_to_layout, fused_embedding_to_layout_grad
-from trilith.ops.layout_config import FeatureConfig, FeatureConfigs, OutConfig, OutType, PoolingType, SliceConfig
+from trilith.ops.layout_config import FeatureConfig, FeatureConfigs, OutConfig, OutType, SliceConfig
 
 __all__ = ["OPS", "configs_of"]
 
 Json = Mapping[str, Any]
+
+
+def pooling_of(feature: Json) -> Combiner:
+    """The combiner that a feature's pooling stands for."""
+    pooling = feature.get("pooling", "SUM")
+    return FirstN(feature["max_sequence_length"]) if pooling == "FIRSTN" else combiner_of(pooling.lower())
 
 
 def configs_of(features: Json, layouts: Json) -> FeatureConfigs:
@@ -23,8 +30,7 @@ def configs_of(features: Json, layouts: Json) -> FeatureConfigs:
             name: FeatureConfig(
                 table=each["table"],
                 slice_dims=tuple(each["slice_dims"]),
-                pooling_type=PoolingType[each.get("pooling", "SUM")],
-                max_sequence_length=each.get("max_sequence_length", 0),
+                combiner=pooling_of(each),
             )
             for name, each in features.items()
         },

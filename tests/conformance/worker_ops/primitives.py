@@ -9,7 +9,9 @@ import numpy as np
 
 from tests.conformance.compare import Partial
 from tests.conformance.configs import floats
-from trilith.ops import embedding_map, fused_gather, packing, ragged, reduce, reorder, shared_buffer, split, unique
+from trilith.compat.monolith import embedding_map, id_ops, packing, row_ops, shared_buffer
+from trilith.errors import InvalidRequestError
+from trilith.ops import fused_gather, ragged, reorder
 
 __all__ = ["OPS", "ragged_of"]
 
@@ -38,17 +40,17 @@ def tensor(values: Any) -> np.ndarray:
 
 def split_by_indices(inputs: Json) -> Any:
     (values,) = (each for name, each in inputs.items() if name not in ("indices", "num_splits"))
-    return split.split_by_indices(inputs["indices"], tensor(values), inputs["num_splits"])
+    return id_ops.split_by_indices(inputs["indices"], tensor(values), inputs["num_splits"])
 
 
 def split_by_indices_gradient(inputs: Json) -> Any:
     tail = tuple(inputs.get("shape_tail", ()))
     grads = [numbers(each).reshape(-1, *tail) for each in inputs["grads"]]
-    return split.split_by_indices_gradient(inputs["indices"], grads, inputs["num_splits"])
+    return id_ops.split_by_indices_gradient(inputs["indices"], grads, inputs["num_splits"])
 
 
 def ragged_split_by_indices(inputs: Json) -> Any:
-    values, positions = split.ragged_split_by_indices(
+    values, positions = id_ops.ragged_split_by_indices(
         inputs["indices"], *ragged_of(inputs["num"]), inputs["num_splits"]
     )
     return [
@@ -58,7 +60,7 @@ def ragged_split_by_indices(inputs: Json) -> Any:
 
 
 def reorder_by_indices(inputs: Json) -> Any:
-    output, sizes = reorder.reorder_by_indices(inputs["input"], inputs["shard_ids"], inputs["num_of_shards"])
+    output, sizes = id_ops.reorder_by_indices(inputs["input"], inputs["shard_ids"], inputs["num_of_shards"])
     return Partial(output=output, shard_sizes=sizes).in_order("output", "shard_sizes")
 
 
@@ -84,7 +86,7 @@ def unique_key_fill_finalize(inputs: Json) -> Any:
     if "pos" in inputs:
         pos = ragged_of(inputs["pos"])
         if "dims_fill" in inputs or len(pos[1]) - 1 != len(inputs["dims"]):
-            raise shared_buffer.InvalidRequestError("rows of positions and dims differ")
+            raise InvalidRequestError("rows of positions and dims differ")
         handle = shared_buffer.fill_with_offset_map(*pos, numbers(inputs["value"]), keys)
         result["buffer"] = shared_buffer.finalize_shared_tensor([handle])
         if "buffer_grad" in inputs:
@@ -153,30 +155,30 @@ def reduction_gradient(op: Any) -> Any:
 
 
 def fused_reduce_sum_and_split(inputs: Json) -> Any:
-    return reduce.fused_reduce_sum_and_split(
+    return row_ops.fused_reduce_sum_and_split(
         inputs["rowids"], numbers(inputs["values"]), inputs["rows"], inputs["split_dims"]
     )
 
 
 def fused_reduce_sum_and_split_gradient(inputs: Json) -> Any:
-    return reduce.fused_reduce_sum_and_split_gradient(inputs["rowids"], [numbers(each) for each in inputs["grads"]])
+    return row_ops.fused_reduce_sum_and_split_gradient(inputs["rowids"], [numbers(each) for each in inputs["grads"]])
 
 
 def fused_sorted_segment_sum(inputs: Json) -> Any:
-    outputs = reduce.fused_sorted_segment_sum(
+    outputs = row_ops.fused_sorted_segment_sum(
         inputs["indices"], [numbers(each) for each in inputs["values"]], inputs["shapes"]
     )
     ones = [np.ones_like(each) for each in outputs]
-    grads = reduce.fused_sorted_segment_sum_gradient(inputs["indices"], ones)
+    grads = row_ops.fused_sorted_segment_sum_gradient(inputs["indices"], ones)
     return Partial(outputs=outputs, grads_for_ones=grads)
 
 
 def fused_reduce_and_split_gpu(inputs: Json) -> Any:
     splits, dims = inputs["row_splits"], inputs["slice_dims"]
-    outputs = reduce.fused_reduce_and_split(splits, [numbers(each) for each in inputs["embeddings"]], dims)
+    outputs = row_ops.fused_reduce_and_split(splits, [numbers(each) for each in inputs["embeddings"]], dims)
     given = inputs.get("slice_grads")
     grads = [np.ones_like(each) for each in outputs] if given is None else [numbers(each) for each in given]
-    return Partial(outputs=outputs, grads=reduce.fused_reduce_and_split_gradient(splits, grads, dims))
+    return Partial(outputs=outputs, grads=row_ops.fused_reduce_and_split_gradient(splits, grads, dims))
 
 
 def aligned_flat_concat_split(inputs: Json) -> Any:
@@ -210,7 +212,7 @@ def static_reshape(inputs: Json) -> Any:
 
 def unique_first_occurrence(inputs: Json) -> Any:
     fids = inputs["fids"]
-    values, indices = unique.unique_first_occurrence(
+    values, indices = id_ops.unique_first_occurrence(
         np.array(fids, np.int64 if min(fids, default=0) < 0 else np.uint64)
     )
     return Partial(unique=values, indices=indices).in_order("unique", "indices")
@@ -229,12 +231,12 @@ OPS = {
     "gather_embeddings_by_input_gradient": gather_embeddings_by_input_gradient,
     "fused_gather_embeddings_by_input": fused_gather_embeddings_by_input,
     "fused_gather_embeddings_by_input_gradient": fused_gather_embeddings_by_input_gradient,
-    "reduce_sum": reduction(reduce.reduce_sum),
-    "reduce_mean": reduction(reduce.reduce_mean),
-    "reduce_sqrtn": reduction(reduce.reduce_sqrtn),
-    "reduce_sum_gradient": reduction_gradient(reduce.reduce_sum_gradient),
-    "reduce_mean_gradient": reduction_gradient(reduce.reduce_mean_gradient),
-    "reduce_sqrtn_gradient": lambda inputs: reduce.reduce_sqrtn_gradient(
+    "reduce_sum": reduction(row_ops.reduce_sum),
+    "reduce_mean": reduction(row_ops.reduce_mean),
+    "reduce_sqrtn": reduction(row_ops.reduce_norm),
+    "reduce_sum_gradient": reduction_gradient(row_ops.reduce_sum_gradient),
+    "reduce_mean_gradient": reduction_gradient(row_ops.reduce_mean_gradient),
+    "reduce_sqrtn_gradient": lambda inputs: row_ops.reduce_norm_gradient(
         inputs["rowids"], numbers(inputs["values"]), numbers(inputs["grads"])
     ),
     "fused_reduce_sum_and_split": fused_reduce_sum_and_split,
@@ -242,7 +244,7 @@ OPS = {
     "fused_sorted_segment_sum": fused_sorted_segment_sum,
     "fused_reduce_and_split_gpu": fused_reduce_and_split_gpu,
     "aligned_flat_concat_split": aligned_flat_concat_split,
-    "normalize_merged_split": lambda inputs: ragged.normalize_merged_split(
+    "normalize_merged_split": lambda inputs: id_ops.normalize_merged_split(
         inputs["row_split"], inputs["row_split_size"]
     ),
     "fused_value_rowids": lambda inputs: ragged.value_rowids(inputs["row_splits"]),

@@ -11,14 +11,13 @@ import numpy as np
 from tests.conformance.compare import Partial
 from tests.conformance.configs import floats, optimizer_of, rate_of
 from tests.conformance.tables import fused_result, offsets_of
-from tests.conformance.worker_ops.layouts import configs_of
+from tests.conformance.worker_ops.layouts import configs_of, pooling_of
 from tests.conformance.worker_ops.primitives import ragged_of
 from trilith.client import Client
 from trilith.cluster import Cluster
 from trilith.compat.monolith.sharding import FeatureFids
 from trilith.config import ClientConfig
-from trilith.data.ragged import Ragged
-from trilith.ops.layout_config import PoolingType
+from trilith.ops.ragged import Ragged
 from trilith.tables import HashTableConfig, Sgd, Zeros
 from trilith.tables.config import Segment
 from trilith.tables.factories import create_merged_tables, create_partitioned_tables, create_tables
@@ -192,8 +191,7 @@ def partitioned(inputs: Json) -> Any:
         name: PartitionedFeature(
             config=config_of(each),
             slice_dims=tuple(segment["dim"] for segment in each["segments"]),
-            pooling=PoolingType[each.get("pooling", "SUM")],
-            max_sequence_length=each.get("max_sequence_length", 0),
+            combiner=pooling_of(each),
         )
         for name, each in inputs["features"].items()
     }

@@ -118,7 +118,9 @@ def reorder_by_indices(
     # Backwards, so that a stable sort by shard leaves the last first occurrence first.
     first = np.sort(np.unique(given if given.ndim == 1 else given[:, 0], return_index=True)[1])[::-1]
     owners = shards[first]
-    return given[first[np.argsort(owners, kind="stable")]], np.bincount(owners, minlength=num_of_shards).astype(np.int32)
+    return given[first[np.argsort(owners, kind="stable")]], np.bincount(owners, minlength=num_of_shards).astype(
+        np.int32
+    )
 
 
 def unique_first_occurrence(fids: npt.ArrayLike) -> tuple[npt.NDArray[Any], Int64Array]:
@@ -148,9 +150,7 @@ def normalize_merged_split(row_split: npt.ArrayLike, row_split_size: npt.ArrayLi
     sizes = as_integers("row_split_size", row_split_size, shape=(-1,))
     if sizes.size == 0 or (sizes < 1).any() or sizes.sum() != glued.size:
         raise InvalidRequestError(f"row_split_size {sizes.tolist()} does not cut {glued.size} splits into whole ones")
-    lengths = [
-        np.diff(as_splits("row_split", each, int(each[-1]))) for each in np.split(glued, np.cumsum(sizes)[:-1])
-    ]
+    lengths = [np.diff(as_splits("row_split", each, int(each[-1]))) for each in np.split(glued, np.cumsum(sizes)[:-1])]
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])
 
 

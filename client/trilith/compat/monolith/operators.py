@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from trilith.data.ragged import Ragged
 from trilith.data.records import Records
 from trilith.errors import InvalidRequestError
+from trilith.ops.ragged import Ragged
 
 __all__ = ["cache_one", "merge_batches", "merged_window"]
 

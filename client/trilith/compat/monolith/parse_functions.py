@@ -27,9 +27,9 @@ from trilith.data.parse.specs import (
     Slot,
     Sparse,
 )
-from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.errors import InvalidRequestError
+from trilith.ops.ragged import Ragged
 from trilith_proto import example_pb2
 
 __all__ = [

@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from trilith.data.parse.parsers import ParseSpec
 from trilith.data.parse.specs import Features
-from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.data.scan.scanner import BatchScanner, scanner
 from trilith.data.scan.schema import V1_SLOTS, Element, Fields
 from trilith.errors import DataError, InvalidRequestError
 from trilith.ops.dedup import FIRST, split_by_owner, split_distinct
+from trilith.ops.ragged import Ragged
 from trilith_proto import example_pb2
 
 __all__ = [

@@ -117,7 +117,9 @@ def fill_with_offset_map(
     vectors = as_floats("value", value, shape=(-1,))
     needed, tables = _tables(pos, pos_splits, keys)
     if vectors.size < needed:
-        raise InvalidRequestError(f"value: expected {needed} floats for {np.size(pos)} positions, actual {vectors.size}")
+        raise InvalidRequestError(
+            f"value: expected {needed} floats for {np.size(pos)} positions, actual {vectors.size}"
+        )
     for part, dim, vector, places in tables:
         keys.value_buffer.values[places] = vectors[part].reshape(-1, dim)[vector]
     return keys.value_buffer
@@ -164,7 +166,7 @@ def finalize_shared_tensor(handles: Sequence[SharedBuffer], shape: Sequence[int]
 def _tables(
     pos: npt.ArrayLike, pos_splits: npt.ArrayLike, keys: UniqueKeys
 ) -> tuple[int, Iterator[tuple[slice, int, Int64Array, Int64Array]]]:
-    """The floats that `pos` stands for; and per table their part, floats per vector, which vector, and where it goes."""
+    """The floats that `pos` stands for; per table their part, floats per vector, which vector, and where it goes."""
     numbers = as_integers("pos", pos, shape=(-1,))
     splits = as_splits("pos_splits", pos_splits, numbers.size)
     if splits.size - 1 != keys.dims.size:

@@ -9,10 +9,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trilith.data.ragged import Ragged
 from trilith.data.records import PADDING
 from trilith.data.scan.rows import Column, ColumnType
 from trilith.errors import InvalidRequestError
+from trilith.ops.ragged import Ragged
 
 __all__ = ["Values", "check_column", "column_of", "numbers_of", "text_of", "texts_of", "unreadable"]
 

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 
 from trilith.data.formats.column_types import Values, text_of
 from trilith.data.formats.text import is_odd, restored
-from trilith.data.ragged import Ragged
 from trilith.data.scan.rows import ColumnType
+from trilith.ops.ragged import Ragged
 
 __all__ = ["Cells", "guess_type"]
 

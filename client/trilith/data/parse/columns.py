@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from trilith.data.choices import OnError
 from trilith.data.line_ids import LineField, line_field
-from trilith.data.ragged import Ragged
 from trilith.data.records import Records
 from trilith.data.scan.result import Scalars, Scan, byte_strings
 from trilith.data.scan.scanner import scanner
 from trilith.data.scan.schema import Element, Fields, Schema
+from trilith.ops.ragged import Ragged
 
 __all__ = [
     "Columns",

@@ -28,13 +28,13 @@ from trilith.data.parse.specs import (
     check_specs,
     dense_dtype,
 )
-from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.data.scan.result import Scan
 from trilith.data.scan.rows import merged
 from trilith.data.scan.scanner import BatchScan, BatchScanner, LineIdScanner, Scanner
 from trilith.data.scan.schema import Element, Fields, Schema
 from trilith.errors import DataError, InvalidRequestError
+from trilith.ops.ragged import Ragged
 from trilith_proto import example_pb2, feature_pb2
 
 __all__ = ["BatchParser", "ExampleParser", "InstanceParser", "ParseSpec", "Parser"]

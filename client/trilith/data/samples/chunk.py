@@ -20,13 +20,13 @@ from trilith.data.fids import MAX_SLOTS
 from trilith.data.line_ids import line_field
 from trilith.data.messages import Message
 from trilith.data.parse.columns import member_of, ragged_of, scalars_of
-from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.data.samples.relations import Bits, Domain, Relation, Strings
 from trilith.data.samples.rewrite import rewrite
 from trilith.data.scan.scanner import scanner
 from trilith.data.scan.schema import Element, Fields
 from trilith.errors import InvalidRequestError
+from trilith.ops.ragged import Ragged
 
 __all__ = ["Feature", "Needs", "SampleOp", "Samples", "apply_ops", "default_ordinals"]
 

@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from trilith.data.fids import city_hash64, make_fid_v1, make_fid_v2, reslot_v1, reslot_v2
 from trilith.data.messages import Message, message_of
-from trilith.data.ragged import Ragged
 from trilith.data.records import Kind, Records
 from trilith.data.samples.relations import Bits, count_distinct
 from trilith.errors import DataError, InvalidRequestError
+from trilith.ops.ragged import Ragged
 from trilith_proto import example_pb2
 
 __all__ = [

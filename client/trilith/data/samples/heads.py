@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.data.line_ids import line_field
-from trilith.data.ragged import Ragged
 from trilith.data.samples.chunk import Needs, SampleOp, Samples
 from trilith.data.samples.filters import line_domain, relation_of_line_field
 from trilith.data.samples.relations import Domain
 from trilith.data.samples.rows import INVALID_LABEL, Priorities, at, matrix_rows
 from trilith.errors import InvalidRequestError
+from trilith.ops.ragged import Ragged
 
 __all__ = ["MultiLabelGen", "ScatterLabel"]
 

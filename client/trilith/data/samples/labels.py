@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.data.line_ids import line_field, line_fields
-from trilith.data.ragged import Ragged
 from trilith.data.samples.chunk import Needs, SampleOp, Samples
 from trilith.data.samples.filters import line_domain, relation_of_line_field
 from trilith.data.samples.label_conf import TaskLabel, parse_tasks
 from trilith.data.samples.relations import Bits, Domain, Relation, count_distinct
 from trilith.data.samples.rows import INVALID_LABEL, appended, at, with_first
 from trilith.errors import InvalidRequestError
+from trilith.ops.ragged import Ragged
 
 __all__ = [
     "AddAction",

@@ -14,10 +14,10 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from trilith.data.formats.streams import open_file
-from trilith.data.ragged import Ragged
 from trilith.data.samples.kernels import count_matches, match_affixes, rank_strings
 from trilith.errors import DataError, InvalidRequestError
 from trilith.ops.memory import address_of
+from trilith.ops.ragged import Ragged
 from trilith_proto import example_pb2
 
 __all__ = [

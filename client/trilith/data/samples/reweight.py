@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trilith.data.ragged import Ragged
 from trilith.data.samples.chunk import Needs, SampleOp, Samples
 from trilith.data.samples.rows import Priorities, at, with_first
 from trilith.errors import InvalidRequestError
+from trilith.ops.ragged import Ragged
 
 __all__ = ["MAX_COPIES", "InstanceReweight"]
 

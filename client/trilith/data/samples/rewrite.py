@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from trilith.data.line_ids import Wire, line_field
 from trilith.data.messages import INSTANCE_WEIGHT, LABEL, LINE_ID, message_of, promote
-from trilith.data.ragged import Ragged
 from trilith.data.records import PADDING, Kind, Records
 from trilith.data.scan.changes import Changes, Column
 from trilith.data.scan.encode import Edit, rewrite_records
@@ -19,6 +18,7 @@ from trilith.data.scan.scanner import bounds_of, damage, replace_payloads
 from trilith.data.scan.schema import NameTable, line_table
 from trilith.errors import InvalidRequestError
 from trilith.ops.memory import address_of
+from trilith.ops.ragged import Ragged
 
 __all__ = ["rewrite"]
 

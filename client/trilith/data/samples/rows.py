@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trilith.data.ragged import Ragged
 from trilith.data.samples.kernels import best_ranks
 from trilith.errors import InvalidRequestError
 from trilith.ops.memory import address_of
+from trilith.ops.ragged import Ragged
 
 __all__ = [
     "INVALID_LABEL",

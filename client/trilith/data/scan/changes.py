@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.data.line_ids import LineField, Wire
-from trilith.data.ragged import Ragged
 from trilith.data.records import PADDING
 from trilith.data.scan.result import Scalars
 from trilith.data.scan.schema import LINE_NUMBERS
 from trilith.errors import InvalidRequestError
 from trilith.ops.memory import address_of
+from trilith.ops.ragged import Ragged
 
 __all__ = ["Changes", "Column"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trilith.data.ragged import Ragged
 from trilith.data.records import Records
+from trilith.ops.ragged import Ragged
 
 __all__ = ["Scalars", "Scan", "byte_strings"]
 

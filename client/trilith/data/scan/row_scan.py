@@ -11,12 +11,12 @@ import numpy.typing as npt
 from trilith.data.fids import v1_to_v2
 from trilith.data.line_ids import LineField
 from trilith.data.messages import INSTANCE_WEIGHT, LINE_ID
-from trilith.data.ragged import Ragged
 from trilith.data.scan import wire
 from trilith.data.scan.plan import NOWHERE
 from trilith.data.scan.result import Scan
 from trilith.data.scan.rows import LABEL, NO_TEXT, ColumnType, RowColumn, Rows, line_field_of, merged, packed_text
 from trilith.data.scan.schema import Schema
+from trilith.ops.ragged import Ragged
 
 __all__ = ["scan_rows"]
 

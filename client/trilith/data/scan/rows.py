@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.data.line_ids import LineField, Wire, line_fields
-from trilith.data.ragged import Ragged
 from trilith.data.records import PADDING, Kind, Records, gather_payloads, joined_sources
 from trilith.data.scan.changes import Changes
 from trilith.data.scan.compose import compose_batch, compose_examples
 from trilith.data.scan.result import Scalars, byte_strings
 from trilith.errors import InvalidRequestError
 from trilith.ops.memory import address_of
+from trilith.ops.ragged import Ragged
 from trilith_proto import example_pb2
 
 __all__ = ["LABEL", "NO_TEXT", "Column", "ColumnType", "RowColumn", "Rows", "line_field_of", "merged", "packed_text"]
