@@ -143,7 +143,7 @@ def fused_sorted_segment_sum_gradient(
     results = []
     for i, (index, grad) in enumerate(zip(indices, grads, strict=True)):
         upstream, places = as_floats(f"grads[{i}]", grad), as_integers(f"indices[{i}]", index, shape=(-1,))
-        check_rows(places, upstream.shape[0])
+        _check_rows(places, upstream.shape[0])
         results.append(np.take(upstream, places, axis=0))
     return results
 
@@ -190,7 +190,7 @@ def fused_reduce_and_split_gradient(
     return results
 
 
-def check_rows(places: Int64Array, rows: int) -> None:
+def _check_rows(places: Int64Array, rows: int) -> None:
     """Raise for a place outside 0..rows - 1."""
     outside = (places < 0) | (places >= rows)
     if outside.any():
@@ -206,7 +206,7 @@ def sum_rows_at(rows: npt.ArrayLike, values: npt.ArrayLike, count: int) -> Float
         count: Number of rows of the result.
     """
     places, grads = as_integers("rows", rows).reshape(-1), as_floats("values", values)
-    check_rows(places, count)
+    _check_rows(places, count)
     out = np.zeros((count, grads.shape[-1]), np.float32)
     np.add.at(out, places, grads.reshape(places.size, grads.shape[-1]))
     return out
@@ -230,7 +230,7 @@ def _places(id_indices: npt.ArrayLike, n: int | None) -> Int64Array:
 
 def _spread(id_indices: npt.ArrayLike, upstream: Float32Array) -> Float32Array:
     places = _places(id_indices, None)
-    check_rows(places, upstream.shape[0])
+    _check_rows(places, upstream.shape[0])
     return np.take(upstream, places, axis=0)
 
 
