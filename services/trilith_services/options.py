@@ -25,10 +25,10 @@ def option(
     return field(default=default, repr=not secret, metadata={"flag": name, "how": {"help": about, "min": least, **how}})
 
 
-def like(config: type[Any], name: str) -> Any:
-    """A field that is the same flag as another config's."""
+def like(config: type[Any], name: str, **changed: Any) -> Any:
+    """A field that is the same flag as another config's; `changed` may have another default."""
     (same,) = (each for each in fields(config) if each.name == name)
-    return field(default=same.default, metadata=same.metadata)
+    return field(**{"default": same.default, "metadata": same.metadata, **changed})
 
 
 def flags_of(config: Any) -> Iterator[tuple[str, Field[Any]]]:

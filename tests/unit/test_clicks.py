@@ -84,9 +84,7 @@ def test_a_cached_archive_needs_no_network(tmp_path, monkeypatch):
     monkeypatch.setenv("TRILITH_CACHE", str(tmp_path))
     monkeypatch.setattr(movielens.urllib.request, "urlopen", None)
     monkeypatch.setattr(movielens.subprocess, "run", None)
-    assert not movielens.is_cached()
     archive(tmp_path / movielens.ARCHIVE, PACKAGE, "")
-    assert movielens.is_cached()
     parts = movielens.load()
     assert len(parts.train) + len(parts.validation) + len(parts.test) == 3
 
@@ -143,7 +141,7 @@ def test_a_damaged_download_does_not_become_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(movielens.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(returncode=1, stderr=""))
     with pytest.raises(MovieLensUnavailableError, match="zip"):
         movielens.fetch(tmp_path, report=lambda line: None)
-    assert not movielens.is_cached(tmp_path)
+    assert not (tmp_path / movielens.ARCHIVE).exists()
 
 
 def test_the_split_is_fixed_by_its_seed_and_loses_nothing():

@@ -1,17 +1,19 @@
-"""host:port, with IPv6 hosts in brackets; and which address of this machine others reach it by."""
+"""host:port, with IPv6 hosts in brackets; by which others reach this machine, and whether somebody listens at one."""
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 
 from trilith.errors import InvalidRequestError
 
-__all__ = ["advertised", "check_address", "ipv6_only", "join_address", "own_host", "split_address"]
+__all__ = ["advertised", "check_address", "ipv6_only", "is_listening", "join_address", "own_host", "split_address"]
 
 _OWN_ADDRESSES = ("MY_HOST_IP", "MY_POD_IP", "MY_HOST_IPV6")
 _EVERY_INTERFACE = frozenset({"", "0.0.0.0", "::", "*"})
+_PAUSE_S = 0.1
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -97,3 +99,18 @@ def advertised(listen: str, port: int, wanted: str = "") -> str:
         return check_address(f"{host}:{port}" if given == "0" else wanted)
     host = listen.rpartition(":")[0].strip("[]")
     return check_address(join_address(own_host() if host in _EVERY_INTERFACE else host, port))
+
+
+def is_listening(address: str, *, timeout_s: float = 1.0) -> bool:
+    """Whether host:port accepts a connection, tried until the time is over."""
+    host, port = split_address(address)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.001)):
+                return True
+        except OSError:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(_PAUSE_S, left))

@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from trilith.discovery import PS
-from trilith.discovery.addresses import join_address, own_host, split_address
-from trilith.discovery.liveness import is_listening
+from trilith.discovery.addresses import is_listening, join_address, own_host, split_address
 from trilith.discovery.watchers import Watchers
 from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.runtime.waiting import Wait
@@ -20,7 +19,6 @@ __all__ = ["MlpDirectory", "MlpEnvironment"]
 DEFAULT_PORT = 2222
 _CAPTURED = ("MLP_", "MPI_")
 _LOCAL = frozenset({"local", "localhost", "127.0.0.1", "0.0.0.0"})
-_ALL_ROLES = ("ps", "worker", "chief")
 
 
 class MlpEnvironment:
@@ -167,10 +165,6 @@ class MlpDirectory:
         if role == PS and self._wait_s > 0:
             self._wait_listening(found)
         return found
-
-    def query_all(self) -> dict[str, Mapping[int, str]]:
-        """The members of ps, worker and chief, whether they accept connections or not."""
-        return {role: found for role in _ALL_ROLES if (found := self._listed(role))}
 
     def watch(self, role: str, changed: Callable[[Mapping[int, str]], None]) -> Callable[[], None]:
         """Call `changed` now and whenever something is registered or deregistered here."""

@@ -121,10 +121,6 @@ class ReplicaPath:
         """Data centre and cluster, where paths name them."""
         return None if self.idc is None else f"{self.idc}:{self.cluster}"
 
-    def ship_in(self, idc: str | None, cluster: str | None) -> bool:
-        """Whether it is in that data centre and cluster; always, if either is None."""
-        return idc is None or cluster is None or (self.idc, self.cluster) == (idc, cluster)
-
     def below(self, service: str) -> str:
         """The absolute path, `service` being the node that holds all models."""
         parts = [service, self.base_name, self.location, self.task]

@@ -10,11 +10,9 @@ from trilith.discovery.urls import CLUSTER_FORMS
 from trilith.runtime.extras import need
 from trilith_services.commands.flags import (
     Listen,
-    LogFormat,
-    LogFormatFlag,
-    LogLevel,
-    LogLevelFlag,
+    LogFlags,
     ServingName,
+    expanded,
 )
 
 __all__ = ["register"]
@@ -22,10 +20,11 @@ __all__ = ["register"]
 
 def register(app: typer.Typer) -> None:
     """Add the `console` command."""
-    app.command()(console)
+    app.command()(expanded(console))
 
 
 def console(
+    *,
     cluster: Annotated[
         str, typer.Option(metavar="URL", help=f"{CLUSTER_FORMS}; it need not be there yet. Left out: see --model-dir.")
     ] = "",
@@ -64,8 +63,7 @@ def console(
             "repeated.",
         ),
     ] = None,
-    log_format: LogFormatFlag = LogFormat.text,
-    log_level: LogLevelFlag = LogLevel.info,
+    logs: LogFlags,
 ) -> None:
     """Show a cluster over HTTP: a page, a JSON API (described at /docs), and the debugging routes.
 
@@ -73,13 +71,12 @@ def console(
     """
     from trilith.errors import InvalidRequestError
     from trilith.serving.debugging import read_debugging_info
-    from trilith_services.logs import setup_logging
 
     need("fastapi", "uvicorn", extra="console")
     from trilith_services.console.app import make_server
     from trilith_services.console.watcher import Watcher, WatchOptions
 
-    setup_logging(log_format.value, level=log_level.value, role={"role": "console"})
+    logs.setup(role="console")
     if not cluster and not model_dir:
         raise InvalidRequestError("which cluster? Give --cluster URL, or --model-dir DIR of a model in training")
     info = read_debugging_info(model_dir) if model_dir else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
@@ -10,23 +11,23 @@ import typer
 from trilith.runtime.extras import need
 from trilith_services.commands.flags import (
     Advertise,
-    Drain,
     Listen,
-    LogFormat,
-    LogFormatFlag,
-    LogLevel,
-    LogLevelFlag,
-    MaxMessage,
-    MaxQueue,
-    Reflection,
+    LogFlags,
     RowThreads,
-    RpcThreads,
+    ServerFlags,
     ServingName,
     address,
-    limits,
 )
+from trilith_services.options import like
 
 __all__ = ["Unknown", "entry"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntryFlags(ServerFlags):
+    """What an entry takes on."""
+
+    max_message: str = like(ServerFlags, "max_message", default="64M")
 
 
 class Unknown(StrEnum):
@@ -38,6 +39,7 @@ class Unknown(StrEnum):
 
 
 def entry(
+    *,
     export: Annotated[
         str, typer.Option(metavar="DIR", help="Directory or URL of exports, as `trilith export` was given.")
     ],
@@ -85,32 +87,24 @@ def entry(
     ] = Unknown.json,
     torch_threads: Annotated[int, typer.Option(metavar="N", help="Threads that one request computes with.", min=1)] = 1,
     threads: RowThreads = 0,
-    rpc_threads: RpcThreads = 8,
-    max_queue: MaxQueue = 128,
-    max_message: MaxMessage = "64M",
-    drain: Drain = 10.0,
-    reflection: Reflection = False,
-    log_format: LogFormatFlag = LogFormat.text,
-    log_level: LogLevelFlag = LogLevel.info,
+    server: EntryFlags,
+    logs: LogFlags,
 ) -> None:
     """Score records with the newest export until SIGTERM; a newer export takes over without failing a request."""
     need("torch", "safetensors", "fastapi", "uvicorn", extra="serving")
     from trilith.discovery.serving import ServingDirectory
     from trilith.ops.memory import tune_allocator
     from trilith_services.listening import reached_by_others
-    from trilith_services.logs import setup_logging
     from trilith_services.serving.replica_lists import ListedReplicas, ReplicaList, open_replica_list
     from trilith_services.serving.server import Entry, EntryOptions
     from trilith_services.serving.unknown import UnknownPolicy
     from trilith_services.worker.run import use_threads
 
-    setup_logging(log_format.value, level=log_level.value, role={"entry": name})
+    logs.setup(entry=name)
     tune_allocator()
     use_threads(torch_threads)
     options = EntryOptions(
-        limits=limits(
-            rpc_threads=rpc_threads, max_queue=max_queue, max_message=max_message, drain=drain, reflection=reflection
-        ),
+        limits=server.limits,
         http=http,
         poll_s=poll,
         deadline_s=deadline,
@@ -125,5 +119,5 @@ def entry(
     if replicas:
         rows = open_replica_list(replicas, name)
     listed = directory.entries() if directory is not None else None
-    server = Entry(export, options, replicas=rows, listed=listed)
-    raise typer.Exit(server.run(listen, bound=reached_by_others(listen, advertise, discovery)))
+    process = Entry(export, options, replicas=rows, listed=listed)
+    raise typer.Exit(process.run(listen, bound=reached_by_others(listen, advertise, discovery)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -11,7 +12,7 @@ import typer
 
 from trilith.config import LARGEST_MESSAGE
 from trilith.errors import InvalidRequestError
-from trilith_services.options import flags_of
+from trilith_services.options import flags_of, option
 from trilith_services.sizes import parse_bytes
 
 if TYPE_CHECKING:
@@ -19,29 +20,24 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Advertise",
+    "CheckpointRoot",
     "Data",
-    "Drain",
     "Json",
     "Listen",
+    "LogFlags",
     "LogFormat",
-    "LogFormatFlag",
     "LogLevel",
-    "LogLevelFlag",
-    "MaxMessage",
-    "MaxQueue",
     "MemoryLimit",
     "MetricsHost",
     "MetricsPort",
     "Model",
     "ModelFlag",
-    "Reflection",
     "RowThreads",
-    "RpcThreads",
+    "ServerFlags",
     "ServingName",
     "address",
     "checked",
     "expanded",
-    "limits",
     "size",
 ]
 
@@ -104,43 +100,81 @@ address = checked(_listening)
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameter `config`, a dataclass, is given by a flag for each of its options."""
+    """A command whose parameters that are dataclasses are given by a flag for each of their options."""
     hints = get_type_hints(command, include_extras=True)
-    kind = hints.pop("config")
-    types, kinds = get_type_hints(kind), inspect.Parameter.KEYWORD_ONLY
-    flags = {}
-    for flag, each in flags_of(kind):
-        names = [f"{flag}/--no-{flag[2:]}"] if isinstance(each.default, bool) else [flag]
-        about = typer.Option(*names, **each.metadata["how"])
-        flags[each.name] = inspect.Parameter(
-            each.name, kinds, default=each.default, annotation=Annotated[types[each.name], about]
-        )
-    own = {
-        name: each.replace(kind=kinds, annotation=hints[name])
-        for name, each in inspect.signature(command).parameters.items()
-        if name != "config"
-    }
+    flags: dict[str, inspect.Parameter] = {}
+    groups: dict[str, list[str]] = {}
+    for name, each in inspect.signature(command).parameters.items():
+        if is_dataclass(hints[name]):
+            group = _parameters(hints[name])
+            groups[name] = list(group)
+            flags |= group
+        else:
+            flags[name] = each.replace(kind=each.KEYWORD_ONLY, annotation=hints[name])
 
     def run(**given: Any) -> None:
-        command(kind(**{name: given.pop(name) for name in flags}), **given)
+        made = {name: hints[name](**{each: given.pop(each) for each in of}) for name, of in groups.items()}
+        command(**made, **given)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__annotations__ = {name: each.annotation for name, each in (flags | own).items()}
-    run.__signature__ = inspect.Signature([*flags.values(), *own.values()])  # type: ignore[attr-defined]
+    run.__annotations__ = {name: each.annotation for name, each in flags.items()}
+    run.__signature__ = inspect.Signature(list(flags.values()))  # type: ignore[attr-defined]
     return run
 
 
-def limits(*, rpc_threads: int, max_queue: int, max_message: str, drain: float, reflection: bool) -> Limits:
-    """What a server takes on, by the flags of these names."""
-    from trilith_services.grpc.serve import Limits
+def _parameters(config: type[Any]) -> dict[str, inspect.Parameter]:
+    types = get_type_hints(config)
+    made = {}
+    for flag, each in flags_of(config):
+        names = [f"{flag}/--no-{flag[2:]}"] if each.default is True else [flag]
+        about = typer.Option(*names, **each.metadata["how"])
+        made[each.name] = inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=each.default,
+            annotation=Annotated[types[each.name], about],
+        )
+    return made
 
-    return Limits(
-        threads=rpc_threads,
-        max_queue=max_queue,
-        max_message_bytes=parse_bytes(max_message),
-        drain_s=drain,
-        reflection=reflection,
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerFlags:
+    """What a server takes on."""
+
+    rpc_threads: int = option(8, "Calls worked on at once.", least=1, metavar="N")
+    max_queue: int = option(128, "Calls that may wait; more are refused.", least=1, metavar="N")
+    max_message: str = option(
+        "256M", "Largest message, such as 64M; larger are refused.", metavar="SIZE", callback=checked(_message)
     )
+    drain: float = option(10.0, "How long calls get to finish after SIGTERM.", least=0.0, metavar="SECONDS")
+    reflection: bool = option(False, "Describe services and messages to whoever asks, such as grpcurl.")
+
+    @property
+    def limits(self) -> Limits:
+        """The same for a server process."""
+        from trilith_services.grpc.serve import Limits
+
+        return Limits(
+            threads=self.rpc_threads,
+            max_queue=self.max_queue,
+            max_message_bytes=parse_bytes(self.max_message),
+            drain_s=self.drain,
+            reflection=self.reflection,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogFlags:
+    """What is logged, and how."""
+
+    log_format: LogFormat = option(LogFormat.text, "text: key=value, for people; json: an object per line.")
+    log_level: LogLevel = option(LogLevel.info, "Least level that is logged.", case_sensitive=False)
+
+    def setup(self, **role: Any) -> None:
+        """Log so from now on; `role` says in every line which process it is of."""
+        from trilith_services.logs import setup_logging
+
+        setup_logging(self.log_format.value, level=self.log_level.value, role=role)
 
 
 Listen = Annotated[
@@ -177,21 +211,13 @@ MemoryLimit = Annotated[
 RowThreads = Annotated[
     int, typer.Option("--threads", metavar="N", help="Threads that work on rows; 0: one per core.", min=0)
 ]
-RpcThreads = Annotated[int, typer.Option("--rpc-threads", metavar="N", help="Calls worked on at once.", min=1)]
-MaxQueue = Annotated[
-    int, typer.Option("--max-queue", metavar="N", help="Calls that may wait; more are refused.", min=1)
-]
-MaxMessage = Annotated[
-    str,
+CheckpointRoot = Annotated[
+    str | None,
     typer.Option(
-        "--max-message",
-        metavar="SIZE",
-        callback=checked(_message),
-        help="Largest message, such as 64M; larger are refused.",
+        "--checkpoint-root",
+        metavar="DIR",
+        help="Directory or URL below which clients may save and restore checkpoints; left out: --checkpoint-dir.",
     ),
-]
-Drain = Annotated[
-    float, typer.Option("--drain", metavar="SECONDS", help="How long calls get to finish after SIGTERM.", min=0.0)
 ]
 MetricsPort = Annotated[
     int | None,
@@ -210,15 +236,6 @@ MetricsHost = Annotated[
         metavar="HOST",
         help="Interface of --metrics-port; 0.0.0.0 where Prometheus is on another machine.",
     ),
-]
-Reflection = Annotated[
-    bool, typer.Option("--reflection", help="Describe services and messages to whoever asks, such as grpcurl.")
-]
-LogFormatFlag = Annotated[
-    LogFormat, typer.Option("--log-format", help="text: key=value, for people; json: an object per line.")
-]
-LogLevelFlag = Annotated[
-    LogLevel, typer.Option("--log-level", case_sensitive=False, help="Least level that is logged.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 

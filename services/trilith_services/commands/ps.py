@@ -9,21 +9,15 @@ import typer
 
 from trilith_services.commands.flags import (
     Advertise,
-    Drain,
+    CheckpointRoot,
     Listen,
-    LogFormat,
-    LogFormatFlag,
-    LogLevel,
-    LogLevelFlag,
-    MaxMessage,
-    MaxQueue,
+    LogFlags,
     MemoryLimit,
     MetricsHost,
     MetricsPort,
-    Reflection,
     RowThreads,
-    RpcThreads,
-    limits,
+    ServerFlags,
+    expanded,
     size,
 )
 
@@ -37,10 +31,11 @@ log = logging.getLogger(__name__)
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    app.command()(ps)
+    app.command()(expanded(ps))
 
 
 def ps(
+    *,
     index: Annotated[
         int | None,
         typer.Option(metavar="N", help="This shard's index, from 0; left out: what the scheduler says, else 0.", min=0),
@@ -79,13 +74,7 @@ def ps(
         ),
     ] = 0.0,
     checkpoint_keep: Annotated[int, typer.Option(metavar="N", help="Complete checkpoints to keep.", min=1)] = 3,
-    checkpoint_root: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Directory or URL below which clients may save and restore checkpoints; left out: --checkpoint-dir.",
-        ),
-    ] = None,
+    checkpoint_root: CheckpointRoot = None,
     checkpoint_anywhere: Annotated[
         bool,
         typer.Option(
@@ -96,11 +85,7 @@ def ps(
     ] = False,
     memory_limit: MemoryLimit = "0",
     threads: RowThreads = 0,
-    rpc_threads: RpcThreads = 8,
-    max_queue: MaxQueue = 128,
-    max_message: MaxMessage = "256M",
-    drain: Drain = 10.0,
-    reflection: Reflection = False,
+    server: ServerFlags,
     metrics_port: MetricsPort = None,
     metrics_host: MetricsHost = "127.0.0.1",
     sync_to: Annotated[
@@ -127,8 +112,7 @@ def ps(
     sync_name: Annotated[
         str, typer.Option(metavar="NAME", help="Serving model whose replicas the directory lists.")
     ] = "model",
-    log_format: LogFormatFlag = LogFormat.text,
-    log_level: LogLevelFlag = LogLevel.info,
+    logs: LogFlags,
 ) -> None:
     """Serve one shard until SIGTERM."""
     from trilith.discovery.serving import ServingDirectory
@@ -136,7 +120,6 @@ def ps(
     from trilith.ops.memory import tune_allocator
     from trilith_services import sizes
     from trilith_services.listening import reached_by_others
-    from trilith_services.logs import setup_logging
     from trilith_services.ps.process.server import ParameterServer, PsOptions
     from trilith_services.ps.process.shard import LocalShard
     from trilith_services.ps.replicas.sync.options import SyncOptions
@@ -147,14 +130,14 @@ def ps(
     targets = _static_targets(sync_to or [])
     waited: Directory | None = None
     if standby:
-        setup_logging(log_format.value, level=log_level.value, role={"ps": "standby"})
+        logs.setup(ps="standby")
         index, waited = _stand_by(discovery, index, count or 1, standby_after)
         if index is None:
             raise typer.Exit(0)
     elif discovery is not None:
         index, count = _placed(discovery, index, count, listen, advertise)
     index, count = index or 0, count or 1
-    setup_logging(log_format.value, level=log_level.value, role={"ps": index})
+    logs.setup(ps=index)
     if checkpoint_dir is not None and not checkpoint_every:
         log.warning(
             "the only checkpoint in %s will be that of a clean end (SIGTERM): give --checkpoint-every SECONDS, such as "
@@ -163,9 +146,7 @@ def ps(
         )
     tune_allocator()
     options = PsOptions(
-        limits=limits(
-            rpc_threads=rpc_threads, max_queue=max_queue, max_message=max_message, drain=drain, reflection=reflection
-        ),
+        limits=server.limits,
         checkpoint_dir=checkpoint_dir,
         checkpoint_every_s=checkpoint_every,
         checkpoint_keep=checkpoint_keep,

@@ -10,22 +10,15 @@ import typer
 from trilith_services.commands.entry import entry
 from trilith_services.commands.flags import (
     Advertise,
-    Drain,
     Listen,
-    LogFormat,
-    LogFormatFlag,
-    LogLevel,
-    LogLevelFlag,
-    MaxMessage,
-    MaxQueue,
+    LogFlags,
     MemoryLimit,
     MetricsHost,
     MetricsPort,
-    Reflection,
     RowThreads,
-    RpcThreads,
+    ServerFlags,
     ServingName,
-    limits,
+    expanded,
 )
 
 __all__ = ["register"]
@@ -34,12 +27,13 @@ __all__ = ["register"]
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     serving = typer.Typer(name="serving", help="Serve a model.", no_args_is_help=True)
-    serving.command()(ps)
-    serving.command()(entry)
+    serving.command()(expanded(ps))
+    serving.command()(expanded(entry))
     app.add_typer(serving)
 
 
 def ps(
+    *,
     index: Annotated[int, typer.Option(metavar="N", help="Index of the shard, from 0.", min=0)] = 0,
     count: Annotated[int, typer.Option(metavar="N", help="Shards in the cluster.", min=1)] = 1,
     replica: Annotated[
@@ -77,32 +71,24 @@ def ps(
     ] = None,
     memory_limit: MemoryLimit = "0",
     threads: RowThreads = 0,
-    rpc_threads: RpcThreads = 8,
-    max_queue: MaxQueue = 128,
-    max_message: MaxMessage = "256M",
-    drain: Drain = 10.0,
-    reflection: Reflection = False,
+    server: ServerFlags,
     metrics_port: MetricsPort = None,
     metrics_host: MetricsHost = "127.0.0.1",
-    log_format: LogFormatFlag = LogFormat.text,
-    log_level: LogLevelFlag = LogLevel.info,
+    logs: LogFlags,
 ) -> None:
     """Hold the compressed rows of one shard, filled by its training PS, and answer lookups until SIGTERM."""
     from trilith.discovery.serving import ServingDirectory
     from trilith.ops.memory import tune_allocator
     from trilith_services import sizes
     from trilith_services.listening import reached_by_others
-    from trilith_services.logs import setup_logging
     from trilith_services.ps.process.replica_server import ReplicaOptions, ReplicaServer
     from trilith_services.ps.process.shard import LocalShard
     from trilith_services.ps.replicas.replica import Replica, read_configs
 
-    setup_logging(log_format.value, level=log_level.value, role={"ps": index, "replica": replica})
+    logs.setup(ps=index, replica=replica)
     tune_allocator()
     options = ReplicaOptions(
-        limits=limits(
-            rpc_threads=rpc_threads, max_queue=max_queue, max_message=max_message, drain=drain, reflection=reflection
-        ),
+        limits=server.limits,
         replica=replica,
         advertise=advertise,
         rows=rows,
@@ -115,5 +101,5 @@ def ps(
         index=index, count=count, memory_limit_bytes=sizes.memory_limit(memory_limit), threads=threads or None
     )
     listed = ServingDirectory(discovery, name).replicas(index) if discovery is not None else None
-    server = ReplicaServer(Replica(shard, configs=configs), options, listed=listed)
-    raise typer.Exit(server.run(listen, bound=reached_by_others(listen, advertise, discovery)))
+    process = ReplicaServer(Replica(shard, configs=configs), options, listed=listed)
+    raise typer.Exit(process.run(listen, bound=reached_by_others(listen, advertise, discovery)))

@@ -13,7 +13,7 @@ import typer
 
 from trilith.runtime.extras import need
 from trilith_services.commands import output
-from trilith_services.commands.flags import size
+from trilith_services.commands.flags import CheckpointRoot, size
 
 if TYPE_CHECKING:
     from trilith_services.local.supervisor import Ended, PsCluster, StopRequest, Supervisor
@@ -54,13 +54,7 @@ def up(
     checkpoint_every: Annotated[
         float, typer.Option(metavar="SECONDS", help="Time between checkpoints; 0: only at the end.", min=0.0)
     ] = 60.0,
-    checkpoint_root: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Directory or URL below which clients may save and restore checkpoints; left out: --checkpoint-dir.",
-        ),
-    ] = None,
+    checkpoint_root: CheckpointRoot = None,
     memory_limit: Annotated[
         str,
         typer.Option(

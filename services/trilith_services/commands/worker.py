@@ -11,10 +11,7 @@ import typer
 from trilith.runtime.extras import need
 from trilith_services.commands.flags import (
     Data,
-    LogFormat,
-    LogFormatFlag,
-    LogLevel,
-    LogLevelFlag,
+    LogFlags,
     MetricsHost,
     MetricsPort,
     Model,
@@ -38,6 +35,7 @@ def register(app: typer.Typer) -> None:
 
 
 def worker(
+    *,
     config: WorkerConfig,
     model: ModelFlag = Model.deepfm,
     data: Data = "movielens",
@@ -50,8 +48,7 @@ def worker(
     ] = "",
     metrics_port: MetricsPort = None,
     metrics_host: MetricsHost = "127.0.0.1",
-    log_format: LogFormatFlag = LogFormat.text,
-    log_level: LogLevelFlag = LogLevel.info,
+    logs: LogFlags,
 ) -> None:
     """Train a shard of the data until it is done or SIGTERM comes; other workers may come and go meanwhile."""
     need("torch", extra="torch")
@@ -65,10 +62,9 @@ def worker(
 
     from trilith_services.demo.models import settings_of
     from trilith_services.demo.task import load_task
-    from trilith_services.logs import setup_logging
     from trilith_services.worker.run import run_worker
 
-    setup_logging(log_format.value, level=log_level.value, role={"worker": config.rank})
+    logs.setup(worker=config.rank)
     settings = settings_of(model.value)
     status = run_worker(
         replace(config, metrics_port=metrics_port, metrics_host=metrics_host),

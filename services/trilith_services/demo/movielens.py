@@ -26,7 +26,7 @@ from trilith.errors import TrilithError
 from trilith.ops.ragged import Ragged
 from trilith_services.demo.clicks import ClickData, Parts, split
 
-__all__ = ["FEATURES", "MovieLensUnavailableError", "cache_dir", "fetch", "is_cached", "load", "parse"]
+__all__ = ["FEATURES", "MovieLensUnavailableError", "cache_dir", "fetch", "load", "parse"]
 
 SITE = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
 SITE_TIMEOUT_S = 5.0
@@ -59,11 +59,6 @@ class MovieLensUnavailableError(TrilithError):
 def cache_dir() -> Path:
     """Where downloads are kept: $TRILITH_CACHE, else ~/.cache/trilith."""
     return Path(os.environ.get("TRILITH_CACHE") or Path.home() / ".cache" / "trilith")
-
-
-def is_cached(directory: Path | None = None) -> bool:
-    """Whether `load` would work without a network."""
-    return ((directory or cache_dir()) / ARCHIVE).is_file()
 
 
 def load(directory: Path | None = None, *, split_seed: int = 2024, report: Report | None = None) -> Parts:

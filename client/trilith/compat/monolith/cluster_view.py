@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from trilith.discovery import PS, WORKER, Directory
-from trilith.discovery.liveness import dead_nodes
-from trilith.errors import ClusterMismatchError, DeadlineExceededError, InvalidRequestError, UnavailableError
+from trilith.discovery.addresses import is_listening
+from trilith.errors import (
+    ClusterMismatchError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    TrilithError,
+    UnavailableError,
+)
 from trilith.folder import Folder
 
-__all__ = ["ClusterView", "Failover", "ViewBuilder"]
+__all__ = ["ClusterView", "Failover", "ViewBuilder", "dead_nodes"]
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +189,20 @@ class ViewBuilder:
         if not folder.exists(self._choice_name):
             return []
         return [address for address in folder.read(self._choice_name).decode().strip().split(",") if address]
+
+
+def dead_nodes(addresses: Iterable[str], *, timeout_s: float = 1.0, threads: int = 10) -> list[str]:
+    """Those of the addresses at which nobody accepts a connection within the time, asked at once."""
+    asked = list(addresses)
+
+    def alive(address: str) -> bool:
+        try:
+            return is_listening(address, timeout_s=timeout_s)
+        except TrilithError:
+            return False  # not even an address
+
+    with ThreadPoolExecutor(max(min(threads, len(asked)), 1), thread_name_prefix="trilith-ping") as pool:
+        return [address for address, is_alive in zip(asked, pool.map(alive, asked), strict=True) if not is_alive]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
