@@ -62,7 +62,7 @@ def is_loopback(host: str) -> bool:
         found = socket.getaddrinfo(bare, None, type=socket.SOCK_STREAM)
     except OSError:
         return False
-    return all(ipaddress.ip_address(str(each[4][0]).partition("%")[0]).is_loopback for each in found)
+    return all(ipaddress.ip_address(str(place[4][0]).partition("%")[0]).is_loopback for place in found)
 
 
 def warn_if_exposed(what: str, host: str, port: int) -> None:
@@ -110,4 +110,4 @@ def _hosts_of(directory: str) -> Iterable[str]:
     if scheme == "hosts":
         return ()
     addresses = ZkUrl.parse(directory).hosts if scheme == "zk" else open_directory(directory).query(PS).values()
-    return [each.rpartition(":")[0] for each in addresses]
+    return [address.rpartition(":")[0] for address in addresses]

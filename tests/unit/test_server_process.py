@@ -50,8 +50,8 @@ def announcement(listing: Listing, number: int | None) -> Announcement:
 @pytest.mark.parametrize(("given", "number"), [(None, 7), (3, 3)])
 def test_a_process_keeps_the_number_it_was_first_announced_under(listing, given, number):
     said = announcement(listing, given)
-    said.say(available=False)
-    said.say(available=True)
+    said.announce(available=False)
+    said.announce(available=True)
     said.withdraw()
     said.close()
     assert listing.told == [
@@ -65,13 +65,13 @@ def test_a_process_keeps_the_number_it_was_first_announced_under(listing, given,
 def test_what_was_withdrawn_is_not_announced_again(listing):
     said = announcement(listing, 0)
     said.withdraw()
-    said.say(available=True)
+    said.announce(available=True)
     assert not listing.told
 
 
 def test_a_directory_that_is_away_does_not_hinder_the_end(listing, caplog):
     said = announcement(listing, 0)
-    said.say(available=True)
+    said.announce(available=True)
     listing.away = True
     said.withdraw()
     assert "could not deregister: nobody answers" in caplog.text
@@ -79,7 +79,7 @@ def test_a_directory_that_is_away_does_not_hinder_the_end(listing, caplog):
 
 def test_without_a_directory_nobody_asks_for_the_address():
     said = Announcement(None, 0, where=lambda: pytest.fail("asked"))
-    said.say(available=True)
+    said.announce(available=True)
     said.withdraw()
     said.close()
 

@@ -89,11 +89,12 @@ class Predictor:
             self._url = addresses
             self._where = f"{redact(addresses)} lists no entry of serving model {name!r}; they are listed when ready"
         else:
-            given = [each.strip() for each in (addresses.split(",") if isinstance(addresses, str) else addresses)]
+            listed = addresses.split(",") if isinstance(addresses, str) else addresses
+            given = [address.strip() for address in listed]
             if not any(given):
                 raise InvalidRequestError("no address of an entry")
             self._where = "no entry is known"
-            self._addresses = [check_address(each) for each in given]
+            self._addresses = [check_address(address) for address in given]
         self._lock = threading.Lock()
         self._directory: ServingDirectory | None = None
         self._balancer: Balancer[Entry] | None = None
@@ -160,7 +161,7 @@ class Predictor:
         if kind not in ("example", "instance"):
             raise InvalidRequestError(f"records of kind {kind!r} cannot be scored; 'example' and 'instance' can")
         given: Sequence[object] = records
-        odd = [type(each).__name__ for each in given if not isinstance(each, bytes)]
+        odd = [type(record).__name__ for record in given if not isinstance(record, bytes)]
         if odd:
             raise InvalidRequestError(f"a record is a {odd[0]}; serialized messages are bytes")
         request = serving_pb2.PredictRequest(
@@ -170,9 +171,9 @@ class Predictor:
             self._call("Predict", lambda entry: entry.predict, request.SerializeToString(), timeout_s)
         )
         outputs = {}
-        for each in reply.outputs:
-            values = np.frombuffer(each.values, "<f4")
-            outputs[each.name] = values if each.width == 1 else values.reshape(-1, each.width)
+        for output in reply.outputs:
+            values = np.frombuffer(output.values, "<f4")
+            outputs[output.name] = values if output.width == 1 else values.reshape(-1, output.width)
         return Prediction(outputs, reply.model_version, reply.model_step, reply.rows_as_of)
 
     def status(self, *, timeout_s: float | None = None) -> serving_pb2.ModelStatusResponse:

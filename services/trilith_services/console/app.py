@@ -95,7 +95,7 @@ def _add_pages(app: FastAPI) -> None:
         return lambda: Response(content, media_type=kind)
 
     folder = resources.files(__package__) / "page"
-    names = {f"/page/{each.name}": each.name for each in folder.iterdir() if each.name.rpartition(".")[2] in _TYPES}
+    names = {f"/page/{file.name}": file.name for file in folder.iterdir() if file.name.rpartition(".")[2] in _TYPES}
     for path, name in (names | _PAGES).items():
         app.add_api_route(path, page(name), methods=["GET"], include_in_schema=False, response_class=Response)
 

@@ -118,12 +118,12 @@ class Reader:
                 update={
                     "weights": numbers(weights),
                     "norm": number(norm),
-                    "optimizers": [_optimizer(each) for each in described["optimizers"]],
+                    "optimizers": [_optimizer(state) for state in described["optimizers"]],
                     "last_update_unix_s": moment or None,
                     "age_s": time.time() - moment if moment else None,
                 }
             )
-        mine = [each for each in replicas if each.shard == owner and each.address]
+        mine = [replica for replica in replicas if replica.shard == owner and replica.address]
         copies = self._members.each(
             range(len(mine)), lambda i: self._replica_row(mine[i], table, value, weights if dump else None)
         )
@@ -131,11 +131,11 @@ class Reader:
             update={
                 "replicas": [
                     ReplicaRow(
-                        name=each.name, address=each.address, found=False, error=f"{type(copy).__name__}: {copy}"
+                        name=replica.name, address=replica.address, found=False, error=f"{type(copy).__name__}: {copy}"
                     )
                     if isinstance(copy, TrilithError)
                     else copy
-                    for each, copy in zip(mine, copies.values(), strict=True)
+                    for replica, copy in zip(mine, copies.values(), strict=True)
                 ]
             }
         )
@@ -180,12 +180,12 @@ class Reader:
                 page = shard.dump_entries(table, part=0, parts=1, limit=limit - len(found), offset=max(0, offset))
                 found += page.entries
                 offset = page.offset
-            rows = next((each.rows for each in shard.stats().tables if each.table == table), 0)
+            rows = next((stats.rows for stats in shard.stats().tables if stats.table == table), 0)
             return rows, found
 
         answers = members.each(range(members.count), ask)
         failures = {index: answer for index, answer in answers.items() if isinstance(answer, TrilithError)}
-        unknown = next((each for each in failures.values() if isinstance(each, UnknownTableError)), None)
+        unknown = next((failure for failure in failures.values() if isinstance(failure, UnknownTableError)), None)
         if unknown is not None or len(failures) == members.count:
             raise unknown or next(iter(failures.values()))
         rows, norms, moments = 0, [], []

@@ -80,7 +80,7 @@ def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> fl
 
 def _latencies(sample: PsSample) -> list[Latency]:
     stats = sample.stats
-    earlier = {each.method: each for each in sample.before.stats.methods} if sample.before is not None else {}
+    earlier = {was.method: was for was in sample.before.stats.methods} if sample.before is not None else {}
     none = ps_pb2.MethodStats(buckets=[0] * (len(stats.latency_bounds) + 1))
     found = []
     for method in stats.methods:
@@ -103,7 +103,7 @@ def _latencies(sample: PsSample) -> list[Latency]:
 
 def _table_rates(sample: PsSample) -> dict[str, tuple[float, float]]:
     """Ids looked up and written a second, by table."""
-    earlier = {each.table: each for each in sample.before.stats.tables} if sample.before is not None else {}
+    earlier = {was.table: was for was in sample.before.stats.tables} if sample.before is not None else {}
     rates = {}
     for table in sample.stats.tables:
         was = earlier.get(table.table, ps_pb2.TableStats() if sample.before is not None else table)
@@ -134,7 +134,7 @@ def shard_state(index: int, address: str, sample: PsSample, answer: ps_pb2.Descr
         memory_limit_bytes=stats.memory_limit_bytes,
         resident_bytes=stats.resident_bytes,
         queued=stats.queued_requests,
-        calls_per_s=sum(each.calls_per_s for each in latencies),
+        calls_per_s=sum(latency.calls_per_s for latency in latencies),
         lookups_per_s=sum(lookups for lookups, _ in rates),
         updates_per_s=sum(updates for _, updates in rates),
         last_checkpoint=stats.last_checkpoint,
@@ -160,7 +160,8 @@ def replica_state(
     push = target[0] if target is not None else None
     synced = 0.0
     if target is not None and target[1].before is not None:
-        earlier = {each.name: each for each in target[1].before.stats.sync_targets}.get(target[0].name)
+        pushes = {push.name: push for push in target[1].before.stats.sync_targets}
+        earlier = pushes.get(target[0].name)
         if earlier is not None and earlier.address == target[0].address:
             synced = target[1].rate(target[0].rows, earlier.rows)
     own = answered.stats if isinstance(answered, Sample) else None
@@ -221,7 +222,7 @@ def entry_state(listed: ServingProcess, answered: EntrySample | str) -> EntrySer
         p50_ms=None if times[0] is None else 1000 * times[0],
         p99_ms=None if times[1] is None else 1000 * times[1],
         replicas=len(status.replicas),
-        healthy_replicas=sum(each.healthy for each in status.replicas),
+        healthy_replicas=sum(replica.healthy for replica in status.replicas),
         problem=problem,
     )
 
@@ -231,8 +232,8 @@ def _problem(status: serving_pb2.ModelStatusResponse) -> str:
     if not status.model:
         return status.load_error or "no model is loaded"
     shards: dict[int, list[serving_pb2.ReplicaStatus]] = {}
-    for each in status.replicas:
-        shards.setdefault(each.shard, []).append(each)
+    for replica in status.replicas:
+        shards.setdefault(replica.shard, []).append(replica)
     return "; ".join(
         f"shard {shard}: 0 of {len(known)} replicas answer ({', '.join(dict.fromkeys(one.error for one in known))})"
         for shard, known in sorted(shards.items())
@@ -242,9 +243,9 @@ def _problem(status: serving_pb2.ModelStatusResponse) -> str:
 
 def missing_replicas(shards: int, replicas: Sequence[Replica], entries: Iterable[EntryServer]) -> list[Replica]:
     """A row for every shard that has no serving replica although rows are looked up at some."""
-    if not replicas and not any(each.mode == "distributed" for each in entries):
+    if not replicas and not any(entry.mode == "distributed" for entry in entries):
         return []
-    there = {each.shard for each in replicas}
+    there = {replica.shard for replica in replicas}
     return [
         Replica(shard=shard, name="", address="", state="missing", alive=False, error="no serving replica is listed")
         for shard in range(shards)
@@ -269,18 +270,18 @@ def table_states(samples: Mapping[int, PsSample], count: int) -> list[TableState
     return [
         TableState(
             name=name,
-            rows=sum(each.rows for each in parts.values()),
-            bytes=sum(each.bytes for each in parts.values()),
+            rows=sum(part.rows for part in parts.values()),
+            bytes=sum(part.bytes for part in parts.values()),
             hit_ratio=(
-                sum(each.lookup_hits for each in parts.values()) / looked_up
-                if (looked_up := sum(each.lookup_ids for each in parts.values()))
+                sum(part.lookup_hits for part in parts.values()) / looked_up
+                if (looked_up := sum(part.lookup_ids for part in parts.values()))
                 else None
             ),
             lookups_per_s=sum(lookups for lookups, _ in rates[name]),
             updates_per_s=sum(updates for _, updates in rates[name]),
-            filtered_ids=sum(each.filtered_ids for each in parts.values()),
-            evicted_rows=sum(each.evicted_rows for each in parts.values()),
-            newest_update_unix_s=max((each.max_update_time for each in parts.values()), default=0) or None,
+            filtered_ids=sum(part.filtered_ids for part in parts.values()),
+            evicted_rows=sum(part.evicted_rows for part in parts.values()),
+            newest_update_unix_s=max((part.max_update_time for part in parts.values()), default=0) or None,
             rows_by_shard=[parts[index].rows if index in parts else None for index in range(count)],
         )
         for name, parts in sorted(tables.items())
@@ -290,12 +291,12 @@ def table_states(samples: Mapping[int, PsSample], count: int) -> list[TableState
 def add_up(shards: Sequence[Shard], replicas: Iterable[Replica]) -> Totals:
     """The whole cluster, as far as it answers."""
     p99 = [
-        each.p99_ms
+        latency.p99_ms
         for shard in shards
-        for each in shard.latencies
-        if each.method == "Lookup" and each.p99_ms is not None
+        for latency in shard.latencies
+        if latency.method == "Lookup" and latency.p99_ms is not None
     ]
-    lags = [each.lag_s for each in replicas if each.lag_s is not None]
+    lags = [replica.lag_s for replica in replicas if replica.lag_s is not None]
     return Totals(
         shards=len(shards),
         alive=sum(shard.alive for shard in shards),

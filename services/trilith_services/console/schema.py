@@ -53,7 +53,8 @@ def number(value: float) -> Number:
 
 def numbers(values: Iterable[float]) -> list[Number]:
     """Float32s as JSON can carry them, each the shortest text that gives it back."""
-    return [float(str(each)) if np.isfinite(each) else number(float(each)) for each in np.asarray(values, np.float32)]
+    floats = np.asarray(values, np.float32)
+    return [float(str(value)) if np.isfinite(value) else number(float(value)) for value in floats]
 
 
 class _Answer(BaseModel):

@@ -64,13 +64,13 @@ class ServingList:
         states: Mapping[int, str] = {state.value: state.name.lower() for state in ModelState}
         nodes = [
             ServingProcess(
-                server_type=each.path.server_type,
-                shard=each.path.index,
-                name=f"replica-{each.path.replica}" if each.path.server_type == "ps" else f"{each.path.replica}",
-                address=each.meta.reachable_at(ipv6=ipv6) or "",
-                state=states.get(each.meta.stat, f"state {each.meta.stat}"),
+                server_type=node.path.server_type,
+                shard=node.path.index,
+                name=f"replica-{node.path.replica}" if node.path.server_type == "ps" else f"{node.path.replica}",
+                address=node.meta.reachable_at(ipv6=ipv6) or "",
+                state=states.get(node.meta.stat, f"state {node.meta.stat}"),
             )
-            for each in found
+            for node in found
         ]
         with self._lock:
             self._nodes = nodes

@@ -70,9 +70,9 @@ class Watcher:
         """
         self.url = url
         self.options = options or WatchOptions()
-        for each in (url, self.options.serving):
-            if each is not None:
-                _check_url(each)
+        for place in (url, self.options.serving):
+            if place is not None:
+                _check_url(place)
         self._lock = threading.Lock()
         self._members: Members | None = None
         self._serving: ServingList | None = None
@@ -146,9 +146,9 @@ class Watcher:
             members, self._members = self._members, None
             serving, self._serving = self._serving, None
             self._problem = UnavailableError("the console is stopping")
-        for each in (members, serving, self._entries):
-            if each is not None:
-                each.close()
+        for opened in (members, serving, self._entries):
+            if opened is not None:
+                opened.close()
 
     # ---- the thread --------------------------------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class Watcher:
             unix_s=time.time(),
             totals=add_up(shards, replicas),
             shards=shards,
-            replicas=sorted(replicas, key=lambda each: (each.shard, each.name)),
+            replicas=sorted(replicas, key=lambda replica: (replica.shard, replica.name)),
             entries=entries,
             tables=table_states(samples, members.count),
         )
@@ -272,7 +272,7 @@ class Watcher:
             for index, sample in samples.items()
             for target in sample.stats.sync_targets
         }
-        nodes = {(each.shard, each.address): each for each in listed if each.server_type == "ps"}
+        nodes = {(node.shard, node.address): node for node in listed if node.server_type == "ps"}
         known = sorted(targets.keys() | nodes.keys())
         members.replicas.keep(known)
 
@@ -288,21 +288,21 @@ class Watcher:
         return found
 
     def _look_at_entries(self, members: Members, listed: list[ServingProcess]) -> list[EntryServer]:
-        nodes = [each for each in listed if each.server_type != "ps"]
-        self._entries.keep(each.address for each in nodes)
+        nodes = [node for node in listed if node.server_type != "ps"]
+        self._entries.keep(node.address for node in nodes)
 
         def ask(address: str) -> EntrySample:
             _check_announced(address)
             return Sample(time.monotonic(), self._entries.get(address).status(timeout_s=self._answer_s))
 
-        answers = members.each(dict.fromkeys(each.address for each in nodes), ask)
+        answers = members.each(dict.fromkeys(node.address for node in nodes), ask)
         samples = {
             address: answer.after(self._entry_samples.get(address))
             for address, answer in answers.items()
             if not isinstance(answer, TrilithError)
         }
         self._entry_samples = samples
-        return [entry_state(each, samples.get(each.address) or str(answers[each.address])) for each in nodes]
+        return [entry_state(node, samples.get(node.address) or str(answers[node.address])) for node in nodes]
 
     def _remember(self, key: tuple[int, str], sample: PsSample) -> PsSample:
         sample = sample.after(self._samples.get(key))

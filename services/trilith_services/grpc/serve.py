@@ -224,8 +224,8 @@ class Server:
         )
         self._server.add_generic_rpc_handlers(
             tuple(
-                _Dispatcher(name, each, self._pools, self._streams, limits.max_queue, refused)
-                for name, each in services.items()
+                _Dispatcher(name, own, self._pools, self._streams, limits.max_queue, refused)
+                for name, own in services.items()
             )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

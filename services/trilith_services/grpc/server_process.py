@@ -178,7 +178,7 @@ class Announcement:
         self._withdrawn = False
         self._lock = threading.Lock()
 
-    def say(self, *, available: bool) -> None:
+    def announce(self, *, available: bool) -> None:
         """Announce that the process is there, and if `available` to be asked; not once it has been withdrawn."""
         with self._lock:
             if self._task is not None and not self._withdrawn:

@@ -45,7 +45,7 @@ class PredictBody(BaseModel):
         if self.records:
             return servicer.score_json(self.records)
         kind = serving_pb2.EXAMPLE if self.examples else serving_pb2.INSTANCE
-        payloads = [_decoded(each, f"{given[0]}[{number}]") for number, each in enumerate(getattr(self, given[0]))]
+        payloads = [_decoded(text, f"{given[0]}[{number}]") for number, text in enumerate(getattr(self, given[0]))]
         return servicer.score(serving_pb2.PredictRequest(kind=kind, records=payloads))
 
 
@@ -113,7 +113,7 @@ def _predict(servicer: PredictionServicer, body: PredictBody) -> dict[str, Any]:
     finally:
         servicer.observe("PredictHttp", status, started)
     return {
-        "outputs": {each.name: _rows(each) for each in response.outputs},
+        "outputs": {output.name: _rows(output) for output in response.outputs},
         "model_version": response.model_version,
         "model_step": response.model_step,
         "rows_as_of": response.rows_as_of,
@@ -126,4 +126,4 @@ def _rows(output: serving_pb2.PredictOutput) -> list[Any]:
     values = np.frombuffer(output.values, "<f4")
     values = np.where(np.isfinite(values), values, np.nan)
     found: list[Any] = (values if output.width == 1 else values.reshape(-1, output.width)).tolist()
-    return [None if each != each else each for each in found] if output.width == 1 else found
+    return [None if value != value else value for value in found] if output.width == 1 else found

@@ -35,7 +35,7 @@ def encode_records(
     Raises:
         InvalidRequestError: A value is none that its feature can have.
     """
-    return [_encode(number, each, declared, on_unknown) for number, each in enumerate(records)]
+    return [_encode(number, record, declared, on_unknown) for number, record in enumerate(records)]
 
 
 def _encode(
@@ -56,11 +56,11 @@ def _encode(
             raise InvalidRequestError(f"{where} is ids and numbers in this model, which only Instances can hold")
         feature = example.named_feature.add(name=name).feature
         if about.kind == "ids":
-            feature.fid_v2_list.value.extend([_id(each, where) for each in values])
+            feature.fid_v2_list.value.extend([_id(value, where) for value in values])
             continue
         if len(values) != about.dim and not about.pad:
             raise InvalidRequestError(f"{where} has {len(values)} numbers; the model takes {about.dim}")
-        feature.float_list.value.extend([_float(each, where) for each in values])
+        feature.float_list.value.extend([_float(value, where) for value in values])
     return example.SerializeToString()
 
 

@@ -97,8 +97,8 @@ class _StatusCollector(Collector):
         failures = CounterMetricFamily(
             "trilith_serving_replica_failures_total", "Lookups that failed there.", labels=["shard", "address"]
         )
-        for each in status.replicas:
-            healthy.add_metric([str(each.shard), each.address], float(each.healthy))
-            failures.add_metric([str(each.shard), each.address], each.failures)
+        for replica in status.replicas:
+            healthy.add_metric([str(replica.shard), replica.address], float(replica.healthy))
+            failures.add_metric([str(replica.shard), replica.address], replica.failures)
         yield healthy
         yield failures

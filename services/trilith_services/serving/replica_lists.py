@@ -30,7 +30,7 @@ def open_replica_list(given: Sequence[str], name: str, *, timeout_s: float = 30.
         name: Serving model under which a directory lists its replicas.
         timeout_s: How long to wait for ZooKeeper.
     """
-    urls = [each for each in given if "://" in each]
+    urls = [url for url in given if "://" in url]
     if not urls:
         return GivenReplicas.parse(given)
     if len(given) > 1:
@@ -43,16 +43,16 @@ class GivenReplicas:
 
     def __init__(self, addresses: Mapping[int, Sequence[str]]) -> None:
         """Take addresses by shard."""
-        self._addresses = {shard: tuple(map(check_address, each)) for shard, each in addresses.items()}
+        self._addresses = {shard: tuple(map(check_address, listed)) for shard, listed in addresses.items()}
 
     @classmethod
     def parse(cls, given: Iterable[str]) -> GivenReplicas:
         """Read SHARD=host:port, any number per shard."""
         found: dict[int, list[str]] = {}
-        for each in given:
-            shard, equals, address = each.partition("=")
+        for replica in given:
+            shard, equals, address = replica.partition("=")
             if not equals or not shard.isdecimal():
-                raise InvalidRequestError(f"replica {each!r} is neither SHARD=host:port nor the URL of a directory")
+                raise InvalidRequestError(f"replica {replica!r} is neither SHARD=host:port nor the URL of a directory")
             found.setdefault(int(shard), []).append(address)
         return cls(found)
 

@@ -148,7 +148,7 @@ class ReplicaSet(InProcess):
     @property
     def as_of(self) -> float:
         """Up to when every replica that is asked is fresh; 0: not known."""
-        return min((each.connection.as_of for each in self._balancer.members if not each.suspect), default=0.0)
+        return min((member.connection.as_of for member in self._balancer.members if not member.suspect), default=0.0)
 
     def status(self) -> list[serving_pb2.ReplicaStatus]:
         """What is known of each; if none is listed, of those that were, or of one without an address."""
@@ -213,16 +213,16 @@ class ShardedReplicas:
     @property
     def as_of(self) -> float:
         """Up to when the rows are fresh, over all shards; 0: not known."""
-        return min(each.as_of for each in self._sets)
+        return min(shard.as_of for shard in self._sets)
 
     def status(self) -> list[serving_pb2.ReplicaStatus]:
         """What is known of each replica."""
-        return [status for each in self._sets for status in each.status()]
+        return [status for shard in self._sets for status in shard.status()]
 
     def missing(self) -> str:
         """The first shard that nobody answers for, and why; empty if there is a replica of each that does."""
-        for index, each in enumerate(self._sets):
-            status = each.status()
+        for index, shard in enumerate(self._sets):
+            status = shard.status()
             if not any(replica.healthy for replica in status):
                 reasons = "; ".join(f"{replica.address}: {replica.error}".removeprefix(": ") for replica in status)
                 return f"no replica of shard {index} of {self.count} answers: {reasons}"
@@ -231,8 +231,8 @@ class ShardedReplicas:
     def probe(self) -> None:
         """Ask every replica how it is, and wait for the answers."""
         asked: list[Callable[[], object]] = []
-        for each in self._sets:
-            each.probe(lambda work: asked.append(self._probes.submit(work).result))
+        for shard in self._sets:
+            shard.probe(lambda work: asked.append(self._probes.submit(work).result))
         for wait in asked:
             wait()
 
@@ -247,5 +247,5 @@ class ShardedReplicas:
         self._stop.set()
         self._thread.join()
         self._probes.shutdown()
-        for each in self._sets:
-            each.close()
+        for shard in self._sets:
+            shard.close()

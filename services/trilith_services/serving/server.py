@@ -116,13 +116,13 @@ class Entry(ServerProcess[EntryOptions]):
     def _get_ready(self) -> None:
         """Wait for the first export, and follow newer ones; afterwards there are scores to be had."""
         options = self._options
-        self._announcement.say(available=False)
+        self._announcement.announce(available=False)
         with Wait(f"an export in {self._base} that can be served", most=None) as waiting:
             while not self.models.refresh() and not self._stopping.wait(min(options.poll_s, 0.2)):
                 pass
             waiting.end(came=not self._stopping.is_set())
         self.models.follow(options.poll_s)
-        self._announcement.say(available=True)
+        self._announcement.announce(available=True)
         self._health.start()
 
     def _watch_health(self) -> None:

@@ -86,11 +86,11 @@ class ReplicaServer(ServerProcess[ReplicaOptions]):
         if options.rows is not None:
             self._replica.store.restore(options.rows)
         self.servicer.taking = True
-        self._announcement.say(available=False)
+        self._announcement.announce(available=False)
         if options.rows is None and not self._wait(options.wait_s):
             return
         self.servicer.ready = True
-        self._announcement.say(available=True)
+        self._announcement.announce(available=True)
 
     def _wait(self, wait_s: float | None) -> bool:
         """Wait for a full copy; False if the process is to end without it."""

@@ -74,11 +74,12 @@ class ChangeLog:
         with self._news:
             self._tables = set(tables)
             self._until = until
-            batch = _Batch(self._next, since, {name: each for name, each in ids.items() if len(each)}, frozenset(whole))
+            touched = {name: given for name, given in ids.items() if len(given)}
+            batch = _Batch(self._next, since, touched, frozenset(whole))
             if batch.ids or batch.whole:
                 self._batches.append(batch)
                 self._next += 1
-                if sum(each.rows for each in self._batches) > self._most:
+                if sum(waiting.rows for waiting in self._batches) > self._most:
                     self._shrink()
             self._news.notify_all()
 
@@ -119,7 +120,7 @@ class ChangeLog:
             after, until = self._next, self._until
         names = {name for batch in batches for name in batch.ids}
         found = {name: [batch.ids[name] for batch in batches if name in batch.ids] for name in sorted(names)}
-        ids = {name: each[0] if len(each) == 1 else distinct(*each) for name, each in found.items()}
+        ids = {name: pieces[0] if len(pieces) == 1 else distinct(*pieces) for name, pieces in found.items()}
         whole = frozenset(name for batch in batches for name in batch.whole)
         # A batch that others were merged into is another than the one whose number it has.
         number = batches[0].number if len(batches) == 1 and not batches[0].merged else -1

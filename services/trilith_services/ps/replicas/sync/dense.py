@@ -27,13 +27,13 @@ class DenseFeed:
     @property
     def behind(self) -> bool:
         """Whether something has changed that the target lacks."""
-        return not all(self._has(each) for each in self._variables)
+        return not all(self._has(partition) for partition in self._variables)
 
     def due(self, message_bytes: int) -> Iterator[tuple[parameter_sync_pb2.DeltaVariable, bool]]:
         """The pieces of what has changed, and whether more follow; a partition counts as arrived once all are taken."""
         if time.monotonic() - self._last < self._every_s:
             return
-        changed = [each for each in self._variables if not self._has(each)]
+        changed = [partition for partition in self._variables if not self._has(partition)]
         floats = max(1, message_bytes // 4)
         for number, partition in enumerate(changed):
             with partition.lock:

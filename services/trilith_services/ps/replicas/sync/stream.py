@@ -344,6 +344,7 @@ class Stream:
     def _current_inventory(self) -> parameter_sync_pb2.Inventory:
         """What there is to be had, in an order of its own."""
         found = parameter_sync_pb2.Inventory(tables=sorted(self._log.tables & set(self._store.tables)))
-        for spec in sorted((each.spec for each in self._store.variables), key=lambda each: (each.name, each.partition)):
+        specs = [partition.spec for partition in self._store.variables]
+        for spec in sorted(specs, key=lambda spec: (spec.name, spec.partition)):
             found.variables.add(name=spec.name, partition=spec.partition, size=spec.size)
         return found

@@ -128,7 +128,7 @@ class Syncer:
     def stats(self) -> list[ps_pb2.SyncTargetStats]:
         """Where every target stands, by name."""
         with self._changing:
-            targets = sorted(self._targets.values(), key=lambda each: each.name)
+            targets = sorted(self._targets.values(), key=lambda target: target.name)
         return [target.stats() for target in targets]
 
     def look(self) -> None:
