@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated
 
 import google_crc32c
+from pydantic import BaseModel, ConfigDict, Field
 
 from trilith.checkpoint import FileRecord, Manifest
 from trilith.errors import CheckpointError
 from trilith.folder import Folder
-from trilith_services.ps.checkpoint.damage import as_damage, whole_number
+from trilith_services.ps.checkpoint.damage import as_damage
 from trilith_services.ps.engine.queues import QueueState
 
 __all__ = ["read", "read_for", "write"]
@@ -21,6 +21,24 @@ __all__ = ["read", "read_for", "write"]
 FORMAT = "trilith-queues"
 VERSION = 1
 _MOST_BYTES = 1 << 30
+
+
+class _Queue(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    capacity: int = Field(ge=0, le=2**63 - 1)
+    waiting: tuple[str, ...]
+    leased: tuple[
+        tuple[Annotated[int, Field(ge=0, le=2**63 - 2)], str, Annotated[float, Field(ge=0, allow_inf_nan=False)], str],
+        ...,
+    ]
+
+
+class _File(BaseModel):
+    format: str
+    version: int
+    queues: list[_Queue]
 
 
 def write(folder: Folder, name: str, states: Sequence[QueueState]) -> FileRecord:
@@ -35,45 +53,14 @@ def read(folder: Folder, name: str) -> list[QueueState]:
     """Read what `write` wrote; CheckpointError if it is something else."""
     where = folder.path(name)
     with as_damage(where):
-        body = json.loads(folder.read(name, most=_MOST_BYTES))
-        if body["format"] != FORMAT or body["version"] != VERSION:
+        body = _File.model_validate_json(folder.read(name, most=_MOST_BYTES))
+        if (body.format, body.version) != (FORMAT, VERSION):
             raise CheckpointError(f"{where}: not a file of format {FORMAT!r}, version {VERSION}")
-        states = [_state(queue) for queue in body["queues"]]
+        states = [QueueState(**dict(queue)) for queue in body.queues]
         leases = [lease for state in states for lease, *_ in state.leased]
         if len({state.name for state in states}) < len(states) or len(set(leases)) < len(leases):
             raise ValueError("a queue or a lease is there twice")
     return states
-
-
-def _state(queue: Mapping[str, Any]) -> QueueState:
-    return QueueState(
-        name=_text(queue["name"]),
-        capacity=whole_number(queue["capacity"], 2**63 - 1, "capacity"),
-        waiting=tuple(map(_text, _list(queue["waiting"]))),
-        leased=tuple(
-            (whole_number(lease, 2**63 - 2, "lease"), _text(worker), _seconds(seconds), _text(element))
-            for lease, worker, seconds, element in _list(queue["leased"])
-        ),
-    )
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r} where a list is due")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} where text is due")
-    value.encode()  # half a surrogate pair is no text
-    return value
-
-
-def _seconds(value: Any) -> float:
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{value!r} where seconds are due")
-    return float(value)
 
 
 def read_for(folder: Folder, manifest: Manifest, index: int) -> list[QueueState]:

@@ -15,7 +15,7 @@ from trilith.errors import InvalidRequestError, QueueFullError, UnknownQueueErro
 from trilith.shard import Dequeued
 from trilith_services.ps.engine.budget import MemoryBudget
 
-__all__ = ["DEFAULT_CAPACITY", "QueueState", "Queues"]
+__all__ = ["DEFAULT_CAPACITY", "LeasedQueues", "QueueState"]
 
 DEFAULT_CAPACITY = 100_000
 _POINTER = 8  # bytes of a place in a queue
@@ -63,7 +63,7 @@ class _Queue:
             )
 
 
-class Queues:
+class LeasedQueues:
     """First in, first out; an element is with one worker at a time, and none is lost with a worker.
 
     A dequeued element is leased. Acknowledging it in time removes it; a lease that lapses puts it back at the front. So

@@ -19,7 +19,7 @@ from trilith_services.ps.engine.budget import MemoryBudget
 from trilith_services.ps.engine.kernels.apply import make_dense_step
 from trilith_services.ps.engine.row_layout import OptimizerLayout
 
-__all__ = ["Partition", "VariableState", "Variables"]
+__all__ = ["Partition", "Partitions", "VariableState"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Partition:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-class Variables:
+class Partitions:
     """The dense partitions of one shard, by (name, partition)."""
 
     def __init__(self, budget: MemoryBudget | None = None) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from trilith_proto import parameter_sync_pb2
-from trilith_services.ps.engine.variables import Partition, Variables
+from trilith_services.ps.engine.variables import Partition, Partitions
 
 __all__ = ["DenseFeed"]
 
@@ -14,7 +14,7 @@ __all__ = ["DenseFeed"]
 class DenseFeed:
     """Remembers, for one target, which version of each partition has arrived."""
 
-    def __init__(self, variables: Variables, every_s: float) -> None:
+    def __init__(self, variables: Partitions, every_s: float) -> None:
         self._variables = variables
         self._every_s = every_s
         self._sent: dict[tuple[str, int], tuple[Partition, int]] = {}
