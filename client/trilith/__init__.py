@@ -13,8 +13,9 @@ from trilith.errors import TrilithError
 
 if TYPE_CHECKING:
     from trilith import data, nn, tables
-    from trilith.client import Client, Table
+    from trilith.client import Client
     from trilith.entries import describe_entry
+    from trilith.rows import Table
     from trilith.serving.prediction import remote_predict
 
 __all__ = [
@@ -33,7 +34,7 @@ __version__ = "0.1.0"  # pyproject.toml has it too
 
 _LAZY = {
     "Client": "trilith.client",
-    "Table": "trilith.client",
+    "Table": "trilith.rows",
     "describe_entry": "trilith.entries",
     "remote_predict": "trilith.serving.prediction",
 }

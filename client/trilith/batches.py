@@ -35,7 +35,7 @@ from trilith_proto import ps_pb2
 if TYPE_CHECKING:
     from trilith.tables.schedules import LearningRate
 
-__all__ = ["Batches", "TableInfo", "Terms", "Verb"]
+__all__ = ["Batches", "TableInfo", "UpdateVerb", "WriteOptions"]
 
 _T = TypeVar("_T")
 
@@ -43,7 +43,7 @@ _REMEMBERED = 4
 _REMEMBERED_IDS = 1 << 18
 """Splits kept per table, as many as batches are usually looked up ahead, and how large they may be."""
 
-Verb = Literal["apply_gradients", "assign", "assign_add"]
+UpdateVerb = Literal["apply_gradients", "assign", "assign_add"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class TableInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class WriteOptions:
     """What goes with every write of one call.
 
     Attributes:
@@ -210,7 +210,7 @@ class Batches:
         ids: Any,
         call: Callable[[Shard, IdPart, Write], _T],
         *,
-        writes: Terms | None = None,
+        writes: WriteOptions | None = None,
         timeout_s: float | None = None,
     ) -> tuple[dedup.Split, list[_T]]:
         """Call every shard with its ids of one table, repeats included, in pieces that fit a message.
@@ -247,43 +247,45 @@ class Batches:
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 
-    def write(self, index: int, terms: Terms) -> Write:
+    def write(self, index: int, options: WriteOptions) -> Write:
         """Name the next write to a shard."""
         return self._cluster.write(
             index,
-            global_step=terms.step,
-            request_time=0 if terms.request_time is None else whole_seconds(terms.request_time),
-            allow_non_finite=terms.allow_non_finite,
+            global_step=options.step,
+            request_time=0 if options.request_time is None else whole_seconds(options.request_time),
+            allow_non_finite=options.allow_non_finite,
         )
 
-    def _writes(self, terms: Terms) -> Writes:
-        return Writes(lambda index: self.write(index, terms))
+    def _writes(self, options: WriteOptions) -> Writes:
+        return Writes(lambda index: self.write(index, options))
 
-    def update(self, verb: Verb, updates: Mapping[str, tuple[Any, Any]], terms: Terms) -> None:
+    def update(self, verb: UpdateVerb, updates: Mapping[str, tuple[Any, Any]], options: WriteOptions) -> None:
         """See `Client.apply_gradients`, `assign` and `assign_add`."""
         cluster = self._cluster
-        batch = [self._prepare(verb, name, ids, values, terms) for name, (ids, values) in updates.items()]
+        batch = [self._prepare(verb, name, ids, values, options) for name, (ids, values) in updates.items()]
         concerned = _concerned([rows.split for rows in batch], cluster.count)
-        frames = {index: self._frame(index, batch, terms) for index in concerned}
+        frames = {index: self._frame(index, batch, options) for index in concerned}
         with _closing(frames):
             for place, rows in enumerate(batch):
                 dim = rows.values.shape[1]
                 blocks = [frames[s][place].values if s in frames else _no_rows(dim) for s in range(cluster.count)]
                 finite = dedup.scatter_values(rows.split, rows.values, blocks, float16=self._float16)
-                if not finite and not terms.allow_non_finite:
+                if not finite and not options.allow_non_finite:
                     refuse_non_finite(f"table {rows.name!r}", _WHAT[verb], rows.values, float16=self._float16)
-            self._send_frames(verb, concerned, frames, terms)
+            self._send_frames(verb, concerned, frames, options)
 
-    def update_owned(self, verb: Verb, updates: Sequence[Mapping[str, tuple[Any, ...]]], terms: Terms) -> None:
+    def update_owned(
+        self, verb: UpdateVerb, updates: Sequence[Mapping[str, tuple[Any, ...]]], options: WriteOptions
+    ) -> None:
         """Write rows of ids that are arranged by owner already; repeats are applied one after another.
 
         Args:
             verb: Which write.
             updates: Per shard and table uint64[n], float32[n, dim] and, where ids stand for several, uint32[n].
-            terms: What goes with it.
+            options: What goes with it.
         """
         names = {name for tables in updates for name in tables}
-        rates = {name: self._rates(verb, self._info(name), terms) for name in sorted(names)}
+        rates = {name: self._rates(verb, self._info(name), options) for name in sorted(names)}
         frames: dict[int, UpdateFrame] = {}
         concerned = self._owners_of(
             updates, {index: {name: each[0] for name, each in tables.items()} for index, tables in enumerate(updates)}
@@ -294,7 +296,7 @@ class Batches:
                     UpdateLayout(name, ids.size, self._info(name).dim, bool(counts), rates[name])
                     for name, (ids, _, *counts) in updates[index].items()
                 ]
-                frames[index] = frame = self._room(index, layouts, terms)
+                frames[index] = frame = self._room(index, layouts, options)
                 for part, (ids, values, *counts) in zip(frame, updates[index].values(), strict=True):
                     part.ids[:] = ids
                     if part.counts is not None:
@@ -302,26 +304,26 @@ class Batches:
                     rows = as_rows(part.table, _WHAT[verb], values, ids.size, part.values.shape[1])
                     split = dedup.Split(part.ids, (0, ids.size), None)
                     finite = dedup.scatter_values(split, rows, [part.values], float16=self._float16)
-                    if not finite and not terms.allow_non_finite:
+                    if not finite and not options.allow_non_finite:
                         refuse_non_finite(f"table {part.table!r}", _WHAT[verb], rows, float16=self._float16)
-            self._send_frames(verb, concerned, frames, terms)
+            self._send_frames(verb, concerned, frames, options)
 
-    def _rates(self, verb: Verb, info: TableInfo, terms: Terms) -> Float32Array | None:
+    def _rates(self, verb: UpdateVerb, info: TableInfo, options: WriteOptions) -> Float32Array | None:
         """The rates that travel with an update, evaluated once for all shards."""
         if verb != "apply_gradients" or info.rates is None:
             return None
         from trilith.tables.schedules import rates_at
 
-        return rates_at(info.rates, terms.step)
+        return rates_at(info.rates, options.step)
 
-    def _prepare(self, verb: Verb, name: str, ids: Any, values: Any, terms: Terms) -> _Rows:
+    def _prepare(self, verb: UpdateVerb, name: str, ids: Any, values: Any, options: WriteOptions) -> _Rows:
         info = self._info(name)
         array = as_ids(name, ids)
         rows = as_rows(name, _WHAT[verb], values, array.size, info.dim)
         if verb != "apply_gradients":
             return _Rows(name, rows, dedup.split_by_owner(array, self._cluster.count), None, None)
         split = self._split(name, array)
-        return _Rows(name, rows, split, split.counts, self._rates(verb, info, terms))
+        return _Rows(name, rows, split, split.counts, self._rates(verb, info, options))
 
     def _remembered(self, name: str, array: UInt64Array) -> dedup.Split:
         """Split the ids of a lookup; a step will most likely follow with the same ones."""
@@ -338,37 +340,37 @@ class Batches:
                 return split
         return dedup.split_distinct(array, self._cluster.count)
 
-    def _frame(self, index: int, batch: Sequence[_Rows], terms: Terms) -> UpdateFrame:
+    def _frame(self, index: int, batch: Sequence[_Rows], options: WriteOptions) -> UpdateFrame:
         """Make room for a shard's part of an update: in the message itself, unless one message will not do."""
         layouts = []
         for rows in batch:
             n, dim = rows.split.owned(index).size, rows.values.shape[1]
             layouts.append(UpdateLayout(rows.name, n, dim, rows.counts is not None, rows.rates))
-        frame = self._room(index, layouts, terms)
+        frame = self._room(index, layouts, options)
         for part, rows in zip(frame, batch, strict=True):
             part.ids[:] = rows.split.owned(index)
             if part.counts is not None and rows.counts is not None:
                 part.counts[:] = rows.counts[rows.split.bounds[index] : rows.split.bounds[index + 1]]
         return frame
 
-    def _room(self, index: int, layouts: Sequence[UpdateLayout], terms: Terms) -> UpdateFrame:
+    def _room(self, index: int, layouts: Sequence[UpdateLayout], options: WriteOptions) -> UpdateFrame:
         shard = self._cluster.shards[index]
         if sum(each.rows * _row_bytes(each.dim) for each in layouts) > shard.batch_bytes:
             return UpdateFrame.plain(layouts, ANY_WRITE)
-        return shard.new_update(layouts, self.write(index, terms), float16=self._float16)
+        return shard.new_update(layouts, self.write(index, options), float16=self._float16)
 
     def _send_frames(
-        self, verb: Verb, concerned: Sequence[int], frames: Mapping[int, UpdateFrame], terms: Terms
+        self, verb: UpdateVerb, concerned: Sequence[int], frames: Mapping[int, UpdateFrame], options: WriteOptions
     ) -> None:
-        named = self._writes(terms)
+        named = self._writes(options)
         self._cluster.fan_out(
             concerned,
             lambda index, shard: self._send(verb, index, shard, frames[index], named),
-            timeout_s=terms.timeout_s,
+            timeout_s=options.timeout_s,
             writes=True,
         )
 
-    def _send(self, verb: Verb, index: int, shard: Shard, frame: UpdateFrame, named: Writes) -> None:
+    def _send(self, verb: UpdateVerb, index: int, shard: Shard, frame: UpdateFrame, named: Writes) -> None:
         call = {"apply_gradients": shard.apply_gradients, "assign": shard.assign, "assign_add": shard.assign_add}[verb]
         if frame.write.client_id:
             call(frame, frame.write)
@@ -420,7 +422,7 @@ def _closing(frames: Mapping[int, UpdateFrame]) -> Iterator[None]:
                 frame.write.ticket.close()
 
 
-_WHAT: dict[Verb, str] = {"apply_gradients": "gradients", "assign": "values", "assign_add": "values"}
+_WHAT: dict[UpdateVerb, str] = {"apply_gradients": "gradients", "assign": "values", "assign_add": "values"}
 
 
 def _check_widths(parts: Sequence[IdPart], rows: Sequence[FloatArray], dims: Sequence[int]) -> None:

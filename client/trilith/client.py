@@ -1,9 +1,10 @@
-"""Client and Table: what a trainer holds; every verb of a cluster."""
+"""Client: what a trainer holds; every verb of a cluster, whose arguments it checks."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.arrays import as_ids
-from trilith.batches import Batches, TableInfo, Terms
+from trilith.batches import Batches, TableInfo, WriteOptions
 from trilith.cluster import Cluster, Rejoined
 from trilith.dense import Variables
 from trilith.discovery import Directory
@@ -21,6 +22,7 @@ from trilith.discovery.zk_url import redact
 from trilith.errors import CheckpointError, InvalidRequestError, ShardRestartedError, TrilithError, UnknownTableError
 from trilith.ops.dedup import gather_values
 from trilith.queues import Queues
+from trilith.rows import Table
 from trilith.shard import ANY_WRITE, Float32Array, Shard, UInt64Array, Write
 from trilith.steps import as_step
 from trilith.tables.initial import InitialRows, Missing, check_missing
@@ -70,7 +72,7 @@ class Client:
             ShardRestartedError: Some shard has lost the table while others hold rows of it.
         """
         if not config:
-            self._info(name)
+            self.table_info(name)
             return Table(self, name)
         from trilith.tables import table_config
 
@@ -97,16 +99,26 @@ class Client:
     def _new_batches(self, float16: bool | None) -> Batches:
         """Over a network lookups are timed; within a process there is nothing on the way to look for."""
         if not self._cluster.remote:
-            return Batches(self._cluster, self._info, float16=float16)
+            return Batches(self._cluster, self.table_info, float16=float16)
         from trilith.runtime.timers import LookupTimers
 
         timers = LookupTimers(self._cluster.config.model_name, self._cluster.count)
-        return Batches(self._cluster, self._info, float16=float16, observe=timers.observe)
+        return Batches(self._cluster, self.table_info, float16=float16, observe=timers.observe)
 
     @property
     def directory(self) -> Directory | None:
         """Where the PS are listed; None for an embedded cluster."""
         return self._members.directory if self._members is not None else None
+
+    @property
+    def together(self) -> bool:
+        """Whether workers that hold the rows make the same calls together: no, each PS answers for itself."""
+        return False
+
+    @property
+    def origin(self) -> object:
+        """Equal for clients of the same rows: what they were opened by; embedded, the client itself."""
+        return self if self.opened_by is None else self.opened_by[1][0]
 
     @property
     def shards(self) -> int:
@@ -158,14 +170,15 @@ class Client:
 
     def _refuse_half_lost(self, name: str, has: Sequence[bool]) -> None:
         """A table with rows on one shard was once on all of them: where it is missing, rows were lost."""
-        rows = sum(stats.rows for reply in self.stats() for stats in reply.tables if stats.table == name)
+        rows = self.count_rows(name)
         if rows:
             raise ShardRestartedError(
                 f"table {name!r} has {rows} rows on other shards but is unknown to shard {has.index(False)}, which has"
                 " lost them in a restart; restore a checkpoint, or clear the table on the other shards to begin anew"
             )
 
-    def _info(self, name: str) -> TableInfo:
+    def table_info(self, name: str) -> TableInfo:
+        """What is known of a table, asked of the cluster at first; UnknownTableError if it has none."""
         info = self._tables.get(name)
         if info is not None:
             return info
@@ -197,12 +210,19 @@ class Client:
         if not check_missing(missing):
             return self._batches.lookup(ids, timeout_s)
         deadline = time.monotonic() + (self._cluster.config.timeout_s if timeout_s is None else timeout_s)
-        initial = {name: InitialRows.of(self._info(name).config) for name in ids}
+        initial = {name: InitialRows.of(self.table_info(name).config) for name in ids}
         rows = self._batches.lookup(ids, timeout_s)
         for name, found in rows.items():
             if not initial[name].zeros:
                 self._fill_in(name, as_ids(name, ids[name]), found, initial[name], deadline)
         return rows
+
+    def begin_lookup(self, ids: Mapping[str, Any]) -> Callable[[], dict[str, Float32Array]]:
+        """A lookup whose rows the returned call brings; on PS they are found by that call too."""
+        return partial(self.lookup, ids)
+
+    def drain(self) -> None:
+        """Nothing to wait for: what a PS has acknowledged, it has applied."""
 
     def _fill_in(self, name: str, ids: UInt64Array, rows: Float32Array, initial: InitialRows, deadline: float) -> None:
         """Put initial values in the place of rows that are missing; a row may have come since it was looked for."""
@@ -240,8 +260,8 @@ class Client:
             NonFiniteError: A gradient, or a sum of them, is NaN or infinite; nothing was sent.
         """
         step = self._cluster.step if global_step is None else as_step(global_step)
-        terms = Terms(step, request_time, allow_non_finite, timeout_s)
-        self._batches.update("apply_gradients", updates, terms)
+        options = WriteOptions(step, request_time, allow_non_finite, timeout_s)
+        self._batches.update("apply_gradients", updates, options)
 
     def assign(
         self,
@@ -252,8 +272,8 @@ class Client:
         timeout_s: float | None = None,
     ) -> None:
         """Set weights: by table (ids [n], float rows [n, dim]). Of a repeated id the last row stays."""
-        terms = Terms(self._cluster.step, request_time, allow_non_finite, timeout_s)
-        self._batches.update("assign", updates, terms)
+        options = WriteOptions(self._cluster.step, request_time, allow_non_finite, timeout_s)
+        self._batches.update("assign", updates, options)
 
     def assign_add(
         self,
@@ -264,8 +284,8 @@ class Client:
         timeout_s: float | None = None,
     ) -> None:
         """Add to weights: by table (ids [n], float rows [n, dim]), one after another."""
-        terms = Terms(self._cluster.step, request_time, allow_non_finite, timeout_s)
-        self._batches.update("assign_add", updates, terms)
+        options = WriteOptions(self._cluster.step, request_time, allow_non_finite, timeout_s)
+        self._batches.update("assign_add", updates, options)
 
     def retry(self, error: TrilithError, *, timeout_s: float | None = None) -> None:
         """Send a write again that failed, to the shards that have not acknowledged it, as the same write.
@@ -303,7 +323,7 @@ class Client:
             table,
             ids,
             lambda shard, part, write: shard.reinitialize(part, write),
-            writes=Terms(self._cluster.step, request_time),
+            writes=WriteOptions(self._cluster.step, request_time),
             timeout_s=timeout_s,
         )
         return gather_values(split, pieces, np.int8)
@@ -323,7 +343,7 @@ class Client:
             table,
             ids,
             lambda shard, part, write: shard.erase(part, write),
-            writes=Terms(self._cluster.step),
+            writes=WriteOptions(self._cluster.step),
             timeout_s=timeout_s,
         )
         return sum(pieces)
@@ -341,7 +361,7 @@ class Client:
         Yields:
             Entries; see `trilith.describe_entry`.
         """
-        self._info(table)
+        self.table_info(table)
         for index in range(self._cluster.count):
             offset = 0
             while True:
@@ -390,6 +410,11 @@ class Client:
         """
         return self._counted(tables, lambda shard, names, write: shard.clear(names, write), timeout_s)
 
+    def count_rows(self, table: str, *, timeout_s: float | None = None) -> int:
+        """Rows of a table on all shards."""
+        replies = self.stats(timeout_s=timeout_s)
+        return sum(stats.rows for reply in replies for stats in reply.tables if stats.table == table)
+
     def _counted(
         self,
         tables: Sequence[str] | None,
@@ -405,7 +430,7 @@ class Client:
             tables = [table.name for table in answers[0].tables]
         names = list(tables)
         for name in names:
-            self._info(name)
+            self.table_info(name)
         if not names:
             return {}
         writes = cluster.writes(global_step=cluster.step)
@@ -611,79 +636,6 @@ class Client:
     ) -> None:
         """Close."""
         self.close()
-
-
-class Table:
-    """A handle on one table; holds nothing but its name."""
-
-    def __init__(self, client: Client, name: str) -> None:
-        """Use `Client.table`."""
-        self._client = client
-        self.name = name
-
-    def __repr__(self) -> str:
-        """Name and dim."""
-        return f"Table({self.name!r}, dim={self.dim})"
-
-    @property
-    def client(self) -> Client:
-        """The client this handle belongs to."""
-        return self._client
-
-    @property
-    def dim(self) -> int:
-        """Floats per row."""
-        return self._client._info(self.name).dim
-
-    @property
-    def config(self) -> ps_pb2.TableConfig:
-        """The table's config."""
-        return self._client._info(self.name).config
-
-    def lookup(self, ids: Any, **options: Any) -> Float32Array:
-        """float32[n, dim]: row i for ids[i], zeros where an id has no row; options as in `Client.lookup`."""
-        return self._client.lookup({self.name: ids}, **options)[self.name]
-
-    def apply_gradients(self, ids: Any, grads: Any, **options: Any) -> None:
-        """One optimizer step per distinct id; options as in `Client.apply_gradients`."""
-        self._client.apply_gradients({self.name: (ids, grads)}, **options)
-
-    def assign(self, ids: Any, values: Any, **options: Any) -> None:
-        """Set weights; options as in `Client.assign`."""
-        self._client.assign({self.name: (ids, values)}, **options)
-
-    def assign_add(self, ids: Any, values: Any, **options: Any) -> None:
-        """Add to weights; options as in `Client.assign_add`."""
-        self._client.assign_add({self.name: (ids, values)}, **options)
-
-    def reinitialize(self, ids: Any, **options: Any) -> npt.NDArray[np.int8]:
-        """Reset rows; int8[n]: 1 existed, 0 was created. Options as in `Client.reinitialize`."""
-        return self._client.reinitialize(self.name, ids, **options)
-
-    def contains(self, ids: Any, **options: Any) -> npt.NDArray[np.bool_]:
-        """bool[n]: whether each id has a row; options as in `Client.contains`."""
-        return self._client.contains(self.name, ids, **options)
-
-    def lookup_entries(self, ids: Any, **options: Any) -> list[bytes]:
-        """Per id a serialized EntryDump without its id, b"" where there is no row; see `Client.lookup_entries`."""
-        return self._client.lookup_entries(self.name, ids, **options)
-
-    def erase(self, ids: Any, **options: Any) -> int:
-        """Delete rows; returns how many there were. Options as in `Client.erase`."""
-        return self._client.erase(self.name, ids, **options)
-
-    def evict(self, **options: Any) -> int:
-        """Delete expired rows; returns how many. Options as in `Client.evict`."""
-        return self._client.evict([self.name], **options).get(self.name, 0)
-
-    def clear(self, **options: Any) -> int:
-        """Drop every row; returns how many there were. Options as in `Client.clear`."""
-        return self._client.clear([self.name], **options).get(self.name, 0)
-
-    def size(self, **options: Any) -> int:
-        """Rows on all shards; options as in `Client.stats`."""
-        replies = self._client.stats(**options)
-        return sum(stats.rows for reply in replies for stats in reply.tables if stats.table == self.name)
 
 
 def _dim(config: ps_pb2.TableConfig) -> int:

@@ -29,8 +29,8 @@ from trilith.errors import (
     UnknownTableError,
     UnknownVariableError,
 )
-from trilith.identity import Identity
 from trilith.routing import OWNER_RULE
+from trilith.rpc.identity import Identity
 from trilith.runtime.forks import renew_in_children
 from trilith.shard import Shard, Write
 from trilith_proto import ps_pb2

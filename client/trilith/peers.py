@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.arrays import as_ids, as_rows, as_values, refuse_non_finite
-from trilith.batches import Terms, Verb
-from trilith.client import Client, Table
+from trilith.batches import TableInfo, UpdateVerb, WriteOptions
+from trilith.client import Client
+from trilith.cluster import Rejoined
 from trilith.connect import open_part
 from trilith.errors import (
     ClosedError,
@@ -29,7 +30,9 @@ from trilith.errors import (
 )
 from trilith.ops.reorder import EMPTY_FROM
 from trilith.pipelining import Pusher
+from trilith.queues import Queues
 from trilith.routing import partition_owner, partition_sizes
+from trilith.rows import Table
 from trilith.runtime.extras import need
 from trilith.runtime.forks import keep_for_ever, renew_in_children
 from trilith.shard import DensePart, Float32Array, UInt64Array, Write
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
     from trilith.tables.all_to_all import AllToAllTables, Collective, Returned
     from trilith.tables.spec import TableSpec
 
-__all__ = ["PeerBatches", "PeerClient", "PeerTable", "connect_peers"]
+__all__ = ["PeerBatches", "PeerClient", "connect_peers"]
 
 _T = TypeVar("_T")
 
@@ -66,7 +69,7 @@ def connect_peers(
     return PeerClient(exchange, float16=float16, threads=threads, update_queue=update_queue)
 
 
-class _Local:
+class _OwnRows:
     """This rank's rows: ids come routed, and rows checked."""
 
     def __init__(self, client: Client) -> None:
@@ -86,10 +89,15 @@ class _Local:
         self._update("assign_add", updates, **options)
 
     def _update(
-        self, verb: Verb, updates: Mapping[str, tuple[Any, ...]], *, request_time: int | None, global_step: int = 0
+        self,
+        verb: UpdateVerb,
+        updates: Mapping[str, tuple[Any, ...]],
+        *,
+        request_time: int | None,
+        global_step: int = 0,
     ) -> None:
         plain = {name: (each[0].view(np.uint64), *each[1:]) for name, each in updates.items()}
-        self._batches.update_owned(verb, [plain], Terms(global_step, request_time, allow_non_finite=True))
+        self._batches.update_owned(verb, [plain], WriteOptions(global_step, request_time, allow_non_finite=True))
 
 
 class _Exchanges(NamedTuple):
@@ -122,30 +130,17 @@ class PeerBatches:
         _refuse_deadline(timeout_s)
         return self._peers.lookup_owned(ids)
 
-    def update(self, verb: Verb, updates: Mapping[str, tuple[Any, Any]], terms: Terms) -> None:
+    def update(self, verb: UpdateVerb, updates: Mapping[str, tuple[Any, Any]], options: WriteOptions) -> None:
         """See `PeerClient.apply_gradients`, `assign` and `assign_add`."""
-        _refuse_deadline(terms.timeout_s)
-        self._peers.update(verb, updates, terms)
+        _refuse_deadline(options.timeout_s)
+        self._peers.update(verb, updates, options)
 
-    def update_owned(self, verb: Verb, updates: Sequence[Mapping[str, tuple[Any, Any]]], terms: Terms) -> None:
+    def update_owned(
+        self, verb: UpdateVerb, updates: Sequence[Mapping[str, tuple[Any, Any]]], options: WriteOptions
+    ) -> None:
         """Write rows of ids that are arranged by owner; repeats are applied one after another."""
-        _refuse_deadline(terms.timeout_s)
-        self._peers.update_owned(verb, updates, terms)
-
-
-class PeerTable(Table):
-    """A handle on one table whose rows are in the ranks; every rank makes the same calls."""
-
-    def __init__(self, client: PeerClient, name: str) -> None:
-        """Use `PeerClient.table`."""
-        super().__init__(client, name)  # type: ignore[arg-type]
-        self._peers = client
-
-    def size(self, **options: Any) -> int:
-        """Rows on all ranks."""
-        if options:
-            raise InvalidRequestError(f"size() takes no options among ranks, not {sorted(options)}")
-        return self._peers.count_rows(self.name)
+        _refuse_deadline(options.timeout_s)
+        self._peers.update_owned(verb, updates, options)
 
 
 class _Elsewhere:
@@ -198,6 +193,8 @@ class PeerClient:
         self._float16 = float16
         self._pusher = Pusher(update_queue)
         self._step = 0
+        self.features: dict[str, str] = {}
+        """Name of its table by feature, as recorded through this client."""
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._specs: dict[str, TableSpec] = {}
         self._exchanges: _Exchanges | None = None
@@ -229,7 +226,7 @@ class PeerClient:
         from trilith.tables.spec import table_config
 
         if not config and name in self._specs:
-            return PeerTable(self, name)
+            return Table(self, name)
         return self.create_tables([table_config(name, **config)])[name]
 
     def create_tables(self, specs: Sequence[TableSpec]) -> dict[str, Table]:
@@ -245,17 +242,17 @@ class PeerClient:
         self._specs.update({spec.name: spec for spec in specs})
         dims = {name: spec.dim for name, spec in self._specs.items()}
         counting = any(spec.proto.filter != ps_pb2.TableConfig.NO_FILTER for spec in self._specs.values())
-        local = _Local(self._client)
+        local = _OwnRows(self._client)
         self._exchanges = _Exchanges(
             AllToAllTables(local, dims, self._lookups, asking=self._asking),
             AllToAllTables(local, dims, self._updates, count_repeats=counting),
             AllToAllTables(local, dims, self._assigns),
         )
-        return {spec.name: PeerTable(self, spec.name) for spec in specs}
+        return {spec.name: Table(self, spec.name) for spec in specs}
 
-    def _info(self, name: str) -> Any:
-        """What `Table` asks for."""
-        return self._client._info(name)
+    def table_info(self, name: str) -> TableInfo:
+        """What is known of a table, or UnknownTableError."""
+        return self._client.table_info(name)
 
     def batches(self, *, float16: bool | None = None) -> PeerBatches:
         """What moves batches, for those that route ids themselves.
@@ -268,7 +265,18 @@ class PeerClient:
         return PeerBatches(self)
 
     def record_features(self, tables: Mapping[str, str]) -> None:
-        """Nothing to do: workers that hold the rows themselves keep no record of the cluster."""
+        """Only remembered: workers that hold the rows themselves keep no record of the cluster."""
+        self.features.update(tables)
+
+    @property
+    def together(self) -> bool:
+        """Whether the workers hold the rows and make the same calls together: yes."""
+        return True
+
+    @property
+    def origin(self) -> object:
+        """Equal for clients of the same rows, of which a rank has one."""
+        return self
 
     @property
     def known_step(self) -> int:
@@ -284,7 +292,7 @@ class PeerClient:
         _refuse_deadline(timeout_s)
         if not check_missing(missing):
             return self.begin_lookup(ids)()
-        initial = {name: InitialRows.of(self._info(name).config) for name in sorted(self._specs)}
+        initial = {name: InitialRows.of(self.table_info(name).config) for name in sorted(self._specs)}
         rows = self.begin_lookup(ids)()
         for name, begin in initial.items():  # on every rank, with ids or without
             wanted = as_ids(name, ids.get(name, ()))
@@ -324,7 +332,7 @@ class PeerClient:
     ) -> None:
         """Take this rank's step of each distinct id, and those of the others of the ids that this rank owns."""
         step = self._step if global_step is None else global_step
-        self.update("apply_gradients", updates, Terms(step, request_time, allow_non_finite, timeout_s))
+        self.update("apply_gradients", updates, WriteOptions(step, request_time, allow_non_finite, timeout_s))
 
     def assign(
         self,
@@ -335,7 +343,7 @@ class PeerClient:
         timeout_s: float | None = None,
     ) -> None:
         """Set weights, (ids, rows) by table; of an id that several give, the last row of the highest rank stays."""
-        self.update("assign", updates, Terms(self._step, request_time, allow_non_finite, timeout_s))
+        self.update("assign", updates, WriteOptions(self._step, request_time, allow_non_finite, timeout_s))
 
     def assign_add(
         self,
@@ -346,62 +354,64 @@ class PeerClient:
         timeout_s: float | None = None,
     ) -> None:
         """Add to weights, (ids, rows) by table, one after another and rank after rank."""
-        self.update("assign_add", updates, Terms(self._step, request_time, allow_non_finite, timeout_s))
+        self.update("assign_add", updates, WriteOptions(self._step, request_time, allow_non_finite, timeout_s))
 
-    def update(self, verb: Verb, updates: Mapping[str, tuple[Any, Any]], terms: Terms) -> None:
+    def update(self, verb: UpdateVerb, updates: Mapping[str, tuple[Any, Any]], options: WriteOptions) -> None:
         """One of the three writes above."""
-        _refuse_deadline(terms.timeout_s)
+        _refuse_deadline(options.timeout_s)
         if verb == "apply_gradients":
-            self._apply(updates, terms)
+            self._apply(updates, options)
             return
         tables = self._tables().assigns
 
         def route() -> list[dict[str, tuple[Any, Any]]]:
-            return tables.route({name: self._checked(verb, name, *each, terms) for name, each in updates.items()})
+            return tables.route({name: self._checked(verb, name, *each, options) for name, each in updates.items()})
 
-        self._write(verb, tables, route, terms)
+        self._write(verb, tables, route, options)
 
-    def update_owned(self, verb: Verb, updates: Sequence[Mapping[str, tuple[Any, Any]]], terms: Terms) -> None:
+    def update_owned(
+        self, verb: UpdateVerb, updates: Sequence[Mapping[str, tuple[Any, Any]]], options: WriteOptions
+    ) -> None:
         """Write rows of ids that are arranged by owner; repeats are applied one after another."""
         tables = self._tables().updates if verb == "apply_gradients" else self._tables().assigns
 
         def check() -> list[dict[str, tuple[Any, Any]]]:
             self._check_parts(updates)
             return [{}] * self._spared + [
-                {name: self._checked(verb, name, *each, terms) for name, each in of_owner.items()}
+                {name: self._checked(verb, name, *each, options) for name, each in of_owner.items()}
                 for of_owner in updates
             ]
 
-        self._write(verb, tables, check, terms)
+        self._write(verb, tables, check, options)
 
     def _write(
         self,
-        verb: Verb,
+        verb: UpdateVerb,
         tables: AllToAllTables,
         prepare: Callable[[], list[dict[str, tuple[Any, Any]]]],
-        terms: Terms,
+        options: WriteOptions,
     ) -> None:
         """Send rows to their owners, each for all its places."""
         nothing: list[dict[str, tuple[Any, Any]]] = [{} for _ in range(self.ranks)]
         routed, refused = _prepared(prepare, nothing)
         returned = tables.send_owned(routed)
         if verb == "apply_gradients":
-            self._take(tables, returned, terms)
+            self._take(tables, returned, options)
         else:
             self._pusher.drain()
-            tables.take(returned, verb, request_time=terms.request_time)
+            tables.take(returned, verb, request_time=options.request_time)
         if refused is not None:
             raise refused
 
-    def _apply(self, updates: Mapping[str, tuple[Any, Any]], terms: Terms) -> None:
+    def _apply(self, updates: Mapping[str, tuple[Any, Any]], options: WriteOptions) -> None:
         """Send the sum of each id's gradients to its owner."""
         tables = self._tables().updates
 
         def add_up() -> tuple[FusedReorder, Float32Array]:
-            given = {name: self._checked("apply_gradients", name, *each, terms) for name, each in updates.items()}
+            given = {name: self._checked("apply_gradients", name, *each, options) for name, each in updates.items()}
             reorder = tables.reorder({name: ids for name, (ids, _) in given.items()})
             sums = tables.add_up({name: grads for name, (_, grads) in given.items()}, reorder)
-            if not terms.allow_non_finite and not self._sendable(sums):
+            if not options.allow_non_finite and not self._sendable(sums):
                 raise NonFiniteError(
                     "the sum of a repeated id's gradients is not finite, or float16 on the wire cannot hold it;"
                     " allow_non_finite=True sends it all the same"
@@ -409,21 +419,21 @@ class PeerClient:
             return reorder, sums
 
         (reorder, sums), refused = _prepared(add_up, (tables.reorder({}), np.empty(0, np.float32)))
-        self._take(tables, tables.send_back(sums, tables.send_ids(reorder)), terms)
+        self._take(tables, tables.send_back(sums, tables.send_ids(reorder)), options)
         if refused is not None:
             raise refused
 
-    def _take(self, tables: AllToAllTables, returned: Returned, terms: Terms) -> None:
-        self._pusher.push(lambda: tables.take(returned, global_step=terms.step, request_time=terms.request_time))
+    def _take(self, tables: AllToAllTables, returned: Returned, options: WriteOptions) -> None:
+        self._pusher.push(lambda: tables.take(returned, global_step=options.step, request_time=options.request_time))
 
     def _check_parts(self, given: Sequence[Any]) -> None:
         if len(given) != self.shards:
             raise InvalidRequestError(f"{len(given)} parts of a batch for {self.shards} owners")
 
-    def _checked(self, verb: Verb, name: str, ids: Any, values: Any, terms: Terms) -> tuple[Any, Any]:
+    def _checked(self, verb: UpdateVerb, name: str, ids: Any, values: Any, options: WriteOptions) -> tuple[Any, Any]:
         wanted, what = as_ids(name, ids).view(np.int64), "gradients" if verb == "apply_gradients" else "values"
-        rows = as_rows(name, what, values, wanted.size, self._info(name).dim)
-        if not terms.allow_non_finite and not self._sendable(rows):
+        rows = as_rows(name, what, values, wanted.size, self.table_info(name).dim)
+        if not options.allow_non_finite and not self._sendable(rows):
             refuse_non_finite(f"table {name!r}", what, rows, float16=self._float16)
         return wanted, rows
 
@@ -469,7 +479,7 @@ class PeerClient:
     ) -> npt.NDArray[np.int8]:
         """Have every owner do something with the rows of some ids; what each gave, in the order of this rank's ids."""
         _refuse_deadline(timeout_s)
-        self._info(table)
+        self.table_info(table)
         tables = self._tables().assigns
         self._pusher.drain()
         return tables.reinitialize(table, as_ids(table, ids).view(np.int64), call)
@@ -492,14 +502,15 @@ class PeerClient:
             raise InvalidRequestError(f"tables={tables!r} is a string, it must be a sequence of names")
         names = sorted(self._specs) if tables is None else list(tables)
         for name in names:
-            self._info(name)
+            self.table_info(name)
         self.drain()
         counts = call(names) if self._index >= 0 else {}
         return dict(zip(names, self._sum_counts([counts.get(name, 0) for name in names]), strict=True))
 
-    def count_rows(self, table: str) -> int:
+    def count_rows(self, table: str, *, timeout_s: float | None = None) -> int:
         """Rows of a table on all ranks, which all ask."""
-        self._info(table)
+        _refuse_deadline(timeout_s)
+        self.table_info(table)
         self.drain()
         mine = [each.rows for reply in self.stats() for each in reply.tables if each.table == table]
         return self._sum_counts([sum(mine)])[0]
@@ -514,15 +525,16 @@ class PeerClient:
         """Not offered: rows with their optimizer state stay with their ranks."""
         raise _only_in_checkpoints("lookup_entries")
 
-    def dump_entries(self, table: str, *, page: int = 1000, timeout_s: float | None = None) -> Any:
+    def dump_entries(self, table: str, *, page: int = 1000, timeout_s: float | None = None) -> Iterator[bytes]:
         """Not offered: rows with their optimizer state stay with their ranks."""
         raise _only_in_checkpoints("dump_entries")
 
     def describe(self, *, timeout_s: float | None = None) -> list[ps_pb2.DescribeResponse]:
         """Identity and content of this rank's shard."""
+        _refuse_deadline(timeout_s)
         return self._client.describe() if self._index >= 0 else []
 
-    def rejoin(self, *, recreate_tables: bool = False) -> list[Any]:
+    def rejoin(self, *, recreate_tables: bool = False) -> list[Rejoined]:
         """Nothing to do: a rank that ends, ends the group."""
         return []
 
@@ -545,8 +557,11 @@ class PeerClient:
 
     # ---- dense variables and the step --------------------------------------------------------------------------
 
-    def create_variables(self, initial: Mapping[str, Any], *, optimizer: Any) -> dict[str, bool]:
+    def create_variables(
+        self, initial: Mapping[str, Any], *, optimizer: Any, timeout_s: float | None = None
+    ) -> dict[str, bool]:
         """Have the owners keep values that all ranks hold; existing ones stay. By name, whether it is new here."""
+        _refuse_deadline(timeout_s)
         config = optimizer if isinstance(optimizer, hash_table_pb2.OptimizerConfig) else optimizer.as_proto()
         values = {name: as_values(name, "values", value) for name, value in initial.items()}
         self._shapes.update({name: value.shape for name, value in values.items()})
@@ -560,8 +575,11 @@ class PeerClient:
             created[part.name] |= new
         return created
 
-    def pull_variables(self, names: Sequence[str] | None = None) -> tuple[dict[str, Float32Array], int]:
+    def pull_variables(
+        self, names: Sequence[str] | None = None, *, timeout_s: float | None = None
+    ) -> tuple[dict[str, Float32Array], int]:
         """Present values by name, on every rank, and the step."""
+        _refuse_deadline(timeout_s)
         wanted = sorted(self._shapes) if names is None else list(names)
         unknown = [name for name in wanted if name not in self._shapes]
         if unknown:
@@ -575,22 +593,33 @@ class PeerClient:
         pieces = np.split(total, np.cumsum([found[name].size for name in wanted])[:-1]) if wanted else []
         return {name: piece.reshape(self._shapes[name]) for name, piece in zip(wanted, pieces, strict=True)}, self._step
 
-    def assign_variables(self, values: Mapping[str, Any], *, allow_non_finite: bool = False) -> None:
+    def assign_variables(
+        self, values: Mapping[str, Any], *, allow_non_finite: bool = False, timeout_s: float | None = None
+    ) -> None:
         """Set values; every rank gives the same."""
+        _refuse_deadline(timeout_s)
         arrays = {name: as_values(name, "values", value) for name, value in values.items()}
         for name, value in arrays.items():
             if not allow_non_finite and not np.isfinite(value).all():
                 refuse_non_finite(f"variable {name!r}", "values", value, float16=False)
         self._shard.assign_variables(self._own(arrays), Write(allow_non_finite=allow_non_finite))
 
-    def apply_dense_gradients(self, gradients: Mapping[str, Any], **options: Any) -> None:
+    def apply_dense_gradients(
+        self,
+        gradients: Mapping[str, Any],
+        *,
+        learning_rate: float | None = None,
+        global_step: int | None = None,
+        allow_non_finite: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
         """Not offered: ranks step dense variables themselves."""
         raise InvalidRequestError(
             "apply_dense_gradients: ranks step dense parameters themselves, with trilith.nn.AllReduced"
         )
 
     @property
-    def queues(self) -> Any:
+    def queues(self) -> Queues:
         """Not offered: queues are on PS."""
         raise InvalidRequestError("queues are kept by PS; deal files to ranks with Dataset.shard(rank, ranks)")
 
@@ -617,15 +646,18 @@ class PeerClient:
         total: Float32Array = came.reshape(self.ranks, values.size).sum(axis=0, dtype=np.float32)
         return total
 
-    def global_step(self, *, advance: int | None = None, set_to: int | None = None) -> int:
+    def global_step(
+        self, *, advance: int | None = None, set_to: int | None = None, timeout_s: float | None = None
+    ) -> int:
         """The step, which every rank counts for itself, after advancing or setting it."""
         self._step = self._step + (advance or 0) if set_to is None else set_to
         return self._step
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
-    def save(self, path: str) -> int:
+    def save(self, path: str, *, timeout_s: float | None = None) -> int:
         """Write a checkpoint, the same as a cluster of as many PS would; rank 0's `path` counts. Returns its step."""
+        _refuse_deadline(timeout_s)
         from trilith.checkpoint import collect_parts, write_manifest
         from trilith.folder import Folder, absolute
 
@@ -642,8 +674,9 @@ class PeerClient:
         self._wait()
         return self._step
 
-    def restore(self, path: str) -> int:
+    def restore(self, path: str, *, timeout_s: float | None = None) -> int:
         """Replace the content by that of a checkpoint of any number of shards; rank 0's `path` counts."""
+        _refuse_deadline(timeout_s)
         from trilith.checkpoint import read_manifest
         from trilith.folder import absolute
 
@@ -665,8 +698,9 @@ class PeerClient:
             self.restore(path)
         return path
 
-    def stats(self) -> list[ps_pb2.StatsResponse]:
+    def stats(self, *, timeout_s: float | None = None) -> list[ps_pb2.StatsResponse]:
         """Counters and sizes of this rank's shard."""
+        _refuse_deadline(timeout_s)
         return self._client.stats() if self._index >= 0 else []
 
     def close(self) -> None:

@@ -21,6 +21,15 @@ class FakeClient:
     calls: list[str] = field(default_factory=list)
     step: int = 0
 
+    together = False
+    origin = "a dict"
+
+    def drain(self) -> None:
+        """Nothing waits."""
+
+    def record_features(self, tables: Mapping[str, str]) -> None:
+        """Nowhere to be kept."""
+
     def __deepcopy__(self, memo: object) -> FakeClient:
         return self
 

@@ -168,7 +168,7 @@ def test_a_call_goes_down_through_few_files_in_the_order_of_the_readme(ways, sha
     found = ways[shape, verb]
     kernel = "kernels/read.py" if verb == "lookup" else "kernels/apply.py"
     assert any(way[-1][0].endswith(kernel) for way in found)
-    assert shape == "embedded" or any(way[0][0].endswith("trilith/client.py") for way in found)
+    assert shape == "embedded" or any(way[0][0].endswith("trilith/rows.py") for way in found)
     for way in found:
         passed: list[str] = []
         last = ""

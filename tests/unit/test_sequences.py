@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trilith.errors import InDoubtError, InternalError, InvalidRequestError, MemoryLimitError, OverloadedError
-from trilith.identity import OPEN_WRITES, Identity
+from trilith.rpc.identity import OPEN_WRITES, Identity
 from trilith.shard import Write
 from trilith_services.ps.engine.sequences import Sequences
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trilith.client import Client
 from trilith.errors import InvalidRequestError
 from trilith.nn.anchored import Anchored
 from trilith.nn.bags import IdsLike, as_bags, as_ids
@@ -318,7 +317,7 @@ class EmbeddingCollection(_ClusterModule):
             kind = type(given[odd[0]]).__name__
             raise InvalidRequestError(f"feature {odd[0]!r} is a {kind}; write Feature(table, combiner)")
         for name, feature in features.items():
-            if not _same_cluster(client, feature.table.client):
+            if client.origin != feature.table.client.origin:
                 raise InvalidRequestError(
                     f"feature {name!r}: table {feature.table.name!r} is of another client than the collection's, and "
                     "would be looked up where that name means another table; take it from the collection's client"
@@ -444,11 +443,3 @@ class EmbeddingCollection(_ClusterModule):
     def extra_repr(self) -> str:
         """Features with their tables."""
         return ", ".join(f"{name}: {feature.table.name!r}" for name, feature in self.features.items())
-
-
-def _same_cluster(one: object, other: object) -> bool:
-    """Whether two clients are one, or were opened by the same address; of what is no `Client`, that is assumed."""
-    if one is other or not (isinstance(one, Client) and isinstance(other, Client)):
-        return True
-    ours, theirs = one.opened_by, other.opened_by
-    return ours is not None and theirs is not None and ours[1][0] == theirs[1][0]

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
-from trilith.peers import PeerClient
 from trilith.pipelining import Pusher
 
 __all__ = ["Exchange", "RowClient"]
@@ -24,10 +23,24 @@ Float32Array = npt.NDArray[np.float32]
 
 
 class RowClient(Protocol):
-    """The verbs of `trilith.Client` that embeddings need; each call carries all tables."""
+    """What embeddings need of `trilith.rows.Rows`; each call carries all tables."""
+
+    @property
+    def together(self) -> bool:
+        """Whether the rows are in the workers, who make the same calls together."""
+
+    @property
+    def origin(self) -> object:
+        """Equal for clients of the same rows."""
 
     def lookup(self, requests: Mapping[str, Any], /) -> Mapping[str, Float32Array]:
         """Per table float32[n, dim] rows, zeros where an id has none."""
+
+    def begin_lookup(self, ids: Mapping[str, Any], /) -> Callable[[], dict[str, Float32Array]]:
+        """Have the owners find rows; the call that is returned brings them."""
+
+    def drain(self) -> None:
+        """Wait until gradients that wait at their owners have been applied."""
 
     def apply_gradients(self, updates: Mapping[str, tuple[Any, Any]], /) -> None:
         """One optimizer step per distinct id."""
@@ -51,7 +64,6 @@ class Exchange:
         self.client = client
         self.init_missing = init_missing
         self.pusher = Pusher(async_push)
-        self._peers = client if isinstance(client, PeerClient) else None
         self._held: dict[str, list[tuple[UInt64Array, Float32Array]]] | None = None
         self._said: set[str] = set()
 
@@ -83,24 +95,23 @@ class Exchange:
 
     def begin(self, ids: Mapping[str, UInt64Array]) -> Callable[[], dict[str, Float32Array]]:
         """Have the owners find rows; the call that is returned lets them travel. For workers that hold the rows."""
-        if self._peers is None or self.init_missing:
+        if not self.client.together or self.init_missing:
             raise InvalidRequestError(
                 "only workers that hold the rows themselves have a queue between finding rows and their journey, and"
                 " only without init_missing"
             )
-        return self._peers.begin_lookup(ids)
+        return self.client.begin_lookup(ids)
 
     def drain(self) -> None:
         """Wait until all gradients have been applied; raises what a push in the background ended with."""
         self.pusher.drain()
-        if self._peers is not None:
-            self._peers.drain()
+        self.client.drain()
 
     def _create_missing(self, ids: Mapping[str, UInt64Array], rows: dict[str, Float32Array]) -> None:
         missing = {}
         for table, found in rows.items():
             absent = ~found.any(axis=1)  # all zeros: no row yet, or one that is zero, which adding zero leaves alone
-            if absent.any() or self._peers is not None:  # ranks create rows together or not at all
+            if absent.any() or self.client.together:  # ranks create rows together or not at all
                 missing[table] = absent
         if not missing:
             return

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from trilith.client import Client
 from trilith.features.slots import FeatureColumn, FeatureRegistry, FeatureSlice
 from trilith.nn.bags import IdsLike
 from trilith.nn.eager import outside_graphs
@@ -25,6 +24,9 @@ class TableMaker(RowClient, Protocol):
 
     def create_tables(self, specs: Sequence[TableSpec], /) -> Mapping[str, TableLike]:
         """Handles by name."""
+
+    def record_features(self, tables: Mapping[str, str], /) -> None:
+        """Put the table of each feature into the cluster's record, where there is one."""
 
 
 class FeatureEmbeddings(EmbeddingCollection):
@@ -49,8 +51,7 @@ class FeatureEmbeddings(EmbeddingCollection):
             name: Feature(tables[table_of[column.slot.name]], column.combiner)
             for name, column in registry.columns.items()
         }
-        if isinstance(client, Client):
-            client.record_features({name: table_of[column.slot.name] for name, column in registry.columns.items()})
+        client.record_features({name: table_of[column.slot.name] for name, column in registry.columns.items()})
         super().__init__(client, features, **options)
         self.registry = registry
 

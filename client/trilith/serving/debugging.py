@@ -14,7 +14,7 @@ from trilith_proto import ps_pb2
 from trilith_proto.debugging_info_pb2 import DebuggingInfo
 
 if TYPE_CHECKING:
-    from trilith.client import Client
+    from trilith.rows import Rows
 
 __all__ = ["DEBUGGING_INFO", "Debugged", "read_debugging_info", "write_debugging_info"]
 
@@ -34,7 +34,7 @@ class Debugged:
     features: dict[str, str]
 
 
-def write_debugging_info(model_dir: str, client: Client, *, num_workers: int, chief: str = "") -> None:
+def write_debugging_info(model_dir: str, client: Rows, *, num_workers: int, chief: str = "") -> None:
     """Describe the cluster that `client` trains on; an embedded one, which nobody else can reach, is left out.
 
     Args:

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from trilith.batches import Terms
+from trilith.batches import WriteOptions
 from trilith.errors import InvalidRequestError
 from trilith.steps import as_step
 from trilith.tables.config import HashTableConfig
 from trilith.tables.spec import TableSpec
 
 if TYPE_CHECKING:
-    from trilith.client import Client
-    from trilith.peers import PeerClient
+    from trilith.rows import Rows
 
 __all__ = ["DistributedTables", "TableLike", "as_specs"]
 
@@ -56,7 +55,7 @@ class DistributedTables:
 
     def __init__(
         self,
-        client: Client | PeerClient,
+        client: Rows,
         configs: Mapping[str, TableLike],
         *,
         prefix: str = "",
@@ -113,9 +112,9 @@ class DistributedTables:
         """Reset rows; int8[n] in the order of `ids`: 1 existed, 0 was created."""
         return self._client.reinitialize(self._known(name), ids, request_time=request_time)
 
-    def _terms(self, global_step: int | None, req_time: int | None) -> Terms:
+    def _terms(self, global_step: int | None, req_time: int | None) -> WriteOptions:
         step = self._client.known_step if global_step is None else as_step(global_step)
-        return Terms(step, req_time, timeout_s=self._timeout_s)
+        return WriteOptions(step, req_time, timeout_s=self._timeout_s)
 
     def _named(self, updates: Mapping[str, Any]) -> dict[str, Any]:
         return {self._known(name): update for name, update in updates.items()}

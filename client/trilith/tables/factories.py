@@ -12,14 +12,13 @@ from trilith.tables.partitioned import PartitionedFeature, PartitionedTables
 from trilith.tables.spec import TableSpec
 
 if TYPE_CHECKING:
-    from trilith.client import Client
     from trilith.ops.layout_config import OutConfig
-    from trilith.peers import PeerClient
+    from trilith.rows import Rows
 
 __all__ = ["create_merged_tables", "create_partitioned_tables", "create_tables"]
 
 
-def create_tables(client: Client | PeerClient, configs: Mapping[str, TableLike], **options: Any) -> DistributedTables:
+def create_tables(client: Rows, configs: Mapping[str, TableLike], **options: Any) -> DistributedTables:
     """A table for each name.
 
     Args:
@@ -31,7 +30,7 @@ def create_tables(client: Client | PeerClient, configs: Mapping[str, TableLike],
 
 
 def create_merged_tables(
-    client: Client | PeerClient,
+    client: Rows,
     configs: Mapping[str, HashTableConfig],
     *,
     spec_options: Mapping[str, Any] | None = None,
@@ -56,7 +55,7 @@ def create_merged_tables(
 
 
 def create_partitioned_tables(
-    client: Client | PeerClient,
+    client: Rows,
     features: Mapping[str, PartitionedFeature],
     layouts: Mapping[str, OutConfig],
     *,

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.arrays import as_ids
-from trilith.batches import Terms, Verb
+from trilith.batches import UpdateVerb, WriteOptions
 from trilith.errors import InvalidRequestError
 from trilith.ops.combiners import CombinerLike, combiner_of
 from trilith.ops.layout import FidOffsets, fused_embedding_to_layout, fused_embedding_to_layout_grad, nest_layout
@@ -24,10 +24,9 @@ from trilith.tables.spec import TableSpec
 from trilith.times import latest
 
 if TYPE_CHECKING:
-    from trilith.client import Client
     from trilith.compat.monolith.sharding import FeatureFids
     from trilith.data.records import Records
-    from trilith.peers import PeerClient
+    from trilith.rows import Rows
 
 __all__ = ["Fetched", "PartitionedFeature", "PartitionedTables"]
 
@@ -95,7 +94,7 @@ class PartitionedTables:
 
     def __init__(
         self,
-        client: Client | PeerClient,
+        client: Rows,
         features: Mapping[str, PartitionedFeature],
         layouts: Mapping[str, OutConfig],
         *,
@@ -255,8 +254,8 @@ class PartitionedTables:
         ]
         # The step is the batch's own also if the update is late.
         step = self._client.known_step if global_step is None else as_step(global_step)
-        terms = Terms(step, fetched.request_time, timeout_s=self._timeout_s)
-        self.pusher.push(lambda: self._batches.update_owned("apply_gradients", updates, terms))
+        options = WriteOptions(step, fetched.request_time, timeout_s=self._timeout_s)
+        self.pusher.push(lambda: self._batches.update_owned("apply_gradients", updates, options))
 
     def assign(
         self, parts: Sequence[Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]], req_time: int | None = None
@@ -273,12 +272,9 @@ class PartitionedTables:
     def drain(self) -> None:
         """Wait until all updates have been applied; raises what a push in the background ended with."""
         self.pusher.drain()
-        from trilith.peers import PeerClient
+        self._client.drain()
 
-        if isinstance(self._client, PeerClient):
-            self._client.drain()
-
-    def _write(self, verb: Verb, parts: Sequence[Mapping[str, Any]], req_time: int | None) -> PartitionedTables:
+    def _write(self, verb: UpdateVerb, parts: Sequence[Mapping[str, Any]], req_time: int | None) -> PartitionedTables:
         shards = self._client.shards
         updates = []
         for shard, of_shard in enumerate(parts):
@@ -295,5 +291,7 @@ class PartitionedTables:
                     )
                 checked[self._named[table]] = (mine, np.asarray(values, np.float32))
             updates.append(checked)
-        self._batches.update_owned(verb, updates, Terms(self._client.known_step, req_time, timeout_s=self._timeout_s))
+        self._batches.update_owned(
+            verb, updates, WriteOptions(self._client.known_step, req_time, timeout_s=self._timeout_s)
+        )
         return self

@@ -15,11 +15,11 @@ import torch
 from prometheus_client import REGISTRY
 from torch import distributed
 
-from trilith.client import Client
 from trilith.connect import connect
 from trilith.discovery.zk_url import redact
 from trilith.nn import pick_device
-from trilith.peers import PeerClient, connect_peers
+from trilith.peers import connect_peers
+from trilith.rows import Rows
 from trilith.runtime.machine import cores
 from trilith.runtime.waiting import Wait
 from trilith_services.http.metrics import MetricsServer
@@ -134,7 +134,7 @@ def _metrics(config: WorkerConfig) -> Iterator[None]:
         server.stop()
 
 
-def _client(config: WorkerConfig, model_name: str) -> Client | PeerClient:
+def _client(config: WorkerConfig, model_name: str) -> Rows:
     """The cluster, or what the workers are one themselves with, as far as their last checkpoint goes."""
     if config.mode == Mode.ps:
         log.info("looking for the cluster", extra={"cluster": redact(config.cluster), "timeout_s": config.timeout_s})

@@ -11,10 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from trilith.client import Client
 from trilith.nn import EmbeddingCollection, FetchedRows
 from trilith.nn.bags import IdsLike
-from trilith.peers import PeerClient
+from trilith.rows import Rows
 from trilith.tables import Optimizer
 
 __all__ = ["Batch", "Build", "Model", "Samples", "Task"]
@@ -71,7 +70,7 @@ class Model(Protocol):
 class Build(Protocol):
     """Makes the model on a cluster, its tables too if need be."""
 
-    def __call__(self, client: Client | PeerClient, *, seed: int, device: torch.device, async_push: int) -> Model:
+    def __call__(self, client: Rows, *, seed: int, device: torch.device, async_push: int) -> Model:
         """`seed` decides initial values; `async_push` updates of the embeddings may be on their way."""
 
 

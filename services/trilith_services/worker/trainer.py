@@ -22,12 +22,11 @@ from trilith.checkpoint import (
     prune,
     read_manifest,
 )
-from trilith.client import Client
 from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
 from trilith.nn import AllReduced, ClippedBackward, DenseOnPs, FetchedRows, auc, pick_device
 from trilith.nn.bags import IdsLike
-from trilith.peers import PeerClient
 from trilith.pipelining import Fetch
+from trilith.rows import Rows
 from trilith.serving.debugging import write_debugging_info
 from trilith_services.worker.config import WorkerConfig
 from trilith_services.worker.events import Emit
@@ -59,7 +58,7 @@ class Trainer:
     def __init__(
         self,
         config: WorkerConfig,
-        client: Client | PeerClient,
+        client: Rows,
         task: Task,
         emit: Emit,
         *,
@@ -69,9 +68,7 @@ class Trainer:
         self._client = client
         self._task = task
         self._leads = config.rank == 0
-        self._together = isinstance(client, PeerClient)
-        """Whether the rows are in the workers themselves, who then save and validate together."""
-        self._saves = bool(config.model_dir) and (self._leads or self._together)
+        self._saves = bool(config.model_dir) and (self._leads or client.together)
         self._emit = emit
         self._clock = clock
         self._epochs = config.epochs or task.epochs
@@ -107,7 +104,7 @@ class Trainer:
             head,
             task.torch_optimizer(head.parameters()),
             stored_as=task.dense_optimizer,
-            all_publish=self._together,
+            all_publish=self._client.together,
         )
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -130,7 +127,7 @@ class Trainer:
             self._dense.close()
         self._count_steps(flush=True)
         unsaved = self._cluster_step != self._saved_step
-        if self._saves and (self._together or (config.save_every and finished and unsaved)):
+        if self._saves and (self._client.together or (config.save_every and finished and unsaved)):
             self._save()  # what workers hold themselves ends with them
         elif isinstance(self._dense, AllReduced):
             self._dense.publish()
@@ -158,7 +155,7 @@ class Trainer:
             self._position = Position(self._position.epoch + 1, 0, self._position.steps)
             self._drain()
             self._position.save(config.state_file, config)
-            if config.validate and self._together:
+            if config.validate and self._client.together:
                 if self._should_stop(stop):
                     return False
                 self._validate()
@@ -223,7 +220,7 @@ class Trainer:
 
     def _describe(self) -> None:
         """Leave word of where the PS are, for those who want to look into them."""
-        if self._leads and self._config.model_dir and isinstance(self._client, Client):
+        if self._leads and self._config.model_dir and not self._client.together:
             write_debugging_info(self._config.model_dir, self._client, num_workers=self._config.world_size)
 
     def _rejoin(self) -> None:
@@ -297,7 +294,7 @@ class Trainer:
         """
         directory = self._config.model_dir
         newest = newest_complete(directory)
-        self._first_save = self._cluster_step == 0 if self._together else newest is None
+        self._first_save = self._cluster_step == 0 if self._client.together else newest is None
         if newest is None:
             return
         step = read_manifest(newest.path).global_step
@@ -355,7 +352,7 @@ def _all_reduced(value: int, how: distributed.ReduceOp.RedOpType) -> int:
 
 
 def save_checkpoint(
-    client: Any, model_dir: str, *, clock: Callable[[], float] = time.time, tidy: bool = True
+    client: Rows, model_dir: str, *, clock: Callable[[], float] = time.time, tidy: bool = True
 ) -> tuple[str, int]:
     """Write the next numbered checkpoint below `model_dir` and, if `tidy`, drop old ones; returns its path and step."""
     there = list_checkpoints(model_dir)
@@ -365,6 +362,6 @@ def save_checkpoint(
         mark_order(path, there, number)
     step = int(client.save(path))
     if tidy:
-        used = {answer.restored_from for answer in client.describe()} if isinstance(client, Client) else set()
+        used = set() if client.together else {answer.restored_from for answer in client.describe()}
         prune(model_dir, KEEP_CHECKPOINTS, used=used)
     return path, step
