@@ -14,7 +14,7 @@ from trilith.errors import TrilithError
 if TYPE_CHECKING:
     from trilith import data, nn, tables
     from trilith.client import Client
-    from trilith.entries import describe_entry
+    from trilith.entry_dumps import describe_entry
     from trilith.rows import Table
     from trilith.serving.prediction import remote_predict
 
@@ -35,7 +35,7 @@ __version__ = "0.1.0"  # pyproject.toml has it too
 _LAZY = {
     "Client": "trilith.client",
     "Table": "trilith.rows",
-    "describe_entry": "trilith.entries",
+    "describe_entry": "trilith.entry_dumps",
     "remote_predict": "trilith.serving.prediction",
 }
 

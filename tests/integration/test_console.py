@@ -30,8 +30,8 @@ import trilith
 from tests.browser import Page, open_browser
 from tests.consoles import Console, open_console
 from tests.served import train
-from trilith.discovery.replicas import ModelState, ReplicaMeta, Replicas
 from trilith.discovery.serving import ServingDirectory
+from trilith.discovery.serving_nodes import ModelState, ServingMeta, ServingNodes
 from trilith.discovery.zk_directory import ZooKeeperDirectory
 from trilith.serving.prediction import Predictor
 from trilith.tables import Adagrad, RandomUniform, Sgd
@@ -316,9 +316,9 @@ def test_a_cluster_and_its_serving_processes_are_found_in_zookeeper(zk_url, clea
 
         directory = ZooKeeperDirectory(serving_url, timeout_s=20.0)
         cleanup(directory.close)
-        replicas = Replicas(directory.zookeeper, "clicks")
+        replicas = ServingNodes(directory.zookeeper, "clicks")
         for kind, state in (("ps", ModelState.LOADING), ("entry", ModelState.AVAILABLE)):
-            meta = ReplicaMeta(address="127.0.0.1:1", stat=state, server_type=kind, task=0, replica=3)
+            meta = ServingMeta(address="127.0.0.1:1", stat=state, server_type=kind, task=0, replica=3)
             replicas.register(replicas.path(kind, 0, 3), meta)
         look = console.until(lambda look: look["replicas"] and look["entries"])
         replica, entry = look["replicas"][0], look["entries"][0]

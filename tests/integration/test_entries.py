@@ -17,7 +17,7 @@ from tests.consoles import open_console
 from tests.programs import PATIENCE_S, Processes
 from tests.served import SETTINGS, Load, Trained, train
 from tests.waiting import eventually
-from trilith.discovery.replicas import ModelState, ReplicaMeta
+from trilith.discovery.serving_nodes import ModelState, ServingMeta
 from trilith.discovery.zk_url import ZkUrl
 from trilith.discovery.zookeeper import ZooKeeper
 from trilith.errors import UnavailableError
@@ -72,11 +72,11 @@ def states(zookeeper: ZooKeeper) -> list[int]:
     return [meta.stat for meta in metas(zookeeper).values()]
 
 
-def metas(zookeeper: ZooKeeper) -> dict[str, ReplicaMeta]:
+def metas(zookeeper: ZooKeeper) -> dict[str, ServingMeta]:
     """The entries' nodes by name."""
     above = f"{zookeeper.url.root}/service/clicks/entry:0"
     bodies = {name: zookeeper.read(f"{above}/{name}") for name in zookeeper.children(above)}
-    return {name: ReplicaMeta.from_json(body) for name, body in bodies.items() if body}
+    return {name: ServingMeta.from_json(body) for name, body in bodies.items() if body}
 
 
 def version_of(processes: Processes, name: str) -> int:

@@ -19,8 +19,8 @@ from tests.waiting import eventually
 from trilith.discovery import PS, WORKER
 from trilith.discovery.containers import ContainerServiceInfo
 from trilith.discovery.record import ClusterRecord
-from trilith.discovery.replicas import ModelState, Replica, ReplicaMeta, Replicas
 from trilith.discovery.serving import ServingDirectory
+from trilith.discovery.serving_nodes import ModelState, ServingMeta, ServingNode, ServingNodes
 from trilith.discovery.zk_directory import ZooKeeperDirectory
 from trilith.discovery.zk_url import ZkUrl
 from trilith.errors import (
@@ -396,23 +396,23 @@ def test_a_record_too_large_for_a_node_is_refused(open_directory):
 
 def test_replicas_are_seen_with_their_state_wherever_they_are(open_directory, admin):
     one, other = open_directory(), open_directory()
-    serving = Replicas(one.zookeeper, "demo")
-    heard: list[list[Replica]] = []
-    Replicas(other.zookeeper, "demo").watch(heard.append)
+    serving = ServingNodes(one.zookeeper, "demo")
+    heard: list[list[ServingNode]] = []
+    ServingNodes(other.zookeeper, "demo").watch(heard.append)
     assert heard == [[]]
     near = serving.path("ps", 1, 0)
     far = serving.path("ps", 1, 0, idc="north", cluster="blue")
     entry = serving.path("entry", 0, 7)
-    meta = ReplicaMeta(address="10.0.0.1:8500", stat=ModelState.LOADING, server_type="ps", task=1, replica=0)
+    meta = ServingMeta(address="10.0.0.1:8500", stat=ModelState.LOADING, server_type="ps", task=1, replica=0)
     serving.register(near, meta)
-    serving.register(far, ReplicaMeta(address="10.0.0.2:8500", stat=ModelState.AVAILABLE))
-    serving.register(entry, ReplicaMeta(address="10.0.0.3:8500"))
+    serving.register(far, ServingMeta(address="10.0.0.2:8500", stat=ModelState.AVAILABLE))
+    serving.register(entry, ServingMeta(address="10.0.0.3:8500"))
 
     def seen() -> dict[tuple[str, str | None], int]:
         return {(each.path.task, each.path.location): each.meta.stat for each in heard[-1]}
 
     eventually(lambda: len(seen()) == 3)
-    serving.register(near, ReplicaMeta(address="10.0.0.1:8500", stat=ModelState.AVAILABLE))
+    serving.register(near, ServingMeta(address="10.0.0.1:8500", stat=ModelState.AVAILABLE))
     eventually(lambda: seen() == {("ps:1", None): 30, ("ps:1", "north:blue"): 30, ("entry:0", None): 0})
     assert admin.exists(f"{one.root}/service/demo/entry:0/00000000007")
     assert admin.exists(f"{one.root}/service/demo/north:blue/ps:1/0")
@@ -469,7 +469,7 @@ def test_entries_are_numbered_by_zookeeper_and_keep_their_numbers(zk_url, admin,
     assert heard == [{str(second): B}]  # the other is not to be asked yet
     assert one.announce(first, A, available=True) == first
     eventually(lambda: heard[-1] == {str(first): A, str(second): B})
-    body = ReplicaMeta.from_json(admin.get(f"{above}/{first:011}")[0])
+    body = ServingMeta.from_json(admin.get(f"{above}/{first:011}")[0])
     assert (body.address, body.stat, body.replica, body.server_type) == (A, ModelState.AVAILABLE, first, "entry")
 
     with pytest.raises(SystemExit):

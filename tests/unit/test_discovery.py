@@ -21,8 +21,8 @@ from trilith.discovery.host_files import HostFilesDirectory
 from trilith.discovery.members import count_ps, resolve_ps
 from trilith.discovery.mlp import MlpDirectory, MlpEnvironment
 from trilith.discovery.record import ClusterRecord
-from trilith.discovery.replicas import ModelState, ReplicaMeta, ReplicaPath
 from trilith.discovery.serving import ServingDirectory
+from trilith.discovery.serving_nodes import ModelState, ServingMeta, ServingPath
 from trilith.discovery.static import StaticDirectory
 from trilith.discovery.tf_config import TfConfigDirectory
 from trilith.discovery.urls import open_directory
@@ -341,15 +341,15 @@ def test_another_owner_rule_is_refused():
 
 
 def test_a_replica_is_written_with_every_field_in_order():
-    body = ReplicaMeta(address="1.2.3.4:5", stat=ModelState.AVAILABLE, task=0).to_json()
+    body = ServingMeta(address="1.2.3.4:5", stat=ModelState.AVAILABLE, task=0).to_json()
     assert body.decode() == (
         '{"address": "1.2.3.4:5", "address_ipv6": null, "stat": 30, "model_name": null, "server_type": null,'
         ' "task": 0, "replica": -1, "archon_address": null, "archon_address_ipv6": null}'
     )
-    assert ReplicaMeta.from_json(body) == ReplicaMeta(address="1.2.3.4:5", stat=30, task=0)
-    assert ReplicaMeta.from_json(b'{"stat": 10, "new": 1}').stat == ModelState.START
+    assert ServingMeta.from_json(body) == ServingMeta(address="1.2.3.4:5", stat=30, task=0)
+    assert ServingMeta.from_json(b'{"stat": 10, "new": 1}').stat == ModelState.START
     with pytest.raises(InvalidRequestError):
-        ReplicaMeta.from_json(b"[]")
+        ServingMeta.from_json(b"[]")
 
 
 @pytest.mark.parametrize(
@@ -363,11 +363,11 @@ def test_a_replica_is_written_with_every_field_in_order():
     ],
 )
 def test_a_replica_is_reached_by_the_family_asked_for_or_else_the_other(v4, v6, wants_v6, chosen):
-    assert ReplicaMeta(address=v4, address_ipv6=v6).reachable_at(ipv6=wants_v6) == chosen
+    assert ServingMeta(address=v4, address_ipv6=v6).reachable_at(ipv6=wants_v6) == chosen
 
 
 def test_paths_of_replicas():
-    path = ReplicaPath.parse("/bz-1/service/demo_x/north:blue/ps:3/07")
+    path = ServingPath.parse("/bz-1/service/demo_x/north:blue/ps:3/07")
     assert path is not None
     assert (path.bzid, path.base_name, path.location, path.task, path.replica) == (
         "bz-1",
@@ -377,15 +377,15 @@ def test_paths_of_replicas():
         7,
     )
     assert path.below("/bz-1/service") == "/bz-1/service/demo_x/north:blue/ps:3/7"
-    entry = ReplicaPath.parse("/b/service/m/entry:0/00000000012")
+    entry = ServingPath.parse("/b/service/m/entry:0/00000000012")
     assert entry is not None
     assert entry.location is None
     assert entry.below("/b/service") == "/b/service/m/entry:0/00000000012"
-    above = ReplicaPath.parse("/b/service/m/dense:0")
+    above = ServingPath.parse("/b/service/m/dense:0")
     assert above is not None
     assert above.replica is None
     for wrong in ("/b/service/m", "/b/service/m/ps:x/0", "/b/services/m/ps:0/0", "/b/service/m/north/ps:0/0"):
-        assert ReplicaPath.parse(wrong) is None
+        assert ServingPath.parse(wrong) is None
 
 
 # ---- the cluster view ----------------------------------------------------------------------------------------------
@@ -594,7 +594,7 @@ class FakeZk:
 @pytest.mark.parametrize("shards", [2, 20])
 def test_a_serving_model_is_read_once_however_many_of_its_shards_are_followed(monkeypatch, shards):
     def body(shard: int, number: int) -> bytes:
-        return ReplicaMeta(address=f"10.0.{shard}.{number}:7100", stat=ModelState.AVAILABLE).to_json()
+        return ServingMeta(address=f"10.0.{shard}.{number}:7100", stat=ModelState.AVAILABLE).to_json()
 
     monkeypatch.setattr("trilith.discovery.zookeeper.ZkClient", FakeZk)
     replicas = {

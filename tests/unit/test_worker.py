@@ -23,6 +23,7 @@ from trilith.cluster import Rejoined
 from trilith.errors import InvalidRequestError, ShardRestartedError
 from trilith.nn import auc
 from trilith.ops.jit import JIT_DISABLED
+from trilith_services.cli import main
 from trilith_services.commands.training_view import TrainingView
 from trilith_services.demo.baseline import train_locally
 from trilith_services.demo.click_files import store_clicks
@@ -32,7 +33,8 @@ from trilith_services.demo.models import TABLE, settings_of
 from trilith_services.demo.synthetic import make_clicks, zipf_ids
 from trilith_services.demo.task import click_task, load_task
 from trilith_services.local.supervisor import free_ports
-from trilith_services.worker.config import Mode, WorkerConfig
+from trilith_services.options import argv_of
+from trilith_services.worker.config import Dense, Mode, WorkerConfig
 from trilith_services.worker.events import EventLog, Tail
 from trilith_services.worker.meter import Meter
 from trilith_services.worker.position import Position
@@ -216,6 +218,19 @@ def test_the_bars_show_their_numbers_whole_on_a_terminal_of_80_columns():
 def test_impossible_work_is_refused(changes):
     with pytest.raises(InvalidRequestError, match=next(iter(changes))):
         config(**changes)
+
+
+def test_the_flags_of_a_worker_are_its_options(monkeypatch):
+    seen = []
+    monkeypatch.setattr("trilith_services.worker.run.run_worker", lambda config, *_, **__: seen.append(config) or 0)
+    wanted = config(
+        cluster="static://h:1", rank=1, world_size=2, dense=Dense.allreduce, master="h:2", validate=False, timeout_s=3.0
+    )
+    for config_ in (wanted, config(cluster="static://h:1")):
+        with pytest.raises(SystemExit):
+            main(["worker", *argv_of(config_)])
+        assert seen.pop() == config_
+    assert "h:1" not in repr(wanted)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from trilith.errors import InvalidRequestError
 if TYPE_CHECKING:
     from trilith.discovery import Directory
     from trilith.discovery.containers import Containers
-    from trilith.discovery.replicas import Replica, Replicas
+    from trilith.discovery.serving_nodes import ServingNode, ServingNodes
 
 __all__ = ["ServingDirectory", "ServingTask"]
 
@@ -62,16 +62,16 @@ class ServingDirectory:
         """
         self._directory: Directory = open_directory(url, timeout_s=timeout_s)
         self._name = name
-        self._replicas: Replicas | None = None
+        self._replicas: ServingNodes | None = None
         self._processes: _Processes | None = None
         if url.startswith("zk://"):
             from trilith.discovery.containers import Containers
-            from trilith.discovery.replicas import Replicas
+            from trilith.discovery.serving_nodes import ServingNodes
             from trilith.discovery.zk_directory import ZooKeeperDirectory
 
             assert isinstance(self._directory, ZooKeeperDirectory)
             try:
-                self._replicas = Replicas(self._directory.zookeeper, name)
+                self._replicas = ServingNodes(self._directory.zookeeper, name)
                 self._processes = _Processes(self._replicas, Containers(self._directory.zookeeper, name))
             except BaseException:
                 self._directory.close()
@@ -132,7 +132,7 @@ class _Processes:
     an address of either family, it is IPv4's, except on machines that have IPv6 alone.
     """
 
-    def __init__(self, replicas: Replicas, containers: Containers) -> None:
+    def __init__(self, replicas: ServingNodes, containers: Containers) -> None:
         self._replicas, self._containers = replicas, containers
         self._ipv6 = ipv6_only()
         self._starting = threading.Lock()  # not held by those who deliver
@@ -181,8 +181,8 @@ class _Processes:
             self._stops.pop()()
         self._nodes = self._bound = None
 
-    def _on_replicas(self, found: list[Replica]) -> None:
-        from trilith.discovery.replicas import ModelState
+    def _on_replicas(self, found: list[ServingNode]) -> None:
+        from trilith.discovery.serving_nodes import ModelState
 
         states: Mapping[int, str] = {ModelState.AVAILABLE: "available", ModelState.LOADING: "loading"}
         nodes: dict[tuple[str, str], dict[str, str]] = {}
@@ -209,7 +209,7 @@ class _InZooKeeper:
     """Nodes `service/<name>/<type>:<index>/<replica>`, in every data centre and cluster, and containers of agents."""
 
     def __init__(
-        self, directory: Directory, replicas: Replicas, processes: _Processes, server_type: str, index: int
+        self, directory: Directory, replicas: ServingNodes, processes: _Processes, server_type: str, index: int
     ) -> None:
         self._directory = directory
         self._replicas = replicas
@@ -219,10 +219,10 @@ class _InZooKeeper:
 
     def announce(self, replica: int | None, address: str, *, available: bool) -> int:
         """See `ServingTask`."""
-        from trilith.discovery.replicas import ModelState, ReplicaMeta
+        from trilith.discovery.serving_nodes import ModelState, ServingMeta
 
         v6 = address.startswith("[")
-        meta = ReplicaMeta(
+        meta = ServingMeta(
             address=None if v6 else address,
             address_ipv6=address if v6 else None,
             stat=ModelState.AVAILABLE if available else ModelState.LOADING,

@@ -78,7 +78,7 @@ def _split(text: str) -> list[str]:
 
 
 def _pairs(ids: list[str], feature_name: str, feature_names: list[str]) -> tuple[list[str], list[str]]:
-    from trilith.entries import parse_id
+    from trilith.entry_dumps import parse_id
     from trilith.errors import InvalidRequestError
 
     if feature_name and feature_names:

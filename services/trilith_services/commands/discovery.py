@@ -109,7 +109,7 @@ def _record(directory: Directory) -> ClusterRecord | None:
 
 def _serving(directory: Directory) -> dict[str, list[dict[str, Any]]]:
     """The processes of every serving model below the directory's path."""
-    from trilith.discovery.replicas import ModelState, Replicas
+    from trilith.discovery.serving_nodes import ModelState, ServingNodes
     from trilith.discovery.zk_directory import ZooKeeperDirectory
 
     if not isinstance(directory, ZooKeeperDirectory):
@@ -123,7 +123,7 @@ def _serving(directory: Directory) -> dict[str, list[dict[str, Any]]]:
                 "address": each.meta.reachable_at(),
                 "state": states.get(each.meta.stat, f"state {each.meta.stat}"),
             }
-            for each in Replicas(directory.zookeeper, model).read()
+            for each in ServingNodes(directory.zookeeper, model).read()
         ]
-        for model in Replicas.models(directory.zookeeper)
+        for model in ServingNodes.models(directory.zookeeper)
     }

@@ -35,7 +35,7 @@ def query(
     import numpy as np
 
     import trilith
-    from trilith.entries import parse_id
+    from trilith.entry_dumps import parse_id
 
     wanted = [parse_id(text) for text in ids]
     with Members(address, timeout_s=timeout) as members, trilith.connect(address, timeout_s=timeout) as client:
@@ -51,7 +51,7 @@ def query(
 
 
 def _describe(wanted: int, entry: bytes, hosts: list[str]) -> dict[str, Any]:
-    from trilith.entries import describe_entry
+    from trilith.entry_dumps import describe_entry
 
     owner = wanted % len(hosts)
     described: dict[str, Any] = {"id": wanted, "owner": owner, "address": hosts[owner], "found": bool(entry)}

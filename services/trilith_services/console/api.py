@@ -11,7 +11,7 @@ from fastapi import APIRouter, Body, Path, Query
 from starlette.responses import StreamingResponse
 
 from trilith.discovery.zk_url import redact
-from trilith.entries import parse_id
+from trilith.entry_dumps import parse_id
 from trilith.errors import ReadOnlyError
 from trilith_services.console.reader import Reader
 from trilith_services.console.schema import (

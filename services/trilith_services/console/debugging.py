@@ -13,7 +13,7 @@ from google.protobuf.text_format import MessageToString
 from pydantic import BaseModel, BeforeValidator, Field, StrictStr, ValidationError, WithJsonSchema
 from starlette.concurrency import run_in_threadpool
 
-from trilith.entries import signed_id
+from trilith.entry_dumps import signed_id
 from trilith.errors import InternalError, InvalidRequestError, TrilithError
 from trilith_proto import hash_table_pb2
 from trilith_services.console.reader import Reader

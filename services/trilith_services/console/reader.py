@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.json_format import MessageToDict
 
-from trilith.entries import describe_entry, parse_id, signed_id
+from trilith.entry_dumps import describe_entry, parse_id, signed_id
 from trilith.errors import TrilithError, UnknownTableError, UnknownVariableError
 from trilith.routing import owners
 from trilith.shard import IdPart

@@ -12,7 +12,7 @@ from trilith.discovery.urls import open_directory
 
 if TYPE_CHECKING:
     from trilith.discovery import Directory
-    from trilith.discovery.replicas import Replica
+    from trilith.discovery.serving_nodes import ServingNode
 
 __all__ = ["ServingList", "ServingProcess"]
 
@@ -47,18 +47,18 @@ class ServingList:
         self._directory: Directory = open_directory(url, timeout_s=timeout_s)
         self._watches = url.startswith("zk://")
         if self._watches:
-            from trilith.discovery.replicas import Replicas
+            from trilith.discovery.serving_nodes import ServingNodes
             from trilith.discovery.zk_directory import ZooKeeperDirectory
 
             assert isinstance(self._directory, ZooKeeperDirectory)
             try:
-                Replicas(self._directory.zookeeper, model).watch(self._changed)
+                ServingNodes(self._directory.zookeeper, model).watch(self._changed)
             except BaseException:
                 self._directory.close()
                 raise
 
-    def _changed(self, found: list[Replica]) -> None:
-        from trilith.discovery.replicas import ModelState
+    def _changed(self, found: list[ServingNode]) -> None:
+        from trilith.discovery.serving_nodes import ModelState
 
         ipv6 = ipv6_only()
         states: Mapping[int, str] = {state.value: state.name.lower() for state in ModelState}

@@ -1,4 +1,4 @@
-"""Serving replicas in ZooKeeper: nodes `<root>/service/<base name>/[<idc>:<cluster>/]<type>:<index>/<replica>`."""
+"""Processes that serve a model in ZooKeeper: `<root>/service/<model>/[<idc>:<cluster>/]<type>:<index>/<replica>`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trilith.discovery.bodies import NodeBody
 from trilith.discovery.zookeeper import ZooKeeper
 from trilith.errors import InvalidRequestError
 
-__all__ = ["ModelState", "Replica", "ReplicaMeta", "ReplicaPath", "Replicas"]
+__all__ = ["ModelState", "ServingMeta", "ServingNode", "ServingNodes", "ServingPath"]
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ class ModelState(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaMeta(NodeBody):
-    """The body of a replica's node.
+class ServingMeta(NodeBody):
+    """The body of the node of a process that serves.
 
     Attributes:
         address: IPv4 host:port; one that begins 0.0.0.0 counts as missing.
@@ -74,8 +74,8 @@ class ReplicaMeta(NodeBody):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaPath:
-    """The path of a replica's node, or of the node above it if `replica` is None.
+class ServingPath:
+    """The path of the node of a process that serves, or of the one above it if `replica` is None.
 
     Attributes:
         bzid: Serving namespace; here the path of the zk:// URL stands for it.
@@ -96,7 +96,7 @@ class ReplicaPath:
     cluster: str | None = None
 
     @classmethod
-    def parse(cls, path: str) -> ReplicaPath | None:
+    def parse(cls, path: str) -> ServingPath | None:
         """Read a path; None if it is not of this form."""
         found = _PATH.fullmatch(path)
         if found is None:
@@ -130,15 +130,15 @@ class ReplicaPath:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Replica:
-    """A replica that is registered."""
+class ServingNode:
+    """A process that is registered."""
 
-    path: ReplicaPath
-    meta: ReplicaMeta
+    path: ServingPath
+    meta: ServingMeta
 
 
-class Replicas:
-    """The replicas of one serving model, in the data centres and clusters it runs in."""
+class ServingNodes:
+    """The processes that serve one model, in the data centres and clusters it runs in."""
 
     def __init__(self, zookeeper: ZooKeeper, base_name: str) -> None:
         """Use a session; its URL's path is the namespace.
@@ -155,9 +155,9 @@ class Replicas:
 
     def path(
         self, server_type: str, index: int, replica: int, *, idc: str | None = None, cluster: str | None = None
-    ) -> ReplicaPath:
-        """Where a replica of this model belongs."""
-        made = ReplicaPath(
+    ) -> ServingPath:
+        """Where a process of this model belongs."""
+        made = ServingPath(
             bzid="-",
             base_name=self.base_name,
             server_type=server_type,
@@ -166,16 +166,16 @@ class Replicas:
             idc=idc,
             cluster=cluster,
         )
-        if (idc is None) is not (cluster is None) or ReplicaPath.parse(made.below("/-/service")) != made:
+        if (idc is None) is not (cluster is None) or ServingPath.parse(made.below("/-/service")) != made:
             raise InvalidRequestError(f"no replica can be at {made.below(self._service)}")
         return made
 
-    def register(self, path: ReplicaPath, meta: ReplicaMeta) -> None:
-        """Announce a replica, or its new state; its node is kept until it is deregistered or the session closed."""
+    def register(self, path: ServingPath, meta: ServingMeta) -> None:
+        """Announce a process, or its new state; its node is kept until it is deregistered or the session closed."""
         self._zookeeper.hold(path.below(self._service), meta.to_json())
 
-    def announce(self, server_type: str, index: int, replica: int | None, meta: ReplicaMeta) -> int:
-        """Register a replica of no data centre; returns its number, one that nobody has had if `replica` is None."""
+    def announce(self, server_type: str, index: int, replica: int | None, meta: ServingMeta) -> int:
+        """Register a process of no data centre; returns its number, one that nobody has had if `replica` is None."""
         if replica is None:
             beside = self.path(server_type, index, 0).below(self._service).rpartition("/")[0]
             # Eleven digits: a zero, and ZooKeeper's ten.
@@ -184,35 +184,35 @@ class Replicas:
         self.register(self.path(server_type, index, replica), replace(meta, replica=replica))
         return replica
 
-    def deregister(self, path: ReplicaPath) -> None:
+    def deregister(self, path: ServingPath) -> None:
         """Take the announcement back."""
         self._zookeeper.release(path.below(self._service))
 
     @staticmethod
     def models(zookeeper: ZooKeeper) -> list[str]:
-        """Serving models that have, or had, replicas."""
+        """Serving models that have, or had, processes."""
         return zookeeper.children(f"{zookeeper.url.root}/service")
 
-    def read(self) -> list[Replica]:
-        """All replicas, whatever their state."""
-        found: list[Replica] = []
+    def read(self) -> list[ServingNode]:
+        """All of them, whatever their state."""
+        found: list[ServingNode] = []
         self.watch(found.extend)()
         return found
 
-    def watch(self, changed: Callable[[list[Replica]], None]) -> Callable[[], None]:
-        """Call `changed` with all replicas, whatever their state, now and after every change, until told to stop."""
+    def watch(self, changed: Callable[[list[ServingNode]], None]) -> Callable[[], None]:
+        """Call `changed` with all of them, whatever their state, now and after every change, until told to stop."""
 
         def on_nodes(nodes: Mapping[str, bytes]) -> None:
-            changed([found for below in sorted(nodes) if (found := self._replica(below, nodes[below]))])
+            changed([found for below in sorted(nodes) if (found := self._node(below, nodes[below]))])
 
         return self._zookeeper.watch_tree(f"{self._service}/{self.base_name}", on_nodes, depth=3)
 
-    def _replica(self, below: str, body: bytes) -> Replica | None:
-        path = ReplicaPath.parse(f"/-/service/{self.base_name}/{below}")
+    def _node(self, below: str, body: bytes) -> ServingNode | None:
+        path = ServingPath.parse(f"/-/service/{self.base_name}/{below}")
         if path is None or path.replica is None:
             return None
         try:
-            return Replica(path=path, meta=ReplicaMeta.from_json(body))
+            return ServingNode(path=path, meta=ServingMeta.from_json(body))
         except InvalidRequestError as error:
             log.warning("%s/%s/%s: %s", self._service, self.base_name, below, error)
             return None
