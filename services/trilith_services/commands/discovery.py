@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trilith_services.commands import output
-from trilith_services.commands.flags import Json
-from trilith_services.commands.shards import Address
+from trilith_services.commands.flags import Address, Json
 
 if TYPE_CHECKING:
     from trilith.discovery import Directory

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from trilith.config import LARGEST_MESSAGE
+from trilith.discovery.urls import CLUSTER_FORMS
 from trilith.errors import InvalidRequestError
 from trilith_services.options import flags_of, option
 from trilith_services.sizes import parse_bytes
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from trilith_services.grpc.serve import Limits
 
 __all__ = [
+    "Address",
     "Advertise",
     "CheckpointRoot",
     "Data",
@@ -40,6 +42,9 @@ __all__ = [
     "expanded",
     "size",
 ]
+
+
+Address = Annotated[str, typer.Argument(metavar="CLUSTER", help=f"{CLUSTER_FORMS}; what `trilith up` prints.")]
 
 
 class LogFormat(StrEnum):

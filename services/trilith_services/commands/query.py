@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from trilith_services.commands import output
-from trilith_services.commands.flags import Json
-from trilith_services.commands.shards import Address, Members
+from trilith_services.commands.flags import Address, Json
 
 __all__ = ["register"]
 
@@ -36,9 +36,13 @@ def query(
 
     import trilith
     from trilith.entry_dumps import parse_id
+    from trilith_services.console.members import Members
 
     wanted = [parse_id(text) for text in ids]
-    with Members(address, timeout_s=timeout) as members, trilith.connect(address, timeout_s=timeout) as client:
+    with (
+        closing(Members(address, timeout_s=timeout, wait_s=timeout)) as members,
+        trilith.connect(address, timeout_s=timeout) as client,
+    ):
         entries = client.table(table).lookup_entries(np.array(wanted, np.uint64))
         hosts = members.addresses()
     found = [_describe(each, entry, hosts) for each, entry in zip(wanted, entries, strict=True)]

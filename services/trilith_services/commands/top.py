@@ -6,9 +6,8 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,15 +17,17 @@ from rich.text import Text
 
 from trilith.discovery.zk_url import redact
 from trilith_services.commands import output
-from trilith_services.commands.shards import Address, Members
+from trilith_services.commands.flags import Address
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from trilith.rpc.remote import RemoteShard
     from trilith_proto import ps_pb2
+    from trilith_services.console.members import Members
 
 __all__ = ["register"]
+
+_CLUSTER_S = 10.0  # for the cluster to be there
 
 
 def register(app: typer.Typer) -> None:
@@ -46,7 +47,10 @@ def top(
 
     A PS that does not answer is shown as such. Ctrl-C ends it. Exit status of --once: 1 if a PS did not answer.
     """
-    with Members(address) as members:
+    from trilith_services.console.members import Members
+
+    timeout_s = min(max(interval, 0.5), 2.0)
+    with closing(Members(address, timeout_s=timeout_s, wait_s=_CLUSTER_S)) as members:
         _show(address, members, interval, once=once, as_json=as_json)
 
 
@@ -81,39 +85,32 @@ class _Sample:
 
 def _looks(members: Members, interval: float) -> Iterator[dict[str, Any]]:
     """One description of the cluster per interval."""
-    from trilith.config import ClientConfig
-
-    shards = members.shards(ClientConfig(timeout_s=min(max(interval, 0.5), 2.0)))
-    ask = partial(_ask, {})
-    with ThreadPoolExecutor(len(shards)) as pool:
-        try:
-            before = list(pool.map(ask, shards))
-            if not any(sample.stats for sample in before):
-                yield _describe(members.addresses(), before, before)  # there is nothing to wait for
-            while True:
-                time.sleep(interval)
-                now = list(pool.map(ask, shards))
-                yield _describe(members.addresses(), before, now)
-                before = now
-        finally:
-            for shard in shards:
-                shard.close()
-
-
-def _ask(seen: dict[int, tuple[int, int]], shard: RemoteShard) -> _Sample:
-    """Ask one PS; `seen` remembers, by incarnation, which shard it says it is."""
     from trilith.errors import TrilithError
 
-    try:
-        # A restarted PS is no surprise to a spectator.
-        shard.adopt(0)
+    identities: dict[int, tuple[int, int]] = {}  # by incarnation, which shard it says it is
+
+    def ask(index: int) -> _Sample:
+        shard = members.shards[index]
         stats = shard.stats()
-        if stats.incarnation not in seen:
+        if stats.incarnation not in identities:
             answer = shard.describe()
-            seen[answer.incarnation] = answer.shard_index, answer.shard_count
-        return _Sample(time.monotonic(), stats, seen.get(stats.incarnation))
-    except TrilithError as error:
-        return _Sample(time.monotonic(), None, error=str(error))
+            identities[answer.incarnation] = answer.shard_index, answer.shard_count
+        return _Sample(time.monotonic(), stats, identities.get(stats.incarnation))
+
+    def look() -> list[_Sample]:
+        return [
+            _Sample(time.monotonic(), None, error=str(answer)) if isinstance(answer, TrilithError) else answer
+            for answer in members.each(range(members.count), ask).values()
+        ]
+
+    before = look()
+    if not any(sample.stats for sample in before):
+        yield _describe(members.addresses(), before, before)  # there is nothing to wait for
+    while True:
+        time.sleep(interval)
+        now = look()
+        yield _describe(members.addresses(), before, now)
+        before = now
 
 
 def _describe(hosts: Sequence[str], before: Sequence[_Sample], now: Sequence[_Sample]) -> dict[str, Any]:

@@ -38,19 +38,22 @@ class Members:
         replicas: Serving replicas, each by its shard's index and its address.
     """
 
-    def __init__(self, url: str, *, timeout_s: float, features: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, url: str, *, timeout_s: float, features: Mapping[str, str] | None = None, wait_s: float = 0.1
+    ) -> None:
         """Open a cluster.
 
         Args:
             url: Of its directory.
             timeout_s: What calls get unless they say otherwise.
             features: Table by feature, where the directory has no record of them.
+            wait_s: How long to wait for the directory to know how many PS there are.
         """
         self._features = dict(features or {})
         self._directory = open_directory(url, timeout_s=timeout_s)
         self._config = ClientConfig(timeout_s=timeout_s)
         try:
-            self.count = self.recount()
+            self.count = count_ps(self._directory, timeout_s=wait_s)
         except BaseException:
             self._directory.close()
             raise
