@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "CONTRIBUTING.md"
 PROTOC = ROOT / ".venv-proto"
 RECIPES = {
-    recipe.partition("\n")[0]: re.findall(r"^```diff\n(.*?)^```$", recipe, re.M | re.S)
+    recipe.partition("\n")[0]: re.findall(r"^```(diff|sh)\n(.*?)^```$", recipe, re.M | re.S)
     for recipe in PAGE.read_text().split("\n### ")[1:]
 }
-"""By heading: what becomes of each file, as the block says it."""
+"""By heading: what becomes of each file, and what is run then."""
 
 
 def apply(block: str, root: Path) -> Path:
@@ -40,34 +41,45 @@ def apply(block: str, root: Path) -> Path:
     return path
 
 
-def run(root: Path, *argv: str) -> None:
-    """Run a Python program in the copy, whose sources it imports."""
-    roots = os.pathsep.join(str(root / each) for each in ("protos", "client", "services", "."))
+def run(command: str, root: Path) -> None:
+    """Do in the copy what the page tells to run."""
+    match shlex.split(command):
+        case ["make", "proto"]:
+            if not PROTOC.exists():
+                absent("no .venv-proto: make proto-check makes it")
+            (root / ".venv-proto").symlink_to(PROTOC)
+            argv = ["make", "--old-file", ".venv-proto/.stamp", "proto"]
+        case ["make", "docs"]:
+            argv = [sys.executable, "-m", "tests.reference"]
+        case [".venv/bin/python", *arguments]:
+            argv = [sys.executable, *arguments]
+        case _:
+            pytest.fail(f"nothing here knows how to run {command}")
+    sources = os.pathsep.join(str(root / name) for name in ("protos", "client", "services", "."))
     done = subprocess.run(
-        [sys.executable, *argv],
-        cwd=root, env=os.environ | {"PYTHONPATH": roots}, check=False, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{' '.join(argv)}\n{done.stdout}\n{done.stderr}"
+        argv,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": sources},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_who_follows_a_recipe_arrives(recipe, tmp_path):
-    for name in ("protos", "client", "services", "tests"):
+    for name in ("protos", "client", "services", "tests", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "docker-compose.yml", "Makefile"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "docs").mkdir()
-
-    written = [apply(block, tmp_path) for block in RECIPES[recipe]]
-    if any(path.suffix == ".proto" for path in written):
-        if not PROTOC.exists():
-            absent("no .venv-proto: make proto-check makes it")
-        (tmp_path / ".venv-proto").symlink_to(PROTOC)
-        subprocess.run(["make", "--old-file", ".venv-proto/.stamp", "proto"], cwd=tmp_path, check=True)
-    sources = [str(path) for path in written if path.suffix == ".py"]
-    run(tmp_path, "-m", "ruff", "check", "-q", *sources)
-    run(tmp_path, "-m", "ruff", "format", "--check", *sources)
-    run(tmp_path, "-m", "tests.reference")  # as `make docs`
-    tests = [path for path in sources if Path(path).name.startswith("test_")]
-    assert tests, "a recipe ends with a test"
-    run(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+    written = [apply(text, tmp_path) for language, text in RECIPES[recipe] if language == "diff"]
+    commands = "".join(text for language, text in RECIPES[recipe] if language == "sh").splitlines()
+    assert any("pytest" in command for command in commands), "a recipe ends with a test"
+    for command in commands:
+        run(command, tmp_path)
+    sources = " ".join(str(path) for path in written if path.suffix == ".py")
+    run(f".venv/bin/python -m ruff check -q {sources}", tmp_path)
+    run(f".venv/bin/python -m ruff format --check {sources}", tmp_path)

@@ -30,9 +30,6 @@ IN_CIRCLES = {
 }
 """Modules that may still import each other in a circle: names only ever leave this list."""
 
-WITHOUT_ROOMS = {"client/trilith/ops"}
-"""Folders that still have more files than `MOST_FILES` and no reason for it: this list, too, only gets shorter."""
-
 
 # ---- circles -------------------------------------------------------------------------------------------------------
 
@@ -68,7 +65,7 @@ def label(path: Path) -> str:
 @pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES}), ids=label)
 def test_a_folder_of_more_than_twenty_files_says_why(folder):
     files = [path for path in by_hand(folder) if path.parent == folder and path.name != "__init__.py"]
-    if len(files) > MOST_FILES and label(folder) not in WITHOUT_ROOMS:
+    if len(files) > MOST_FILES:
         assert re.search(r"^Flat: .", docstring(folder / "__init__.py"), re.M), (
             f"{len(files)} files: make rooms, or say why there are none in a line that begins 'Flat: ' in __init__.py"
         )
