@@ -20,15 +20,11 @@ class Kind:
     Attributes:
         config: The vector's.
         folder: Where the files of this vector go.
-        attempt: Counts the tries of a vector whose outcome is drawn.
     """
 
-    attempts = 1
-
-    def __init__(self, config: Mapping[str, Any], folder: Path, attempt: int = 0) -> None:
+    def __init__(self, config: Mapping[str, Any], folder: Path) -> None:
         self.config = config
         self.folder = folder
-        self.attempt = attempt
 
     def path(self, name: str) -> str:
         """Where a file that a vector names is."""
@@ -75,18 +71,9 @@ def failures_of(vector: Mapping[str, Any]) -> list[str]:
     kind = KINDS.get(vector.get("kind", ""))
     if kind is None:
         return [f"no kind {vector.get('kind')!r}"]
-    found: list[str] = []
-    for attempt in range(kind.attempts):
-        found = _attempt(kind, vector, attempt)
-        if not found:
-            break
-    return found
-
-
-def _attempt(kind: type[Kind], vector: Mapping[str, Any], attempt: int) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
         try:
-            results = kind(vector.get("config") or {}, Path(folder), attempt).run(vector["steps"])
+            results = kind(vector.get("config") or {}, Path(folder)).run(vector["steps"])
         except Exception as error:  # noqa: BLE001 - whatever a vector raises is its failure, the others go on
             return [_one_line(f"{type(error).__name__}: {error}")]
     found = []
