@@ -39,12 +39,14 @@ class Model(nn.Module):
         self.clicked = features.create_feature_column(item, "clicked", FirstN(2))
         self.liked = features.create_feature_column(item, "liked", "sum")
 
-    def forward(self):
-        vector = self.user.embedding_lookup(self.vector)
-        rest = self.user.get_all_embedding_slices()[2]
-        items = self.seen.embedding_lookup(self.item) + self.clicked.embedding_lookup(self.item).sum(1)
-        items = items * self.liked.embedding_lookup(self.item)
-        return self.user.get_bias()[:, 0] + (vector * items).sum(1) + rest.sum(1)
+    def forward(self, vectors):
+        vector = self.user.embedding_lookup(vectors, self.vector)
+        rest = self.user.get_all_embedding_slices(vectors)[2]
+        items = self.seen.embedding_lookup(vectors, self.item) + self.clicked.embedding_lookup(vectors, self.item).sum(
+            1
+        )
+        items = items * self.liked.embedding_lookup(vectors, self.item)
+        return self.user.get_bias(vectors)[:, 0] + (vector * items).sum(1) + rest.sum(1)
 
 
 def batches():
@@ -84,18 +86,6 @@ def test_a_model_gives_the_same_wherever_its_rows_are():
     assert np.unique(found["embedded"]).size > 10
     for each in found.values():
         np.testing.assert_array_equal(each, found["embedded"])
-
-
-def test_lookups_give_shapes_until_there_is_a_batch():
-    registry = FeatureRegistry(batch_size=7)
-    model = Model(registry)
-    assert model.user.embedding_lookup(model.vector) == (7, 4)
-    assert model.clicked.embedding_lookup(model.item) == (7, 2, 4)
-    with LocalCluster("embedded") as cluster, cluster.connect() as client:
-        embeddings = FeatureEmbeddings(client, registry)
-        with embeddings.looked_up(next(batches())):
-            assert model.clicked.embedding_lookup(model.item).shape == (6, 2, 4)
-        assert model.user.get_bias() == (7, 1)
 
 
 def test_slots_of_equal_rows_may_share_a_table_with_their_own_thresholds_and_expiry():

@@ -45,7 +45,7 @@ def test_slices_are_cut_from_the_last_axis():
 
 
 def test_a_slot_becomes_a_table_of_merged_slices():
-    registry = FeatureRegistry(batch_size=4)
+    registry = FeatureRegistry()
     slot = registry.create_feature_slot(
         FeatureSlotConfig(slot_id=7, has_bias=True, occurrence_threshold=3, expire_time=9)
     )
@@ -63,10 +63,11 @@ def test_a_slot_becomes_a_table_of_merged_slices():
     assert registry.slot_occurrence_thresholds() == {7: 3}
     assert registry.slot_expire_times() == {7: 9}
     column = registry.create_feature_column(slot, "user", FirstN(5))
-    assert column.embedding_lookup(first) == (4, 5, 4)
-    assert registry.create_feature_column(slot, "item").get_bias() == (4, 1)
+    vectors = {"user": np.arange(4 * 5 * 15).reshape(4, 5, 15), "item": np.arange(4 * 15).reshape(4, 15)}
+    np.testing.assert_array_equal(column.embedding_lookup(vectors, first), vectors["user"][:, :, 1:5])
+    assert registry.create_feature_column(slot, "item").get_bias(vectors).tolist() == [[0], [15], [30], [45]]
     assert registry.features_of("7") == ["item", "user"]
-    assert column.get_all_embedding_slices() == [(4, 5, 1), (4, 5, 4), (4, 5, 8), (4, 5, 2)]
+    assert [each.shape[-1] for each in column.get_all_embedding_slices(vectors)] == [1, 4, 8, 2]
 
 
 def test_a_slice_without_a_rate_takes_its_optimizers_warmed_up():
@@ -91,9 +92,9 @@ def test_a_model_that_does_not_fit_together_is_refused():
     with pytest.raises(InvalidRequestError, match="'a' already"):
         registry.create_feature_column(other, "f")
     with pytest.raises(InvalidRequestError, match="has no bias"):
-        column.get_bias()
+        column.get_bias({})
     with pytest.raises(InvalidRequestError, match="one of 'b'"):
-        column.embedding_lookup(other.add_feature_slice(1))
+        column.embedding_lookup({}, other.add_feature_slice(1))
     with pytest.raises(InvalidRequestError, match="name or a slot_id"):
         FeatureSlotConfig()
     with pytest.raises(InvalidRequestError, match="not made here"):

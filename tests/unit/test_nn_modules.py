@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -375,28 +374,6 @@ def slot(registry, number, **options):
     )
     made.add_feature_slice(2)
     return registry.create_feature_column(made, f"f{number}")
-
-
-def test_columns_give_each_thread_the_values_of_its_own_batch():
-    registry = FeatureRegistry()
-    column = slot(registry, 1)
-    part = column.slot.slices[0]
-    inside, other = threading.Event(), threading.Event()
-    seen = {}
-
-    def go(name, mine, theirs):
-        with registry.bound(lambda column, part: name):
-            mine.set()
-            assert theirs.wait(30)
-            seen[name] = column.embedding_lookup(part)
-
-    threads = [threading.Thread(target=go, args=each) for each in (("a", inside, other), ("b", other, inside))]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert seen == {"a": "a", "b": "b"}
-    assert column.embedding_lookup(part) == (1, 2)
 
 
 def test_slots_that_share_tables_keep_their_seeds():

@@ -6,15 +6,11 @@ the slot for one feature each, so several features may share vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from trilith.errors import InvalidRequestError
-from trilith.features.slices import dummy_lookup_shape
 from trilith.ops.combiners import Combiner, CombinerLike, combiner_of
 from trilith.tables.compressors import CompressorLike, Fp16, Fp32
 from trilith.tables.config import HashTableConfig, Segment, default_learning_rate, fuse_adjacent
@@ -37,10 +33,15 @@ __all__ = [
 
 _NEVER_DAYS = 36_500
 _MERGED = "slots that share tables"  # stands for the name that gives other tables their seed
-_Lookup = Callable[["FeatureColumn", "FeatureSlice"], object]
 
-_BOUND: ContextVar[Mapping[int, _Lookup]] = ContextVar("trilith-bound", default=MappingProxyType({}))
-"""By the identity of a registry what its columns give, in this thread or task: each goes over a batch of its own."""
+
+class _Sliced(Protocol):
+    """A tensor or an array."""
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+
+_Vectors = TypeVar("_Vectors", bound=_Sliced)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,69 +226,55 @@ class FeatureSlot:
         return self.slices[-1]
 
 
+@dataclass(frozen=True, slots=True)
 class FeatureColumn:
-    """One feature's view of a slot.
+    """One feature's view of a slot: which slices of its vectors a model computes with.
 
-    `lookup` gives a slice's values for the current batch: what a model computes with.
+    Whatever looked the vectors up gives them by feature, tensors or arrays: [b, dim], or [b, n, dim] of the first n.
     """
 
-    def __init__(
-        self,
-        slot: FeatureSlot,
-        feature_name: str,
-        combiner: Combiner,
-        lookup: _Lookup,
-    ) -> None:
-        self.slot = slot
-        self.feature_name = feature_name
-        self.combiner = combiner
-        self._lookup = lookup
+    slot: FeatureSlot
+    feature_name: str
+    combiner: Combiner
 
-    def embedding_lookup(self, slice_: FeatureSlice) -> object:
-        """The slice's values for the current batch."""
+    def embedding_lookup(self, vectors: Mapping[str, _Vectors], slice_: FeatureSlice) -> _Vectors:
+        """A slice of the feature's vectors.
+
+        Args:
+            vectors: A batch's, by feature.
+            slice_: One of the column's slot.
+        """
         if slice_.slot is not self.slot:
             raise InvalidRequestError(
                 f"feature {self.feature_name!r} reads slot {self.slot.name!r}, the slice is one of {slice_.slot.name!r}"
             )
-        return self._lookup(self, slice_)
+        part: _Vectors = vectors[self.feature_name][..., slice_.start : slice_.end]
+        return part
 
-    def get_bias(self) -> object:
-        """The bias slice's values."""
+    def get_bias(self, vectors: Mapping[str, _Vectors]) -> _Vectors:
+        """The bias slice of the feature's vectors."""
         if self.slot.bias is None:
             raise InvalidRequestError(
                 f"slot {self.slot.name!r} has no bias; FeatureSlotConfig(has_bias=True) makes one"
             )
-        return self.embedding_lookup(self.slot.bias)
+        return self.embedding_lookup(vectors, self.slot.bias)
 
-    def get_all_embedding_slices(self) -> list[object]:
-        """The values of all slices, in order."""
-        return [self.embedding_lookup(each) for each in self.slot.slices]
+    def get_all_embedding_slices(self, vectors: Mapping[str, _Vectors]) -> list[_Vectors]:
+        """All slices of the feature's vectors, in order."""
+        return [self.embedding_lookup(vectors, each) for each in self.slot.slices]
 
 
 class FeatureRegistry:
-    """Collects the slots and columns of a model; lookups return shapes until `bound` says what the values are.
+    """Collects the slots and columns of a model.
 
     Attributes:
         slots: By table name.
         columns: By feature name.
     """
 
-    def __init__(self, batch_size: int = 1) -> None:
-        self._batch_size = batch_size
+    def __init__(self) -> None:
         self.slots: dict[str, FeatureSlot] = {}
         self.columns: dict[str, FeatureColumn] = {}
-
-    @contextmanager
-    def bound(self, lookup: _Lookup) -> Iterator[None]:
-        """Inside, and in this thread, columns give what `lookup` gives for a column and a slice."""
-        token = _BOUND.set({**_BOUND.get(), id(self): lookup})
-        try:
-            yield
-        finally:
-            _BOUND.reset(token)
-
-    def _values(self, column: FeatureColumn, slice_: FeatureSlice) -> object:
-        return _BOUND.get().get(id(self), self._shape)(column, slice_)
 
     def create_feature_slot(self, config: FeatureSlotConfig) -> FeatureSlot:
         """Make a slot; a repeated name is InvalidRequestError."""
@@ -305,7 +292,7 @@ class FeatureRegistry:
         known = self.columns.get(feature_name)
         if known is not None and known.slot is not slot:
             raise InvalidRequestError(f"feature {feature_name!r} reads slot {known.slot.name!r} already")
-        column = FeatureColumn(slot, feature_name, combiner_of(combiner), self._values)
+        column = FeatureColumn(slot, feature_name, combiner_of(combiner))
         self.columns[feature_name] = column
         return column
 
@@ -356,6 +343,3 @@ class FeatureRegistry:
     def features_of(self, table: str) -> list[str]:
         """Names of the features that read a table, sorted."""
         return sorted(name for name, column in self.columns.items() if column.slot.name == table)
-
-    def _shape(self, column: FeatureColumn, slice_: FeatureSlice) -> tuple[int, ...]:
-        return dummy_lookup_shape(self._batch_size, slice_.start, slice_.end, column.combiner.n)

@@ -1,16 +1,21 @@
-"""Modules whose rows are elsewhere, and how torch's ways to move, freeze and copy a module reach them all the same."""
+"""Modules whose rows are elsewhere, and how torch's ways to move, freeze, copy and compile a module do without them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from trilith.nn.bridge import Bridge
 
-__all__ = ["Anchored", "dense_parameters"]
+__all__ = ["Anchored", "dense_parameters", "outside_graphs"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Anchored(nn.Module):
@@ -80,3 +85,22 @@ def dense_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and id(parameter) not in anchors:
             yield name, parameter
+
+
+def outside_graphs(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Have torch.compile break its graph around a method rather than go into numpy, kernels' addresses and sockets.
+
+    As `torch.compiler.disable`, which however imports the compiler, for a second, also where nothing is compiled.
+    """
+    disabled: Callable[_P, _R] | None = None
+
+    @functools.wraps(method)
+    def eager(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        nonlocal disabled
+        if disabled is None:
+            if "torch._dynamo" not in sys.modules:
+                return method(*args, **kwargs)
+            disabled = torch.compiler.disable(method)
+        return disabled(*args, **kwargs)
+
+    return eager

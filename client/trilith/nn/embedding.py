@@ -11,15 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trilith.errors import InvalidRequestError
-from trilith.nn.anchored import Anchored
+from trilith.nn.anchored import Anchored, outside_graphs
 from trilith.nn.bags import IdsLike, as_bags, as_ids
 from trilith.nn.bridge import Bridge, pick_device
-from trilith.nn.eager import outside_graphs
 from trilith.nn.exchange import Exchange, RowClient
-from trilith.nn.pooling import FirstRows, Pooled, make_pooling
+from trilith.nn.lookups import FetchedRows, Lookup, Output, Step
+from trilith.nn.pooling import Pooled, make_pooling
 from trilith.ops.combiners import Combiner, CombinerLike, combiner_of
 from trilith.ops.ragged import Ragged
 from trilith.pipelining import Prefetcher
@@ -62,104 +61,6 @@ class Feature:
         return bags.first(self.combiner.n) if self.combiner.n else bags
 
 
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """One tensor of a step: a run of a table's ids and how their rows become vectors."""
-
-    table: str
-    start: int
-    stop: int
-    pooling: Pooled | FirstRows
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One forward pass: what was looked up and what its gradients will be pushed for.
-
-    Attributes:
-        exchange: With the cluster.
-        bridge: To the device.
-        ids: By table.
-        outputs: What becomes of the rows.
-        create: Whether ids without a row may be given one; evaluation never does.
-    """
-
-    exchange: Exchange
-    bridge: Bridge
-    ids: dict[str, npt.NDArray[np.uint64]]
-    outputs: list[_Output]
-    create: bool
-
-    def fetch(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Look all tables up in one call: per table the float32[n, dim] rows of its ids."""
-        return self.exchange.lookup(self.ids, create=self.create)
-
-
-@dataclass(frozen=True, slots=True)
-class FetchedRows:
-    """A batch whose rows have been looked up: what `EmbeddingCollection.fetch` gives and its `forward` takes.
-
-    Attributes:
-        step: What was looked up.
-        rows: What was found, per table float32[n, dim].
-        groups: Per output its features.
-        samples: Number of samples.
-    """
-
-    step: _Step
-    rows: dict[str, npt.NDArray[np.float32]]
-    groups: list[list[str]]
-    samples: int
-
-
-class _Lookup(torch.autograd.Function):
-    """One graph node for all tables of a step, so that autograd calls back once, with every gradient at hand."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, step: _Step, found: Mapping[str, npt.NDArray[np.float32]], learn: bool, own: bool
-    ) -> tuple[Tensor, ...]:
-        """Combine the rows of all tables.
-
-        Args:
-            ctx: Of autograd.
-            anchor: Wants a gradient, so that backward is called.
-            step: What was looked up.
-            found: By table its rows.
-            learn: Whether backward applies gradients.
-            own: Whether outputs may be the memory of `found`; not where the caller can use it again.
-        """
-        rows = {table: step.bridge.to_device(found[table]) for table in step.ids}
-        ctx.step, ctx.learn = step, learn
-        ctx.set_materialize_grads(False)
-        outputs = []
-        for out in step.outputs:
-            part = rows[out.table][out.start : out.stop]
-            vectors = out.pooling.forward(part)
-            outputs.append(vectors.clone() if vectors is part and not own else vectors)
-        return tuple(outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None, None, None]:
-        """Apply the gradients of all tables in one call."""
-        step: _Step = ctx.step
-        if not ctx.learn:
-            step.exchange.say_once("a backward pass of embeddings in eval mode steps no rows")
-            return None, None, None, None, None
-        parts: dict[str, list[tuple[_Output, Tensor]]] = {}
-        for out, grad in zip(step.outputs, grads, strict=True):
-            if grad is not None:
-                parts.setdefault(out.table, []).append((out, out.pooling.backward(grad)))
-        updates = {}
-        for table, pieces in parts.items():
-            ids = [step.ids[table][out.start : out.stop] for out, _ in pieces]
-            values = torch.cat([grad for _, grad in pieces]) if len(pieces) > 1 else pieces[0][1]
-            updates[table] = (np.concatenate(ids) if len(ids) > 1 else ids[0], step.bridge.to_host(values))
-        step.exchange.push(updates)
-        return None, None, None, None, None
-
-
 class _ClusterModule(Anchored):
     """What the modules share: the exchange with the cluster and the device.
 
@@ -190,10 +91,10 @@ class _ClusterModule(Anchored):
         """End the thread that pushes; drain first to lose nothing."""
         self.exchange.pusher.close()
 
-    def _run(self, step: _Step, rows: Mapping[str, npt.NDArray[np.float32]] | None = None) -> tuple[Tensor, ...]:
+    def _run(self, step: Step, rows: Mapping[str, npt.NDArray[np.float32]] | None = None) -> tuple[Tensor, ...]:
         """The vectors of a step; `rows` where they were looked up before, which the caller may use again."""
         found = step.fetch() if rows is None else rows
-        outputs: tuple[Tensor, ...] = _Lookup.apply(  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, ...] = Lookup.apply(  # type: ignore[no-untyped-call]
             self.anchor, step, found, self.training, rows is None
         )
         return self._cast(outputs)
@@ -226,8 +127,8 @@ class Embedding(_ClusterModule):
         array = as_ids(ids)
         flat = array.reshape(-1)
         name = self.table.name
-        output = _Output(name, 0, flat.size, Pooled(None, None))
-        (rows,) = self._run(_Step(self.exchange, self.bridge, {name: flat}, [output], self._learns()))
+        output = Output(name, 0, flat.size, Pooled(None, None))
+        (rows,) = self._run(Step(self.exchange, self.bridge, {name: flat}, [output], self._learns()))
         return rows.view(*array.shape, self.table.dim)
 
     def extra_repr(self) -> str:
@@ -274,8 +175,8 @@ class EmbeddingBag(_ClusterModule):
             bags = bags.first(self.combiner.n)
         pooling = make_pooling([bags.lengths], [self.combiner], self.bridge.to_device)
         name = self.table.name
-        output = _Output(name, 0, bags.values.size, pooling)
-        (vectors,) = self._run(_Step(self.exchange, self.bridge, {name: bags.values}, [output], self._learns()))
+        output = Output(name, 0, bags.values.size, pooling)
+        (vectors,) = self._run(Step(self.exchange, self.bridge, {name: bags.values}, [output], self._learns()))
         return vectors
 
     def extra_repr(self) -> str:
@@ -409,11 +310,11 @@ class EmbeddingCollection(_ClusterModule):
             for names, output in zip(groups, outputs, strict=True)
         ]
 
-    def _plan(self, batch: Mapping[str, IdsLike], create: bool) -> tuple[_Step, list[list[str]], int]:
+    def _plan(self, batch: Mapping[str, IdsLike], create: bool) -> tuple[Step, list[list[str]], int]:
         """What to look up, the features of each output, and the number of samples."""
         bags = self._bags(batch)
         samples = len(next(iter(bags.values())))
-        step = _Step(self.exchange, self.bridge, {}, [], create)
+        step = Step(self.exchange, self.bridge, {}, [], create)
         groups: list[list[str]] = []
         for table, (pooled, first) in self._by_table.items():
             runs = ([pooled] if pooled else []) + [[name] for name in first]
@@ -422,7 +323,7 @@ class EmbeddingCollection(_ClusterModule):
                 stop = start + sum(bags[name].values.size for name in names)
                 combiners = [self.features[name].combiner for name in names]
                 pooling = make_pooling([bags[name].lengths for name in names], combiners, self.bridge.to_device)
-                step.outputs.append(_Output(table, start, stop, pooling))
+                step.outputs.append(Output(table, start, stop, pooling))
                 groups.append(names)
                 start = stop
             parts = [bags[name].values for names in runs for name in names]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
-from trilith.features.slots import FeatureColumn, FeatureRegistry, FeatureSlice
+from trilith.features.slots import FeatureRegistry
 from trilith.nn.bags import IdsLike
-from trilith.nn.eager import outside_graphs
 from trilith.nn.embedding import EmbeddingCollection, Feature, FetchedRows, TableLike
 from trilith.nn.exchange import RowClient
 from trilith.tables.spec import TableSpec
@@ -55,25 +52,13 @@ class FeatureEmbeddings(EmbeddingCollection):
         super().__init__(client, features, **options)
         self.registry = registry
 
-    @contextmanager
-    def looked_up(self, batch: Mapping[str, IdsLike] | FetchedRows) -> Iterator[None]:
-        """Inside, columns give their slices' values for this batch: float32[b, width], of FirstN(n) [b, n, width]."""
-        vectors = self(batch)
-
-        def lookup(column: FeatureColumn, slice_: FeatureSlice) -> Tensor:
-            values: Tensor = vectors[column.feature_name][..., slice_.start : slice_.end]
-            return values
-
-        with self.registry.bound(lookup):
-            yield
-
 
 class FeatureModel(nn.Module):
-    """A model that asks its columns for what it computes with.
+    """Embeddings, and a model that computes with slices of them.
 
     Args:
         embeddings: Of the columns.
-        body: Called without arguments, while columns give the values of a batch.
+        body: Is given a batch's vectors by feature, of which its columns take their slices.
     """
 
     def __init__(self, embeddings: FeatureEmbeddings, body: nn.Module) -> None:
@@ -81,8 +66,6 @@ class FeatureModel(nn.Module):
         self.embeddings = embeddings
         self.body = body
 
-    @partial(outside_graphs, inside=True)
     def forward(self, batch: Mapping[str, IdsLike] | FetchedRows) -> Any:
         """What the body makes of a batch."""
-        with self.embeddings.looked_up(batch):
-            return self.body()
+        return self.body(self.embeddings(batch))

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trilith.errors import InvalidRequestError
-from trilith.nn.anchored import Anchored
+from trilith.nn.anchored import Anchored, outside_graphs
 from trilith.nn.bridge import Bridge, pick_device
-from trilith.nn.eager import outside_graphs
 from trilith.nn.pooling import make_pooling
 from trilith.ops import layout
 from trilith.ops.layout import FidOffsets, Request

@@ -3,29 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from trilith.data.parse.specs import Dense, FeatureSpec, Slot, Sparse
+from trilith.data.messages import message_of
+from trilith.data.parse.parsers import ExampleParser, InstanceParser
+from trilith.data.parse.specs import Dense, Features, FeatureSpec, Slot, Sparse
 from trilith.data.records import Kind, Records
+from trilith.data.scan.count import count_named
 from trilith.errors import DataError, InternalError, InvalidRequestError
 from trilith.folder import Folder
 from trilith.nn.program import Program, load_program, unpack_weights
-from trilith.nn.requests import OnUnknown, RequestExamples, RequestInstances, RequestParser
 from trilith.ops.pool import pool_rows
 from trilith.ops.ragged import Ragged
 from trilith.serving.exports import GRAPH, MODEL, WEIGHTS, ExportManifest, ModelConfig, read_export, read_file
 
-__all__ = ["Lookup", "Scores", "ServedModel", "load_model"]
+__all__ = [
+    "Lookup",
+    "OnUnknown",
+    "RequestExamples",
+    "RequestInstances",
+    "RequestParser",
+    "Scores",
+    "ServedModel",
+    "load_model",
+    "names_of",
+]
 
 Float32Array = npt.NDArray[np.float32]
 
 Lookup = Callable[[Mapping[str, Any], float | None], Mapping[str, Float32Array]]
 """Rows by table for ids by table, within so many seconds."""
+
+
+OnUnknown: TypeAlias = Callable[[Records, npt.NDArray[np.int64]], None]
+"""Gets the records of a request, and of each how many named features it has that the model does not know."""
+
+
+class RequestExamples(ExampleParser):
+    """Parses the Examples of requests."""
+
+    def score(self, records: Records, on_unknown: OnUnknown | None) -> Features:
+        """Read the records of a request.
+
+        Raises:
+            DataError: A record is damaged, or a feature holds something that the model cannot take.
+        """
+        return _parse(self, records, on_unknown)
+
+
+class RequestInstances(InstanceParser):
+    """Parses the Instances of requests."""
+
+    def score(self, records: Records, on_unknown: OnUnknown | None) -> Features:
+        """See `RequestExamples`."""
+        return _parse(self, records, on_unknown)
+
+
+RequestParser: TypeAlias = RequestExamples | RequestInstances
+
+
+def _parse(parser: RequestParser, records: Records, on_unknown: OnUnknown | None) -> Features:
+    scan = parser._fitting(parser._scanner.scan(records))
+    if on_unknown is not None:
+        named = count_named(records)
+        # A name that occurs twice in a record counts as unknown, which costs a second look and nothing else.
+        if int(named.sum()) != np.count_nonzero(scan.seen):
+            on_unknown(records, named - np.count_nonzero(scan.seen, axis=1))
+    found = {name: make(scan) for name, make in parser._outputs}
+    for name, feature in parser._names(Dense).items():
+        values = found[name]
+        if not np.isfinite(values).all():
+            row, place = np.argwhere(~np.isfinite(values))[0].tolist()
+            raise DataError(
+                f"{records.where(row)}: feature {feature!r} has {values[row, place]}; the model takes finite numbers"
+            )
+    return found
+
+
+def names_of(records: Records, row: int) -> list[str]:
+    """Names of the features of one record."""
+    message: Any = message_of(records.payload(row), records.kind)
+    if records.kind is Kind.EXAMPLE:
+        return [each.name for each in message.named_feature]
+    return [each.name for each in message.feature]
 
 
 class Scores(nn.Module):

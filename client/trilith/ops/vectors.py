@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from trilith.ops.jit import JIT_DISABLED, inlined
 from trilith.ops.memory import by_lines
 
-__all__ = ["add_plain", "add_scaled", "add_squares", "set_product", "set_scaled", "set_zero"]
+__all__ = ["add_plain", "add_scaled", "set_scaled", "set_zero"]
 
 _F32 = ir.FloatType()
 _ONE = np.float32(1.0)
@@ -75,12 +75,6 @@ def _plain(combine: Callable[[Any, Any, Any], Any], twin: Callable[[Any, Any], A
 
 add_plain: _Plain = _plain(lambda b, old, new: b.fadd(old, new), lambda old, new: old + new)
 """add_plain(target, source, count): add `count` floats onto `target`."""
-
-add_squares: _Plain = _plain(lambda b, old, new: b.fadd(old, b.fmul(new, new)), lambda old, new: old + new * new)
-"""add_squares(target, source, count): add the squares of `count` floats onto `target`."""
-
-set_product: _Plain = _plain(lambda b, old, new: b.fmul(old, new), lambda old, new: old * new)
-"""set_product(target, source, count): multiply `count` floats of `target` by those of `source`."""
 
 add_scaled: _Scaled = _scaled(
     lambda b, old, new, factor: b.fadd(old, b.fmul(new, factor)), lambda old, new, factor: old + new * factor
