@@ -112,7 +112,7 @@ class Rounds:
         words = []
         for index in range(self._count):
             life = checkpoint.read_holder(self._folder.url, index, self._count)
-            if not [each for each in there.get(index, ()) if each == life or life is None]:
+            if not [writer for writer in there.get(index, ()) if writer == life or life is None]:
                 prefix = checkpoint.saving_name(index, self._count, life or "")
                 writing = any(name.startswith(prefix) for name in names)
                 words.append(f"PS {index} ({'still writing' if writing else 'has not begun'})")

@@ -262,9 +262,9 @@ def verify(path: str) -> Iterator[tuple[FileRecord, str]]:
 
 
 def _rows_of(part: Part, file: FileRecord) -> FileRecord:
-    for each in part.files:
-        if each.kind == "rows" and each.table == file.table:
-            return each
+    for rows in part.files:
+        if rows.kind == "rows" and rows.table == file.table:
+            return rows
     raise CheckpointError(f"{file.name}: PS {part.shard_index} has no rows of table {file.table!r}")
 
 

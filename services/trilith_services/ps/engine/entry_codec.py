@@ -69,7 +69,7 @@ class EntryCodec:
             segments.append((kind.number << 3 | 2, first, len(fields)))
         return cls(
             layout,
-            np.array(segments, np.int64).reshape(-1, kernels.SEGMENT_COLUMNS),
+            np.array(segments, np.int64).reshape(-1, kernels.DUMP_COLUMNS),
             np.array(fields, np.int64).reshape(-1, kernels.FIELD_COLUMNS),
         )
 

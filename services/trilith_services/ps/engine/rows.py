@@ -12,7 +12,7 @@ import numpy.typing as npt
 from trilith.errors import InvalidRequestError
 from trilith.shard import Float32Array, UInt64Array
 
-__all__ = ["Rows", "as_counts", "as_ids", "check_target"]
+__all__ = ["Rows", "as_counts", "check_target", "checked_ids"]
 
 _UINT64 = np.dtype(np.uint64)  # compared with a third of the work that the class takes
 
@@ -51,7 +51,7 @@ class Rows:
         )
 
 
-def as_ids(ids: npt.NDArray[Any]) -> UInt64Array:
+def checked_ids(ids: npt.NDArray[Any]) -> UInt64Array:
     """uint64[n] over 64-bit ids of either signedness, C-contiguous."""
     if not isinstance(ids, np.ndarray):
         raise InvalidRequestError(f"ids are {type(ids).__name__}, expected an array uint64[n] or int64[n]")

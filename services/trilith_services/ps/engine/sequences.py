@@ -63,6 +63,8 @@ class Sequences:
     whose answer was dropped, and the first write of a client that may have been forgotten, raise InDoubtError and do
     nothing. A client that is not known may have been forgotten if it took its id longer ago than an hour, or no later
     than one that was; ids are dated by this PS's own clock, so clocks of clients do not matter.
+
+    It is in memory only: a restore empties it, and the incarnation changes with it.
     """
 
     def __init__(
@@ -200,7 +202,7 @@ class Sequences:
         client.base = lowest
         self._bytes += _bits_bytes(client)
         if client.answers:
-            for sequence in [each for each in client.answers if each < lowest]:
+            for sequence in [answered for answered in client.answers if answered < lowest]:
                 self._drop(client, sequence)
 
     def _drop(self, client: _Client, sequence: int) -> None:

@@ -38,7 +38,7 @@ from trilith_services.ps.engine.budget import RowWrite, room_for
 from trilith_services.ps.engine.content import Content
 from trilith_services.ps.engine.entry_codec import entry_list
 from trilith_services.ps.engine.kernels.values import all_finite
-from trilith_services.ps.engine.rows import as_ids
+from trilith_services.ps.engine.rows import checked_ids
 from trilith_services.ps.engine.table import Table
 
 __all__ = ["Store"]
@@ -133,7 +133,7 @@ class Store(Content, InProcess):
         def check() -> None:
             self._check_step(write)
             for part in parts:
-                table, ids = self.table(part.table), as_ids(part.ids)
+                table, ids = self.table(part.table), checked_ids(part.ids)
                 table.check_gradients(ids, part.values, part.learning_rates, part.counts, write.global_step)
 
         def work(request_time: int) -> None:
@@ -177,7 +177,7 @@ class Store(Content, InProcess):
             def check() -> None:
                 self.clock.at(write.request_time)
                 if part.table in self._tables:
-                    row_write = RowWrite(self.table(part.table), as_ids(part.ids), passed=True)
+                    row_write = RowWrite(self.table(part.table), checked_ids(part.ids), passed=True)
                     held.enter_context(room_for(self.budget, [row_write]))
 
             def work() -> npt.NDArray[np.int8]:
@@ -370,14 +370,14 @@ class Store(Content, InProcess):
                 check()
                 self._check_finite([(part.table, part.values) for part in parts], write)
                 if self.budget.limit:
-                    writes = [RowWrite(self.table(part.table), as_ids(part.ids), part.counts) for part in parts]
+                    writes = [RowWrite(self.table(part.table), checked_ids(part.ids), part.counts) for part in parts]
                     held.enter_context(room_for(self.budget, writes))
 
             self._once(write, lambda: work(request_time), begin)
 
     def _check_values(self, parts: Sequence[UpdatePart]) -> None:
         for part in parts:
-            self.table(part.table).check_update(as_ids(part.ids), part.values)
+            self.table(part.table).check_update(checked_ids(part.ids), part.values)
 
     def _check_step(self, write: Write) -> None:
         """Refuse the step of a write if no step is that large, or if it is a mistake beyond doubt."""

@@ -26,7 +26,7 @@ from trilith_services.ps.engine.kernels.index import STRIPES
 from trilith_services.ps.engine.kernels.values import widen_halves
 from trilith_services.ps.engine.kernels.warm_up import compile_common_kernels
 from trilith_services.ps.engine.kernels.write import ADD, ASSIGN, IMPORT, RESET, write_rows
-from trilith_services.ps.engine.rows import Rows, as_counts, as_ids
+from trilith_services.ps.engine.rows import Rows, as_counts, checked_ids
 from trilith_services.ps.engine.scratch import Batch, work_memory
 from trilith_services.ps.engine.table_reads import TableReads
 from trilith_services.ps.engine.touched import Touched
@@ -97,9 +97,9 @@ class Table(TableReads):
     @touched.setter
     def touched(self, touched: Touched | None) -> None:
         before, self._stripes.touched = self._stripes.touched, touched
-        for each, account in ((before, None), (touched, self._budget.add)):
-            if each is not None:
-                each.charge_to(account)
+        for log, account in ((before, None), (touched, self._budget.add)):
+            if log is not None:
+                log.charge_to(account)
 
     # ---- writes ------------------------------------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ class Table(TableReads):
             dedup: Sum the gradients of equal ids into one step; otherwise repeats are steps of their own, in order.
             has_room: The caller holds `room_for` this write.
         """
-        ids = as_ids(ids)
+        ids = checked_ids(ids)
         self.check_gradients(ids, grads, learning_rates, counts, global_step)
         assert self._apply is not None  # just checked
         grads, rates = self._as_values(ids, grads), self._as_rates(learning_rates)
@@ -196,7 +196,7 @@ class Table(TableReads):
 
         With `skip_zero_embedding` a value whose squared norm is below the smallest normal float32 erases its id.
         """
-        ids, values, time = as_ids(ids), self._as_values(ids, values), whole_seconds(request_time)
+        ids, values, time = checked_ids(ids), self._as_values(ids, values), whole_seconds(request_time)
         if self.config.hash_table.skip_zero_embedding and len(ids):
             last = len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]
             ids, values = ids[last], values[last]
@@ -219,7 +219,7 @@ class Table(TableReads):
 
         `filter_present` also asks the filter about ids that have rows, as the reference system's multi-tables do.
         """
-        ids, values, time = as_ids(ids), self._as_values(ids, values), whole_seconds(request_time)
+        ids, values, time = checked_ids(ids), self._as_values(ids, values), whole_seconds(request_time)
         self._write_values(ADD, ids, values, time, has_room, filter_present=filter_present)
 
     def reinitialize(self, ids: npt.NDArray[Any], *, request_time: int, has_room: bool = False) -> npt.NDArray[np.int8]:
@@ -228,7 +228,7 @@ class Table(TableReads):
         Returns:
             int8[n]: 1 where there was a row, 0 where it was created.
         """
-        ids = as_ids(ids)
+        ids = checked_ids(ids)
         existed = np.zeros(len(ids), np.int8)
         self._write_rows(RESET, ids, whole_seconds(request_time), existed=existed, has_room=has_room)
         return existed
@@ -250,12 +250,12 @@ class Table(TableReads):
             raise InvalidRequestError(f"table {self.name!r}: {times.shape} times for {len(found)} rows")
         if self.layout.serving:
             times = np.zeros_like(times)  # as upstream: a serving row's time stays 0
-        self._write_rows(IMPORT, as_ids(found.ids), 0, values=weights, state=state, times=times)
+        self._write_rows(IMPORT, checked_ids(found.ids), 0, values=weights, state=state, times=times)
         self.note_update(int(times.max()))
 
     def erase(self, ids: npt.NDArray[Any]) -> int:
         """Delete rows; returns how many there were."""
-        ids = as_ids(ids)
+        ids = checked_ids(ids)
         if len(ids) == 0:
             return 0
 

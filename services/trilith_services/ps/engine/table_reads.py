@@ -18,7 +18,7 @@ from trilith_services.ps.engine.kernels import gather, index, sweep
 from trilith_services.ps.engine.kernels.index import STRIPES
 from trilith_services.ps.engine.kernels.read import export_rows, lookup_rows, lookup_rows_half, work_bytes
 from trilith_services.ps.engine.row_layout import RowLayout, lifetimes
-from trilith_services.ps.engine.rows import Rows, as_ids, check_target
+from trilith_services.ps.engine.rows import Rows, check_target, checked_ids
 from trilith_services.ps.engine.scratch import work_memory
 from trilith_services.ps.engine.stripes import RANGE, Stripes
 
@@ -89,7 +89,7 @@ class TableReads:
         Returns:
             `out`, or a new float32[n, dim].
         """
-        ids = as_ids(ids)
+        ids = checked_ids(ids)
         if out is None:
             out = np.empty((len(ids), self.dim), np.float32)
         else:
@@ -111,7 +111,7 @@ class TableReads:
 
     def contains(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """bool[n]: whether each id has a row."""
-        present: npt.NDArray[np.bool_] = self._row_addresses(as_ids(ids))[0][:, 0] != 0
+        present: npt.NDArray[np.bool_] = self._row_addresses(checked_ids(ids))[0][:, 0] != 0
         return present
 
     def export_rows(self, ids: npt.NDArray[Any]) -> tuple[npt.NDArray[np.bool_], Rows]:
@@ -120,7 +120,7 @@ class TableReads:
         Returns:
             bool[n] which ids have a row, and the rows of those, in the order of `ids`.
         """
-        ids = as_ids(ids)
+        ids = checked_ids(ids)
         with self._stripes.reading:
             addresses, times = self._row_addresses(ids, inside=True)
             present = addresses[:, 0] != 0
@@ -204,7 +204,7 @@ class TableReads:
         Returns:
             uint64[m] ids that have a row, in the order of `ids`, their float32[m, dim], and uint64[n - m] the others.
         """
-        ids = as_ids(ids)
+        ids = checked_ids(ids)
         found, missing = np.empty(len(ids), np.uint64), np.empty(len(ids), np.uint64)
         if weights is None:
             weights = np.empty((len(ids), self.dim), np.float32)

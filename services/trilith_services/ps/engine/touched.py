@@ -47,7 +47,7 @@ class Touched:
 
     def _charge(self) -> None:
         if self._account is not None:
-            size = self._ids.nbytes + sum(each.nbytes for each in self._distinct)
+            size = self._ids.nbytes + sum(ids.nbytes for ids in self._distinct)
             self._account(size - self._charged)
             self._charged = size
 

@@ -84,7 +84,8 @@ class Partitions:
                         "with another config: "
                         + tell(field_differences(_shapeless(known.spec), _shapeless(partition.spec)), "here", "asked")
                     )
-            fresh = {_key(each.spec): each for each in reversed(made) if _key(each.spec) not in self._partitions}
+            new = [partition for partition in reversed(made) if _key(partition.spec) not in self._partitions]
+            fresh = {_key(partition.spec): partition for partition in new}
             if fresh:
                 names = sorted({name for name, _ in fresh})
                 self._budget.take(_bytes(fresh.values()), f"variables {', '.join(map(repr, names))}")
@@ -135,7 +136,7 @@ class Partitions:
     def keep(self, keys: Collection[tuple[str, int]]) -> None:
         """Drop every partition whose (name, partition) is not among `keys`."""
         with self._lock:
-            self._put({key: each for key, each in self._partitions.items() if key in keys})
+            self._put({key: partition for key, partition in self._partitions.items() if key in keys})
 
     def export(self) -> list[VariableState]:
         """Copies of all partitions, each as it is at one moment."""
@@ -153,15 +154,15 @@ class Partitions:
     def remake(states: Sequence[VariableState]) -> dict[tuple[str, int], Partition]:
         """Partitions as a checkpoint holds them, for `replace`."""
         made = {}
-        for each in states:
-            partition = _new_partition(each.spec, each.values)
-            if each.state.shape != partition.state.shape:
+        for saved in states:
+            partition = _new_partition(saved.spec, saved.values)
+            if saved.state.shape != partition.state.shape:
                 raise InvalidRequestError(
-                    f"variable {each.spec.name!r}: {each.state.size} words of optimizer state, "
+                    f"variable {saved.spec.name!r}: {saved.state.size} words of optimizer state, "
                     f"expected {partition.state.size}"
                 )
-            partition.state[:] = each.state
-            made[_key(each.spec)] = partition
+            partition.state[:] = saved.state
+            made[_key(saved.spec)] = partition
         return made
 
     def replace(self, made: dict[tuple[str, int], Partition]) -> None:
@@ -209,7 +210,7 @@ def _new_partition(spec: ps_pb2.VariableSpec, values: Float32Array) -> Partition
 
 
 def _bytes(partitions: Iterable[Partition]) -> int:
-    return sum(each.values.nbytes + each.state.nbytes for each in partitions)
+    return sum(partition.values.nbytes + partition.state.nbytes for partition in partitions)
 
 
 def _key(spec: ps_pb2.VariableSpec) -> tuple[str, int]:

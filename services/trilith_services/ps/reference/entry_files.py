@@ -266,8 +266,8 @@ def _log_dropped(name: str, base: str, rows: int) -> None:
 def _expired(config: hash_table_pb2.SlotExpireTimeConfig, rows: Rows, now: int) -> npt.NDArray[np.bool_]:
     """bool[n]: the rows that are as old as their slot may become."""
     days = np.full(1 << 15, config.default_expire_time, np.int64)
-    for each in config.slot_expire_times:
-        days[each.slot & 0x7FFF] = each.expire_time
+    for given in config.slot_expire_times:
+        days[given.slot & 0x7FFF] = given.expire_time
     allowed = days[(rows.ids >> np.uint64(48)) & np.uint64(0x7FFF)] * _SECONDS_PER_DAY
     marks: npt.NDArray[np.bool_] = now - rows.last_update.astype(np.int64) >= allowed
     return marks

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from trilith.arrays import id_array
 from trilith.errors import InvalidRequestError
 from trilith_services.ps.engine.table import Table
 
-__all__ = ["FusedLookup", "fused_apply_gradient", "fused_lookup", "integer_ids"]
+__all__ = ["FusedLookup", "FusedTables", "fused_apply_gradient", "fused_lookup", "integer_ids"]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -34,6 +35,61 @@ class FusedLookup(NamedTuple):
     id_offsets: Ints
     emb_offsets: Ints
     indices: npt.NDArray[np.uint64]
+
+
+class FusedTables(ABC):
+    """Tables by name that answer fused calls in the order of the sorted names."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> Sequence[Table]:
+        """The tables' rows, by sorted name."""
+
+    @abstractmethod
+    def learning_rates(self) -> Floats:
+        """float32[segments of all tables]: the rates at the model's step, by sorted name."""
+
+    @property
+    def dims(self) -> list[int]:
+        """Floats per row, by sorted name."""
+        return [table.dim for table in self.rows]
+
+    def fused_lookup(
+        self, ids: npt.ArrayLike, fused_slot_size: npt.ArrayLike, num_of_shards: int, req_time: int = 0
+    ) -> FusedLookup:
+        """The function of this name over the tables."""
+        return fused_lookup(self.rows, ids, fused_slot_size, num_of_shards, req_time)
+
+    def fused_apply_gradient(
+        self,
+        ids: npt.ArrayLike,
+        indices: npt.ArrayLike,
+        fused_slot_size: npt.ArrayLike,
+        id_grads: npt.ArrayLike,
+        id_offsets: npt.ArrayLike,
+        grad_offsets: npt.ArrayLike,
+        *,
+        global_step: int = 0,
+        req_time: int = 0,
+        num_of_shards: int = 1,
+        enable_grad_accumulation: bool = False,
+    ) -> Self:
+        """The function of this name over the tables, at the rates of the configs."""
+        fused_apply_gradient(
+            self.rows,
+            ids,
+            indices,
+            fused_slot_size,
+            id_grads,
+            id_offsets,
+            grad_offsets,
+            self.learning_rates(),
+            req_time,
+            global_step,
+            num_of_shards,
+            enable_grad_accumulation,
+        )
+        return self
 
 
 def fused_lookup(

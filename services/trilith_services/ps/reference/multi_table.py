@@ -15,9 +15,8 @@ import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
 from trilith_proto import hash_table_pb2
-from trilith_services.ps.reference import fused
 from trilith_services.ps.reference.entry_files import restore_tables, save_tables
-from trilith_services.ps.reference.fused import integer_ids
+from trilith_services.ps.reference.fused import FusedTables, integer_ids
 
 if TYPE_CHECKING:
     from trilith.tables import HashTableConfig
@@ -32,7 +31,7 @@ Ids = npt.NDArray[np.uint64]
 Update = tuple[npt.ArrayLike, npt.ArrayLike]
 
 
-class MultiTable:
+class MultiTable(FusedTables):
     """Tables by name; missing names in a call mean no ids.
 
     Attributes:
@@ -64,9 +63,9 @@ class MultiTable:
         }
 
     @property
-    def dims(self) -> list[int]:
-        """Floats per row, by sorted name."""
-        return [table.dim for table in self.tables.values()]
+    def rows(self) -> list[Table]:
+        """The tables' rows, by sorted name."""
+        return list(self.tables.values())
 
     def learning_rates(self) -> Floats:
         """float32[segments of all tables]: the rates at the model's step, by sorted name."""
@@ -77,7 +76,7 @@ class MultiTable:
 
     def lookup(self, ids: Mapping[str, npt.ArrayLike]) -> dict[str, Floats]:
         """float32[n, dim] for each requested name."""
-        return {name: self._table(name).lookup(integer_ids(each)) for name, each in ids.items()}
+        return {name: self._table(name).lookup(integer_ids(wanted)) for name, wanted in ids.items()}
 
     def assign(self, updates: Mapping[str, Update], req_time: int = 0) -> MultiTable:
         """Set weights. The rows' time becomes 0 (`req_time` if strict)."""
@@ -174,43 +173,6 @@ class MultiTable:
                 request_time=req_time,
             )
             cursor += table.segments
-        return self
-
-    def fused_lookup(
-        self, ids: npt.ArrayLike, fused_slot_size: npt.ArrayLike, num_of_shards: int, req_time: int = 0
-    ) -> fused.FusedLookup:
-        """`fused.fused_lookup` over the tables in sorted order."""
-        return fused.fused_lookup(list(self.tables.values()), ids, fused_slot_size, num_of_shards, req_time)
-
-    def fused_apply_gradient(
-        self,
-        ids: npt.ArrayLike,
-        indices: npt.ArrayLike,
-        fused_slot_size: npt.ArrayLike,
-        id_grads: npt.ArrayLike,
-        id_offsets: npt.ArrayLike,
-        grad_offsets: npt.ArrayLike,
-        *,
-        global_step: int = 0,
-        req_time: int = 0,
-        num_of_shards: int = 1,
-        enable_grad_accumulation: bool = False,
-    ) -> MultiTable:
-        """`fused.fused_apply_gradient` over the tables in sorted order, at the rates of the configs."""
-        fused.fused_apply_gradient(
-            list(self.tables.values()),
-            ids,
-            indices,
-            fused_slot_size,
-            id_grads,
-            id_offsets,
-            grad_offsets,
-            self.learning_rates(),
-            req_time,
-            global_step,
-            num_of_shards,
-            enable_grad_accumulation,
-        )
         return self
 
     # ---- files -------------------------------------------------------------------------------------------------

@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
-from trilith_services.ps.reference import fused
 from trilith_services.ps.reference.assets import asset_base
+from trilith_services.ps.reference.fused import FusedTables
 from trilith_services.ps.reference.single_table import SingleTable
 
 if TYPE_CHECKING:
     from trilith.tables import HashTableConfig
     from trilith_services.ps.engine.filters import OccurrenceFilter
+    from trilith_services.ps.engine.table import Table
     from trilith_services.ps.reference.scope import Scope
 
 __all__ = ["MultiTypeTable"]
@@ -24,7 +25,7 @@ Floats = npt.NDArray[np.float32]
 Update = tuple[npt.ArrayLike, npt.ArrayLike]
 
 
-class MultiTypeTable:
+class MultiTypeTable(FusedTables):
     """Single tables by name, named after it in the scope; everything flat is in the order of the sorted names.
 
     Attributes:
@@ -45,9 +46,9 @@ class MultiTypeTable:
         return list(self.tables)
 
     @property
-    def dims(self) -> list[int]:
-        """Floats per row, by sorted name."""
-        return [table.dim_size for table in self.tables.values()]
+    def rows(self) -> list[Table]:
+        """The tables' rows, by sorted name."""
+        return [table.table for table in self.tables.values()]
 
     def learning_rates(self) -> Floats:
         """float32[segments of all tables]: the rates at the model's step, by sorted name."""
@@ -55,7 +56,7 @@ class MultiTypeTable:
 
     def lookup(self, ids: Mapping[str, npt.ArrayLike]) -> dict[str, Floats]:
         """float32[n, dim] for each requested name."""
-        return {name: self._table(name).lookup(each) for name, each in ids.items()}
+        return {name: self._table(name).lookup(wanted) for name, wanted in ids.items()}
 
     def assign(self, updates: Mapping[str, Update], req_time: int = 0) -> MultiTypeTable:
         """Set weights."""
@@ -80,44 +81,6 @@ class MultiTypeTable:
     def reinitialize(self, name: str, ids: npt.ArrayLike, *, request_time: int) -> npt.NDArray[np.int8]:
         """Not offered for tables of several types."""
         raise NotImplementedError("a table of several types cannot reinitialize rows; use a MultiTable")
-
-    def fused_lookup(
-        self, ids: npt.ArrayLike, fused_slot_size: npt.ArrayLike, num_of_shards: int, req_time: int = 0
-    ) -> fused.FusedLookup:
-        """`fused.fused_lookup` over the tables in sorted order."""
-        rows = [table.table for table in self.tables.values()]
-        return fused.fused_lookup(rows, ids, fused_slot_size, num_of_shards, req_time)
-
-    def fused_apply_gradient(
-        self,
-        ids: npt.ArrayLike,
-        indices: npt.ArrayLike,
-        fused_slot_size: npt.ArrayLike,
-        id_grads: npt.ArrayLike,
-        id_offsets: npt.ArrayLike,
-        grad_offsets: npt.ArrayLike,
-        *,
-        global_step: int = 0,
-        req_time: int = 0,
-        num_of_shards: int = 1,
-        enable_grad_accumulation: bool = False,
-    ) -> MultiTypeTable:
-        """`fused.fused_apply_gradient` over the tables in sorted order, at the rates of the configs."""
-        fused.fused_apply_gradient(
-            [table.table for table in self.tables.values()],
-            ids,
-            indices,
-            fused_slot_size,
-            id_grads,
-            id_offsets,
-            grad_offsets,
-            self.learning_rates(),
-            req_time,
-            global_step,
-            num_of_shards,
-            enable_grad_accumulation,
-        )
-        return self
 
     def save(self, directory: str) -> MultiTypeTable:
         """Write every table's files into the directory, under the tables' own names."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from trilith.errors import InvalidRequestError
 from trilith_proto import hash_table_pb2
 from trilith_services.ps.engine.kernels import filters as kernels
-from trilith_services.ps.engine.rows import as_counts, as_ids
+from trilith_services.ps.engine.rows import as_counts, checked_ids
 
 __all__ = ["Bools", "Counts", "Ids", "OccurrenceFilter", "Thresholds", "checked"]
 
@@ -107,7 +107,7 @@ class OccurrenceFilter(Protocol):
 
 def checked(ids: Ids, counts: Counts | None, present: Bools | None = None) -> tuple[Ids, Counts | None, Bools | None]:
     """The arrays as kernels read them."""
-    ids = as_ids(ids)
+    ids = checked_ids(ids)
     if present is not None:
         if present.dtype != np.bool_ or present.shape != ids.shape:
             raise InvalidRequestError(f"present is {present.dtype}{list(present.shape)}, expected bool[{ids.size}]")

@@ -19,9 +19,9 @@ from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import load_u8, load_u32, load_u64, store_u8, store_u32, store_u64
 from trilith_services.ps.engine.kernels.varints import put_varint, varint_size
 
-__all__ = ["FIELD_COLUMNS", "SEGMENT_COLUMNS", "decode_entries", "encode_entries"]
+__all__ = ["DUMP_COLUMNS", "FIELD_COLUMNS", "decode_entries", "encode_entries"]
 
-SEGMENT_COLUMNS, FIELD_COLUMNS = 3, 4
+DUMP_COLUMNS, FIELD_COLUMNS = 3, 4
 
 # Tags of EntryDump, and the tag of OptimizerDump.dump.
 _ID, _NUM, _OPT, _TIME, _DUMP = 0x09, 0x15, 0x1A, 0x20, 0x0A
@@ -121,18 +121,18 @@ def encode_entries(
         at = _put_floats(at, _NUM, weights + 4 * dim * row, dim)
         size = 0
         for segment in range(segment_count):
-            first = _entry(segments, segment, SEGMENT_COLUMNS, 1)
-            last = _entry(segments, segment, SEGMENT_COLUMNS, 2)
+            first = _entry(segments, segment, DUMP_COLUMNS, 1)
+            last = _entry(segments, segment, DUMP_COLUMNS, 2)
             size += _single_size(_single_size(_payload_size(fields, first, last, state)))
         store_u8(at, 0, np.uint8(_OPT))
         at = put_varint(at + 1, np.uint64(size))
         for segment in range(segment_count):
-            first = _entry(segments, segment, SEGMENT_COLUMNS, 1)
-            last = _entry(segments, segment, SEGMENT_COLUMNS, 2)
+            first = _entry(segments, segment, DUMP_COLUMNS, 1)
+            last = _entry(segments, segment, DUMP_COLUMNS, 2)
             payload = _payload_size(fields, first, last, state)
             store_u8(at, 0, np.uint8(_DUMP))
             at = put_varint(at + 1, np.uint64(_single_size(payload)))
-            store_u8(at, 0, np.uint8(_entry(segments, segment, SEGMENT_COLUMNS, 0)))
+            store_u8(at, 0, np.uint8(_entry(segments, segment, DUMP_COLUMNS, 0)))
             at = put_varint(at + 1, np.uint64(payload))
             at = _put_payload(at, fields, first, last, state)
         store_u8(at, 0, np.uint8(_TIME))
@@ -190,10 +190,10 @@ def _take_segment(at: int, end: int, segments: int, segment: int, fields: int, s
     if at < 0:
         return -1
     end = _int64(load_u64(scratch, 0))
-    at = _take_header(at, end, _entry(segments, segment, SEGMENT_COLUMNS, 0), scratch)
+    at = _take_header(at, end, _entry(segments, segment, DUMP_COLUMNS, 0), scratch)
     if at < 0 or _int64(load_u64(scratch, 0)) != end:
         return -1
-    for field in range(_entry(segments, segment, SEGMENT_COLUMNS, 1), _entry(segments, segment, SEGMENT_COLUMNS, 2)):
+    for field in range(_entry(segments, segment, DUMP_COLUMNS, 1), _entry(segments, segment, DUMP_COLUMNS, 2)):
         tag = _entry(fields, field, FIELD_COLUMNS, 0)
         target = state + 4 * _entry(fields, field, FIELD_COLUMNS, 2)
         if _entry(fields, field, FIELD_COLUMNS, 3):
