@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ class FakeShard:
     def __init__(self, resolve: Callable[[], str], config: ClientConfig, *, index: int) -> None:
         self.failure: TrilithError | None = None
         self.asked = 0
+        self.closed = False
         self.made[resolve()] = self
 
     def until(self, deadline: float) -> FakeShard:
@@ -74,7 +77,7 @@ class FakeShard:
         return 0
 
     def close(self) -> None:
-        pass
+        self.closed = True
 
 
 @pytest.fixture
@@ -126,6 +129,28 @@ def test_a_replica_that_fails_is_left_alone_and_another_asked(pair, error):
     assert shard.lookup(PARTS) is ROWS  # also one that was left alone, if no other is well
     shard.probe(lambda work: work())
     assert [each.healthy for each in shard.status()] == [True, True]
+
+
+def test_a_replica_that_is_listed_no_more_still_answers_what_it_was_asked(pair, monkeypatch):
+    shard, a, b = pair
+    shard.set_addresses(["a:1"])
+    assert (a.closed, b.closed) == (False, True)
+    asked, go = threading.Event(), threading.Event()
+
+    def lookup(parts: Any, *, float16: bool) -> Any:
+        asked.set()
+        assert go.wait(30)
+        assert not a.closed
+        return ROWS
+
+    monkeypatch.setattr(a, "lookup", lookup)
+    with ThreadPoolExecutor(1) as pool:
+        rows = pool.submit(shard.lookup, PARTS)
+        assert asked.wait(30)
+        shard.set_addresses([])
+        go.set()
+        assert rows.result(30) is ROWS
+    assert a.closed
 
 
 def test_a_shard_without_a_replica_is_shown_as_one_that_is_missing(pair):

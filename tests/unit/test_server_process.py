@@ -1,8 +1,11 @@
-"""Announcements of server processes, also of those that are stopped while they start."""
+"""Announcements of server processes, also of those that are stopped while they start; their health over HTTP."""
 
 from __future__ import annotations
 
+import logging
 import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -159,3 +162,22 @@ def test_a_ps_that_is_stopped_while_it_compiles_never_registers(tmp_path: Path, 
     starting.join(30)
     assert HostFilesDirectory(tmp_path).query(PS) == {}
     server.stop()
+
+
+# ---- over HTTP -------------------------------------------------------------------------------------------------------
+
+
+def test_health_over_http_is_that_of_grpc(caplog):
+    caplog.set_level(logging.INFO)
+    server = ParameterServer(LocalShard(threads=1), PsOptions(metrics_port=0))
+    server.start()
+    (port,) = (record.port for record in caplog.records if record.getMessage() == "metrics")
+    url = f"http://127.0.0.1:{port}/healthz"
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        assert answer.status == 200
+    server._server.set_serving(False)  # as while it drains
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        urllib.request.urlopen(url, timeout=30)
+    server.stop()
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        urllib.request.urlopen(url, timeout=30)

@@ -8,13 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
+
 from trilith.config import ClientConfig
 from trilith.discovery import PS
 from trilith.discovery.members import count_ps, resolve_ps
 from trilith.discovery.record import RecordKeeper
 from trilith.discovery.urls import open_directory
 from trilith.errors import ClusterMismatchError, TrilithError, UnavailableError
-from trilith.routing import OWNER_RULE
+from trilith.routing import OWNER_RULE, owners
 from trilith.rpc.remote import RemoteShard
 from trilith_proto import ps_pb2
 from trilith_services.console.connections import Connections
@@ -90,6 +92,10 @@ class Members:
         with self._lock:
             self._mismatches[index] = wrong
         return wrong
+
+    def owner(self, value: int) -> int:
+        """Index of the PS that has the row of an id, unsigned."""
+        return int(owners(np.array([value], np.uint64), self.count)[0])
 
     def shard(self, index: int) -> RemoteShard:
         """The PS of an index.

@@ -98,7 +98,7 @@ class Reader:
         """
         value = parse_id(text)
         (dump,) = self.row_dumps(table, [value])
-        owner = value % self._members.count
+        owner = self._members.owner(value)
         answer = Row(
             table=table,
             id=str(value),

@@ -24,7 +24,7 @@ class Writer:
             InvalidRequestError: There are not as many weights as the table's rows have.
             UnknownTableError: There is no such table.
         """
-        shard = self._members.shard(value % self._members.count)
+        shard = self._members.shard(self._members.owner(value))
         configs = {config.name: config for config in shard.describe().tables}
         if table not in configs:
             raise UnknownTableError(f"no table {table!r}; this cluster has {sorted(configs)}")
@@ -37,7 +37,7 @@ class Writer:
     def erase(self, table: str, value: int) -> int:
         """Delete a row; returns how many there were."""
         part = IdPart(table, np.array([value], np.uint64))
-        return self._members.shard(value % self._members.count).erase(part, Write())
+        return self._members.shard(self._members.owner(value)).erase(part, Write())
 
     def evict(self, table: str) -> int:
         """Delete what has expired by each shard's clock; returns how many rows.
