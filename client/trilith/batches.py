@@ -79,7 +79,7 @@ class WriteOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class _TableUpdate:
     """One table's rows in an update."""
 
     name: str
@@ -133,7 +133,7 @@ class Batches:
             parts = [IdPart(name, split.owned(index)) for name, split in zip(names, splits, strict=True)]
             return self._lookup_on(index, shard, parts, dims)
 
-        replies = self._cluster.fan_out(_concerned(splits, count), call, timeout_s=timeout_s)
+        replies = self._cluster.fan_out(_shards_with_ids(splits, count), call, timeout_s=timeout_s)
         rows = {}
         for place, (name, dim, n, split) in enumerate(zip(names, dims, sizes, splits, strict=True)):
             blocks = [replies[s][place] if s in replies else _no_rows(dim) for s in range(count)]
@@ -181,13 +181,13 @@ class Batches:
         Returns:
             Per shard and table float32[n, dim].
         """
-        concerned = self._owners_of(ids, {index: dict(tables) for index, tables in enumerate(ids)})
+        chosen = self._owners_of(ids, {index: dict(tables) for index, tables in enumerate(ids)})
 
         def call(index: int, shard: Shard) -> list[FloatArray]:
             parts = [IdPart(name, each) for name, each in ids[index].items()]
             return self._lookup_on(index, shard, parts, [self._info(name).dim for name in ids[index]])
 
-        replies = self._cluster.fan_out(concerned, call, timeout_s=timeout_s)
+        replies = self._cluster.fan_out(chosen, call, timeout_s=timeout_s)
         return [
             {
                 name: np.ascontiguousarray(replies[index][place], np.float32)
@@ -210,7 +210,7 @@ class Batches:
         ids: Any,
         call: Callable[[Shard, IdPart, Write], _T],
         *,
-        writes: WriteOptions | None = None,
+        options: WriteOptions | None = None,
         timeout_s: float | None = None,
     ) -> tuple[dedup.Split, list[_T]]:
         """Call every shard with its ids of one table, repeats included, in pieces that fit a message.
@@ -218,8 +218,8 @@ class Batches:
         Args:
             table: Which table.
             ids: Integers [n].
-            call: Takes a shard, its ids and the write's name.
-            writes: What goes with each write; None: the call changes nothing.
+            call: Takes a shard, its ids and, of a write, what names it.
+            options: Of the write; None: the call changes nothing.
             timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
 
         Returns:
@@ -229,19 +229,19 @@ class Batches:
         cluster = self._cluster
         split = dedup.split_by_owner(as_ids(table, ids), cluster.count)
 
-        named = self._writes(writes) if writes is not None else None
+        writes = self._writes(options) if options is not None else None
 
         def run(index: int, shard: Shard) -> list[_T]:
             pieces = _pieces(split.owned(index), shard.batch_bytes, 8)
             results = []
             for number, piece in enumerate(pieces):
-                write = named.of(index, number) if named else ANY_WRITE
-                with _part(number):
+                write = writes.of(index, number) if writes else ANY_WRITE
+                with _part_of_several(number):
                     results.append(call(shard, IdPart(table, piece), write))
             return results
 
         replies = cluster.fan_out(
-            _concerned([split], cluster.count), run, timeout_s=timeout_s, writes=writes is not None
+            _shards_with_ids([split], cluster.count), run, timeout_s=timeout_s, writes=options is not None
         )
         return split, [result for results in replies.values() for result in results]
 
@@ -263,8 +263,8 @@ class Batches:
         """See `Client.apply_gradients`, `assign` and `assign_add`."""
         cluster = self._cluster
         batch = [self._prepare(verb, name, ids, values, options) for name, (ids, values) in updates.items()]
-        concerned = _concerned([rows.split for rows in batch], cluster.count)
-        frames = {index: self._frame(index, batch, options) for index in concerned}
+        chosen = _shards_with_ids([rows.split for rows in batch], cluster.count)
+        frames = {index: self._frame(index, batch, options) for index in chosen}
         with _closing(frames):
             for place, rows in enumerate(batch):
                 dim = rows.values.shape[1]
@@ -272,7 +272,7 @@ class Batches:
                 finite = dedup.scatter_values(rows.split, rows.values, blocks, float16=self._float16)
                 if not finite and not options.allow_non_finite:
                     refuse_non_finite(f"table {rows.name!r}", _WHAT[verb], rows.values, float16=self._float16)
-            self._send_frames(verb, concerned, frames, options)
+            self._send_frames(verb, chosen, frames, options)
 
     def update_owned(
         self, verb: UpdateVerb, updates: Sequence[Mapping[str, tuple[Any, ...]]], options: WriteOptions
@@ -287,16 +287,16 @@ class Batches:
         names = {name for tables in updates for name in tables}
         rates = {name: self._rates(verb, self._info(name), options) for name in sorted(names)}
         frames: dict[int, UpdateFrame] = {}
-        concerned = self._owners_of(
+        chosen = self._owners_of(
             updates, {index: {name: each[0] for name, each in tables.items()} for index, tables in enumerate(updates)}
         )
         with _closing(frames):
-            for index in concerned:
+            for index in chosen:
                 layouts = [
                     UpdateLayout(name, ids.size, self._info(name).dim, bool(counts), rates[name])
                     for name, (ids, _, *counts) in updates[index].items()
                 ]
-                frames[index] = frame = self._room(index, layouts, options)
+                frames[index] = frame = self._new_frame(index, layouts, options)
                 for part, (ids, values, *counts) in zip(frame, updates[index].values(), strict=True):
                     part.ids[:] = ids
                     if part.counts is not None:
@@ -306,7 +306,7 @@ class Batches:
                     finite = dedup.scatter_values(split, rows, [part.values], float16=self._float16)
                     if not finite and not options.allow_non_finite:
                         refuse_non_finite(f"table {part.table!r}", _WHAT[verb], rows, float16=self._float16)
-            self._send_frames(verb, concerned, frames, options)
+            self._send_frames(verb, chosen, frames, options)
 
     def _rates(self, verb: UpdateVerb, info: TableInfo, options: WriteOptions) -> Float32Array | None:
         """The rates that travel with an update, evaluated once for all shards."""
@@ -316,14 +316,14 @@ class Batches:
 
         return rates_at(info.rates, options.step)
 
-    def _prepare(self, verb: UpdateVerb, name: str, ids: Any, values: Any, options: WriteOptions) -> _Rows:
+    def _prepare(self, verb: UpdateVerb, name: str, ids: Any, values: Any, options: WriteOptions) -> _TableUpdate:
         info = self._info(name)
         array = as_ids(name, ids)
         rows = as_rows(name, _WHAT[verb], values, array.size, info.dim)
         if verb != "apply_gradients":
-            return _Rows(name, rows, dedup.split_by_owner(array, self._cluster.count), None, None)
+            return _TableUpdate(name, rows, dedup.split_by_owner(array, self._cluster.count), None, None)
         split = self._split(name, array)
-        return _Rows(name, rows, split, split.counts, self._rates(verb, info, options))
+        return _TableUpdate(name, rows, split, split.counts, self._rates(verb, info, options))
 
     def _remembered(self, name: str, array: UInt64Array) -> dedup.Split:
         """Split the ids of a lookup; a step will most likely follow with the same ones."""
@@ -340,37 +340,37 @@ class Batches:
                 return split
         return dedup.split_distinct(array, self._cluster.count)
 
-    def _frame(self, index: int, batch: Sequence[_Rows], options: WriteOptions) -> UpdateFrame:
+    def _frame(self, index: int, batch: Sequence[_TableUpdate], options: WriteOptions) -> UpdateFrame:
         """Make room for a shard's part of an update: in the message itself, unless one message will not do."""
         layouts = []
         for rows in batch:
             n, dim = rows.split.owned(index).size, rows.values.shape[1]
             layouts.append(UpdateLayout(rows.name, n, dim, rows.counts is not None, rows.rates))
-        frame = self._room(index, layouts, options)
+        frame = self._new_frame(index, layouts, options)
         for part, rows in zip(frame, batch, strict=True):
             part.ids[:] = rows.split.owned(index)
             if part.counts is not None and rows.counts is not None:
                 part.counts[:] = rows.counts[rows.split.bounds[index] : rows.split.bounds[index + 1]]
         return frame
 
-    def _room(self, index: int, layouts: Sequence[UpdateLayout], options: WriteOptions) -> UpdateFrame:
+    def _new_frame(self, index: int, layouts: Sequence[UpdateLayout], options: WriteOptions) -> UpdateFrame:
         shard = self._cluster.shards[index]
         if sum(each.rows * _row_bytes(each.dim) for each in layouts) > shard.batch_bytes:
             return UpdateFrame.plain(layouts, ANY_WRITE)
         return shard.new_update(layouts, self.write(index, options), float16=self._float16)
 
     def _send_frames(
-        self, verb: UpdateVerb, concerned: Sequence[int], frames: Mapping[int, UpdateFrame], options: WriteOptions
+        self, verb: UpdateVerb, chosen: Sequence[int], frames: Mapping[int, UpdateFrame], options: WriteOptions
     ) -> None:
-        named = self._writes(options)
+        writes = self._writes(options)
         self._cluster.fan_out(
-            concerned,
-            lambda index, shard: self._send(verb, index, shard, frames[index], named),
+            chosen,
+            lambda index, shard: self._send(verb, index, shard, frames[index], writes),
             timeout_s=options.timeout_s,
             writes=True,
         )
 
-    def _send(self, verb: UpdateVerb, index: int, shard: Shard, frame: UpdateFrame, named: Writes) -> None:
+    def _send(self, verb: UpdateVerb, index: int, shard: Shard, frame: UpdateFrame, writes: Writes) -> None:
         call = {"apply_gradients": shard.apply_gradients, "assign": shard.assign, "assign_add": shard.assign_add}[verb]
         if frame.write.client_id:
             call(frame, frame.write)
@@ -388,14 +388,14 @@ class Batches:
                         values = values.astype(np.float16)
                 counts = None if part.counts is None else part.counts[piece]
                 cut = UpdatePart(part.table, part.ids[piece], values, counts, part.learning_rates)
-                write = named.of(index, next(number))
-                with _part(done):
+                write = writes.of(index, next(number))
+                with _part_of_several(done):
                     call([cut], write)
                 done += 1
 
 
 @contextmanager
-def _part(done: int) -> Iterator[None]:
+def _part_of_several(done: int) -> Iterator[None]:
     """One message of several, of which so many were done before: an error says so."""
     try:
         yield
@@ -439,7 +439,7 @@ def _no_rows(dim: int) -> Float32Array:
     return np.empty((0, dim), np.float32)
 
 
-def _concerned(splits: Sequence[dedup.Split], count: int) -> list[int]:
+def _shards_with_ids(splits: Sequence[dedup.Split], count: int) -> list[int]:
     """Shards that own any of the ids."""
     if count == 1:
         return [0] if any(split.ids.size for split in splits) else []

@@ -323,7 +323,7 @@ class Client:
             table,
             ids,
             lambda shard, part, write: shard.reinitialize(part, write),
-            writes=WriteOptions(self._cluster.step, request_time),
+            options=WriteOptions(self._cluster.step, request_time),
             timeout_s=timeout_s,
         )
         return gather_values(split, pieces, np.int8)
@@ -343,7 +343,7 @@ class Client:
             table,
             ids,
             lambda shard, part, write: shard.erase(part, write),
-            writes=WriteOptions(self._cluster.step),
+            options=WriteOptions(self._cluster.step),
             timeout_s=timeout_s,
         )
         return sum(pieces)

@@ -247,9 +247,9 @@ class Cluster:
             allow_non_finite=allow_non_finite,
         )
 
-    def writes(self, **terms: Any) -> Writes:
+    def writes(self, **options: Any) -> Writes:
         """Names for the writes of one call; keywords as for `write`."""
-        return Writes(lambda index: self.write(index, **terms))
+        return Writes(lambda index: self.write(index, **options))
 
     def _origin(self, index: int) -> int:
         """A shard's index in the cluster."""
@@ -361,7 +361,7 @@ class Cluster:
         call: Callable[[int, Shard], object],
     ) -> None:
         """Have the error say what became of its write, if one can go on with it."""
-        unknown = tuple(index for index, each in failures.items() if _may_be_done(each))
+        unknown = tuple(index for index, failure in failures.items() if _may_be_done(failure))
         refused = tuple(index for index in failures if index not in unknown)
         if unknown or (done and refused):
             error.unfinished = Unfinished(
@@ -376,7 +376,7 @@ class Cluster:
         try:
             return call(index, self.shards[index].until(deadline))
         except InDoubtError:
-            # The shard does not know us any more: what comes next is named so that it can tell it to be new.
+            # The shard has forgotten this client's id: writes to come get another one, which it can tell to be new.
             with contextlib.suppress(TrilithError):
                 self._identities[index].renew(self.shards[index].describe().unix_time)
             raise

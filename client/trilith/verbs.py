@@ -115,6 +115,10 @@ class Verb(Generic[_P, _R]):
         """The method of `remote`, or, read from a class, the verb itself."""
         return self if remote is None else partial(remote.call, self)
 
+    def of(self, shard: Shard) -> Callable[_P, _R]:
+        """The method of `shard` that this verb calls."""
+        return getattr(shard, self.method)  # type: ignore[no-any-return]
+
     def _pack_fields(self, *args: Any, **kwargs: Any) -> bytes:
         arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
         write: Write = arguments.pop("write", ANY_WRITE)

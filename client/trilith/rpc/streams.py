@@ -210,7 +210,7 @@ class StreamedMethod:
                 self._drop(stream)
                 if stream.expired:
                     raise _CallError(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer on the stream in time") from None
-                if isinstance(error, _CallError) and (self._refused(error) or self._stale(stream, error)):
+                if isinstance(error, _CallError) and (self._refused(error) or self._ended_while_idle(stream, error)):
                     continue
                 raise
             _WATCH.remove(stream)
@@ -244,8 +244,12 @@ class StreamedMethod:
             self._open -= 1
         stream.cancel()
 
-    def _stale(self, stream: _Stream, error: _CallError) -> bool:
-        """Whether the stream had most likely ended while it was idle; the other idle ones are given up as well then."""
+    def _ended_while_idle(self, stream: _Stream, error: _CallError) -> bool:
+        """Whether the stream had most likely ended before this call; the other idle ones are given up as well then.
+
+        The request may then be sent again: an error that the server raised for it would have come with metadata, so it
+        was hardly looked at; and if it was, it is a read, or a write that is named and so not done twice.
+        """
         if not stream.used or error.code() not in _LOST or error.trailing_metadata():
             return False
         with self._lock:

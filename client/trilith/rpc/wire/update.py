@@ -139,8 +139,8 @@ def write_id(write: Write) -> ps_pb2.WriteId | None:
     )
 
 
-def unpack_write(identity: ps_pb2.WriteId, incarnation: int, **terms: Any) -> Write:
-    """A write by its identity as it travelled; `terms` are its other attributes."""
+def unpack_write(identity: ps_pb2.WriteId, incarnation: int, **options: Any) -> Write:
+    """A write by its identity as it travelled; `options` are its other attributes."""
     return Write(
         client_id=identity.client_id,
         sequence=identity.sequence,
@@ -148,5 +148,5 @@ def unpack_write(identity: ps_pb2.WriteId, incarnation: int, **terms: Any) -> Wr
         client_started=identity.client_started,
         origin=identity.origin,
         incarnation=incarnation,
-        **terms,
+        **options,
     )

@@ -89,7 +89,7 @@ class ParameterServerServicer:
     def answer(self, verb: Verb[..., Any], request: bytes) -> bytes:
         """Answer one request of any verb but Lookup."""
         arguments = verb.unpack(request)
-        method = self._own.get(verb.name) or getattr(self._shard, verb.method)
+        method = self._own.get(verb.name) or verb.of(self._shard)
         result = method(**arguments)
         reply = verb.answer(self.incarnation, result, arguments)
         if verb.carries_ids:
