@@ -226,9 +226,8 @@ def serving_config(training: ps_pb2.TableConfig) -> ps_pb2.TableConfig:
     return config
 
 
-def lifetimes(config: ps_pb2.TableConfig) -> npt.NDArray[np.int64]:
+def lifetimes(expiry: hash_table_pb2.SlotExpireTimeConfig) -> npt.NDArray[np.int64]:
     """Seconds without update that rows live: int64[1] for all slots, or int64[32768] by slot."""
-    expiry = config.hash_table.slot_expire_time_config
     default = expiry.default_expire_time * _SECONDS_PER_DAY
     if not expiry.slot_expire_times:
         return np.array([default], np.int64)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from trilith.errors import InvalidRequestError
 from trilith.ops.memory import address_of
 from trilith.shard import Float32Array, UInt64Array
-from trilith_proto import ps_pb2
+from trilith_proto import hash_table_pb2, ps_pb2
 from trilith_services.ps.engine.kernels import gather, index, sweep
 from trilith_services.ps.engine.kernels.index import STRIPES
 from trilith_services.ps.engine.kernels.read import export_rows, lookup_rows, lookup_rows_half, work_bytes
@@ -54,7 +54,7 @@ class TableReads:
         self.dim = self.layout.dim
         self.segments = len(self.layout.segments)
         self.counters = TableCounters()
-        self._lifetimes = lifetimes(config)
+        self._lifetimes = lifetimes(config.hash_table.slot_expire_time_config)
         self._stripes = Stripes(self.layout, max(config.hash_table.initial_capacity, rows), pool)
         self._at = self._stripes.address
         self._work_bytes = work_bytes(self.dim)
@@ -258,10 +258,13 @@ class TableReads:
             at = int(bounds[s]) + place
         return Rows.concatenate(pieces) if pieces else self._no_rows(), at + 1
 
-    def expired(self, found: Rows, now: int) -> npt.NDArray[np.bool_]:
-        """bool[n]: which copied-out rows have expired at `now`, Unix seconds."""
+    def expired(
+        self, found: Rows, now: int, expiry: hash_table_pb2.SlotExpireTimeConfig | None = None
+    ) -> npt.NDArray[np.bool_]:
+        """bool[n]: which copied-out rows have expired at `now`, Unix seconds, by `expiry` or else the table's own."""
         marks = np.zeros(len(found), np.bool_)
-        sweep.mark_expired(address_of(self._lifetimes), len(self._lifetimes), found.last_update, found.ids, now, marks)
+        within = self._lifetimes if expiry is None else lifetimes(expiry)
+        sweep.mark_expired(address_of(within), len(within), found.last_update, found.ids, now, marks)
         return marks
 
     def _row_addresses(

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from trilith.data.formats.tfrecord import RecordBatch, RecordWriter, read_records
@@ -26,6 +24,7 @@ from trilith_services.ps.reference.shard_files import (
     create_file,
     find_shard_files,
     open_file,
+    read_payloads,
     remove_other_sets,
     shard_file_name,
 )
@@ -41,7 +40,6 @@ _log = logging.getLogger(__name__)
 
 _ROWS_PER_SHARD = 1_000_000
 _MAX_SHARDS = 4
-_SECONDS_PER_DAY = 86_400
 
 _T = TypeVar("_T")
 
@@ -131,8 +129,7 @@ def save_tables(
             writer = RecordWriter(file, snappy=True)
             for name, (table, now, codec) in plans.items():
                 for rows in _stripes(table, index, total):
-                    gone = table.expired(rows, now) if expire is None else _expired(expire, rows, now)
-                    kept = rows.take(~gone)
+                    kept = rows.take(~table.expired(rows, now, expire))
                     writer.write(*codec.encode(kept))
                     counts[name] += len(kept)
                     dropped[name].append(len(rows) - len(kept))
@@ -225,12 +222,7 @@ class _Cut:
 
 def _read_meta(name: str) -> list[hash_table_pb2.MultiHashTableMetadata]:
     try:
-        with open_file(name) as file:
-            return [
-                hash_table_pb2.MultiHashTableMetadata.FromString(payload)
-                for batch in read_records(file, name=name, error=CheckpointError)
-                for payload in batch.payloads()
-            ]
+        return [hash_table_pb2.MultiHashTableMetadata.FromString(payload) for payload in read_payloads(name)]
     except DecodeError:
         raise CheckpointError(f"{name}: a record is no MultiHashTableMetadata") from None
 
@@ -261,16 +253,6 @@ def _judged_at(table: Table) -> int:
 def _log_dropped(name: str, base: str, rows: int) -> None:
     if rows:
         _log.info("table %r: %d expired rows are not in %s", name, rows, base)
-
-
-def _expired(config: hash_table_pb2.SlotExpireTimeConfig, rows: Rows, now: int) -> npt.NDArray[np.bool_]:
-    """bool[n]: the rows that are as old as their slot may become."""
-    days = np.full(1 << 15, config.default_expire_time, np.int64)
-    for given in config.slot_expire_times:
-        days[given.slot & 0x7FFF] = given.expire_time
-    allowed = days[(rows.ids >> np.uint64(48)) & np.uint64(0x7FFF)] * _SECONDS_PER_DAY
-    marks: npt.NDArray[np.bool_] = now - rows.last_update.astype(np.int64) >= allowed
-    return marks
 
 
 def _in_parallel(work: Callable[[int], _T], count: int) -> list[_T]:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
-from trilith.data.formats.tfrecord import RecordWriter, read_records
+from trilith.data.formats.tfrecord import RecordWriter
 from trilith.errors import CheckpointError
 from trilith_proto import hash_table_pb2
 from trilith_services.ps.engine.kernels import filters as kernels
 from trilith_services.ps.reference.shard_files import (
     create_file,
     find_shard_files,
-    open_file,
+    read_payloads,
     shard_file_name,
 )
 
@@ -66,29 +65,22 @@ def restore_filter(sliding: SlidingFilter, base: str) -> None:
     cells = np.zeros((sliding.blocks, sliding.total + kernels.EXTRA_CELLS), np.uint16)
     state = np.zeros(kernels.SLIDING_WORDS + sliding.blocks, np.int64)
     for split, name in enumerate(files):
-        with open_file(name) as file:
-            payloads = chain.from_iterable(
-                batch.payloads() for batch in read_records(file, name=name, error=CheckpointError)
-            )
-            for block in range(split, sliding.blocks, sliding.split_num):
-                meta = _parse(next(payloads, None), hash_table_pb2.HashFilterSplitMetaDump, name)
-                _check_meta(sliding, meta, name)
-                _read_cells(payloads, cells[block], name)
-                shared = meta.sliding_hash_filter_meta
-                state[: kernels.SLIDING_WORDS] = shared.head, shared.head_increment, shared.failure_count
-                state[kernels.SLIDING_WORDS + block] = meta.num_elements
-            if next(payloads, None) is not None:
-                raise CheckpointError(f"{name}: more records than this filter has cells")
+        payloads = read_payloads(name)
+        for block in range(split, sliding.blocks, sliding.split_num):
+            meta = _parse(next(payloads, None), hash_table_pb2.HashFilterSplitMetaDump, name)
+            _check_meta(sliding, meta, name)
+            _read_cells(payloads, cells[block], name)
+            shared = meta.sliding_hash_filter_meta
+            state[: kernels.SLIDING_WORDS] = shared.head, shared.head_increment, shared.failure_count
+            state[kernels.SLIDING_WORDS + block] = meta.num_elements
+        if next(payloads, None) is not None:
+            raise CheckpointError(f"{name}: more records than this filter has cells")
     sliding.import_all(state, cells)
 
 
 def read_filter_meta(name: str) -> hash_table_pb2.HashFilterSplitMetaDump:
     """The first record of one filter file."""
-    with open_file(name) as file:
-        payloads = chain.from_iterable(
-            batch.payloads() for batch in read_records(file, name=name, error=CheckpointError)
-        )
-        return _parse(next(payloads, None), hash_table_pb2.HashFilterSplitMetaDump, name)
+    return _parse(next(read_payloads(name), None), hash_table_pb2.HashFilterSplitMetaDump, name)
 
 
 def _shared_meta(sliding: SlidingFilter) -> hash_table_pb2.SlidingHashFilterMetaDump:

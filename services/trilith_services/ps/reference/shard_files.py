@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO
 
+from trilith.data.formats.tfrecord import read_records
 from trilith.errors import CheckpointError
 from trilith.folder import Folder
 
@@ -14,6 +15,7 @@ __all__ = [
     "create_file",
     "find_shard_files",
     "open_file",
+    "read_payloads",
     "remove_other_sets",
     "shard_file_name",
     "shard_file_names",
@@ -107,6 +109,13 @@ def open_file(name: str) -> Iterator[IO[bytes]]:
         raise CheckpointError(f"{name} is missing") from None
     with file:
         yield file
+
+
+def read_payloads(name: str) -> Iterator[bytes]:
+    """The records of a TFRecord file; CheckpointError if it is not there or damaged."""
+    with open_file(name) as file:
+        for batch in read_records(file, name=name, error=CheckpointError):
+            yield from batch.payloads()
 
 
 def _split(path: str) -> tuple[Folder, str]:
