@@ -87,13 +87,18 @@ def _part_of(file: str) -> str | None:
     path = Path(file)
     if path.parent == Path("tests/unit"):
         return _part_of_test(path)
-    begun = [(len(each), name) for name, part in PARTS.items() for each in part.sources if file.startswith(each)]
+    begun = [
+        (len(beginning), name)
+        for name, part in PARTS.items()
+        for beginning in part.sources
+        if file.startswith(beginning)
+    ]
     return max(begun)[1] if begun else None
 
 
 def _part_of_test(path: Path) -> str | None:
     stem = path.stem.removeprefix("test_")
-    return next((name for name, part in PARTS.items() if any(fnmatch(stem, each) for each in part.tests)), None)
+    return next((name for name, part in PARTS.items() if any(fnmatch(stem, pattern) for pattern in part.tests)), None)
 
 
 def changed_files(root: Path = ROOT) -> list[str]:
@@ -109,8 +114,8 @@ def changed_files(root: Path = ROOT) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run; returns the exit status of pytest, or 2 for a part that is none."""
-    names = [name for each in arguments if not each.startswith("-") for name in each.split(",")]
-    unknown = [each for each in names if each not in PARTS]
+    names = [name for argument in arguments if not argument.startswith("-") for name in argument.split(",")]
+    unknown = [name for name in names if name not in PARTS]
     if unknown:
         print(f"error: no part {unknown[0]!r}; there are {', '.join(PARTS)}", file=sys.stderr)
         return 2
@@ -128,7 +133,7 @@ def main(arguments: Sequence[str]) -> int:
         "2",
         "--dist",
         "loadfile",
-        *(each for each in arguments if each.startswith("-")),
+        *(argument for argument in arguments if argument.startswith("-")),
     ]
     return subprocess.call([sys.executable, "-m", "pytest", *how, *map(str, files_of(names))], cwd=ROOT)
 

@@ -148,7 +148,7 @@ def page() -> str:
 
 def undescribed() -> list[str]:
     """Variables that are read and not described, or described and not read."""
-    known = {each.name for each in (*EVERYWHERE, CREDENTIALS, *SCHEDULERS, *OWN_ADDRESS)}
+    known = {variable.name for variable in (*EVERYWHERE, CREDENTIALS, *SCHEDULERS, *OWN_ADDRESS)}
     prefixes = tuple(name[:-1] for name in known if name.endswith("*"))
     composed = set(_compose_defaults())
     found = [f"docker-compose.yml: {name}" for name in sorted(composed ^ set(COMPOSE))]
@@ -187,16 +187,16 @@ def _flags(command: click.Command) -> Iterator[tuple[str, str, str, str]]:
         if positional:
             name = f"`{declared.metavar}`"
         else:
-            name = ", ".join(f"`{each}`" for each in (*declared.opts, *declared.secondary_opts))
+            name = ", ".join(f"`{option}`" for option in (*declared.opts, *declared.secondary_opts))
         value = "" if positional or declared.is_flag else _value(kind, info)
         yield name + " …" * many, value, _default(declared, info), _prose(declared.help)
 
 
 def _value(kind: Any, info: Any) -> str:
-    inner = [each for each in typing.get_args(kind) if each is not types.NoneType]
+    inner = [part for part in typing.get_args(kind) if part is not types.NoneType]
     kind = inner[0] if inner else kind
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return ", ".join(f"`{each.value}`" for each in kind)
+        return ", ".join(f"`{member.value}`" for member in kind)
     low, high = info.min, info.max
     if low is None:
         return str(info.metavar).replace("|", " or ")
@@ -220,12 +220,14 @@ def _variables(words: str, command: click.Command) -> Iterator[tuple[str, str, s
     """What a command reads of the environment, by what its flags take."""
     read: list[Variable] = list(EVERYWHERE) if words == "trilith" else []
     taken: list[Any] = list(command.params)
-    urls = {each.name for each in taken if "URL" in (each.metavar or "") or each.metavar == "CLUSTER"}
+    urls = {
+        parameter.name for parameter in taken if "URL" in (parameter.metavar or "") or parameter.metavar == "CLUSTER"
+    }
     read += [CREDENTIALS] * bool(urls)
     read += SCHEDULERS if urls & {"address", "cluster"} or words == "trilith ps" else ()
-    read += OWN_ADDRESS if {"advertise", "serving"} & {each.name for each in taken} else ()
-    for each in read:
-        yield f"`${each.name}`", each.value, each.default, each.meaning
+    read += OWN_ADDRESS if {"advertise", "serving"} & {parameter.name for parameter in taken} else ()
+    for variable in read:
+        yield f"`${variable.name}`", variable.value, variable.default, variable.meaning
 
 
 def _compose_defaults() -> dict[str, str]:
@@ -249,8 +251,8 @@ def _table(first: str, rows: list[tuple[str, str, str, str]]) -> str:
 def main() -> int:
     """Write the page, or check it; returns the exit status."""
     missing = undescribed()
-    for each in missing:
-        print(f"tests/reference.py: not described, or described in vain: {each}", file=sys.stderr)
+    for name in missing:
+        print(f"tests/reference.py: not described, or described in vain: {name}", file=sys.stderr)
     stale = False
     for path, text in ((PAGE, page()), (METRICS_PAGE, metrics_page())):
         if "--check" not in sys.argv[1:]:

@@ -63,7 +63,7 @@ def train(client: trilith.Client, directory: Path, samples: int = 64) -> Trained
     data = make_clicks(samples)
     model = SETTINGS.on_cluster(client, data.features, seed=0)
     DenseOnPs(client, model.head, SETTINGS.dense_optimizer())
-    ids = np.unique(np.concatenate([each.values for each in data.features.values()]))
+    ids = np.unique(np.concatenate([ids.values for ids in data.features.values()]))
     rows = np.random.default_rng(0).normal(0, 0.3, (ids.size, model.head.row_dim)).astype(np.float32)
     client.assign({TABLE: (ids, rows)})
     return Trained(client, model, data, directory)

@@ -156,25 +156,25 @@ class Ensemble:
     @property
     def hosts(self) -> str:
         """Their addresses for clients."""
-        return ",".join(each.host for each in self.servers)
+        return ",".join(server.host for server in self.servers)
 
     def start(self) -> None:
         """Start all, and wait until they serve."""
-        for each in self.servers:
-            each.start()
-        for each in self.servers:
-            each.wait()
+        for server in self.servers:
+            server.start()
+        for server in self.servers:
+            server.wait()
 
     def leader(self) -> Server:
         """The one that leads."""
         found: list[Server] = []
-        eventually(lambda: found.extend(each for each in self.servers if each.mode() == "leader") or found)
+        eventually(lambda: found.extend(server for server in self.servers if server.mode() == "leader") or found)
         return found[0]
 
     def kill(self) -> None:
         """End all."""
-        for each in self.servers:
-            each.kill()
+        for server in self.servers:
+            server.kill()
 
 
 @contextmanager

@@ -61,8 +61,8 @@ def assigned_all(module: ast.Module) -> list[str] | None:
 
 
 def decorator_names(function: ast.FunctionDef) -> set[str]:
-    calls = (each.func if isinstance(each, ast.Call) else each for each in function.decorator_list)
-    return {ast.unparse(each).split(".")[-1] for each in calls}
+    calls = (decorator.func if isinstance(decorator, ast.Call) else decorator for decorator in function.decorator_list)
+    return {ast.unparse(call).split(".")[-1] for call in calls}
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------
@@ -75,8 +75,8 @@ def subclasses(cls: type) -> Iterator[type]:
 
 
 def test_every_error_is_found_by_name():
-    ours = {each for each in subclasses(errors.TrilithError) if each.__module__ == "trilith.errors"}
-    assert {each.__name__: each for each in ours} == errors.BY_NAME
+    ours = {cls for cls in subclasses(errors.TrilithError) if cls.__module__ == "trilith.errors"}
+    assert {cls.__name__: cls for cls in ours} == errors.BY_NAME
 
 
 @pytest.mark.parametrize("cls", errors.BY_NAME.values(), ids=lambda cls: cls.__name__)
@@ -98,7 +98,7 @@ def test_errors_that_may_cross_the_wire_are_defined_nowhere_else():
     elsewhere = [
         f"{label(path)}: {node.name}"
         for path in sources()
-        if path.name != "errors.py" and not any(path.is_relative_to(each) for each in local)
+        if path.name != "errors.py" and not any(path.is_relative_to(folder) for folder in local)
         for node in ast.walk(tree(path))
         if isinstance(node, ast.ClassDef) and any(ast.unparse(base) in errors.BY_NAME for base in node.bases)
     ]
@@ -134,8 +134,8 @@ def test_a_modules_exports_are_complete(path):
 def test_every_export_is_there(name):
     module = importlib.import_module(name)
     assert module.__all__
-    for each in module.__all__:
-        assert getattr(module, each) is not None
+    for name in module.__all__:
+        assert getattr(module, name) is not None
 
 
 def test_every_module_of_the_client_says_what_it_exports():
@@ -170,11 +170,11 @@ print(*[name for name in ("services", "client", "protos") if importlib.util.find
 def imported(module: ast.Module) -> Iterator[str]:
     for node in ast.walk(module):
         if isinstance(node, ast.Import):
-            yield from (each.name for each in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.module
             # `from package import module` and `from module import name` look alike: judge both readings.
-            yield from (f"{node.module}.{each.name}" for each in node.names)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", kernel_modules(), ids=label)
@@ -182,7 +182,7 @@ def test_kernels_import_arrays_compiler_and_each_other_only(path):
     allowed = KERNEL_IMPORTS | {"trilith_services.ps.engine.kernels"}
     for name in imported(tree(path)):
         standard = name.split(".")[0] in sys.stdlib_module_names
-        assert standard or any(name == each or name.startswith(f"{each}.") for each in allowed), name
+        assert standard or any(name == part or name.startswith(f"{part}.") for part in allowed), name
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def programs(document: Path) -> list[str]:
     return [block["code"] for block in blocks if not block["skip"]]
 
 
-@pytest.mark.parametrize("document", [each for each in documents() if programs(each)], ids=label)
+@pytest.mark.parametrize("document", [document for document in documents() if programs(document)], ids=label)
 def test_the_python_of_a_document_runs(document, tmp_path):
     program = "\n".join(programs(document))
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_DISABLE_JIT"}  # as a reader's
@@ -253,7 +253,7 @@ def test_what_a_document_links_to_and_names_is_there(document):
     assert [link for link in links if link and not (document.parent / link).exists()] == []
     named = set(re.findall(r"`((?:[\w.-]+/)+|(?:[\w.-]+/)*[\w-]+\.(?:py|proto|md|png|yml|env|cfg))`", text))
     roots = [ROOT / name for name in ("client", "deploy", "docs", "protos", "services", "tests")]
-    paths = [f"{path}/" for path in [*ROOT.glob("*"), *(each for root in roots for each in [root, *root.rglob("*")])]]
+    paths = [f"{path}/" for path in [*ROOT.glob("*"), *(path for root in roots for path in [root, *root.rglob("*")])]]
     assert sorted(name for name in named if not any(path.endswith(f"/{name.rstrip('/')}/") for path in paths)) == []
 
 
@@ -273,9 +273,9 @@ def test_every_dependency_is_locked_to_a_plain_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [
         *project["dependencies"],
-        *(each for extra in project["optional-dependencies"].values() for each in extra),
+        *(requirement for extra in project["optional-dependencies"].values() for requirement in extra),
     ]
-    names = {re.split(r"[^A-Za-z0-9._-]", each)[0].lower().replace("_", "-") for each in wanted}
+    names = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-") for requirement in wanted}
     lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
     assert [line for line in lines if not re.fullmatch(r"[a-z0-9.-]+==[0-9][0-9a-z.]*", line)] == []
     assert names <= {line.split("==")[0] for line in lines}

@@ -154,7 +154,7 @@ def ways():
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
             lines = [line.split() for line in done.stdout.splitlines() if line]
-            found[shape, verb] = [[tuple(each.removeprefix(f"{ROOT}/").split(":")) for each in line] for line in lines]
+            found[shape, verb] = [[tuple(step.removeprefix(f"{ROOT}/").split(":")) for step in line] for line in lines]
     return found
 
 
