@@ -109,7 +109,9 @@ class DistributedTables:
         return self
 
     def reinitialize(self, name: str, ids: npt.ArrayLike, *, request_time: int | None = None) -> npt.NDArray[np.int8]:
-        """Reset rows; int8[n] in the order of `ids`: 1 existed, 0 was created."""
+        """Reset rows; int8[n] in the order of `ids`: 1 existed, 0 was created, -1 for all if there is no such table."""
+        if name not in self._specs:
+            return np.full(np.asarray(ids).size, -1, np.int8)
         return self._client.reinitialize(self._known(name), ids, request_time=request_time)
 
     def _terms(self, global_step: int | None, req_time: int | None) -> WriteOptions:
