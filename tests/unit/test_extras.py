@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import textwrap
+from importlib import metadata
 
 import pytest
 
-from trilith.errors import MissingExtraError, TrilithError
+import trilith
+from trilith.errors import InvalidRequestError, MissingExtraError, TrilithError
 from trilith.runtime.extras import missing_extra, need
+
+connecting = importlib.import_module("trilith.connect")  # `trilith.connect` itself is the function
 
 # As if the packages were not installed, also to those who look first.
 BLOCK = """
@@ -120,3 +125,10 @@ def test_it_is_an_import_error_of_ours() -> None:
     assert isinstance(caught.value, TrilithError)
     other = ModuleNotFoundError("No module named 'of_somebody'", name="of_somebody")
     assert missing_extra(other) is other
+
+
+def test_without_the_services_installed_local_says_what_is_missing(monkeypatch) -> None:
+    connecting._engine.cache_clear()
+    monkeypatch.setattr(metadata, "entry_points", lambda **which: metadata.EntryPoints())
+    with pytest.raises(InvalidRequestError, match=r"trilith\.engines.*make venv"):
+        trilith.connect("local://")
