@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import trilith.data
 from tests.bench.harness import Benchmark, Context, Entry, higher, interleave
 from trilith.data import Dense, Label, Sparse
-from trilith.data.formats.readers import BLOCK_BYTES
+from trilith.data.formats.reading import BLOCK_BYTES
 
 __all__ = ["BENCHMARKS"]
 

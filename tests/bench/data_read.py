@@ -10,7 +10,8 @@ import numpy as np
 
 from tests.bench.harness import Benchmark, Context, Entry, higher, interleave
 from trilith.data.formats.framing import Framing, frame_records
-from trilith.data.formats.readers import BLOCK_BYTES, open_records
+from trilith.data.formats.readers import open_records
+from trilith.data.formats.reading import BLOCK_BYTES
 from trilith.data.records import Records
 
 __all__ = ["BENCHMARKS"]

@@ -13,7 +13,8 @@ import pytest
 import trilith.data
 from trilith.data import Column, Dense, Extra, Label, Sparse
 from trilith.data.formats.column_types import numbers_of
-from trilith.data.formats.readers import Position, open_records, position_of
+from trilith.data.formats.readers import open_records
+from trilith.data.formats.reading import Position, position_of
 from trilith.data.formats.writers import open_writer
 from trilith.data.records import Records
 from trilith.errors import DataError, InvalidRequestError

@@ -10,7 +10,8 @@ import pytest
 
 import trilith.data
 from trilith.data import Column, Dense, Extra, Label, Sparse
-from trilith.data.formats.readers import open_records, position_of
+from trilith.data.formats.readers import open_records
+from trilith.data.formats.reading import position_of
 from trilith.errors import DataError, InvalidRequestError
 from trilith_proto.example_pb2 import Example, ExampleBatch
 

@@ -13,7 +13,7 @@ from confluent_kafka import Producer
 
 from trilith.data.formats.framing import Framing, frame_records
 from trilith.data.formats.kafka import KafkaReader, client_settings
-from trilith.data.formats.readers import Position
+from trilith.data.formats.reading import Position
 from trilith.data.pipeline.dataset import read_kafka
 from trilith.data.records import Records
 from trilith.errors import DataError, InvalidRequestError, UnavailableError

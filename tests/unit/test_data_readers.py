@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from trilith.data.formats.compression import Compression, compressing, effective_compression
 from trilith.data.formats.framing import Framing, frame_records
-from trilith.data.formats.readers import BLOCK_BYTES, Position, open_records, position_of
+from trilith.data.formats.readers import open_records
+from trilith.data.formats.reading import BLOCK_BYTES, Position, position_of
 from trilith.data.formats.tfrecord import concatenate
 from trilith.data.formats.tfrecord import frame_records as frame_tfrecords
 from trilith.data.formats.writers import open_writer
@@ -108,7 +109,7 @@ def test_a_consumer_that_lets_go_of_chunks_costs_no_new_buffers(tmp_path):
 
 @given(payloads=st.lists(st.binary(max_size=60), max_size=8), block=st.integers(1, 80), sizes=st.integers(1, 9))
 def test_a_pipe_that_gives_little_at_a_time_reads_the_same(payloads, block, sizes):
-    from trilith.data.formats.readers import StreamReader
+    from trilith.data.formats.framed import StreamReader
     from trilith.data.formats.streams import FileStream
     from trilith.data.records import Kind
 

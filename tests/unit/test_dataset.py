@@ -15,7 +15,7 @@ import pytest
 import trilith.data
 from trilith.compat.monolith import datasets as reference
 from trilith.data.formats.framing import Framing
-from trilith.data.formats.readers import Position
+from trilith.data.formats.reading import Position
 from trilith.data.formats.writers import open_writer
 from trilith.data.parse.parsers import ParseSpec
 from trilith.data.parse.specs import Label, Slot

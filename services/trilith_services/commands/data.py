@@ -31,7 +31,7 @@ from trilith_services.commands.flags import Json
 if TYPE_CHECKING:
     from trilith.data.formats.detect import Detected
     from trilith.data.formats.framing import Framing
-    from trilith.data.formats.readers import RecordReader
+    from trilith.data.formats.reading import RecordReader
     from trilith.data.records import Records
 
 __all__ = ["register"]

@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 
 from trilith.data.choices import OnError
-from trilith.data.formats.readers import BLOCK_BYTES, Losses, Position, RecordReader, UnfitColumnsError
+from trilith.data.formats.reading import BLOCK_BYTES, Losses, Position, RecordReader, UnfitColumnsError
 from trilith.data.line_ids import LineField, Wire
 from trilith.data.records import Kind, Records
 from trilith.data.scan.rows import LABEL, Column, ColumnType, RowColumn, Rows, line_field_of
 from trilith.errors import DataError, InvalidRequestError
 
-__all__ = ["Column", "ColumnarReader", "line_id_type"]
+__all__ = ["OPTIONS", "ColumnarReader", "line_id_type"]
+
+OPTIONS = ("kind", "columns", "batch_size", "drop_remainder", "block_bytes", "start", "on_error")
+"""What a `ColumnarReader` takes of `ReadOptions`."""
 
 _BOUNDS = {Wire.VARINT32: (-(2**31), 2**31 - 1), Wire.UNSIGNED32: (0, 2**32 - 1)}
 

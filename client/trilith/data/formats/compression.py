@@ -17,6 +17,7 @@ __all__ = [
     "MAX_SNAPPY_CHUNK",
     "Compression",
     "Sink",
+    "bare_name",
     "compressing",
     "compression_of",
     "decompressing",
@@ -27,6 +28,7 @@ MAX_SNAPPY_CHUNK = 64 << 20
 """Bytes of the largest snappy chunk, compressed or not, that is believed."""
 
 _PIECE = 1 << 16
+_COMPRESSED = (".gz", ".gzip", ".zst", ".zstd", ".zz", ".zlib", ".snappy", ".bz2", ".xz")
 _SNAPPY_BLOCK = 256 << 10
 
 
@@ -100,6 +102,13 @@ def effective_compression(
             raise InvalidRequestError(f"{path}: a file to be read as snappy cannot have compression={str(given)!r}")
         return Compression.SNAPPY
     return given or Compression.NONE
+
+
+def bare_name(path: str) -> str:
+    """A name in lower case without the ending of its compression."""
+    name = path.partition("::")[0].lower() if "://" in path else path.lower()
+    ending = next((each for each in _COMPRESSED if name.endswith(each)), "")
+    return name.removesuffix(ending)
 
 
 def compression_of(

@@ -12,16 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from trilith.data.formats.columnar import ColumnarReader, line_id_type
-from trilith.data.formats.compression import Compression, decompressing
+from trilith.data.formats.columnar import OPTIONS, ColumnarReader, line_id_type
+from trilith.data.formats.compression import Compression, bare_name, compression_of, decompressing
 from trilith.data.formats.csv_cells import Cells, guess_type
+from trilith.data.formats.reading import ReadOptions
 from trilith.data.formats.streams import ByteStream, open_stream
 from trilith.data.formats.text import Utf8Stream, is_odd, restored
 from trilith.data.records import Kind
 from trilith.data.scan.rows import LABEL, NO_TEXT, Column, ColumnType, RowColumn, Rows
 from trilith.errors import DataError, InvalidRequestError
 
-__all__ = ["CsvForm", "CsvReader"]
+__all__ = ["CsvForm", "CsvReader", "open_reader"]
 
 _FOREIGN = (b"<html", b"<!doctype", b"<?xml", b"{")
 _NO_VALUE = ["", "NULL", "null", "\\N"]  # as databases write what is not there
@@ -53,6 +54,19 @@ class CsvForm:
             raise InvalidRequestError(f"list_separator={self.list_separator!r}: give something else than the delimiter")
         if self.header is not None and (not self.header or len(set(self.header)) < len(self.header)):
             raise InvalidRequestError(f"header={list(self.header)}: give every column a name of its own")
+
+
+def open_reader(path: str, file_format: str, options: ReadOptions) -> CsvReader:
+    """Open a CSV file."""
+    compression = compression_of(path, file_format, **options.some("compression", "use_snappy"))
+    form = CsvForm(
+        compression=compression,
+        delimiter=options.delimiter or ("\t" if bare_name(path).endswith((".tsv", ".tab")) else ","),
+        header=None if options.header is None else tuple(options.header),
+        list_separator=options.list_separator,
+        encoding=options.encoding,
+    )
+    return CsvReader(path, form=form, **options.some(*OPTIONS))
 
 
 class CsvReader(ColumnarReader):

@@ -14,7 +14,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from trilith.data.formats import framing_kernels as kernels
 from trilith.data.formats.compression import MARKS, Compression, compression_of, decompressing
 from trilith.data.formats.framing import Framing, Scratch, split_all, split_frames
-from trilith.data.formats.readers import FileFormat, named_format
+from trilith.data.formats.readers import FileFormat, marked_format, named_format
 from trilith.data.formats.streams import ByteStream, FileStream, open_file
 from trilith.data.formats.tfrecord import concatenate, frame_records, read_records
 from trilith.data.messages import is_tf_example
@@ -62,8 +62,8 @@ def detect(path: str) -> Detected:
         head = file.read(8)
     if not head:
         raise DataError(f"{path} is empty: there is no record to guess from")
-    if head.startswith(b"PAR1"):
-        return Detected(format=FileFormat.PARQUET, kind=Kind.EXAMPLE)
+    if (marked := marked_format(head)) is not None:
+        return Detected(format=marked, kind=Kind.EXAMPLE)
     if named_format(path) is FileFormat.CSV:
         return Detected(format=FileFormat.CSV, compression=compression_of(path, FileFormat.CSV), kind=Kind.EXAMPLE)
     named = next((each for magic, each in MARKS.items() if head.startswith(magic)), None)

@@ -12,7 +12,7 @@ import numpy as np
 
 from trilith.data.choices import OnError, check_on_error
 from trilith.data.formats.framing import Framing, Scratch, explain, split_frames
-from trilith.data.formats.readers import Losses, Position, RecordReader
+from trilith.data.formats.reading import Losses, Position, RecordReader
 from trilith.data.records import Kind, Records
 from trilith.errors import DataError, InvalidRequestError, UnavailableError
 from trilith.runtime.extras import need

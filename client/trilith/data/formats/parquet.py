@@ -10,18 +10,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trilith.data.formats.column_types import check_column, column_of, numbers_of, texts_of, unreadable
-from trilith.data.formats.columnar import ColumnarReader
-from trilith.data.formats.readers import UnfitColumnsError
+from trilith.data.formats.columnar import OPTIONS, ColumnarReader
+from trilith.data.formats.compression import Compression, effective_compression
+from trilith.data.formats.reading import ReadOptions, UnfitColumnsError
 from trilith.data.formats.streams import open_file
 from trilith.data.scan.rows import LABEL, NO_TEXT, Column, ColumnType, RowColumn, Rows
 from trilith.errors import DataError, InvalidRequestError
 
-__all__ = ["ParquetReader"]
+__all__ = ["ParquetReader", "open_reader"]
 
 _MOST_ROWS = 1 << 16
 """Of a chunk; fewer where rows are long."""
 _DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, ArithmeticError, MemoryError)
 """What pyarrow raises for files that are none, or damaged."""
+
+
+def open_reader(path: str, file_format: str, options: ReadOptions) -> ParquetReader:
+    """Open a Parquet file."""
+    if effective_compression("", compression=options.compression) is not Compression.NONE:
+        raise InvalidRequestError(
+            f"{path}: compression={options.compression!r}: a Parquet file says itself how it is compressed"
+        )
+    return ParquetReader(path, **options.some(*OPTIONS))
 
 
 class ParquetReader(ColumnarReader):

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from trilith.data.choices import OnError, check_on_error
 from trilith.data.formats.compression import effective_compression
-from trilith.data.formats.readers import FileFormat, Losses, open_records
+from trilith.data.formats.readers import FileFormat, open_records
+from trilith.data.formats.reading import Losses
 from trilith.data.formats.text import check_encoding
 from trilith.data.parse.absent import Absent, check_absent
 from trilith.data.parse.specs import check_specs
-from trilith.data.pipeline.division import divides_itself, open_divided
+from trilith.data.pipeline.division import Merge, divides_itself, open_divided
 from trilith.data.pipeline.nodes import (
     Apply,
     Batch,
@@ -25,7 +26,6 @@ from trilith.data.pipeline.nodes import (
     Convert,
     Held,
     Kept,
-    Merge,
     Node,
     Ops,
     Parse,

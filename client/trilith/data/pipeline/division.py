@@ -8,13 +8,13 @@ there alike and divide what comes out, by records, or by batches behind `batch`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from trilith.data.pipeline.nodes import (
     Apply,
     Batch,
     Context,
-    Merge,
     Node,
     Parse,
     Prefetch,
@@ -24,13 +24,26 @@ from trilith.data.pipeline.nodes import (
     Topics,
     open_nodes,
 )
+from trilith.data.pipeline.sources import Merging
 from trilith.data.pipeline.stages import Stage
 from trilith.errors import InvalidRequestError
 
-__all__ = ["divides_itself", "open_divided"]
+__all__ = ["Merge", "divides_itself", "open_divided"]
 
 _ONE_BY_ONE = (Apply, Parse, Prefetch)
 """Steps behind `batch` that make one element of one, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merge(Node):
+    """Records of several pipelines in turns."""
+
+    pipelines: tuple[tuple[Node, ...], ...]
+    block_length: int
+
+    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
+        """See `Node`."""
+        return Merging([open_divided(each, context) for each in self.pipelines], self.block_length)
 
 
 def open_divided(nodes: tuple[Node, ...], context: Context) -> Stage:

@@ -14,14 +14,15 @@ import numpy as np
 from trilith.data.blocks import Blocks
 from trilith.data.choices import OnError
 from trilith.data.formats.files import match_files, shard_files
-from trilith.data.formats.readers import BLOCK_BYTES, Losses, Position, RecordReader, open_records
+from trilith.data.formats.readers import open_records
+from trilith.data.formats.reading import BLOCK_BYTES, Losses, Position, RecordReader
 from trilith.data.formats.streams import STDIN, read_once
 from trilith.data.parse.absent import Absent, AbsentFeatures, SourceColumns
 from trilith.data.parse.specs import Features, FeatureSpec
 from trilith.data.pipeline.prefetch import Helpers, Overlapping, Prefetching
 from trilith.data.pipeline.queue import AllowedFiles, FileDealer
 from trilith.data.pipeline.shuffle import Shuffling
-from trilith.data.pipeline.sources import ListedFiles, Memory, Merging, Reading, Streaming
+from trilith.data.pipeline.sources import ListedFiles, Memory, Reading, Streaming
 from trilith.data.pipeline.stages import (
     Batching,
     Ending,
@@ -49,7 +50,6 @@ __all__ = [
     "Convert",
     "Held",
     "Kept",
-    "Merge",
     "Node",
     "Ops",
     "Parse",
@@ -276,20 +276,6 @@ class Held(Node):
     def length(self, count: int) -> int:
         """See `Node`."""
         return len(self.records)
-
-
-@dataclass(frozen=True, slots=True)
-class Merge(Node):
-    """Records of several pipelines in turns."""
-
-    pipelines: tuple[tuple[Node, ...], ...]
-    block_length: int
-
-    def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
-        """See `Node`."""
-        from trilith.data.pipeline.division import open_divided
-
-        return Merging([open_divided(each, context) for each in self.pipelines], self.block_length)
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------

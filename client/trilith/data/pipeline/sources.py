@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from trilith.data.formats.readers import Losses, Position, RecordReader, UnfitColumnsError, position_of
+from trilith.data.formats.reading import Losses, Position, RecordReader, UnfitColumnsError, position_of
 from trilith.data.pipeline.queue import FileDealer
 from trilith.data.pipeline.stages import Stage, State
 from trilith.data.records import Records

@@ -7,15 +7,13 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
 from multiprocessing.context import get_spawning_popen
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from trilith.errors import InvalidRequestError
-
-if TYPE_CHECKING:
-    from trilith.data.pipeline.dataset import Dataset, DatasetIterator
 
 __all__ = ["TorchDataset"]
 
@@ -82,13 +80,22 @@ def _remove(folder: str, process: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+class Epochs(Protocol):
+    """What gives its elements epoch by epoch: a `trilith.data.Dataset`."""
+
+    def iterate(self, *, epoch: int) -> Iterator[Any]:
+        """The elements of an epoch."""
+
+    def __len__(self) -> int: ...
+
+
 class TorchDataset(IterableDataset):  # type: ignore[type-arg]
     """What `Dataset.torch` gives; use it as `DataLoader(samples.torch(), batch_size=None, num_workers=...)`.
 
     Every pass is the next epoch, with any number of workers, persistent ones included.
     """
 
-    def __init__(self, dataset: Dataset, epoch: int = 0) -> None:
+    def __init__(self, dataset: Epochs, epoch: int = 0) -> None:
         """Use `Dataset.torch`."""
         self.dataset = dataset
         self._passes = _Passes(epoch)
@@ -100,7 +107,7 @@ class TorchDataset(IterableDataset):  # type: ignore[type-arg]
             raise InvalidRequestError(f"epoch={epoch} is below 0")
         self._passes.set(epoch)
 
-    def __iter__(self) -> DatasetIterator:
+    def __iter__(self) -> Iterator[Any]:
         """The next epoch; in a DataLoader's worker its share of it."""
         self._begun += 1
         info, parent = get_worker_info(), multiprocessing.parent_process()
