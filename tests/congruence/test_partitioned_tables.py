@@ -13,8 +13,8 @@ from tests.congruence.clusters import SHAPES, LocalCluster
 from tests.congruence.test_distributed_tables import Counting, config, requests
 from trilith.client import Client
 from trilith.cluster import Cluster
-from trilith.compat.monolith.sharding import FeatureFids
 from trilith.config import ClientConfig
+from trilith.data.parse.sharding import FeatureFids
 from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.nn import ClippedLayouts, FusedLayouts
 from trilith.ops.layout_config import OutConfig, OutType, SliceConfig

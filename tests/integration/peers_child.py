@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed
 
-from trilith.compat.monolith.sharding import FeatureFids
+from trilith.data.parse.sharding import FeatureFids
 from trilith.errors import TrilithError
 from trilith.nn import EmbeddingCollection, Feature, FusedLayouts
 from trilith.nn.reduction import FUSIONS, average_gradients

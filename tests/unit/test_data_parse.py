@@ -13,7 +13,9 @@ from trilith.compat.monolith.parse_functions import (
     parse_instances2,
     parse_instances_raw,
 )
-from trilith.compat.monolith.sharding import (
+from trilith.data.parse.parsers import ParseSpec
+from trilith.data.parse.quantized import dequantize, quantize
+from trilith.data.parse.sharding import (
     FeatureFids,
     ShardingConfig,
     flatten,
@@ -22,8 +24,6 @@ from trilith.compat.monolith.sharding import (
     shard_ragged,
     unflatten,
 )
-from trilith.data.parse.parsers import ParseSpec
-from trilith.data.parse.quantized import dequantize, quantize
 from trilith.data.parse.specs import INVALID_LABEL, Dense, Extra, InstanceWeight, Label, Slot, Sparse
 from trilith.data.records import Records
 from trilith.errors import DataError, InvalidRequestError

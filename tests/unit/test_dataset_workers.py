@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 
 import trilith
 from trilith.compat.monolith import datasets as reference
-from trilith.compat.monolith.sharding import ShardingConfig, parse_fused
 from trilith.data.fids import data_source_key
 from trilith.data.formats.reading import Position
 from trilith.data.formats.writers import open_writer
 from trilith.data.parse.parsers import InstanceParser, ParseSpec
+from trilith.data.parse.sharding import ShardingConfig, parse_fused
 from trilith.data.parse.specs import Extra, Label, Slot
 from trilith.data.pipeline import dataset as dataset_module
 from trilith.data.pipeline.dataset import from_records, read, read_kafka

@@ -7,7 +7,7 @@ import pytest
 
 import trilith
 from tests.ranks import Rank, Ranks, on_every_rank
-from trilith.compat.monolith.sharding import FeatureFids
+from trilith.data.parse.sharding import FeatureFids
 from trilith.errors import (
     ClosedError,
     ClusterMismatchError,

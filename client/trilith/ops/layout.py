@@ -1,6 +1,6 @@
 """Fused layouts: the vectors of all features of a batch, pooled and laid out as the model's tensors in one walk.
 
-`FidOffsets` says where the vectors are (`trilith.compat.monolith.sharding` makes it), `FeatureConfigs` what becomes of
+`FidOffsets` says where the vectors are (`trilith.data.parse.sharding` makes it), `FeatureConfigs` what becomes of
 them.
 """
 
@@ -39,7 +39,7 @@ class FidOffsets:
     """Where the vectors of a batch's ids are.
 
     Lists are numbered t * P + s for table t and shard s; versions and their position codes are those of
-    `trilith.compat.monolith.sharding`.
+    `trilith.data.parse.sharding`.
 
     Attributes:
         version: 1 to 5: how `fid_offset` and the embeddings are to be read.

@@ -24,7 +24,7 @@ from trilith.tables.spec import TableSpec
 from trilith.times import latest
 
 if TYPE_CHECKING:
-    from trilith.compat.monolith.sharding import FeatureFids
+    from trilith.data.parse.sharding import FeatureFids
     from trilith.data.records import Records
     from trilith.rows import Rows
 
@@ -151,13 +151,13 @@ class PartitionedTables:
     # ---- reading -----------------------------------------------------------------------------------------------
 
     def shard(self, batch: Records | Mapping[str, FeatureFids], batch_size: int | None = None) -> dict[str, Any]:
-        """Spread a batch's ids over the shards; data pipelines may do it, see `trilith.compat.monolith.sharding`.
+        """Spread a batch's ids over the shards; data pipelines may do it, see `trilith.data.parse.sharding`.
 
         Args:
             batch: Records, or fids by feature.
             batch_size: Samples, with fids by feature.
         """
-        from trilith.compat.monolith.sharding import ShardingConfig, shard_fids, shard_ragged
+        from trilith.data.parse.sharding import ShardingConfig, shard_fids, shard_ragged
 
         config = ShardingConfig(
             features={name: (each.table, each.slice_dims) for name, each in self.configs.features.items()},

@@ -20,7 +20,7 @@ from trilith.compat.monolith.parse_functions import (
     parse_instances_legacy,
     parse_instances_raw,
 )
-from trilith.compat.monolith.sharding import ShardingConfig, shard_fids
+from trilith.data.parse.sharding import ShardingConfig, shard_fids
 from trilith.data.records import Kind, Records
 from trilith.ops.ragged import Ragged
 

@@ -1,4 +1,4 @@
-"""Vectors of the sharding op: records made from the vector's JSON, spread by `trilith.compat.monolith.sharding`."""
+"""Vectors of the sharding op: records made from the vector's JSON, spread by `trilith.data.parse.sharding`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests.conformance.compare import Partial
-from trilith.compat.monolith.sharding import ShardingConfig, shard_fids
+from trilith.data.parse.sharding import ShardingConfig, shard_fids
 from trilith.data.records import Records
 from trilith_proto import example_pb2, proto_parser_pb2
 

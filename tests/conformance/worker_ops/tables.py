@@ -15,8 +15,8 @@ from tests.conformance.worker_ops.layouts import configs_of, pooling_of
 from tests.conformance.worker_ops.primitives import ragged_of
 from trilith.client import Client
 from trilith.cluster import Cluster
-from trilith.compat.monolith.sharding import FeatureFids
 from trilith.config import ClientConfig
+from trilith.data.parse.sharding import FeatureFids
 from trilith.ops.ragged import Ragged
 from trilith.tables import HashTableConfig, Sgd, Zeros
 from trilith.tables.config import Segment

@@ -146,7 +146,8 @@ class Dataset:
             pool: An `ItemPool` to use and to fill; one of its own for each iterator if None.
             **options: Of the config.
         """
-        from trilith.data.samples.negatives import NegativeConfig, NegativesNode
+        from trilith.data.pipeline.negatives import NegativesNode
+        from trilith.data.samples.negatives import NegativeConfig
 
         self._records_only("negatives")
         return self._then(NegativesNode(config or NegativeConfig(**options), seed, pool))
