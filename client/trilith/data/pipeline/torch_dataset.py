@@ -80,7 +80,7 @@ def _remove(folder: str, process: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class Epochs(Protocol):
+class _Epochs(Protocol):
     """What gives its elements epoch by epoch: a `trilith.data.Dataset`."""
 
     def iterate(self, *, epoch: int) -> Iterator[Any]:
@@ -95,7 +95,7 @@ class TorchDataset(IterableDataset):  # type: ignore[type-arg]
     Every pass is the next epoch, with any number of workers, persistent ones included.
     """
 
-    def __init__(self, dataset: Epochs, epoch: int = 0) -> None:
+    def __init__(self, dataset: _Epochs, epoch: int = 0) -> None:
         """Use `Dataset.torch`."""
         self.dataset = dataset
         self._passes = _Passes(epoch)
