@@ -54,34 +54,23 @@ __all__ = [
     "to_json",
 ]
 
-_WHERE = {
-    "Column": "scan.rows",
-    "Dataset": "pipeline.dataset",
-    "DatasetIterator": "pipeline.dataset",
-    "Dense": "parse.specs",
-    "Extra": "parse.specs",
-    "Framing": "formats.framing",
-    "InstanceWeight": "parse.specs",
-    "ItemPool": "samples.item_pool",
-    "Kind": "records",
-    "Label": "parse.specs",
-    "NegativeConfig": "samples.negatives",
-    "ParseSpec": "parse.parsers",
-    "Ragged": ".ops.ragged",
-    "Records": "records",
-    "Slot": "parse.specs",
-    "Sparse": "parse.specs",
-    "StrQueue": "pipeline.queue",
-    "from_json": "pipeline.positions",
-    "from_records": "pipeline.dataset",
-    "gen_patterns": "formats.files",
-    "match_input_patterns": "formats.files",
-    "open_records": "formats.readers",
-    "open_writer": "formats.writers",
-    "read": "pipeline.dataset",
-    "read_kafka": "pipeline.dataset",
-    "to_json": "pipeline.positions",
+_NAMES = {
+    ".ops.ragged": "Ragged",
+    "formats.files": "gen_patterns match_input_patterns",
+    "formats.framing": "Framing",
+    "formats.readers": "open_records",
+    "formats.writers": "open_writer",
+    "parse.parsers": "ParseSpec",
+    "parse.specs": "Dense Extra InstanceWeight Label Slot Sparse",
+    "pipeline.dataset": "Dataset DatasetIterator from_records read read_kafka",
+    "pipeline.positions": "from_json to_json",
+    "pipeline.queue": "StrQueue",
+    "records": "Kind Records",
+    "samples.item_pool": "ItemPool",
+    "samples.negatives": "NegativeConfig",
+    "scan.rows": "Column",
 }
+_WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

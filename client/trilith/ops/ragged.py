@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,10 +19,11 @@ from trilith.runtime.extras import need
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Int64Array", "Ragged", "as_floats", "as_integers", "as_splits", "pad_rows", "value_rowids"]
+__all__ = ["Int64Array", "Ragged", "as_floats", "as_integers", "as_splits", "pad_rows", "singles", "value_rowids"]
 
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
+_MOST_SINGLES = 1 << 16
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 # What np.int64 is inside a kernel, for the type checker: an int.
 _int64 = cast("type[int]", np.int64)
@@ -73,6 +75,13 @@ class Ragged(Generic[_Scalar]):
         """int64[rows]: elements of each row."""
         return np.diff(self.row_splits)
 
+    def uniform(self, n: int) -> bool:
+        """Whether every row has n elements."""
+        splits = self.row_splits
+        if n == 1 and splits.base is _ramp():
+            return True
+        return bool(splits[0] == 0 and splits[-1] == n * len(self) and (splits[1:] - splits[:-1] == n).all())
+
     @property
     def value_rowids(self) -> npt.NDArray[np.int64]:
         """int64[m]: the row of each element."""
@@ -115,6 +124,8 @@ class Ragged(Generic[_Scalar]):
             exact: Take a row that has not exactly `dim` elements as empty.
         """
         rows, dtype = len(self), self.values.dtype
+        if self.values.size == rows * dim and self.uniform(dim):
+            return self.values.reshape(rows, dim).copy()
         out = np.empty((rows, dim), dtype)
         out[...] = fill
         if dtype.kind in "fiu" and dtype.itemsize in (4, 8):
@@ -147,6 +158,18 @@ class Ragged(Generic[_Scalar]):
 
         values = self.values.view(np.int64) if self.values.dtype == np.uint64 else self.values
         return torch.from_numpy(values), torch.from_numpy(self.row_splits)
+
+
+@functools.cache
+def _ramp() -> Int64Array:
+    ramp = np.arange(_MOST_SINGLES + 1)
+    ramp.flags.writeable = False
+    return ramp
+
+
+def singles(rows: int) -> Int64Array:
+    """int64[rows + 1], read-only: the row splits of `rows` rows with one element each."""
+    return _ramp()[: rows + 1] if rows <= _MOST_SINGLES else np.arange(rows + 1)
 
 
 @kernel("boolean(int64, int64, int64, int64, int64, int64, int64, int64)")

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from trilith.data.records import PADDING
 from trilith.data.scan.rows import Column, ColumnType
 from trilith.errors import InvalidRequestError
-from trilith.ops.ragged import Ragged
+from trilith.ops.ragged import Ragged, singles
 
 __all__ = ["Values", "check_column", "column_of", "numbers_of", "text_of", "texts_of", "unreadable"]
 
@@ -140,7 +140,7 @@ def _floats(leaves: pa.Array) -> _Made:
         leaves = leaves.cast(pa.float64())
     given = leaves.to_numpy(zero_copy_only=False)
     with np.errstate(over="ignore"):
-        values = given.astype(np.float32)
+        values = given.astype(np.float32, copy=False)
     odd = np.isinf(values) & np.isfinite(given) if given.dtype == np.float64 else np.zeros(len(values), np.bool_)
     return values, odd, f"beyond float32, whose largest is {_FLOAT32_MAX}"
 
@@ -184,7 +184,7 @@ def _whole(leaves: pa.Array, lowest: int, highest: int, wanted: str) -> _Made:
         exact = {np.dtype(np.float16): 1 << 11, np.dtype(np.float32): 1 << 24}.get(numbers.dtype, 1 << 53)
         odd = ~(np.abs(numbers) <= exact) | (np.trunc(numbers) != numbers)
         return np.where(odd, 0, numbers).astype(np.int64), odd, f"no whole number that a {stored} holds exactly"
-    return numbers.astype(np.int64), np.zeros(len(numbers), np.bool_), wanted
+    return numbers.astype(np.int64, copy=False), np.zeros(len(numbers), np.bool_), wanted
 
 
 def texts_of(array: pa.Array) -> tuple[npt.NDArray[np.uint8], Ragged[Any]]:
@@ -226,7 +226,7 @@ def _flattened(array: pa.Array) -> tuple[pa.Array, npt.NDArray[np.int64]]:
         values, inner = _flattened(array.flatten())
         return values, inner[_splits(lengths)]
     if not array.null_count:
-        return array, np.arange(len(array) + 1)
+        return array, singles(len(array))
     present = array.is_valid().to_numpy(zero_copy_only=False)
     return array.drop_null(), _splits(present)
 

@@ -155,7 +155,7 @@ class CsvReader(ColumnarReader):
     def _parser(self, wanted: Sequence[str]) -> pa_csv.CSVStreamingReader | None:
         """A reader of the rows; None if there are none."""
         self._bad_lines: list[Any] = []
-        if not self._text.peek():
+        if not self._text.more():
             return None
         return pa_csv.open_csv(
             pa.PythonFile(self._text, mode="r"),

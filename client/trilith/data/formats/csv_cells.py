@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from trilith.data.formats.column_types import Values, text_of
 from trilith.data.formats.text import is_odd, restored
 from trilith.data.scan.rows import ColumnType
-from trilith.ops.ragged import Ragged
+from trilith.ops.ragged import Ragged, singles
 
 __all__ = ["Cells", "guess_type"]
 
@@ -21,6 +21,7 @@ _WHOLE = re.compile(rb"[+-]?[0-9]+(\.0*)?\Z")
 _NUMBER = re.compile(rb"[+-]?([0-9]+\.?[0-9]*([eE][+-]?[0-9]+)?|\.[0-9]+([eE][+-]?[0-9]+)?|inf|infinity|nan)\Z", re.I)
 _BOOLS = {b"true": 1, b"false": 0}
 _FEW = 256
+_PROBED = 16
 _LOOKED_AT = 1000
 _SHOWN = 40
 _INT64_MAX, _UINT64_MAX, _INT64_MIN = (1 << 63) - 1, (1 << 64) - 1, -(1 << 63)
@@ -108,7 +109,7 @@ class Cells:
 
     def _ragged(self, values: Values, rows: npt.NDArray[np.int64]) -> Ragged[Any]:
         if self._single and len(rows) == self._rows:
-            return Ragged(values, np.arange(self._rows + 1))
+            return Ragged(values, singles(self._rows))
         return Ragged.of_lengths(values, np.bincount(rows, minlength=self._rows).astype(np.int64))
 
 
@@ -162,6 +163,8 @@ def _read(texts: pa.Array, kind: ColumnType, *, enough: int | None = None) -> tu
 
 def _cast(texts: pa.Array, kind: ColumnType) -> Values | None:
     """All at once; None if there is one that may be none."""
+    if len(texts) > _FEW and _cast(texts.slice(0, _PROBED), kind) is None:
+        return None  # a cast makes a message for every value that is none, and gives the first of them
     try:
         strings = texts.view(pa.string())  # bytes that are no text are no number either
         if kind in _STORED:

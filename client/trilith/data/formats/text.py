@@ -76,7 +76,7 @@ class Utf8Stream:
     def __init__(self, stream: ByteStream, encoding: str | None) -> None:
         self.closed = False
         self._stream = stream
-        self._ready = b""
+        self._ready = bytearray()
         self._ended = False
         self.odd = False
         self.damage: DataError | None = None
@@ -91,24 +91,25 @@ class Utf8Stream:
         self.encoding = encoding or "utf-8"
         self._plain = codecs.lookup(self.encoding).name == "utf-8"
         self._decoder = codecs.getincrementaldecoder(self.encoding)(errors=_HANDLER)
-        self._ready = self._decoded(head)
+        self._ready += self._decoded(head)
 
-    def _pull(self) -> bytes:
+    def _pull(self) -> bytearray:
         """Some bytes as they are; none at the end."""
         part = bytearray(_PIECE)
         try:
             got = self._stream.readinto(memoryview(part))
         except DataError as error:
             self.damage, self._ended = error, True
-            return b""
+            return bytearray()
         self._ended = not got
-        return bytes(part[:got])
+        del part[got:]
+        return part
 
-    def _decoded(self, data: bytes) -> bytes:
+    def _decoded(self, data: bytearray) -> bytes | bytearray:
         if self._plain and data.isascii() and not self._decoder.getstate()[0]:
             return data
         try:
-            text = self._decoder.decode(data, final=self._ended and self.damage is None).encode()
+            text = self._decoder.decode(bytes(data), final=self._ended and self.damage is None).encode()
         except UnicodeError as error:  # an encoding that cannot go on behind an error
             self.damage, self._ended = DataError(f"there is what is no {self.encoding}: {error}"), True
             return b""
@@ -124,11 +125,9 @@ class Utf8Stream:
                 return True
         return False
 
-    def peek(self) -> bytes:
-        """What is ready; none only at the end."""
-        if not self._ready:
-            self._fill()
-        return self._ready
+    def more(self) -> bool:
+        """Whether this is not the end."""
+        return bool(self._ready) or self._fill()
 
     def _lines(self, size: int) -> int:
         """How much of what is ready, up to `size`, can be given out: whole lines, unless all is well up to the end."""
@@ -152,16 +151,18 @@ class Utf8Stream:
             if not self._fill() and not places:
                 stop = len(self._ready)
                 break
-        line, self._ready = self._ready[:stop], self._ready[stop:]
-        return line
+        return bytes(self._taken(stop))
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int = -1) -> bytearray:
         """Up to `size` bytes; none only at the end."""
         while (size < 0 or len(self._ready) < size) and self._fill():
             pass
-        stop = self._lines(len(self._ready) if size < 0 else size)
-        data, self._ready = self._ready[:stop], self._ready[stop:]
-        return data
+        return self._taken(self._lines(len(self._ready) if size < 0 else size))
+
+    def _taken(self, size: int) -> bytearray:
+        taken, self._ready = self._ready, self._ready[size:]
+        del taken[size:]
+        return taken
 
     def close(self) -> None:
         """Be closed; the stream is its opener's."""

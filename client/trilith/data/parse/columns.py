@@ -80,13 +80,6 @@ class Columns:
             raise TypeError(f"LineId.{name} is a list")
         return found
 
-    def line_lists(self, name: str) -> Ragged[Any]:
-        """A repeated LineId field."""
-        found = self.line_id[name]
-        if not isinstance(found, Ragged):
-            raise TypeError(f"LineId.{name} is a scalar")
-        return found
-
 
 def extract(records: Records, fields: Fields, *, on_error: OnError = "raise", promote: bool = True) -> Columns:
     """Read some fields of Instances or Examples.

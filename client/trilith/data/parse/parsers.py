@@ -30,7 +30,7 @@ from trilith.data.parse.specs import (
 )
 from trilith.data.records import Kind, Records
 from trilith.data.scan.result import Scan
-from trilith.data.scan.rows import merged
+from trilith.data.scan.rows import Rows, merged
 from trilith.data.scan.scanner import BatchScan, BatchScanner, LineIdScanner, Scanner
 from trilith.data.scan.schema import Element, Fields, Schema
 from trilith.errors import DataError, InvalidRequestError
@@ -147,7 +147,12 @@ class _ColumnParser(Parser):
             scan = self._fitting(scan)
             if self.unseen:
                 self._see(scan)
-        return {name: make(scan) for name, make in self._outputs}
+        batch = {name: make(scan) for name, make in self._outputs}
+        if isinstance(scan.records, Rows):  # other batches are of the same rows, and whoever gets one may change it
+            for name, made in batch.items():
+                if isinstance(made, Ragged):
+                    batch[name] = Ragged(made.values.copy(), made.row_splits.copy())
+        return batch
 
     def _fitting(self, scan: Scan) -> Scan:
         """The scan without records whose features are not what was asked for, or `DataError` for the first of them."""
@@ -197,13 +202,9 @@ class _ColumnParser(Parser):
 
     def _dense_to_check(self, scan: Scan) -> Iterator[tuple[str, Dense, Element, bool]]:
         """Names and specs of dense features; and whether every record has all `dim` elements of the type wanted."""
-        ramps: dict[int, npt.NDArray[np.int64]] = {}
         for name, spec, element in self._dense_specs:
-            splits = scan.splits[self._scanner.schema.named_columns[name, element]]
-            ramp = ramps.get(spec.dim)
-            if ramp is None:
-                ramp = ramps[spec.dim] = np.arange(splits.size) * spec.dim
-            yield name, spec, element, bool(splits[-1] == ramp[-1] and (splits == ramp).all())
+            column = self._scanner.schema.named_columns[name, element]
+            yield name, spec, element, Ragged(scan.values[column], scan.splits[column]).uniform(spec.dim)
 
     def _see(self, scan: Scan) -> None:
         """Note the outputs whose features were there."""
@@ -454,13 +455,13 @@ class ExampleParser(_ColumnParser):
                 wrong.append(found)
         for name in (_LABEL,) * self._has(Label) + (_WEIGHT,) * self._has(InstanceWeight):
             member = member_of(schema, scan, name)
-            odd = ~np.isin(member, (0, 3, _EMPTY) if name == _LABEL else (0, 3, 4, _INT_MEMBER, _EMPTY))
-            if odd.any():
+            odd = _others(member, (3,) if name == _LABEL else (3, 4, _INT_MEMBER))
+            if odd is not None:
                 wrong.append((odd, partial(_no_floats, name, member, self.kind)))
         if self._has(Label):
             member = member_of(schema, scan, "label")
-            odd = ~np.isin(member, (0, *_held(Element.FLOAT), _EMPTY))
-            if odd.any():
+            odd = _others(member, _held(Element.FLOAT))
+            if odd is not None:
                 wrong.append((odd, partial(_no_floats, "label", member, self.kind)))
         return wrong
 
@@ -583,16 +584,14 @@ def _odd_values(
     kind: Kind,
 ) -> _Wrong | None:
     """Records whose dense feature is of another type, or has another number of elements than wanted."""
-    first = member[0] if member.size else 0
-    if not ((member == first).all() and first in members):
-        # A feature of an Instance may hold several kinds of values; then the one that is wanted counts.
-        odd = ~np.isin(member, (0, _EMPTY, *members)) & (lengths == 0)
-        if odd.any():
+    odd = _others(member, members)
+    # A feature of an Instance may hold several kinds of values; then the one that is wanted counts.
+    if odd is not None and (odd := odd & (lengths == 0)).any():
 
-            def held(row: int) -> str:
-                return f"{_holds(name, int(member[row]), kind)}, which is no list of {element} values"
+        def held(row: int) -> str:
+            return f"{_holds(name, int(member[row]), kind)}, which is no list of {element} values"
 
-            return odd, held
+        return odd, held
     if spec.lengths == "exact":
         odd = (lengths != spec.dim) & (lengths != 0)
         if odd.any():
@@ -606,11 +605,19 @@ def _odd_values(
     return None
 
 
+def _others(member: npt.NDArray[np.uint8], members: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
+    """bool[rows] of features that hold something, and none of some members; None if there are none."""
+    if member.size and member[0] in (0, _EMPTY, *members) and (member == member[0]).all():
+        return None
+    odd: npt.NDArray[np.bool_] = ~np.isin(member, (0, _EMPTY, *members))
+    return odd if odd.any() else None
+
+
 def _check_members(records: Records, name: str, member: npt.NDArray[np.uint8], element: Element) -> None:
     """Refuse a feature that holds something else than what was asked for."""
-    wrong = ~np.isin(member, (0, 255, *_DENSE_MEMBERS[element]))
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
+    wrong = _others(member, _DENSE_MEMBERS[element])
+    if wrong is not None:
+        row = int(wrong.argmax())
         at = records.where(row if len(records) == len(member) else 0)
         held = example_pb2.Feature.DESCRIPTOR.fields_by_number[int(member[row])].name
         raise DataError(f"{at}: feature {name!r} holds a {held}, which is no list of {element} values")
@@ -715,8 +722,8 @@ class BatchParser(Parser):
             return self.column(batch, name, Element.FID_V2)[0]
         apart = (name, Element.ID) not in self._scanner.schema.named_columns
         ragged, member = self.column(batch, name, Element.FID_V2 if apart else Element.ID)
-        odd = ~np.isin(member, (0, 1, 2, _INT_MEMBER, _EMPTY))
-        if odd.any():
+        odd = _others(member, (1, 2, _INT_MEMBER))
+        if odd is not None:
             row = int(odd.argmax())
             reason = _no_ids(name, int(member[row]), self.kind)
             raise DataError(f"{batch.scan.records.where(0)}: row {row} of the batch: {reason}")
@@ -732,8 +739,8 @@ class BatchParser(Parser):
         if not self.strict:
             _check_members(batch.scan.records, name, member, Element.FLOAT)
             return ragged, member
-        odd = ~np.isin(member, (0, *_held(Element.FLOAT), _EMPTY))
-        if odd.any():
+        odd = _others(member, _held(Element.FLOAT))
+        if odd is not None:
             row = int(odd.argmax())
             reason = _no_floats(name, member, self.kind, row)
             raise DataError(f"{batch.scan.records.where(0)}: row {row} of the batch: {reason}")

@@ -286,38 +286,39 @@ class Batching:
         self._upstream = upstream
         self._size = size
         self._drop = drop_remainder
-        self._rest: Records | None = None
+        self._chunk: Records | None = None
+        self._at = 0
 
     def __next__(self) -> Records:
         parts, have = [], 0
         while have < self._size:
-            chunk = self._rest if self._rest is not None else next(self._upstream, None)
-            self._rest = None
-            if chunk is None:
-                break
-            wanted = self._size - have
-            if len(chunk) > wanted:
-                self._rest = chunk.take(slice(wanted, None))
-                chunk = chunk.take(slice(0, wanted))
-            if len(chunk):
-                parts.append(chunk)
-                have += len(chunk)
+            if self._chunk is None:
+                self._chunk, self._at = next(self._upstream, None), 0
+                if self._chunk is None:
+                    break
+            start, self._at = self._at, min(self._at + self._size - have, len(self._chunk))
+            if self._at > start:
+                parts.append(self._chunk.take(slice(start, self._at)))
+                have += self._at - start
+            if self._at == len(self._chunk):
+                self._chunk = None
         if not parts or (have < self._size and self._drop):
             raise StopIteration
         return parts[0] if len(parts) == 1 else Records.concatenate(parts)
 
     def state(self) -> State:
         """See `Stage`."""
-        return {"rest": self._rest, "upstream": self._upstream.state()}
+        rest = None if self._chunk is None else self._chunk.take(slice(self._at, None))
+        return {"rest": rest, "upstream": self._upstream.state()}
 
     def restore(self, state: State) -> None:
         """See `Stage`."""
-        self._rest = state["rest"]
+        self._chunk, self._at = state["rest"], 0
         self._upstream.restore(state["upstream"])
 
     def close(self) -> None:
         """See `Stage`."""
-        self._rest = None
+        self._chunk = None
         self._upstream.close()
 
 

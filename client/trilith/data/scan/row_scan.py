@@ -24,7 +24,7 @@ _ONE = np.float32(1).view(np.uint32)
 
 
 def scan_rows(schema: Schema, rows: Rows, *, promote: bool) -> Scan | None:
-    """Read the columns that a schema wants; None where only the bytes tell.
+    """Read the columns that a schema wants, sharing their memory; None where only the bytes tell.
 
     Args:
         schema: Of Examples.
@@ -42,7 +42,7 @@ def scan_rows(schema: Schema, rows: Rows, *, promote: bool) -> Scan | None:
         values=[],
         cells=np.zeros((schema.cells, n), np.uint64),
         present=np.zeros((schema.cells, n), np.uint8),
-        seen=np.zeros((n, len(schema.names)), np.uint8),
+        seen=np.zeros((len(schema.names), n), np.uint8).T,  # a name at a time is looked at
     )
     parts: dict[int, list[Ragged[Any]]] = defaultdict(list)
     texts: list[tuple[RowColumn, int | None, int]] = []  # byte strings: the column, and the values or cell they go to
@@ -81,14 +81,13 @@ def scan_rows(schema: Schema, rows: Rows, *, promote: bool) -> Scan | None:
             else:
                 there = slice(None) if column.there is None else column.there
                 scan.cells[cell, there], scan.cells[cell + 1, there] = found.T.view(np.uint64)
+    none = np.zeros(n + 1, np.int64)
     for place, dtype in enumerate(schema.columns):
         spanned = dtype == np.object_
         element: npt.DTypeLike = np.int64 if spanned else dtype
-        none: Ragged[Any] = Ragged(np.empty((0, 2) if spanned else 0, element), np.zeros(n + 1, np.int64))
-        made = merged(parts.get(place, [none]), element)
-        # Copies: a batch may be changed by whoever gets it, and other batches are of the same rows.
-        scan.values.append(np.array(made.values))
-        scan.splits.append(np.array(made.row_splits))
+        made = merged(parts.get(place) or [Ragged(np.empty((0, 2) if spanned else 0, element), none)], element)
+        scan.values.append(made.values)
+        scan.splits.append(made.row_splits)
     return scan
 
 

@@ -19,7 +19,7 @@ from trilith.data.scan.compose import compose_batch, compose_examples
 from trilith.data.scan.result import Scalars, byte_strings
 from trilith.errors import InvalidRequestError
 from trilith.ops.memory import address_of
-from trilith.ops.ragged import Ragged
+from trilith.ops.ragged import Ragged, singles
 from trilith_proto import example_pb2
 
 __all__ = ["LABEL", "NO_TEXT", "Column", "ColumnType", "RowColumn", "Rows", "line_field_of", "merged", "packed_text"]
@@ -258,6 +258,9 @@ class Rows(Records):
 
 def _taken(lists: Ragged[Any], rows: Any) -> Ragged[Any]:
     """Some rows of lists; a slice shares the memory of the values."""
+    if len(lists.values) == len(lists) and lists.uniform(1):
+        values = lists.values[rows]
+        return Ragged(values, singles(len(values)))
     splits = lists.row_splits
     if isinstance(rows, slice):
         start, stop, step = rows.indices(len(lists))
@@ -265,16 +268,7 @@ def _taken(lists: Ragged[Any], rows: Any) -> Ragged[Any]:
             cut = splits[start : max(start, stop) + 1]
             return Ragged(lists.values[cut[0] : cut[-1]], cut - cut[0])
         rows = np.arange(start, stop, step)
-    if rows.dtype == np.bool_:
-        rows = np.flatnonzero(rows)
-    if len(lists.values) == len(lists) and _single(splits):
-        return Ragged(lists.values[rows], np.arange(rows.size + 1))
     return lists.take(rows)
-
-
-def _single(splits: npt.NDArray[np.int64]) -> bool:
-    """Whether every row has one value."""
-    return bool((splits[1:] - splits[:-1] == 1).all())
 
 
 def _joined(parts: dict[int, RowColumn], sizes: list[int]) -> RowColumn:

@@ -25,16 +25,6 @@ _128 = np.float32(128)
 
 
 @inlined
-def codec_bytes(codec: Any) -> Any:
-    """Bytes per weight of a stored codec."""
-    if codec == RAW:
-        return 4
-    if codec == HALF:
-        return 2
-    return 1
-
-
-@inlined
 def quantize_r8(x: Any, r: Any) -> Any:
     """int8 code of x over [-r, r * 127 / 128]: round half away from zero, NaN to 0, clamped."""
     if np.isnan(x):
