@@ -27,7 +27,7 @@ from trilith.data.parse.sharding import (
 from trilith.data.parse.specs import INVALID_LABEL, Dense, Extra, InstanceWeight, Label, Slot, Sparse
 from trilith.data.records import Records
 from trilith.errors import DataError, InvalidRequestError
-from trilith.ops.ragged import Ragged
+from trilith.ops.ragged import Ragged, singles
 from trilith_proto import example_pb2, proto_parser_pb2
 
 
@@ -267,6 +267,15 @@ def test_specs_may_rename_features_and_serve_every_kind_of_record():
 
 
 # ---- ragged arrays ---------------------------------------------------------------------------------------------------
+
+
+def test_a_ragged_array_knows_whether_its_rows_are_equally_long():
+    ramp = singles(3)
+    assert not ramp.flags.writeable
+    assert Ragged(np.zeros(3), ramp).uniform(1)
+    for splits, n, expected in (([0, 2, 4], 2, True), ([0, 2, 4], 1, False), ([0, 1, 4], 2, False), ([0], 5, True)):
+        assert Ragged(np.zeros(splits[-1]), np.array(splits)).uniform(n) is expected
+    assert singles(70_000).size == 70_001
 
 
 def test_ragged_arrays_expand_and_contract():

@@ -498,8 +498,7 @@ class ExampleParser(_ColumnParser):
         if named.any():
             if not self.strict:
                 _check_members(scan.records, "label", member, Element.FLOAT)
-            instead = self._merged("label", Element.FLOAT, scan).dense(dim, INVALID_LABEL)
-            out[named] = instead[named]
+            out[named] = self._merged("label", Element.FLOAT, scan).dense(dim, INVALID_LABEL)[named]
         return out
 
     def _weights(self, dim: int, scan: Scan) -> npt.NDArray[Any]:
