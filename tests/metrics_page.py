@@ -8,6 +8,7 @@ from pathlib import Path
 from prometheus_client import REGISTRY, CollectorRegistry
 
 import trilith.runtime.timers  # noqa: F401 (registers those of clients)
+from trilith.estimator import Prometheus
 from trilith_proto import ps_pb2, serving_pb2
 from trilith_services.ps.process.metrics import Metrics
 from trilith_services.serving.metrics import EntryMetrics
@@ -39,7 +40,14 @@ def metrics_page() -> str:
     status = serving_pb2.ModelStatusResponse()
     status.replicas.add()
     of_entry.watch(lambda: status)
-    parts = {"PS and serving replicas": of_ps.registry, "Entries": of_entry.registry, "Workers": REGISTRY}
+    of_job = CollectorRegistry()
+    Prometheus(of_job).register()
+    parts = {
+        "PS and serving replicas": of_ps.registry,
+        "Entries": of_entry.registry,
+        "Workers": REGISTRY,
+        "Jobs with the callback `trilith.estimator.Prometheus`": of_job,
+    }
     return "\n".join([_HEAD, *(f"## {title}\n\n{_table(registry)}" for title, registry in parts.items())])
 
 

@@ -65,7 +65,7 @@ PARTS = {
     ),
     "ops": Part(
         ("services/trilith_services/",),
-        ("commands", "console", "listening", "logs", "quick", "serve", "server_process", "supervisor"),
+        ("commands", "console", "job_commands", "listening", "logs", "quick", "serve", "server_process", "supervisor"),
     ),
 }  # fmt: skip
 """By the name that `make quick PART=` takes."""

@@ -91,6 +91,44 @@ SCHEDULERS = (
         "`mlp://` under mpirun: `_RANK`, `_SIZE` and `_LOCAL_SIZE` number the workers instead.",
     ),
 )
+JOB = (
+    Variable(
+        "TRILITH_RUN_*",
+        "",
+        "",
+        "Fields of RunConfig: `TRILITH_RUN_EPOCHS=3`. They win over `--config` and the code, `--set` over them.",
+    ),
+    Variable("RANK", "N", "", "Which worker this is, as torchrun sets it."),
+    Variable("WORLD_SIZE", "N", "", "How many workers there are, as torchrun sets it."),
+    Variable("LOCAL_RANK", "N", "`0`", "Which of this machine's workers; decides the GPU."),
+    Variable("LOCAL_WORLD_SIZE", "N", "", "How many workers are on this machine."),
+    Variable("MASTER_ADDR", "HOST", "", "Where rank 0 meets the others, as torchrun sets it; also with what follows."),
+    Variable("MASTER_PORT", "PORT", "", "The port there."),
+    Variable("TORCHELASTIC_USE_AGENT_STORE", "", "", "torchrun's: its agent listens there itself."),
+    Variable(
+        "OMPI_COMM_WORLD_*",
+        "",
+        "",
+        "mpirun's `_RANK`, `_SIZE`, `_LOCAL_RANK` and `_LOCAL_SIZE`, where RANK is not set.",
+    ),
+    Variable("MLP_*", "", "", "The next that is asked: `MLP_ROLE`, `MLP_ROLE_INDEX`, `MLP_WORKER_NUM`, …"),
+    Variable("TF_CONFIG", "JSON", "", "The next that is asked; a chief is worker 0."),
+    Variable(
+        "JOB_COMPLETION_INDEX",
+        "N",
+        "",
+        "The last that is asked: which worker this is, set by an indexed Kubernetes Job.",
+    ),
+    Variable(
+        "JOB_COMPLETIONS",
+        "N",
+        "",
+        "How many: set it in the pod's template to the Job's `completions`; `WORLD_SIZE` is taken too.",
+    ),
+    Variable("PMI_SIZE", "N", "", "Of a launcher that is not read; above 1, rank and world_size must be given."),
+    Variable("SLURM_STEP_NUM_TASKS", "N", "", "The same."),
+    Variable("CUDA_VISIBLE_DEVICES", "N,…", "", "CUDA's own; named where a local rank has no GPU."),
+)
 OWN_ADDRESS = (
     Variable("CLOUDNATIVE_INET_ADDR", "HOST,…", "", "This machine's address, the first of them, without --advertise."),
     Variable("YARN_INET_ADDR", "HOST,…", "", "The same, where the one above is not set; and so on."),
@@ -121,8 +159,8 @@ COMPOSE = {
     "ZK_IMAGE": "Image of ZooKeeper.",
 }
 
-NOT_ENVIRONMENT = frozenset({"PATH_INFO", "MPI_", "PRIMARY_HOST"})
-"""A name of WSGI's own environment, a prefix beside MLP_ of which nothing is read, the end of a name."""
+NOT_ENVIRONMENT = frozenset({"PATH_INFO", "MPI_", "PRIMARY_HOST", "LOCAL_SIZE"})
+"""A name of WSGI's own environment, a prefix beside MLP_ of which nothing is read, the ends of names."""
 
 HEAD = """# Commands, flags and environment variables
 
@@ -141,6 +179,8 @@ def page() -> str:
         rows = [*_flags(command), *_variables(words, command)]
         if rows:
             parts.append(_table("flag or $variable", rows))
+    parts.append("## `trilith.estimator`\n\nWhat a job reads of the environment.\n")
+    parts.append(_table("$variable", [(f"`${each.name}`", each.value, each.default, each.meaning) for each in JOB]))
     parts.append("## `docker-compose`\n\nVariables of `docker-compose.yml`, from the environment or an `--env-file`.\n")
     parts.append(_table("$variable", list(_compose())))
     return "\n".join(parts)
@@ -148,7 +188,7 @@ def page() -> str:
 
 def undescribed() -> list[str]:
     """Variables that are read and not described, or described and not read."""
-    known = {variable.name for variable in (*EVERYWHERE, CREDENTIALS, *SCHEDULERS, *OWN_ADDRESS)}
+    known = {variable.name for variable in (*EVERYWHERE, CREDENTIALS, *SCHEDULERS, *JOB, *OWN_ADDRESS)}
     prefixes = tuple(name[:-1] for name in known if name.endswith("*"))
     composed = set(_compose_defaults())
     found = [f"docker-compose.yml: {name}" for name in sorted(composed ^ set(COMPOSE))]

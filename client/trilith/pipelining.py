@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 from trilith.errors import ClosedError, InvalidRequestError
 from trilith.runtime.forks import renew_in_children
 
-__all__ = ["Ahead", "Fetch", "Place", "Placed", "Prefetcher", "Pusher"]
+__all__ = ["Ahead", "Fetch", "Lane", "Pending", "Place", "Placed", "Prefetcher", "Pusher"]
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -68,6 +68,69 @@ class Fetch(Generic[_R]):
         return self._value  # type: ignore[return-value]
 
 
+class Lane:
+    """Calls made one after another by one thread, in the order in which they were given.
+
+    Fetches and pushes of a loop that share a lane overlap with its computation, and yet what each sees depends on the
+    loop's order alone: such runs are reproducible, to the bit where the computation is.
+    """
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Pending[Any]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        renew_in_children(self)
+
+    def after_fork(self) -> None:
+        """What was on its way is the parent's."""
+        self._calls = queue.SimpleQueue()
+        self._thread = None
+
+    def submit(self, call: Callable[[], _R]) -> Pending[_R]:
+        """Have `call` made when those before it are."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="trilith-lane", daemon=True)
+            self._thread.start()
+        pending: Pending[_R] = Pending()
+        self._calls.put((call, pending))
+        return pending
+
+    def drain(self) -> None:
+        """Wait until all calls so far are made; their errors are with whoever asks for their results."""
+        if self._thread is not None:
+            self.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """End the thread after the calls that were given."""
+        if self._thread is not None:
+            self._calls.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while (found := self._calls.get()) is not None:
+            call, pending = found
+            pending.settle(Fetch(call))
+
+
+class Pending(Generic[_R]):
+    """The outcome of a call that may not have been made yet."""
+
+    def __init__(self) -> None:
+        self._settled = threading.Event()
+        self._outcome: Fetch[_R] | None = None
+
+    def settle(self, outcome: Fetch[_R]) -> None:
+        """Know the outcome."""
+        self._outcome = outcome
+        self._settled.set()
+
+    def result(self) -> _R:
+        """Wait; the value, or what the call raised."""
+        self._settled.wait()
+        assert self._outcome is not None
+        return self._outcome.result()
+
+
 class Prefetcher(Generic[_T, _R]):
     """Goes over items, each with what `fetch` gave for it, fetched up to `depth` items ahead by one thread.
 
@@ -81,9 +144,18 @@ class Prefetcher(Generic[_T, _R]):
         depth: 0 fetches in the caller's thread, when the item is taken.
         background: Without, the fetches are made in the caller's thread, `depth` ahead all the same: the staleness is
             then not the most there can be but exact, and runs are reproducible.
+        lane: Makes the fetches, in order with what else it is given; items are then taken in the caller's thread.
     """
 
-    def __init__(self, items: Iterable[_T], fetch: Callable[[_T], _R], depth: int, *, background: bool = True) -> None:
+    def __init__(
+        self,
+        items: Iterable[_T],
+        fetch: Callable[[_T], _R],
+        depth: int,
+        *,
+        background: bool = True,
+        lane: Lane | None = None,
+    ) -> None:
         _check_depth("prefetch", depth)
         self._items = iter(items)
         self._fetch = fetch
@@ -94,11 +166,14 @@ class Prefetcher(Generic[_T, _R]):
         if self._placed is not None:
             self._place = self._placed.position()
             self._placed.follow(self._loop_place)
-        self._ready: queue.SimpleQueue[tuple[_T, Fetch[_R], Place] | BaseException | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[tuple[_T, Fetch[_R] | Pending[_R], Place] | BaseException | None] = (
+            queue.SimpleQueue()
+        )
         self._room = threading.Semaphore(depth)
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        if depth and background:
+        self._lane = lane
+        if depth and background and lane is None:
             self._thread = threading.Thread(target=self._run, name="trilith-prefetch", daemon=True)
             self._thread.start()
             renew_in_children(self)
@@ -111,7 +186,7 @@ class Prefetcher(Generic[_T, _R]):
         )
         self._closed = threading.Event()
 
-    def __iter__(self) -> Iterator[tuple[_T, Fetch[_R]]]:
+    def __iter__(self) -> Iterator[tuple[_T, Fetch[_R] | Pending[_R]]]:
         """Items in order, with their fetches; an error of `items` is raised in its place."""
         if self._thread is None:
             yield from self._in_this_thread()
@@ -126,8 +201,8 @@ class Prefetcher(Generic[_T, _R]):
             item, fetched, self._place = found
             yield item, fetched
 
-    def _in_this_thread(self) -> Iterator[tuple[_T, Fetch[_R]]]:
-        ahead: deque[tuple[_T, Fetch[_R], Place]] = deque()
+    def _in_this_thread(self) -> Iterator[tuple[_T, Fetch[_R] | Pending[_R]]]:
+        ahead: deque[tuple[_T, Fetch[_R] | Pending[_R], Place]] = deque()
         for taken in self._items:
             if self._closed.is_set():
                 return
@@ -138,9 +213,11 @@ class Prefetcher(Generic[_T, _R]):
         for item, fetched, self._place in ahead:
             yield item, fetched
 
-    def _fetched(self, item: _T) -> tuple[_T, Fetch[_R], Place]:
+    def _fetched(self, item: _T) -> tuple[_T, Fetch[_R] | Pending[_R], Place]:
         """The item last taken, with its fetch and the place behind it."""
         place = _nowhere if self._placed is None else self._placed.position()
+        if self._lane is not None:
+            return item, self._lane.submit(lambda: self._fetch(item)), place
         return item, Fetch(lambda: self._fetch(item)), place
 
     def position(self) -> Place:
@@ -203,7 +280,7 @@ class _Followed(Prefetcher[_T, _S]):
         self._before = before
         self._pairs = Prefetcher(before, lambda pair: follow(pair[1].result()), depth)
 
-    def __iter__(self) -> Iterator[tuple[_T, Fetch[_S]]]:
+    def __iter__(self) -> Iterator[tuple[_T, Fetch[_S] | Pending[_S]]]:
         for (item, _), fetched in self._pairs:
             yield item, fetched
 
@@ -228,18 +305,22 @@ class _Followed(Prefetcher[_T, _S]):
 class Pusher:
     """Makes calls one after another in a thread of its own, with at most `depth` not finished.
 
-    An error is raised, as it was, by the next `push` or `drain`. What was pushed after the call that failed is dropped.
+    An error is raised, as it was, by the next `push` or `drain`. What was pushed after the call that failed is dropped,
+    unless a lane makes the calls.
 
     Args:
         depth: 0 makes every call at once, in the caller's thread.
         background: Without, calls wait until `depth` more were pushed and are then made in the caller's thread: they
             are then late by exactly that much, and runs are reproducible.
+        lane: Makes the calls, in order with what else it is given.
     """
 
-    def __init__(self, depth: int = 0, *, background: bool = True) -> None:
+    def __init__(self, depth: int = 0, *, background: bool = True, lane: Lane | None = None) -> None:
         _check_depth("async_push", depth)
         self.depth = depth
         self._background = background
+        self._lane = lane
+        self._on_lane: deque[Pending[object]] = deque()
         self._waiting: deque[Callable[[], object]] = deque()
         self._changed = threading.Condition()
         self._unfinished = 0
@@ -252,12 +333,15 @@ class Pusher:
     def after_fork(self) -> None:
         """A child begins with nothing on its way: what was is the parent's."""
         self._waiting.clear()
+        self._on_lane.clear()
         self._changed = threading.Condition()
         self._unfinished, self._error, self._closed, self._thread = 0, None, False, None
 
     def push(self, call: Callable[[], object]) -> None:
         """Have `call` made; waits while `depth` are not finished."""
-        if self.depth == 0:
+        if self._lane is not None:
+            self._push_on_lane(self._lane, call)
+        elif self.depth == 0:
             call()
         elif self._background:
             self._push(call)
@@ -265,6 +349,11 @@ class Pusher:
             self._waiting.append(call)
             while len(self._waiting) > self.depth:
                 self._call_oldest()
+
+    def _push_on_lane(self, lane: Lane, call: Callable[[], object]) -> None:
+        self._on_lane.append(lane.submit(call))
+        while len(self._on_lane) > self.depth:
+            self._on_lane.popleft().result()
 
     def _push(self, call: Callable[[], object]) -> None:
         with self._changed:
@@ -279,6 +368,8 @@ class Pusher:
 
     def drain(self) -> None:
         """Wait until every call is finished."""
+        while self._on_lane:
+            self._on_lane.popleft().result()
         if self.depth and not self._background:
             while self._waiting:
                 self._call_oldest()
@@ -289,6 +380,7 @@ class Pusher:
 
     def close(self) -> None:
         """End the thread after the call that it makes; what waits is dropped. A later push begins anew."""
+        self._on_lane.clear()
         with self._changed:
             self._closed = True
             self._waiting.clear()
@@ -337,12 +429,14 @@ class Ahead(Generic[_R]):
     Args:
         read: Gives the present value.
         background: Without, the value for the next step is read in the caller's thread, when the present one is taken.
+        lane: Reads, in order with what else it is given.
     """
 
-    def __init__(self, read: Callable[[], _R], *, background: bool = True) -> None:
+    def __init__(self, read: Callable[[], _R], *, background: bool = True, lane: Lane | None = None) -> None:
         self._read = read
         self._background = background
-        self._next: Fetch[_R] | None = None
+        self._lane = lane
+        self._next: Fetch[_R] | Pending[_R] | None = None
         self._thread: threading.Thread | None = None
         renew_in_children(self)
 
@@ -356,7 +450,9 @@ class Ahead(Generic[_R]):
         if self._next is None:
             self._next = Fetch(self._read)
         now, self._next = self._next, None
-        if self._background:
+        if self._lane is not None:
+            self._next = self._lane.submit(self._read)
+        elif self._background:
             self._thread = threading.Thread(target=self._begin, name="trilith-ahead", daemon=True)
             self._thread.start()
         else:

@@ -20,7 +20,10 @@ __all__ = ["app", "main"]
 COMMANDS = (
     "ps",
     "serving",
+    "new",
     "worker",
+    "evaluate",
+    "predict",
     "up",
     "demo",
     "query",

@@ -56,6 +56,7 @@ class Exporter:
         features: By name.
         inputs: What `module` takes, in order.
         outputs: Names of what it gives, in order.
+        load: Gives `module` the values that a checkpoint has for it; None: `dense` has them as dense variables.
 
     Raises:
         InvalidRequestError: Something in `module` changes in training that no checkpoint has: buffers such as running
@@ -71,6 +72,7 @@ class Exporter:
         features: Mapping[str, ServedFeature],
         inputs: Iterable[ProgramInput],
         outputs: Iterable[str] = ("score",),
+        load: Callable[[str], None] | None = None,
     ) -> None:
         self._name = name
         self._module = module
@@ -79,7 +81,9 @@ class Exporter:
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
         self._traced: tuple[bytes, dict[str, Tensor]] | None = None
-        _check_stored(self._module, self._dense)
+        self._load = load
+        if load is None:
+            _check_stored(self._module, self._dense)
 
     def export(
         self,
@@ -130,7 +134,10 @@ class Exporter:
             tables=tuple(tables.values()),
             num_ps=manifest.shard_count,
         )
-        set_parameters(self._dense, dense_values(checkpoint))
+        if self._load is None:
+            set_parameters(self._dense, dense_values(checkpoint))
+        else:
+            self._load(checkpoint)
         graph, weights = self._trace(model)
         version = new_version(base, clock=clock)
         root = base if mode == "standalone" else Folder(base).child(ENTRY).url

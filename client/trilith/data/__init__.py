@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trilith.data.samples.negatives import NegativeConfig
     from trilith.data.scan.rows import Column
     from trilith.ops.ragged import Ragged
+    from trilith.ops.strings import hash_strings
 
 __all__ = [
     "Column",
@@ -46,6 +47,7 @@ __all__ = [
     "from_json",
     "from_records",
     "gen_patterns",
+    "hash_strings",
     "match_input_patterns",
     "open_records",
     "open_writer",
@@ -56,6 +58,7 @@ __all__ = [
 
 _NAMES = {
     ".ops.ragged": "Ragged",
+    ".ops.strings": "hash_strings",
     "formats.files": "gen_patterns match_input_patterns",
     "formats.framing": "Framing",
     "formats.readers": "open_records",

@@ -61,6 +61,11 @@ class MlpEnvironment:
         return self.role == "WORKER" and "OMPI_COMM_WORLD_RANK" in self._mpi
 
     @property
+    def says_index(self) -> bool:
+        """Whether the variables say which member of its role this process is; `index` is 0 where they do not."""
+        return self.mpi or bool(self._variables.get("MLP_ROLE_INDEX"))
+
+    @property
     def index(self) -> int:
         """Own index."""
         return self._mpi["OMPI_COMM_WORLD_RANK"] if self.mpi else self._number("MLP_ROLE_INDEX", 0)

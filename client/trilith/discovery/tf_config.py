@@ -37,9 +37,12 @@ class TfConfigDirectory:
             raise InvalidRequestError(f'TF_CONFIG has no "cluster" of addresses by role: {text[:200]}')
         self._cluster = {role: _addresses(role, listed) for role, listed in cluster.items()}
         task = config.get("task") or {}
+        if not isinstance(task, dict):
+            raise InvalidRequestError(f'TF_CONFIG: "task" is {{"type": …, "index": …}}, not {task!r}')
         self._type = str(task.get("type", ""))
+        self._has_index = task.get("index") is not None
         try:
-            self._index = int(task.get("index", 0))
+            self._index = int(task.get("index") or 0)
         except (TypeError, ValueError):
             raise InvalidRequestError(f"TF_CONFIG: task index {task.get('index')!r} is no number") from None
 
@@ -55,6 +58,11 @@ class TfConfigDirectory:
     def server_type(self) -> str:
         """Own role; a chief is a worker."""
         return WORKER if self._type == _CHIEF else self._type
+
+    @property
+    def says_index(self) -> bool:
+        """Whether the text says which member of its role this process is; `index` is 0 where it does not."""
+        return bool(self._type) and self._has_index
 
     @property
     def index(self) -> int:

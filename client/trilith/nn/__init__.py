@@ -15,6 +15,7 @@ from trilith.nn.embedding import Embedding, EmbeddingBag, EmbeddingCollection, F
 from trilith.nn.features import FeatureEmbeddings, FeatureModel
 from trilith.nn.ffm import FFM
 from trilith.nn.layouts import FusedLayouts
+from trilith.nn.optimization import Optimization
 from trilith.nn.updates import ClippedBackward, ClippedLayouts
 from trilith.ops.combiners import Combiner, FirstN
 
@@ -36,6 +37,7 @@ __all__ = [
     "FetchedRows",
     "FirstN",
     "FusedLayouts",
+    "Optimization",
     "as_bags",
     "auc",
     "pick_device",

@@ -17,7 +17,7 @@ from trilith.errors import InvalidRequestError
 from trilith.nn.anchored import dense_parameters
 from trilith.nn.bridge import Bridge
 from trilith.nn.reduction import Fusion, average_gradients
-from trilith.pipelining import Ahead, Pusher
+from trilith.pipelining import Ahead, Lane, Pusher
 
 __all__ = ["AllReduced", "DenseOnPs", "VariableClient"]
 
@@ -59,6 +59,7 @@ class DenseOnPs:
             have at a time: others need a prefix of their own, or, to train the same values, to say "dense/" themselves.
         prefetch: Whether values are read one step ahead.
         async_push: How many steps may be on their way; 0 waits for each. `drain` waits for all.
+        lane: Makes reads ahead and steps, in the order of the loop: runs are then reproducible. None: a thread each.
     """
 
     def __init__(
@@ -70,10 +71,11 @@ class DenseOnPs:
         prefix: str | None = None,
         prefetch: bool = False,
         async_push: int = 0,
+        lane: Lane | None = None,
     ) -> None:
         self._client = client
-        self._ahead = Ahead(self._read) if prefetch else None
-        self._pusher = Pusher(async_push)
+        self._ahead = Ahead(self._read, lane=lane) if prefetch else None
+        self._pusher = Pusher(async_push, lane=lane)
         self._parameters = _claimed(client, module, prefix)
         self._optimizer = optimizer
         self.create()
@@ -88,6 +90,12 @@ class DenseOnPs:
         values, step = self._read() if self._ahead is None else self._ahead.take()
         _copy_into(self._parameters, values)
         return step
+
+    def publish(self) -> None:
+        """Set the variables to the module's present values; optimizer state stays."""
+        self._client.assign_variables(self._values())
+        if self._ahead is not None:
+            self._ahead.forget()
 
     def step(self, *, learning_rate: float | None = None) -> None:
         """Send the gradients of the last backward pass; parameters without one stay as they are.
@@ -160,7 +168,8 @@ class AllReduced:
         if not distributed.is_available() or not distributed.is_initialized():
             raise InvalidRequestError("all-reduced parameters need torch.distributed.init_process_group first")
         self._client = client
-        self._optimizer = optimizer
+        self.optimizer = optimizer
+        self._averaged = False
         self._all_publish = all_publish
         self._fusion, self._float16 = fusion, float16
         self._parameters = _claimed(client, module, prefix)
@@ -190,15 +199,17 @@ class AllReduced:
             scale: What this worker's gradients are multiplied by before.
         """
         if learning_rate is not None:
-            for group in self._optimizer.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
         try:
-            self._average(scale)
-            self._optimizer.step()
+            if not self._averaged:
+                self.average(scale)
+            self.optimizer.step()
         finally:
             self.zero_grad()
 
-    def _average(self, scale: float) -> None:
+    def average(self, scale: float = 1.0) -> None:
+        """The first half of `step`, for who looks at the averages before; every rank does so or none."""
         parameters = list(self._parameters.values())
         present = torch.tensor([float(each.grad is not None) for each in parameters], device=parameters[0].device)
         grads = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
@@ -208,10 +219,12 @@ class AllReduced:
         assert counts is not None  # it was given
         for parameter, grad, count in zip(parameters, averaged, counts.tolist(), strict=True):
             parameter.grad = grad if count else None
+        self._averaged = True
 
     def zero_grad(self) -> None:
         """Forget gradients."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self._averaged = False
+        self.optimizer.zero_grad(set_to_none=True)
 
     def publish(self) -> None:
         """Store the present values in the cluster; rank 0 does it before a checkpoint and at the end."""

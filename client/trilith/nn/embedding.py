@@ -21,11 +21,12 @@ from trilith.nn.lookups import FetchedRows, Lookup, Output, Step
 from trilith.nn.pooling import Pooled, make_pooling
 from trilith.ops.combiners import Combiner, CombinerLike, combiner_of
 from trilith.ops.ragged import Ragged
-from trilith.pipelining import Prefetcher
+from trilith.pipelining import Lane, Prefetcher
 
 __all__ = ["Embedding", "EmbeddingBag", "EmbeddingCollection", "Feature", "FetchedRows", "TableLike"]
 
 _T = TypeVar("_T")
+Weights = Mapping[str, npt.NDArray[np.float32]]
 
 
 class TableLike(Protocol):
@@ -75,9 +76,10 @@ class _ClusterModule(Anchored):
         init_missing: bool = False,
         bridge: Bridge | None = None,
         async_push: int = 0,
+        lane: Lane | None = None,
     ) -> None:
         super().__init__(Bridge(pick_device(device)) if bridge is None else bridge)
-        self.exchange = Exchange(client, init_missing=init_missing, async_push=async_push)
+        self.exchange = Exchange(client, init_missing=init_missing, async_push=async_push, lane=lane)
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Sum the gradients of every backward pass inside into one step, sent at the end."""
@@ -198,6 +200,7 @@ class EmbeddingCollection(_ClusterModule):
         init_missing: Create rows of unknown ids at their first lookup rather than at their first step.
         bridge: Takes the place of the one that `device` would make.
         async_push: How many updates may be on their way; 0 waits for each. `drain` waits for all.
+        lane: Makes lookups ahead and updates in the order of the loop: runs are then reproducible. None: a thread each.
     """
 
     def __init__(
@@ -209,8 +212,11 @@ class EmbeddingCollection(_ClusterModule):
         init_missing: bool = False,
         bridge: Bridge | None = None,
         async_push: int = 0,
+        lane: Lane | None = None,
     ) -> None:
-        super().__init__(client, device=device, init_missing=init_missing, bridge=bridge, async_push=async_push)
+        super().__init__(
+            client, device=device, init_missing=init_missing, bridge=bridge, async_push=async_push, lane=lane
+        )
         if not features:
             raise InvalidRequestError("a collection needs at least one feature")
         given: Mapping[str, object] = features
@@ -230,16 +236,17 @@ class EmbeddingCollection(_ClusterModule):
             pooled, first = self._by_table.setdefault(feature.table.name, ([], []))
             (first if feature.combiner.n else pooled).append(name)
 
-    def fetch(self, batch: Mapping[str, IdsLike]) -> FetchedRows:
+    def fetch(self, batch: Mapping[str, IdsLike], *, weights: Weights | None = None) -> FetchedRows:
         """Look a batch up now, to go through the model later; may be called in another thread.
 
         Args:
             batch: Ids of every feature, in any form of `as_bags` that stands alone; one number of samples for all.
+            weights: float32[n] of the ids of pooled features that have them; see `trilith.nn.pooling.make_pooling`.
         """
-        return self._fetch(batch, self._learns())
+        return self._fetch(batch, self._learns(), weights)
 
-    def _fetch(self, batch: Mapping[str, IdsLike], create: bool) -> FetchedRows:
-        step, groups, samples = self._plan(batch, create)
+    def _fetch(self, batch: Mapping[str, IdsLike], create: bool, weights: Weights | None = None) -> FetchedRows:
+        step, groups, samples = self._plan(batch, create, weights or {})
         return FetchedRows(step, step.fetch(), groups, samples)
 
     def prefetch(
@@ -248,6 +255,7 @@ class EmbeddingCollection(_ClusterModule):
         depth: int,
         *,
         ids: Callable[[_T], Mapping[str, IdsLike]],
+        weights: Callable[[_T], Weights] | None = None,
         lookup_queue: int = 0,
     ) -> Prefetcher[_T, FetchedRows]:
         """Go over batches with their rows looked up, `depth` of them ahead.
@@ -258,19 +266,26 @@ class EmbeddingCollection(_ClusterModule):
             batches: Anything.
             depth: 0 looks every batch up when it is taken.
             ids: Gives the ids of a batch.
+            weights: Gives their weights, as `fetch` takes them.
             lookup_queue: Where the workers hold the rows: batches whose rows their owners have found, and that wait to
                 travel. Rows then lack up to `lookup_queue + 1` updates more.
         """
         if not lookup_queue:
             # The thread that looks up has a grad mode of its own: what counts is the caller's.
             with_grad = torch.is_grad_enabled()
-            return Prefetcher(batches, lambda batch: self._fetch(ids(batch), self._learns() and with_grad), depth)
-        found = Prefetcher(batches, lambda batch: self._begin(ids(batch)), lookup_queue)
+
+            def fetch(batch: _T) -> FetchedRows:
+                return self._fetch(ids(batch), self._learns() and with_grad, weights(batch) if weights else None)
+
+            return Prefetcher(batches, fetch, depth, lane=self.exchange.lane)
+        found = Prefetcher(
+            batches, lambda batch: self._begin(ids(batch), weights(batch) if weights else {}), lookup_queue
+        )
         return found.then(lambda bring: bring(), depth)
 
-    def _begin(self, batch: Mapping[str, IdsLike]) -> Callable[[], FetchedRows]:
+    def _begin(self, batch: Mapping[str, IdsLike], weights: Weights) -> Callable[[], FetchedRows]:
         """Have a batch's rows found; the call that is returned brings them."""
-        step, groups, samples = self._plan(batch, create=False)
+        step, groups, samples = self._plan(batch, False, weights)
         bring = self.exchange.begin(step.ids)
         return lambda: FetchedRows(step, bring(), groups, samples)
 
@@ -303,14 +318,14 @@ class EmbeddingCollection(_ClusterModule):
         if isinstance(batch, FetchedRows):
             groups, samples, outputs = batch.groups, batch.samples, self._run(batch.step, batch.rows)
         else:
-            step, groups, samples = self._plan(batch, self._learns())
+            step, groups, samples = self._plan(batch, self._learns(), {})
             outputs = self._run(step)
         return [
             (names, output.view(len(names), samples, *output.shape[1:]))
             for names, output in zip(groups, outputs, strict=True)
         ]
 
-    def _plan(self, batch: Mapping[str, IdsLike], create: bool) -> tuple[Step, list[list[str]], int]:
+    def _plan(self, batch: Mapping[str, IdsLike], create: bool, weights: Weights) -> tuple[Step, list[list[str]], int]:
         """What to look up, the features of each output, and the number of samples."""
         bags = self._bags(batch)
         samples = len(next(iter(bags.values())))
@@ -322,7 +337,12 @@ class EmbeddingCollection(_ClusterModule):
             for names in runs:
                 stop = start + sum(bags[name].values.size for name in names)
                 combiners = [self.features[name].combiner for name in names]
-                pooling = make_pooling([bags[name].lengths for name in names], combiners, self.bridge.to_device)
+                pooling = make_pooling(
+                    [bags[name].lengths for name in names],
+                    combiners,
+                    self.bridge.to_device,
+                    [weights.get(name) for name in names] if weights else (),
+                )
                 step.outputs.append(Output(table, start, stop, pooling))
                 groups.append(names)
                 start = stop

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
-from trilith.pipelining import Pusher
+from trilith.pipelining import Lane, Pusher
 
 __all__ = ["Exchange", "RowClient"]
 
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 UInt64Array = npt.NDArray[np.uint64]
 Float32Array = npt.NDArray[np.float32]
+Updates = Mapping[str, tuple[UInt64Array, Float32Array]]
 
 
 class RowClient(Protocol):
@@ -58,13 +59,17 @@ class Exchange:
             rows first, with their initial values, as a table that exists in full from the start would have them. Costs
             a call in steps that meet new ids. Lookups of evaluation create nothing.
         async_push: How many pushes may be on their way while training goes on; see `trilith.pipelining`.
+        lane: Makes lookups that are made ahead, and pushes, in the order of the loop.
     """
 
-    def __init__(self, client: RowClient, *, init_missing: bool = False, async_push: int = 0) -> None:
+    def __init__(
+        self, client: RowClient, *, init_missing: bool = False, async_push: int = 0, lane: Lane | None = None
+    ) -> None:
         self.client = client
         self.init_missing = init_missing
-        self.pusher = Pusher(async_push)
-        self._held: dict[str, list[tuple[UInt64Array, Float32Array]]] | None = None
+        self.lane = lane
+        self.pusher = Pusher(async_push, lane=lane)
+        self._holder: tuple[object, Callable[[Updates], None]] | None = None
         self._said: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
@@ -126,24 +131,45 @@ class Exchange:
                 rows[table] = rows[table].copy()
             rows[table][absent] = again[table]
 
-    def push(self, updates: Mapping[str, tuple[UInt64Array, Float32Array]]) -> None:
-        """Apply gradients, all tables in one call; while accumulating, keep them for later."""
-        if self._held is not None:
-            for table, update in updates.items():
-                self._held.setdefault(table, []).append(update)
-        elif updates:
+    def push(self, updates: Updates) -> None:
+        """Apply gradients, all tables in one call; whoever holds them back gets them instead."""
+        if self._holder is not None:
+            self._holder[1](updates)
+        else:
+            self.send(updates)
+
+    def send(self, updates: Updates) -> None:
+        """Apply gradients, also while somebody holds them back."""
+        if updates:
             self.pusher.push(lambda: self.client.apply_gradients(updates))
+
+    def hold_for(self, holder: object, take: Callable[[Updates], None]) -> None:
+        """Give what is pushed to `take`, until `release`; one holder at a time."""
+        if self._holder is not None:
+            raise InvalidRequestError(
+                f"gradients are being held back already, by {type(self._holder[0]).__name__}; close or leave it first"
+            )
+        self._holder = holder, take
+
+    def release(self, holder: object) -> None:
+        """Send what is pushed again, if it was `holder` who held it back."""
+        if self._holder is not None and self._holder[0] is holder:
+            self._holder = None
 
     @contextmanager
     def hold(self) -> Iterator[dict[str, list[tuple[UInt64Array, Float32Array]]]]:
         """Collect what is pushed inside, by table, instead of sending it."""
-        if self._held is not None:
-            raise InvalidRequestError("gradients are being held back already")
-        held = self._held = {}
+        held: dict[str, list[tuple[UInt64Array, Float32Array]]] = {}
+
+        def take(updates: Updates) -> None:
+            for table, update in updates.items():
+                held.setdefault(table, []).append(update)
+
+        self.hold_for(held, take)
         try:
             yield held
         finally:
-            self._held = None
+            self.release(held)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:

@@ -23,15 +23,17 @@ __all__ = ["FirstRows", "Pooled", "make_pooling"]
 
 @dataclass(frozen=True, slots=True)
 class Pooled:
-    """Sums of bags, each times a factor of its own; factor None is 1, lengths None are all 1.
+    """Sums of bags, each times a factor of its own; factor and weights None are 1, lengths None are all 1.
 
     Attributes:
         lengths: int64[b] on the device.
         scale: float32[b, 1] on the device.
+        weights: float32[n] of the rows, on the device.
     """
 
     lengths: Tensor | None
     scale: Tensor | None
+    weights: Tensor | None = None
 
     def forward(self, rows: Tensor) -> Tensor:
         """float32[n, dim] rows to float32[b, dim] vectors."""
@@ -40,14 +42,16 @@ class Pooled:
         starts = torch.zeros_like(self.lengths)
         torch.cumsum(self.lengths[:-1], 0, out=starts[1:])
         every = torch.arange(rows.shape[0], device=rows.device)
-        sums = functional.embedding_bag(every, rows, starts, mode="sum")
+        sums = functional.embedding_bag(every, rows, starts, mode="sum", per_sample_weights=self.weights)
         return sums if self.scale is None else sums * self.scale
 
     def backward(self, grads: Tensor) -> Tensor:
         """float32[b, dim] gradients of the vectors to float32[n, dim] gradients of the rows."""
         if self.scale is not None:
             grads = grads * self.scale
-        return grads if self.lengths is None else grads.repeat_interleave(self.lengths, 0)
+        if self.lengths is not None:
+            grads = grads.repeat_interleave(self.lengths, 0)
+        return grads if self.weights is None else grads * self.weights[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,10 @@ class FirstRows:
 
 
 def make_pooling(
-    lengths: Sequence[Int64Array], combiners: Sequence[Combiner], to_device: Callable[[npt.NDArray[Any]], Tensor]
+    lengths: Sequence[Int64Array],
+    combiners: Sequence[Combiner],
+    to_device: Callable[[npt.NDArray[Any]], Tensor],
+    weights: Sequence[npt.NDArray[np.float32] | None] = (),
 ) -> Pooled | FirstRows:
     """Work out how the rows of several features, feature after feature, become vectors.
 
@@ -85,7 +92,12 @@ def make_pooling(
             the first n.
         combiners: Per feature.
         to_device: Takes an array where the rows are.
+        weights: Per feature float32[n], what each row is multiplied by, or None; none at all if empty. A mean is then
+            divided by the sum of the weights, and "sqrtn" by the root of the sum of their squares, as
+            `tf.nn.embedding_lookup_sparse` does it.
     """
+    if any(given is not None for given in weights):
+        return _weighted(lengths, combiners, to_device, weights)
     if combiners[0].n:
         return _first_rows(lengths[0], combiners[0].n, to_device)
     sizes = lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
@@ -105,6 +117,30 @@ def _factors(lengths: Int64Array, combiner: Combiner) -> npt.NDArray[np.float32]
         return np.ones_like(safe)
     divisors = safe if combiner.kind == "mean" else np.sqrt(safe)
     return np.reciprocal(divisors, out=divisors)
+
+
+def _weighted(
+    lengths: Sequence[Int64Array],
+    combiners: Sequence[Combiner],
+    to_device: Callable[[npt.NDArray[Any]], Tensor],
+    weights: Sequence[npt.NDArray[np.float32] | None],
+) -> Pooled:
+    factors, every = [], []
+    for sizes, combiner, given in zip(lengths, combiners, weights, strict=True):
+        own = np.ones(int(sizes.sum()), np.float32) if given is None else given
+        every.append(own)
+        factor = np.ones(sizes.size, np.float32)
+        if combiner.kind != "sum":
+            mean = combiner.kind == "mean"
+            sums = np.bincount(np.repeat(np.arange(sizes.size), sizes), own if mean else own * own, sizes.size)
+            divisors = (sums if mean else np.sqrt(sums)).astype(np.float32)
+            factor = np.divide(1, divisors, out=np.zeros_like(divisors), where=divisors != 0)
+        factors.append(factor)
+    return Pooled(
+        to_device(np.concatenate(lengths)),
+        to_device(np.concatenate(factors)[:, None]),
+        to_device(np.concatenate(every)),
+    )
 
 
 def _first_rows(lengths: Int64Array, width: int, to_device: Callable[[npt.NDArray[Any]], Tensor]) -> FirstRows:

@@ -180,8 +180,10 @@ class ServedModel:
 
     def _bags(self, name: str, ids: Ragged[np.int64]) -> Ragged[np.int64]:
         """A feature's ids, without those that no input has a place for."""
-        width = self.config.features[name].combiner.n
-        return ids.first(width) if width else ids
+        feature = self.config.features[name]
+        if not feature.combiner.n:
+            return ids
+        return ids.last(feature.combiner.n) if feature.newest else ids.first(feature.combiner.n)
 
     def _rows(self, bags: Mapping[str, Ragged[np.int64]], timeout_s: float | None) -> dict[str, Float32Array]:
         """Per feature the float32[n, dim] rows of its ids, all looked up in one call."""
@@ -211,6 +213,9 @@ class ServedModel:
         wanted = self.config.inputs[place]
         if wanted.kind == "dense":
             return np.ascontiguousarray(parsed[f"dense {place}"])
+        if wanted.kind == "mask":
+            there = np.arange(*self._shapes[place]) < bags[wanted.names[0]].lengths[:, None]
+            return there.astype(np.float32)
         out = np.empty((len(bags[wanted.names[0]]), *self._shapes[place]), np.float32)
         for column, name in enumerate(wanted.names):
             target = out[:, column] if wanted.kind == "stacked" else out

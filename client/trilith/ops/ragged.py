@@ -109,6 +109,14 @@ class Ragged(Generic[_Scalar]):
         place = np.arange(self.values.size) - np.repeat(self.row_splits[:-1], lengths)
         return Ragged.of_lengths(self.values[place < n], np.minimum(lengths, n))
 
+    def last(self, n: int) -> Ragged[_Scalar]:
+        """The same rows, each cut to its last n elements."""
+        lengths = self.lengths
+        if lengths.size == 0 or int(lengths.max()) <= n:
+            return self
+        left = np.repeat(self.row_splits[1:], lengths) - np.arange(len(self.values))
+        return Ragged.of_lengths(self.values[left <= n], np.minimum(lengths, n))
+
     def tolist(self) -> list[list[Any]]:
         """A list of lists."""
         values = self.values.tolist()

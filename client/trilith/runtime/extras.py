@@ -15,6 +15,9 @@ _EXTRAS = {
     "fastapi": "serving",
     "starlette": "serving",
     "uvicorn": "serving",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
 }
 """By top-level module, the extra that brings it, where nothing else is said."""
 

@@ -71,12 +71,14 @@ class ServedFeature:
         combiner: How its rows become one vector.
         feature: Name in the records; the feature's own by default.
         slot: Slot of flat fids in Instances, where the feature has no name there; None: it has one.
+        newest: Whether "first" keeps a record's last ids rather than its first ones.
     """
 
     table: str
     combiner: Combiner
     feature: str | None
     slot: int | None
+    newest: bool
 
     def __init__(
         self,
@@ -86,15 +88,20 @@ class ServedFeature:
         n: int = 0,
         feature: str | None = None,
         slot: int | None = None,
+        newest: bool = False,
     ) -> None:
         # Files, and callers of before, have kind and n apart.
         whole = Combiner(combiner, n) if combiner == "first" or n else combiner_of(combiner)  # type: ignore[arg-type]
-        for name, value in (("table", table), ("combiner", whole), ("feature", feature), ("slot", slot)):
+        given = {"table": table, "combiner": whole, "feature": feature, "slot": slot, "newest": newest}
+        for name, value in given.items():
             object.__setattr__(self, name, value)
 
     def to_json(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "combiner": self.combiner.kind, "n": self.combiner.n}
+        found = {**asdict(self), "combiner": self.combiner.kind, "n": self.combiner.n}
+        if not self.newest:
+            del found["newest"]  # who does not know it reads the others
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,21 +110,22 @@ class ProgramInput:
 
     Attributes:
         kind: "stacked": the features' vectors, float32[b, F, dim]; "feature": one feature's vector, float32[b, dim], or
-            float32[b, n, dim] of first rows; "dense": numbers of the records, float32[b, dim].
+            float32[b, n, dim] of first rows; "mask": of a feature with n rows, float32[b, n], 1 where there is an id, 0
+            behind the last; "dense": numbers of the records, float32[b, dim].
         names: The features; of "dense" the name in the records.
         dim: Elements, of "dense".
         pad: Of "dense": shorter lists are filled up with zeros and longer ones cut, as `Dense(lengths="fit")` does in
             training; otherwise a record whose list has not `dim` numbers is refused.
     """
 
-    kind: Literal["stacked", "feature", "dense"]
+    kind: Literal["stacked", "feature", "mask", "dense"]
     names: tuple[str, ...]
     dim: int = 0
     pad: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("stacked", "feature", "dense"):
-            raise InvalidRequestError(f"input kind {self.kind!r} is none of stacked, feature, dense")
+        if self.kind not in ("stacked", "feature", "mask", "dense"):
+            raise InvalidRequestError(f"input kind {self.kind!r} is none of stacked, feature, mask, dense")
         if not self.names or isinstance(self.names, str):
             raise InvalidRequestError(f"a {self.kind} input of names={self.names!r}; it takes a tuple of feature names")
         if self.kind != "stacked" and len(self.names) != 1:
@@ -181,6 +189,8 @@ class ModelConfig:
                 raise InvalidRequestError(f"an input wants features {missing}; there are {sorted(self.features)}")
             if each.kind == "stacked":
                 self._check_stacked(each.names)
+            if each.kind == "mask" and not self.features[each.names[0]].combiner.n:
+                raise InvalidRequestError(f"a mask of {each.names[0]!r}, whose rows become one vector: it has none")
         if not self.outputs or len(set(self.outputs)) < len(self.outputs):
             raise InvalidRequestError(f"outputs {list(self.outputs)}: names that differ, at least one")
 
@@ -224,6 +234,9 @@ class ModelConfig:
                 found.append((each.dim,))
                 continue
             feature = self.features[each.names[0]]
+            if each.kind == "mask":
+                found.append((feature.combiner.n,))
+                continue
             dim = self.dim_of(feature.table)
             found.append((len(each.names), dim) if each.kind == "stacked" else feature.combiner.shape(dim))
         return found

@@ -9,24 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trilith.runtime.extras import need
-from trilith_services.commands.flags import (
-    Data,
-    LogFlags,
-    MetricsHost,
-    MetricsPort,
-    Model,
-    ModelFlag,
-    expanded,
-)
+from trilith_services.commands.flags import LogFlags, MetricsHost, MetricsPort, Model, ModelFlag, expanded
+from trilith_services.commands.jobs import DataFlags, Job, RunFlags, given, refuse_alone, refuse_beside
 from trilith_services.worker.config import WorkerConfig
 
 if TYPE_CHECKING:
+    from trilith.data import Dataset
     from trilith_services.demo.models import ModelSettings
     from trilith_services.worker.run import Follower
 
 __all__ = ["register"]
 
 log = logging.getLogger(__name__)
+
+_JOB_ALONE = ("sets", "config", "file_format", "kind")
+_OF_A_JOB = ("job", *_JOB_ALONE, "data", "batch_size", "log_format", "log_level")
 
 
 def register(app: typer.Typer) -> None:
@@ -36,9 +33,20 @@ def register(app: typer.Typer) -> None:
 
 def worker(
     *,
+    context: typer.Context,
+    job: Job = "",
+    run: RunFlags,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="DATA",
+            help="What to train on, in place of a job's own data: a path or glob, kafka://TOPIC, or - for standard "
+            "input; of the demo: movielens, or synthetic:SAMPLES.",
+        ),
+    ] = "movielens",
+    form: DataFlags,
     config: WorkerConfig,
     model: ModelFlag = Model.deepfm,
-    data: Data = "movielens",
     export: Annotated[
         str,
         typer.Option(
@@ -50,7 +58,17 @@ def worker(
     metrics_host: MetricsHost = "127.0.0.1",
     logs: LogFlags,
 ) -> None:
-    """Train a shard of the data until it is done or SIGTERM comes; other workers may come and go meanwhile."""
+    """Train a job of yours, or one of the demo's models where none is named, until it is done or SIGTERM comes.
+
+    `trilith worker MODULE:JOB` takes all that is to be said of a run by --set, --config and the environment, and of the
+    other flags only --data, --batch-size, --format, --kind and those of logs. SIGTERM ends it after its step and a
+    save, with status 0. Without MODULE:JOB the other flags are in force; other workers may come and go meanwhile.
+    """
+    if job:
+        refuse_beside(context, f"MODULE:JOB ({job})", *_OF_A_JOB)
+        _train(job, run, form.read(data, config.batch_size) if given(context, "data") else None, logs)
+        return
+    refuse_alone(context, *_JOB_ALONE)
     need("torch", extra="torch")
     if export:
         need("safetensors", extra="serving")
@@ -72,6 +90,16 @@ def worker(
         follower=_exports(export, settings) if export else None,
     )
     raise typer.Exit(status)
+
+
+def _train(name: str, run: RunFlags, data: Dataset | None, logs: LogFlags) -> None:
+    job = run.job(name)
+    identity = job.run.identity()
+    logs.setup(worker=identity.rank)
+    with job:
+        metrics = job.train(data)
+    if metrics and identity.chief:
+        typer.echo("worker: " + " ".join(f"{each}={value:.6g}" for each, value in metrics.items()))
 
 
 def _exports(directory: str, settings: ModelSettings) -> Follower:

@@ -25,7 +25,7 @@ from trilith.checkpoint import (
 from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
 from trilith.nn import AllReduced, ClippedBackward, DenseOnPs, FetchedRows, auc, pick_device
 from trilith.nn.bags import IdsLike
-from trilith.pipelining import Fetch
+from trilith.pipelining import Fetch, Pending
 from trilith.rows import Rows
 from trilith.serving.debugging import write_debugging_info
 from trilith_services.worker.config import WorkerConfig
@@ -190,7 +190,7 @@ class Trainer:
         self._guarded(self._embeddings.drain)
         self._guarded(self._dense.drain)
 
-    def _step(self, batch: Batch, fetched: Fetch[FetchedRows]) -> None:
+    def _step(self, batch: Batch, fetched: Fetch[FetchedRows] | Pending[FetchedRows]) -> None:
         """Forward, backward, and both kinds of parameters stepped."""
         try:
             self._dense.pull()

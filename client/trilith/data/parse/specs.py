@@ -90,13 +90,23 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """The labels, as float32[rows, dim]."""
+    """The labels, as float32[rows, dim]; for a task of `trilith.estimator`, one of its labels.
+
+    Attributes:
+        dim: Labels of a record.
+        weight: Of a task's label: what its loss counts in their sum.
+        feature: Of a task's label: its name in batches; the name that the task has for it by default.
+    """
 
     dim: int = 1
+    weight: float = 1.0
+    feature: str | None = None
 
     def __post_init__(self) -> None:
         if self.dim < 1:
             raise InvalidRequestError(f"dim={self.dim} of the labels is not positive")
+        if not 0 <= self.weight < float("inf"):
+            raise InvalidRequestError(f"weight={self.weight} of a label is not a number from 0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,708 @@
+"""Estimator: trains, evaluates, predicts and saves a task on a cluster, alone or as one of several workers."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trilith.connect import connect
+from trilith.errors import InvalidRequestError, NonFiniteError, ShardRestartedError, TrilithError
+from trilith.estimator import events
+from trilith.estimator.callbacks import Callback, Callbacks
+from trilith.estimator.config import RunConfig
+from trilith.estimator.exporting import exporter_of
+from trilith.estimator.group import local_device, process_group
+from trilith.estimator.identity import WorkerIdentity
+from trilith.estimator.keeping import Keeper, newest_job
+from trilith.estimator.loggers import callbacks_of, serve_metrics
+from trilith.estimator.metrics import Mean, Metric, merge_over_ranks, per_head, results
+from trilith.estimator.placement import Placement, make_dense
+from trilith.estimator.progress import Learned, Progress, Watch
+from trilith.estimator.rows import Prepared, TaskRows
+from trilith.estimator.saving import Saver
+from trilith.estimator.source import EpochBatches, Source
+from trilith.estimator.state import RankState, rng_state, set_rng_state
+from trilith.estimator.task import Task
+from trilith.nn import FetchedRows
+from trilith.nn.dense import DenseOnPs
+from trilith.nn.optimization import Optimization
+from trilith.peers import connect_peers
+from trilith.pipelining import Lane
+from trilith.runtime.machine import cores
+
+__all__ = ["Estimator"]
+
+log = logging.getLogger(__name__)
+
+
+class Estimator:
+    """A task, a run and data together: `train`, `evaluate`, `predict`, `save`, `export`, or a loop of one's own.
+
+    Whatever a method needs is opened when it is first called; `close`, or leaving a with block, lets go of it.
+
+    Args:
+        task: The model.
+        run: What to do, and where; None: all defaults, which are rows in this process and nothing saved.
+        train: An iterable of batches, or a function that makes one; see `trilith.estimator.source.Source`.
+        evaluate: The same for evaluation.
+        callbacks: Told of everything that happens, in order.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        run: RunConfig | None = None,
+        *,
+        train: Any = None,
+        evaluate: Any = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        if not isinstance(task, Task):
+            raise InvalidRequestError(f"a {type(task).__name__} is no trilith.estimator.Task")
+        self.task = task
+        self.run = RunConfig() if run is None else run
+        self._data = {"train": train, "evaluate": evaluate}
+        self._given_callbacks = tuple(callbacks)
+        self._callbacks = Callbacks([])
+        self._stack: ExitStack | None = None
+        self._at = RankState()
+        """Where the loop is."""
+        self._settled: Callable[[], RankState] = RankState
+        """Where it was when its last step was taken: between steps of several batches, gradients wait."""
+        self._last: dict[str, float] = {}
+        self._begun = self._looked_up = False
+        self._stop_reason = ""
+        self._uncounted = 0
+        self._micro = 0
+        self._exporter: Any = None
+        self.step_count = 0
+        """Steps of the cluster, as this worker last heard of them."""
+        self._saved_step, self._saved_at = 0, time.monotonic()
+
+    # ---- opening and closing -----------------------------------------------------------------------------------------
+
+    def configure(self, run: RunConfig) -> Self:
+        """Take another run in place of the constructor's, as commands do with what their flags say; before `open`.
+
+        Raises:
+            InvalidRequestError: The estimator is open, and so has begun with its run.
+        """
+        if self._stack is not None:
+            raise InvalidRequestError("the estimator is open; configure(run) before, or after close()")
+        self.run = run
+        return self
+
+    def open(self) -> Self:
+        """Connect, build the task, create its tables; done by itself when it is first needed."""
+        if self._stack is None:
+            with ExitStack() as stack:
+                self._open(stack)
+                self._stack = stack.pop_all()
+        return self
+
+    def _open(self, stack: ExitStack) -> None:
+        run = self.run
+        self.identity: WorkerIdentity = run.identity()
+        me = self.identity
+        if me.world_size > 1 or run.cluster.startswith("peers://"):
+            raise InvalidRequestError(
+                f"worker {me.rank} of {me.world_size} ({me.source}), cluster {run.cluster.partition('://')[0]}: an "
+                "Estimator trains as one worker; several train with `trilith worker`, or with trilith.nn under "
+                "torch.distributed"
+            )
+        if run.params_override and not self.task.built:
+            self.task.override(run.params_override)
+        self.placement = Placement.of(run.cluster, run.dense, self.task, me.world_size)
+        self.device = local_device(me, run.device, use_gpu=run.use_gpu, processes_per_gpu=run.processes_per_gpu)
+        torch.set_num_threads(run.threads or max(1, cores() // me.local_world_size))
+        if self.placement.synchronous:
+            stack.enter_context(process_group(me, self.device, timeout_s=max(run.timeout_s, 60.0)))
+        self.client: Any = self._connect()
+        stack.callback(self.client.close)
+        torch.manual_seed(run.seed)
+        self.task.prepare(run.seed)
+        self.task.to(self.device)
+        # Workers that hold the rows have threads of their own for what travels, in step with those of the others.
+        lane = Lane() if (run.prefetch or run.async_push) and self.placement.rows != "workers" else None
+        if lane is not None:
+            stack.callback(lane.close)
+        self.rows = TaskRows(self.task, self.client, device=self.device, async_push=run.async_push, lane=lane)
+        self.dense = make_dense(
+            self.placement, self.task, self.client, prefetch=run.prefetch > 0, async_push=run.async_push, lane=lane
+        )
+        if self.dense is not None and not isinstance(self.dense, torch.optim.Optimizer):
+            stack.callback(self.dense.close)
+        learned: list[nn.Module] = [self.task] if self.rows.collection is None else [self.task, self.rows.collection]
+        self.optimization = Optimization(
+            nn.ModuleList(learned),
+            self.dense,
+            skip_non_finite=run.skip_non_finite,
+        )
+        if self.rows.collection is not None:
+            stack.callback(self.rows.collection.close)
+        stack.callback(self.optimization.close)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
+        keeper = Keeper(run)
+        own = [*callbacks_of(run), *([keeper.best] if keeper.best is not None else [])]
+        self._callbacks = Callbacks([*self._given_callbacks, *own], chief=me.chief)
+        if run.metrics_port is not None:
+            stack.callback(serve_metrics(run.metrics_host, run.metrics_port))
+        self._saver = Saver(
+            run,
+            me,
+            self.placement,
+            self.client,
+            task=self.task,
+            optimization=self.optimization,
+            dense=self.dense,
+            scaler=self.scaler,
+            callbacks=self._callbacks,
+            keeper=keeper,
+        )
+        self.step_count = self._saved_step = int(self.client.global_step())
+
+    def _connect(self) -> Any:
+        run = self.run
+        if self.placement.rows == "workers":
+            return connect_peers(self.device.type, threads=1, update_queue=run.update_queue)
+        if self.placement.rows == "process":
+            return connect(run.cluster)
+        return connect(run.cluster, timeout_s=run.timeout_s, model_name=self.name, float16=run.float16_transfer)
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.run.name or type(self.task).__name__.lower()
+
+    @property
+    def chief(self) -> bool:
+        """Whether this worker saves and exports."""
+        return self.identity.chief
+
+    def close(self) -> None:
+        """Let go of connections, threads and the process group; what was sent has been applied or is lost."""
+        stack, self._stack = self._stack, None
+        self._at, self._settled, self._micro, self._exporter = RankState(), RankState, 0, None
+        self._begun = self._looked_up = False
+        if stack is not None:
+            stack.close()
+
+    def __enter__(self) -> Self:
+        """Open."""
+        return self.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def step(self, batch: Any) -> float:
+        """Learn from a batch: forward, backward and, after `accumulate` batches, a step; returns the loss.
+
+        For loops of one's own: `for batch in loader: job.step(batch)`.
+        """
+        self.open()
+        if not self._begun:
+            self._resume()
+        prepared = self.rows.prepare(batch)
+        return self._learn(prepared, self.rows.fetch(prepared)).loss
+
+    def parameters_and_rows(self) -> list[Tensor]:
+        """Dense parameters and the rows that were looked up, with their gradients; see `Optimization`."""
+        self.open()
+        return self.optimization.parameters_and_rows()
+
+    def _learn(self, prepared: Prepared, fetched: FetchedRows | None) -> Learned:
+        """Forward and backward, and a step where one is due."""
+        run, watch = self.run, Watch()
+        self.task.train()
+        if self._micro == 0:
+            self.optimization.pull()
+            watch.lap("dense")
+        try:
+            with self._autocast():
+                outputs = self.task.outputs(self.rows.inputs(prepared, fetched))
+                labels, weight = self.rows.labels(prepared)
+                losses = self.task.loss(outputs, labels, weight)
+                loss = self.task.total(losses)
+            value = float(loss.detach())
+            watch.lap("forward")
+            if not math.isfinite(value) and not run.skip_non_finite:
+                raise NonFiniteError(
+                    f"the loss of batch {self._at.batches} of epoch {self._at.epoch} is {value}; look at its labels "
+                    "and dense values, lower the learning rate or bound gradients with clip_norm; skip_non_finite=true "
+                    "leaves such steps out"
+                )
+            self.scaler.scale(loss / run.accumulate if run.accumulate > 1 else loss).backward()
+            watch.lap("backward")
+        except (ShardRestartedError, NonFiniteError):
+            self._give_up()
+            raise
+        self._micro += 1
+        if self._micro >= run.accumulate:
+            self._apply()
+            watch.lap("push")
+        parts = {} if isinstance(losses, Tensor) else {name: float(each.detach()) for name, each in losses.items()}
+        seen = {name: each.detach() for name, each in outputs.items()}
+        return Learned(value, parts, seen, replace(prepared, ids={}, weights={}, dense={}, rest={}), watch.seconds)
+
+    def _give_up(self) -> None:
+        """Forget the gradients of a batch that failed."""
+        self.optimization.zero_grad()
+        self._micro = 0
+
+    def _apply(self) -> None:
+        """Take a step with the gradients since the last one."""
+        self._micro = 0
+        optimization = self.optimization
+        skipped = optimization.skipped
+        optimization.average()
+        if self.run.precision == "fp16":
+            self.scaler.unscale_(optimization)
+        if self.run.clip_norm:
+            nn.utils.clip_grad_norm_(optimization.parameters_and_rows(), self.run.clip_norm)
+        before = self.scaler.get_scale()
+        self.scaler.step(optimization)
+        self.scaler.update()
+        optimization.zero_grad()
+        applied = optimization.skipped == skipped and self.scaler.get_scale() >= before
+        if applied:
+            self._uncounted += 1
+        self._count()
+
+    def _autocast(self) -> Any:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.run.precision)
+        return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def _count(self) -> None:
+        """Advance the cluster's step counter by the steps that were taken."""
+        if self._uncounted:
+            self.step_count = int(self.client.global_step(advance=self._uncounted))
+            self._uncounted = 0
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def train(self, data: Any = None) -> dict[str, float]:
+        """Train until the epochs are done, the steps are, a callback stops it, or a signal does.
+
+        Args:
+            data: In place of the `train=` of the constructor.
+
+        Returns:
+            What the last evaluation found, as `evaluate` says it; empty where there was none.
+        """
+        self.open()
+        found = self._data["train"] if data is None else data
+        if found is None:
+            raise InvalidRequestError("train() needs data: Estimator(..., train=...) or train(data)")
+        source = self._source(found)
+        self._last = {}
+        self._progress = Progress(self.task)
+        began = time.perf_counter()
+        with self._stopping_on_signals(), self._callbacks:
+            try:
+                self._begin()
+                finished = self._epochs(source)
+                if finished and self._micro:
+                    self._apply()
+                    self._settle()
+                self._drain()
+                if self.run.model_dir and (finished or self.run.save_on_stop) and self._unsaved():
+                    self.save()
+                self._end(finished, time.perf_counter() - began)
+            except BaseException as error:
+                self._callbacks.tell(events.Failed(step=self.step_count, error=error))
+                raise
+        return self._last
+
+    def _begin(self) -> None:
+        """Go on where the run's checkpoints say, or where this Estimator is already, and tell."""
+        if not self._begun:
+            self._resume()
+        elif self._at.epoch >= self.run.epochs:
+            self._go_on(replace(self._at, epoch=0, batches=0, source=None))
+        else:
+            self._go_on(self._settled())
+        self._give_up()  # gradients that waited for others of a step are learned again
+        self._stop_reason = ""
+        self._saved_at = time.monotonic()
+        self._tell(
+            events.Started(
+                step=self.step_count,
+                rank=self.identity.rank,
+                world_size=self.identity.world_size,
+                epoch=self._at.epoch,
+                config=self.run,
+            )
+        )
+
+    def _end(self, finished: bool, seconds: float) -> None:
+        """Tell how it ended."""
+        step, samples = self.step_count, self._progress.samples
+        if finished:
+            rate = samples / max(seconds, 1e-9)
+            self._tell(events.Done(step=step, samples=samples, seconds=seconds, samples_per_s=rate, metrics=self._last))
+        else:
+            self._tell(events.Stopped(step=step, reason=self._stop_reason, samples=samples, seconds=seconds))
+
+    def _drain(self) -> None:
+        """Wait until all that was sent has been applied, and count it."""
+        self._guarded(self.optimization.drain)
+        self._guarded(self._count)
+
+    def _source(self, data: Any, *, labels: bool = True) -> Source:
+        return Source(data, self.task, partial(self.rows.prepare, labels=labels), labels=labels)
+
+    def _epochs(self, source: Source) -> bool:
+        """Passes over the data, from where the run is; whether all was done."""
+        run = self.run
+        while self._at.epoch < run.epochs:
+            batches = source.epoch(self._at.epoch, done=self._at.batches, state=self._at.source)
+            if self._at.rng:  # drawn from by loaders that find their place again
+                set_rng_state(self._at.rng)
+                self._at = replace(self._at, rng={})
+            try:
+                while (outcome := self._some_batches(batches)) == "again":
+                    batches.rewind()
+            finally:
+                batches.close()
+            if outcome in ("stop", "enough"):
+                return outcome == "enough"
+            self._at = replace(self._at, epoch=self._at.epoch + 1, batches=0, source=None)
+            if not self._micro:
+                self._settle()
+            self._drain()
+            self._tell(events.Epoch(epoch=self._at.epoch - 1, step=self.step_count))
+            if run.evaluate_every_epoch and self._data["evaluate"] is not None:
+                self._evaluated()
+        return True
+
+    def _some_batches(self, batches: EpochBatches) -> Literal["end", "stop", "enough", "again"]:
+        """Train until the pass ends, the run is stopped or has done enough, or rows are to be looked up anew.
+
+        Rows are looked up ahead until a checkpoint at most: a run that begins there looks them up then, and both shall
+        see the same.
+        """
+        run = self.run
+        with self.rows.prefetch(batches, run.prefetch, of=_itself, lookup_queue=run.lookup_queue) as loop:
+            taken = iter(loop)
+            while True:
+                if (run.steps and self._at.steps >= run.steps) or (run.max_steps and self.step_count >= run.max_steps):
+                    return "enough"
+                began = time.perf_counter()
+                found = next(taken, None)
+                if found is None:
+                    return "end"
+                if self._stop_reason and not self._micro:
+                    return "stop"
+                prepared, fetched = found
+                self._one(prepared, fetched, time.perf_counter() - began)
+                batches.advance()
+                self._at = replace(
+                    self._at,
+                    batches=batches.done,
+                    steps=self._at.steps + 1,
+                    samples=self._at.samples + prepared.samples,
+                )
+                if not self._micro:
+                    self._settle(batches.place)
+                    if self._after_step():
+                        return "again"
+
+    def _settle(self, place: Callable[[], Any] = lambda: None) -> None:
+        """A step is taken: a checkpoint of now has the loop where it is."""
+        at = replace(self._at, rng=rng_state()) if self.run.accumulate > 1 else self._at
+        self._settled = lambda: replace(at, source=place(), rng=at.rng or rng_state())
+
+    def _one(self, prepared: Prepared, fetched: Any, waited: float) -> None:
+        """One batch of the loop; a PS that restarted costs this batch."""
+        began = time.perf_counter()
+        try:
+            rows = fetched.result()
+            looked_up = time.perf_counter() - began
+            learned = self._learn(prepared, rows)
+        except ShardRestartedError as error:
+            self._tell(events.ShardRestarted(step=self.step_count, error=str(error)))
+            self._rejoin()
+            return
+        self._progress.add(learned)
+        self._tell(
+            events.Step(
+                step=self.step_count,
+                own_step=self._at.steps + 1,
+                epoch=self._at.epoch,
+                samples=self._progress.samples,
+                loss=learned.loss,
+                losses=learned.losses,
+                metrics=self._progress.metrics(),
+                rates=self.optimization.rates(),
+                samples_per_s=prepared.samples / max(time.perf_counter() - began + waited, 1e-9),
+                seconds={"data": waited, "lookup": looked_up, **learned.seconds},
+                skipped=self.optimization.skipped,
+            )
+        )
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Do something; where a PS restarted meanwhile, take its rows as they are and go on."""
+        try:
+            action()
+        except ShardRestartedError as error:
+            self._tell(events.ShardRestarted(step=self.step_count, error=str(error)))
+            self._rejoin()
+
+    def _after_step(self) -> bool:
+        """Evaluate and save where that is due; whether rows that were looked up ahead are old."""
+        run, again = self.run, False
+        if run.evaluate_every and self._data["evaluate"] is not None and self._at.steps % run.evaluate_every == 0:
+            self._evaluated()
+            again = True
+        if run.model_dir and self._due():
+            self._save_in_training()
+            again = True
+        return again
+
+    def _due(self) -> bool:
+        """Whether to save now."""
+        run = self.run
+        late = run.save_every_s > 0 and time.monotonic() - self._saved_at >= run.save_every_s
+        return late or (run.save_every > 0 and self._at.steps % run.save_every == 0)
+
+    def _unsaved(self) -> bool:
+        return self.step_count != self._saved_step
+
+    def _save_in_training(self) -> None:
+        """Save; a save that fails is told, and training goes on."""
+        try:
+            self.save()
+        except ShardRestartedError as error:
+            self._tell(events.ShardRestarted(step=self.step_count, error=str(error)))
+            self._rejoin()
+        except (TrilithError, OSError) as error:
+            log.warning("checkpoint failed: %s", error)
+            self._saved_at = time.monotonic()
+            self._tell(events.SaveFailed(step=self.step_count, path=self.run.model_dir, error=str(error)))
+
+    def _rejoin(self) -> None:
+        for shard in self.client.rejoin():
+            if shard.missing_variables and isinstance(self.dense, DenseOnPs):
+                self.dense.create()
+            self._tell(
+                events.RowsRejoined(
+                    step=self.step_count,
+                    shard=shard.index,
+                    restored_from=shard.restored_from,
+                    restored_step=shard.restored_step,
+                    known_step=shard.known_step,
+                    steps_back=max(shard.known_step - shard.restored_step, 0),
+                )
+            )
+
+    # ---- evaluation and prediction -----------------------------------------------------------------------------------
+
+    def evaluate(self, data: Any = None) -> dict[str, float]:
+        """Metrics and loss over data, by "LABEL/METRIC" and "loss"; creates no row and changes nothing.
+
+        Args:
+            data: In place of the `evaluate=` of the constructor.
+        """
+        self.open()
+        found = self._data["evaluate"] if data is None else data
+        if found is None:
+            raise InvalidRequestError("evaluate() needs data: Estimator(..., evaluate=...) or evaluate(data)")
+        self._restore_if_fresh()
+        return self._evaluate(found)[0]
+
+    def _evaluated(self) -> None:
+        """Evaluate in the middle of training, and tell."""
+        self._drain()
+        began = time.perf_counter()
+        self._last, samples = self._evaluate(self._data["evaluate"])
+        self._tell(
+            events.Evaluated(
+                step=self.step_count,
+                epoch=self._at.epoch,
+                metrics={f"valid/{name}": value for name, value in self._last.items()},
+                samples=samples,
+                seconds=time.perf_counter() - began,
+            )
+        )
+
+    def _evaluate(self, data: Any) -> tuple[dict[str, float], int]:
+        """Metrics of all workers together, and how many samples this one looked at."""
+        metrics: dict[str, Metric] = per_head(self.task.metrics, self.task.labels)
+        metrics["loss"], samples = Mean(), 0
+        for prepared, outputs in self._scored(self._source(data), self.run.evaluate_steps):
+            labels, weight = self.rows.labels(prepared)
+            loss = self.task.total(self.task.loss(outputs, labels, weight))
+            metrics["loss"].add([float(loss)], weight=[prepared.samples])
+            samples += prepared.samples
+            for label, predicted in self.task.predictions(outputs).items():
+                for name in self.task.metrics:
+                    metrics[f"{label}/{name}"].add(predicted.float(), labels[label], prepared.weight)
+        return results(merge_over_ranks(metrics)), samples
+
+    def predict(self, data: Any) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+        """Predictions batch by batch: by label float32[b]; labels are not needed, and no row is created."""
+        self.open()
+        self._restore_if_fresh()
+        for _, outputs in self._scored(self._source(data, labels=False), 0):
+            found = self.task.predictions(outputs)
+            yield {name: each.float().cpu().numpy() for name, each in found.items()}
+
+    def _scored(self, source: Source, most: int) -> Iterator[tuple[Prepared, dict[str, Tensor]]]:
+        """Batches with what the model gives for them."""
+        self.optimization.pull()
+        was = self.task.training
+        self.task.eval()
+        batches = source.epoch(0)
+        try:
+            with torch.no_grad():
+                loop = self.rows.prefetch(batches, self.run.prefetch, of=_itself)
+            with loop:
+                for number, (prepared, fetched) in enumerate(loop):
+                    if most and number >= most:
+                        return
+                    self.task.eval()  # whoever takes the batches may train in between
+                    with torch.no_grad(), self._autocast():
+                        outputs = self.task.outputs(self.rows.inputs(prepared, fetched.result()))
+                    yield prepared, outputs
+        finally:
+            batches.close()
+            self.task.train(was)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self) -> str:
+        """Write a checkpoint of the whole job below `model_dir`; returns its path. Workers in step all call it."""
+        self.open()
+        if not self.run.model_dir:
+            raise InvalidRequestError("save() needs model_dir, where checkpoints go")
+        began = time.perf_counter()
+        self.optimization.drain()
+        self.optimization.pull()  # what is exported of the checkpoint is as new as its rows
+        self._count()
+        path, self.step_count = self._saver.save(self._settled())
+        self._saved_step, self._saved_at = self.step_count, time.monotonic()
+        self._tell(events.Saved(path=path, step=self.step_count, seconds=time.perf_counter() - began))
+        self._saver.prune(path)
+        if self.run.export_every_save and self.chief:
+            self.export(checkpoint=path)
+        return path
+
+    def _resume(self) -> None:
+        """Begin at a checkpoint, as the run's `resume` and `warm_start` say; nothing is written."""
+        self._begun = True
+        self.step_count = self._saved_step = int(self.client.global_step())
+        plan = self._saver.plan(self.step_count)
+        if plan.what == "warm":
+            self._saver.warm_start(plan.path)
+            self.step_count = self._saved_step = int(self.client.global_step())
+            self._tell(events.Restored(path=plan.path, step=self.step_count, warm_start=True))
+        elif plan.what == "restore":
+            self.restore(plan.path)
+        elif plan.what == "load":
+            self._go_on(self._saver.load(plan.path))
+
+    def _restore_if_fresh(self) -> None:
+        """What is evaluated before anything was trained here is the cluster's rows, with the newest dense part."""
+        if not (self._begun or self._looked_up):
+            self._looked_up = True
+            self._saver.load_to_read(self.step_count)
+
+    def restore(self, path: str) -> None:
+        """Replace rows, dense values and the position by those of a checkpoint."""
+        self.open()
+        self._begun = True
+        self._give_up()
+        self._saver.restore_rows(path)
+        self._go_on(self._saver.load(path))
+        self._tell(events.Restored(path=path, step=self.step_count, epoch=self._at.epoch))
+
+    def _go_on(self, at: RankState) -> None:
+        self._at = at
+        self._settled = lambda: at
+        self.step_count = self._saved_step = int(self.client.global_step())
+
+    def export(self, base: str = "", *, checkpoint: str = "", mode: str = "") -> str:
+        """Write what `trilith serving entry` loads; returns the path of its version.
+
+        Args:
+            base: Directory or URL of exports; empty: the run's `export_dir`, or exports in its `model_dir`.
+            checkpoint: Which; empty: the newest of the run's `model_dir`, saved first where training has gone on.
+            mode: "distributed" or "standalone"; empty: the run's `export_mode`.
+        """
+        self.open()
+        began = time.perf_counter()
+        run = self.run
+        base = base or run.export_dir or (f"{run.model_dir.rstrip('/')}/exports" if run.model_dir else "")
+        if not base:
+            raise InvalidRequestError("export() needs a directory: export(DIR), or export_dir or model_dir of the run")
+        path = checkpoint or self._saved_now()
+        if self._exporter is None:
+            self._exporter = exporter_of(self.name, self.task, self.rows)
+        done = self._exporter.export(path, base, mode=mode or run.export_mode)
+        self._tell(
+            events.Exported(step=done.step, path=done.path, version=done.version, seconds=time.perf_counter() - began)
+        )
+        return str(done.path)
+
+    def _saved_now(self) -> str:
+        """A checkpoint of the state as it is."""
+        run = self.run
+        if not self._begun:
+            self._resume()
+        if not run.model_dir:
+            raise InvalidRequestError(
+                "export() needs a checkpoint: export(DIR, checkpoint=PATH), or model_dir of the run"
+            )
+        newest = newest_job(run.model_dir)
+        self._count()
+        if newest is not None and self.step_count == self._saved_step:
+            return newest
+        return self.save()
+
+    # ---- around ------------------------------------------------------------------------------------------------------
+
+    def _tell(self, event: events.Event) -> None:
+        stop = self._callbacks.tell(event)
+        if stop is not None and not self._stop_reason:
+            self._stop_reason = stop.reason or "a callback stops"
+
+    @contextmanager
+    def _stopping_on_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end training after its step; only where this is the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def on_signal(number: int, frame: Any) -> None:
+            del frame
+            self._stop_reason = self._stop_reason or signal.Signals(number).name
+            signal.signal(number, before[signal.Signals(number)])  # a second one is not waited for
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _itself(prepared: Prepared) -> Prepared:
+    return prepared

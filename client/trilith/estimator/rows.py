@@ -1,0 +1,193 @@
+"""TaskRows: a task's features on a cluster: their tables, one lookup for a batch, the tensors that the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trilith.data.parse.specs import Dense
+from trilith.estimator.batches import DenseColumn, IdColumn, LabelColumn, Wanted, arrange
+from trilith.estimator.features import Embedding, Inputs, Pooled, Rows, Sequence
+from trilith.estimator.task import Task
+from trilith.nn import EmbeddingCollection, Feature, FetchedRows
+from trilith.ops.combiners import Combiner, FirstN, combiner_of
+from trilith.ops.ragged import Ragged
+from trilith.pipelining import Lane, Prefetcher
+
+__all__ = ["Prepared", "TaskRows", "combiner_of_feature"]
+
+_T = TypeVar("_T")
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A batch as a task takes it, before its rows are looked up.
+
+    Attributes:
+        ids: By feature its bags; those of sequences cut to their newest ids.
+        weights: By feature float32[n], of its ids; of those that have weights.
+        dense: By feature float32[b, dim].
+        labels: By label float32[b], NaN where there is none.
+        weight: float32[b], of the samples; None: all 1.
+        samples: b.
+        rest: Columns that the task has no use for.
+    """
+
+    ids: dict[str, Ragged[np.uint64]]
+    weights: dict[str, Float32Array]
+    dense: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    weight: Tensor | None
+    samples: int
+    rest: Mapping[str, Any]
+
+
+class TaskRows:
+    """The embeddings of a task's features.
+
+    Args:
+        task: Whose features.
+        client: The cluster; tables that it lacks are created.
+        device: Where the model computes.
+        async_push: How many updates may be on their way; 0 waits for each.
+        lane: Makes lookups ahead and updates, in the order of the loop.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        client: Any,
+        *,
+        device: torch.device | str = "cpu",
+        async_push: int = 0,
+        lane: Lane | None = None,
+    ) -> None:
+        self.task = task
+        self._owners = _owners(task)
+        self._wanted = _wanted(task)
+        specs = {name: base.spec(name) for name, base in self._owners.items()}
+        tables = client.create_tables(list(specs.values())) if specs else {}
+        self.tables = {name: spec.name for name, spec in specs.items()}
+        """By feature that owns a table, the table's name."""
+        features = {
+            name: Feature(tables[self.table_of(name)], combiner_of_feature(feature))
+            for name, feature in self._sparse().items()
+        }
+        self.device = torch.device(device)
+        self.collection = (
+            EmbeddingCollection(client, features, device=device, async_push=async_push, lane=lane) if features else None
+        )
+
+    def _sparse(self) -> dict[str, Embedding | Sequence]:
+        return {name: each for name, each in self.task.features.items() if not isinstance(each, Dense)}
+
+    def table_of(self, name: str) -> str:
+        """Name of the table in which a feature is looked up."""
+        task = self.task
+        feature = task.features[name]
+        base = feature.base if isinstance(feature, (Embedding, Sequence)) else None
+        while base is not None and base.base is not None:
+            base = base.base
+        owner = next(each for each, known in task.features.items() if known is (base or feature))
+        return self.tables[owner]
+
+    # ---- batches -----------------------------------------------------------------------------------------------------
+
+    def prepare(self, batch: Any, *, labels: bool = True) -> Prepared:
+        """Take from a batch what the task wants.
+
+        Args:
+            batch: In any form that `trilith.estimator.arrange` takes.
+            labels: Whether it must have labels.
+
+        Raises:
+            InvalidRequestError: Something is missing, or does not have the right shape.
+        """
+        task = self.task
+        given = arrange(batch, self._wanted, labels=labels)
+        ids = dict(given.ids)
+        for name, feature in self._sparse().items():
+            if isinstance(feature, Sequence):
+                ids[name] = ids[name].last(feature.length)
+        found = {name: each.masked_fill(~given.masks[name], torch.nan) for name, each in given.labels.items()}
+        weights = {name: each for name, each in given.weights.items() if isinstance(task.features[name], Embedding)}
+        dense = dict(given.dense)
+        weight = dense.pop(task.sample_weight)[:, 0] if task.sample_weight else None
+        return Prepared(ids, weights, dense, found, weight, given.rows, given.rest)
+
+    def prefetch(
+        self, batches: Iterable[_T], depth: int, *, of: Callable[[_T], Prepared], lookup_queue: int = 0
+    ) -> Prefetcher[_T, FetchedRows | None]:
+        """Go over batches with their rows looked up, `depth` of them ahead; `of` gives the `Prepared` of each."""
+        collection = self.collection
+        if collection is None:
+            return Prefetcher(batches, lambda _: None, depth)
+        return collection.prefetch(  # type: ignore[return-value]
+            batches,
+            depth,
+            ids=lambda batch: of(batch).ids,
+            weights=lambda batch: of(batch).weights,
+            lookup_queue=lookup_queue,
+        )
+
+    def fetch(self, prepared: Prepared) -> FetchedRows | None:
+        """Look a batch's rows up now."""
+        return None if self.collection is None else self.collection.fetch(prepared.ids, weights=prepared.weights)
+
+    def inputs(self, prepared: Prepared, fetched: FetchedRows | None) -> Inputs:
+        """What the model takes of a batch."""
+        task = self.task
+        vectors = {} if self.collection is None else self.collection(fetched)
+        values: dict[str, Any] = {}
+        for name, feature in task.features.items():
+            if isinstance(feature, Dense):
+                values[name] = prepared.dense[name].to(self.device)
+            elif isinstance(feature, Sequence):
+                bias = int(feature.base.bias)
+                lengths = torch.from_numpy(prepared.ids[name].lengths).to(self.device)
+                mask = torch.arange(feature.length, device=self.device) < lengths[:, None]
+                values[name] = Rows(vectors[name][..., bias:], mask)
+            else:
+                vector = vectors[name]
+                bias = vector[:, 0] if feature.bias else vector.new_zeros(len(vector))
+                values[name] = Pooled(vector[:, int(feature.bias) :], bias)
+        return Inputs(values)
+
+    def labels(self, prepared: Prepared) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Labels, and weights of the samples, as tensors on the device."""
+        found = {name: each.to(self.device) for name, each in prepared.labels.items()}
+        return found, None if prepared.weight is None else prepared.weight.to(self.device)
+
+
+def _owners(task: Task) -> dict[str, Embedding]:
+    """Features that have a table of their own."""
+    return {name: each for name, each in task.features.items() if isinstance(each, Embedding) and each.base is None}
+
+
+def combiner_of_feature(feature: Embedding | Sequence) -> Combiner:
+    """How a feature's rows become what the model takes."""
+    return FirstN(feature.length) if isinstance(feature, Sequence) else combiner_of(feature.pooling)
+
+
+def _wanted(task: Task) -> Wanted:
+    """What a task wants of a batch."""
+    ids, dense = {}, {}
+    for name, feature in task.features.items():
+        if isinstance(feature, Dense):
+            fill = 0.0 if feature.lengths == "fit" else None
+            dense[name] = DenseColumn(dim=feature.dim, columns=(feature.feature or name,), fill=fill)
+        else:
+            weights = feature.weights if isinstance(feature, Embedding) else ""
+            ids[name] = IdColumn(column=feature.feature or name, weights=weights)
+    if task.sample_weight:
+        dense[task.sample_weight] = DenseColumn(columns=(task.sample_weight,))
+    low, high = task.label_range
+    labels = {name: LabelColumn(column=each.feature or name, low=low, high=high) for name, each in task.labels.items()}
+    return Wanted(ids=ids, dense=dense, labels=labels)

@@ -1,0 +1,228 @@
+"""Saver: checkpoints of a whole job, one cut of rows and of all else; and at which of them a run begins."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from trilith.checkpoint import read_manifest
+from trilith.errors import CheckpointError, InvalidRequestError
+from trilith.estimator.callbacks import Callbacks
+from trilith.estimator.config import RunConfig
+from trilith.estimator.identity import WorkerIdentity
+from trilith.estimator.keeping import Keeper, newest_job
+from trilith.estimator.placement import Placement
+from trilith.estimator.state import (
+    Job,
+    RankState,
+    dense_state,
+    is_job,
+    read_job,
+    read_rank,
+    set_rng_state,
+    write_job,
+    write_rank,
+)
+from trilith.estimator.task import Task
+from trilith.nn.dense import AllReduced, DenseOnPs
+from trilith.nn.optimization import Optimization
+
+__all__ = ["Plan", "Saver"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a run begins.
+
+    Attributes:
+        what: "anew"; "restore", rows and all else; "load", all but the rows, which are there; "warm", as a new run with
+            what a checkpoint has; "refuse".
+        path: Of the checkpoint; of "refuse" the reason.
+    """
+
+    what: Literal["anew", "restore", "load", "warm", "refuse"]
+    path: str = ""
+
+
+class Saver:
+    """Writes and reads the checkpoints of one run. What it holds is the Estimator's.
+
+    Args:
+        run: What the run does.
+        identity: Which worker this is.
+        placement: Where things are.
+        client: The cluster's.
+        task: The model.
+        optimization: Its optimizer.
+        dense: What steps the dense part.
+        scaler: Of losses.
+        callbacks: Whose state is kept.
+        keeper: Says where the next checkpoint goes and which old ones do.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        identity: WorkerIdentity,
+        placement: Placement,
+        client: Any,
+        *,
+        task: Task,
+        optimization: Optimization,
+        dense: torch.optim.Optimizer | DenseOnPs | AllReduced | None,
+        scaler: torch.amp.GradScaler,
+        callbacks: Callbacks,
+        keeper: Keeper,
+    ) -> None:
+        self._run, self._me, self._placement, self._client = run, identity, placement, client
+        self._task, self._optimization, self._dense = task, optimization, dense
+        self._scaler, self._callbacks = scaler, callbacks
+        self._keeper = keeper
+
+    # ---- saving ------------------------------------------------------------------------------------------------------
+
+    def save(self, at: RankState) -> tuple[str, int]:
+        """Write a checkpoint of the state as it is, with nothing on its way; returns its path and step."""
+        if isinstance(self._dense, AllReduced):
+            self._dense.publish()
+        path = self._keeper.next_path()
+        state = replace(at, scaler=dict(self._scaler.state_dict()), callbacks=self._callbacks.state_dict())
+        write_rank(path, self._me.rank, self._me.world_size, state)
+        write_job(path, self._job(int(self._client.global_step())))
+        return path, int(self._client.save(path))
+
+    def prune(self, newest: str) -> None:
+        """Remove checkpoints that no rule keeps."""
+        self._keeper.prune(newest)
+
+    def _job(self, step: int) -> Job:
+        return Job(
+            step=step,
+            world_size=self._me.world_size,
+            task=type(self._task).__name__,
+            features={name: repr(feature) for name, feature in self._task.features.items()},
+            run=json.loads(self._run.to_json()),
+            dense=dense_state(self._task),
+            optimizer=self._optimization.state_dict(),
+        )
+
+    # ---- beginning ---------------------------------------------------------------------------------------------------
+
+    def plan(self, step: int) -> Plan:
+        """Where this run begins, on a cluster at `step`."""
+        plan = self._plan(step)
+        if plan.what == "refuse":
+            raise InvalidRequestError(plan.path)
+        return plan
+
+    def _plan(self, mine: int) -> Plan:
+        run = self._run
+        newest = newest_job(run.model_dir) if run.resume != "never" and run.model_dir else None
+        if newest is None and run.resume not in ("latest", "never"):
+            if mine and not (run.owns_cluster or self._placement.rows != "ps"):
+                return Plan("refuse", f"resume={run.resume}: the cluster is at step {mine}, and not this run's alone")
+            return Plan("restore", run.resume)
+        if newest is None:
+            return Plan("warm", run.warm_start) if run.warm_start and mine == 0 else Plan("anew")
+        step = read_manifest(newest).global_step
+        owns = run.owns_cluster or self._placement.rows != "ps"
+        if mine == 0 or owns:  # also at the same step: rows may have been stepped that nobody counted any more
+            return Plan("restore", newest)
+        if step == mine:
+            return Plan("load", newest)
+        if step > mine:
+            return Plan(
+                "refuse",
+                f"model_dir={run.model_dir} is ahead of the cluster: its newest checkpoint, {newest}, is of step {step}"
+                f", the cluster is at step {mine}. Restore the PS (Client.restore, or start them with --checkpoint-dir "
+                f"{run.model_dir}), say owns_cluster=true where the PS are this run's alone, or name another model_dir",
+            )
+        log.warning("the cluster's rows, of step %d, are ahead of %s, of step %d; they stay", mine, newest, step)
+        return Plan("load", newest)
+
+    def restore_rows(self, path: str) -> None:
+        """Replace the rows of the cluster by those of a checkpoint."""
+        self._client.restore(path)
+
+    def load(self, path: str) -> RankState:
+        """Take over what a checkpoint has beside its rows; returns where this worker is.
+
+        Raises:
+            CheckpointError: It is of another model, or damaged.
+            InvalidRequestError: It is of another number of workers.
+        """
+        if not is_job(path):
+            return RankState()
+        job = read_job(path)
+        if job.task != type(self._task).__name__:
+            raise CheckpointError(f"{path} is of the task {job.task}, this one is {type(self._task).__name__}")
+        if job.world_size != self._me.world_size:
+            raise InvalidRequestError(
+                f"{path} was written by {job.world_size} workers, and there are {self._me.world_size}: their positions "
+                f"in the data do not fit; go on with {job.world_size}, or begin the data anew: resume=never and "
+                f"warm_start={path}, with another model_dir"
+            )
+        self.load_dense(path, job)
+        state = read_rank(path, self._me.rank, self._me.world_size)
+        set_rng_state(state.rng)  # and again when the data is at its place
+        if state.scaler:
+            self._scaler.load_state_dict(dict(state.scaler))
+        self._callbacks.load_state_dict(state.callbacks)
+        return state
+
+    def load_dense(self, path: str, job: Job, *, publish: bool = False) -> None:
+        """Take over parameters, buffers and the optimizer's state; `publish`: also to the PS, where they are there."""
+        mine: Mapping[str, torch.Tensor] = self._task.state_dict()
+        lacking, strange = sorted(mine.keys() - job.dense.keys()), sorted(job.dense.keys() - mine.keys())
+        wrong = sorted(name for name in mine.keys() & job.dense.keys() if mine[name].shape != job.dense[name].shape)
+        if lacking or strange or wrong:
+            raise CheckpointError(
+                f"{path} is of another model: it lacks {lacking}, has {strange} beside, and other shapes of {wrong}"
+            )
+        self._task.load_state_dict(dict(job.dense))
+        if job.optimizer:
+            self._optimization.load_state_dict(dict(job.optimizer))
+        if isinstance(self._dense, DenseOnPs):
+            self._dense.drain()  # values that were read ahead are older
+            if publish:
+                self._dense.publish()
+            self._dense.pull()
+
+    def load_to_read(self, step: int) -> None:
+        """Have what is evaluated or predicted with, on a cluster at `step`: its rows, and the newest dense part.
+
+        Rows are replaced only where they are in this process.
+
+        Raises:
+            InvalidRequestError: There is nothing that was trained.
+        """
+        run = self._run
+        path: str | None = run.resume
+        if run.resume in ("latest", "never"):
+            path = newest_job(run.model_dir) if run.model_dir else None
+        if path is not None and self._placement.rows == "process":
+            self.restore_rows(path)
+        if path is not None and is_job(path):
+            self.load_dense(path, read_job(path))
+        elif step > 0 and not isinstance(self._dense, DenseOnPs):
+            log.warning("no checkpoint of model_dir=%r has the dense part: it is as it was made", run.model_dir)
+
+    def warm_start(self, path: str) -> None:
+        """Begin a new run with what a checkpoint has; the position in the data is that of a new run."""
+        parts = self._run.warm_start_parts
+        on_ps = self._dense if isinstance(self._dense, DenseOnPs) else None
+        if parts in ("all", "rows"):
+            own = dense_state(self._task)
+            self.restore_rows(path)  # with dense variables, which are not asked for
+            if parts == "rows" and on_ps is not None:
+                self._task.load_state_dict(own)
+                on_ps.publish()
+        if parts in ("all", "dense") and is_job(path):
+            self.load_dense(path, read_job(path), publish=True)

@@ -1,0 +1,279 @@
+"""Optimization: one torch optimizer over all that a model learns, rows in a cluster and dense parameters alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from trilith.errors import InvalidRequestError, NonFiniteError
+from trilith.nn.anchored import Anchored, dense_parameters
+from trilith.nn.dense import AllReduced, DenseOnPs
+from trilith.nn.exchange import Exchange
+
+__all__ = ["Optimization"]
+
+UInt64Array = npt.NDArray[np.uint64]
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Gradients of one table's rows, held back since a backward pass.
+
+    Attributes:
+        ids: uint64[n]; an id may occur several times, and counts as often for occurrence thresholds.
+        leaf: float32[n, dim], of which only `.grad` means anything: whoever unscales or clips changes that in place.
+    """
+
+    ids: UInt64Array
+    leaf: Tensor
+
+
+class Optimization(torch.optim.Optimizer):
+    """Holds the gradients of rows from the backward pass to `step`, and steps rows and dense parameters together.
+
+    To torch it is an optimizer whose `param_groups` hold the rows of the batches since the last step as leaves with
+    gradients, beside the dense parameters. So what is done to optimizers is done to rows: a `torch.amp.GradScaler`
+    unscales their gradients, and a step that it skips sends nothing; several backward passes before a step are one
+    step of their sum; `torch.nn.utils.clip_grad_norm_(optimization.parameters_and_rows(), …)` bounds both together.
+
+    Args:
+        module: The model; all embeddings of `trilith.nn` in it are held back.
+        dense: What steps the rest: any torch optimizer, `DenseOnPs`, `AllReduced`, or None where nothing else learns.
+        row_scale: What gradients of rows are multiplied by when they are sent: 1 / world size where each of several
+            ranks has the mean loss of its own batch and dense gradients are averaged, as DistributedDataParallel does.
+        skip_non_finite: Take no step, rather than raise, where a gradient is NaN or infinite; `skipped` counts them.
+
+    Attributes:
+        skipped: Steps that were not taken for a gradient that was not finite.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        dense: torch.optim.Optimizer | DenseOnPs | AllReduced | None = None,
+        *,
+        row_scale: float = 1.0,
+        skip_non_finite: bool = False,
+    ) -> None:
+        if not (math.isfinite(row_scale) and row_scale > 0):
+            raise InvalidRequestError(f"row_scale={row_scale} is not a positive number; 1 / world size, or 1")
+        self._module = module
+        self._dense = dense
+        self._row_scale = row_scale
+        self._skip_non_finite = skip_non_finite
+        self.skipped = 0
+        self._averaged = False
+        self._held: dict[Exchange, dict[str, list[_Held]]] = {}
+        self._row_group: dict[str, Any] = {"params": [], "lr": 1.0}
+        exchanges = _exchanges(module)
+        if not exchanges and dense is None:
+            raise InvalidRequestError(
+                f"{type(module).__name__} has neither embeddings nor an optimizer: nothing learns"
+            )
+        self._made = False
+        super().__init__([torch.zeros(1)], {})  # torch wants something; what is stepped follows from what is looked up
+        self._made = True
+        for exchange in exchanges:
+            self._held[exchange] = {}
+            exchange.hold_for(self, partial(self._take, exchange))
+
+    # ---- what torch asks of an optimizer -----------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of the dense optimizer, and one of the rows that wait for a step."""
+        self._row_group["params"] = [held.leaf for held in self._leaves()]
+        return [*self._dense_groups(), self._row_group]
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        del groups  # torch sets what it was given; here the groups follow from what was looked up
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add to the dense optimizer."""
+        if self._made and isinstance(self._dense, torch.optim.Optimizer):
+            self._dense.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those of rows that were not sent too."""
+        for tables in self._held.values():
+            tables.clear()
+        self._averaged = False
+        if isinstance(self._dense, torch.optim.Optimizer):
+            self._dense.zero_grad(set_to_none)
+        elif self._dense is not None:
+            self._dense.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Send the rows' gradients and step the dense parameters; all gradients are forgotten then.
+
+        Args:
+            closure: Evaluates the model again, as for any torch optimizer; rarely wanted.
+
+        Raises:
+            NonFiniteError: A gradient is not finite, and such steps are not skipped; nothing was stepped.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.average()
+        if not self.finite():
+            self.zero_grad()
+            if not self._skip_non_finite:
+                raise NonFiniteError("a gradient is NaN or infinite; no step was taken")
+            self.skipped += 1
+            return loss
+        try:
+            self._push()
+            if self._dense is not None:
+                self._step_dense()
+        finally:
+            self.zero_grad()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the dense optimizer, where it is torch's; rows have their state in the cluster."""
+        optimizer = self._torch_optimizer()
+        return {} if optimizer is None else optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        if (optimizer := self._torch_optimizer()) is not None:
+            optimizer.load_state_dict(state_dict)
+
+    # ---- gradients ---------------------------------------------------------------------------------------------------
+
+    def parameters_and_rows(self) -> list[Tensor]:
+        """Dense parameters, and the rows of each table as one leaf whose `.grad` has a sum for each distinct id.
+
+        What is looked at, or changed in place, is what the next `step` takes: for `clip_grad_norm_`. With `AllReduced`
+        the dense gradients are averaged first, and every rank must call this alike.
+        """
+        self.average()
+        for tables in self._held.values():
+            for table, held in tables.items():
+                tables[table] = [_summed(held)]
+        return [*self._dense_parameters(), *(held.leaf for held in self._leaves())]
+
+    def average(self) -> None:
+        """Average dense gradients over all ranks where `AllReduced` does; once a step, which does it if nobody has."""
+        if isinstance(self._dense, AllReduced) and not self._averaged:
+            self._dense.average()
+        self._averaged = True
+
+    def finite(self) -> bool:
+        """Whether all gradients are finite."""
+        grads = [held.leaf.grad for held in self._leaves()]
+        grads += [parameter.grad for parameter in self._dense_parameters()]
+        return all(bool(torch.isfinite(grad).all()) for grad in grads if grad is not None)
+
+    def rates(self) -> dict[str, float]:
+        """Learning rates of the dense optimizer's groups, by their number."""
+        optimizer = self._torch_optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        return {str(number): float(group["lr"]) for number, group in enumerate(groups) if "lr" in group}
+
+    def pull(self) -> None:
+        """Take over the values that dense parameters have on the PS, where they are there."""
+        if isinstance(self._dense, DenseOnPs):
+            self._dense.pull()
+
+    def drain(self) -> None:
+        """Wait until all that was sent has been applied."""
+        for exchange in self._held:
+            exchange.drain()
+        if isinstance(self._dense, DenseOnPs):
+            self._dense.drain()
+
+    def close(self) -> None:
+        """Hold nothing back any longer; backward passes step rows by themselves again."""
+        self.zero_grad()
+        for exchange in self._held:
+            exchange.release(self)
+
+    def _take(self, exchange: Exchange, updates: Mapping[str, tuple[UInt64Array, Float32Array]]) -> None:
+        for table, (ids, grads) in updates.items():
+            self._held[exchange].setdefault(table, []).append(_Held(ids, _leaf(grads)))
+
+    def _leaves(self) -> Iterable[_Held]:
+        return (held for tables in self._held.values() for parts in tables.values() for held in parts)
+
+    def _push(self) -> None:
+        for exchange, tables in self._held.items():
+            updates = {}
+            for table, parts in tables.items():
+                grads = [_grad(held) for held in parts]
+                values = np.concatenate(grads) if len(grads) > 1 else grads[0]
+                if self._row_scale != 1.0:
+                    values = values * np.float32(self._row_scale)
+                ids = np.concatenate([held.ids for held in parts]) if len(parts) > 1 else parts[0].ids
+                updates[table] = (ids, values)
+            exchange.send(updates)
+
+    def _step_dense(self) -> None:
+        assert self._dense is not None
+        self._dense.step()
+
+    def _dense_groups(self) -> list[dict[str, Any]]:
+        optimizer = self._torch_optimizer()
+        if optimizer is not None:
+            return optimizer.param_groups
+        return [{"params": parameters, "lr": 1.0}] if (parameters := self._dense_parameters()) else []
+
+    def _dense_parameters(self) -> list[nn.Parameter]:
+        optimizer = self._torch_optimizer()
+        if optimizer is not None:
+            return [each for group in optimizer.param_groups for each in group["params"]]
+        if self._dense is None:
+            return []
+        return [parameter for _, parameter in dense_parameters(self._module)]
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer | None:
+        if isinstance(self._dense, AllReduced):
+            return self._dense.optimizer
+        return self._dense if isinstance(self._dense, torch.optim.Optimizer) else None
+
+
+def _exchanges(module: nn.Module) -> list[Exchange]:
+    found = [getattr(each, "exchange", None) for each in module.modules() if isinstance(each, Anchored)]
+    return list(dict.fromkeys(each for each in found if isinstance(each, Exchange)))
+
+
+def _leaf(grads: Float32Array) -> Tensor:
+    """A tensor whose `.grad` is a copy of `grads`, which may be shared: scalers and clipping write into it."""
+    given = torch.from_numpy(grads.copy())
+    leaf = torch.zeros(()).expand(given.shape)
+    leaf.grad = given
+    return leaf
+
+
+def _grad(held: _Held) -> Float32Array:
+    assert held.leaf.grad is not None
+    array: Float32Array = held.leaf.grad.numpy()
+    return array
+
+
+def _summed(parts: list[_Held]) -> _Held:
+    """The gradients of a table's distinct ids: sums at the places where ids occur first, nothing at the others.
+
+    All places are kept, so that the PS still learn how often each id occurred.
+    """
+    ids = np.concatenate([held.ids for held in parts]) if len(parts) > 1 else parts[0].ids
+    grads = np.concatenate([_grad(held) for held in parts]) if len(parts) > 1 else _grad(parts[0])
+    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    sums = np.zeros((first.size, grads.shape[1]), np.float32)
+    np.add.at(sums, inverse, grads)
+    out = np.zeros_like(grads)
+    out[first] = sums
+    return _Held(ids, _leaf(out))

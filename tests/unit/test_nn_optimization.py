@@ -1,0 +1,211 @@
+"""Optimization: rows and dense parameters stepped together, as torch steps dense copies of the tables."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import trilith
+from trilith.errors import InvalidRequestError, NonFiniteError
+from trilith.nn import EmbeddingBag, EmbeddingCollection, Feature
+from trilith.nn.optimization import Optimization
+from trilith.tables import Adagrad, RandomUniform, Sgd
+
+DIM, VOCABULARY, BATCH = 4, 50, 16
+
+
+class Twin(nn.Module):
+    """The same model over dense copies of the tables."""
+
+    def __init__(self, rows: dict[str, np.ndarray], head: nn.Module) -> None:
+        super().__init__()
+        self.tables = nn.ModuleDict(
+            {
+                name: nn.EmbeddingBag.from_pretrained(torch.from_numpy(each.copy()), mode="mean", freeze=False)
+                for name, each in rows.items()
+            }
+        )
+        self.head = head
+
+    def forward(self, ids: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.head(torch.cat([table(ids[name]) for name, table in self.tables.items()], 1))[:, 0]
+
+
+class Model(nn.Module):
+    def __init__(self, client: trilith.Client, head: nn.Module) -> None:
+        super().__init__()
+        names = ("user", "item")
+        tables = {
+            name: client.table(
+                name,
+                dim=DIM,
+                optimizer=Adagrad(learning_rate=0.1, initial_accumulator_value=0.1),
+                initializer=RandomUniform(-1, 1),
+            )
+            for name in names
+        }
+        for table in tables.values():
+            table.assign_add(np.arange(VOCABULARY), np.zeros((VOCABULARY, DIM), np.float32))
+        self.embeddings = EmbeddingCollection(client, {name: Feature(table) for name, table in tables.items()})
+        self.head = head
+
+    def forward(self, ids: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.head(torch.cat(list(self.embeddings(ids).values()), 1))[:, 0]
+
+
+def head(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(2 * DIM, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def batches(count: int, seed: int = 0) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    rng = np.random.default_rng(seed)
+    return [
+        (
+            {name: torch.from_numpy(rng.integers(0, VOCABULARY, (BATCH, 3))) for name in ("user", "item")},
+            torch.from_numpy(rng.integers(0, 2, BATCH).astype(np.float32)),
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture
+def client():
+    with trilith.connect("local://") as opened:
+        yield opened
+
+
+def pair(client: trilith.Client) -> tuple[Model, Twin, torch.optim.Optimizer]:
+    model = Model(client, head())
+    ids = np.arange(VOCABULARY)
+    twin = Twin({name: client.table(name).lookup(ids) for name in ("user", "item")}, head())
+    reference = torch.optim.Adagrad(twin.parameters(), lr=0.1, initial_accumulator_value=0.1, eps=0.0)
+    return model, twin, reference
+
+
+def check_equal(model: Model, twin: Twin, client: trilith.Client) -> None:
+    for name, table in twin.tables.items():
+        rows = client.table(name).lookup(np.arange(VOCABULARY))
+        np.testing.assert_allclose(rows, table.weight.detach().numpy(), rtol=1e-6, atol=1e-6)
+    for mine, theirs in zip(model.head.parameters(), twin.head.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def dense_of(model: Model) -> torch.optim.Optimizer:
+    return torch.optim.Adagrad(model.head.parameters(), lr=0.1, initial_accumulator_value=0.1, eps=0.0)
+
+
+def test_a_loop_with_scaler_overflow_accumulation_and_clipping_equals_plain_torch(client):
+    model, twin, reference = pair(client)
+    optimization = Optimization(model, dense_of(model))
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7) for _ in range(2)]
+    loops = [
+        (model, optimization, optimization.parameters_and_rows),
+        (twin, reference, lambda: list(twin.parameters())),
+    ]
+    for step in range(20):
+        micro = batches(4, seed=step)
+        for (module, optimizer, parameters), scaler in zip(loops, scalers, strict=True):
+            for ids, labels in micro:
+                loss = functional.binary_cross_entropy_with_logits(module(ids), labels) / len(micro)
+                if step == 11:
+                    loss = loss * float("inf")  # an overflow
+                scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters(), 0.05)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert scalers[0].get_scale() == scalers[1].get_scale()
+    check_equal(model, twin, client)
+
+
+def test_nothing_is_sent_before_step_and_nothing_after_zero_grad(client):
+    model, *_ = pair(client)
+    optimization = Optimization(model, dense_of(model))
+    before = client.table("user").lookup(np.arange(VOCABULARY))
+    ids, labels = batches(1)[0]
+    functional.binary_cross_entropy_with_logits(model(ids), labels).backward()
+    np.testing.assert_array_equal(client.table("user").lookup(np.arange(VOCABULARY)), before)
+    optimization.zero_grad()
+    optimization.step()
+    np.testing.assert_array_equal(client.table("user").lookup(np.arange(VOCABULARY)), before)
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted_or_refused(client):
+    model, *_ = pair(client)
+    optimization = Optimization(model, dense_of(model), skip_non_finite=True)
+    before = client.table("user").lookup(np.arange(VOCABULARY))
+    ids, labels = batches(1)[0]
+    (functional.binary_cross_entropy_with_logits(model(ids), labels) * float("nan")).backward()
+    optimization.step()
+    assert optimization.skipped == 1
+    np.testing.assert_array_equal(client.table("user").lookup(np.arange(VOCABULARY)), before)
+    optimization.close()
+
+    strict = Optimization(model, dense_of(model))
+    weights = [each.detach().clone() for each in model.head.parameters()]
+    (functional.binary_cross_entropy_with_logits(model(ids), labels) * float("nan")).backward()
+    with pytest.raises(NonFiniteError):
+        strict.step()
+    for mine, was in zip(model.head.parameters(), weights, strict=True):
+        torch.testing.assert_close(mine, was)
+
+
+def test_occurrences_count_once_for_each_place_of_an_id_also_after_clipping(client):
+    table = client.table("rare", dim=2, optimizer=Sgd(learning_rate=1.0), occurrence_threshold=3)
+    model = EmbeddingBag(table, combiner="sum")
+    optimization = Optimization(model)
+    for ids in ([[7, 7], [7, 7]], [[7, 7], [7, 7]]):  # one by one there would be too few
+        model(torch.tensor(ids)).sum().backward()
+        torch.nn.utils.clip_grad_norm_(optimization.parameters_and_rows(), 1.0)
+        optimization.step()
+    assert table.contains([7]).tolist() == [True]
+
+
+def test_learning_rates_of_dense_parameters_follow_a_scheduler(client):
+    model, twin, reference = pair(client)
+    optimization = Optimization(model, dense_of(model))
+    mine = torch.optim.lr_scheduler.LambdaLR(optimization, lambda step: 1 / (1 + step))
+    theirs = torch.optim.lr_scheduler.LambdaLR(reference, lambda step: 1 / (1 + step))
+    for ids, labels in batches(5):
+        for module, optimizer, schedule in ((model, optimization, mine), (twin, reference, theirs)):
+            functional.binary_cross_entropy_with_logits(module(ids), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    for ours, plain in zip(model.head.parameters(), twin.head.parameters(), strict=True):
+        assert (ours - plain).abs().max() < 1e-2
+
+
+def test_rows_are_stepped_by_the_mean_over_ranks_where_each_has_its_share(client):
+    table = client.table("shared", dim=2, optimizer=Sgd(learning_rate=1.0))
+    model = EmbeddingBag(table, combiner="sum")
+    optimization = Optimization(model, row_scale=0.25)
+    model(torch.tensor([[1]])).sum().backward()
+    optimization.step()
+    created = client.table("shared").lookup([1])
+    model(torch.tensor([[1]])).sum().backward()
+    optimization.step()
+    np.testing.assert_allclose(created - client.table("shared").lookup([1]), [[0.25, 0.25]], rtol=1e-6)
+
+
+def test_a_module_has_one_optimization_at_a_time_and_steps_by_itself_again_afterwards(client):
+    table = client.table("again", dim=2, optimizer=Sgd(learning_rate=1.0))
+    model = EmbeddingBag(table, combiner="sum")
+    first = Optimization(model)
+    with pytest.raises(InvalidRequestError, match="Optimization"):
+        Optimization(model)
+    first.close()
+    model(torch.tensor([[1]])).sum().backward()
+    assert table.contains([1]).tolist() == [True]
+
+
+def test_a_model_with_nothing_to_learn_and_a_scale_that_is_none_are_refused(client):
+    with pytest.raises(InvalidRequestError, match="nothing learns"):
+        Optimization(nn.Linear(1, 1))
+    with pytest.raises(InvalidRequestError, match="row_scale=0"):
+        Optimization(EmbeddingBag(client.table("t", dim=2)), row_scale=0)
