@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trilith.arrays import id_array
+from trilith.data.parse.specs import INVALID_LABEL
 from trilith.errors import InvalidRequestError
 from trilith.ops.ragged import Int64Array, Ragged, as_splits
 from trilith.ops.strings import hash_strings, string_array
@@ -22,9 +23,6 @@ from trilith.ops.strings import hash_strings, string_array
 __all__ = ["Batch", "DenseColumn", "IdColumn", "LabelColumn", "Wanted", "arrange", "columns_of"]
 
 Float32Array: TypeAlias = npt.NDArray[np.float32]
-
-NO_LABEL = float(np.finfo(np.float32).min)
-"""What the parsers of trilith.data fill labels up with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -458,7 +456,7 @@ def _label(name: str, want: LabelColumn, column: _Column, rows: _Rows) -> tuple[
     if not 0 <= index < values.shape[1]:
         raise InvalidRequestError(f"{who}: index={index} is outside 0..{values.shape[1] - 1}")
     chosen = values[:, index]
-    mask = ~(torch.isnan(chosen) | (chosen == NO_LABEL))
+    mask = ~(torch.isnan(chosen) | (chosen == float(INVALID_LABEL)))
     chosen = torch.where(mask, chosen, torch.zeros_like(chosen))
     wrong = mask & ((chosen < want.low) | (chosen > want.high))
     if bool(wrong.any()):

@@ -39,7 +39,6 @@ from trilith.estimator.task import Task
 from trilith.nn import FetchedRows
 from trilith.nn.dense import DenseOnPs
 from trilith.nn.optimization import Optimization
-from trilith.peers import connect_peers
 from trilith.pipelining import Lane
 from trilith.runtime.machine import cores
 
@@ -176,8 +175,6 @@ class Estimator:
 
     def _connect(self) -> Any:
         run = self.run
-        if self.placement.rows == "workers":
-            return connect_peers(self.device.type, threads=1, update_queue=run.update_queue)
         if self.placement.rows == "process":
             return connect(run.cluster)
         return connect(run.cluster, timeout_s=run.timeout_s, model_name=self.name, float16=run.float16_transfer)

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from trilith.data.parse.specs import INVALID_LABEL
 from trilith.errors import InvalidRequestError
 
 __all__ = [
@@ -39,7 +40,6 @@ State: TypeAlias = dict[str, npt.NDArray[Any]]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
-_NO_LABEL = float(np.finfo(np.float32).min)
 _BIN_BITS = 18
 _BINS = 1 << _BIN_BITS
 
@@ -68,7 +68,7 @@ class Metric(ABC):
         keep = np.ones(given.size, np.bool_)
         if label is not None:
             labels = _floats("label", label, given.size).astype(np.float64)
-            keep &= ~(np.isnan(labels) | (labels == _NO_LABEL))
+            keep &= ~(np.isnan(labels) | (labels == INVALID_LABEL))
         elif self._needs_labels:
             raise InvalidRequestError(f"{type(self).__name__} compares predictions with labels; there are none")
         if weight is not None:
