@@ -347,3 +347,68 @@ def test_the_fused_layout_leaves_sparse_features_to_the_spreading():
     assert fused["x"].tolist() == [[0.5]]
     assert unflatten(fused)[0]["fid_list"]["t:0"].tolist() == [1, 2]
     assert parse_fused(records)["__sharding_sparse_fids__sparse_features"] is records
+
+
+# ---- labels by name --------------------------------------------------------------------------------------------------
+
+BY_NAME = {"click": Label(feature="click"), "buy": Label(feature="buy", place=1)}
+MISSING = float(INVALID_LABEL)
+
+
+def records_with_labels(kind: str) -> Records:
+    """By name, one of them; of the record itself, both; of the record itself, one; none."""
+    if kind == "instance":
+        messages = [instance(), instance(label=[1, 0]), instance(label=[0]), instance()]
+        messages[0].feature.add(name="click", float_value=[1])
+    else:
+        messages = [example(click=[1.0], x=[0.5]), example(label=[1.0, 0.0]), example(), example(x=[0.5])]
+        messages[2].label.append(0)
+    return Records.of([message.SerializeToString() for message in messages], kind)
+
+
+@pytest.mark.parametrize("kind", ["instance", "example"])
+def test_a_label_is_the_feature_of_its_name_or_one_of_the_records_own(kind):
+    found = ParseSpec(BY_NAME).parse(records_with_labels(kind))
+    assert found["click"].tolist() == [[1], [1], [0], [MISSING]]
+    assert found["buy"].tolist() == [[MISSING], [0], [MISSING], [MISSING]]
+
+
+def test_a_label_of_a_batch_is_the_list_of_its_name_or_the_batchs_own():
+    def batch(**lists) -> Records:
+        message = example_pb2.ExampleBatch(batch_size=2)
+        for name, rows in lists.items():
+            named = message.named_feature_list.add(name=name, type=0)
+            for row in rows:
+                named.feature.add().float_list.value.extend(row)
+        return Records.of([message.SerializeToString()], "examplebatch")
+
+    found = ParseSpec(BY_NAME).parse(batch(click=[[1], [0]]))
+    assert (found["click"].tolist(), found["buy"].tolist()) == ([[1], [0]], [[MISSING], [MISSING]])
+    found = ParseSpec(BY_NAME).parse(batch(label=[[1, 0], [0]]))
+    assert (found["click"].tolist(), found["buy"].tolist()) == ([[1], [0]], [[0], [MISSING]])
+    with pytest.raises(DataError, match="a feature 'click' and labels of its own"):
+        ParseSpec(BY_NAME).parse(batch(label=[[1, 0], [0]], click=[[1], [0]]))
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        (example(click=[1.0], label=[0.0]), "a feature 'click' and labels of its own"),
+        (example(click=[1.0, 0.0]), "label 'click' has 2 values; a label is one number"),
+        (example(click=[7]), "feature 'click' holds a fid_v2_list, which is no list of float values"),
+    ],
+)
+def test_a_label_that_may_be_two_or_is_no_number_is_damage(message, error):
+    records = Records.of([example().SerializeToString(), message.SerializeToString()], "example")
+    with pytest.raises(DataError, match=f"record 1: {error}|record 1.*{error}"):
+        ParseSpec(BY_NAME).parse(records)
+    kept = ParseSpec(BY_NAME, on_error="skip")
+    assert kept.parse(records)["click"].tolist() == [[MISSING]]
+    assert kept.skipped == 1
+
+
+def test_a_label_with_a_name_is_one():
+    with pytest.raises(InvalidRequestError, match="dim=2 of the label 'click'"):
+        Label(2, feature="click")
+    with pytest.raises(InvalidRequestError, match="place=-1"):
+        Label(feature="click", place=-1)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
 
+import trilith.data
 from trilith.data import Kind, Ragged, Records, hash_strings
 from trilith.errors import CheckpointError, InvalidRequestError, NonFiniteError
 from trilith.estimator import Callback, Dense, Embedding, Estimator, Label, RunConfig, Sequence, Stop, Task, metrics
+from trilith.estimator.batches import LabelColumn, Wanted, arrange
+from trilith.estimator.source import Source
 from trilith.tables import Adagrad, Sgd
 from trilith_proto.example_pb2 import Example
 from trilith_services.serving.models import Models
@@ -299,6 +304,32 @@ def test_a_warm_start_has_the_rows_and_weights_of_another_run_and_its_own_positi
         assert [event.own_step for event in told.named("step")] == [1]
         assert np.abs(rows_of(second)["user"] - want["user"]).max() < 0.5
         assert np.abs(want["user"]).max() > 0
+
+
+def test_columns_of_a_file_are_labels_by_name_and_null_is_a_missing_one(tmp_path):
+    columns = {"user": [1, 2, 3], "click": [1, 0, None], "bought": [None, 1.0, 0.0]}
+    pq.write_table(pa.table(columns), tmp_path / "by-name.parquet")
+    pq.write_table(pa.table({"user": [1, 2, 3], "label": [[1, 0], [0], []]}), tmp_path / "in-order.parquet")
+
+    class Shop(Task):
+        user = Embedding(dim=2, bias=True)
+        labels: ClassVar = {"click": Label(), "buy": Label(feature="bought")}
+
+        def forward(self, x):
+            return {name: x.user.bias + x.user.vector.sum(1) for name in self.labels}
+
+    def labels_of(name: str, task: Task) -> dict[str, list[float]]:
+        batches = Source(trilith.data.read(tmp_path / name).batch(3), task, lambda batch: batch).epoch(0)
+        found = arrange(next(batches), Wanted(labels={"click": LabelColumn(), "bought": LabelColumn()}))
+        batches.close()
+        return {each: torch.where(found.masks[each], found.labels[each], -1).tolist() for each in found.labels}
+
+    assert labels_of("by-name.parquet", Shop()) == {"click": [1, 0, -1], "bought": [-1, 1, 0]}
+    assert labels_of("in-order.parquet", Shop()) == {"click": [1, 0, -1], "bought": [0, -1, -1]}
+    columns["buy"] = columns.pop("bought")
+    pq.write_table(pa.table(columns), tmp_path / "misspelt.parquet")
+    with pytest.raises(InvalidRequestError, match=r"'bought': no column of the files read; there are \['buy', 'click'"):
+        labels_of("misspelt.parquet", Shop())
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------

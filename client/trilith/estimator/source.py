@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from trilith.data.parse.specs import Dense, FeatureSpec, InstanceWeight, Label, Sparse
@@ -16,8 +16,6 @@ from trilith.estimator.task import Task
 from trilith.pipelining import Placed
 
 __all__ = ["EpochBatches", "Source", "task_specs"]
-
-_LABELS = "labels of the task"
 
 
 @runtime_checkable
@@ -96,16 +94,15 @@ class Source:
         return data
 
     def _ready(self, batch: Any) -> Prepared:
-        if isinstance(batch, Mapping) and _LABELS in batch:
-            columns = batch[_LABELS]
-            batch = {name: value for name, value in batch.items() if name != _LABELS}
-            for place, (name, label) in enumerate(self._task.labels.items()):
-                batch[label.feature or name] = columns[:, place]
         return self._prepare(batch)
 
 
 def task_specs(task: Task, *, labels: bool = True) -> dict[str, FeatureSpec]:
-    """What a task wants of records, by name in the batch: labels are a record's labels, in order."""
+    """What a task wants of records, by name in the batch.
+
+    A label is the feature or column of its name; a record without it has it among its own labels, which are in the
+    order of the task's.
+    """
     specs: dict[str, FeatureSpec] = {}
     for name, feature in task.features.items():
         key = feature.feature or name
@@ -118,8 +115,9 @@ def task_specs(task: Task, *, labels: bool = True) -> dict[str, FeatureSpec]:
             )
     if task.sample_weight:
         specs[task.sample_weight] = InstanceWeight()
-    if labels and task.labels:
-        specs[_LABELS] = Label(len(task.labels))
+    for place, (name, label) in enumerate(task.labels.items() if labels else ()):
+        key = label.feature or name
+        specs[key] = Label(feature=key, place=place)
     return specs
 
 

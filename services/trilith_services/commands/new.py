@@ -29,7 +29,7 @@ class Clicks(Task):
     user = Embedding(dim=8, optimizer=Adagrad(learning_rate=0.2), bias=True)
     item = Embedding(dim=8, optimizer=Adagrad(learning_rate=0.2), bias=True)
     context = Dense(2)
-    labels = {"click": Label()}  # the column "label"
+    labels = {"click": Label()}
     metrics = {"auc": metrics.Auc(), "logloss": metrics.LogLoss()}
 
     def build(self):
@@ -89,7 +89,7 @@ Next:
   trilith predict job:job --data valid.parquet --output scores.parquet
   trilith export job:job exports --mode standalone   # for trilith serving entry --export exports
 
-Put your features into Clicks, your files into train= and evaluate=; "label" is the column of the labels."""
+Put your features into Clicks, your files into train= and evaluate=; columns are found by the attributes' names."""
 
 
 def register(app: typer.Typer) -> None:
@@ -125,6 +125,6 @@ def _write_clicks(path: Path, samples: int, *, seed: int) -> None:
     user, item = rng.integers(0, len(users), samples), rng.integers(0, len(items), samples)
     context = rng.random((samples, 2), dtype=np.float32)
     liking = users[user] + items[item] + context @ [1.0, -1.0]
-    label = (liking + rng.logistic(scale=0.5, size=samples) > 0).astype(np.float32)
-    columns = {"user": user, "item": item, "context": list(context), "label": label}
+    click = (liking + rng.logistic(scale=0.5, size=samples) > 0).astype(np.float32)
+    columns = {"user": user, "item": item, "context": list(context), "click": click}
     pq.write_table(pa.table(columns), path)

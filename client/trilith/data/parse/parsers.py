@@ -44,6 +44,8 @@ _TINY = np.finfo(np.float32).tiny
 _LARGEST = float(np.finfo(np.float32).max)
 _ELEMENTS = {"f": Element.FLOAT, "i": Element.INT, "O": Element.BYTES}
 _LABEL, _WEIGHT, _LINE_ID = "__LABEL__", "instance_weight", "__LINE_ID__"
+_OWN = (None, _LABEL, "label")
+"""Names of a label that mean the labels of the record itself."""
 _SHARED = 1
 _DENSE_MEMBERS = {Element.FLOAT: (3, 4), Element.INT: (5,), Element.BYTES: (6,)}
 _INT_MEMBER, _DOUBLE_MEMBER, _EMPTY = 5, 4, 255
@@ -90,7 +92,7 @@ class Parser(ABC):
             case Slot():
                 return (f"slot {spec.slot}",)
             case Label():
-                return (_LABEL, "label")
+                return (_LABEL, "label") if spec.feature in _OWN else (spec.feature, _LABEL, "label")
             case Extra():
                 about = line_field(spec.field or out)
                 return (_LINE_ID,) if self.kind is Kind.EXAMPLE_BATCH else (f"__{about.name.upper()}__",)
@@ -111,6 +113,11 @@ class Parser(ABC):
 
     def _line_fields(self) -> dict[str, LineField]:
         return {out: line_field(spec.field or out) for out, spec in self.specs.items() if isinstance(spec, Extra)}
+
+    def _named_labels(self) -> list[str]:
+        """Features that hold a label."""
+        names = [spec.feature for spec in self.specs.values() if isinstance(spec, Label)]
+        return [name for name in dict.fromkeys(names) if name is not None and name not in _OWN]
 
     def _has(self, kind: type[Label | InstanceWeight]) -> bool:
         return any(isinstance(spec, kind) for spec in self.specs.values())
@@ -224,10 +231,60 @@ class _ColumnParser(Parser):
                         there = bool(scan.present[schema.line_cells[about.name]].any())
                 case _:
                     there = len(scan.values[schema.label_column]) > 0
-                    if self.kind is Kind.EXAMPLE:
-                        there |= bool(scan.seen[:, schema.name_numbers["label"]].any())
+                    for name in self.unseen[out]:
+                        if name != _LABEL and name in schema.name_numbers:
+                            there |= bool(scan.seen[:, schema.name_numbers[name]].any())
             if there:
                 self.unseen.pop(out, None)
+
+    def _odd_labels(self, scan: Scan, members: tuple[int, ...]) -> list[_Wrong]:
+        """Per named label that has any, records with something else than a number, or with two labels of that name."""
+        wrong: list[_Wrong] = []
+        schema = self._scanner.schema
+        for name in self._named_labels():
+            member = member_of(schema, scan, name)
+            if not member.any():
+                continue
+            odd = _others(member, members)
+            if odd is not None:
+                wrong.append((odd, partial(_no_floats, name, member, self.kind)))
+                continue
+            lengths = self._label_values(name, scan).lengths
+            if (lengths > 1).any():
+                counts = lengths
+
+                def several(row: int, name: str = name, counts: npt.NDArray[np.int64] = counts) -> str:
+                    return f"label {name!r} has {int(counts[row])} values; a label is one number"
+
+                wrong.append((lengths > 1, several))
+            twice = (member != 0) & (np.diff(scan.splits[schema.label_column]) > 0)
+            if self.kind is Kind.EXAMPLE:
+                twice |= (member != 0) & (member_of(schema, scan, "label") != 0)
+            if twice.any():
+
+                def doubtful(row: int, name: str = name) -> str:
+                    return _label_twice(name)
+
+                wrong.append((twice, doubtful))
+        return wrong
+
+    def _label_values(self, feature: str, scan: Scan) -> Ragged[Any]:
+        """What a feature that holds a label has."""
+        schema = self._scanner.schema
+        return ragged_of(schema, scan, schema.named_columns[feature, Element.FLOAT])
+
+    def _named_label(self, feature: str, place: int, scan: Scan) -> npt.NDArray[Any]:
+        """[rows, 1] of the feature, or of the record's own labels where it has no such feature."""
+        schema = self._scanner.schema
+        own = self._labels(place + 1, scan)[:, place:].copy()
+        there = member_of(schema, scan, feature) != 0
+        if there.any():
+            own[there] = self._label_values(feature, scan).dense(1, INVALID_LABEL)[there]
+        return own
+
+    @abstractmethod
+    def _labels(self, dim: int, scan: Scan) -> npt.NDArray[Any]:
+        """[rows, dim] of the records' own labels, filled up with `INVALID_LABEL`."""
 
     @abstractmethod
     def _fields(self) -> Fields:
@@ -239,6 +296,21 @@ class _ColumnParser(Parser):
 
     def _line_output(self, name: str, spec: Extra) -> _Make:
         return partial(_extra, self._scanner.schema, line_field(spec.field or name), spec.dim)
+
+
+def _label_twice(name: str) -> str:
+    """Why a record does not say what a label is."""
+    return (
+        f"it has a feature {name!r} and labels of its own, so that the label {name!r} may be either; drop one, or give "
+        "the label another name"
+    )
+
+
+def _label_output(parser: _ColumnParser, spec: Label) -> _Make:
+    """How one label is made, by its name."""
+    if spec.feature in _OWN or spec.feature is None:
+        return lambda scan: parser._labels(spec.place + 1, scan)[:, spec.place :]
+    return partial(parser._named_label, spec.feature, spec.place)
 
 
 def _fids(column: int) -> _Make:
@@ -293,6 +365,7 @@ class InstanceParser(_ColumnParser):
             named[name, element] = None
             if element is Element.FLOAT:
                 named[name, Element.BYTES] = None  # where a quantized vector would be
+        named |= dict.fromkeys((name, Element.FLOAT) for name in self._named_labels())
         slots = dict.fromkeys(spec.slot for spec in self.specs.values() if isinstance(spec, Slot))
         return Fields(
             label=self._has(Label),
@@ -313,10 +386,15 @@ class InstanceParser(_ColumnParser):
             make = self._fitted if self.strict and spec.lengths == "fit" else self._dense
             return partial(make, spec.feature or name, spec.dim, _ELEMENTS[dense_dtype(spec.dtype).kind])
         if isinstance(spec, Label):
+            if spec.feature is not None:
+                return _label_output(self, spec)
             return lambda scan: ragged_of(schema, scan, schema.label_column).dense(spec.dim)
         if isinstance(spec, InstanceWeight):
             return partial(self._weights, spec.dim)
         return self._line_output(name, spec)
+
+    def _labels(self, dim: int, scan: Scan) -> npt.NDArray[Any]:
+        return ragged_of(self._scanner.schema, scan, self._scanner.schema.label_column).dense(dim, INVALID_LABEL)
 
     def _weights(self, dim: int, scan: Scan) -> npt.NDArray[Any]:
         weight = scalars_of(scan, self._scanner.schema.weight_cell, np.dtype(np.float32), 1.0)
@@ -324,7 +402,7 @@ class InstanceParser(_ColumnParser):
 
     def _odd_dense(self, scan: Scan) -> list[_Wrong]:
         """See `_ColumnParser`; a quantized vector is checked where it is unpacked."""
-        wrong = []
+        wrong = self._odd_labels(scan, _INSTANCE_MEMBERS[Element.FLOAT])
         schema = self._scanner.schema
         for name, spec, element, whole in self._dense_to_check(scan):
             if whole:
@@ -400,7 +478,7 @@ class ExampleParser(_ColumnParser):
 
     def _fields(self) -> Fields:
         named, _ = _named_elements(self)
-        for name in ["label"] * self._has(Label) + [_WEIGHT] * self._has(InstanceWeight):
+        for name in ["label", *self._named_labels()] * self._has(Label) + [_WEIGHT] * self._has(InstanceWeight):
             named[name, Element.FLOAT] = None
             if self.strict:
                 named[name, Element.INT] = None
@@ -423,7 +501,7 @@ class ExampleParser(_ColumnParser):
         if isinstance(spec, Dense):
             return partial(self._dense, spec.feature or name, spec.dim, _ELEMENTS[dense_dtype(spec.dtype).kind])
         if isinstance(spec, Label):
-            return partial(self._labels, spec.dim)
+            return _label_output(self, spec) if spec.feature is not None else partial(self._labels, spec.dim)
         if isinstance(spec, InstanceWeight):
             return partial(self._weights, spec.dim)
         assert isinstance(spec, Extra)
@@ -439,7 +517,7 @@ class ExampleParser(_ColumnParser):
 
     def _odd_dense(self, scan: Scan) -> list[_Wrong]:
         """See `_ColumnParser`."""
-        schema, wrong = self._scanner.schema, []
+        schema, wrong = self._scanner.schema, self._odd_labels(scan, _held(Element.FLOAT))
         for name, spec, element, whole in self._dense_to_check(scan):
             column = schema.named_columns[name, element]
             found = None
@@ -489,6 +567,9 @@ class ExampleParser(_ColumnParser):
         if self.strict and element is Element.FLOAT:
             return self._merged(feature, element, scan).dense(dim)
         return _padded(ragged_of(schema, scan, schema.named_columns[feature, element]), member, dim, element)
+
+    def _label_values(self, feature: str, scan: Scan) -> Ragged[Any]:
+        return self._merged(feature, Element.FLOAT, scan)
 
     def _labels(self, dim: int, scan: Scan) -> npt.NDArray[Any]:
         schema = self._scanner.schema
@@ -646,7 +727,7 @@ class BatchParser(Parser):
         super().__init__(specs, on_error=on_error, strict=strict)
         named, extras = _named_elements(self)
         labels = [_LABEL, "label"][: 1 + self.strict] * self._has(Label)
-        for name in labels + [_WEIGHT] * self._has(InstanceWeight):
+        for name in labels + self._named_labels() + [_WEIGHT] * self._has(InstanceWeight):
             named[name, Element.FLOAT] = None
             if self.strict:
                 named[name, Element.INT] = None
@@ -683,9 +764,7 @@ class BatchParser(Parser):
                 element = _ELEMENTS[dense_dtype(spec.dtype).kind]
                 out[name] = self._dense(batch, spec.feature or name, element, spec)
             elif isinstance(spec, Label):
-                numbers = self._scanner.schema.name_numbers
-                own = batch.lists[numbers[_LABEL], 0] >= 0 or "label" not in numbers
-                out[name] = self._floats(batch, _LABEL if own else "label")[0].dense(spec.dim)
+                out[name] = self._label(batch, spec)
             elif isinstance(spec, InstanceWeight):
                 out[name] = self._weights(batch, spec.dim)
             elif isinstance(spec, Extra):
@@ -759,6 +838,18 @@ class BatchParser(Parser):
         if self.strict and element is Element.FLOAT:
             return ragged.dense(spec.dim)
         return _padded(ragged, member, spec.dim, element)
+
+    def _label(self, batch: BatchScan, spec: Label) -> npt.NDArray[Any]:
+        numbers = self._scanner.schema.name_numbers
+        if spec.feature is not None and spec.feature not in _OWN and batch.lists[numbers[spec.feature], 0] >= 0:
+            if any(name in numbers and batch.lists[numbers[name], 0] >= 0 for name in (_LABEL, "label")):
+                raise DataError(f"{batch.scan.records.where(0)}: {_label_twice(spec.feature)}")
+            return self._floats(batch, spec.feature)[0].dense(1, INVALID_LABEL)
+        own = batch.lists[numbers[_LABEL], 0] >= 0 or "label" not in numbers
+        values = self._floats(batch, _LABEL if own else "label")[0]
+        if spec.feature is None:
+            return values.dense(spec.dim)
+        return values.dense(spec.place + 1, INVALID_LABEL)[:, spec.place :]
 
     def _weights(self, batch: BatchScan, dim: int) -> npt.NDArray[Any]:
         if batch.lists[self._scanner.schema.name_numbers[_WEIGHT], 0] < 0:

@@ -95,16 +95,24 @@ class Label:
     Attributes:
         dim: Labels of a record.
         weight: Of a task's label: what its loss counts in their sum.
-        feature: Of a task's label: its name in batches; the name that the task has for it by default.
+        feature: Of a task's label: its name in batches and records; the name that the task has for it by default. A
+            parser takes a named label from the feature (or column) of that name; a record without it has it among
+            its own labels, or not at all, which reads `INVALID_LABEL`.
+        place: Which of a record's own labels a named one is.
     """
 
     dim: int = 1
     weight: float = 1.0
     feature: str | None = None
+    place: int = 0
 
     def __post_init__(self) -> None:
         if self.dim < 1:
             raise InvalidRequestError(f"dim={self.dim} of the labels is not positive")
+        if self.feature is not None and self.dim != 1:
+            raise InvalidRequestError(f"dim={self.dim} of the label {self.feature!r}: one that has a name is one")
+        if self.place < 0:
+            raise InvalidRequestError(f"place={self.place} of a label is negative")
         if not 0 <= self.weight < float("inf"):
             raise InvalidRequestError(f"weight={self.weight} of a label is not a number from 0")
 
