@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -70,12 +69,14 @@ class WriteOptions:
         request_time: Unix seconds; None is now, by each shard's clock.
         allow_non_finite: Accept NaN and infinity.
         timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
+        advance: Gradients only: by how many steps of the model they take it on; shard 0 counts them with its part.
     """
 
     step: int = 0
     request_time: int | None = None
     allow_non_finite: bool = False
     timeout_s: float | None = None
+    advance: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +253,7 @@ class Batches:
         return self._cluster.write(
             index,
             global_step=options.step,
+            advance=options.advance,
             request_time=0 if options.request_time is None else whole_seconds(options.request_time),
             allow_non_finite=options.allow_non_finite,
         )
@@ -264,6 +266,8 @@ class Batches:
         cluster = self._cluster
         batch = [self._prepare(verb, name, ids, values, options) for name, (ids, values) in updates.items()]
         chosen = _shards_with_ids([rows.split for rows in batch], cluster.count)
+        if options.advance and 0 not in chosen:
+            chosen.insert(0, 0)  # none of its rows are concerned; it counts all the same
         frames = {index: self._frame(index, batch, options) for index in chosen}
         with _closing(frames):
             for place, rows in enumerate(batch):
@@ -371,27 +375,35 @@ class Batches:
         )
 
     def _send(self, verb: UpdateVerb, index: int, shard: Shard, frame: UpdateFrame, writes: Writes) -> None:
-        call = {"apply_gradients": shard.apply_gradients, "assign": shard.assign, "assign_add": shard.assign_add}[verb]
         if frame.write.client_id:
-            call(frame, frame.write)
+            self._call(verb, shard, frame, frame.write)
             return
-        # Too much for one message: several writes in order, each with a sequence of its own.
+        # Too much for one message: several writes in order, each with a sequence of its own; the last one counts.
         limit = shard.batch_bytes
-        number, done = itertools.count(), 0
+        pieces = []
         for part in frame:
             step = max(1, limit // _row_bytes(part.values.shape[1]))
-            for start in range(0, part.ids.size, step):
-                piece = slice(start, start + step)
-                values = part.values[piece]
-                if self._float16:
-                    with np.errstate(over="ignore"):  # refused before, or allowed
-                        values = values.astype(np.float16)
-                counts = None if part.counts is None else part.counts[piece]
-                cut = UpdatePart(part.table, part.ids[piece], values, counts, part.learning_rates)
-                write = writes.of(index, next(number))
-                with _part_of_several(done):
-                    call([cut], write)
-                done += 1
+            pieces += [(part, slice(start, start + step)) for start in range(0, part.ids.size, step)]
+        for number, (part, piece) in enumerate(pieces):
+            values = part.values[piece]
+            if self._float16:
+                with np.errstate(over="ignore"):  # refused before, or allowed
+                    values = values.astype(np.float16)
+            counts = None if part.counts is None else part.counts[piece]
+            cut = UpdatePart(part.table, part.ids[piece], values, counts, part.learning_rates)
+            write = writes.of(index, number)
+            if write.advance and number + 1 < len(pieces):
+                write = replace(write, advance=0)
+            with _part_of_several(number):
+                self._call(verb, shard, [cut], write)
+
+    def _call(self, verb: UpdateVerb, shard: Shard, parts: Sequence[UpdatePart], write: Write) -> None:
+        if verb == "apply_gradients":
+            step = shard.apply_gradients(parts, write)
+            if write.advance:
+                self._cluster.hear_step(step)
+        else:
+            {"assign": shard.assign, "assign_add": shard.assign_add}[verb](parts, write)
 
 
 @contextmanager

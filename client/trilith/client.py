@@ -135,6 +135,10 @@ class Client:
         """The model's step as this client last heard it."""
         return self._cluster.step
 
+    def hear_step(self, step: int) -> None:
+        """Know that the model is at `step` at least: for workers who take steps that another one counts."""
+        self._cluster.hear_step(as_step(step))
+
     def _create(self, configs: Sequence[ps_pb2.TableConfig]) -> None:
         cluster = self._cluster
         self._check_record(configs)
@@ -241,6 +245,7 @@ class Client:
         updates: Mapping[str, _Update],
         *,
         global_step: int | None = None,
+        advance: int = 0,
         request_time: int | None = None,
         allow_non_finite: bool = False,
         timeout_s: float | None = None,
@@ -251,6 +256,8 @@ class Client:
             updates: By table (ids [n], float gradients [n, dim]); gradients of repeated ids are added up in float32,
                 and occurrence thresholds count every repeat.
             global_step: The model's step, at which schedules are evaluated; None takes the step this client knows.
+            advance: By how many steps the model goes on with this: PS 0 counts them when it applies its part, which is
+                sent for that even if none of its rows are concerned, and answers where the counter is then.
             request_time: Whole Unix seconds, the rows' last update; None is now, by each shard's own clock. A time more
                 than a day ahead of that clock is refused.
             allow_non_finite: Accept NaN and infinity.
@@ -260,7 +267,7 @@ class Client:
             NonFiniteError: A gradient, or a sum of them, is NaN or infinite; nothing was sent.
         """
         step = self._cluster.step if global_step is None else as_step(global_step)
-        options = WriteOptions(step, request_time, allow_non_finite, timeout_s)
+        options = WriteOptions(step, request_time, allow_non_finite, timeout_s, as_step(advance, "advance"))
         self._batches.update("apply_gradients", updates, options)
 
     def assign(
@@ -475,6 +482,7 @@ class Client:
         *,
         learning_rate: float | None = None,
         global_step: int | None = None,
+        advance: int = 0,
         allow_non_finite: bool = False,
         timeout_s: float | None = None,
     ) -> None:
@@ -484,13 +492,16 @@ class Client:
             gradients: By variable, float32 of its shape.
             learning_rate: None takes the optimizer's own.
             global_step: The model's step; None takes what this client knows.
+            advance: As for `apply_gradients`; of a step that sends both, the last of them counts it.
             allow_non_finite: Accept NaN and infinity.
             timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
 
         Raises:
             NonFiniteError: A gradient has NaN or infinity; nothing was sent.
         """
-        self._variables.apply_gradients(gradients, learning_rate, global_step, allow_non_finite, timeout_s)
+        self._variables.apply_gradients(
+            gradients, learning_rate, global_step, allow_non_finite, timeout_s, advance=as_step(advance, "advance")
+        )
 
     def assign_variables(
         self, values: Mapping[str, Any], *, allow_non_finite: bool = False, timeout_s: float | None = None

@@ -237,15 +237,26 @@ class Cluster:
     # ---- writes ------------------------------------------------------------------------------------------------------
 
     def write(
-        self, index: int, *, global_step: int = 0, request_time: int = 0, allow_non_finite: bool = False
+        self,
+        index: int,
+        *,
+        global_step: int = 0,
+        advance: int = 0,
+        request_time: int = 0,
+        allow_non_finite: bool = False,
     ) -> Write:
-        """Name the next write to a shard."""
+        """Name the next write to a shard. Shard 0 alone advances the step counter: its counter is the model's."""
         return self._identities[index].write(
             incarnation=self._known[index],
             global_step=global_step,
+            advance=0 if index else advance,
             request_time=request_time,
             allow_non_finite=allow_non_finite,
         )
+
+    def hear_step(self, step: int) -> None:
+        """Know that the model's step is at least `step`: what answers say may arrive in another order."""
+        self.step = max(self.step, step)
 
     def writes(self, **options: Any) -> Writes:
         """Names for the writes of one call; keywords as for `write`."""

@@ -12,7 +12,7 @@ from trilith.arrays import as_values, refuse_non_finite
 from trilith.cluster import Cluster
 from trilith.errors import InvalidRequestError, UnknownVariableError
 from trilith.routing import partition_owner, partition_sizes
-from trilith.shard import DensePart, Float32Array
+from trilith.shard import DensePart, Float32Array, Shard
 from trilith.steps import as_step
 from trilith_proto import hash_table_pb2, ps_pb2
 
@@ -102,6 +102,8 @@ class Variables:
         global_step: int | None,
         allow_non_finite: bool,
         timeout_s: float | None = None,
+        *,
+        advance: int = 0,
     ) -> None:
         """See `Client.apply_dense_gradients`."""
         number = isinstance(learning_rate, (int, float, np.integer, np.floating)) and learning_rate is not True
@@ -111,13 +113,17 @@ class Variables:
         cluster = self._cluster
         step = cluster.step if global_step is None else as_step(global_step)
         parts = self._parts("gradients", gradients, allow_non_finite)
-        writes = cluster.writes(global_step=step, allow_non_finite=allow_non_finite)
-        cluster.fan_out(
-            sorted(parts),
-            lambda i, shard: shard.apply_dense_gradients(parts[i], writes.of(i), learning_rate=rate),
-            timeout_s=timeout_s,
-            writes=True,
-        )
+        if advance:
+            parts.setdefault(0, [])  # it counts, whether or not it has a part of any variable
+        writes = cluster.writes(global_step=step, advance=advance, allow_non_finite=allow_non_finite)
+
+        def call(index: int, shard: Shard) -> None:
+            write = writes.of(index)
+            reached = shard.apply_dense_gradients(parts[index], write, learning_rate=rate)
+            if write.advance:
+                cluster.hear_step(reached)
+
+        cluster.fan_out(sorted(parts), call, timeout_s=timeout_s, writes=True)
 
     def assign(self, values: Mapping[str, Any], allow_non_finite: bool, timeout_s: float | None = None) -> None:
         """See `Client.assign_variables`."""

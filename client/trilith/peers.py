@@ -36,6 +36,7 @@ from trilith.rows import Table
 from trilith.runtime.extras import need
 from trilith.runtime.forks import keep_for_ever, renew_in_children
 from trilith.shard import DensePart, Float32Array, UInt64Array, Write
+from trilith.steps import as_step
 from trilith.tables.initial import InitialRows, Missing, check_missing
 from trilith_proto import hash_table_pb2, ps_pb2
 
@@ -283,6 +284,10 @@ class PeerClient:
         """The model's step."""
         return self._step
 
+    def hear_step(self, step: int) -> None:
+        """Know that the model is at `step` at least."""
+        self._step = max(self._step, as_step(step))
+
     # ---- rows --------------------------------------------------------------------------------------------------
 
     def lookup(
@@ -326,13 +331,18 @@ class PeerClient:
         updates: Mapping[str, tuple[Any, Any]],
         *,
         global_step: int | None = None,
+        advance: int = 0,
         request_time: int | None = None,
         allow_non_finite: bool = False,
         timeout_s: float | None = None,
     ) -> None:
-        """Take this rank's step of each distinct id, and those of the others of the ids that this rank owns."""
-        step = self._step if global_step is None else global_step
+        """Take this rank's step of each distinct id, and those of the others of the ids that this rank owns.
+
+        With `advance` every rank counts so many steps of the model, for itself.
+        """
+        step, advance = self._step if global_step is None else global_step, as_step(advance, "advance")
         self.update("apply_gradients", updates, WriteOptions(step, request_time, allow_non_finite, timeout_s))
+        self._step += advance
 
     def assign(
         self,
@@ -610,6 +620,7 @@ class PeerClient:
         *,
         learning_rate: float | None = None,
         global_step: int | None = None,
+        advance: int = 0,
         allow_non_finite: bool = False,
         timeout_s: float | None = None,
     ) -> None:

@@ -75,6 +75,9 @@ class Rows(Protocol):
     def known_step(self) -> int:
         """The model's step as this client last heard it."""
 
+    def hear_step(self, step: int) -> None:
+        """Know that the model is at `step` at least."""
+
     @property
     def queues(self) -> Queues:
         """String queues."""
@@ -107,6 +110,7 @@ class Rows(Protocol):
         updates: _Updates,
         *,
         global_step: int | None = None,
+        advance: int = 0,
         request_time: int | None = None,
         allow_non_finite: bool = False,
         timeout_s: float | None = None,
@@ -183,6 +187,7 @@ class Rows(Protocol):
         *,
         learning_rate: float | None = None,
         global_step: int | None = None,
+        advance: int = 0,
         allow_non_finite: bool = False,
         timeout_s: float | None = None,
     ) -> None:

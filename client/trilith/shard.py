@@ -106,6 +106,7 @@ class Write:
         origin: The shard that the write was first sent to.
         incarnation: The shard's incarnation that the caller knows; 0 accepts any.
         global_step: The model's step, for optimizers and readers that use it.
+        advance: Gradients only: steps by which the shard's counter goes up when they are applied.
         request_time: Unix seconds, at most a day ahead of the shard's clock; becomes the rows' last update. 0 is now.
         allow_non_finite: Accept NaN and infinity.
         dedup: Gradients only: sum the gradients of equal ids into one step each.
@@ -119,6 +120,7 @@ class Write:
     origin: int = 0
     incarnation: int = 0
     global_step: int = 0
+    advance: int = 0
     request_time: int = 0
     allow_non_finite: bool = False
     dedup: bool = False
@@ -256,8 +258,11 @@ class Shard(Protocol):
     def lookup(self, parts: Sequence[IdPart], *, float16: bool = False) -> list[FloatArray]:
         """Return per part float32[n, dim] rows (float16 if asked), zeros where an id has no row. Never inserts."""
 
-    def apply_gradients(self, parts: Sequence[UpdatePart], write: Write) -> None:
-        """Take one optimizer step per id occurrence, in order; creates missing rows that pass the filter."""
+    def apply_gradients(self, parts: Sequence[UpdatePart], write: Write) -> int:
+        """Take one optimizer step per id occurrence, in order; creates missing rows that pass the filter.
+
+        Returns the step counter where the write advances it, else 0.
+        """
 
     def assign(self, parts: Sequence[UpdatePart], write: Write) -> None:
         """Set weights."""
@@ -300,8 +305,11 @@ class Shard(Protocol):
     def pull_variables(self, refs: Sequence[tuple[str, int]]) -> tuple[list[Float32Array], int]:
         """Current values of (name, partition)s, and the global step."""
 
-    def apply_dense_gradients(self, parts: Sequence[DensePart], write: Write, *, learning_rate: float = 0.0) -> None:
-        """One step of each partition's own optimizer; `learning_rate` 0 takes the optimizer's own."""
+    def apply_dense_gradients(self, parts: Sequence[DensePart], write: Write, *, learning_rate: float = 0.0) -> int:
+        """One step of each partition's own optimizer; `learning_rate` 0 takes the optimizer's own.
+
+        Returns the step counter where the write advances it, else 0.
+        """
 
     def assign_variables(self, parts: Sequence[DensePart], write: Write) -> None:
         """Set partitions' values."""

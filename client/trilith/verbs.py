@@ -248,6 +248,7 @@ class Verbs:
         Shard.apply_gradients,
         pack=wire.pack_update_request,
         unpack=wire.unpack_update_request,
+        returns="global_step",
         streamed=True,
         carries_ids=True,
     )
@@ -309,7 +310,11 @@ class Verbs:
         reads=True,
     )
     apply_dense_gradients = Verb(
-        Shard.apply_dense_gradients, pack=wire.pack_dense_update, unpack=wire.unpack_dense_update, streamed=True
+        Shard.apply_dense_gradients,
+        pack=wire.pack_dense_update,
+        unpack=wire.unpack_dense_update,
+        returns="global_step",
+        streamed=True,
     )
     assign_variables = Verb(Shard.assign_variables, pack=wire.pack_dense_update, unpack=wire.unpack_dense_update)
     global_step = Verb(Shard.global_step, renamed={"set_to": "set"}, returns="global_step", reads=True)

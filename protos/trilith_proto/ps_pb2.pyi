@@ -336,6 +336,7 @@ class UpdateRequest(google.protobuf.message.Message):
     INCARNATION_FIELD_NUMBER: builtins.int
     ALLOW_NON_FINITE_FIELD_NUMBER: builtins.int
     DEDUP_FIELD_NUMBER: builtins.int
+    ADVANCE_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
     rows_type: global___FloatType.ValueType
     global_step: builtins.int
@@ -347,6 +348,8 @@ class UpdateRequest(google.protobuf.message.Message):
     """ApplyGradients only: NaN and infinity are refused unless this is set."""
     dedup: builtins.bool
     """ApplyGradients only: gradients of equal ids are summed into one step each."""
+    advance: builtins.int
+    """ApplyGradients only: steps by which the counter goes up once the rows have taken theirs, at `global_step`. PS 0's counts."""
     payload: builtins.bytes
     """Table after table: uint64[n] ids, then uint32[n] multiplicities if `counts`, then float[n, dim] values."""
     @property
@@ -364,10 +367,11 @@ class UpdateRequest(google.protobuf.message.Message):
         incarnation: builtins.int = ...,
         allow_non_finite: builtins.bool = ...,
         dedup: builtins.bool = ...,
+        advance: builtins.int = ...,
         payload: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["write", b"write"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["allow_non_finite", b"allow_non_finite", "dedup", b"dedup", "global_step", b"global_step", "incarnation", b"incarnation", "payload", b"payload", "request_time", b"request_time", "rows_type", b"rows_type", "tables", b"tables", "write", b"write"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["advance", b"advance", "allow_non_finite", b"allow_non_finite", "dedup", b"dedup", "global_step", b"global_step", "incarnation", b"incarnation", "payload", b"payload", "request_time", b"request_time", "rows_type", b"rows_type", "tables", b"tables", "write", b"write"]) -> None: ...
 
 global___UpdateRequest = UpdateRequest
 
@@ -377,16 +381,20 @@ class UpdateResponse(google.protobuf.message.Message):
 
     INCARNATION_FIELD_NUMBER: builtins.int
     REPEATED_WRITE_FIELD_NUMBER: builtins.int
+    GLOBAL_STEP_FIELD_NUMBER: builtins.int
     incarnation: builtins.int
     repeated_write: builtins.bool
     """The write had been done before; nothing was done now."""
+    global_step: builtins.int
+    """The step counter behind a write that advances it; else 0."""
     def __init__(
         self,
         *,
         incarnation: builtins.int = ...,
         repeated_write: builtins.bool = ...,
+        global_step: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "repeated_write", b"repeated_write"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["global_step", b"global_step", "incarnation", b"incarnation", "repeated_write", b"repeated_write"]) -> None: ...
 
 global___UpdateResponse = UpdateResponse
 
@@ -1036,12 +1044,15 @@ class DenseUpdateRequest(google.protobuf.message.Message):
     INCARNATION_FIELD_NUMBER: builtins.int
     LEARNING_RATE_FIELD_NUMBER: builtins.int
     ALLOW_NON_FINITE_FIELD_NUMBER: builtins.int
+    ADVANCE_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
     global_step: builtins.int
     incarnation: builtins.int
     learning_rate: builtins.float
     """One rate for all; 0 takes each optimizer's own."""
     allow_non_finite: builtins.bool
+    advance: builtins.int
+    """ApplyDenseGradients only: as in UpdateRequest."""
     payload: builtins.bytes
     """float32[size] partition after partition."""
     @property
@@ -1057,10 +1068,11 @@ class DenseUpdateRequest(google.protobuf.message.Message):
         incarnation: builtins.int = ...,
         learning_rate: builtins.float = ...,
         allow_non_finite: builtins.bool = ...,
+        advance: builtins.int = ...,
         payload: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["write", b"write"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["allow_non_finite", b"allow_non_finite", "global_step", b"global_step", "incarnation", b"incarnation", "learning_rate", b"learning_rate", "partitions", b"partitions", "payload", b"payload", "write", b"write"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["advance", b"advance", "allow_non_finite", b"allow_non_finite", "global_step", b"global_step", "incarnation", b"incarnation", "learning_rate", b"learning_rate", "partitions", b"partitions", "payload", b"payload", "write", b"write"]) -> None: ...
 
 global___DenseUpdateRequest = DenseUpdateRequest
 

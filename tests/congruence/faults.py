@@ -37,7 +37,7 @@ class Blocking(Meddled):
 
     def apply_gradients(self, parts, write):
         self.applied += 1
-        self._store.apply_gradients(parts, write)
+        return self._store.apply_gradients(parts, write)
 
 
 class Failing(Meddled):
@@ -56,7 +56,7 @@ class Failing(Meddled):
         return answer
 
     def apply_gradients(self, parts, write):
-        self._then_fail("apply_gradients", parts, write)
+        return self._then_fail("apply_gradients", parts, write)
 
     def assign_add(self, parts, write):
         self._then_fail("assign_add", parts, write)
@@ -65,7 +65,7 @@ class Failing(Meddled):
         return self._then_fail("global_step", advance=advance, set_to=set_to, write=write)
 
     def apply_dense_gradients(self, parts, write, *, learning_rate=0.0):
-        self._then_fail("apply_dense_gradients", parts, write, learning_rate=learning_rate)
+        return self._then_fail("apply_dense_gradients", parts, write, learning_rate=learning_rate)
 
 
 class LosingProxy:

@@ -24,6 +24,13 @@ class FakeClient:
     together = False
     origin = "a dict"
 
+    @property
+    def known_step(self) -> int:
+        return self.step
+
+    def hear_step(self, step: int) -> None:
+        self.step = max(self.step, step)
+
     def drain(self) -> None:
         """Nothing waits."""
 
@@ -45,8 +52,9 @@ class FakeClient:
             found[table] = np.array(rows, np.float32).reshape(len(ids), self.dims[table])
         return found
 
-    def apply_gradients(self, updates: Mapping[str, tuple[Any, Any]]) -> None:
+    def apply_gradients(self, updates: Mapping[str, tuple[Any, Any]], *, advance: int = 0) -> None:
         self.calls.append("apply_gradients")
+        self.step += advance
         for table, (ids, grads) in updates.items():
             assert grads.shape == (len(ids), self.dims[table])
             for one, grad in zip(ids, grads, strict=True):
@@ -69,8 +77,11 @@ class FakeClient:
     def pull_variables(self, names: Any = None) -> tuple[dict[str, np.ndarray], int]:
         return {name: self.variables[name].copy() for name in names}, self.step
 
-    def apply_dense_gradients(self, gradients: Mapping[str, Any], *, learning_rate: float | None = None) -> None:
+    def apply_dense_gradients(
+        self, gradients: Mapping[str, Any], *, learning_rate: float | None = None, advance: int = 0
+    ) -> None:
         self.calls.append("apply_dense_gradients")
+        self.step += advance
         for name, grad in gradients.items():
             self.variables[name] -= (learning_rate or self.learning_rate) * grad
 

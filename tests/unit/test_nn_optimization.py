@@ -11,8 +11,10 @@ from torch.nn import functional
 import trilith
 from trilith.errors import InvalidRequestError, NonFiniteError
 from trilith.nn import EmbeddingBag, EmbeddingCollection, Feature
+from trilith.nn.dense import DenseOnPs
 from trilith.nn.optimization import Optimization
-from trilith.tables import Adagrad, RandomUniform, Sgd
+from trilith.pipelining import Lane
+from trilith.tables import Adagrad, PolynomialDecay, RandomUniform, Sgd, Zeros
 
 DIM, VOCABULARY, BATCH = 4, 50, 16
 
@@ -209,3 +211,65 @@ def test_a_model_with_nothing_to_learn_and_a_scale_that_is_none_are_refused(clie
         Optimization(nn.Linear(1, 1))
     with pytest.raises(InvalidRequestError, match="row_scale=0"):
         Optimization(EmbeddingBag(client.table("t", dim=2)), row_scale=0)
+
+
+RISING = PolynomialDecay(0.0, 100, end_learning_rate=1.0)
+"""A rate of a hundredth of the step."""
+
+
+def counted(client: trilith.Client, name: str, **options) -> EmbeddingCollection:
+    table = client.table(name, dim=2, optimizer=Sgd(), initializer=Zeros(), learning_rate=RISING)
+    return EmbeddingCollection(client, {"f": Feature(table, "sum")}, **options)
+
+
+def test_each_step_that_is_taken_is_counted_and_schedules_of_tables_follow(client):
+    model = counted(client, "counted")
+    optimization = Optimization(model, skip_non_finite=True)
+    for number in range(8):
+        for _ in range(2):  # several batches are one step
+            factor = float("nan") if number == 5 else 1.0
+            (factor * model({"f": torch.tensor([[1]])})["f"].sum()).backward()
+        optimization.step()
+        optimization.zero_grad()
+    assert client.known_step == client.global_step() == 7
+    assert optimization.skipped == 1
+    np.testing.assert_allclose(client.table("counted").lookup([1]), [[-0.42, -0.42]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("lane", [Lane, lambda: None])
+def test_steps_on_their_way_are_counted_in_their_order(client, lane):
+    lane = lane()
+    model = counted(client, "behind", async_push=2, lane=lane)
+    optimization = Optimization(model)
+    for _ in range(20):
+        model({"f": torch.tensor([[1]])})["f"].sum().backward()
+        optimization.step()
+    optimization.drain()
+    assert client.known_step == client.global_step() == 20
+    np.testing.assert_allclose(client.table("behind").lookup([1]), [[-1.9, -1.9]], rtol=1e-6)
+    optimization.close()
+    model.close()
+    if lane is not None:
+        lane.close()
+
+
+def test_a_step_of_several_modules_and_of_dense_parameters_on_the_ps_is_counted_once(client):
+    model = nn.ModuleList([counted(client, "one"), counted(client, "two"), nn.Linear(2, 1)])
+    dense = DenseOnPs(client, model, Sgd(learning_rate=0.1))
+    optimization = Optimization(model, dense)
+    for number in range(4):
+        dense.pull()
+        vector = sum(each({"f": torch.tensor([[1]])})["f"] for each in model[:2])
+        loss = vector.sum() if number == 2 else model[2](vector).sum() + vector.sum()
+        loss.backward()
+        optimization.step()
+    assert client.known_step == client.global_step() == 4
+    dense.close()
+
+
+def test_a_step_in_which_nothing_was_looked_up_is_counted_too(client):
+    model = nn.ModuleList([counted(client, "unused"), nn.Linear(2, 1)])
+    optimization = Optimization(model, torch.optim.SGD(model[1].parameters(), lr=0.1))
+    model[1](torch.ones(1, 2)).sum().backward()
+    optimization.step()
+    assert client.known_step == client.global_step() == 1

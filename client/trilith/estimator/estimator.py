@@ -84,7 +84,6 @@ class Estimator:
         self._last: dict[str, float] = {}
         self._begun = self._looked_up = False
         self._stop_reason = ""
-        self._uncounted = 0
         self._micro = 0
         self._exporter: Any = None
         self.step_count = 0
@@ -280,18 +279,18 @@ class Estimator:
         optimization.zero_grad()
         applied = optimization.skipped == skipped and self.scaler.get_scale() >= before
         if applied:
-            self._uncounted += 1
-        self._count()
+            self._count()
 
     def _autocast(self) -> Any:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.run.precision)
         return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     def _count(self) -> None:
-        """Advance the cluster's step counter by the steps that were taken."""
-        if self._uncounted:
-            self.step_count = int(self.client.global_step(advance=self._uncounted))
-            self._uncounted = 0
+        """A step was taken: its gradients have it counted, which may be on their way."""
+        if self.optimization.counts:
+            self.step_count = max(self.step_count + 1, int(self.client.known_step))
+        else:
+            self.step_count = int(self.client.global_step(advance=1))
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -359,9 +358,9 @@ class Estimator:
             self._tell(events.Stopped(step=step, reason=self._stop_reason, samples=samples, seconds=seconds))
 
     def _drain(self) -> None:
-        """Wait until all that was sent has been applied, and count it."""
+        """Wait until all that was sent has been applied, and so counted."""
         self._guarded(self.optimization.drain)
-        self._guarded(self._count)
+        self.step_count = int(self.client.known_step)
 
     def _source(self, data: Any, *, labels: bool = True) -> Source:
         return Source(data, self.task, partial(self.rows.prepare, labels=labels), labels=labels)
@@ -593,7 +592,6 @@ class Estimator:
         began = time.perf_counter()
         self.optimization.drain()
         self.optimization.pull()  # what is exported of the checkpoint is as new as its rows
-        self._count()
         path, self.step_count = self._saver.save(self._settled())
         self._saved_step, self._saved_at = self.step_count, time.monotonic()
         self._tell(events.Saved(path=path, step=self.step_count, seconds=time.perf_counter() - began))
@@ -669,7 +667,6 @@ class Estimator:
                 "export() needs a checkpoint: export(DIR, checkpoint=PATH), or model_dir of the run"
             )
         newest = newest_job(run.model_dir)
-        self._count()
         if newest is not None and self.step_count == self._saved_step:
             return newest
         return self.save()

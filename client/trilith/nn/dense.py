@@ -35,8 +35,10 @@ class VariableClient(Protocol):
     def pull_variables(self, names: Any = None) -> tuple[Mapping[str, Float32Array], int]:
         """Current values and the global step."""
 
-    def apply_dense_gradients(self, gradients: Mapping[str, Any], *, learning_rate: float | None = None) -> None:
-        """One step of each variable's optimizer."""
+    def apply_dense_gradients(
+        self, gradients: Mapping[str, Any], *, learning_rate: float | None = None, advance: int = 0
+    ) -> None:
+        """One step of each variable's optimizer; the model goes on by `advance` steps with it."""
 
     def assign_variables(self, values: Mapping[str, Any]) -> None:
         """Set variables."""
@@ -97,11 +99,15 @@ class DenseOnPs:
         if self._ahead is not None:
             self._ahead.forget()
 
-    def step(self, *, learning_rate: float | None = None) -> None:
+    def step(self, *, learning_rate: float | None = None, advance: int = 0) -> None:
         """Send the gradients of the last backward pass; parameters without one stay as they are.
 
         They are forgotten then, also where sending them fails: the next step shall not have them in it. After a
         backward pass that failed, call `zero_grad`.
+
+        Args:
+            learning_rate: Of this step; None takes the optimizer's own.
+            advance: Steps of the model that the gradients complete, which are counted with them.
         """
         bridge = _bridge(self._parameters)
         gradients = {
@@ -110,8 +116,11 @@ class DenseOnPs:
             if parameter.grad is not None
         }
         self.zero_grad()
-        if gradients:
-            self._pusher.push(lambda: self._client.apply_dense_gradients(gradients, learning_rate=learning_rate))
+        options = {"advance": advance} if advance else {}
+        if gradients or advance:
+            self._pusher.push(
+                lambda: self._client.apply_dense_gradients(gradients, learning_rate=learning_rate, **options)
+            )
 
     def drain(self) -> None:
         """Wait until all gradients have been applied; the next pull reads the present values."""

@@ -40,11 +40,18 @@ class RowClient(Protocol):
     def begin_lookup(self, ids: Mapping[str, Any], /) -> Callable[[], dict[str, Float32Array]]:
         """Have the owners find rows; the call that is returned brings them."""
 
+    @property
+    def known_step(self) -> int:
+        """The model's step as this client last heard it."""
+
+    def hear_step(self, step: int, /) -> None:
+        """Know that the model is at `step` at least."""
+
     def drain(self) -> None:
         """Wait until gradients that wait at their owners have been applied."""
 
-    def apply_gradients(self, updates: Mapping[str, tuple[Any, Any]], /) -> None:
-        """One optimizer step per distinct id."""
+    def apply_gradients(self, updates: Mapping[str, tuple[Any, Any]], /, *, advance: int = 0) -> None:
+        """One optimizer step per distinct id; the model goes on by `advance` steps with it."""
 
     def assign_add(self, updates: Mapping[str, tuple[Any, Any]], /) -> None:
         """Add to rows, creating those that are missing."""
@@ -138,10 +145,25 @@ class Exchange:
         else:
             self.send(updates)
 
-    def send(self, updates: Updates) -> None:
-        """Apply gradients, also while somebody holds them back."""
-        if updates:
+    def send(self, updates: Updates, *, advance: int = 0, heard: int = 0) -> None:
+        """Apply gradients, also while somebody holds them back.
+
+        Args:
+            updates: By table ids and gradients.
+            advance: Steps of the model that they complete, which are counted with them.
+            heard: Steps that another worker counts, and this client is to know of once its gradients are applied.
+        """
+        if advance or heard:
+            self.pusher.push(lambda: self._step(updates, advance, heard))
+        elif updates or self.client.together:  # who makes the same calls together makes this one too
             self.pusher.push(lambda: self.client.apply_gradients(updates))
+
+    def _step(self, updates: Updates, advance: int, heard: int) -> None:
+        before = self.client.known_step
+        if updates or advance or self.client.together:
+            self.client.apply_gradients(updates, advance=advance)
+        if heard:
+            self.client.hear_step(before + heard)
 
     def hold_for(self, holder: object, take: Callable[[Updates], None]) -> None:
         """Give what is pushed to `take`, until `release`; one holder at a time."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from trilith.errors import InvalidRequestError, NonFiniteError
 from trilith.nn.anchored import Anchored, dense_parameters
@@ -45,6 +45,9 @@ class Optimization(torch.optim.Optimizer):
     unscales their gradients, and a step that it skips sends nothing; several backward passes before a step are one
     step of their sum; `torch.nn.utils.clip_grad_norm_(optimization.parameters_and_rows(), …)` bounds both together.
 
+    The cluster counts a step for each that is taken, in the call that brings its last gradients: schedules and warm-up
+    of tables follow. Workers who step together count it once, and each of those who do not counts its own.
+
     Args:
         module: The model; all embeddings of `trilith.nn` in it are held back.
         dense: What steps the rest: any torch optimizer, `DenseOnPs`, `AllReduced`, or None where nothing else learns.
@@ -54,6 +57,7 @@ class Optimization(torch.optim.Optimizer):
 
     Attributes:
         skipped: Steps that were not taken for a gradient that was not finite.
+        counts: Whether steps are counted: in a cluster, which a model without embeddings need not have.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Optimization(torch.optim.Optimizer):
             raise InvalidRequestError(
                 f"{type(module).__name__} has neither embeddings nor an optimizer: nothing learns"
             )
+        self.counts = bool(exchanges) or isinstance(dense, DenseOnPs)
         self._made = False
         super().__init__([torch.zeros(1)], {})  # torch wants something; what is stepped follows from what is looked up
         self._made = True
@@ -136,8 +141,7 @@ class Optimization(torch.optim.Optimizer):
             return loss
         try:
             self._push()
-            if self._dense is not None:
-                self._step_dense()
+            self._step_dense()
         finally:
             self.zero_grad()
         return loss
@@ -167,16 +171,19 @@ class Optimization(torch.optim.Optimizer):
         return [*self._dense_parameters(), *(held.leaf for held in self._leaves())]
 
     def average(self) -> None:
-        """Average dense gradients over all ranks where `AllReduced` does; once a step, which does it if nobody has."""
+        """Average dense gradients over all ranks where `AllReduced` does; once a step, which does it if nobody has.
+
+        A rank that has rows' gradients which are not finite makes all averages so: all ranks skip that step, or none.
+        """
         if isinstance(self._dense, AllReduced) and not self._averaged:
-            self._dense.average()
+            self._dense.average(1.0 if _finite(held.leaf.grad for held in self._leaves()) else math.nan)
         self._averaged = True
 
     def finite(self) -> bool:
         """Whether all gradients are finite."""
         grads = [held.leaf.grad for held in self._leaves()]
         grads += [parameter.grad for parameter in self._dense_parameters()]
-        return all(bool(torch.isfinite(grad).all()) for grad in grads if grad is not None)
+        return _finite(grads)
 
     def rates(self) -> dict[str, float]:
         """Learning rates of the dense optimizer's groups, by their number."""
@@ -210,7 +217,7 @@ class Optimization(torch.optim.Optimizer):
         return (held for tables in self._held.values() for parts in tables.values() for held in parts)
 
     def _push(self) -> None:
-        for exchange, tables in self._held.items():
+        for number, (exchange, tables) in enumerate(self._held.items(), 1):
             updates = {}
             for table, parts in tables.items():
                 grads = [_grad(held) for held in parts]
@@ -219,11 +226,20 @@ class Optimization(torch.optim.Optimizer):
                     values = values * np.float32(self._row_scale)
                 ids = np.concatenate([held.ids for held in parts]) if len(parts) > 1 else parts[0].ids
                 updates[table] = (ids, values)
-            exchange.send(updates)
+            last = number == len(self._held) and not isinstance(self._dense, DenseOnPs)
+            mine = int(last and self._counts_here(exchange))
+            exchange.send(updates, advance=mine, heard=int(last) - mine)
+
+    def _counts_here(self, exchange: Exchange) -> bool:
+        """Whether this process counts its steps: of workers that step together one does, or each for itself."""
+        together = isinstance(self._dense, AllReduced) and not exchange.client.together
+        return not together or distributed.get_rank() == 0
 
     def _step_dense(self) -> None:
-        assert self._dense is not None
-        self._dense.step()
+        if isinstance(self._dense, DenseOnPs):
+            self._dense.step(advance=1)  # the last that is sent of a step
+        elif self._dense is not None:
+            self._dense.step()
 
     def _dense_groups(self) -> list[dict[str, Any]]:
         optimizer = self._torch_optimizer()
@@ -248,6 +264,10 @@ class Optimization(torch.optim.Optimizer):
 def _exchanges(module: nn.Module) -> list[Exchange]:
     found = [getattr(each, "exchange", None) for each in module.modules() if isinstance(each, Anchored)]
     return list(dict.fromkeys(each for each in found if isinstance(each, Exchange)))
+
+
+def _finite(grads: Iterable[Tensor | None]) -> bool:
+    return all(bool(torch.isfinite(grad).all()) for grad in grads if grad is not None)
 
 
 def _leaf(grads: Float32Array) -> Tensor:

@@ -71,7 +71,13 @@ class Identity:
         self._closed: deque[int] = deque()
 
     def write(
-        self, *, incarnation: int = 0, global_step: int = 0, request_time: int = 0, allow_non_finite: bool = False
+        self,
+        *,
+        incarnation: int = 0,
+        global_step: int = 0,
+        advance: int = 0,
+        request_time: int = 0,
+        allow_non_finite: bool = False,
     ) -> Write:
         """Name the next write."""
         now = time.clock_gettime(_CLOCK)
@@ -95,6 +101,7 @@ class Identity:
                 origin=self._origin,
                 incarnation=incarnation,
                 global_step=global_step,
+                advance=advance,
                 request_time=request_time,
                 allow_non_finite=allow_non_finite,
                 ticket=_Open(self._closed, sequence),

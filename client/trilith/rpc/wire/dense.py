@@ -42,6 +42,7 @@ def pack_dense_update(parts: Sequence[DensePart], write: Write, *, learning_rate
     header = ps_pb2.DenseUpdateRequest(
         write=write_id(write),
         global_step=write.global_step,
+        advance=write.advance,
         incarnation=write.incarnation,
         learning_rate=learning_rate,
         allow_non_finite=write.allow_non_finite,
@@ -60,6 +61,7 @@ def unpack_dense_update(data: bytes) -> tuple[list[DensePart], Write, float]:
         header.write,
         header.incarnation,
         global_step=header.global_step,
+        advance=header.advance,
         allow_non_finite=header.allow_non_finite,
     )
     return parts, write, header.learning_rate

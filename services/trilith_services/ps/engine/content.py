@@ -21,6 +21,7 @@ from trilith.errors import (
     UnknownTableError,
 )
 from trilith.runtime.machine import cores
+from trilith.shard import Write
 from trilith.steps import MAX_STEP
 from trilith.tables.checks import check_table_config
 from trilith_proto import ps_pb2
@@ -259,6 +260,8 @@ class Content:
                 + " and may lack earlier writes; nothing was done"
             )
 
-    def _raise_step(self, step: int) -> None:
+    def _count(self, write: Write) -> int | None:
+        """Raise the step counter to a write's step and by what it advances it, and say where that is if it does."""
         with self._step_lock:
-            self._step = max(self._step, step)
+            self._step = min(max(self._step, write.global_step) + write.advance, MAX_STEP)
+            return self._step if write.advance else None

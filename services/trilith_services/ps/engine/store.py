@@ -127,7 +127,7 @@ class Store(Content, InProcess):
         for part, out in zip(parts, outs, strict=True):
             self.table(part.table).lookup(part.ids, out)
 
-    def apply_gradients(self, parts: Sequence[UpdatePart], write: Write) -> None:
+    def apply_gradients(self, parts: Sequence[UpdatePart], write: Write) -> int:
         """See `Shard.apply_gradients`."""
 
         def check() -> None:
@@ -136,7 +136,7 @@ class Store(Content, InProcess):
                 table, ids = self.table(part.table), checked_ids(part.ids)
                 table.check_gradients(ids, part.values, part.learning_rates, part.counts, write.global_step)
 
-        def work(request_time: int) -> None:
+        def work(request_time: int) -> int | None:
             for part in parts:
                 self.table(part.table).apply_gradients(
                     part.ids,
@@ -148,9 +148,9 @@ class Store(Content, InProcess):
                     dedup=write.dedup,
                     has_room=True,
                 )
-            self._raise_step(write.global_step)
+            return self._count(write)
 
-        self._write_rows(parts, write, check, work)
+        return self._write_rows(parts, write, check, work) or 0
 
     def assign(self, parts: Sequence[UpdatePart], write: Write) -> None:
         """See `Shard.assign`."""
@@ -283,7 +283,7 @@ class Store(Content, InProcess):
         """See `Shard.pull_variables`."""
         return self.variables.pull(refs) if refs else [], self._step
 
-    def apply_dense_gradients(self, parts: Sequence[DensePart], write: Write, *, learning_rate: float = 0.0) -> None:
+    def apply_dense_gradients(self, parts: Sequence[DensePart], write: Write, *, learning_rate: float = 0.0) -> int:
         """See `Shard.apply_dense_gradients`."""
 
         def check() -> None:
@@ -291,11 +291,11 @@ class Store(Content, InProcess):
             self.variables.check_gradients(parts, learning_rate)
             self._check_finite([(part.name, part.values) for part in parts], write)
 
-        def work() -> None:
+        def work() -> int | None:
             self.variables.apply_gradients(parts, learning_rate=learning_rate, global_step=write.global_step)
-            self._raise_step(write.global_step)
+            return self._count(write)
 
-        self._once(write, work, check)
+        return self._once(write, work, check) or 0
 
     def assign_variables(self, parts: Sequence[DensePart], write: Write) -> None:
         """See `Shard.assign_variables`."""
@@ -358,8 +358,8 @@ class Store(Content, InProcess):
             return self._sequences.once(write, work, check=check)[0]
 
     def _write_rows(
-        self, parts: Sequence[UpdatePart], write: Write, check: Callable[[], None], work: Callable[[int], None]
-    ) -> None:
+        self, parts: Sequence[UpdatePart], write: Write, check: Callable[[], None], work: Callable[[int], _Result]
+    ) -> _Result:
         """Do `work`, which takes the rows' new time, after all that can be wrong with any part has been looked at."""
         with ExitStack() as held:
             request_time = 0
@@ -373,7 +373,7 @@ class Store(Content, InProcess):
                     writes = [RowWrite(self.table(part.table), checked_ids(part.ids), part.counts) for part in parts]
                     held.enter_context(room_for(self.budget, writes))
 
-            self._once(write, lambda: work(request_time), begin)
+            return self._once(write, lambda: work(request_time), begin)
 
     def _check_values(self, parts: Sequence[UpdatePart]) -> None:
         for part in parts:
@@ -387,6 +387,7 @@ class Store(Content, InProcess):
                 f"global_step={step} is more than {MAX_STEPS_AHEAD} ahead of the step counter, which is at "
                 f"{self._step}; global_step(set_to=...) sets that further"
             )
+        as_step(max(step, self._step) + as_step(write.advance, "advance"), f"global_step {self._step} + advance")
 
     def _check_finite(self, named: Sequence[tuple[str, npt.NDArray[Any]]], write: Write) -> None:
         if write.allow_non_finite:
