@@ -105,6 +105,7 @@ class Batch:
         labels: float32[rows] by label; what is missing is 0.
         masks: bool[rows] by label: which are there.
         rest: The columns that nothing was made of, as they came.
+        texts: The features of `ids` whose ids came as text.
     """
 
     rows: int
@@ -114,6 +115,7 @@ class Batch:
     labels: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
     rest: Mapping[str, Any]
+    texts: frozenset[str] = frozenset()
 
 
 def arrange(batch: Any, wanted: Wanted, *, labels: bool = True) -> Batch:
@@ -155,9 +157,12 @@ def arrange(batch: Any, wanted: Wanted, *, labels: bool = True) -> Batch:
         found_labels[name], masks[name] = _label(name, label, column, rows)
     ids: dict[str, Ragged[np.uint64]] = {}
     weights: dict[str, Float32Array] = {}
+    texts: set[str] = set()
     # Forms that say by themselves how many samples there are go first; offsets may need to know.
     for name, want in sorted(wanted.ids.items(), key=lambda each: _is_pair(columns.get(each[1].column or each[0]))):
-        ids[name], of_ids = _ids(name, want, column, rows)
+        ids[name], of_ids, text = _ids(name, want, column, rows)
+        if text:
+            texts.add(name)
         if of_ids is not None:
             weights[name] = of_ids
     for name in wanted.labels if labels else ():
@@ -171,6 +176,7 @@ def arrange(batch: Any, wanted: Wanted, *, labels: bool = True) -> Batch:
         labels=found_labels,
         masks=masks,
         rest={name: value for name, value in columns.items() if name not in taken},
+        texts=frozenset(texts),
     )
 
 
@@ -273,7 +279,10 @@ _Lists: TypeAlias = tuple[Any, _Splits, Any]
 """Values of any kind [m], row splits, weights [m] or None."""
 
 
-def _ids(name: str, want: IdColumn, column: _Column, rows: _Rows) -> tuple[Ragged[np.uint64], Float32Array | None]:
+def _ids(
+    name: str, want: IdColumn, column: _Column, rows: _Rows
+) -> tuple[Ragged[np.uint64], Float32Array | None, bool]:
+    """Ids, weights of them or None, and whether they were text."""
     where = want.column or name
     who = f"feature {name!r}" + (f" (column {where!r})" if where != name else "")
     given = column(who, where)
@@ -305,7 +314,7 @@ def _ids(name: str, want: IdColumn, column: _Column, rows: _Rows) -> tuple[Ragge
         np.cumsum(keep, out=kept[1:])
         splits = kept[splits]
         of_ids = None if of_ids is None else of_ids[keep]
-    return Ragged(ids, splits), of_ids
+    return Ragged(ids, splits), of_ids, bool(ids.size) and _is_hashed(values)
 
 
 def _is_pair(value: Any) -> bool:
@@ -551,18 +560,22 @@ def _taken(values: Any, keep: npt.NDArray[np.bool_]) -> Any:
 
 def _as_ids(who: str, values: Any, seed: int) -> npt.NDArray[np.uint64]:
     """uint64 of integers, or of strings by their hash."""
-    if _is_arrow(values):
-        import pyarrow as pa
-
-        kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-        if not pa.types.is_integer(kind):
-            return _hashed(who, values, seed)
-        values = np.asarray(values.dictionary_decode() if kind is not values.type else values)
-    elif _is_text(values):
+    if _is_hashed(values):
         return _hashed(who, values, seed)
+    if _is_arrow(values):
+        values = np.asarray(values.dictionary_decode() if hasattr(values, "dictionary_decode") else values)
     elif isinstance(values, np.ndarray) and values.dtype == object:
         values = values.tolist()
     return np.ascontiguousarray(id_array(who, values))
+
+
+def _is_hashed(values: Any) -> bool:
+    """Whether ids are made of them by a hash: of text, and of whatever Arrow has that is no integer."""
+    if not _is_arrow(values):
+        return _is_text(values)
+    import pyarrow as pa
+
+    return not pa.types.is_integer(values.type.value_type if pa.types.is_dictionary(values.type) else values.type)
 
 
 def _hashed(who: str, values: Any, seed: int) -> npt.NDArray[np.uint64]:

@@ -34,7 +34,7 @@ from trilith.estimator.progress import Learned, Progress, Watch
 from trilith.estimator.rows import Prepared, TaskRows
 from trilith.estimator.saving import Saver
 from trilith.estimator.source import EpochBatches, Source
-from trilith.estimator.state import RankState, rng_state, set_rng_state
+from trilith.estimator.state import RankState, is_job, read_job, rng_state, set_rng_state
 from trilith.estimator.task import Task
 from trilith.nn import FetchedRows
 from trilith.nn.dense import DenseOnPs
@@ -649,9 +649,10 @@ class Estimator:
         if not base:
             raise InvalidRequestError("export() needs a directory: export(DIR), or export_dir or model_dir of the run")
         path = checkpoint or self._saved_now()
-        if self._exporter is None:
-            self._exporter = exporter_of(self.name, self.task, self.rows)
-        done = self._exporter.export(path, base, mode=mode or run.export_mode)
+        texts = frozenset(self.task.texts.union(read_job(path).texts if is_job(path) else ()))
+        if self._exporter is None or self._exporter[0] != texts:
+            self._exporter = texts, exporter_of(self.name, self.task, self.rows, texts)
+        done = self._exporter[1].export(path, base, mode=mode or run.export_mode)
         self._tell(
             events.Exported(step=done.step, path=done.path, version=done.version, seconds=time.perf_counter() - began)
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -37,6 +37,8 @@ class Served(nn.Module):
             self.inputs.append(ProgramInput(kind="feature", names=(name,)))
             if isinstance(feature, Sequence):
                 self.inputs.append(ProgramInput(kind="mask", names=(name,)))
+        self.outputs = self._predicted(task.made_up())
+        """Names of what it gives, in order."""
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Predictions float32[b], label after label."""
@@ -54,14 +56,25 @@ class Served(nn.Module):
         found = self.task.predictions(self.task.outputs(Inputs(values)))
         return tuple(found[name] for name in self.outputs)
 
-    @property
-    def outputs(self) -> list[str]:
-        """Names of what it gives, in order."""
-        return list(self.task.labels) or ["score"]
+    def _predicted(self, x: Inputs) -> list[str]:
+        """What the task gives predictions of."""
+        was = self.task.training
+        self.task.eval()
+        with torch.no_grad():
+            found = list(self.task.predictions(self.task.outputs(x)))
+        self.task.train(was)
+        return found
 
 
-def exporter_of(name: str, task: Task, rows: TaskRows) -> Any:
-    """What writes exports of a task, as the services register it."""
+def exporter_of(name: str, task: Task, rows: TaskRows, texts: Collection[str] = ()) -> Any:
+    """What writes exports of a task, as the services register it.
+
+    Args:
+        name: Of the model.
+        task: Its dense part is copied, and takes the values of the checkpoint that is exported.
+        rows: The task's features on a cluster.
+        texts: Features whose ids are text.
+    """
     found = entry_points(group="trilith.engines", name="exporter")
     if not found:
         raise InvalidRequestError(
@@ -69,12 +82,6 @@ def exporter_of(name: str, task: Task, rows: TaskRows) -> Any:
             "wheel, or a checkout installed by `make venv`"
         )
     make: Callable[..., Any] = found["exporter"].load()
-    weighted = [each for each, feature in task.features.items() if isinstance(feature, Embedding) and feature.weights]
-    if weighted:
-        raise InvalidRequestError(
-            f"features {weighted} have weights for each id, which records that are served have no place for; without "
-            "weights= they can be exported"
-        )
     task = copy.deepcopy(task).to("cpu")  # a checkpoint's values are not those that training has now
     served = Served(task)
     features = {
@@ -83,6 +90,8 @@ def exporter_of(name: str, task: Task, rows: TaskRows) -> Any:
             combiner=combiner_of_feature(feature),
             feature=feature.feature or each,
             newest=isinstance(feature, Sequence),
+            weights=feature.weights or None if isinstance(feature, Embedding) else None,
+            strings=each in texts,
         )
         for each, feature in task.features.items()
         if not isinstance(feature, Dense)

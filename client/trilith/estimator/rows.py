@@ -112,6 +112,7 @@ class TaskRows:
         """
         task = self.task
         given = arrange(batch, self._wanted, labels=labels)
+        task.texts |= given.texts
         ids = dict(given.ids)
         for name, feature in self._sparse().items():
             if isinstance(feature, Sequence):

@@ -108,6 +108,7 @@ class Saver:
             world_size=self._me.world_size,
             task=type(self._task).__name__,
             features={name: repr(feature) for name, feature in self._task.features.items()},
+            texts=tuple(sorted(self._task.texts)),
             run=json.loads(self._run.to_json()),
             dense=dense_state(self._task),
             optimizer=self._optimization.state_dict(),
@@ -187,6 +188,7 @@ class Saver:
                 f"{path} is of another model: it lacks {lacking}, has {strange} beside, and other shapes of {wrong}"
             )
         self._task.load_state_dict(dict(job.dense))
+        self._task.texts |= set(job.texts)
         if job.optimizer:
             self._optimization.load_state_dict(dict(job.optimizer))
         if isinstance(self._dense, DenseOnPs):

@@ -16,7 +16,7 @@ import base64
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,7 @@ class Job:
         world_size: Ranks that wrote.
         task: Name of the task's class, for messages.
         features: By name, what decides its rows; for messages.
+        texts: Features whose ids came as text.
         run: Settings of the run, without secrets.
         dense: Parameters and buffers by name.
         optimizer: `state_dict` of the torch optimizer; empty without one.
@@ -65,6 +66,7 @@ class Job:
     world_size: int
     task: str
     features: dict[str, str] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
     run: dict[str, Any] = field(default_factory=dict)
     dense: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     optimizer: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -143,6 +145,7 @@ def read_job(path: str) -> Job:
             world_size=int(body["world_size"]),
             task=str(body["task"]),
             features=dict(body["features"]),
+            texts=tuple(map(str, body.get("texts", ()))),
             run=dict(body["run"]),
             dense=dense,
             optimizer=optimizer,
@@ -231,7 +234,7 @@ def _rank_name(rank: int, world_size: int) -> str:
 
 
 def _without_tensors(job: Job) -> Job:
-    return Job(step=job.step, world_size=job.world_size, task=job.task, features=job.features, run=job.run)
+    return replace(job, dense={}, optimizer={})
 
 
 def _flat(state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:

@@ -53,6 +53,7 @@ class Task(nn.Module):
         metrics: By name, computed for every label.
         sample_weight: Name in the batches of what a sample's loss is multiplied by; none if empty.
         features: By name, in the order of their definition.
+        texts: Features whose ids came as text, as far as batches were seen; serving hashes what it gets for them, too.
     """
 
     labels: ClassVar[Mapping[str, Label]] = {}
@@ -62,6 +63,7 @@ class Task(nn.Module):
     def __init__(self, *, dense_optimizer: DenseOptimizer = None, **settings: Any) -> None:
         super().__init__()
         self.dense_optimizer = dense_optimizer
+        self.texts: set[str] = set()
         self._built = False
         self.override(settings)
 

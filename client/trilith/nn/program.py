@@ -125,7 +125,7 @@ def export_program(module: nn.Module, shapes: Sequence[Sequence[int]]) -> tuple[
         _check_results(name, module, examples)
         # torch.export replaces max, min and math.pow, for every thread, by functions that no kernel can call.
         with COMPILING:
-            exported = torch.export.export(module, examples, dynamic_shapes=dynamic)
+            exported = _traced(module, examples, dynamic)
     except InvalidRequestError:
         raise
     except Exception as error:
@@ -147,6 +147,21 @@ def export_program(module: nn.Module, shapes: Sequence[Sequence[int]]) -> tuple[
         weights[f"{_CONSTANTS_PREFIX}{name}"] = value
     # safetensors refuses tensors that share memory.
     return json.dumps(graph).encode(), {name: value.detach().clone().contiguous() for name, value in weights.items()}
+
+
+def _traced(module: nn.Module, examples: tuple[Tensor, ...], dynamic: tuple[Any, ...]) -> Any:
+    """What torch.export makes of a module.
+
+    By default it runs `forward`, which costs less and follows more, but for `len(tensor)`: that is a plain number then,
+    and no size of a batch. Strictly it reads the code instead.
+    """
+    try:
+        return torch.export.export(module, examples, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:  # noqa: BLE001 - of what a user's forward does
+        try:
+            return torch.export.export(module, examples, dynamic_shapes=dynamic, strict=True)
+        except Exception:  # noqa: BLE001 - what the first attempt met with says more
+            raise error from None
 
 
 def _arranged(module: nn.Module, each: Sequence[Any]) -> tuple[Any, ...]:

@@ -3,94 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from trilith.data.messages import message_of
-from trilith.data.parse.parsers import ExampleParser, InstanceParser
-from trilith.data.parse.specs import Dense, Features, FeatureSpec, Slot, Sparse
 from trilith.data.records import Kind, Records
-from trilith.data.scan.count import count_named
 from trilith.errors import DataError, InternalError, InvalidRequestError
 from trilith.folder import Folder
+from trilith.nn.pooling import make_pooling
 from trilith.nn.program import Program, load_program, unpack_weights
+from trilith.nn.requests import OnUnknown, RequestParser, dense_name, make_parser
 from trilith.ops.pool import pool_rows
 from trilith.ops.ragged import Ragged
 from trilith.serving.exports import GRAPH, MODEL, WEIGHTS, ExportManifest, ModelConfig, read_export, read_file
 
 __all__ = [
     "Lookup",
-    "OnUnknown",
-    "RequestExamples",
-    "RequestInstances",
-    "RequestParser",
     "Scores",
     "ServedModel",
     "load_model",
-    "names_of",
 ]
 
 Float32Array = npt.NDArray[np.float32]
 
 Lookup = Callable[[Mapping[str, Any], float | None], Mapping[str, Float32Array]]
 """Rows by table for ids by table, within so many seconds."""
-
-
-OnUnknown: TypeAlias = Callable[[Records, npt.NDArray[np.int64]], None]
-"""Gets the records of a request, and of each how many named features it has that the model does not know."""
-
-
-class RequestExamples(ExampleParser):
-    """Parses the Examples of requests."""
-
-    def score(self, records: Records, on_unknown: OnUnknown | None) -> Features:
-        """Read the records of a request.
-
-        Raises:
-            DataError: A record is damaged, or a feature holds something that the model cannot take.
-        """
-        return _parse(self, records, on_unknown)
-
-
-class RequestInstances(InstanceParser):
-    """Parses the Instances of requests."""
-
-    def score(self, records: Records, on_unknown: OnUnknown | None) -> Features:
-        """See `RequestExamples`."""
-        return _parse(self, records, on_unknown)
-
-
-RequestParser: TypeAlias = RequestExamples | RequestInstances
-
-
-def _parse(parser: RequestParser, records: Records, on_unknown: OnUnknown | None) -> Features:
-    scan = parser._fitting(parser._scanner.scan(records))
-    if on_unknown is not None:
-        named = count_named(records)
-        # A name that occurs twice in a record counts as unknown, which costs a second look and nothing else.
-        if int(named.sum()) != np.count_nonzero(scan.seen):
-            on_unknown(records, named - np.count_nonzero(scan.seen, axis=1))
-    found = {name: make(scan) for name, make in parser._outputs}
-    for name, feature in parser._names(Dense).items():
-        values = found[name]
-        if not np.isfinite(values).all():
-            row, place = np.argwhere(~np.isfinite(values))[0].tolist()
-            raise DataError(
-                f"{records.where(row)}: feature {feature!r} has {values[row, place]}; the model takes finite numbers"
-            )
-    return found
-
-
-def names_of(records: Records, row: int) -> list[str]:
-    """Names of the features of one record."""
-    message: Any = message_of(records.payload(row), records.kind)
-    if records.kind is Kind.EXAMPLE:
-        return [each.name for each in message.named_feature]
-    return [each.name for each in message.feature]
 
 
 class Scores(nn.Module):
@@ -129,21 +69,9 @@ class ServedModel:
         for name in self._used:
             self._by_table.setdefault(config.features[name].table, []).append(name)
         self._parsers: dict[Kind, RequestParser] = {
-            Kind.EXAMPLE: RequestExamples(self._specs(Kind.EXAMPLE)),
-            Kind.INSTANCE: RequestInstances(self._specs(Kind.INSTANCE)),
+            Kind.EXAMPLE: make_parser(config, Kind.EXAMPLE),
+            Kind.INSTANCE: make_parser(config, Kind.INSTANCE),
         }
-
-    def _specs(self, kind: Kind) -> dict[str, FeatureSpec]:
-        specs: dict[str, FeatureSpec] = {}
-        # Those that no input takes, too: a request may have them, but not with anything inside.
-        for name, feature in self.config.features.items():
-            by_slot = kind is Kind.INSTANCE and feature.slot is not None
-            specs[name] = Slot(feature.slot or 0) if by_slot else Sparse(feature.feature or name)
-        for place, each in enumerate(self.config.inputs):
-            if each.kind == "dense":
-                lengths: Literal["exact", "fit"] = "fit" if each.pad else "exact"
-                specs[f"dense {place}"] = Dense(each.dim, feature=each.names[0], lengths=lengths)
-        return specs
 
     def predict(
         self, records: Records, *, timeout_s: float | None = None, on_unknown: OnUnknown | None = None
@@ -166,16 +94,25 @@ class ServedModel:
         if parser is None:
             raise InvalidRequestError(f"records of kind {records.kind} cannot be scored; Examples and Instances can")
         try:
-            parsed = parser.score(records, on_unknown)
+            parsed, weights = parser.score(records, on_unknown)
         except DataError as error:  # the records came with the request
             raise InvalidRequestError(str(error)) from None
-        return self.score(parsed, timeout_s=timeout_s)
+        return self.score(parsed, weights, timeout_s=timeout_s)
 
-    def score(self, parsed: Mapping[str, Any], *, timeout_s: float | None = None) -> dict[str, Float32Array]:
+    def score(
+        self,
+        parsed: Mapping[str, Any],
+        weights: Mapping[str, Ragged[np.float32]] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> dict[str, Float32Array]:
         """The second half of `predict`."""
         bags = {name: self._bags(name, parsed[name]) for name in self._used}
         rows = self._rows(bags, timeout_s)
-        inputs = [torch.from_numpy(self._input(place, parsed, bags, rows)) for place in range(len(self._shapes))]
+        inputs = [
+            torch.from_numpy(self._input(place, parsed, weights or {}, bags, rows))
+            for place in range(len(self._shapes))
+        ]
         return {name: value.numpy() for name, value in self._program(*inputs).items()}
 
     def _bags(self, name: str, ids: Ragged[np.int64]) -> Ragged[np.int64]:
@@ -207,19 +144,29 @@ class ServedModel:
         return rows
 
     def _input(
-        self, place: int, parsed: Mapping[str, Any], bags: Mapping[str, Ragged[np.int64]], rows: dict[str, Float32Array]
+        self,
+        place: int,
+        parsed: Mapping[str, Any],
+        weights: Mapping[str, Ragged[np.float32]],
+        bags: Mapping[str, Ragged[np.int64]],
+        rows: dict[str, Float32Array],
     ) -> npt.NDArray[Any]:
         """What the program takes in one place."""
         wanted = self.config.inputs[place]
         if wanted.kind == "dense":
-            return np.ascontiguousarray(parsed[f"dense {place}"])
+            return np.ascontiguousarray(parsed[dense_name(wanted)])
         if wanted.kind == "mask":
             there = np.arange(*self._shapes[place]) < bags[wanted.names[0]].lengths[:, None]
             return there.astype(np.float32)
         out = np.empty((len(bags[wanted.names[0]]), *self._shapes[place]), np.float32)
         for column, name in enumerate(wanted.names):
             target = out[:, column] if wanted.kind == "stacked" else out
-            pool_rows(rows[name], bags[name].row_splits, self.config.features[name].combiner, target)
+            combiner = self.config.features[name].combiner
+            if name in weights:
+                pooling = make_pooling([bags[name].lengths], [combiner], torch.from_numpy, [weights[name].values])
+                target[:] = pooling.forward(torch.from_numpy(rows[name])).numpy()
+            else:
+                pool_rows(rows[name], bags[name].row_splits, combiner, target)
         return out
 
 

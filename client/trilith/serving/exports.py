@@ -72,6 +72,8 @@ class ServedFeature:
         feature: Name in the records; the feature's own by default.
         slot: Slot of flat fids in Instances, where the feature has no name there; None: it has one.
         newest: Whether "first" keeps a record's last ids rather than its first ones.
+        weights: Name in the records of what the rows are multiplied by, a number for each id; None: nothing.
+        strings: Whether ids may be text, which stands for its `trilith.ops.strings.hash_strings`.
     """
 
     table: str
@@ -79,6 +81,8 @@ class ServedFeature:
     feature: str | None
     slot: int | None
     newest: bool
+    weights: str | None
+    strings: bool
 
     def __init__(
         self,
@@ -89,18 +93,26 @@ class ServedFeature:
         feature: str | None = None,
         slot: int | None = None,
         newest: bool = False,
+        weights: str | None = None,
+        strings: bool = False,
     ) -> None:
         # Files, and callers of before, have kind and n apart.
         whole = Combiner(combiner, n) if combiner == "first" or n else combiner_of(combiner)  # type: ignore[arg-type]
-        given = {"table": table, "combiner": whole, "feature": feature, "slot": slot, "newest": newest}
-        for name, value in given.items():
+        if weights is not None and (whole.n or slot is not None):
+            raise InvalidRequestError(
+                f"weights={weights!r} of ids that are {f'of slot {slot}' if slot is not None else whole}; only named "
+                "features that become one vector have any"
+            )
+        given = {"table": table, "combiner": whole, "feature": feature, "slot": slot}
+        for name, value in {**given, "newest": newest, "weights": weights, "strings": strings}.items():
             object.__setattr__(self, name, value)
 
     def to_json(self) -> dict[str, Any]:
         """For JSON."""
         found = {**asdict(self), "combiner": self.combiner.kind, "n": self.combiner.n}
-        if not self.newest:
-            del found["newest"]  # who does not know it reads the others
+        for name in ("newest", "weights", "strings"):
+            if not found[name]:
+                del found[name]  # who does not know it reads the others
         return found
 
 
@@ -148,14 +160,17 @@ class RecordFeature:
     """What a model takes of the feature that has one name in records.
 
     Attributes:
-        kind: "ids", "dense", or "both", which only an Instance can hold.
-        dim: Numbers, of "dense".
+        kind: "ids"; "dense"; "weights", a number for each id of another feature; or "both", ids that are dense numbers,
+            too.
+        dim: Numbers, of "dense" and "both".
         pad: Whether another count of numbers will do.
+        strings: Whether ids may be text.
     """
 
-    kind: Literal["ids", "dense", "both"]
+    kind: Literal["ids", "dense", "weights", "both"]
     dim: int = 0
     pad: bool = False
+    strings: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +208,7 @@ class ModelConfig:
                 raise InvalidRequestError(f"a mask of {each.names[0]!r}, whose rows become one vector: it has none")
         if not self.outputs or len(set(self.outputs)) < len(self.outputs):
             raise InvalidRequestError(f"outputs {list(self.outputs)}: names that differ, at least one")
-
+        self._check_weights()
         sizes: dict[str, int] = {}
         for each in self.inputs:
             if each.kind == "dense" and not each.pad and sizes.setdefault(each.names[0], each.dim) != each.dim:
@@ -204,16 +219,33 @@ class ModelConfig:
 
     def record_features(self) -> dict[str, RecordFeature]:
         """What records may hold, by the name that they have for it."""
-        found = {each.feature or name: RecordFeature(kind="ids") for name, each in self.features.items()}
+        found: dict[str, RecordFeature] = {}
+        for own, feature in self.features.items():
+            name = feature.feature or own
+            strings = feature.strings or (name in found and found[name].strings)
+            found[name] = RecordFeature(kind="ids", strings=strings)
+        for feature in self.features.values():
+            if feature.weights is not None:
+                found[feature.weights] = RecordFeature(kind="weights")
         for each in self.inputs:
             if each.kind == "dense":
                 name = each.names[0]
                 before = found.get(name)
-                if before is not None and before.kind != "dense":
-                    found[name] = RecordFeature(kind="both")
-                elif before is None or before.pad:
-                    found[name] = RecordFeature(kind="dense", dim=each.dim, pad=each.pad)
+                kind: Literal["dense", "both"] = "both" if before is not None and before.kind != "dense" else "dense"
+                if before is None or before.kind != "dense" or before.pad:
+                    found[name] = RecordFeature(kind=kind, dim=each.dim, pad=each.pad)
         return found
+
+    def _check_weights(self) -> None:
+        """Weights are a feature of their own."""
+        columns = {each.feature or name for name, each in self.features.items()}
+        columns |= {each.names[0] for each in self.inputs if each.kind == "dense"}
+        for name, feature in self.features.items():
+            if feature.weights in columns:
+                raise InvalidRequestError(
+                    f"the weights of feature {name!r} are {feature.weights!r} in records, which the model takes as ids "
+                    "or as dense numbers, too"
+                )
 
     def _check_stacked(self, names: Sequence[str]) -> None:
         features = [self.features[name] for name in names]

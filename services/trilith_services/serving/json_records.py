@@ -8,8 +8,9 @@ from difflib import get_close_matches
 from typing import Any
 
 from trilith.errors import InvalidRequestError
+from trilith.ops.strings import hash_strings
 from trilith.serving.exports import RecordFeature
-from trilith_proto.example_pb2 import Example
+from trilith_proto.example_pb2 import Example, Feature
 
 __all__ = ["encode_records", "unknown_feature"]
 
@@ -52,16 +53,36 @@ def _encode(
             continue
         where = f"record {number}: feature {name!r}"
         values = given if isinstance(given, list) else [given]
-        if about.kind == "both":
-            raise InvalidRequestError(f"{where} is ids and numbers in this model, which only Instances can hold")
         feature = example.named_feature.add(name=name).feature
         if about.kind == "ids":
-            feature.fid_v2_list.value.extend([_id(value, where) for value in values])
+            _add_ids(feature, values, about, where)
             continue
-        if len(values) != about.dim and not about.pad:
+        if about.kind != "weights" and len(values) != about.dim and not about.pad:
             raise InvalidRequestError(f"{where} has {len(values)} numbers; the model takes {about.dim}")
-        feature.float_list.value.extend([_float(value, where) for value in values])
+        if about.kind == "both":
+            feature.int64_list.value.extend([_whole(value, where) for value in values])
+        else:
+            feature.float_list.value.extend([_float(value, where) for value in values])
     return example.SerializeToString()
+
+
+def _add_ids(feature: Feature, values: list[Any], about: RecordFeature, where: str) -> None:
+    """Ids as they are; text as it is, too, where it may be an id."""
+    texts = [value for value in values if isinstance(value, str)] if about.strings else []
+    if texts and len(texts) == len(values):
+        feature.bytes_list.value.extend([_encoded(text, where) for text in texts])
+        return
+    hashed = iter(hash_strings([_encoded(text, where) for text in texts]).tolist() if texts else ())
+    feature.fid_v2_list.value.extend(
+        [next(hashed) if about.strings and isinstance(value, str) else _id(value, where, about) for value in values]
+    )
+
+
+def _encoded(text: str, where: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        raise InvalidRequestError(f"{where} has {_shown(text)}, which is no Unicode text") from None
 
 
 def unknown_feature(where: str, name: str, declared: Iterable[str]) -> InvalidRequestError:
@@ -73,15 +94,27 @@ def unknown_feature(where: str, name: str, declared: Iterable[str]) -> InvalidRe
     return InvalidRequestError(f"{where}: the model has no feature {name!r}{meant}; it has {shown}")
 
 
-def _id(value: Any, where: str) -> int:
+def _id(value: Any, where: str, about: RecordFeature) -> int:
     """An id: a whole number, or the digits of one."""
     digits = isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= 20
     whole = isinstance(value, float) and value.is_integer() and abs(value) < _EXACT
     found = int(value) if digits or whole else value
     if type(found) is not int or not 0 <= found <= _MAX_ID:
         exact = "; numbers from 2^53 on without a decimal point or exponent, or as text" if _is_large(value) else ""
+        text = "text" if about.strings else "their digits as text"
         raise InvalidRequestError(
-            f"{where} has {_shown(value)}; ids are whole numbers from 0 to 2^64 - 1, or their digits as text{exact}"
+            f"{where} has {_shown(value)}; ids are whole numbers from 0 to 2^64 - 1, or {text}{exact}"
+        )
+    return found
+
+
+def _whole(value: Any, where: str) -> int:
+    """What is an id and a number at once."""
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < _EXACT
+    found = int(value) if whole else value
+    if type(found) is not int or not 0 <= found < 1 << 63:
+        raise InvalidRequestError(
+            f"{where} has {_shown(value)}; it is ids and numbers in this model: whole numbers from 0 to 2^63 - 1"
         )
     return found
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.data.records import Records
-from trilith.nn.serving import names_of
+from trilith.nn.requests import names_of
 from trilith_services.serving.json_records import unknown_feature
 
 __all__ = ["UnknownFeatures", "UnknownPolicy"]

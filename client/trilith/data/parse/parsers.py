@@ -131,6 +131,9 @@ _Wrong: TypeAlias = tuple[npt.NDArray[np.bool_], Callable[[int], str]]
 class _ColumnParser(Parser):
     """A parser of what a scanner reads row by row. How each output is made of a scan is found out once."""
 
+    texts: frozenset[str] = frozenset()
+    """Features whose ids may be byte strings, which a subclass makes ids of."""
+
     def __init__(self, specs: Mapping[str, FeatureSpec], *, on_error: OnError = "raise", strict: bool = True) -> None:
         super().__init__(specs, on_error=on_error, strict=strict)
         self._scanner = Scanner(self.kind, self._fields(), np.int64)
@@ -193,6 +196,9 @@ class _ColumnParser(Parser):
                 for number in np.flatnonzero(odd.any(axis=0)):
                     column = self._scanner.schema.named_columns[names[number], Element.FID]
                     odd[:, number] &= np.diff(scan.splits[column]) == 0
+        for place, name in enumerate(names) if self.texts else ():
+            if name in self.texts:
+                odd[:, place] &= seen[:, place] != (6 if self.kind is Kind.EXAMPLE else 5)
         if not odd.any():
             return None
         rows: npt.NDArray[np.bool_] = np.asarray(odd.any(axis=1))

@@ -1,0 +1,196 @@
+"""What an export of a task takes: text, weights of ids, features that are ids and numbers; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.tasks import Everything, batch, everything, examples, instances, rows
+from trilith.data.records import Kind, Records
+from trilith.errors import InvalidRequestError
+from trilith.estimator import Dense, Estimator, Label, RunConfig, Task
+from trilith.nn.program import export_program, load_program
+from trilith.ops.strings import hash_strings
+from trilith.serving.exports import MODEL, ModelConfig, ProgramInput, ServedFeature
+from trilith.tables import Sgd, table_config
+from trilith_proto.example_pb2 import Example
+from trilith_proto.proto_parser_pb2 import Instance
+from trilith_services.serving.metrics import EntryMetrics
+from trilith_services.serving.models import Models
+from trilith_services.serving.servicer import PredictionServicer
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+    """A trained task's exports, and what it predicts for `batch(99)`."""
+    place = tmp_path_factory.mktemp("everything")
+    run = RunConfig(model_dir=str(place / "model"), progress="none", export_mode="standalone")
+    with everything(run, batches=2) as job:
+        job.train()
+        (want,) = job.predict([batch(99)])
+        job.export(str(place / "exports"))
+    return place, want
+
+
+@pytest.fixture(scope="module")
+def models(exported) -> Iterator[Models]:
+    found = Models(str(exported[0] / "exports"))
+    assert found.refresh()
+    yield found
+    found.close()
+
+
+def scores(models: Models, payloads: list[bytes], kind: Kind = Kind.EXAMPLE) -> dict[str, np.ndarray]:
+    with models.use() as loaded:
+        return loaded.model.predict(Records.of(payloads, kind, source="request"))
+
+
+@pytest.mark.parametrize(("made", "kind"), [(examples, Kind.EXAMPLE), (instances, Kind.INSTANCE)])
+def test_records_are_scored_as_the_trainer_does(exported, models, made, kind):
+    found = scores(models, made(batch(99)), kind)
+    assert found.keys() == exported[1].keys()
+    for name, values in exported[1].items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-6, atol=1e-6)
+
+
+def example(**features: tuple[str, list[Any]]) -> bytes:
+    made = Example()
+    for name, (kind, values) in features.items():
+        getattr(made.named_feature.add(name=name).feature, kind).value.extend(values)
+    return made.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (
+            example(tags=("fid_v2_list", [1, 2]), tag_weights=("float_list", [1.0])),
+            "feature 'tags' has 2 ids, and 1 weights in 'tag_weights'",
+        ),
+        (example(tags=("fid_v2_list", [1])), "feature 'tags' has 1 ids, and 0 weights in 'tag_weights'"),
+        (example(tag_weights=("float_list", [1.0])), "feature 'tags' has 0 ids, and 1 weights"),
+        (
+            example(tags=("fid_v2_list", [1]), tag_weights=("float_list", [float("nan")])),
+            "feature 'tag_weights' has nan; weights are finite numbers",
+        ),
+        (example(user=("bytes_list", [b"7"])), "feature 'user' holds a bytes_list, which are no ids"),
+        (example(city=("float_list", [7.0])), "feature 'city' holds a float_list, which are no ids"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_refused_by_name(models, record, why):
+    with pytest.raises(InvalidRequestError, match=f"request: record 1, byte 0: {why}"):
+        scores(models, [example(), record])
+
+
+def test_weights_may_be_integers_and_text_and_ids_may_not_meet_in_one_feature(models):
+    whole = example(tags=("fid_v2_list", [1, 2]), tag_weights=("int64_list", [1, 3]))
+    plain = example(tags=("fid_v2_list", [1, 2]), tag_weights=("float_list", [1.0, 3.0]))
+    found = scores(models, [whole, plain])
+    assert found["click"][0] == found["click"][1]
+    mixed = Instance()
+    mixed.feature.add(name="city", fid=[1], bytes_value=[b"Berlin"])
+    with pytest.raises(InvalidRequestError, match="record 0.*: feature 'city' holds ids and text at once"):
+        scores(models, [mixed.SerializeToString()], Kind.INSTANCE)
+
+
+@pytest.fixture
+def servicer(models) -> PredictionServicer:
+    return PredictionServicer(models, EntryMetrics(), timeout_s=30.0, max_records=100)
+
+
+def test_json_takes_text_and_numbers_of_one_feature_as_training_did(exported, servicer):
+    given = rows(batch(99))
+    click = servicer.score_json(given).outputs[0]
+    np.testing.assert_allclose(np.frombuffer(click.values, "<f4"), exported[1]["click"], rtol=1e-6, atol=1e-6)
+    hashed = [
+        row | {"places": [int(hash_strings([text])[0]) if at == 0 else text for at, text in enumerate(row["places"])]}
+        for row in given
+    ]
+    assert servicer.score_json(hashed).outputs[0].values == click.values
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ({"city": [True]}, "feature 'city' has true; ids are whole numbers from 0 to 2^64 - 1, or text"),
+        ({"city": "\ud800"}, "feature 'city' has '\\ud800', which is no Unicode text"),
+        ({"user": "Berlin"}, "feature 'user' has 'Berlin'; ids are whole numbers from 0 to 2^64 - 1, or their digits"),
+        ({"born": 1980.5}, "feature 'born' has 1980.5; it is ids and numbers in this model: whole numbers from 0"),
+        ({"born": [1980, 1990]}, "feature 'born' has 2 numbers; the model takes 1"),
+        ({"tags": [1], "tag_weights": "x"}, "feature 'tag_weights' has 'x'; the model takes numbers"),
+        ({"tags": [1], "tag_weights": [1, 2]}, "feature 'tags' has 1 ids, and 2 weights in 'tag_weights'"),
+    ],
+)
+def test_json_that_does_not_fit_is_refused_by_name(servicer, record, why):
+    with pytest.raises(InvalidRequestError) as caught:
+        servicer.score_json([{}, record])
+    assert "record 1" in str(caught.value)
+    assert why in str(caught.value)
+
+
+def test_which_features_are_text_is_remembered_by_a_checkpoint(exported, tmp_path):
+    place, _ = exported
+    run = RunConfig(model_dir=str(place / "model"), progress="none", export_mode="standalone")
+    with Estimator(Everything(), run) as job:  # it sees no data
+        newest = max((place / "model").glob("*/job.json")).parent
+        path = Path(job.export(str(tmp_path), checkpoint=str(newest)))
+    found = json.loads((path / MODEL).read_text())["features"]
+    assert {name for name, each in found.items() if each.get("strings")} == {"city", "places"}
+
+
+def test_a_task_without_ids_is_served(tmp_path):
+    class Plain(Task):
+        x = Dense(2)
+        labels: ClassVar = {"y": Label()}
+
+        def build(self) -> None:
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.layer(x.x)[:, 0] + torch.zeros(len(x.x))  # len() needs another way of tracing
+
+    given = {"x": np.ones((4, 2), np.float32), "y": np.ones(4, np.float32)}
+    run = RunConfig(model_dir=str(tmp_path / "model"), progress="none", export_mode="standalone")
+    with Estimator(Plain(), run, train=lambda: [given]) as job:
+        job.train()
+        (want,) = job.predict([given])
+        job.export(str(tmp_path / "exports"))
+    models = Models(str(tmp_path / "exports"))
+    assert models.refresh()
+    found = scores(models, [example(x=("float_list", [1.0, 1.0]))] * 4)
+    models.close()
+    np.testing.assert_allclose(found["y"], want["y"], rtol=1e-6)
+
+
+TABLE = table_config("t", dim=1, optimizer=Sgd(learning_rate=1.0)).proto
+
+
+def test_weights_that_make_no_sense_are_refused():
+    with pytest.raises(InvalidRequestError, match=r"weights='w' of ids that are first\(2\)"):
+        ServedFeature(table="t", combiner="first(2)", weights="w")
+    with pytest.raises(InvalidRequestError, match="weights='w' of ids that are of slot 3"):
+        ServedFeature(table="t", slot=3, weights="w")
+    features = {"f": ServedFeature(table="t", weights="w"), "w": ServedFeature(table="t")}
+    given = (ProgramInput(kind="feature", names=("f",)),)
+    with pytest.raises(
+        InvalidRequestError, match="weights of feature 'f' are 'w' in records, which the model takes as"
+    ):
+        ModelConfig(name="m", features=features, inputs=given, outputs=("s",), tables=(TABLE,), num_ps=1)
+
+
+def test_a_module_that_asks_for_the_length_of_a_batch_is_traced_for_every_length():
+    class Counts(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sum(1) / len(x)
+
+    graph, weights = export_program(Counts(), [(2,)])
+    program = load_program(graph, weights, ["score"], where="g")
+    for size in (1, 5):
+        assert program(torch.ones(size, 2))["score"].tolist() == [pytest.approx(2 / size)] * size
