@@ -316,6 +316,33 @@ def test_lines_of_json_appear_whole_and_the_last_step_is_among_them(tmp_path):
     assert [each["time"] for each in written] == [0.0, 1.0, 11.0, 10.0, 12.0], "a step has the time when it was done"
 
 
+class Figures(dict):
+    """Metrics of a step, which take a while to work out: who looks is counted."""
+
+    looks = 0
+
+    def items(self):
+        self.looks += 1
+        return super().items()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda out: JsonLines(out / "events.jsonl", every_s=50.0, clock=lambda: 0.0),
+        lambda out: ProgressBars(Console(file=io.StringIO()), every_s=50.0),
+        lambda out: ProgressBars(Console(file=io.StringIO(), force_terminal=True), style="bars", every_s=50.0),
+        lambda out: Prometheus(CollectorRegistry(), every_s=50.0),
+    ],
+)
+def test_figures_of_a_step_are_worked_out_only_where_they_are_shown(tmp_path, make):
+    steps = [Step(step=step, metrics=Figures(auc=0.5)) for step in range(4)]
+    with Callbacks([make(tmp_path)]) as callbacks:
+        for event in (Started(), *steps):
+            callbacks.tell(event)
+    assert [step.metrics.looks for step in steps] == [1, 0, 0, 0]
+
+
 def shown(terminal, **options):
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120, color_system=None)

@@ -50,6 +50,10 @@ __all__ = [
 ]
 
 
+_BARS_EVERY_S = 0.5
+"""Seconds between two looks at the figures beside a bar."""
+
+
 class JsonLines(Callback):
     """Appends events to a file, a JSON object per line with "time" (Unix seconds), "rank" and "event".
 
@@ -69,25 +73,29 @@ class JsonLines(Callback):
         self._file: IO[str] | None = None
         self._rank = 0
         self._written = -math.inf
-        self._unwritten: dict[str, Any] | None = None
+        self._unwritten: tuple[float, Step] | None = None
 
     def on(self, event: Event) -> None:
         """Write it."""
+        now = self._clock()
         if isinstance(event, Started):
             self._rank = event.rank
-        line = {"time": self._clock(), "rank": self._rank, **event.as_dict()}
         if isinstance(event, Step):
-            self._unwritten = line
-            if line["time"] - self._written < self._every_s:
+            self._unwritten = (
+                now,
+                event,
+            )  # its figures are worked out if it is written, which would slow most steps down
+            if now - self._written < self._every_s:
                 return
-            self._written = line["time"]
+            self._written = now
         elif self._unwritten is not None and isinstance(event, Done | Stopped | Failed):
-            self._write(self._unwritten)
+            self._write(*self._unwritten)
         if isinstance(event, Step | Done | Stopped | Failed):
             self._unwritten = None
-        self._write(line)
+        self._write(now, event)
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, moment: float, event: Event) -> None:
+        line = {"time": moment, "rank": self._rank, **event.as_dict()}
         if self._file is None:
             path = Path(self._path.replace("{rank}", str(self._rank)))
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,19 +151,16 @@ class ProgressBars(Callback):
             self._bars.start()
 
     def on_step(self, event: Step) -> None:
-        """Move the bar, or print a line."""
-        figures = f"loss {event.loss:.4f}  " + "".join(
-            f"{_short(name, value)}  " for name, value in _first(event.metrics)
-        )
-        figures += f"{event.samples_per_s:,.0f} samples/s"
+        """Move the bar, or print a line; figures, which take a while to work out, are looked at now and then."""
+        now, every_s = self._clock(), self._every_s if self._bars is None else _BARS_EVERY_S
+        due = now - self._said >= every_s
         if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, completed=event.own_step, figures=figures)
-            return
-        now = self._clock()
-        if now - self._said >= self._every_s:
-            self._said = now
+            self._bars.update(self._task, completed=event.own_step, **({"figures": _figures(event)} if due else {}))
+        elif due:
             of = "" if self._total is None else f" of {self._total:,}"
-            self.say(f"step {event.own_step:,}{of}  {figures}")
+            self.say(f"step {event.own_step:,}{of}  {_figures(event)}")
+        if due:
+            self._said = now
 
     def on_evaluated(self, event: Evaluated) -> None:
         """Print its figures."""
@@ -219,8 +224,9 @@ def _bars(console: Console) -> Progress:
     )
 
 
-def _first(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
-    return list(metrics.items())[:2]
+def _figures(event: Step) -> str:
+    metrics = "".join(f"{_short(*each)}  " for each in list(event.metrics.items())[:2])
+    return f"loss {event.loss:.4f}  {metrics}{event.samples_per_s:,.0f} samples/s"
 
 
 def _short(name: str, value: float) -> str:
@@ -260,10 +266,13 @@ class Prometheus(Callback):
 
     Args:
         registry: Where they are registered while the run goes on; None: where the client's own metrics are.
+        every_s: Seconds between two looks at the figures of the newest samples.
     """
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    def __init__(self, registry: CollectorRegistry | None = None, *, every_s: float = 2.0) -> None:
         self._registry = registry
+        self._every_s = every_s
+        self._looked = -math.inf
         self._collectors: dict[str, Any] = {}
         self._samples = 0
         self._skipped = 0
@@ -304,8 +313,10 @@ class Prometheus(Callback):
         of["samples"].inc(max(event.samples - self._samples, 0))
         of["skipped"].inc(max(event.skipped - self._skipped, 0))
         self._samples, self._skipped = event.samples, event.skipped
-        for name, value in event.metrics.items():
-            of["metric"].labels(name).set(value)
+        if (now := time.monotonic()) - self._looked >= self._every_s:
+            self._looked = now
+            for name, value in event.metrics.items():
+                of["metric"].labels(name).set(value)
         for phase, seconds in event.seconds.items():
             of["phase"].labels(phase).observe(seconds)
 
