@@ -31,12 +31,12 @@ eventually = partial(waiting.eventually, timeout_s=240.0)
 class Up:
     """A running `trilith up`."""
 
-    def __init__(self, directory: Path, *arguments: str) -> None:
+    def __init__(self, directory: Path, *arguments: str, cwd: Path | None = None) -> None:
         self.log = directory / "up.log"
         self.address_file = directory / "address"
         command = trilith_argv("up", "--address-file", str(self.address_file), "--log-dir", str(directory), *arguments)
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=cwd)
 
     @property
     def output(self) -> str:
@@ -68,10 +68,10 @@ class Up:
 def up(tmp_path: Path) -> Iterator[Callable[..., Up]]:
     started: list[Up] = []
 
-    def start(*arguments: str) -> Up:
+    def start(*arguments: str, cwd: Path | None = None) -> Up:
         directory = tmp_path / f"run-{len(started)}"
         directory.mkdir(exist_ok=True)
-        started.append(Up(directory, *arguments))
+        started.append(Up(directory, *arguments, cwd=cwd))
         return started[-1]
 
     yield start
@@ -166,7 +166,7 @@ def test_without_checkpoints_a_dead_ps_ends_the_run(up) -> None:
         assert run.wait() == 2
     said = run.output.split("error: ")[1]
     assert said.startswith(
-        "ps-0 was killed by SIGKILL, and its rows are gone: run with --checkpoint-dir to survive that"
+        "ps-0 was killed by SIGKILL, and its rows are gone: a job with a model_dir, or --checkpoint-dir, survives that"
     )
 
 
@@ -214,6 +214,55 @@ def test_worker_output_has_a_prefix_and_a_worker_that_keeps_failing_ends_the_run
     assert run.wait() == 2
     assert "error: worker-0 keeps dying: 3 times within 60 s, at last it ended with status 2" in run.output
     assert "worker-0 |" in run.output
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Path:
+    """A directory with what `trilith new` writes."""
+    pytest.importorskip("torch")
+    directory = tmp_path_factory.mktemp("new") / "clicks"
+    subprocess.run(trilith_argv("new", str(directory)), check=True, capture_output=True, timeout=240)
+    return directory
+
+
+def test_a_job_ends_with_its_last_save_and_goes_on_there_on_other_ps(up, job, tmp_path) -> None:
+    model_dir = tmp_path / "model"
+    common = ("--job", "job:job", "--set", f"model_dir={model_dir}")
+    first = up("--ps", "2", *common, "--set", "epochs=1", cwd=job)
+    assert first.wait() == 0, first.output
+    assert "all workers are done" in first.output
+    steps = checkpoint.read_manifest(checkpoint.newest_complete(str(model_dir)).path).global_step
+    assert steps > 0
+    assert f"done: step {steps}" in first.output
+    checkpoints = checkpoint.list_checkpoints(str(model_dir))
+
+    second = up("--ps", "3", *common, "--set", "epochs=2", cwd=job)
+    assert second.wait() == 0, second.output
+    assert f"done: step {2 * steps}" in second.output
+    assert checkpoint.read_manifest(checkpoint.newest_complete(str(model_dir)).path).global_step == 2 * steps
+    added = [info for info in checkpoint.list_checkpoints(str(model_dir)) if info not in checkpoints]
+    assert all(Path(info.path, "job.json").exists() for info in added), "the PS write none of their own accord"
+
+
+def test_of_a_job_a_dead_ps_and_a_dead_worker_come_back_from_its_checkpoint(up, job, tmp_path) -> None:
+    model_dir = tmp_path / "model"
+    sets = (f"model_dir={model_dir}", "epochs=100000", "save_every=20", "evaluate_every_epoch=false", "log_every_s=0.1")
+    run = up("--job", "job:job", "--ps", "2", *(word for each in sets for word in ("--set", each)), cwd=job)
+    assert run.address
+    eventually(lambda: complete_rows(model_dir) > 0, otherwise=lambda: run.output)
+    with no_child_survives(run):
+        run.child("--index", "1").kill()
+        eventually(lambda: f"PS 1 is back from {model_dir}" in run.output, otherwise=lambda: run.output)
+
+        before = run.output.count("| step ")
+        run.child("worker", "job:job").kill()
+        eventually(lambda: "worker-0 was killed by SIGKILL; starting it again" in run.output)
+        eventually(lambda: run.output.count("| step ") > before + 3, otherwise=lambda: run.output)
+
+        run.child("worker", "job:job").terminate()
+        assert run.wait() == 0, run.output
+    assert "stopped at step" in run.output
+    assert "worker-0 has left" in run.output
 
 
 def test_workers_outlive_a_ps_and_come_and_go(up, tmp_path) -> None:

@@ -155,7 +155,9 @@ class ProgressBars(Callback):
         now, every_s = self._clock(), self._every_s if self._bars is None else _BARS_EVERY_S
         due = now - self._said >= every_s
         if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, completed=event.own_step, **({"figures": _figures(event)} if due else {}))
+            self._bars.update(self._task, completed=event.own_step)
+            if due:
+                self._bars.update(self._task, figures=_figures(event))
         elif due:
             of = "" if self._total is None else f" of {self._total:,}"
             self.say(f"step {event.own_step:,}{of}  {_figures(event)}")

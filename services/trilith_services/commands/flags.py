@@ -221,7 +221,8 @@ CheckpointRoot = Annotated[
     typer.Option(
         "--checkpoint-root",
         metavar="DIR",
-        help="Directory or URL below which clients may save and restore checkpoints; left out: --checkpoint-dir.",
+        help="Directory or URL below which clients may save and restore checkpoints; left out: --checkpoint-dir, "
+        "or --restore-from.",
     ),
 ]
 MetricsPort = Annotated[

@@ -65,6 +65,14 @@ def ps(
     checkpoint_dir: Annotated[
         str | None, typer.Option(metavar="DIR", help="Directory or URL to restore from, and to write checkpoints to.")
     ] = None,
+    restore_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Directory or URL to restore from where those who train write the checkpoints, such as a job's "
+            "model_dir; this PS writes none of its own accord.",
+        ),
+    ] = None,
     checkpoint_every: Annotated[
         float,
         typer.Option(
@@ -127,6 +135,8 @@ def ps(
 
     if checkpoint_every and checkpoint_dir is None:
         raise InvalidRequestError(f"--checkpoint-every {checkpoint_every:g} needs --checkpoint-dir")
+    if restore_from is not None and checkpoint_dir is not None:
+        raise InvalidRequestError(f"--checkpoint-dir is restored from as well; leave --restore-from {restore_from} out")
     targets = _static_targets(sync_to or [])
     waited: Directory | None = None
     if standby:
@@ -148,6 +158,7 @@ def ps(
     options = PsOptions(
         limits=server.limits,
         checkpoint_dir=checkpoint_dir,
+        restore_from=restore_from,
         checkpoint_every_s=checkpoint_every,
         checkpoint_keep=checkpoint_keep,
         checkpoint_root=checkpoint_root,

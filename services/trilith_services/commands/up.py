@@ -13,7 +13,8 @@ import typer
 
 from trilith.runtime.extras import need
 from trilith_services.commands import output
-from trilith_services.commands.flags import CheckpointRoot, size
+from trilith_services.commands.flags import CheckpointRoot, expanded, size
+from trilith_services.commands.jobs import RunFlags, refuse_alone
 
 if TYPE_CHECKING:
     from trilith_services.local.supervisor import Ended, PsCluster, StopRequest, Supervisor
@@ -25,18 +26,31 @@ POLL_S = 0.1
 
 def register(app: typer.Typer) -> None:
     """Add the `up` command."""
-    app.command()(up)
+    app.command()(expanded(up))
 
 
 def up(
+    *,
+    context: typer.Context,
     worker_args: Annotated[
         list[str] | None,
         typer.Argument(help="Flags of `trilith worker` that every worker gets, after --.", metavar="WORKER_ARGS"),
     ] = None,
     ps: Annotated[int, typer.Option("--ps", metavar="N", help="PS processes.", min=1)] = 2,
     workers: Annotated[
-        int, typer.Option(metavar="N", help="Worker processes; 0: only the PS, until Ctrl-C.", min=0)
-    ] = 0,
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Worker processes; 0: only the PS, until Ctrl-C.",
+            min=0,
+            show_default="0, with --job 1",
+        ),
+    ] = None,
+    job: Annotated[
+        str,
+        typer.Option(metavar="MODULE:JOB", help="What the workers train: an Estimator, as `trilith worker` names it."),
+    ] = "",
+    run: RunFlags,
     discovery: Annotated[
         str | None,
         typer.Option(
@@ -48,7 +62,8 @@ def up(
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Directory or URL to restore from and to write checkpoints to; a PS that dies comes back from them.",
+            help="Directory or URL to restore from and to write checkpoints to; a PS that dies comes back from them. "
+            "With --job these are the job's own, in its model_dir.",
         ),
     ] = None,
     checkpoint_every: Annotated[
@@ -77,28 +92,35 @@ def up(
 ) -> None:
     """Run a cluster on this machine until its workers are done, or until Ctrl-C.
 
-    Starts the PS on free ports, waits until they serve, then starts the workers: `trilith worker --cluster CLUSTER
-    --rank I --world-size M` with your WORKER_ARGS. Every line of output is shown with its process's name and kept in
-    a log. With --checkpoint-dir workers remember there how far they are, and a later run goes on from that.
+    Starts the PS on free ports, waits until they serve, then starts the workers: `trilith worker MODULE:JOB` with your
+    --set, --config and WORKER_ARGS, and with which worker each is. Every line of output is shown with its process's
+    name and kept in a log. The workers end as a job ends: after its last save, and then the PS are stopped. Without
+    --job workers train the demo's models, and with --checkpoint-dir they remember there how far they are.
 
-    A PS that dies is started again on its port and restores its newest checkpoint; without --checkpoint-dir its rows
-    would be gone, so the run ends. A worker that fails is started again; one that ends well has left, and more may join
-    by hand. What dies three times within a minute ends the run, with the end of its log and exit status 2.
+    A PS that dies is started again on its port and restores the newest checkpoint; without a model_dir, or
+    --checkpoint-dir, its rows would be gone, so the run ends. A worker that fails is started again, and goes on from
+    the newest checkpoint; one that ends well has left, and more may join by hand. What dies three times within a minute
+    ends the run, with the end of its log and exit status 2.
     """
+    workers = (1 if job else 0) if workers is None else workers
     if workers:
         need("torch", extra="torch")
     from trilith.errors import InvalidRequestError
     from trilith_services.local.supervisor import PsCluster, StopRequest, Supervisor
 
     console = output.console(stderr=True)
-    if worker_args and not workers:
-        raise InvalidRequestError(
-            f"flags for workers, {' '.join(worker_args)!r}, but none are started: add --workers N"
-        )
+    if not workers and (job or worker_args):
+        what = f"--job {job}" if job else f"flags for workers, {' '.join(worker_args or [])!r}"
+        raise InvalidRequestError(f"{what}, but none are started: add --workers N")
+    if not job:
+        refuse_alone(context, "sets", "config")
+    elif checkpoint_dir is not None:
+        raise InvalidRequestError(f"a job saves into its model_dir: write --set model_dir={checkpoint_dir}")
     if address_file is not None:
         if not address_file.absolute().parent.is_dir():
             raise InvalidRequestError(f"--address-file {address_file}: there is no directory {address_file.parent}")
         address_file.unlink(missing_ok=True)  # nobody shall read the last run's
+    model_dir = _model_dir(job, run) if job else None
     with (
         StopRequest() as stop,
         _positions(checkpoint_dir) as positions,
@@ -109,6 +131,7 @@ def up(
             ps,
             checkpoint_dir=checkpoint_dir,
             checkpoint_every_s=checkpoint_every,
+            restore_from=model_dir,
             arguments=[
                 *("--memory-limit", memory_limit),
                 *(() if checkpoint_root is None else ("--checkpoint-root", checkpoint_root)),
@@ -118,12 +141,53 @@ def up(
         supervisor.say(f"starting {ps} PS on 127.0.0.1, for this machine alone", style="")
         supervisor.say(f"logs are in {supervisor.log_dir}", style="")
         if cluster.start(cancelled=lambda: bool(stop)):
-            _announce(supervisor, cluster, workers)
+            _announce(supervisor, cluster, job, workers)
             if address_file is not None:
                 _write_whole(address_file, cluster.address + "\n")
-            _start_workers(supervisor, cluster, workers, positions, worker_args or [])
+            if job:
+                _start_job(supervisor, cluster, job, workers, run, model_dir, worker_args or [])
+            else:
+                _start_workers(supervisor, cluster, workers, positions, worker_args or [])
             _watch(supervisor, stop, workers)
         supervisor.say("stopping", style="")
+
+
+def _model_dir(job: str, flags: RunFlags) -> str | None:
+    """Where the job's checkpoints go, which is where the PS come back from; None: nowhere.
+
+    What is wrong with a job is found out here, before anything has been started.
+    """
+    from trilith.folder import Folder, absolute
+    from trilith_services.local.workers import check_free
+
+    check_free(flags.sets or ())
+    model_dir = flags.job(job).run.model_dir
+    if not model_dir:
+        return None
+    Folder(model_dir).check_writable()
+    return absolute(model_dir)
+
+
+def _start_job(
+    supervisor: Supervisor,
+    cluster: PsCluster,
+    job: str,
+    workers: int,
+    flags: RunFlags,
+    model_dir: str | None,
+    arguments: list[str],
+) -> None:
+    from trilith_services.local.workers import start_workers
+
+    start_workers(
+        supervisor,
+        job,
+        workers,
+        cluster=cluster.address,
+        sets=[*(flags.sets or ()), *([] if model_dir is None else [f"model_dir={model_dir}"])],
+        arguments=[*(["--config", flags.config] if flags.config else []), *arguments],
+        env=cluster.env,
+    )
 
 
 @contextmanager
@@ -152,9 +216,11 @@ def _write_whole(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
-def _announce(supervisor: Supervisor, cluster: PsCluster, workers: int) -> None:
+def _announce(supervisor: Supervisor, cluster: PsCluster, job: str, workers: int) -> None:
     supervisor.say(f"cluster: {cluster.address}", style="bold green")
     supervisor.say(f"watch it:  trilith top {cluster.address}", style="")
+    if job:
+        return
     if workers:
         supervisor.say(f"join it:   trilith worker --cluster {cluster.address}", style="")
     else:
@@ -192,6 +258,7 @@ def _judge(supervisor: Supervisor, ended: Ended) -> None:
     if ended.name.startswith("ps-"):
         tail = "\n".join(f"  {line}" for line in ended.tail[-15:])
         raise UnavailableError(
-            f"{ended.name} {ended.how}, and its rows are gone: run with --checkpoint-dir to survive that\n{tail}"
+            f"{ended.name} {ended.how}, and its rows are gone: a job with a model_dir, or --checkpoint-dir, survives "
+            f"that\n{tail}"
         )
     supervisor.say(f"{ended.name} has left", style="")

@@ -258,6 +258,7 @@ class PsCluster:
         *,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every_s: float | None = None,
+        restore_from: str | None = None,
         arguments: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         host: str = "127.0.0.1",
@@ -277,8 +278,10 @@ class PsCluster:
             self._arguments += ["--checkpoint-dir", str(checkpoint_dir)]
             if checkpoint_every_s is not None:
                 self._arguments += ["--checkpoint-every", f"{checkpoint_every_s:g}"]
+        if restore_from is not None:
+            self._arguments += ["--restore-from", restore_from]
         # Without a checkpoint a restarted PS would be empty, and its clients would rightly refuse it.
-        self._restart: Restart = "never" if checkpoint_dir is None else "always"
+        self._restart: Restart = "never" if checkpoint_dir is None and restore_from is None else "always"
 
     @property
     def address(self) -> str:

@@ -42,10 +42,11 @@ class PsOptions(ProcessOptions):
 
     Attributes:
         checkpoint_dir: Restored from before serving, written to afterwards; any fsspec URL; None: no checkpoints.
+        restore_from: Restored from before serving, and written to by those who train alone.
         checkpoint_every_s: Seconds between checkpoints; 0: only one at the end.
         checkpoint_keep: Complete checkpoints to keep.
         checkpoint_root: Directory or URL below which the calls Save and Restore may name checkpoints; None: the
-            checkpoint_dir.
+            checkpoint_dir, or restore_from.
         checkpoint_anywhere: Whether they may name any path and URL. Whoever reaches the port then reads and writes as
             this process does.
         discovery: URL of the directory to register in; None: none.
@@ -54,6 +55,7 @@ class PsOptions(ProcessOptions):
     """
 
     checkpoint_dir: str | None = None
+    restore_from: str | None = None
     checkpoint_every_s: float = 0.0
     checkpoint_keep: int = 3
     checkpoint_root: str | None = None
@@ -67,6 +69,8 @@ class PsOptions(ProcessOptions):
             raise InvalidRequestError(f"checkpoint_every_s={self.checkpoint_every_s} is below 0")
         if self.checkpoint_every_s and self.checkpoint_dir is None:
             raise InvalidRequestError("checkpoint_every_s needs a checkpoint_dir")
+        if self.restore_from is not None and self.checkpoint_dir is not None:
+            raise InvalidRequestError("checkpoint_dir is restored from already; give it or restore_from")
 
 
 class ParameterServer(ServerProcess[PsOptions]):
@@ -91,7 +95,8 @@ class ParameterServer(ServerProcess[PsOptions]):
             queued=lambda: self._server.queued,
             add_stats=self._add_stats,
             paths=CheckpointRoot(
-                root=options.checkpoint_root or options.checkpoint_dir, anywhere=options.checkpoint_anywhere
+                root=options.checkpoint_root or options.checkpoint_dir or options.restore_from,
+                anywhere=options.checkpoint_anywhere,
             ),
         )
         self.syncer = Syncer(shard, options.sync)
@@ -119,6 +124,10 @@ class ParameterServer(ServerProcess[PsOptions]):
         if options.checkpoint_dir is not None:
             self._checkpointer = self._restore(options.checkpoint_dir)
             self._checkpointer.start()
+        elif options.restore_from is not None:
+            from trilith_services.ps.checkpoint.checkpointer import restore_newest
+
+            restore_newest(self._shard, options.restore_from)
         for name, address in options.sync_to.items():
             self.syncer.add(name, address)
         for replicas in self._replicas:
