@@ -39,7 +39,7 @@ demo: $(VENV)  ## train a click model on MovieLens with two PS and two workers
 test: $(VENV)  ## all tests that need neither docker nor a quiet machine
 	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TIERS) $(ARGS)
 
-quick: $(VENV)  ## unit tests of what has changed since main, or of PART=engine|data|client|serving|nn|ops (a minute)
+quick: $(VENV)  ## unit tests of what has changed since main, or of PART=engine|data|client|serving|nn|estimator|ops (a minute)
 	$(BIN)/python -m tests.quick $(PART) $(ARGS)
 
 quality: $(VENV)  ## the demo on three seeds, also pipelined, is as good as plain torch (minutes)

@@ -36,16 +36,20 @@ PARTS = {
     "engine": Part(
         (_PS,),
         (
-            "engine_*", "entries", "entry_files", "filters", "jit", "machine", "named_tables", "pool", "rounds",
-            "snapshot", "checkpoint", "table", "table_*", "times",
+            "checkpoint", "checkpoint_root", "engine_*", "entries", "entry_files", "filters", "jit", "limits",
+            "machine", "named_tables", "pool", "rounds", "sequences", "snapshot", "store", "table", "table_*", "times",
         ),
     ),
     "data": Part(
-        ("client/trilith/data/",), ("arranging_ops", "clicks", "data_*", "dataset", "flows", "negatives", "tfrecord")
+        ("client/trilith/data/",),
+        ("arranging_ops", "clicks", "data_*", "dataset", "dataset_workers", "flows", "negatives", "tfrecord"),
     ),
     "client": Part(
         ("client/trilith/", "protos/"),
-        ("channels", "client_*", "debugging", "dedup", "discovery", "extras", "routing", "streams", "waiting", "wire"),
+        (
+            "backoff", "channels", "client_*", "debugging", "dedup", "discovery", "extras", "routing", "streams",
+            "verbs", "waiting", "wire",
+        ),
     ),
     "serving": Part(
         (
@@ -63,6 +67,7 @@ PARTS = {
         ),
         ("features", "layout", "nn_*", "ops", "peers", "pipelining", "tables_*", "worker"),
     ),
+    "estimator": Part(("client/trilith/estimator/",), ("estimator", "estimator_*")),
     "ops": Part(
         ("services/trilith_services/",),
         ("commands", "console", "job_commands", "listening", "logs", "quick", "serve", "server_process", "supervisor"),

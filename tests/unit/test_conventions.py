@@ -230,6 +230,7 @@ def programs(document: Path) -> list[str]:
     return [block["code"] for block in blocks if not block["skip"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", [document for document in documents() if programs(document)], ids=label)
 def test_the_python_of_a_document_runs(document, tmp_path):
     program = "\n".join(programs(document))

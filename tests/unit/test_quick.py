@@ -34,6 +34,7 @@ def test_every_source_is_of_a_part() -> None:
         (["client/trilith/data/scan/wire.py"], ["data"]),
         (["client/trilith/nn/dense.py", "services/trilith_services/worker/run.py"], ["nn"]),
         (["services/trilith_services/commands/ps.py"], ["ops"]),
+        (["client/trilith/estimator/saving.py", "tests/unit/test_estimator_config.py"], ["estimator"]),
         (["tests/unit/test_table.py", "README.md"], ["engine"]),
         (["docs/data.md"], []),
     ],
@@ -46,6 +47,8 @@ def test_of_a_part_its_own_tests_are_run_and_those_of_none() -> None:
     names = [path.name for path in files_of(["engine"])]
     assert {"test_table.py", "test_conventions.py", "test_snapshot.py"} <= set(names)
     assert "test_dataset.py" not in names
+    # Whoever is of no part is run with each.
+    assert [path.name for path in files_of([])] == ["test_contributing.py", "test_conventions.py", "test_house.py"]
 
 
 def test_what_has_changed_since_main_is_found(tmp_path) -> None:
@@ -68,4 +71,4 @@ def test_what_has_changed_since_main_is_found(tmp_path) -> None:
 
 def test_a_part_that_is_none_is_refused(capsys) -> None:
     assert main(["engines"]) == 2
-    assert "no part 'engines'; there are engine, data, client, serving, nn, ops" in capsys.readouterr().err
+    assert "no part 'engines'; there are engine, data, client, serving, nn, estimator, ops" in capsys.readouterr().err
