@@ -36,6 +36,8 @@ def initial_state(kind: str, p: dict[str, float], dim: int) -> State:
 def step(kind: str, p: dict[str, float], w: np.ndarray, s: State, g: np.ndarray, lr: float, at: int) -> np.ndarray:
     """New weights after one step; `s` is updated. Formulas of spec/engine.md section 4, in float64."""
     decayed = g + p.get("weight_decay_factor", 0.0) * w
+    if lr == 0 and kind in ("ftrl", "group_ftrl", "group_adagrad"):
+        return w
     match kind:
         case "sgd":
             return w - lr * g

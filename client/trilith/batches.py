@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -59,6 +59,15 @@ class TableInfo:
     dim: int
     rates: tuple[LearningRate, ...] | None
 
+    @property
+    def learning_rates(self) -> tuple[LearningRate, ...]:
+        """One per segment: what is sent, or what the shards take by themselves."""
+        if self.rates is not None:
+            return self.rates
+        from trilith.tables.config import own_rate
+
+        return tuple(own_rate(segment.opt_config) for segment in self.config.hash_table.entry_config.segments)
+
 
 @dataclass(frozen=True, slots=True)
 class WriteOptions:
@@ -70,6 +79,7 @@ class WriteOptions:
         allow_non_finite: Accept NaN and infinity.
         timeout_s: Seconds until DeadlineExceededError; None takes the client's own.
         advance: Gradients only: by how many steps of the model they take it on; shard 0 counts them with its part.
+        rate_factors: Gradients only: by table what its rates are multiplied by.
     """
 
     step: int = 0
@@ -77,6 +87,7 @@ class WriteOptions:
     allow_non_finite: bool = False
     timeout_s: float | None = None
     advance: int = 0
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,11 +325,12 @@ class Batches:
 
     def _rates(self, verb: UpdateVerb, info: TableInfo, options: WriteOptions) -> Float32Array | None:
         """The rates that travel with an update, evaluated once for all shards."""
-        if verb != "apply_gradients" or info.rates is None:
+        factor = options.rate_factors.get(info.config.name, 1.0)
+        if verb != "apply_gradients" or (info.rates is None and factor == 1.0):
             return None
         from trilith.tables.schedules import rates_at
 
-        return rates_at(info.rates, options.step)
+        return rates_at(info.learning_rates, options.step, factor)
 
     def _prepare(self, verb: UpdateVerb, name: str, ids: Any, values: Any, options: WriteOptions) -> _TableUpdate:
         info = self._info(name)

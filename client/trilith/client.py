@@ -246,6 +246,7 @@ class Client:
         *,
         global_step: int | None = None,
         advance: int = 0,
+        rate_factors: Mapping[str, float] | None = None,
         request_time: int | None = None,
         allow_non_finite: bool = False,
         timeout_s: float | None = None,
@@ -258,6 +259,7 @@ class Client:
             global_step: The model's step, at which schedules are evaluated; None takes the step this client knows.
             advance: By how many steps the model goes on with this: PS 0 counts them when it applies its part, which is
                 sent for that even if none of its rows are concerned, and answers where the counter is then.
+            rate_factors: By table what its rates are multiplied by, in this step; those not named keep theirs.
             request_time: Whole Unix seconds, the rows' last update; None is now, by each shard's own clock. A time more
                 than a day ahead of that clock is refused.
             allow_non_finite: Accept NaN and infinity.
@@ -267,7 +269,9 @@ class Client:
             NonFiniteError: A gradient, or a sum of them, is NaN or infinite; nothing was sent.
         """
         step = self._cluster.step if global_step is None else as_step(global_step)
-        options = WriteOptions(step, request_time, allow_non_finite, timeout_s, as_step(advance, "advance"))
+        options = WriteOptions(
+            step, request_time, allow_non_finite, timeout_s, as_step(advance, "advance"), _factors(rate_factors)
+        )
         self._batches.update("apply_gradients", updates, options)
 
     def assign(
@@ -647,6 +651,14 @@ class Client:
     ) -> None:
         """Close."""
         self.close()
+
+
+def _factors(given: Mapping[str, float] | None) -> dict[str, float]:
+    if not given:
+        return {}
+    from trilith.tables.schedules import as_factors
+
+    return as_factors(given)
 
 
 def _dim(config: ps_pb2.TableConfig) -> int:

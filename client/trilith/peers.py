@@ -96,9 +96,11 @@ class _OwnRows:
         *,
         request_time: int | None,
         global_step: int = 0,
+        rate_factors: Mapping[str, float] | None = None,
     ) -> None:
         plain = {name: (each[0].view(np.uint64), *each[1:]) for name, each in updates.items()}
-        self._batches.update_owned(verb, [plain], WriteOptions(global_step, request_time, allow_non_finite=True))
+        options = WriteOptions(global_step, request_time, allow_non_finite=True, rate_factors=rate_factors or {})
+        self._batches.update_owned(verb, [plain], options)
 
 
 class _Exchanges(NamedTuple):
@@ -332,16 +334,21 @@ class PeerClient:
         *,
         global_step: int | None = None,
         advance: int = 0,
+        rate_factors: Mapping[str, float] | None = None,
         request_time: int | None = None,
         allow_non_finite: bool = False,
         timeout_s: float | None = None,
     ) -> None:
         """Take this rank's step of each distinct id, and those of the others of the ids that this rank owns.
 
-        With `advance` every rank counts so many steps of the model, for itself.
+        With `advance` every rank counts so many steps of the model, for itself. `rate_factors` are of the rows that
+        this rank owns, and all ranks give the same.
         """
+        from trilith.tables.schedules import as_factors
+
         step, advance = self._step if global_step is None else global_step, as_step(advance, "advance")
-        self.update("apply_gradients", updates, WriteOptions(step, request_time, allow_non_finite, timeout_s))
+        options = WriteOptions(step, request_time, allow_non_finite, timeout_s, rate_factors=as_factors(rate_factors))
+        self.update("apply_gradients", updates, options)
         self._step += advance
 
     def assign(
@@ -434,7 +441,10 @@ class PeerClient:
             raise refused
 
     def _take(self, tables: AllToAllTables, returned: Returned, options: WriteOptions) -> None:
-        self._pusher.push(lambda: tables.take(returned, global_step=options.step, request_time=options.request_time))
+        given: dict[str, Any] = {"global_step": options.step, "request_time": options.request_time}
+        if options.rate_factors:
+            given["rate_factors"] = options.rate_factors
+        self._pusher.push(lambda: tables.take(returned, **given))
 
     def _check_parts(self, given: Sequence[Any]) -> None:
         if len(given) != self.shards:

@@ -111,6 +111,7 @@ class Rows(Protocol):
         *,
         global_step: int | None = None,
         advance: int = 0,
+        rate_factors: Mapping[str, float] | None = None,
         request_time: int | None = None,
         allow_non_finite: bool = False,
         timeout_s: float | None = None,

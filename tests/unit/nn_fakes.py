@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from trilith.batches import TableInfo
+
 
 @dataclass
 class FakeClient:
@@ -52,13 +54,23 @@ class FakeClient:
             found[table] = np.array(rows, np.float32).reshape(len(ids), self.dims[table])
         return found
 
-    def apply_gradients(self, updates: Mapping[str, tuple[Any, Any]], *, advance: int = 0) -> None:
+    def table_info(self, name: str) -> TableInfo:
+        return TableInfo(None, self.dims[name], (self.learning_rate,))
+
+    def apply_gradients(
+        self,
+        updates: Mapping[str, tuple[Any, Any]],
+        *,
+        advance: int = 0,
+        rate_factors: Mapping[str, float] | None = None,
+    ) -> None:
         self.calls.append("apply_gradients")
         self.step += advance
         for table, (ids, grads) in updates.items():
+            rate = self.learning_rate * (rate_factors or {}).get(table, 1.0)
             assert grads.shape == (len(ids), self.dims[table])
             for one, grad in zip(ids, grads, strict=True):
-                self._row(table, one)[:] -= self.learning_rate * grad
+                self._row(table, one)[:] -= rate * grad
 
     def assign_add(self, updates: Mapping[str, tuple[Any, Any]]) -> None:
         self.calls.append("assign_add")

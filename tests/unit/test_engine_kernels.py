@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import trilith
 from tests import naive_engine as naive
 from trilith.ops.memory import address_of
+from trilith.tables import Ftrl, GroupAdagrad, GroupFtrl, RandomUniform
 from trilith_proto import hash_table_pb2, ps_pb2
 from trilith_services.ps.engine.kernels.optimizers import KINDS
 from trilith_services.ps.engine.kernels.values import all_finite, widen_halves
@@ -76,6 +78,19 @@ def test_optimizer_steps_match_the_formula(kind: str, fields: dict[str, float], 
         want = np.concatenate([np.ravel(state[name]) for name, _ in table.layout.segments[0].slots] or [[]])
         np.testing.assert_allclose(rows.state[i], want, rtol=2e-3, atol=2e-4)
     assert rows.last_update.tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("optimizer", [Ftrl(), GroupFtrl(), GroupAdagrad()], ids=lambda each: each.kind)
+def test_a_rate_of_0_is_not_divided_by(optimizer) -> None:
+    with trilith.connect("local://", threads=1) as client:
+        table = client.table("t", dim=2, optimizer=optimizer, initializer=RandomUniform(-1, 1), learning_rate=0.0)
+        table.assign_add([1], [[0.0, 0.0]])
+        before = table.lookup_entries([1])
+        for gradient in ([1.0, -2.0], [0.0, 0.0]):
+            table.apply_gradients([1], [gradient])
+        assert np.isfinite(table.lookup([1])).all()
+        entries = [trilith.describe_entry(each) for each in (*before, *table.lookup_entries([1]))]
+        assert {**entries[0], "last_update_unix_s": 0} == {**entries[1], "last_update_unix_s": 0}
 
 
 def test_batch_softmax_estimates_the_gap_between_occurrences() -> None:

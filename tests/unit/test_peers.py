@@ -374,3 +374,13 @@ def config_of(dim):
     table.cuckoo.SetInParent()
     table.entry_config.segments.append(Segment(dim, Zeros(), Sgd(learning_rate=1.0)).as_proto())
     return {"table_config": table, "learning_rate_fns": [1.0]}
+
+
+def test_ranks_count_steps_for_themselves_and_change_rates_alike():
+    def work(client, rank):
+        client.table("t", **TABLE)
+        for factor in (1.0, 0.25):
+            client.apply_gradients({"t": ([1, 2], [[1.0], [2.0]])}, advance=1, rate_factors={"t": factor})
+        return client.known_step, client.lookup({"t": [1, 2]})["t"].ravel().tolist()
+
+    assert together(2, work) == [(2, [-2.5, -5.0])] * 2

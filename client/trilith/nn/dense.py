@@ -18,6 +18,8 @@ from trilith.nn.anchored import dense_parameters
 from trilith.nn.bridge import Bridge
 from trilith.nn.reduction import Fusion, average_gradients
 from trilith.pipelining import Ahead, Lane, Pusher
+from trilith.tables.config import own_rate
+from trilith_proto.hash_table_pb2 import OptimizerConfig
 
 __all__ = ["AllReduced", "DenseOnPs", "VariableClient"]
 
@@ -82,6 +84,12 @@ class DenseOnPs:
         self._optimizer = optimizer
         self.create()
         self.pull()
+
+    @property
+    def learning_rate(self) -> float:
+        """The optimizer's own."""
+        optimizer = self._optimizer
+        return own_rate(optimizer if isinstance(optimizer, OptimizerConfig) else optimizer.as_proto())
 
     def create(self) -> None:
         """Create the variables that the cluster lacks, with the module's present values; others keep theirs."""

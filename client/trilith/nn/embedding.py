@@ -81,6 +81,11 @@ class _ClusterModule(Anchored):
         super().__init__(Bridge(pick_device(device)) if bridge is None else bridge)
         self.exchange = Exchange(client, init_missing=init_missing, async_push=async_push, lane=lane)
 
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """Of the tables that are looked up in."""
+        raise NotImplementedError
+
     def accumulate(self) -> AbstractContextManager[None]:
         """Sum the gradients of every backward pass inside into one step, sent at the end."""
         return self.exchange.accumulate()
@@ -123,6 +128,11 @@ class Embedding(_ClusterModule):
         super().__init__(table.client, device=device, init_missing=init_missing, bridge=bridge)
         self.table = table
 
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """Of the table."""
+        return (self.table.name,)
+
     @outside_graphs
     def forward(self, ids: Tensor | npt.NDArray[Any]) -> Tensor:
         """Return float32[*ids.shape, dim]."""
@@ -161,6 +171,11 @@ class EmbeddingBag(_ClusterModule):
         super().__init__(table.client, device=device, init_missing=init_missing, bridge=bridge)
         self.table = table
         self.combiner = combiner_of(combiner)
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """Of the table."""
+        return (self.table.name,)
 
     @outside_graphs
     def forward(
@@ -235,6 +250,11 @@ class EmbeddingCollection(_ClusterModule):
         for name, feature in self.features.items():
             pooled, first = self._by_table.setdefault(feature.table.name, ([], []))
             (first if feature.combiner.n else pooled).append(name)
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """Of the tables, in the order of the features."""
+        return tuple(self._by_table)
 
     def fetch(self, batch: Mapping[str, IdsLike], *, weights: Weights | None = None) -> FetchedRows:
         """Look a batch up now, to go through the model later; may be called in another thread.

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from trilith.batches import TableInfo
 from trilith.errors import InvalidRequestError
 from trilith.pipelining import Lane, Pusher
 
@@ -50,8 +51,21 @@ class RowClient(Protocol):
     def drain(self) -> None:
         """Wait until gradients that wait at their owners have been applied."""
 
-    def apply_gradients(self, updates: Mapping[str, tuple[Any, Any]], /, *, advance: int = 0) -> None:
-        """One optimizer step per distinct id; the model goes on by `advance` steps with it."""
+    def table_info(self, name: str, /) -> TableInfo:
+        """What is known of a table."""
+
+    def apply_gradients(
+        self,
+        updates: Mapping[str, tuple[Any, Any]],
+        /,
+        *,
+        advance: int = 0,
+        rate_factors: Mapping[str, float] | None = None,
+    ) -> None:
+        """One optimizer step per distinct id, at the tables' rates times `rate_factors`.
+
+        The model goes on by `advance` steps with it.
+        """
 
     def assign_add(self, updates: Mapping[str, tuple[Any, Any]], /) -> None:
         """Add to rows, creating those that are missing."""
@@ -145,23 +159,28 @@ class Exchange:
         else:
             self.send(updates)
 
-    def send(self, updates: Updates, *, advance: int = 0, heard: int = 0) -> None:
+    def send(
+        self, updates: Updates, *, advance: int = 0, heard: int = 0, rate_factors: Mapping[str, float] | None = None
+    ) -> None:
         """Apply gradients, also while somebody holds them back.
 
         Args:
             updates: By table ids and gradients.
             advance: Steps of the model that they complete, which are counted with them.
             heard: Steps that another worker counts, and this client is to know of once its gradients are applied.
+            rate_factors: By table what its rates are multiplied by.
         """
-        if advance or heard:
-            self.pusher.push(lambda: self._step(updates, advance, heard))
-        elif updates or self.client.together:  # who makes the same calls together makes this one too
-            self.pusher.push(lambda: self.client.apply_gradients(updates))
+        options: dict[str, Any] = {"advance": advance} if advance else {}
+        if rate_factors:
+            options["rate_factors"] = rate_factors
+        # Who makes the same calls together makes this one with nothing to send, too.
+        if updates or advance or heard or self.client.together:
+            self.pusher.push(lambda: self._send(updates, options, heard))
 
-    def _step(self, updates: Updates, advance: int, heard: int) -> None:
-        before = self.client.known_step
-        if updates or advance or self.client.together:
-            self.client.apply_gradients(updates, advance=advance)
+    def _send(self, updates: Updates, options: Mapping[str, Any], heard: int) -> None:
+        before = self.client.known_step if heard else 0
+        if updates or options or self.client.together:
+            self.client.apply_gradients(updates, **options)
         if heard:
             self.client.hear_step(before + heard)
 

@@ -17,8 +17,11 @@ from trilith.errors import InvalidRequestError, NonFiniteError
 from trilith.nn.anchored import Anchored, dense_parameters
 from trilith.nn.dense import AllReduced, DenseOnPs
 from trilith.nn.exchange import Exchange
+from trilith.nn.groups import RateGroup, rate_of_table
 
 __all__ = ["Optimization"]
+
+_RATES = "rates"  # where a state has those that no torch optimizer keeps
 
 UInt64Array = npt.NDArray[np.uint64]
 Float32Array = npt.NDArray[np.float32]
@@ -44,6 +47,9 @@ class Optimization(torch.optim.Optimizer):
     gradients, beside the dense parameters. So what is done to optimizers is done to rows: a `torch.amp.GradScaler`
     unscales their gradients, and a step that it skips sends nothing; several backward passes before a step are one
     step of their sum; `torch.nn.utils.clip_grad_norm_(optimization.parameters_and_rows(), …)` bounds both together.
+
+    A table's group has its rate as "lr" or, if it has a schedule, or segments with rates of their own, a factor that is
+    1 at first and multiplies them. `torch.optim.lr_scheduler` changes it as it does those of dense parameters.
 
     The cluster counts a step for each that is taken, in the call that brings its last gradients: schedules and warm-up
     of tables follow. Workers who step together count it once, and each of those who do not counts its own.
@@ -77,8 +83,13 @@ class Optimization(torch.optim.Optimizer):
         self.skipped = 0
         self._averaged = False
         self._held: dict[Exchange, dict[str, list[_Held]]] = {}
-        self._row_group: dict[str, Any] = {"params": [], "lr": 1.0}
-        exchanges = _exchanges(module)
+        tables = _tables(module)
+        exchanges = list(dict.fromkeys(exchange for exchange, _ in tables))
+        self._row_groups = {
+            (exchange, table): RateGroup(table, rate_of_table(exchange.client.table_info(table)))
+            for exchange, table in tables
+        }
+        self._dense_group = RateGroup("dense", dense.learning_rate) if isinstance(dense, DenseOnPs) else None
         if not exchanges and dense is None:
             raise InvalidRequestError(
                 f"{type(module).__name__} has neither embeddings nor an optimizer: nothing learns"
@@ -95,9 +106,10 @@ class Optimization(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of the dense optimizer, and one of the rows that wait for a step."""
-        self._row_group["params"] = [held.leaf for held in self._leaves()]
-        return [*self._dense_groups(), self._row_group]
+        """The groups of the dense optimizer, and one of each table, with its rows that wait for a step."""
+        for (exchange, table), each in self._row_groups.items():
+            each.group["params"] = [held.leaf for held in self._held.get(exchange, {}).get(table, ())]
+        return [*self._dense_groups(), *(each.group for each in self._row_groups.values())]
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
@@ -147,14 +159,19 @@ class Optimization(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the dense optimizer, where it is torch's; rows have their state in the cluster."""
+        """That of a torch optimizer of dense parameters, and rates of all else, whose other state is in the cluster."""
         optimizer = self._torch_optimizer()
-        return {} if optimizer is None else optimizer.state_dict()
+        state = {} if optimizer is None else optimizer.state_dict()
+        return {**state, _RATES: [each.state_dict() for each in self._rate_groups()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Take over what `state_dict` gave; tables that it does not know keep their rates."""
+        rest = dict(state_dict)
+        known = {str(state["name"]): state for state in rest.pop(_RATES, [])}
+        for each in self._rate_groups():
+            each.load_state_dict(known.get(each.group["name"], {}))
         if (optimizer := self._torch_optimizer()) is not None:
-            optimizer.load_state_dict(state_dict)
+            optimizer.load_state_dict(rest)
 
     # ---- gradients ---------------------------------------------------------------------------------------------------
 
@@ -186,10 +203,9 @@ class Optimization(torch.optim.Optimizer):
         return _finite(grads)
 
     def rates(self) -> dict[str, float]:
-        """Learning rates of the dense optimizer's groups, by their number."""
-        optimizer = self._torch_optimizer()
-        groups = [] if optimizer is None else optimizer.param_groups
-        return {str(number): float(group["lr"]) for number, group in enumerate(groups) if "lr" in group}
+        """Learning rates of all groups: of a torch optimizer by their number, of rows by the name of their table."""
+        groups = enumerate(self.param_groups)
+        return {str(group.get("name", number)): float(group["lr"]) for number, group in groups if "lr" in group}
 
     def pull(self) -> None:
         """Take over the values that dense parameters have on the PS, where they are there."""
@@ -228,7 +244,8 @@ class Optimization(torch.optim.Optimizer):
                 updates[table] = (ids, values)
             last = number == len(self._held) and not isinstance(self._dense, DenseOnPs)
             mine = int(last and self._counts_here(exchange))
-            exchange.send(updates, advance=mine, heard=int(last) - mine)
+            factors = {table: self._row_groups[exchange, table].factor for table in updates}
+            exchange.send(updates, advance=mine, heard=int(last) - mine, rate_factors=_changed(factors))
 
     def _counts_here(self, exchange: Exchange) -> bool:
         """Whether this process counts its steps: of workers that step together one does, or each for itself."""
@@ -237,7 +254,8 @@ class Optimization(torch.optim.Optimizer):
 
     def _step_dense(self) -> None:
         if isinstance(self._dense, DenseOnPs):
-            self._dense.step(advance=1)  # the last that is sent of a step
+            assert self._dense_group is not None
+            self._dense.step(learning_rate=self._dense_group.rate(), advance=1)  # the last that is sent of a step
         elif self._dense is not None:
             self._dense.step()
 
@@ -245,7 +263,14 @@ class Optimization(torch.optim.Optimizer):
         optimizer = self._torch_optimizer()
         if optimizer is not None:
             return optimizer.param_groups
-        return [{"params": parameters, "lr": 1.0}] if (parameters := self._dense_parameters()) else []
+        if self._dense_group is None:
+            return []
+        self._dense_group.group["params"] = self._dense_parameters()
+        return [self._dense_group.group]
+
+    def _rate_groups(self) -> list[RateGroup]:
+        """Those whose rates no torch optimizer knows."""
+        return [*([] if self._dense_group is None else [self._dense_group]), *self._row_groups.values()]
 
     def _dense_parameters(self) -> list[nn.Parameter]:
         optimizer = self._torch_optimizer()
@@ -261,9 +286,19 @@ class Optimization(torch.optim.Optimizer):
         return self._dense if isinstance(self._dense, torch.optim.Optimizer) else None
 
 
-def _exchanges(module: nn.Module) -> list[Exchange]:
-    found = [getattr(each, "exchange", None) for each in module.modules() if isinstance(each, Anchored)]
-    return list(dict.fromkeys(each for each in found if isinstance(each, Exchange)))
+def _tables(module: nn.Module) -> list[tuple[Exchange, str]]:
+    """All tables that embeddings in a module are looked up in, by who looks up."""
+    found = []
+    for each in module.modules():
+        if isinstance(each, Anchored) and isinstance(exchange := getattr(each, "exchange", None), Exchange):
+            names: tuple[str, ...] = getattr(each, "table_names", ())
+            found += [(exchange, table) for table in names]
+    return list(dict.fromkeys(found))
+
+
+def _changed(factors: Mapping[str, float]) -> dict[str, float]:
+    """Those that are not 1, so that nothing is said where no rate has been changed."""
+    return {table: factor for table, factor in factors.items() if factor != 1.0}
 
 
 def _finite(grads: Iterable[Tensor | None]) -> bool:

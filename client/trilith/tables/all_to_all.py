@@ -365,11 +365,22 @@ class AllToAllTables:
         *,
         global_step: int = 0,
         request_time: int | None = None,
+        rate_factors: Mapping[str, float] | None = None,
     ) -> None:
-        """Do what the ranks ask of this one, in their order; arguments as for `apply_gradients`."""
-        options = {"request_time": request_time}
+        """Do what the ranks ask of this one, in their order.
+
+        Args:
+            returned: What they sent.
+            verb: What they want.
+            global_step: At which schedules are evaluated.
+            request_time: The rows' last update; None is now.
+            rate_factors: By table what its rates are multiplied by.
+        """
+        options: dict[str, Any] = {"request_time": request_time}
         if verb == "apply_gradients":
             options["global_step"] = global_step
+            if rate_factors:
+                options["rate_factors"] = rate_factors
         for updates in returned.updates:
             if updates:
                 getattr(self._local, verb)(updates, **options)

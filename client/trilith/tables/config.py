@@ -30,6 +30,7 @@ __all__ = [
     "Segment",
     "default_learning_rate",
     "fuse_adjacent",
+    "own_rate",
 ]
 
 
@@ -162,6 +163,12 @@ def default_learning_rate(optimizer: OptimizerConfig) -> float | PolynomialDecay
     if warmup_steps > 0:
         return PolynomialDecay(0.0, warmup_steps, end_learning_rate=chosen.learning_rate)
     return float(chosen.learning_rate)
+
+
+def own_rate(optimizer: OptimizerConfig) -> float:
+    """The rate that a PS takes where none is sent: the optimizer's own, without a warm-up; 0 where it has none."""
+    kind = optimizer.WhichOneof("type")
+    return float(getattr(getattr(optimizer, kind), "learning_rate", 0.0)) if kind else 0.0
 
 
 def fuse_adjacent(

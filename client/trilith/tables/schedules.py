@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,6 +18,7 @@ __all__ = [
     "LearningRate",
     "LearningRateFunction",
     "PolynomialDecay",
+    "as_factors",
     "check_rate",
     "rate_at",
     "rate_text",
@@ -102,9 +103,22 @@ def rate_at(rate: LearningRate, step: int) -> float:
     return float(rate() if callable(rate) else rate)
 
 
-def rates_at(rates: Sequence[LearningRate], step: int) -> npt.NDArray[np.float32]:
-    """float32[segments]: every segment's rate at the model's `step`."""
-    return np.array([rate_at(each, step) for each in rates], np.float32)
+def rates_at(rates: Sequence[LearningRate], step: int, factor: float = 1.0) -> npt.NDArray[np.float32]:
+    """float32[segments]: every segment's rate at the model's `step`, times `factor`."""
+    return np.array([rate_at(each, step) * factor for each in rates], np.float32)
+
+
+def as_factors(given: Mapping[str, float] | None) -> dict[str, float]:
+    """What rates are multiplied by, by table.
+
+    Raises:
+        InvalidRequestError: One is no finite number of at least 0.
+    """
+    for table, factor in (given or {}).items():
+        if callable(factor):
+            raise InvalidRequestError(f"rate_factors[{table!r}]={factor!r} is a function, it must be a number")
+        check_rate(f"rate_factors[{table!r}]", factor)
+    return {table: float(factor) for table, factor in (given or {}).items()}
 
 
 def rate_text(rate: LearningRate) -> str:

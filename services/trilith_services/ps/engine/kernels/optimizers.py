@@ -104,6 +104,8 @@ def _dynamic_wd_adagrad(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step:
     (Slot("zero"), Slot("norm", initial="initial_accumulator_value")),
 )
 def _ftrl(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
+    if lr == _ZERO:  # which is divided by: the start of a warm-up moves nothing
+        return
     beta, l1, l2 = load_f32(p, 0), load_f32(p, 1), load_f32(p, 2)
     for d in range(dim):
         grad = load_f32(g, d)
@@ -127,6 +129,8 @@ def _ftrl(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
     (Slot("zero"), Slot("norm", initial="initial_accumulator_value")),
 )
 def _group_ftrl(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
+    if lr == _ZERO:  # which is divided by: the start of a warm-up moves nothing
+        return
     beta, l1, l2 = load_f32(p, 0), load_f32(p, 1), load_f32(p, 2)
     square = np.float64(0)
     for d in range(dim):
@@ -280,6 +284,8 @@ def _batch_softmax(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any)
     (Slot("grad_square_sum", initial="initial_accumulator_value", words=1),),
 )
 def _group_adagrad(w: Any, s: Any, g: Any, dim: Any, p: Any, lr: Any, step: Any) -> Any:
+    if lr == _ZERO:  # which is divided by: the start of a warm-up moves nothing
+        return
     decay, beta, l2 = load_f32(p, 0), load_f32(p, 1), load_f32(p, 2)
     largest = _ZERO
     for d in range(dim):
