@@ -40,8 +40,11 @@ class PredictRequest(google.protobuf.message.Message):
 
     KIND_FIELD_NUMBER: builtins.int
     RECORDS_FIELD_NUMBER: builtins.int
+    MODEL_VERSION_FIELD_NUMBER: builtins.int
     kind: global___RecordKind.ValueType
     """What the records are."""
+    model_version: builtins.int
+    """Which export shall score them, of those that are loaded; 0: the one in use."""
     @property
     def records(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """Serialized monolith.io.proto.Example or idl.matrix.proto.Instance messages, without any framing."""
@@ -51,8 +54,9 @@ class PredictRequest(google.protobuf.message.Message):
         *,
         kind: global___RecordKind.ValueType = ...,
         records: collections.abc.Iterable[builtins.bytes] | None = ...,
+        model_version: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kind", b"kind", "records", b"records"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kind", b"kind", "model_version", b"model_version", "records", b"records"]) -> None: ...
 
 global___PredictRequest = PredictRequest
 
@@ -157,6 +161,48 @@ class ReplicaStatus(google.protobuf.message.Message):
 global___ReplicaStatus = ReplicaStatus
 
 @typing.final
+class VersionStatus(google.protobuf.message.Message):
+    """One version of the model that is loaded, or could not be."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: builtins.int
+    IN_USE_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    CHECKPOINT_TIME_FIELD_NUMBER: builtins.int
+    EXPORT_TIME_FIELD_NUMBER: builtins.int
+    LOADED_TIME_FIELD_NUMBER: builtins.int
+    RECORDS_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    version: builtins.int
+    in_use: builtins.bool
+    """Whether it scores requests that name no version."""
+    step: builtins.int
+    checkpoint_time: builtins.float
+    """As in ModelStatusResponse; 0 of one that is not loaded."""
+    export_time: builtins.float
+    loaded_time: builtins.float
+    records: builtins.int
+    """Records that it has scored since it was loaded."""
+    error: builtins.str
+    """Why it is not loaded; empty if it is."""
+    def __init__(
+        self,
+        *,
+        version: builtins.int = ...,
+        in_use: builtins.bool = ...,
+        step: builtins.int = ...,
+        checkpoint_time: builtins.float = ...,
+        export_time: builtins.float = ...,
+        loaded_time: builtins.float = ...,
+        records: builtins.int = ...,
+        error: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint_time", b"checkpoint_time", "error", b"error", "export_time", b"export_time", "in_use", b"in_use", "loaded_time", b"loaded_time", "records", b"records", "step", b"step", "version", b"version"]) -> None: ...
+
+global___VersionStatus = VersionStatus
+
+@typing.final
 class ModelStatusResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -180,6 +226,9 @@ class ModelStatusResponse(google.protobuf.message.Message):
     REQUEST_SECONDS_FIELD_NUMBER: builtins.int
     LATENCY_BOUNDS_FIELD_NUMBER: builtins.int
     LATENCY_BUCKETS_FIELD_NUMBER: builtins.int
+    VERSIONS_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
+    PINNED_FIELD_NUMBER: builtins.int
     model: builtins.str
     model_version: builtins.int
     model_step: builtins.int
@@ -205,6 +254,9 @@ class ModelStatusResponse(google.protobuf.message.Message):
     """How long requests took, queueing excluded: together, and how many of them up to each bound and beyond the last, so
     that there is one bucket more.
     """
+    policy: builtins.str
+    """Which versions are wanted: "latest", "keep:N", or a number; and the one that the directory is pinned to; 0: none."""
+    pinned: builtins.int
     @property
     def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @property
@@ -215,6 +267,10 @@ class ModelStatusResponse(google.protobuf.message.Message):
     def latency_bounds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
     @property
     def latency_buckets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def versions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___VersionStatus]:
+        """Newest first."""
+
     def __init__(
         self,
         *,
@@ -238,7 +294,10 @@ class ModelStatusResponse(google.protobuf.message.Message):
         request_seconds: builtins.float = ...,
         latency_bounds: collections.abc.Iterable[builtins.float] | None = ...,
         latency_buckets: collections.abc.Iterable[builtins.int] | None = ...,
+        versions: collections.abc.Iterable[global___VersionStatus] | None = ...,
+        policy: builtins.str = ...,
+        pinned: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint_time", b"checkpoint_time", "export_time", b"export_time", "failures", b"failures", "features", b"features", "incarnation", b"incarnation", "latency_bounds", b"latency_bounds", "latency_buckets", b"latency_buckets", "load_error", b"load_error", "loaded_time", b"loaded_time", "mode", b"mode", "model", b"model", "model_step", b"model_step", "model_version", b"model_version", "outputs", b"outputs", "records", b"records", "replicas", b"replicas", "request_seconds", b"request_seconds", "requests", b"requests", "rows_as_of", b"rows_as_of", "uptime_seconds", b"uptime_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint_time", b"checkpoint_time", "export_time", b"export_time", "failures", b"failures", "features", b"features", "incarnation", b"incarnation", "latency_bounds", b"latency_bounds", "latency_buckets", b"latency_buckets", "load_error", b"load_error", "loaded_time", b"loaded_time", "mode", b"mode", "model", b"model", "model_step", b"model_step", "model_version", b"model_version", "outputs", b"outputs", "pinned", b"pinned", "policy", b"policy", "records", b"records", "replicas", b"replicas", "request_seconds", b"request_seconds", "requests", b"requests", "rows_as_of", b"rows_as_of", "uptime_seconds", b"uptime_seconds", "versions", b"versions"]) -> None: ...
 
 global___ModelStatusResponse = ModelStatusResponse

@@ -26,6 +26,7 @@ from trilith.serving.exports import (
     write_manifest,
     write_model,
 )
+from trilith.serving.published import read_published
 from trilith_services.ps.checkpoint.serving_rows import dense_values, serving_tables, write_serving_rows
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ class Exporter:
                 write_manifest(part, ExportManifest(shard=shard, **about))  # type: ignore[arg-type]
         write_manifest(folder, ExportManifest(files=files, **about))  # type: ignore[arg-type]
         parts = [] if mode == "standalone" else [ps_base(base, shard) for shard in range(manifest.shard_count)]
-        prune_versions(root, keep, parts)
+        prune_versions(root, keep, parts, but=[_pinned(base)])
         log.info(
             "exported",
             extra={
@@ -184,6 +185,15 @@ class Exporter:
             self._traced = traced
         graph, weights = self._traced
         return graph, current_weights(self._module, weights)
+
+
+def _pinned(base: str) -> int:
+    """The version that entries are pinned to; 0: none, or nobody can tell."""
+    try:
+        return read_published(base).pinned
+    except CheckpointError as error:
+        log.warning("%s", error)
+        return 0
 
 
 def _check_stored(module: nn.Module, dense: nn.Module) -> None:

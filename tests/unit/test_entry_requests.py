@@ -72,14 +72,15 @@ def model() -> ServedModel:
 def servicer(
     model: ServedModel, unknown: UnknownPolicy = UnknownPolicy.json
 ) -> tuple[PredictionServicer, EntryMetrics]:
-    loaded = SimpleNamespace(model=model, manifest=SimpleNamespace(version=3, step=5))
+    loaded = SimpleNamespace(model=model, manifest=SimpleNamespace(step=5), version=3, records=0)
 
     @contextmanager
-    def use() -> Iterator[Any]:
+    def use(version: int) -> Iterator[Any]:
+        assert version == 0
         yield loaded
 
     metrics = EntryMetrics()
-    models: Any = SimpleNamespace(use=use, as_of=0.0)
+    models: Any = SimpleNamespace(use=use, as_of=lambda loaded: 0.0)
     return PredictionServicer(models, metrics, timeout_s=1.0, max_records=8, unknown=unknown), metrics
 
 

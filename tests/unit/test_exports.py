@@ -192,7 +192,7 @@ def test_an_error_that_passes_is_not_held_against_a_version(versions, monkeypatc
         raise OSError("input/output error")
 
     with monkeypatch.context() as broken:
-        broken.setattr("trilith_services.serving.models.load_model", fail)
+        broken.setattr("trilith_services.serving.loading.load_model", fail)
         for now[0] in np.arange(0.0, 40.0, 0.5).tolist():
             assert not models.refresh()
     assert models.load_error == f"version {second + 1}: input/output error"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -413,9 +413,9 @@ def read_file(folder: Folder, manifest: ExportManifest, name: str) -> bytes:
     return content
 
 
-def prune_versions(base: str, keep: int, parts: Sequence[str] = ()) -> list[int]:
-    """Delete all but the newest `keep` versions below `base`, and of `parts` those that went; returns which."""
-    gone = list_versions(base)[: -max(keep, 1)]
+def prune_versions(base: str, keep: int, parts: Sequence[str] = (), *, but: Collection[int] = ()) -> list[int]:
+    """Delete versions below `base`, and in `parts`, that are neither the newest `keep` nor in `but`; returns which."""
+    gone = [version for version in list_versions(base)[: -max(keep, 1)] if version not in but]
     for version in gone:
         for root in (base, *parts):
             folder = Folder(root).child(str(version))

@@ -141,6 +141,7 @@ class Predictor:
         records: Sequence[bytes] | Records,
         *,
         kind: Literal["example", "instance"] = "example",
+        version: int = 0,
         timeout_s: float | None = None,
     ) -> Prediction:
         """Score serialized records.
@@ -148,10 +149,12 @@ class Predictor:
         Args:
             records: Serialized Examples or Instances, or `trilith.data` records, which know their kind.
             kind: What they are.
+            version: Which export, of those that an entry has loaded (`trilith serving entry --version keep:N`); 0: the
+                one in use.
             timeout_s: Seconds until DeadlineExceededError.
 
         Raises:
-            InvalidRequestError: A record is damaged, or holds what the model cannot take.
+            InvalidRequestError: A record is damaged, or holds what the model cannot take; or the version is not loaded.
             UnavailableError: No entry can be reached, or none can look rows up.
         """
         from trilith_proto import serving_pb2
@@ -165,7 +168,9 @@ class Predictor:
         if odd:
             raise InvalidRequestError(f"a record is a {odd[0]}; serialized messages are bytes")
         request = serving_pb2.PredictRequest(
-            kind=serving_pb2.EXAMPLE if kind == "example" else serving_pb2.INSTANCE, records=records
+            kind=serving_pb2.EXAMPLE if kind == "example" else serving_pb2.INSTANCE,
+            records=records,
+            model_version=version,
         )
         reply = serving_pb2.PredictResponse.FromString(
             self._call("Predict", lambda entry: entry.predict, request.SerializeToString(), timeout_s)
@@ -209,6 +214,7 @@ def remote_predict(
     *,
     name: str = "model",
     kind: Literal["example", "instance"] = "example",
+    version: int = 0,
     timeout_s: float = 5.0,
 ) -> Prediction:
     """Score serialized records at an entry; the connection is kept for the next call, for a minute, with 15 others.
@@ -219,12 +225,13 @@ def remote_predict(
         records: Serialized Examples or Instances, or `trilith.data` records, which know their kind.
         name: Serving model under which a directory lists its entries.
         kind: What the records are.
+        version: See `Predictor.predict`.
         timeout_s: Seconds until DeadlineExceededError.
     """
     started = time.monotonic()
     with _KEPT.use((address, name), timeout_s) as predictor:
         left = max(timeout_s - (time.monotonic() - started), 0.001)
-        return predictor.predict(records, kind=kind, timeout_s=left)
+        return predictor.predict(records, kind=kind, version=version, timeout_s=left)
 
 
 def _connected(key: tuple[str, str], timeout_s: float) -> Predictor:

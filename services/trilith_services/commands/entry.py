@@ -43,6 +43,14 @@ def entry(
     export: Annotated[
         str, typer.Option(metavar="DIR", help="Directory or URL of exports, as `trilith export` was given.")
     ],
+    version: Annotated[
+        str,
+        typer.Option(
+            metavar="latest|N|keep:N",
+            help="Which versions are loaded: the newest; the one called N, and no other; or the N newest, of which "
+            "requests may name one. See `trilith serving pin` for all entries of a directory.",
+        ),
+    ] = "latest",
     replicas: Annotated[
         list[str] | None,
         typer.Option(
@@ -90,7 +98,7 @@ def entry(
     server: EntryFlags,
     logs: LogFlags,
 ) -> None:
-    """Score records with the newest export until SIGTERM; a newer export takes over without failing a request."""
+    """Score records with the newest export until SIGTERM; another version takes over without failing a request."""
     need("torch", "safetensors", "fastapi", "uvicorn", extra="serving")
     from trilith.discovery.serving import ServingDirectory
     from trilith.ops.memory import tune_allocator
@@ -98,8 +106,10 @@ def entry(
     from trilith_services.serving.replica_lists import ListedReplicas, ReplicaList, open_replica_list
     from trilith_services.serving.server import Entry, EntryOptions
     from trilith_services.serving.unknown import UnknownPolicy
+    from trilith_services.serving.versions import VersionPolicy
     from trilith_services.worker.run import use_threads
 
+    policy = VersionPolicy.parse(version)
     logs.setup(entry=name)
     tune_allocator()
     use_threads(torch_threads)
@@ -112,6 +122,7 @@ def entry(
         threads=threads or None,
         unknown=UnknownPolicy(unknown_features.value),
         replica=replica,
+        version=policy,
         advertise=advertise,
     )
     directory = ServingDirectory(discovery, name) if discovery is not None else None

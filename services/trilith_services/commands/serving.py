@@ -20,15 +20,20 @@ from trilith_services.commands.flags import (
     ServingName,
     expanded,
 )
+from trilith_services.commands.versions import pin, status, versions, withdraw
 
 __all__ = ["register"]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    serving = typer.Typer(name="serving", help="Serve a model.", no_args_is_help=True)
-    serving.command()(expanded(ps))
+    serving = typer.Typer(
+        name="serving", help="Serve a model: score requests, roll back, see what answers.", no_args_is_help=True
+    )
     serving.command()(expanded(entry))
+    serving.command()(expanded(ps))
+    for command in (versions, pin, withdraw, status):
+        serving.command()(command)
     app.add_typer(serving)
 
 

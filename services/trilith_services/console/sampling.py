@@ -216,6 +216,8 @@ def entry_state(listed: ServingProcess, answered: EntrySample | str) -> EntrySer
         loaded_unix_s=status.loaded_time or None,
         rows_as_of_unix_s=status.rows_as_of or None,
         load_error=status.load_error,
+        versions=[each.version for each in status.versions if not each.error],
+        pinned=status.pinned,
         requests_per_s=answered.rate(status.requests, was.requests),
         failures_per_s=answered.rate(status.failures, was.failures),
         records_per_s=answered.rate(status.records, was.records),

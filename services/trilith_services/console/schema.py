@@ -115,6 +115,8 @@ class EntryServer(_Answer):
         default=None, description="Its rows hold what training had acknowledged at this time."
     )
     load_error: str = Field(default="", description="Why the newest version is not the one that is served.")
+    versions: list[int] = Field(default=[], description="All that are loaded, newest first.")
+    pinned: int = Field(default=0, description="The version that its directory is pinned to; 0: none.")
     requests_per_s: float = 0.0
     failures_per_s: float = 0.0
     records_per_s: float = 0.0

@@ -36,6 +36,7 @@ class PredictBody(BaseModel):
     )
     examples: list[str] = Field(default=[], description="Serialized Examples, base64.")
     instances: list[str] = Field(default=[], description="Serialized Instances, base64.")
+    version: int = Field(default=0, ge=0, le=2**63 - 1, description="Which loaded version; 0: the one in use.")
 
     def score(self, servicer: PredictionServicer) -> serving_pb2.PredictResponse:
         """Have it answered."""
@@ -43,10 +44,10 @@ class PredictBody(BaseModel):
         if len(given) != 1:
             raise InvalidRequestError("give one of records, examples and instances, and not an empty one")
         if self.records:
-            return servicer.score_json(self.records)
+            return servicer.score_json(self.records, version=self.version)
         kind = serving_pb2.EXAMPLE if self.examples else serving_pb2.INSTANCE
         payloads = [_decoded(text, f"{given[0]}[{number}]") for number, text in enumerate(getattr(self, given[0]))]
-        return servicer.score(serving_pb2.PredictRequest(kind=kind, records=payloads))
+        return servicer.score(serving_pb2.PredictRequest(kind=kind, records=payloads, model_version=self.version))
 
 
 def _decoded(text: str, where: str) -> bytes:
@@ -74,8 +75,10 @@ def make_app(servicer: PredictionServicer, metrics: EntryMetrics) -> FastAPI:
         found = MessageToDict(status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
         for name in ("incarnation", "latency_bounds", "latency_buckets"):
             del found[name]  # /metrics has what requests took
-        for name in ("model_version", "model_step", "requests", "failures", "records"):
+        for name in ("model_version", "model_step", "requests", "failures", "records", "pinned"):
             found[name] = int(found[name])  # protobuf's JSON has 64-bit numbers as text
+        for each in found["versions"]:
+            each.update({name: int(each[name]) for name in ("version", "step", "records")})
         now = time.time()
         found["seconds_behind"] = {
             "rows": now - status.rows_as_of if status.rows_as_of else None,

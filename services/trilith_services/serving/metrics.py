@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -35,7 +35,6 @@ class EntryMetrics(CallMetrics):
         )
         self._refused = Counter("trilith_serving_refused_total", "Calls turned away.", registry=registry)
         self._loads = Counter("trilith_serving_model_loads_total", "Versions loaded.", registry=registry)
-        self._version = Gauge("trilith_serving_model_version", "Version in use.", registry=registry)
         ProcessCollector(registry=registry)
 
     def scored(self, records: int) -> None:
@@ -62,10 +61,9 @@ class EntryMetrics(CallMetrics):
         """A call was turned away."""
         self._refused.inc()
 
-    def loaded(self, version: int) -> None:
-        """A version took over."""
+    def loaded(self) -> None:
+        """A version was loaded."""
         self._loads.inc()
-        self._version.set(version)
 
     def watch(self, status: Callable[[], serving_pb2.ModelStatusResponse]) -> None:
         """Export an entry's status, read when somebody scrapes."""
@@ -73,7 +71,7 @@ class EntryMetrics(CallMetrics):
 
 
 class _StatusCollector(Collector):
-    """Freshness and replicas."""
+    """Versions, freshness and replicas."""
 
     def __init__(self, status: Callable[[], serving_pb2.ModelStatusResponse]) -> None:
         self._status = status
@@ -85,6 +83,18 @@ class _StatusCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """See `Collector`."""
         status = self._status()
+        yield GaugeMetricFamily("trilith_serving_model_version", "Version in use.", status.model_version)
+        loaded = GaugeMetricFamily(
+            "trilith_serving_version_loaded", "1: the version in use; 0: another that is loaded.", labels=["version"]
+        )
+        records = CounterMetricFamily(
+            "trilith_serving_version_records_total", "Records that a loaded version has scored.", labels=["version"]
+        )
+        for each in status.versions:
+            if not each.error:
+                loaded.add_metric([str(each.version)], float(each.in_use))
+                records.add_metric([str(each.version)], each.records)
+        yield from (loaded, records)
         yield GaugeMetricFamily(
             "trilith_serving_rows_as_of_seconds", "Up to when the rows are fresh, Unix seconds.", status.rows_as_of
         )

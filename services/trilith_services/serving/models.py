@@ -1,4 +1,4 @@
-"""Models: the newest export of a base directory that loads, swapped for a newer one while requests run."""
+"""Models: the versions of an export that are loaded, and which of them answers; swapped while requests run."""
 
 from __future__ import annotations
 
@@ -7,48 +7,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
-import numpy as np
-
-from trilith.client import Client
-from trilith.connect import connect
-from trilith.data.records import Kind, Records
-from trilith.errors import CheckpointError, InvalidRequestError, TrilithError, UnavailableError
+from trilith.errors import InvalidRequestError, TrilithError, UnavailableError
 from trilith.folder import Folder
-from trilith.nn.serving import Lookup, ServedModel, load_model
-from trilith.serving.exports import ROWS, ExportManifest, ModelConfig, entry_base, list_versions
+from trilith.serving.exports import entry_base, list_versions
+from trilith.serving.published import Published, read_published
+from trilith_services.serving.loading import Loaded, Loader
 from trilith_services.serving.replica_lists import ReplicaList
 from trilith_services.serving.replicas import ShardedReplicas
+from trilith_services.serving.versions import Plan, VersionPolicy
 
-__all__ = ["Loaded", "Models"]
+__all__ = ["Models"]
 
 log = logging.getLogger(__name__)
 
-_WARM_SIZES = (1, 256)
 _FIRST_PAUSE_S = 2.0
 _LONGEST_PAUSE_S = 300.0
-
-
-@dataclass(slots=True, eq=False)
-class Loaded:
-    """One version, in memory.
-
-    Attributes:
-        model: Scores records.
-        manifest: Of its export; its version is the folder's number, whatever an export that was copied says of itself.
-        loaded_unix_s: When.
-        rows: The client of a standalone export's own rows.
-        users: Requests it is at work for.
-        retired: Whether it is to go when nobody uses it any more.
-    """
-
-    model: ServedModel
-    manifest: ExportManifest
-    loaded_unix_s: float
-    rows: Client | None = None
-    users: int = 0
-    retired: bool = field(default=False)
 
 
 Stamps = dict[str, tuple[str, ...]]
@@ -74,18 +49,20 @@ class _Failed:
 
 
 class Models:
-    """Keeps the newest version of an export loaded.
+    """Keeps versions of an export loaded, as a policy and what is published of them say.
 
-    A newer one is loaded beside it, run once, and then takes its place for the requests that begin from then on; those
-    that are on their way end with the version they began with. If the version in use is taken away, the newest of the
-    others takes its place; if there are none, it goes on. A version that cannot be loaded is tried again when its files
-    have changed and are at rest, and otherwise after pauses that grow.
+    A newer one is loaded beside those that are there, run once, and then takes the place of the one in use for the
+    requests that begin from then on; those that are on their way end with the version they began with. If the version
+    in use is taken away or withdrawn, the newest of the others takes its place; if there are none, it goes on. A
+    version that cannot be loaded is tried again when its files have changed and are at rest, and otherwise after pauses
+    that grow.
     """
 
     def __init__(
         self,
         base: str,
         *,
+        policy: VersionPolicy | None = None,
         listed: ReplicaList | None = None,
         timeout_s: float = 1.0,
         threads: int | None = None,
@@ -96,21 +73,22 @@ class Models:
 
         Args:
             base: Directory or URL of the exports.
+            policy: Which versions; None: the newest.
             listed: Where the replicas are that distributed exports look rows up at.
             timeout_s: Deadline of a lookup that has none.
             threads: That standalone rows are read with; None: one per core.
-            loaded: Told of every version that takes over.
+            loaded: Told of every version that was loaded.
             clock: Seconds.
         """
         self.base = base
-        self.replicas: ShardedReplicas | None = None
+        self.policy = policy or VersionPolicy()
+        self.published = Published()
         self.load_error = ""
-        self._listed = listed
-        self._timeout_s = timeout_s
-        self._threads = threads
-        self._loaded = loaded
+        self._loader = Loader(listed, timeout_s=timeout_s, threads=threads)
+        self._told = loaded
         self._lock = threading.Lock()
         self._current: Loaded | None = None
+        self._loaded: dict[int, Loaded] = {}
         self._clock = clock
         self._failed: dict[int, _Failed] = {}
         self._gone = 0  # version that was in use when it was taken away, until another is newer or it is back
@@ -118,19 +96,33 @@ class Models:
         self._thread: threading.Thread | None = None
 
     @property
-    def as_of(self) -> float:
-        """Up to when the rows in use are fresh, in Unix seconds; 0: not known."""
-        current = self._current
-        if current is None:
+    def replicas(self) -> ShardedReplicas | None:
+        """Those that rows are looked up at; None without a distributed export."""
+        return self._loader.replicas
+
+    def as_of(self, loaded: Loaded | None) -> float:
+        """Up to when the rows of a version are fresh, in Unix seconds; 0: not known."""
+        if loaded is None:
             return 0.0
-        if current.rows is not None:
-            return current.manifest.checkpoint_unix_s
+        if loaded.rows is not None:
+            return loaded.manifest.checkpoint_unix_s
         return self.replicas.as_of if self.replicas is not None else 0.0
 
     @property
     def current(self) -> Loaded | None:
         """The version in use; None before the first."""
         return self._current
+
+    @property
+    def loaded(self) -> list[Loaded]:
+        """All that are, newest first."""
+        with self._lock:
+            return [self._loaded[version] for version in sorted(self._loaded, reverse=True)]
+
+    @property
+    def failed(self) -> dict[int, str]:
+        """Why versions that are there are not loaded, by number."""
+        return {version: each.why for version, each in sorted(self._failed.items(), reverse=True)}
 
     @property
     def unready(self) -> str:
@@ -143,30 +135,37 @@ class Models:
         return ""
 
     @contextmanager
-    def use(self) -> Iterator[Loaded]:
-        """The version in use, which stays as long as the body needs it.
+    def use(self, version: int = 0) -> Iterator[Loaded]:
+        """A version, which stays as long as the body needs it; 0 is the one in use.
 
         Raises:
             UnavailableError: None is loaded.
+            InvalidRequestError: That one is not.
         """
         with self._lock:
-            current = self._current
-            if current is None:
-                raise UnavailableError(self.unready)
-            current.users += 1
+            found = self._loaded.get(version) if version else self._current
+            if found is None:
+                raise self._missing(version)
+            found.users += 1
         try:
-            yield current
+            yield found
         finally:
             with self._lock:
-                current.users -= 1
-                ended = current.retired and not current.users
+                found.users -= 1
+                ended = found.retired and not found.users
             if ended:
-                _close(current)
+                found.close()
+
+    def _missing(self, version: int) -> TrilithError:
+        if self._current is None:
+            return UnavailableError(self.unready)
+        there = ", ".join(map(str, sorted(self._loaded)))
+        return InvalidRequestError(f"version {version} is not loaded; {there} is ({self._current.version} is in use)")
 
     def refresh(self) -> bool:
-        """Load the newest version that can be, unless it is the one in use; whether one was loaded.
+        """Load what shall be and is not, and let go of the rest; whether another version answers now.
 
-        `load_error` says afterwards why the newest is not in use, if it is not.
+        `load_error` says afterwards why the one that should answer does not, if so.
 
         Raises:
             InvalidRequestError: The base directory is none that could be opened.
@@ -174,30 +173,60 @@ class Models:
         try:
             root = entry_base(self.base)
             versions = list_versions(root)
+            self.published = read_published(self.base)
         except InvalidRequestError:
             raise
         except Exception as error:  # noqa: BLE001 - of whatever file system; it may pass
             self._tell(f"{self.base} cannot be listed: {type(error).__name__}: {error}", warn=True)
             return False
-        for version in self._failed.keys() - set(versions):
+        plan = self.policy.plan(versions, self.published)
+        for version in self._failed.keys() - set(plan.there):
             del self._failed[version]
-        current = self._current
-        used = current.manifest.version if current is not None else 0
-        fresh = None
-        for version in reversed(versions):
-            if version == used:
-                break
-            if (fresh := self._try(root, version)) is not None:
-                break
-        if used and used not in versions:
+        held = self._hold(root, plan)
+        before = self._current
+        after = self._chosen(plan, held)
+        used = before.version if before is not None else 0
+        if used and used not in plan.there:
             self._gone = used
-        if self._gone and (self._gone in versions or (fresh is not None and fresh.manifest.version > self._gone)):
+        if self._gone and (self._gone in plan.there or (after is not None and after.version > self._gone)):
             self._gone = 0
-        used = fresh.manifest.version if fresh is not None else used
-        self._tell(self._why_not_newest(used), warn=bool(self._gone))
-        if fresh is not None:
-            self._take_over(fresh)
-        return fresh is not None
+        used = after.version if after is not None else 0
+        self._tell(self._why_not(used, plan, versions), warn=bool(self._gone))
+        self._keep(held, after)
+        return after is not before
+
+    def _hold(self, root: str, plan: Plan) -> dict[int, Loaded]:
+        """The versions that shall be loaded and can be."""
+        held: dict[int, Loaded] = {}
+        newest = 0
+        for version in (plan.pinned, *plan.there):
+            if version not in plan.there or version in held or (newest >= plan.keep and version != plan.pinned):
+                continue
+            found = self._loaded.get(version) or self._try(root, version)
+            if found is not None:
+                held[version] = found
+                newest += version != plan.pinned or plan.pinned in plan.there[: plan.keep]
+        return held
+
+    def _chosen(self, plan: Plan, held: dict[int, Loaded]) -> Loaded | None:
+        """Which version answers."""
+        if plan.pinned:
+            return held.get(plan.pinned, self._current)  # no other takes the place of one that somebody has chosen
+        return held[max(held)] if held else self._current
+
+    def _keep(self, held: dict[int, Loaded], chosen: Loaded | None) -> None:
+        """Have `chosen` answer, and `held` beside it; what is neither goes when nobody uses it any more."""
+        with self._lock:
+            gone = [each for each in self._loaded.values() if each.version not in held and each is not chosen]
+            self._current = chosen
+            self._loaded = held if chosen is None else {**held, chosen.version: chosen}
+            for each in gone:
+                each.retired = True
+            idle = [each for each in gone if not each.users]
+        for each in idle:
+            each.close()
+        for each in gone:
+            log.info("version let go", extra={"version": each.version})
 
     def _try(self, root: str, version: int) -> Loaded | None:
         """Load a version, if it is time to; None if that does not work."""
@@ -212,7 +241,8 @@ class Models:
                 if not changed and self._clock() < known.due:
                     return None
             started = time.perf_counter()
-            fresh = self._load(folder.url, version)
+            model = self._current.model.config.name if self._current is not None else ""
+            fresh = self._loader.load(folder.url, version, model=model)
         except Exception as error:  # the present version goes on, whatever is wrong with this one
             why = f"version {version}: {error}"
             again = known is not None and known.why == why
@@ -233,67 +263,28 @@ class Models:
                 "seconds": round(time.perf_counter() - started, 3),
             },
         )
+        self._told(fresh)
         return fresh
 
-    def _why_not_newest(self, used: int) -> str:
-        newer = [self._failed[version].why for version in sorted(self._failed, reverse=True) if version > used]
+    def _why_not(self, used: int, plan: Plan, versions: list[int]) -> str:
+        """Why the version that should answer does not, where that is so."""
+        if plan.pinned and plan.pinned != used:
+            how = f"--version {plan.pinned}" if self.policy.only else f"{self.base} is pinned to version {plan.pinned}"
+            if plan.pinned in self._failed:
+                return f"{how}: {self._failed[plan.pinned].why}"
+            return f"{how}, which is {'withdrawn' if plan.pinned in versions else 'not there'}"
+        newer = [] if plan.pinned else [why for version, why in self.failed.items() if version > used]
+        gone = f"version {self._gone} is {'withdrawn' if self._gone in versions else f'gone from {self.base}'}"
         if self._gone and self._gone == used:
-            newer.append(f"version {used} is gone from {self.base}; it goes on as long as there is no other")
+            newer.append(f"{gone}; it goes on{'' if plan.pinned else ' as long as there is no other'}")
         elif self._gone:
-            newer.append(f"version {self._gone} is gone from {self.base}; version {used} is served instead")
+            newer.append(f"{gone}; version {used} is served instead")
         return "; ".join(newer)
 
     def _tell(self, why: str, *, warn: bool) -> None:
         if warn and why != self.load_error:
             log.warning("%s", why)
         self.load_error = why
-
-    def _take_over(self, fresh: Loaded) -> None:
-        with self._lock:
-            before, self._current = self._current, fresh
-            if before is not None:
-                before.retired = True
-            idle = before is not None and not before.users
-        if before is not None and idle:
-            _close(before)
-        self._loaded(fresh)
-
-    def _load(self, path: str, version: int) -> Loaded:
-        own: list[Client] = []
-
-        def rows(config: ModelConfig, manifest: ExportManifest) -> Lookup:
-            if manifest.mode == "standalone":
-                client = connect("local://", threads=self._threads)
-                own.append(client)
-                client.restore(Folder(path).child(ROWS).url)
-                return lambda ids, timeout_s: client.lookup(ids, timeout_s=timeout_s)
-            return self._replicas_of(config).lookup_for(config)
-
-        try:
-            model, manifest = load_model(path, rows)
-            if manifest.shard >= 0:
-                raise CheckpointError(f"{path} holds rows of shard {manifest.shard}, no model")
-            _warm(model)
-        except BaseException:
-            for client in own:
-                client.close()
-            raise
-        if manifest.version != version:
-            log.info("an export was copied", extra={"version": version, "was": manifest.version})
-            manifest = replace(manifest, version=version)
-        return Loaded(model, manifest, time.time(), own[0] if own else None)
-
-    def _replicas_of(self, config: ModelConfig) -> ShardedReplicas:
-        if self._listed is None:
-            raise InvalidRequestError("a distributed export needs to know where its serving replicas are")
-        if self.replicas is None:
-            self.replicas = ShardedReplicas(self._listed, config.num_ps, timeout_s=self._timeout_s)
-        elif self.replicas.count != config.num_ps:
-            raise InvalidRequestError(
-                f"the export is of {config.num_ps} PS, the replicas in use are of {self.replicas.count}; "
-                "start another entry"
-            )
-        return self.replicas
 
     def follow(self, every_s: float) -> None:
         """Refresh again and again on a thread."""
@@ -314,28 +305,7 @@ class Models:
         if self._thread is not None:
             self._thread.join()
         with self._lock:
-            current, self._current = self._current, None
-        if current is not None:
-            _close(current)
-        if self.replicas is not None:
-            self.replicas.close()
-        if self._listed is not None:
-            self._listed.close()
-
-
-def _warm(model: ServedModel) -> None:
-    """Run the model on records that hold nothing: kernels are compiled and torch has planned before anybody waits."""
-    for kind in (Kind.EXAMPLE, Kind.INSTANCE):
-        for size in _WARM_SIZES:
-            records = Records.of([b""] * size, kind)
-            scores = model.predict(records, on_unknown=lambda records, counts: None)
-            if any(len(values) != size for values in scores.values()):
-                shapes = {name: values.shape for name, values in scores.items()}
-                raise CheckpointError(f"the model gives {shapes} for {size} records")
-            if any(not np.isfinite(values).all() for values in scores.values()):
-                log.warning("the model gives no finite scores for empty records")
-
-
-def _close(loaded: Loaded) -> None:
-    if loaded.rows is not None:
-        loaded.rows.close()
+            loaded, self._loaded, self._current = self._loaded, {}, None
+        for each in loaded.values():
+            each.close()
+        self._loader.close()

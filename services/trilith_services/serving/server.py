@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trilith.errors import InvalidRequestError
@@ -15,6 +15,7 @@ from trilith_services.serving.metrics import EntryMetrics
 from trilith_services.serving.models import Models
 from trilith_services.serving.servicer import SERVICE, PredictionServicer
 from trilith_services.serving.unknown import UnknownPolicy
+from trilith_services.serving.versions import VersionPolicy
 
 if TYPE_CHECKING:
     from trilith.discovery.serving import ServingTask
@@ -39,6 +40,7 @@ class EntryOptions(ProcessOptions):
         threads: That standalone rows are read with; None: one per core.
         unknown: Whose features that the model does not know are refused.
         replica: Its number among the entries; None: one that ZooKeeper gives.
+        version: Which versions of the export are loaded.
     """
 
     http: str = ""
@@ -48,6 +50,7 @@ class EntryOptions(ProcessOptions):
     threads: int | None = None
     unknown: UnknownPolicy = UnknownPolicy.json
     replica: int | None = None
+    version: VersionPolicy = field(default_factory=VersionPolicy)
 
     def __post_init__(self) -> None:
         for name in ("poll_s", "deadline_s", "max_records"):
@@ -79,10 +82,11 @@ class Entry(ServerProcess[EntryOptions]):
         self.metrics = EntryMetrics()
         self.models = Models(
             base,
+            policy=options.version,
             listed=replicas,
             timeout_s=options.deadline_s,
             threads=options.threads,
-            loaded=lambda loaded: self.metrics.loaded(loaded.manifest.version),
+            loaded=lambda loaded: self.metrics.loaded(),
         )
         self.servicer = PredictionServicer(
             self.models,

@@ -111,10 +111,17 @@ class PredictionServicer:
         if kind is None:
             raise InvalidRequestError(f"records of kind {request.kind} are neither Examples nor Instances")
         payloads = list(request.records)
-        return self._score(len(payloads), lambda declared: Records.of(payloads, kind, source="request"), timeout_s)
+        if request.model_version < 0:
+            raise InvalidRequestError(f"model_version={request.model_version} is none; 0 is the one in use")
+        return self._score(
+            len(payloads),
+            lambda declared: Records.of(payloads, kind, source="request"),
+            version=request.model_version,
+            timeout_s=timeout_s,
+        )
 
     def score_json(
-        self, records: Sequence[Mapping[str, Any]], *, timeout_s: float | None = None
+        self, records: Sequence[Mapping[str, Any]], *, version: int = 0, timeout_s: float | None = None
     ) -> serving_pb2.PredictResponse:
         """Score records of JSON: per feature a number or a list of them."""
 
@@ -122,20 +129,25 @@ class PredictionServicer:
             payloads = encode_records(records, declared, self._unknown.in_json(declared))
             return Records.of(payloads, Kind.EXAMPLE, source="request")
 
-        return self._score(len(records), encoded, timeout_s)
+        return self._score(len(records), encoded, version=version, timeout_s=timeout_s)
 
     def _score(
-        self, count: int, make: Callable[[Mapping[str, RecordFeature]], Records], timeout_s: float | None
+        self,
+        count: int,
+        make: Callable[[Mapping[str, RecordFeature]], Records],
+        *,
+        version: int,
+        timeout_s: float | None,
     ) -> serving_pb2.PredictResponse:
         if not 1 <= count <= self._max_records:
             raise InvalidRequestError(f"{count} records in a request; 1 to {self._max_records} are taken")
         timeout = self._timeout_s if timeout_s is None else max(min(self._timeout_s, timeout_s), 0.001)
-        with self._models.use() as loaded:
+        with self._models.use(version) as loaded:
             # Read before the rows are: these are at least as fresh.
             response = serving_pb2.PredictResponse(
-                model_version=loaded.manifest.version,
+                model_version=loaded.version,
                 model_step=loaded.manifest.step,
-                rows_as_of=self._models.as_of,
+                rows_as_of=self._models.as_of(loaded),
             )
             declared = loaded.model.declared
             outputs = loaded.model.predict(
@@ -145,16 +157,36 @@ class PredictionServicer:
             flat = np.ascontiguousarray(values.reshape(count, -1), "<f4")
             response.outputs.add(name=name, width=flat.shape[1], values=flat.tobytes())
         self._metrics.scored(count)
+        loaded.records += count  # two threads that meet here may lose a few
         return response
 
     def status(self) -> serving_pb2.ModelStatusResponse:
         """Say what is served."""
         models = self._models
+        current = models.current
         status = serving_pb2.ModelStatusResponse(
-            load_error=models.load_error, rows_as_of=models.as_of, incarnation=self._incarnation
+            load_error=models.load_error,
+            rows_as_of=models.as_of(current),
+            incarnation=self._incarnation,
+            policy=str(models.policy),
+            pinned=models.published.pinned,
         )
         self._metrics.add_requests(status)
-        current = models.current
+        status.versions.extend(
+            serving_pb2.VersionStatus(
+                version=each.version,
+                in_use=each is current,
+                step=each.manifest.step,
+                checkpoint_time=each.manifest.checkpoint_unix_s,
+                export_time=each.manifest.created_unix_s,
+                loaded_time=each.loaded_unix_s,
+                records=each.records,
+            )
+            for each in models.loaded
+        )
+        failed = models.failed.items()
+        status.versions.extend(serving_pb2.VersionStatus(version=version, error=why) for version, why in failed)
+        status.versions.sort(key=lambda each: each.version, reverse=True)
         if current is not None:
             manifest, config = current.manifest, current.model.config
             status.model, status.mode = config.name, manifest.mode

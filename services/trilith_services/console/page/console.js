@@ -153,8 +153,11 @@ function entryRow(entry) {
   const mood = entry.problem && entry.model ? "pill bad" : refused || !entry.model ? "pill warn" : "pill good";
   const pill = make("span", { class: mood, title: entry.problem || entry.load_error || `up for ${age(entry.uptime_s)}` },
     entry.model ? (refused && !entry.problem ? "not the newest" : entry.state) : "no model");
-  const version = make("span", { title: entry.loaded_unix_s ? `${entry.mode}, loaded ${moment(entry.loaded_unix_s)}` : entry.mode },
-    make("b", {}, entry.model || "–"), entry.model ? ` ${entry.model_version}` : "");
+  const others = entry.versions.filter((each) => each !== entry.model_version);
+  const also = [entry.pinned && entry.pinned === entry.model_version ? "pinned" : "", others.length ? `also loaded: ${others.join(", ")}` : ""];
+  const told = [entry.mode, entry.loaded_unix_s ? `loaded ${moment(entry.loaded_unix_s)}` : "", ...also].filter(Boolean).join(", ");
+  const version = make("span", { title: told },
+    make("b", {}, entry.model || "–"), entry.model ? ` ${entry.model_version}${others.length ? ` +${others.length}` : ""}` : "");
   const since = (unix) => (unix === null ? "–" : make("span", { title: moment(unix) }, age(Math.max(state.look.unix_s - unix, 0))));
   const well = entry.healthy_replicas === entry.replicas;
   const replicas = entry.replicas ? make("span", { class: well ? "" : "error" }, `${entry.healthy_replicas} of ${entry.replicas}`) : "–";
