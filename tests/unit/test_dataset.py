@@ -367,7 +367,7 @@ def test_merging_takes_turns_until_all_have_ended():
         (lambda: from_records([]).shuffle(0), "buffer_size=0"),
         (lambda: from_records([]).prefetch(0), "depth=0"),
         (lambda: from_records([]).shard(2, 2), "index must be in"),
-        (lambda: from_records([]).shard(0, 2), "where files are read"),
+        (lambda: from_records([]).shard(0, 2, by="files"), "where files are read"),
         (lambda: from_records([]).parse(3), "neither feature specs"),
         (lambda: read("x", colour="red"), "unknown options"),
         (lambda: read("x", kind="banana"), r"'banana' is no kind; there are \['instance', 'example'"),

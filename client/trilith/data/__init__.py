@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from trilith.data.formats.writers import open_writer
     from trilith.data.parse.parsers import ParseSpec
     from trilith.data.parse.specs import Dense, Extra, InstanceWeight, Label, Slot, Sparse
+    from trilith.data.pipeline.arrow import from_arrow
     from trilith.data.pipeline.dataset import Dataset, DatasetIterator, from_records, read, read_kafka
     from trilith.data.pipeline.positions import from_json, to_json
     from trilith.data.pipeline.queue import StrQueue
@@ -44,6 +45,7 @@ __all__ = [
     "Slot",
     "Sparse",
     "StrQueue",
+    "from_arrow",
     "from_json",
     "from_records",
     "gen_patterns",
@@ -65,6 +67,7 @@ _NAMES = {
     "formats.writers": "open_writer",
     "parse.parsers": "ParseSpec",
     "parse.specs": "Dense Extra InstanceWeight Label Slot Sparse",
+    "pipeline.arrow": "from_arrow",
     "pipeline.dataset": "Dataset DatasetIterator from_records read read_kafka",
     "pipeline.positions": "from_json to_json",
     "pipeline.queue": "StrQueue",

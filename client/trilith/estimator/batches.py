@@ -231,14 +231,14 @@ def columns_of(batch: Any) -> dict[str, Any]:
 def _fields(batch: Any) -> dict[str, Any]:
     if isinstance(batch, Mapping):
         return {str(name): value for name, value in batch.items()}
+    if hasattr(batch, "column_names") and hasattr(batch, "column"):  # Arrow's RecordBatch, Table, and rows of them
+        return {name: batch.column(name) for name in batch.column_names}
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return {each.name: getattr(batch, each.name) for each in dataclasses.fields(batch)}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return dict(zip(batch._fields, batch, strict=True))
     if _is_keyed_jagged(batch):
         return {name: batch[name] for name in batch.keys()}  # noqa: SIM118 - it is no mapping
-    if hasattr(batch, "column_names") and hasattr(batch, "column"):  # Arrow's RecordBatch and Table
-        return {name: batch.column(name) for name in batch.column_names}
     if hasattr(batch, "columns") and hasattr(batch, "__dataframe__"):
         return {str(name): batch[name] for name in batch.columns}
     if isinstance(batch, list | tuple):

@@ -380,7 +380,7 @@ class Estimator:
                 batches.close()
             if outcome in ("stop", "enough"):
                 return outcome == "enough"
-            self._at = replace(self._at, epoch=self._at.epoch + 1, batches=0, source=None)
+            self._at = replace(self._at, epoch=self._at.epoch + 1, batches=0, source=batches.after)
             if not self._micro:
                 self._settle()
             self._drain()

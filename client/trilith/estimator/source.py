@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+import torch
+
+from trilith.data.formats.arrow_rows import ArrowRows
+from trilith.data.parse.parsers import ParseSpec
 from trilith.data.parse.specs import Dense, FeatureSpec, InstanceWeight, Label, Sparse
+from trilith.data.pipeline.arrow import of_arrow
 from trilith.data.pipeline.dataset import Dataset
 from trilith.data.pipeline.nodes import Apply, Batch, Parse
+from trilith.data.pipeline.positions import pack_state, unpack_state
+from trilith.data.records import Records
 from trilith.errors import InvalidRequestError
+from trilith.estimator.batches import columns_of
 from trilith.estimator.features import Embedding
 from trilith.estimator.rows import Prepared
+from trilith.estimator.state import rng_state, set_rng_state
 from trilith.estimator.task import Task
 from trilith.pipelining import Placed
 
@@ -59,42 +69,119 @@ class Source:
         Args:
             number: Of the pass, from 0; decides the order of a dataset that is shuffled.
             done: Batches that are done already.
-            state: What `EpochBatches.place` made; None: the first `done` batches are read and left out.
+            state: What `EpochBatches.place` made, or `EpochBatches.after` of the pass before; None: the first `done`
+                batches are read and left out.
+
+        Raises:
+            InvalidRequestError: The data is no iterable, or has no second pass.
         """
+        began = {} if isinstance(self._data, Dataset) else rng_state()
+        if state and "rng" in state:  # which whoever makes the data may draw from, too
+            began = state["rng"]
+            set_rng_state(began)
         data = self._data() if callable(self._data) else self._data
         if isinstance(data, Dataset):
             return EpochBatches(self._parsed(data).iterate(epoch=number, state=state), self._ready, done)
         if not isinstance(data, Iterable):
-            raise InvalidRequestError(f"{type(data).__name__} is no iterable of batches, nor a function that makes one")
+            raise InvalidRequestError(
+                f"a {type(data).__name__} is no iterable of batches, nor a function that makes one; "
+                "trilith.data.from_arrow makes batches of tables, and of what else has columns"
+            )
         if hasattr(data, "set_epoch"):
             data.set_epoch(number)
         sampler = getattr(data, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(number)  # type: ignore[union-attr]
-        if state is not None and isinstance(data, _Resumable):
-            data.load_state_dict(state)
-            return EpochBatches(iter(data), self._ready, done, resumable=data)
-        iterator = iter(data)
-        if iterator is data and number > 0 and not callable(self._data):
+        loader = _Loader(data, began, state or {})
+        if loader.iterator is data and number > 0 and not callable(self._data):
             raise InvalidRequestError(
                 f"the data is a {type(data).__name__}, which ends after one pass; give a function that makes one"
             )
-        for _ in range(done):
-            if next(iterator, None) is None:
-                break
-        return EpochBatches(iterator, self._ready, done, resumable=data if isinstance(data, _Resumable) else None)
+        return EpochBatches(loader.iterator, self._ready, done, loader=loader)
 
     def _parsed(self, data: Dataset) -> Dataset:
         """A dataset whose batches are columns by name; by the task's features where it does not say how."""
         behind = [node for node in data.nodes if isinstance(node, Batch | Parse | Apply)]
         if not any(isinstance(node, Batch) for node in behind):
             raise InvalidRequestError("the dataset gives single records; .batch(n) makes batches of them")
+        if of_arrow(data):
+            return data
         if isinstance(behind[-1], Batch):
             return data.parse(task_specs(self._task, labels=self._labels))
         return data
 
     def _ready(self, batch: Any) -> Prepared:
+        if isinstance(batch, ArrowRows):
+            batch = columns_of(batch)
+            first = next((label.feature or name for name, label in self._task.labels.items()), None)
+            own = next((batch[name] for name in ("label", "__LABEL__") if name in batch), None)
+            if first is not None and own is not None:  # as in the records of files
+                batch.setdefault(first, own)
+        elif isinstance(batch, Records):  # a step made bytes of Arrow's columns
+            batch = ParseSpec(task_specs(self._task, labels=self._labels)).parse(batch)
         return self._prepare(batch)
+
+
+class _Loader:
+    """An iterable that is not Trilith's, and the way back to a place in it.
+
+    One with a `state_dict` says itself where it is. Any other is begun with the random numbers with which it was begun
+    before, and as many batches are left out; so a DataLoader gives the same again also where it shuffles.
+
+    Args:
+        data: The iterable.
+        began: Global random numbers when it was made.
+        state: Of an earlier pass, or of this one.
+    """
+
+    def __init__(self, data: Iterable[Any], began: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        self._data = data
+        self._began = dict(began)
+        self._resumable = data if isinstance(data, _Resumable) else None
+        self._generators = _generators_of(data)
+        goes_on = self._resumable is not None and "loader" in state
+        if self._resumable is not None and goes_on:
+            self._resumable.load_state_dict(unpack_state(state["loader"]))
+        else:
+            self._set(state)
+        self._at_first = self._drawn()
+        self.iterator = iter(data)
+        self._state = state if goes_on else {}
+
+    def __call__(self) -> Callable[[], Any]:
+        """The place behind the last batch."""
+        if self._resumable is None:
+            return lambda: {"rng": self._began, **self._at_first}
+        state = {"loader": pack_state(self._resumable.state_dict()), **self._drawn()}
+        return lambda: state
+
+    def settle(self) -> None:
+        """Behind the first batch of a pass that goes on: let generators be where they were, as loaders draw anew."""
+        self._set(self._state)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the loader knows by itself where to begin."""
+        return bool(self._state)
+
+    @property
+    def after(self) -> dict[str, Any] | None:
+        """What the next pass has of this one; None: nothing."""
+        return self._drawn() or None
+
+    def _drawn(self) -> dict[str, Any]:
+        states = [each.get_state().numpy().tobytes() for each in self._generators]
+        return {"generators": states} if states else {}
+
+    def _set(self, state: Mapping[str, Any]) -> None:
+        for generator, drawn in zip(self._generators, state.get("generators", ()), strict=False):
+            generator.set_state(torch.from_numpy(np.frombuffer(drawn, np.uint8).copy()))
+
+
+def _generators_of(data: Any) -> list[torch.Generator]:
+    """Generators of its own that a DataLoader draws from."""
+    found = (getattr(each, "generator", None) for each in (data, getattr(data, "sampler", None)))
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
 def task_specs(task: Task, *, labels: bool = True) -> dict[str, FeatureSpec]:
@@ -128,7 +215,7 @@ class EpochBatches:
         items: What the user's data gives.
         prepare: Makes a task's batch of each.
         done: How many were done before.
-        resumable: Says where `items` is.
+        loader: Says where `items` is, and finds a place in it; None where `items` does.
     """
 
     def __init__(
@@ -137,16 +224,26 @@ class EpochBatches:
         prepare: Callable[[Any], Prepared],
         done: int = 0,
         *,
-        resumable: _Resumable | None = None,
+        loader: _Loader | None = None,
     ) -> None:
         self._items = items
         self._prepare = prepare
-        self._resumable = resumable
+        self._loader = loader
         self.done = done
         """Batches that the loop has done, of earlier runs too."""
         self._ahead: deque[tuple[Prepared, Callable[[], Any]]] = deque()
         self._again: deque[tuple[Prepared, Callable[[], Any]]] = deque()
-        self._place = self._here()
+        if loader is not None and loader.goes_on:
+            self._place = self._here()
+            first = next(items, None)  # now, as loaders draw random numbers with their first batch
+            if first is not None:
+                self._again.append((prepare(first), self._here()))
+            loader.settle()
+        else:
+            for _ in range(done if loader is not None else 0):
+                if next(items, None) is None:
+                    break
+            self._place = self._here()
 
     def __iter__(self) -> Iterator[Prepared]:
         return self
@@ -158,11 +255,10 @@ class EpochBatches:
         return found[0]
 
     def _here(self) -> Callable[[], Any]:
+        if self._loader is not None:
+            return self._loader()
         if isinstance(self._items, Placed):
             return self._items.position()
-        if self._resumable is not None:
-            state = self._resumable.state_dict()
-            return lambda: state
         return lambda: None
 
     def advance(self) -> None:
@@ -179,6 +275,11 @@ class EpochBatches:
     def place(self) -> Callable[[], Any]:
         """Makes the position behind the last batch that was done; None where only their number says it."""
         return self._place
+
+    @property
+    def after(self) -> dict[str, Any] | None:
+        """Behind the last batch: what the next pass has of this one."""
+        return None if self._loader is None else self._loader.after
 
     def close(self) -> None:
         """Let go of files and threads."""

@@ -13,8 +13,9 @@ from trilith.data.records import PADDING
 from trilith.data.scan.rows import Column, ColumnType
 from trilith.errors import InvalidRequestError
 from trilith.ops.ragged import Ragged, singles
+from trilith.ops.strings import hash_strings
 
-__all__ = ["Values", "check_column", "column_of", "numbers_of", "text_of", "texts_of", "unreadable"]
+__all__ = ["Values", "check_column", "column_of", "hashes_of", "numbers_of", "text_of", "texts_of", "unreadable"]
 
 Values: TypeAlias = npt.NDArray[Any]
 """uint64 ids, int64, float32, or byte strings as objects."""
@@ -192,6 +193,12 @@ def texts_of(array: pa.Array) -> tuple[npt.NDArray[np.uint8], Ragged[Any]]:
     leaves, splits = _flattened(array)
     text, spans = text_of(leaves)
     return text, Ragged(spans, splits)
+
+
+def hashes_of(array: pa.Array) -> Ragged[np.uint64]:
+    """A column's byte strings as ids, by `trilith.ops.strings.hash_strings`; a null is no value."""
+    leaves, splits = _flattened(array)
+    return Ragged(hash_strings(leaves), splits)
 
 
 def text_of(strings: pa.Array) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:

@@ -178,8 +178,10 @@ class Dataset:
 
     # ---- shares and spans --------------------------------------------------------------------------------------------
 
-    def shard(self, index: int, count: int, *, by: Literal["files", "records"] = "files") -> Dataset:
+    def shard(self, index: int, count: int, *, by: Literal["files", "records"] | None = None) -> Dataset:
         """Take the share of one of several ranks: every `count`-th file, or record, from the `index`-th on.
+
+        By files, where nothing is said and the source has any; rows of Arrow and records in memory by records.
 
         Where there are fewer files than ranks, these divide the records, and each reads all files. Shares by files hold
         different numbers of records; shares by records differ by one at most, if no filter follows. Ranks that wait for
@@ -188,6 +190,7 @@ class Dataset:
         _at_least("count", count, 1)
         if not 0 <= index < count:
             raise InvalidRequestError(f"shard {index} of {count}: the index must be in 0..{count - 1}")
+        by = by or ("records" if self._nodes[0].strides else "files")
         if by == "records":
             self._records_only("shard by records")
             _refuse_shared(self._nodes, f"shard({index}, {count}, by='records')")

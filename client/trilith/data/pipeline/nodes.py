@@ -7,7 +7,7 @@ import multiprocessing
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -101,6 +101,9 @@ class Context:
 
 class Node:
     """One step of a pipeline's description: makes its stage behind the one before it."""
+
+    strides: ClassVar[bool] = False
+    """Of a source: whether ranks divide its records, as there are no files that they could."""
 
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """Make the stage.
@@ -266,6 +269,8 @@ class Held(Node):
     """Records in memory."""
 
     records: Records
+
+    strides = True
 
     def open(self, upstream: Callable[[Context], Stage], context: Context) -> Stage:
         """See `Node`."""

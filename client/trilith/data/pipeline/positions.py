@@ -11,16 +11,20 @@ import numpy as np
 
 from trilith.data.records import PADDING, Kind, Records
 from trilith.data.samples.item_pool import PoolSnapshot
+from trilith.data.scan.rows import Rows
 from trilith.errors import InvalidRequestError
 
 __all__ = ["from_json", "pack_state", "to_json", "unpack_state"]
 
-_RECORDS, _BYTES, _TUPLE = "$records", "$bytes", "$tuple"
+_RECORDS, _ARROW, _BYTES, _TUPLE = "$records", "$arrow", "$bytes", "$tuple"
+_ITEMS, _ARRAY, _TENSOR = "$items", "$array", "$tensor"
 _ARRAYS = ("lengths", "source_keys", "numbers", "positions", "source_index")
 
 
 def pack_state(state: Any) -> Any:
-    """Copy a state into None, numbers, strings, bytes, lists and dicts."""
+    """Copy a state into None, numbers, strings, bytes, lists and dicts; arrays and tensors are kept, too."""
+    if isinstance(state, Rows) and hasattr(state, "packed"):
+        return {_ARROW: state.packed()}
     if isinstance(state, Records):
         whole = state.compact()
         size = whole.payload_bytes
@@ -39,9 +43,15 @@ def pack_state(state: Any) -> Any:
     if isinstance(state, list):
         return [pack_state(each) for each in state]
     if isinstance(state, Mapping):
-        return {str(name): pack_state(each) for name, each in state.items()}
+        if not all(isinstance(name, str) for name in state):
+            return {_ITEMS: [[pack_state(name), pack_state(each)] for name, each in state.items()]}
+        return {name: pack_state(each) for name, each in state.items()}
     if isinstance(state, np.generic):
         return state.item()
+    if isinstance(state, np.ndarray) and state.dtype.kind in "biuf":
+        return {_ARRAY: [state.dtype.str, list(state.shape), np.ascontiguousarray(state).tobytes()]}
+    if type(state).__module__ == "torch" and hasattr(state, "numpy"):  # of a loader of torch's; torch may not be here
+        return {_TENSOR: pack_state(state.detach().cpu().numpy())}
     if state is None or isinstance(state, bool | int | float | str | bytes):
         return state
     raise InvalidRequestError(f"{type(state).__name__} cannot be part of a saved position")
@@ -53,8 +63,21 @@ def unpack_state(packed: Any) -> Any:
         return [unpack_state(each) for each in packed]
     if not isinstance(packed, Mapping):
         return packed
+    if _ITEMS in packed:
+        return {unpack_state(name): unpack_state(each) for name, each in packed[_ITEMS]}
+    if _ARRAY in packed:
+        dtype, shape, content = packed[_ARRAY]
+        return np.frombuffer(content, dtype).reshape(shape).copy()
+    if _TENSOR in packed:
+        import torch
+
+        return torch.from_numpy(unpack_state(packed[_TENSOR]))
     if _TUPLE in packed:
         return tuple(unpack_state(each) for each in packed[_TUPLE])
+    if _ARROW in packed:
+        from trilith.data.formats.arrow_rows import ArrowRows  # late: it takes pyarrow
+
+        return ArrowRows.unpacked(packed[_ARROW])
     if _RECORDS in packed:
         return _unpack_records(packed[_RECORDS])
     return {name: unpack_state(each) for name, each in packed.items()}
