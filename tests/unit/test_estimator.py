@@ -332,6 +332,26 @@ def test_columns_of_a_file_are_labels_by_name_and_null_is_a_missing_one(tmp_path
         labels_of("misspelt.parquet", Shop())
 
 
+def test_a_loss_sees_what_is_no_label_and_has_parts_of_its_own():
+    class Towers(Ctr):
+        def forward(self, x):
+            return {**super().forward(x), "vectors": x.user.vector}
+
+        def loss(self, outputs, labels, weight):
+            assert outputs["vectors"].shape[1] == 4
+            return {**super().loss(outputs, labels, weight), "size": outputs["vectors"].square().mean()}
+
+    told = Remember()
+    with job(task=Towers(dense_optimizer=dense_adam), callbacks=[told]) as estimator:
+        found = estimator.train()
+        (scores, *_) = estimator.predict(batches(2))
+    assert sorted(scores) == ["buy", "click"]
+    assert {"click/auc", "buy/auc", "loss"} <= found.keys()
+    step = told.named("step")[0]
+    parts = step.losses
+    assert step.loss == pytest.approx(parts["click"] + 2 * parts["buy"] + parts["size"])
+
+
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +398,15 @@ def test_a_task_that_is_none_or_gives_the_wrong_shapes_is_refused():
 
     with pytest.raises(InvalidRequestError, match=r"'click' has shape \[2, 2\]"):
         job(task=Wrong()).open()
+
+    class Turned(Ctr):
+        def forward(self, x):
+            return {**super().forward(x), "vectors": x.user.vector.T}
+
+    with pytest.raises(
+        InvalidRequestError, match=r"'vectors' has shape \[4, 2\] for 2 samples; \[2, \.\.\.\] is needed"
+    ):
+        job(task=Turned()).open()
 
     class Other(Ctr):
         def forward(self, x):

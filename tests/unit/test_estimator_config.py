@@ -41,6 +41,7 @@ def test_of_two_flags_the_later_one_wins():
         ("dense=ps", "dense", "ps"),
         ("metrics_port=0", "metrics_port", 0),
         ("metrics_port=none", "metrics_port", None),
+        ("progress=none", "progress", "none"),
         ("keep_exempt=step-1, step-2", "keep_exempt", ("step-1", "step-2")),
         ('params_override={"user": {"dim": 3}}', "params_override", {"user": {"dim": 3}}),
         ("params_override.user.dim=3", "params_override", {"user.dim": 3}),

@@ -9,7 +9,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -295,7 +295,7 @@ class RunConfig(BaseModel):
                 later ones over earlier ones.
 
         A field of params_override is set by `params_override.NAME=value`. Text stands for what the field needs: a
-        number, true or false, JSON for objects and lists, "none" for nothing.
+        number, true or false, JSON for objects and lists, "none" for nothing where a field can be that.
 
         Raises:
             InvalidRequestError: A name is unknown (the nearest known one is named), a value impossible, or the file
@@ -315,7 +315,8 @@ class RunConfig(BaseModel):
             elif top == "params_override":
                 values[top] = _mapping(origin, value)
             else:
-                values[top] = None if isinstance(value, str) and value.lower() == "none" else value
+                nothing = isinstance(value, str) and value.lower() == "none" and _may_be_none(top)
+                values[top] = None if nothing else value
         fresh = type(self).__new__(type(self))
         fresh._take(values, origins)
         return fresh
@@ -436,6 +437,11 @@ def _parsed(value: Any) -> Any:
         return json.loads(value)
     except ValueError:
         return value
+
+
+def _may_be_none(name: str) -> bool:
+    """Whether a field can be nothing at all, so that "none" is not one of its words."""
+    return type(None) in get_args(RunConfig.model_fields[name].annotation)
 
 
 def _mapping(origin: str, value: Any) -> dict[str, Any]:

@@ -40,8 +40,9 @@ class Task(nn.Module):
             def forward(self, x):
                 return self.layer(torch.cat([x.user.vector, x.age], 1))[:, 0]
 
-    `forward` takes `Inputs` and returns a tensor [b], or one for each label by name. It is the same in training,
-    evaluation, prediction and serving, where it is traced: tensors in, tensors out.
+    `forward` takes `Inputs` and returns a tensor [b], or one for each label by name; what it returns beside those, by
+    other names and [b, ...], is for the loss. It is the same in training, evaluation, prediction and serving, where it
+    is traced: tensors in, tensors out.
 
     Args:
         dense_optimizer: A function from parameters to a torch optimizer, or an optimizer of `trilith.tables`; None is
@@ -108,12 +109,13 @@ class Task(nn.Module):
         """The loss of a batch: a tensor, or one for each label, which are added by the labels' weights.
 
         Args:
-            outputs: By label float32[b]: here, logits.
+            outputs: By label float32[b]: here, logits. And what else `forward` gives.
             labels: By name float32[b]; NaN where a sample has none.
             weight: float32[b], of the samples; None: all 1.
 
         Returns:
-            By label the mean cross-entropy over the samples that have it; 0 where none has.
+            By label the mean cross-entropy over the samples that have it; 0 where none has. A task's own may have
+            parts by other names, which are added as they are.
         """
         return {name: masked_mean(_cross_entropy, outputs[name], label, weight) for name, label in labels.items()}
 
@@ -124,7 +126,7 @@ class Task(nn.Module):
 
     def predictions(self, outputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """From what `forward` gives to what metrics, `predict` and serving show: here, probabilities of logits."""
-        return {name: torch.sigmoid(each) for name, each in outputs.items()}
+        return {name: torch.sigmoid(outputs[name]) for name in self.labels or outputs}
 
     # ---- what the Estimator does with a task -------------------------------------------------------------------------
 
@@ -145,16 +147,25 @@ class Task(nn.Module):
             with torch.no_grad():
                 outputs = self.outputs(self.made_up())
             self.train(was)
-        if self.labels and outputs.keys() != self.labels.keys():
+        if self.labels and not outputs.keys() >= self.labels.keys():
             raise InvalidRequestError(
                 f"{type(self).__name__}.forward gives {sorted(outputs)}; its labels are {sorted(self.labels)}"
             )
         for name, output in outputs.items():
-            if output.shape != (_MADE_UP,):
+            if name in self.labels or not self.labels:
+                self._check_is_one_each(name, output)
+            elif output.shape[:1] != (_MADE_UP,):
                 raise InvalidRequestError(
                     f"{type(self).__name__}.forward: {name!r} has shape {list(output.shape)} for {_MADE_UP} samples; "
-                    f"[{_MADE_UP}], a number for each, is needed: [:, 0] takes the only column"
+                    f"[{_MADE_UP}, ...] is needed"
                 )
+
+    def _check_is_one_each(self, name: str, output: Tensor) -> None:
+        if output.shape != (_MADE_UP,):
+            raise InvalidRequestError(
+                f"{type(self).__name__}.forward: {name!r} has shape {list(output.shape)} for {_MADE_UP} samples; "
+                f"[{_MADE_UP}], a number for each, is needed: [:, 0] takes the only column"
+            )
 
     def made_up(self, samples: int = _MADE_UP) -> Inputs:
         """Inputs of the right shapes, such as a model is traced with."""
@@ -183,10 +194,12 @@ class Task(nn.Module):
         return {names[0]: found}
 
     def total(self, losses: Any) -> Tensor:
-        """What `loss` gave as one number, by the labels' weights."""
+        """What `loss` gave as one number: by the labels' weights, and what is no label's as it is."""
         if isinstance(losses, Tensor):
             return losses
-        parts: list[Tensor] = [loss * self.labels[name].weight for name, loss in losses.items()]
+        parts: list[Tensor] = [
+            loss * self.labels[name].weight if name in self.labels else loss for name, loss in losses.items()
+        ]
         return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
 
 

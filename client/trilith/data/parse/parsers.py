@@ -237,7 +237,7 @@ class _ColumnParser(Parser):
                         there = bool(scan.present[schema.line_cells[about.name]].any())
                 case _:
                     there = len(scan.values[schema.label_column]) > 0
-                    for name in self.unseen[out]:
+                    for name in self.unseen.get(out, ()):  # another thread may have seen it
                         if name != _LABEL and name in schema.name_numbers:
                             there |= bool(scan.seen[:, schema.name_numbers[name]].any())
             if there:
