@@ -80,6 +80,8 @@ class RunConfig(BaseModel):
     """Batches whose gradients are summed up to one step."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What the dense part computes in: bf16 and fp16 by autocast, fp16 with scaled losses."""
+    compile: bool = False
+    """The dense part goes through torch.compile, which needs a C++ compiler and some seconds at the start."""
     clip_norm: Amount = 0.0
     """Bound on the norm of a step's gradients, of rows and dense parameters together; 0: none."""
     skip_non_finite: bool = False

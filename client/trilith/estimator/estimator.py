@@ -22,6 +22,7 @@ from trilith.connect import connect
 from trilith.errors import InvalidRequestError, NonFiniteError, ShardRestartedError, TrilithError
 from trilith.estimator import events
 from trilith.estimator.callbacks import Callback, Callbacks
+from trilith.estimator.compiling import Compiled
 from trilith.estimator.config import RunConfig
 from trilith.estimator.exporting import exporter_of
 from trilith.estimator.group import local_device, process_group
@@ -133,6 +134,7 @@ class Estimator:
         torch.manual_seed(run.seed)
         self.task.prepare(run.seed)
         self.task.to(self.device)
+        self._outputs = Compiled(self.task).outputs if run.compile else self.task.outputs
         # Workers that hold the rows have threads of their own for what travels, in step with those of the others.
         lane = Lane() if (run.prefetch or run.async_push) and self.placement.rows != "workers" else None
         if lane is not None:
@@ -233,7 +235,7 @@ class Estimator:
             watch.lap("dense")
         try:
             with self._autocast():
-                outputs = self.task.outputs(self.rows.inputs(prepared, fetched))
+                outputs = self._outputs(self.rows.inputs(prepared, fetched))
                 labels, weight = self.rows.labels(prepared)
                 losses = self.task.loss(outputs, labels, weight)
                 loss = self.task.total(losses)
@@ -576,7 +578,7 @@ class Estimator:
                         return
                     self.task.eval()  # whoever takes the batches may train in between
                     with torch.no_grad(), self._autocast():
-                        outputs = self.task.outputs(self.rows.inputs(prepared, fetched.result()))
+                        outputs = self._outputs(self.rows.inputs(prepared, fetched.result()))
                     yield prepared, outputs
         finally:
             batches.close()
