@@ -75,7 +75,7 @@ def test_a_module_that_is_met_in_the_middle_is_one_line_too() -> None:
     ("program", "blocked", "extra"),
     [
         ("import trilith.nn", "torch", "torch"),
-        ("from trilith.nn import Embedding", "torch", "torch"),
+        ("from trilith.nn import EmbeddingRows", "torch", "torch"),
         ("from trilith.nn.deepfm import DeepFM", "torch", "torch"),
         ("import trilith; trilith.nn", "torch", "torch"),
         ("from trilith.peers import connect_peers; connect_peers()", "torch", "torch"),

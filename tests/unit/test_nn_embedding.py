@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -12,8 +16,19 @@ from torch import nn
 import trilith
 from tests.unit.nn_fakes import FakeClient
 from trilith.errors import InvalidRequestError, NonFiniteError
-from trilith.nn import Bridge, Embedding, EmbeddingBag, EmbeddingCollection, Feature, FirstN, as_bags, pick_device
+from trilith.nn import (
+    Bridge,
+    EmbeddingBag,
+    EmbeddingCollection,
+    EmbeddingRows,
+    Feature,
+    FirstN,
+    as_bags,
+    pick_device,
+    to_kjt,
+)
 from trilith.ops.ragged import Ragged
+from trilith.ops.strings import hash_strings
 
 VOCABULARY, DIM = 11, 3
 
@@ -134,7 +149,7 @@ def test_every_form_of_ids_means_the_same():
         (np.array([[1, 2]]), {"offsets": np.array([0])}),
         (Ragged.of_singles([1]), {"offsets": np.array([0])}),
         (Ragged(np.arange(3), np.array([0, 2, 1, 3])), {}),
-        ([[1], [2, 3]], {}),
+        ([[1], [2.5, 3]], {}),
         ((np.array([1, 2, 3]), np.array([1, 2])), {}),
         ((np.array([1, 2, 3]), np.array([0, 1])), {"offsets": np.array([0, 1])}),
     ],
@@ -160,7 +175,7 @@ def test_an_unknown_combiner_is_refused():
 def test_embedding_keeps_the_shape_of_the_ids_and_sums_gradients_of_repeats():
     client = filled()
     before = weights(client).clone()
-    out = Embedding(client.table("t"))(torch.tensor([[1, 2], [1, 1]]))
+    out = EmbeddingRows(client.table("t"))(torch.tensor([[1, 2], [1, 1]]))
     assert out.shape == (2, 2, DIM)
     out.sum().backward()
     torch.testing.assert_close(weights(client)[1], before[1] - 3)
@@ -337,3 +352,97 @@ def test_a_table_of_another_cluster_is_refused():
             EmbeddingCollection(one, {"a": Feature(table)})
         one.opened_by = other.opened_by = (trilith.connect, ("static://127.0.0.1:1",))
         EmbeddingCollection(one, {"a": Feature(table)})
+
+
+class Keyed:
+    """torchrec's KeyedJaggedTensor, as its documentation has it: values and lengths of key after key."""
+
+    def __init__(self, keys, values, weights=None, lengths=None):
+        self._keys, self._values, self._weights, self._lengths = keys, values, weights, lengths
+
+    @staticmethod
+    def from_lengths_sync(keys, values, lengths, weights=None):
+        return Keyed(keys, values, weights, lengths)
+
+    def keys(self):
+        return self._keys
+
+    def values(self):
+        return self._values
+
+    def lengths(self):
+        return self._lengths
+
+    def weights_or_none(self):
+        return self._weights
+
+    def to_dict(self):
+        lengths = self._lengths.view(len(self._keys), -1)
+        sizes = lengths.sum(1).tolist()
+        weights = [None] * len(sizes) if self._weights is None else self._weights.split(sizes)
+        parts = zip(self._keys, self._values.split(sizes), lengths, weights, strict=True)
+        return {key: Jagged(values, each, own) for key, values, each, own in parts}
+
+
+class Jagged:
+    """torchrec's JaggedTensor."""
+
+    def __init__(self, values, lengths, weights):
+        self._parts = values, lengths, weights
+
+    def values(self):
+        return self._parts[0]
+
+    def lengths(self):
+        return self._parts[1]
+
+    def weights_or_none(self):
+        return self._parts[2]
+
+
+@pytest.fixture
+def torchrec(monkeypatch):
+    for name in ("torchrec", "torchrec.sparse", "torchrec.sparse.jagged_tensor"):
+        module = types.ModuleType(name)
+        module.KeyedJaggedTensor = Keyed
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_a_keyed_jagged_tensor_goes_in_and_out(torchrec):
+    client = filled(one=DIM, two=DIM)
+    features = {"a": Feature(client.table("one"), "sum"), "b": Feature(client.table("two"), "sum")}
+    ids = {"a": [[1, 2], [], [3]], "b": np.array([4, 2**63 + 1, 6], np.uint64)}
+    plain = to_kjt(ids)
+    assert plain.keys() == ["a", "b"]
+    assert plain.values().tolist() == [1, 2, 3, 4, -(2**63) + 1, 6]
+    assert plain.lengths().tolist() == [2, 0, 1, 1, 1, 1]
+    assert plain.weights_or_none() is None
+    want = EmbeddingCollection(client, features)({"a": ids["a"], "b": ids["b"]})
+    for name, vectors in EmbeddingCollection(client, features)(plain).items():
+        torch.testing.assert_close(vectors, want[name], rtol=0, atol=0)
+    weighted = to_kjt(ids, weights={"a": [0.5, 2.0, 3.0]})
+    assert weighted.weights_or_none().tolist() == [0.5, 2.0, 3.0, 1.0, 1.0, 1.0]
+    found = EmbeddingCollection(client, features)(weighted)["a"]
+    rows = weights(client, "one")
+    torch.testing.assert_close(found, torch.stack([rows[1] / 2 + rows[2] * 2, torch.zeros(DIM), rows[3] * 3]))
+
+
+def test_a_keyed_jagged_tensor_that_cannot_be_made_is_refused(torchrec, monkeypatch):
+    with pytest.raises(InvalidRequestError, match=r"differ in their number of samples: \{'a': 2, 'b': 1\}"):
+        to_kjt({"a": [1, 2], "b": [1]})
+    with pytest.raises(InvalidRequestError, match="weights of \\['c'\\], which are no keys"):
+        to_kjt({"a": [1, 2]}, weights={"c": [1.0]})
+    with pytest.raises(InvalidRequestError, match=r"key 'a': 2 ids have weights \[1\]"):
+        to_kjt({"a": [1, 2]}, weights={"a": [1.0]})
+    monkeypatch.setitem(sys.modules, "torchrec.sparse.jagged_tensor", None)
+    with pytest.raises(InvalidRequestError, match="which is not here"):
+        to_kjt({"a": [1]})
+
+
+def test_what_a_batch_of_a_task_may_be_a_module_takes():
+    a, b = hash_strings(["a", "b"]).tolist()
+    for words in (["a", "b"], pa.array(["a", "b"]), np.array(["a", "b"])):
+        assert as_bags(words).tolist() == [[a], [b]]
+    assert as_bags([[1, 2], None, [3]]).tolist() == [[1, 2], [], [3]]
+    assert as_bags(pa.array([[1], None, [2, 3]])).tolist() == [[1], [], [2, 3]]
+    assert as_bags({"values": [1, 2, 3], "lengths": [1, 2]}).tolist() == [[1], [2, 3]]

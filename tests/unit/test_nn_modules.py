@@ -15,7 +15,7 @@ import trilith
 from tests.unit.nn_fakes import FakeClient
 from trilith.errors import InvalidRequestError, ShardRestartedError
 from trilith.features import FeatureRegistry, FeatureSlotConfig
-from trilith.nn import DenseOnPs, Embedding, EmbeddingBag, EmbeddingCollection, Feature
+from trilith.nn import DenseOnPs, EmbeddingBag, EmbeddingCollection, EmbeddingRows, Feature
 from trilith.tables import Adagrad, RandomUniform, Sgd, Zeros
 
 DIM = 3
@@ -158,7 +158,7 @@ def test_to_moves_the_vectors(client):
     assert model.embeddings(BATCH)["a"].device.type == "cpu"
     model.to("meta")
     assert {each.device.type for each in model.embeddings(BATCH).values()} == {"meta"}
-    assert Embedding(client.table("t")).to("meta")(np.array([1])).device.type == "meta"
+    assert EmbeddingRows(client.table("t")).to("meta")(np.array([1])).device.type == "meta"
 
 
 def test_a_model_in_bfloat16_computes_in_it_and_steps_its_rows(client):

@@ -14,11 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trilith.arrays import id_array
 from trilith.data.parse.specs import INVALID_LABEL
 from trilith.errors import InvalidRequestError
-from trilith.ops.ragged import Int64Array, Ragged, as_splits
-from trilith.ops.strings import hash_strings, string_array
+from trilith.nn.bags import as_floats, is_arrow, is_keyed, is_pair, plain, read_bags, read_lists
+from trilith.ops.ragged import Ragged
 
 __all__ = ["Batch", "DenseColumn", "IdColumn", "LabelColumn", "Wanted", "arrange", "columns_of"]
 
@@ -159,7 +158,7 @@ def arrange(batch: Any, wanted: Wanted, *, labels: bool = True) -> Batch:
     weights: dict[str, Float32Array] = {}
     texts: set[str] = set()
     # Forms that say by themselves how many samples there are go first; offsets may need to know.
-    for name, want in sorted(wanted.ids.items(), key=lambda each: _is_pair(columns.get(each[1].column or each[0]))):
+    for name, want in sorted(wanted.ids.items(), key=lambda each: is_pair(columns.get(each[1].column or each[0]))):
         ids[name], of_ids, text = _ids(name, want, column, rows)
         if text:
             texts.add(name)
@@ -237,7 +236,7 @@ def _fields(batch: Any) -> dict[str, Any]:
         return {each.name: getattr(batch, each.name) for each in dataclasses.fields(batch)}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return dict(zip(batch._fields, batch, strict=True))
-    if _is_keyed_jagged(batch):
+    if is_keyed(batch):
         return {name: batch[name] for name in batch.keys()}  # noqa: SIM118 - it is no mapping
     if hasattr(batch, "columns") and hasattr(batch, "__dataframe__"):
         return {str(name): batch[name] for name in batch.columns}
@@ -249,17 +248,6 @@ def _fields(batch: Any) -> dict[str, Any]:
     raise InvalidRequestError(f"a batch is a {type(batch).__name__}, not a mapping from names to columns")
 
 
-def _is_keyed_jagged(value: Any) -> bool:
-    return all(hasattr(value, name) for name in ("keys", "values", "lengths", "to_dict")) and not isinstance(
-        value, Mapping
-    )
-
-
-def _is_jagged(value: Any) -> bool:
-    """Whether it is torchrec's JaggedTensor, by its methods."""
-    return all(hasattr(value, name) for name in ("values", "lengths", "weights_or_none"))
-
-
 def _is_leaf(value: Any) -> bool:
     if isinstance(value, Mapping):
         return "values" in value  # ragged, taken apart
@@ -268,15 +256,11 @@ def _is_leaf(value: Any) -> bool:
     return not (
         (dataclasses.is_dataclass(value) and not isinstance(value, type))
         or (isinstance(value, tuple) and hasattr(value, "_fields"))
-        or _is_keyed_jagged(value)
+        or is_keyed(value)
     )
 
 
 # ---- ids -----------------------------------------------------------------------------------------------------------
-
-_Splits: TypeAlias = Int64Array
-_Lists: TypeAlias = tuple[Any, _Splits, Any]
-"""Values of any kind [m], row splits, weights [m] or None."""
 
 
 def _ids(
@@ -287,146 +271,12 @@ def _ids(
     who = f"feature {name!r}" + (f" (column {where!r})" if where != name else "")
     given = column(who, where)
     lengths = column(who, want.lengths) if want.lengths else None
-    values, splits, weights = _lists(who, given, lengths, rows.known)
-    if want.weights:
-        weights, own, _ = _lists(f"weights of {who}", column(who, want.weights), lengths, rows.known)
-        if not np.array_equal(own, splits):
-            raise InvalidRequestError(
-                f"{who}: its weights in {want.weights!r} are not as many as its ids in each sample"
-            )
-    rows.see(who, splits.size - 1)
-    keep = _are_there(values)
-    ids = _as_ids(who, values if keep is None else _taken(values, keep), want.seed)
-    if want.padding is not None:
-        real = ids != np.uint64(want.padding & 0xFFFFFFFFFFFFFFFF)
-        if not real.all():
-            if keep is None:
-                keep = real
-            else:
-                keep = keep.copy()
-                keep[keep] = real
-            ids = ids[real]
-    of_ids = None if weights is None else _as_floats(f"weights of {who}", weights)
-    if of_ids is not None and of_ids.ndim != 1:
-        raise InvalidRequestError(f"weights of {who} have shape {of_ids.shape}; one of each id is needed")
-    if keep is not None:
-        kept = np.zeros(keep.size + 1, np.int64)
-        np.cumsum(keep, out=kept[1:])
-        splits = kept[splits]
-        of_ids = None if of_ids is None else of_ids[keep]
-    return Ragged(ids, splits), of_ids, bool(ids.size) and _is_hashed(values)
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(each, Tensor | np.ndarray) for each in value)
-
-
-def _lists(who: str, given: Any, lengths: Any, rows: int | None) -> _Lists:
-    """Any form of lists as values and row splits."""
-    if isinstance(given, Ragged):
-        given.check()
-        return given.values, given.row_splits, None
-    if isinstance(given, Mapping):
-        return _of_parts(who, given, rows)
-    if _is_jagged(given):
-        values, found = _plain(given.values()), _splits_of_lengths(who, given.lengths(), len(given.values()))
-        return values, found, _plain(given.weights_or_none())
-    if isinstance(given, Tensor) and given.is_nested:
-        if given.layout != torch.jagged:
-            parts = list(given.unbind())
-            return _lists(who, [_plain(part) for part in parts], None, rows)
-        jagged: Any = given
-        return _plain(jagged.values()), _splits(who, "offsets", jagged.offsets(), jagged.values().shape[0]), None
-    if _is_pair(given):
-        return _of_parts(who, {"values": given[0], "offsets": given[1]}, rows)
-    if _is_arrow(given):
-        return _of_arrow(who, given, lengths)
-    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
-        return _of_sequence(who, given, lengths)
-    values = _plain(given)
-    if values.ndim == 2:
-        return _of_padded(who, values, lengths)
-    if values.ndim != 1:
-        raise InvalidRequestError(f"{who} has shape {values.shape}; [b], one of each sample, or [b, k] is needed")
-    if values.dtype == object and len(values) and isinstance(_first_that_is(values), list | tuple | np.ndarray):
-        return _of_sequence(who, values.tolist(), lengths)
-    return _flat(who, values, lengths)
-
-
-def _flat(who: str, values: Any, lengths: Any) -> _Lists:
-    """[n], cut by lengths, or one of each sample."""
-    if lengths is not None:
-        return values, _splits_of_lengths(who, lengths, len(values)), None
-    return values, np.arange(len(values) + 1, dtype=np.int64), None
-
-
-def _of_parts(who: str, parts: Mapping[str, Any], rows: int | None) -> _Lists:
-    values = _plain(parts["values"])
-    values = string_array(values) if _is_text(values) else values
-    size = len(values)
-    weights = _plain(parts["weights"]) if parts.get("weights") is not None else None
-    if "row_splits" in parts:
-        return values, _splits(who, "row_splits", parts["row_splits"], size), weights
-    if "lengths" in parts:
-        return values, _splits_of_lengths(who, parts["lengths"], size), weights
-    if "offsets" not in parts:
-        raise InvalidRequestError(f"{who} has values, and neither row_splits nor offsets nor lengths")
-    offsets = _integers(who, "offsets", parts["offsets"])
-    # [b + 1] runs to the end; [b] does not, unless the last sample is empty: then the other columns say which it is.
-    whole = offsets.size > 0 and offsets[-1] == size and (rows == offsets.size - 1 if rows is not None else False)
-    return values, _splits(who, "offsets", offsets if whole else np.append(offsets, size), size), weights
-
-
-def _of_padded(who: str, values: npt.NDArray[Any], lengths: Any) -> _Lists:
-    count, width = values.shape
-    if lengths is None:
-        return values.reshape(-1), np.arange(count + 1, dtype=np.int64) * width, None
-    sizes = _integers(who, "lengths", lengths)
-    if sizes.size != count or (sizes < 0).any() or (sizes > width).any():
-        raise InvalidRequestError(f"{who}: lengths must be {count} numbers in 0..{width}, for shape {values.shape}")
-    return values[np.arange(width) < sizes[:, None]], _cumulated(sizes), None
-
-
-def _of_sequence(who: str, given: Sequence[Any], lengths: Any) -> _Lists:
-    """A list of values, or of lists, arrays or tensors of values; None is an empty one."""
-    first = next((each for each in given if each is not None), None)
-    if (
-        first is None
-        or isinstance(first, str | bytes)
-        or not (hasattr(first, "__len__") and np.ndim(_plain(first)) == 1)
-    ):
-        if isinstance(first, Tensor | np.generic | np.ndarray):
-            return _flat(who, np.asarray([_plain(each) for each in given]), lengths)
-        return _flat(who, list(given), lengths)
-    pieces: list[Any] = [() if each is None else each for each in given]
-    splits = _cumulated(np.fromiter((len(each) for each in pieces), np.int64, len(pieces)))
-    if all(isinstance(each, Tensor | np.ndarray) for each in given):
-        return (np.concatenate([_plain(each) for each in given]) if given else np.empty(0, np.int64)), splits, None
-    return [value for each in pieces for value in (each.tolist() if hasattr(each, "tolist") else each)], splits, None
-
-
-def _of_arrow(who: str, given: Any, lengths: Any) -> _Lists:
-    import pyarrow as pa
-
-    array = given.combine_chunks() if isinstance(given, pa.ChunkedArray) else given
-    kind, is_ = array.type, pa.types
-    if is_.is_map(kind):
-        offsets = np.asarray(array.offsets, np.int64)  # a null map may still have entries behind it
-        sizes = np.where(np.asarray(array.is_valid()), offsets[1:] - offsets[:-1], 0)
-        entries = array.drop_null() if array.null_count else array
-        bounds = np.asarray(entries.offsets, np.int64)
-        first, size = int(bounds[0]), int(bounds[-1] - bounds[0])
-        return entries.keys.slice(first, size), _cumulated(sizes), np.asarray(entries.items.slice(first, size))
-    if (
-        is_.is_list(kind)
-        or is_.is_large_list(kind)
-        or is_.is_fixed_size_list(kind)
-        or is_.is_list_view(kind)
-        or is_.is_large_list_view(kind)
-    ):
-        sizes = np.asarray(array.value_lengths().fill_null(0), np.int64)
-        return array.flatten(), _cumulated(sizes), None
-    return _flat(who, array, lengths)
+    weights = column(who, want.weights) if want.weights else None
+    found = read_bags(
+        who, given, lengths=lengths, weights=weights, samples=rows.known, padding=want.padding, seed=want.seed
+    )
+    rows.see(who, len(found[0]))
+    return found
 
 
 # ---- dense values and labels ---------------------------------------------------------------------------------------
@@ -482,16 +332,16 @@ def _matrix(who: str, given: Any, width: int | None, fill: float) -> Tensor:
         if given.dim() not in (1, 2):
             raise InvalidRequestError(f"{who} has shape {tuple(given.shape)}; [b] or [b, k] is needed")
         return (given[:, None] if given.dim() == 1 else given).detach().float()
-    if not _is_arrow(given) and not isinstance(given, Ragged | Mapping | Tensor):
+    if not is_arrow(given) and not isinstance(given, Ragged | Mapping | Tensor):
         array = None
         try:
-            array = np.asarray(given if not isinstance(given, Sequence) else [_plain(each) for each in given])
+            array = np.asarray(given if not isinstance(given, Sequence) else [plain(each) for each in given])
         except ValueError:
             pass  # lists of different lengths
         if array is not None and array.dtype.kind in "fiub" and array.ndim in (1, 2):
             return _tensor(who, array.reshape(len(array), -1))
-    values, splits, _ = _lists(who, given, None, None)
-    floats = _as_floats(who, values)
+    values, splits, _ = read_lists(who, given, None, None)
+    floats = as_floats(who, values)
     if floats.ndim == 2:
         return _tensor(who, floats)
     sizes = np.diff(splits)
@@ -507,119 +357,6 @@ def _matrix(who: str, given: Any, width: int | None, fill: float) -> Tensor:
 
 
 def _tensor(who: str, array: npt.NDArray[Any]) -> Tensor:
-    floats = _as_floats(who, array)
+    floats = as_floats(who, array)
     # torch warns of arrays that may not be written, as those of Arrow.
     return torch.from_numpy(floats if floats.flags.writeable else floats.copy())
-
-
-# ---- arrays --------------------------------------------------------------------------------------------------------
-
-
-def _is_arrow(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] == "pyarrow"
-
-
-def _is_text(values: Any) -> bool:
-    if isinstance(values, np.ndarray):
-        return values.dtype.kind in "US" or (values.dtype == object and isinstance(_first_that_is(values), str | bytes))
-    return isinstance(values, list) and isinstance(_first_that_is(values), str | bytes)
-
-
-def _first_that_is(values: Any) -> Any:
-    return next((each for each in values if each is not None), None)
-
-
-def _plain(values: Any) -> Any:
-    """A tensor as an array; what Arrow or pandas hold as it is, or as an array."""
-    if isinstance(values, Tensor):
-        return values.detach().cpu().numpy()
-    if values is None or isinstance(values, list) or _is_arrow(values):
-        return values
-    if hasattr(values, "to_arrow"):  # polars
-        return values.to_arrow()
-    return np.asarray(values)
-
-
-def _are_there(values: Any) -> npt.NDArray[np.bool_] | None:
-    """Which values are not null; None: all."""
-    if _is_arrow(values):
-        return None if not values.null_count else np.asarray(values.is_valid())
-    if isinstance(values, list) or (isinstance(values, np.ndarray) and values.dtype == object):
-        there = np.fromiter((each is not None for each in values), np.bool_, len(values))
-        return None if there.all() else there
-    return None
-
-
-def _taken(values: Any, keep: npt.NDArray[np.bool_]) -> Any:
-    if _is_arrow(values):
-        return values.drop_null()
-    if isinstance(values, list):
-        return [value for value, there in zip(values, keep, strict=True) if there]
-    return values[keep]
-
-
-def _as_ids(who: str, values: Any, seed: int) -> npt.NDArray[np.uint64]:
-    """uint64 of integers, or of strings by their hash."""
-    if _is_hashed(values):
-        return _hashed(who, values, seed)
-    if _is_arrow(values):
-        values = np.asarray(values.dictionary_decode() if hasattr(values, "dictionary_decode") else values)
-    elif isinstance(values, np.ndarray) and values.dtype == object:
-        values = values.tolist()
-    return np.ascontiguousarray(id_array(who, values))
-
-
-def _is_hashed(values: Any) -> bool:
-    """Whether ids are made of them by a hash: of text, and of whatever Arrow has that is no integer."""
-    if not _is_arrow(values):
-        return _is_text(values)
-    import pyarrow as pa
-
-    return not pa.types.is_integer(values.type.value_type if pa.types.is_dictionary(values.type) else values.type)
-
-
-def _hashed(who: str, values: Any, seed: int) -> npt.NDArray[np.uint64]:
-    try:
-        return hash_strings(values, seed=seed)
-    except InvalidRequestError as error:
-        raise InvalidRequestError(f"{who}: ids are integers or strings; {error}") from None
-
-
-def _as_floats(who: str, values: Any) -> Float32Array:
-    if _is_arrow(values):
-        values = values.to_numpy(zero_copy_only=False)
-    array = np.asarray(values)
-    if array.dtype == object:
-        try:
-            array = np.array([math.nan if each is None else each for each in array.tolist()], np.float32)
-        except (TypeError, ValueError):
-            raise InvalidRequestError(f"{who} has values that are no numbers") from None
-    if array.dtype.kind not in "fiub" and array.size:
-        raise InvalidRequestError(f"{who} is of {array.dtype}, numbers are needed")
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(array, np.float32)
-
-
-def _integers(who: str, name: str, values: Any) -> Int64Array:
-    array = _plain(values)
-    array = np.asarray(array)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise InvalidRequestError(f"{who}: {name} must be integers [n], not {array.dtype}{list(array.shape)}")
-    return array.astype(np.int64)
-
-
-def _cumulated(lengths: Int64Array) -> Int64Array:
-    splits = np.zeros(lengths.size + 1, np.int64)
-    np.cumsum(lengths, out=splits[1:])
-    return splits
-
-
-def _splits(who: str, name: str, values: Any, size: int) -> Int64Array:
-    return as_splits(f"{who}: {name}", _integers(who, name, values), size)
-
-
-def _splits_of_lengths(who: str, lengths: Any, size: int) -> Int64Array:
-    sizes = _integers(who, "lengths", lengths)
-    if (sizes < 0).any() or int(sizes.sum()) != size:
-        raise InvalidRequestError(f"{who}: its lengths add up to {int(sizes.sum())}, there are {size} values")
-    return _cumulated(sizes)

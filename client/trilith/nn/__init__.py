@@ -8,10 +8,10 @@ except ModuleNotFoundError as error:
     raise missing_extra(error) from None
 
 from trilith.nn.auc import auc
-from trilith.nn.bags import as_bags
+from trilith.nn.bags import as_bags, to_kjt
 from trilith.nn.deepfm import DeepFM
 from trilith.nn.dense import AllReduced, DenseOnPs
-from trilith.nn.embedding import Embedding, EmbeddingBag, EmbeddingCollection, Feature, FetchedRows
+from trilith.nn.embedding import EmbeddingBag, EmbeddingCollection, EmbeddingRows, Feature, FetchedRows
 from trilith.nn.features import FeatureEmbeddings, FeatureModel
 from trilith.nn.ffm import FFM
 from trilith.nn.layouts import FusedLayouts
@@ -28,9 +28,9 @@ __all__ = [
     "Combiner",
     "DeepFM",
     "DenseOnPs",
-    "Embedding",
     "EmbeddingBag",
     "EmbeddingCollection",
+    "EmbeddingRows",
     "Feature",
     "FeatureEmbeddings",
     "FeatureModel",
@@ -41,4 +41,5 @@ __all__ = [
     "as_bags",
     "auc",
     "pick_device",
+    "to_kjt",
 ]

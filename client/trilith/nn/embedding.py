@@ -14,16 +14,16 @@ from torch import Tensor
 
 from trilith.errors import InvalidRequestError
 from trilith.nn.anchored import Anchored, outside_graphs
-from trilith.nn.bags import IdsLike, as_bags, as_ids
+from trilith.nn.bags import IdsLike, as_bags, as_ids, is_keyed, read_keyed
 from trilith.nn.bridge import Bridge, pick_device
 from trilith.nn.exchange import Exchange, RowClient
 from trilith.nn.lookups import FetchedRows, Lookup, Output, Step
-from trilith.nn.pooling import Pooled, make_pooling
+from trilith.nn.pooling import PooledRows, make_pooling
 from trilith.ops.combiners import Combiner, CombinerLike, combiner_of
 from trilith.ops.ragged import Ragged
 from trilith.pipelining import Lane, Prefetcher
 
-__all__ = ["Embedding", "EmbeddingBag", "EmbeddingCollection", "Feature", "FetchedRows", "TableLike"]
+__all__ = ["EmbeddingBag", "EmbeddingCollection", "EmbeddingRows", "Feature", "FetchedRows", "TableLike"]
 
 _T = TypeVar("_T")
 Weights = Mapping[str, npt.NDArray[np.float32]]
@@ -107,7 +107,7 @@ class _ClusterModule(Anchored):
         return self._cast(outputs)
 
 
-class Embedding(_ClusterModule):
+class EmbeddingRows(_ClusterModule):
     """A table as `torch.nn.Embedding`: one row per id, whatever the ids' shape.
 
     Args:
@@ -139,7 +139,7 @@ class Embedding(_ClusterModule):
         array = as_ids(ids)
         flat = array.reshape(-1)
         name = self.table.name
-        output = Output(name, 0, flat.size, Pooled(None, None))
+        output = Output(name, 0, flat.size, PooledRows(None, None))
         (rows,) = self._run(Step(self.exchange, self.bridge, {name: flat}, [output], self._learns()))
         return rows.view(*array.shape, self.table.dim)
 
@@ -260,7 +260,8 @@ class EmbeddingCollection(_ClusterModule):
         """Look a batch up now, to go through the model later; may be called in another thread.
 
         Args:
-            batch: Ids of every feature, in any form of `as_bags` that stands alone; one number of samples for all.
+            batch: Ids of every feature, in any form of `as_bags` that stands alone; one number of samples for all. Or a
+                torchrec KeyedJaggedTensor, with or without weights.
             weights: float32[n] of the ids of pooled features that have them; see `trilith.nn.pooling.make_pooling`.
         """
         return self._fetch(batch, self._learns(), weights)
@@ -347,6 +348,9 @@ class EmbeddingCollection(_ClusterModule):
 
     def _plan(self, batch: Mapping[str, IdsLike], create: bool, weights: Weights) -> tuple[Step, list[list[str]], int]:
         """What to look up, the features of each output, and the number of samples."""
+        if is_keyed(batch):
+            batch, own = read_keyed(batch)
+            weights = weights or own
         bags = self._bags(batch)
         samples = len(next(iter(bags.values())))
         step = Step(self.exchange, self.bridge, {}, [], create)

@@ -18,11 +18,11 @@ from torch.nn import functional
 from trilith.ops.combiners import Combiner
 from trilith.ops.ragged import Int64Array
 
-__all__ = ["FirstRows", "Pooled", "make_pooling"]
+__all__ = ["FirstRows", "PooledRows", "make_pooling"]
 
 
 @dataclass(frozen=True, slots=True)
-class Pooled:
+class PooledRows:
     """Sums of bags, each times a factor of its own; factor and weights None are 1, lengths None are all 1.
 
     Attributes:
@@ -84,7 +84,7 @@ def make_pooling(
     combiners: Sequence[Combiner],
     to_device: Callable[[npt.NDArray[Any]], Tensor],
     weights: Sequence[npt.NDArray[np.float32] | None] = (),
-) -> Pooled | FirstRows:
+) -> PooledRows | FirstRows:
     """Work out how the rows of several features, feature after feature, become vectors.
 
     Args:
@@ -102,12 +102,12 @@ def make_pooling(
         return _first_rows(lengths[0], combiners[0].n, to_device)
     sizes = lengths[0] if len(lengths) == 1 else np.concatenate(lengths)
     if (sizes == 1).all():
-        return Pooled(None, None)  # one row in, the same out, whatever the combiner
+        return PooledRows(None, None)  # one row in, the same out, whatever the combiner
     scale = None
     if any(combiner.kind != "sum" for combiner in combiners):
         factors = np.concatenate([_factors(*each) for each in zip(lengths, combiners, strict=True)])
         scale = to_device(factors[:, None])
-    return Pooled(to_device(sizes), scale)
+    return PooledRows(to_device(sizes), scale)
 
 
 def _factors(lengths: Int64Array, combiner: Combiner) -> npt.NDArray[np.float32]:
@@ -124,7 +124,7 @@ def _weighted(
     combiners: Sequence[Combiner],
     to_device: Callable[[npt.NDArray[Any]], Tensor],
     weights: Sequence[npt.NDArray[np.float32] | None],
-) -> Pooled:
+) -> PooledRows:
     factors, every = [], []
     for sizes, combiner, given in zip(lengths, combiners, weights, strict=True):
         own = np.ones(int(sizes.sum()), np.float32) if given is None else given
@@ -136,7 +136,7 @@ def _weighted(
             divisors = (sums if mean else np.sqrt(sums)).astype(np.float32)
             factor = np.divide(1, divisors, out=np.zeros_like(divisors), where=divisors != 0)
         factors.append(factor)
-    return Pooled(
+    return PooledRows(
         to_device(np.concatenate(lengths)),
         to_device(np.concatenate(factors)[:, None]),
         to_device(np.concatenate(every)),

@@ -31,7 +31,7 @@ class _OnDevice(Protocol):
 
 
 class _Embeddings(_OnDevice, Protocol):
-    """`Embedding`, `EmbeddingBag` or `EmbeddingCollection`."""
+    """`EmbeddingRows`, `EmbeddingBag` or `EmbeddingCollection`."""
 
     exchange: Exchange
 
