@@ -94,6 +94,7 @@ class Exporter:
         mode: Mode = "distributed",
         dense_only: bool = False,
         keep: int = 5,
+        warm_up: bytes = b"",
         clock: Callable[[], float] = time.time,
     ) -> Exported:
         """Write the next version below `base`.
@@ -104,7 +105,9 @@ class Exporter:
             mode: "standalone" has all rows inside; "distributed" is a model that looks rows up at serving replicas, and
                 the rows of each shard beside it.
             dense_only: Of a distributed export only the model: the rows come from replicas that training keeps fresh.
-            keep: Newest versions to keep.
+            keep: Newest versions to keep, beside one that entries are pinned to.
+            warm_up: Requests that an entry scores before the version answers: a line of JSON each, as POST /v1/predict
+                takes them.
             clock: Unix seconds.
 
         Raises:
@@ -115,10 +118,20 @@ class Exporter:
         if dense_only and mode == "standalone":
             raise InvalidRequestError("a standalone export has all rows inside; only a distributed one can go without")
         with hold(checkpoint):
-            return self._export(checkpoint, base, mode=mode, dense_only=dense_only, keep=keep, clock=clock)
+            return self._export(
+                checkpoint, base, mode=mode, dense_only=dense_only, keep=keep, warm_up=warm_up, clock=clock
+            )
 
     def _export(
-        self, checkpoint: str, base: str, *, mode: Mode, dense_only: bool, keep: int, clock: Callable[[], float]
+        self,
+        checkpoint: str,
+        base: str,
+        *,
+        mode: Mode,
+        dense_only: bool,
+        keep: int,
+        warm_up: bytes,
+        clock: Callable[[], float],
     ) -> Exported:
         started = time.perf_counter()
         manifest = read_manifest(checkpoint)
@@ -152,7 +165,7 @@ class Exporter:
             "checkpoint_unix_s": manifest.as_of_unix_s,
             "created_unix_s": clock(),
         }
-        files = write_model(folder, model, graph, pack_weights(weights))
+        files = write_model(folder, model, graph, pack_weights(weights), warm_up=warm_up)
         if mode == "standalone":
             rows = write_serving_rows(checkpoint, folder.child(ROWS).url, tables)
         else:

@@ -45,10 +45,12 @@ def test_versions_come_go_and_are_rolled_back_without_a_failed_request(processes
             return version
 
         first, second = publish(), publish()
+        (tmp_path / "warm-up.jsonl").write_text('{"records": [{}, {}]}\n')
         http = f"127.0.0.1:{free_ports(1)[0]}"
         address = processes.start(
             "entry",
             *("serving", "entry", "--export", str(base), "--http", http, "--poll", "0.1", "--version", "keep:2"),
+            *("--warm-up", str(tmp_path / "warm-up.jsonl")),
         )
         processes.wait("entry")
         records = trained.records.payloads()
@@ -98,6 +100,14 @@ def test_versions_come_go_and_are_rolled_back_without_a_failed_request(processes
             wants[fifth] = trained.scores()
             shutil.copy(f"{made}/weights.safetensors", weights)
             answers(fifth)
+
+            spoilt = {"dense/bias": np.array([np.nan], np.float32)}  # training has gone wrong
+            client.assign_variables(spoilt, allow_non_finite=True)
+            exporter.export(trained.save(), str(base), mode="standalone")
+            nan = "--warm-up request 1: output 'score' of record 0 is nan"
+            eventually(lambda: nan in predictor.status().load_error, timeout_s=PATIENCE_S)
+            load.more()
+            assert load.answers[-1].model_version == fifth
         assert load.errors == []
     for found in load.answers:
         np.testing.assert_allclose(found.scores, wants[found.model_version], atol=CLOSE)

@@ -29,6 +29,7 @@ from trilith_proto.proto_parser_pb2 import Instance
 from trilith_services.http.server import HttpServer
 from trilith_services.serving.http import make_app
 from trilith_services.serving.metrics import EntryMetrics
+from trilith_services.serving.requests import PredictBody
 from trilith_services.serving.servicer import PredictionServicer
 from trilith_services.serving.unknown import UnknownPolicy
 
@@ -329,9 +330,9 @@ def test_unknown_features_of_json_are_refused_unless_they_are_to_be_ignored(mode
     records = [{"u": [1], "agee": [1], "x": "what"}]
     for policy in (UnknownPolicy.json, UnknownPolicy.refuse):
         with pytest.raises(InvalidRequestError, match="no feature 'agee'"):
-            servicer(model, policy)[0].score_json(records)
+            servicer(model, policy)[0].answer(PredictBody(records=records))
     made, metrics = servicer(model, UnknownPolicy.ignore)
-    assert np.frombuffer(made.score_json(records).outputs[1].values, "<f4").tolist() == [1]
+    assert np.frombuffer(made.answer(PredictBody(records=records)).outputs[1].values, "<f4").tolist() == [1]
     assert counted(metrics, "json") == 2
 
 

@@ -24,6 +24,7 @@ from trilith_proto.example_pb2 import Example
 from trilith_proto.proto_parser_pb2 import Instance
 from trilith_services.serving.metrics import EntryMetrics
 from trilith_services.serving.models import Models
+from trilith_services.serving.requests import PredictBody
 from trilith_services.serving.servicer import PredictionServicer
 
 
@@ -107,13 +108,13 @@ def servicer(models) -> PredictionServicer:
 
 def test_json_takes_text_and_numbers_of_one_feature_as_training_did(exported, servicer):
     given = rows(batch(99))
-    click = servicer.score_json(given).outputs[0]
+    click = servicer.answer(PredictBody(records=given)).outputs[0]
     np.testing.assert_allclose(np.frombuffer(click.values, "<f4"), exported[1]["click"], rtol=1e-6, atol=1e-6)
     hashed = [
         row | {"places": [int(hash_strings([text])[0]) if at == 0 else text for at, text in enumerate(row["places"])]}
         for row in given
     ]
-    assert servicer.score_json(hashed).outputs[0].values == click.values
+    assert servicer.answer(PredictBody(records=hashed)).outputs[0].values == click.values
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_json_takes_text_and_numbers_of_one_feature_as_training_did(exported, se
 )
 def test_json_that_does_not_fit_is_refused_by_name(servicer, record, why):
     with pytest.raises(InvalidRequestError) as caught:
-        servicer.score_json([{}, record])
+        servicer.answer(PredictBody(records=[{}, record]))
     assert "record 1" in str(caught.value)
     assert why in str(caught.value)
 

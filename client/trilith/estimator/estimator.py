@@ -24,7 +24,7 @@ from trilith.estimator import events
 from trilith.estimator.callbacks import Callback, Callbacks
 from trilith.estimator.compiling import Compiled
 from trilith.estimator.config import RunConfig
-from trilith.estimator.exporting import exporter_of
+from trilith.estimator.exporting import exporter_of, warm_up_of
 from trilith.estimator.group import local_device, process_group
 from trilith.estimator.identity import WorkerIdentity
 from trilith.estimator.keeping import Keeper, newest_job
@@ -87,6 +87,8 @@ class Estimator:
         self._stop_reason = ""
         self._micro = 0
         self._exporter: Any = None
+        self._sample: Prepared | None = None
+        """The newest batch that was learned from."""
         self.step_count = 0
         """Steps of the cluster, as this worker last heard of them."""
         self._saved_step, self._saved_at = 0, time.monotonic()
@@ -229,6 +231,7 @@ class Estimator:
     def _learn(self, prepared: Prepared, fetched: FetchedRows | None) -> Learned:
         """Forward and backward, and a step where one is due."""
         run, watch = self.run, Watch()
+        self._sample = prepared
         self.task.train()
         if self._micro == 0:
             self.optimization.pull()
@@ -636,13 +639,16 @@ class Estimator:
         self._settled = lambda: at
         self.step_count = self._saved_step = int(self.client.global_step())
 
-    def export(self, base: str = "", *, checkpoint: str = "", mode: str = "") -> str:
+    def export(self, base: str = "", *, checkpoint: str = "", mode: str = "", warm_up: int | Any = None) -> str:
         """Write what `trilith serving entry` loads; returns the path of its version.
 
         Args:
             base: Directory or URL of exports; empty: the run's `export_dir`, or exports in its `model_dir`.
             checkpoint: Which; empty: the newest of the run's `model_dir`, saved first where training has gone on.
             mode: "distributed" or "standalone"; empty: the run's `export_mode`.
+            warm_up: What entries score before the version answers: so many samples of the job's data, the ones that it
+                saw last or else its first ones; or batches, all of whose samples are taken. None: the run's
+                `export_warm_up`.
         """
         self.open()
         began = time.perf_counter()
@@ -654,11 +660,29 @@ class Estimator:
         texts = frozenset(self.task.texts.union(read_job(path).texts if is_job(path) else ()))
         if self._exporter is None or self._exporter[0] != texts:
             self._exporter = texts, exporter_of(self.name, self.task, self.rows, texts)
-        done = self._exporter[1].export(path, base, mode=mode or run.export_mode)
+        asked = self._warm_up(run.export_warm_up if warm_up is None else warm_up)
+        done = self._exporter[1].export(path, base, mode=mode or run.export_mode, warm_up=asked)
         self._tell(
             events.Exported(step=done.step, path=done.path, version=done.version, seconds=time.perf_counter() - began)
         )
         return str(done.path)
+
+    def _warm_up(self, wanted: int | Any) -> bytes:
+        """A warm-up file of so many samples, or of those of batches."""
+        if not isinstance(wanted, int):
+            return warm_up_of(self.task, self._source(wanted, labels=False).epoch(0), None)
+        if wanted < 0:
+            raise InvalidRequestError(f"warm_up={wanted}: how many samples, from 0, or batches of them")
+        if not wanted or self._sample is not None:
+            return warm_up_of(self.task, [] if self._sample is None else [self._sample], wanted)
+        data = self._data["evaluate"] if self._data["evaluate"] is not None else self._data["train"]
+        if data is None:
+            raise InvalidRequestError(f"warm_up={wanted}: the job has no data to take samples from; give batches")
+        batches = self._source(data, labels=False).epoch(0)
+        try:
+            return warm_up_of(self.task, batches, wanted)
+        finally:
+            batches.close()
 
     def _saved_now(self) -> str:
         """A checkpoint of the state as it is."""

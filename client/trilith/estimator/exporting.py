@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+import json
+from collections.abc import Callable, Collection, Iterable
 from importlib.metadata import entry_points
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,12 +15,15 @@ from torch import Tensor, nn
 from trilith.data.parse.specs import Dense
 from trilith.errors import InvalidRequestError
 from trilith.estimator.features import Embedding, Inputs, Pooled, Rows, Sequence
-from trilith.estimator.rows import TaskRows, combiner_of_feature
+from trilith.estimator.rows import Prepared, TaskRows, combiner_of_feature
 from trilith.estimator.state import read_job
 from trilith.estimator.task import Task
+from trilith.ops.ragged import Ragged
 from trilith.serving.exports import ProgramInput, ServedFeature
 
-__all__ = ["Served", "exporter_of"]
+__all__ = ["Served", "exporter_of", "warm_up_of"]
+
+_RECORDS = 64  # of a warm-up request
 
 
 class Served(nn.Module):
@@ -102,3 +107,32 @@ def exporter_of(name: str, task: Task, rows: TaskRows, texts: Collection[str] = 
             task.load_state_dict(dict(read_job(checkpoint).dense))
 
     return make(name, served, dense=task, features=features, inputs=served.inputs, outputs=served.outputs, load=load)
+
+
+def warm_up_of(task: Task, batches: Iterable[Prepared], most: int | None) -> bytes:
+    """A warm-up file: the first `most` samples of batches, all of them if None, as requests in JSON."""
+    lines: list[str] = []
+    left = most
+    for prepared in batches:
+        if left is not None and left <= 0:
+            break
+        records = _records(task, prepared, prepared.samples if left is None else left)
+        left = None if left is None else left - len(records)
+        starts = range(0, len(records), _RECORDS)
+        lines.extend(json.dumps({"records": records[start : start + _RECORDS]}) for start in starts)
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _records(task: Task, prepared: Prepared, most: int) -> list[dict[str, Any]]:
+    """The first samples of a batch, their features by the names that records have."""
+    columns: dict[str, list[Any]] = {}
+    sparse = [(name, feature) for name, feature in task.features.items() if not isinstance(feature, Dense)]
+    # A sequence has the newest ids only; what pools the same column has all.
+    for name, feature in sorted(sparse, key=lambda each: isinstance(each[1], Embedding)):
+        columns[feature.feature or name] = prepared.ids[name].tolist()
+        if isinstance(feature, Embedding) and feature.weights:
+            columns[feature.weights] = Ragged(prepared.weights[name], prepared.ids[name].row_splits).tolist()
+    for name, numbers in task.features.items():
+        if isinstance(numbers, Dense) and (numbers.feature or name) not in columns:
+            columns[numbers.feature or name] = prepared.dense[name].tolist()
+    return [dict(zip(columns, row, strict=True)) for row in islice(zip(*columns.values(), strict=True), most)]

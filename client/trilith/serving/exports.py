@@ -5,6 +5,7 @@
         program.json                the graph (`trilith.nn.program`)
         weights.safetensors         parameters, buffers and constants of the graph
         model.json                  features, inputs, outputs, table configs
+        warmup.jsonl                requests that an entry scores first, where there are any, a line each
         rows/                       serving rows, in the form of a checkpoint of one PS
     BASE/entry/<version>/           the same without rows: a distributed export
     BASE/ps_<i>/<version>/          shard i's serving rows: rows/ as in a standalone export, and a manifest
@@ -32,6 +33,7 @@ __all__ = [
     "MANIFEST",
     "MODEL",
     "ROWS",
+    "WARM_UP",
     "WEIGHTS",
     "ExportManifest",
     "ModelConfig",
@@ -53,6 +55,7 @@ MANIFEST = "manifest.json"
 GRAPH = "program.json"
 WEIGHTS = "weights.safetensors"
 MODEL = "model.json"
+WARM_UP = "warmup.jsonl"
 ROWS = "rows"
 ENTRY = "entry"
 
@@ -363,9 +366,11 @@ def _numbered(base: str) -> list[str]:
     return [name for name in Folder(base).names() if name.isascii() and name.isdecimal() and name == str(int(name))]
 
 
-def write_model(folder: Folder, model: ModelConfig, graph: bytes, weights: bytes) -> dict[str, int]:
+def write_model(
+    folder: Folder, model: ModelConfig, graph: bytes, weights: bytes, *, warm_up: bytes = b""
+) -> dict[str, int]:
     """Write a model's files; returns their checksums."""
-    contents = {GRAPH: graph, WEIGHTS: weights, MODEL: model.to_json()}
+    contents = {GRAPH: graph, WEIGHTS: weights, MODEL: model.to_json()} | ({WARM_UP: warm_up} if warm_up else {})
     for name, content in contents.items():
         folder.write(name, content)
     return {name: _crc(content) for name, content in contents.items()}

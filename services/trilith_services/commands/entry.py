@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -51,6 +52,16 @@ def entry(
             "requests may name one. See `trilith serving pin` for all entries of a directory.",
         ),
     ] = "latest",
+    warm_up: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Requests, a line each as POST /v1/predict takes them, that every version scores before it answers, "
+            "beside those that its export carries; a version that cannot is refused.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     replicas: Annotated[
         list[str] | None,
         typer.Option(
@@ -107,6 +118,7 @@ def entry(
     from trilith_services.serving.server import Entry, EntryOptions
     from trilith_services.serving.unknown import UnknownPolicy
     from trilith_services.serving.versions import VersionPolicy
+    from trilith_services.serving.warm_up import read_warm_up
     from trilith_services.worker.run import use_threads
 
     policy = VersionPolicy.parse(version)
@@ -123,6 +135,7 @@ def entry(
         unknown=UnknownPolicy(unknown_features.value),
         replica=replica,
         version=policy,
+        warm_up=tuple(read_warm_up(warm_up.read_bytes(), str(warm_up))) if warm_up is not None else (),
         advertise=advertise,
     )
     directory = ServingDirectory(discovery, name) if discovery is not None else None

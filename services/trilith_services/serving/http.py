@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import time
 from typing import Any
 
@@ -11,50 +10,15 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse, Response
 from google.protobuf.json_format import MessageToDict
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
 
-from trilith.errors import InvalidRequestError, TrilithError
+from trilith.errors import TrilithError
 from trilith_proto import serving_pb2
 from trilith_services.http.failures import FAILURES, answer_failures
 from trilith_services.serving.metrics import EntryMetrics
+from trilith_services.serving.requests import PredictBody
 from trilith_services.serving.servicer import PredictionServicer
 
-__all__ = ["PredictBody", "make_app"]
-
-
-class PredictBody(BaseModel):
-    """A request: records as objects, or serialized ones; one of the two."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    records: list[dict[str, Any]] = Field(
-        default=[],
-        description="Per record its features, each a number or a list of them: ids are whole numbers from 0 to "
-        "2^64 - 1, or their digits as text; a dense feature has as many numbers as the model takes. One that is left "
-        "out is empty, or zeros.",
-        examples=[[{"user": [281474976710657], "age": 31}]],
-    )
-    examples: list[str] = Field(default=[], description="Serialized Examples, base64.")
-    instances: list[str] = Field(default=[], description="Serialized Instances, base64.")
-    version: int = Field(default=0, ge=0, le=2**63 - 1, description="Which loaded version; 0: the one in use.")
-
-    def score(self, servicer: PredictionServicer) -> serving_pb2.PredictResponse:
-        """Have it answered."""
-        given = [name for name in ("records", "examples", "instances") if getattr(self, name)]
-        if len(given) != 1:
-            raise InvalidRequestError("give one of records, examples and instances, and not an empty one")
-        if self.records:
-            return servicer.score_json(self.records, version=self.version)
-        kind = serving_pb2.EXAMPLE if self.examples else serving_pb2.INSTANCE
-        payloads = [_decoded(text, f"{given[0]}[{number}]") for number, text in enumerate(getattr(self, given[0]))]
-        return servicer.score(serving_pb2.PredictRequest(kind=kind, records=payloads, model_version=self.version))
-
-
-def _decoded(text: str, where: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError as error:  # binascii's, or of letters that are not even ASCII
-        raise InvalidRequestError(f"{where} is not base64: {error}") from None
+__all__ = ["make_app"]
 
 
 def make_app(servicer: PredictionServicer, metrics: EntryMetrics) -> FastAPI:
@@ -109,7 +73,7 @@ def _predict(servicer: PredictionServicer, body: PredictBody) -> dict[str, Any]:
     started = time.perf_counter()
     status = "OK"
     try:
-        response = body.score(servicer)
+        response = servicer.answer(body)
     except TrilithError as error:
         status = error.status
         raise

@@ -14,15 +14,18 @@ from trilith.data.records import Kind, Records
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.folder import Folder
 from trilith.nn.serving import Lookup, ServedModel, load_model
-from trilith.serving.exports import ROWS, ExportManifest, ModelConfig
+from trilith.serving.exports import ROWS, WARM_UP, ExportManifest, ModelConfig, read_file
 from trilith_services.serving.replica_lists import ReplicaList
 from trilith_services.serving.replicas import ShardedReplicas
+from trilith_services.serving.requests import PredictBody
+from trilith_services.serving.warm_up import WarmUp, read_warm_up
 
 __all__ = ["Loaded", "Loader"]
 
 log = logging.getLogger(__name__)
 
 _WARM_SIZES = (1, 256)
+_WARM_UP_S = 30.0  # for the rows of one warm-up request
 
 
 @dataclass(slots=True, eq=False)
@@ -65,16 +68,18 @@ class Loader:
         listed: Where the replicas are that distributed exports look rows up at; closed in the end.
         timeout_s: Deadline of a lookup that has none.
         threads: That standalone rows are read with; None: one per core.
+        warm_up: What every version scores first.
 
     Attributes:
         replicas: Those that distributed exports look rows up at; None before the first such export.
     """
 
-    def __init__(self, listed: ReplicaList | None, *, timeout_s: float, threads: int | None) -> None:
+    def __init__(self, listed: ReplicaList | None, *, timeout_s: float, threads: int | None, warm_up: WarmUp) -> None:
         self.replicas: ShardedReplicas | None = None
         self._listed = listed
         self._timeout_s = timeout_s
         self._threads = threads
+        self._warm_up = warm_up
 
     def load(self, path: str, version: int, *, model: str = "") -> Loaded:
         """Load the export in a folder and run it once.
@@ -107,6 +112,9 @@ class Loader:
                     "entry's, with a directory of its own"
                 )
             _warm(served)
+            asked = self._warm_up.run(served, _requests(path, manifest), timeout_s=_WARM_UP_S)
+            if asked:
+                log.info("warmed up", extra={"version": version, "requests": asked})
         except BaseException:
             for client in own:
                 client.close()
@@ -134,6 +142,17 @@ class Loader:
             self.replicas.close()
         if self._listed is not None:
             self._listed.close()
+
+
+def _requests(path: str, manifest: ExportManifest) -> list[PredictBody]:
+    """Those that an export carries."""
+    if WARM_UP not in manifest.files:
+        return []
+    folder = Folder(path)
+    try:
+        return read_warm_up(read_file(folder, manifest, WARM_UP), WARM_UP)
+    except InvalidRequestError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _warm(model: ServedModel) -> None:

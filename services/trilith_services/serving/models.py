@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from trilith.errors import InvalidRequestError, TrilithError, UnavailableError
+from trilith.errors import DeadlineExceededError, InvalidRequestError, TrilithError, UnavailableError
 from trilith.folder import Folder
 from trilith.serving.exports import entry_base, list_versions
 from trilith.serving.published import Published, read_published
@@ -17,6 +17,7 @@ from trilith_services.serving.loading import Loaded, Loader
 from trilith_services.serving.replica_lists import ReplicaList
 from trilith_services.serving.replicas import ShardedReplicas
 from trilith_services.serving.versions import Plan, VersionPolicy
+from trilith_services.serving.warm_up import WarmUp
 
 __all__ = ["Models"]
 
@@ -63,6 +64,7 @@ class Models:
         base: str,
         *,
         policy: VersionPolicy | None = None,
+        warm_up: WarmUp | None = None,
         listed: ReplicaList | None = None,
         timeout_s: float = 1.0,
         threads: int | None = None,
@@ -74,6 +76,7 @@ class Models:
         Args:
             base: Directory or URL of the exports.
             policy: Which versions; None: the newest.
+            warm_up: What each scores before it answers, beside what its export says.
             listed: Where the replicas are that distributed exports look rows up at.
             timeout_s: Deadline of a lookup that has none.
             threads: That standalone rows are read with; None: one per core.
@@ -84,7 +87,7 @@ class Models:
         self.policy = policy or VersionPolicy()
         self.published = Published()
         self.load_error = ""
-        self._loader = Loader(listed, timeout_s=timeout_s, threads=threads)
+        self._loader = Loader(listed, timeout_s=timeout_s, threads=threads, warm_up=warm_up or WarmUp())
         self._told = loaded
         self._lock = threading.Lock()
         self._current: Loaded | None = None
@@ -248,7 +251,9 @@ class Models:
             again = known is not None and known.why == why
             if not isinstance(error, TrilithError | OSError):
                 log.error("version %d cannot be loaded", version, exc_info=None if again else error)
-            pause_s = _FIRST_PAUSE_S if known is None else min(2 * known.pause_s, _LONGEST_PAUSE_S)
+            # Replicas that are not there yet are no fault of a version: it is wanted as soon as they are.
+            elsewhere = isinstance(error, UnavailableError | DeadlineExceededError)
+            pause_s = _FIRST_PAUSE_S if known is None or elsewhere else min(2 * known.pause_s, _LONGEST_PAUSE_S)
             self._failed[version] = _Failed(why, stamps, stamps, pause_s, self._clock() + pause_s)
             if not again:
                 log.error("export not loaded: %s", why)

@@ -13,9 +13,11 @@ from trilith_services.grpc.serve import Server
 from trilith_services.grpc.server_process import HttpSide, ProcessOptions, ServerProcess
 from trilith_services.serving.metrics import EntryMetrics
 from trilith_services.serving.models import Models
+from trilith_services.serving.requests import PredictBody
 from trilith_services.serving.servicer import SERVICE, PredictionServicer
 from trilith_services.serving.unknown import UnknownPolicy
 from trilith_services.serving.versions import VersionPolicy
+from trilith_services.serving.warm_up import WarmUp
 
 if TYPE_CHECKING:
     from trilith.discovery.serving import ServingTask
@@ -41,6 +43,7 @@ class EntryOptions(ProcessOptions):
         unknown: Whose features that the model does not know are refused.
         replica: Its number among the entries; None: one that ZooKeeper gives.
         version: Which versions of the export are loaded.
+        warm_up: Requests that a version scores before it answers, beside those of its export.
     """
 
     http: str = ""
@@ -51,6 +54,7 @@ class EntryOptions(ProcessOptions):
     unknown: UnknownPolicy = UnknownPolicy.json
     replica: int | None = None
     version: VersionPolicy = field(default_factory=VersionPolicy)
+    warm_up: tuple[PredictBody, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("poll_s", "deadline_s", "max_records"):
@@ -83,6 +87,7 @@ class Entry(ServerProcess[EntryOptions]):
         self.models = Models(
             base,
             policy=options.version,
+            warm_up=WarmUp(requests=options.warm_up, policy=options.unknown),
             listed=replicas,
             timeout_s=options.deadline_s,
             threads=options.threads,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import grpc
 import numpy as np
@@ -13,13 +12,13 @@ from google.protobuf.message import DecodeError
 
 from trilith.data.records import Kind, Records
 from trilith.errors import InvalidRequestError
-from trilith.serving.exports import RecordFeature
+from trilith.nn.serving import ServedModel
 from trilith_proto import serving_pb2
 from trilith_services.grpc.rpc import rpc
 from trilith_services.grpc.serve import Method
-from trilith_services.serving.json_records import encode_records
 from trilith_services.serving.metrics import EntryMetrics
 from trilith_services.serving.models import Models
+from trilith_services.serving.requests import PredictBody, records_of
 from trilith_services.serving.unknown import UnknownFeatures, UnknownPolicy
 
 __all__ = ["SERVICE", "PredictionServicer"]
@@ -115,29 +114,22 @@ class PredictionServicer:
             raise InvalidRequestError(f"model_version={request.model_version} is none; 0 is the one in use")
         return self._score(
             len(payloads),
-            lambda declared: Records.of(payloads, kind, source="request"),
+            lambda model: Records.of(payloads, kind, source="request"),
             version=request.model_version,
             timeout_s=timeout_s,
         )
 
-    def score_json(
-        self, records: Sequence[Mapping[str, Any]], *, version: int = 0, timeout_s: float | None = None
-    ) -> serving_pb2.PredictResponse:
-        """Score records of JSON: per feature a number or a list of them."""
-
-        def encoded(declared: Mapping[str, RecordFeature]) -> Records:
-            payloads = encode_records(records, declared, self._unknown.in_json(declared))
-            return Records.of(payloads, Kind.EXAMPLE, source="request")
-
-        return self._score(len(records), encoded, version=version, timeout_s=timeout_s)
+    def answer(self, body: PredictBody, *, timeout_s: float | None = None) -> serving_pb2.PredictResponse:
+        """Score a request that came as JSON."""
+        return self._score(
+            body.count,
+            lambda model: records_of(body, model, self._unknown),
+            version=body.version,
+            timeout_s=timeout_s,
+        )
 
     def _score(
-        self,
-        count: int,
-        make: Callable[[Mapping[str, RecordFeature]], Records],
-        *,
-        version: int,
-        timeout_s: float | None,
+        self, count: int, make: Callable[[ServedModel], Records], *, version: int, timeout_s: float | None
     ) -> serving_pb2.PredictResponse:
         if not 1 <= count <= self._max_records:
             raise InvalidRequestError(f"{count} records in a request; 1 to {self._max_records} are taken")
@@ -149,10 +141,8 @@ class PredictionServicer:
                 model_step=loaded.manifest.step,
                 rows_as_of=self._models.as_of(loaded),
             )
-            declared = loaded.model.declared
-            outputs = loaded.model.predict(
-                make(declared), timeout_s=timeout, on_unknown=self._unknown.in_records(declared)
-            )
+            model = loaded.model
+            outputs = model.predict(make(model), timeout_s=timeout, on_unknown=self._unknown.in_records(model.declared))
         for name, values in outputs.items():
             flat = np.ascontiguousarray(values.reshape(count, -1), "<f4")
             response.outputs.add(name=name, width=flat.shape[1], values=flat.tobytes())
