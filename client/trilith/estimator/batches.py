@@ -134,7 +134,7 @@ def arrange(batch: Any, wanted: Wanted, *, labels: bool = True) -> Batch:
 
     Raises:
         InvalidRequestError: A column is missing, is not of its form, has another number of samples than others, or a
-            label is out of range; the message names feature and column.
+            label is out of range; the message names feature and column. Or there are no samples.
     """
     columns = columns_of(batch)
     taken: set[str] = set()
@@ -167,6 +167,8 @@ def arrange(batch: Any, wanted: Wanted, *, labels: bool = True) -> Batch:
     for name in wanted.labels if labels else ():
         if name not in found_labels:
             found_labels[name], masks[name] = torch.zeros(rows.count), torch.zeros(rows.count, dtype=torch.bool)
+    if not rows.count:
+        raise InvalidRequestError("a batch has no samples; leave such batches out")
     return Batch(
         rows=rows.count,
         ids={name: ids[name] for name in wanted.ids},
@@ -339,7 +341,7 @@ def _matrix(who: str, given: Any, width: int | None, fill: float) -> Tensor:
         except ValueError:
             pass  # lists of different lengths
         if array is not None and array.dtype.kind in "fiub" and array.ndim in (1, 2):
-            return _tensor(who, array.reshape(len(array), -1))
+            return _tensor(who, array[:, None] if array.ndim == 1 else array)
     values, splits, _ = read_lists(who, given, None, None)
     floats = as_floats(who, values)
     if floats.ndim == 2:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -70,8 +71,7 @@ class Estimator:
         evaluate: Any = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        if not isinstance(task, Task):
-            raise InvalidRequestError(f"a {type(task).__name__} is no trilith.estimator.Task")
+        _check_parts(task, run, {"train": train, "evaluate": evaluate})
         self.task = task
         self.run = RunConfig() if run is None else run
         self._data = {"train": train, "evaluate": evaluate}
@@ -385,6 +385,10 @@ class Estimator:
                 batches.close()
             if outcome in ("stop", "enough"):
                 return outcome == "enough"
+            if not batches.done and self.identity.world_size == 1:
+                raise InvalidRequestError(
+                    f"the training data has no batch in epoch {self._at.epoch}; look at its files and filters"
+                )
             self._at = replace(self._at, epoch=self._at.epoch + 1, batches=0, source=batches.after)
             if not self._micro:
                 self._settle()
@@ -630,6 +634,7 @@ class Estimator:
         self.open()
         self._begun = True
         self._give_up()
+        self._saver.check(path)
         self._saver.restore_rows(path)
         self._go_on(self._saver.load(path))
         self._tell(events.Restored(path=path, step=self.step_count, epoch=self._at.epoch))
@@ -723,6 +728,23 @@ class Estimator:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _check_parts(task: Any, run: Any, data: Mapping[str, Any]) -> None:
+    """Refuse what an Estimator cannot be made of."""
+    if isinstance(task, type) and issubclass(task, Task):
+        raise InvalidRequestError(f"{task.__name__} is a class; an Estimator takes a task: {task.__name__}(...)")
+    if not isinstance(task, Task):
+        raise InvalidRequestError(f"a {type(task).__name__} is no trilith.estimator.Task")
+    if run is not None and not isinstance(run, RunConfig):
+        raise InvalidRequestError(f"run is a {type(run).__name__}; an Estimator takes a RunConfig(...)")
+    for name, given in data.items():
+        if isinstance(given, str | os.PathLike):
+            raise InvalidRequestError(
+                f"{name}={str(given)!r} is a path; {name}=lambda: trilith.data.read({str(given)!r}).batch(n) reads it"
+            )
+        if isinstance(given, Mapping):
+            raise InvalidRequestError(f"{name} is one mapping; an iterable of batches is needed, such as [batch]")
 
 
 def _itself(prepared: Prepared) -> Prepared:

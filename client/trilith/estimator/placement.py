@@ -91,6 +91,11 @@ def make_dense(
         optimizer = task.dense_optimizer or Adam(learning_rate=1e-3)
         return DenseOnPs(client, task, optimizer, prefetch=prefetch, async_push=async_push, lane=lane)
     make: Callable[[Iterable[nn.Parameter]], Any] = task.dense_optimizer or _adam
+    if not callable(make):
+        raise InvalidRequestError(
+            f"dense_optimizer is {type(make).__name__}(...), made before there were parameters; give a function: "
+            f"lambda parameters: torch.optim.{type(make).__name__}(parameters, ...)"
+        )
     made = make(named)
     if not isinstance(made, torch.optim.Optimizer):
         raise InvalidRequestError(

@@ -159,8 +159,26 @@ class Saver:
             CheckpointError: It is of another model, or damaged.
             InvalidRequestError: It is of another number of workers.
         """
-        if not is_job(path):
+        job = self.check(path)
+        if job is None:
             return RankState()
+        self.load_dense(path, job)
+        state = read_rank(path, self._me.rank, self._me.world_size)
+        set_rng_state(state.rng)  # and again when the data is at its place
+        if state.scaler:
+            self._scaler.load_state_dict(dict(state.scaler))
+        self._callbacks.load_state_dict(state.callbacks)
+        return state
+
+    def check(self, path: str) -> Job | None:
+        """What a checkpoint has beside its rows, if it has that; to be called before anything is replaced.
+
+        Raises:
+            CheckpointError: It is of another model, or damaged.
+            InvalidRequestError: It is of another number of workers.
+        """
+        if not is_job(path):
+            return None
         job = read_job(path)
         if job.task != type(self._task).__name__:
             raise CheckpointError(f"{path} is of the task {job.task}, this one is {type(self._task).__name__}")
@@ -170,23 +188,23 @@ class Saver:
                 f"in the data do not fit; go on with {job.world_size}, or begin the data anew: resume=never and "
                 f"warm_start={path}, with another model_dir"
             )
-        self.load_dense(path, job)
-        state = read_rank(path, self._me.rank, self._me.world_size)
-        set_rng_state(state.rng)  # and again when the data is at its place
-        if state.scaler:
-            self._scaler.load_state_dict(dict(state.scaler))
-        self._callbacks.load_state_dict(state.callbacks)
-        return state
+        self._check_dense(path, job)
+        return job
 
-    def load_dense(self, path: str, job: Job, *, publish: bool = False) -> None:
-        """Take over parameters, buffers and the optimizer's state; `publish`: also to the PS, where they are there."""
+    def _check_dense(self, path: str, job: Job) -> None:
+        """Refuse the parameters of another model."""
         mine: Mapping[str, torch.Tensor] = self._task.state_dict()
         lacking, strange = sorted(mine.keys() - job.dense.keys()), sorted(job.dense.keys() - mine.keys())
         wrong = sorted(name for name in mine.keys() & job.dense.keys() if mine[name].shape != job.dense[name].shape)
         if lacking or strange or wrong:
             raise CheckpointError(
-                f"{path} is of another model: it lacks {lacking}, has {strange} beside, and other shapes of {wrong}"
+                f"{path} is of another model: it lacks {lacking}, has {strange} beside, and other shapes of {wrong}; "
+                f"a new model_dir with warm_start={path} and warm_start_parts=rows begins with its rows"
             )
+
+    def load_dense(self, path: str, job: Job, *, publish: bool = False) -> None:
+        """Take over parameters, buffers and the optimizer's state; `publish`: also to the PS, where they are there."""
+        self._check_dense(path, job)
         self._task.load_state_dict(dict(job.dense))
         self._task.texts |= set(job.texts)
         if job.optimizer:
@@ -209,10 +227,13 @@ class Saver:
         path: str | None = run.resume
         if run.resume in ("latest", "never"):
             path = newest_job(run.model_dir) if run.model_dir else None
+        job = read_job(path) if path is not None and is_job(path) else None
+        if path is not None and job is not None:
+            self._check_dense(path, job)
         if path is not None and self._placement.rows == "process":
             self.restore_rows(path)
-        if path is not None and is_job(path):
-            self.load_dense(path, read_job(path))
+        if path is not None and job is not None:
+            self.load_dense(path, job)
         elif step > 0 and not isinstance(self._dense, DenseOnPs):
             log.warning("no checkpoint of model_dir=%r has the dense part: it is as it was made", run.model_dir)
 
@@ -220,11 +241,14 @@ class Saver:
         """Begin a new run with what a checkpoint has; the position in the data is that of a new run."""
         parts = self._run.warm_start_parts
         on_ps = self._dense if isinstance(self._dense, DenseOnPs) else None
+        job = read_job(path) if parts in ("all", "dense") and is_job(path) else None
+        if job is not None:
+            self._check_dense(path, job)
         if parts in ("all", "rows"):
             own = dense_state(self._task)
             self.restore_rows(path)  # with dense variables, which are not asked for
             if parts == "rows" and on_ps is not None:
                 self._task.load_state_dict(own)
                 on_ps.publish()
-        if parts in ("all", "dense") and is_job(path):
-            self.load_dense(path, read_job(path), publish=True)
+        if job is not None:
+            self.load_dense(path, job, publish=True)

@@ -117,6 +117,10 @@ class Task(nn.Module):
             By label the mean cross-entropy over the samples that have it; 0 where none has. A task's own may have
             parts by other names, which are added as they are.
         """
+        if not labels:
+            raise InvalidRequestError(
+                f"{type(self).__name__} has no labels to learn from: set labels = {{NAME: Label()}}, or give it a loss"
+            )
         return {name: masked_mean(_cross_entropy, outputs[name], label, weight) for name, label in labels.items()}
 
     @property
@@ -138,6 +142,8 @@ class Task(nn.Module):
         """
         if self._built:
             return
+        if type(self).forward is Task.forward:
+            raise InvalidRequestError(f"{type(self).__name__} needs a forward(self, x)")
         self._built = True
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
