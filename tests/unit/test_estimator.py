@@ -277,6 +277,42 @@ def test_weights_of_ids_views_and_strings_are_learned_and_looked_up_once():
         assert [table.name for table in estimator.client.describe()[0].tables] == ["tag"]
 
 
+def test_the_largest_of_a_bag_is_learned_exported_and_served(tmp_path):
+    class Largest(Task):
+        item = Embedding(dim=3, bias=True, pooling="max")
+        tags = item.view(pooling="max", weights="tag_weights")
+        more = item.view(pooling="sum")
+        labels: ClassVar = {"y": Label()}
+
+        def forward(self, x):
+            return x.item.vector.sum(1) + x.item.bias + x.tags.vector.sum(1) - x.more.vector.sum(1)
+
+    rng = np.random.default_rng(0)
+    lists = [[rng.integers(0, 9, n).tolist() for n in rng.integers(0, 4, 40)] for _ in range(3)]
+    batch = {"item": lists[0], "tags": lists[1], "more": lists[2], "y": rng.integers(0, 2, 40).astype(np.float32)}
+    batch["tag_weights"] = [rng.random(len(each)).astype(np.float32).tolist() for each in lists[1]]
+    run = run_config(model_dir=str(tmp_path / "model"), export_mode="standalone")
+    with Estimator(Largest(), run, train=[batch] * 30) as estimator:
+        first = estimator.evaluate([batch])["loss"]
+        estimator.train()
+        assert estimator.evaluate([batch])["loss"] < first
+        (want,) = estimator.predict([batch])
+        estimator.export(str(tmp_path / "exports"))
+    payloads = []
+    for row in range(40):
+        example = Example()
+        for name in ("item", "tags", "more"):
+            example.named_feature.add(name=name).feature.fid_v2_list.value.extend(batch[name][row])
+        example.named_feature.add(name="tag_weights").feature.float_list.value.extend(batch["tag_weights"][row])
+        payloads.append(example.SerializeToString())
+    models = Models(str(tmp_path / "exports"))
+    assert models.refresh()
+    with models.use() as loaded:
+        found = loaded.model.predict(Records.of(payloads, Kind.EXAMPLE))
+    models.close()
+    np.testing.assert_allclose(found["y"], want["y"], rtol=1e-6, atol=1e-6)
+
+
 def test_checkpoints_are_kept_by_rule(tmp_path):
     run = run_config(
         epochs=1, save_every=1, keep_newest=2, keep_best="valid/click/auc", evaluate_every=1, model_dir=str(tmp_path)

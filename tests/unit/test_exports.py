@@ -393,7 +393,7 @@ def test_features_of_several_tables_combiners_and_dense_inputs_reach_the_program
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ServedFeature(table="t", combiner="max"), "combiner 'max'"),
+        (lambda: ServedFeature(table="t", combiner="median"), "combiner 'median'"),
         (lambda: ServedFeature(table="t", combiner="first"), "n=0"),
         (lambda: ProgramInput(kind="dense", names=("x",)), "dim=0"),
         (lambda: ProgramInput(kind="stacked", names=()), "stacked"),

@@ -166,8 +166,8 @@ def test_pythons_ids_keep_all_bits(ids):
 
 
 def test_an_unknown_combiner_is_refused():
-    with pytest.raises(InvalidRequestError, match="max"):
-        EmbeddingBag(filled().table("t"), combiner="max")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="median"):
+        EmbeddingBag(filled().table("t"), combiner="median")  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError):
         FirstN(0)
 
@@ -446,3 +446,18 @@ def test_what_a_batch_of_a_task_may_be_a_module_takes():
     assert as_bags([[1, 2], None, [3]]).tolist() == [[1, 2], [], [3]]
     assert as_bags(pa.array([[1], None, [2, 3]])).tolist() == [[1], [], [2, 3]]
     assert as_bags({"values": [1, 2, 3], "lengths": [1, 2]}).tolist() == [[1], [2, 3]]
+
+
+def test_the_largest_is_learned_beside_other_views_of_a_table():
+    client = filled()
+    before = weights(client).clone()
+    table = client.table("t")
+    features = {"sum": Feature(table, "sum"), "max": Feature(table, "max"), "mean": Feature(table, "mean")}
+    found = EmbeddingCollection(client, features)({"sum": [[1], [2]], "max": [[3, 4], []], "mean": [[5, 6], [7]]})
+    torch.testing.assert_close(found["max"], torch.stack([torch.maximum(before[3], before[4]), torch.zeros(DIM)]))
+    torch.testing.assert_close(found["mean"], torch.stack([(before[5] + before[6]) / 2, before[7]]))
+    found["max"].sum().backward()
+    moved = before - weights(client)
+    torch.testing.assert_close(moved[3], (before[3] >= before[4]).float())
+    torch.testing.assert_close(moved[4], (before[3] < before[4]).float())
+    assert not moved[[1, 2, 5, 6, 7]].any()

@@ -29,7 +29,8 @@ class Embedding:
 
     Attributes:
         dim: Floats of the vector.
-        pooling: How the rows of several ids become one: "sum", "mean" or "sqrtn". No ids give zeros.
+        pooling: How the rows of several ids become one: "sum", "mean", "sqrtn" or "max". No ids give
+            zeros.
         bias: Whether a row has one float more, pooled apart: `x.NAME.bias`, float32[b].
         optimizer: Steps the vectors; Adagrad with a rate of 0.05 if None.
         initializer: Of new rows; uniform over [-0.05, 0.05) if None.

@@ -153,7 +153,7 @@ class EmbeddingBag(_ClusterModule):
 
     Args:
         table: A table of an open client.
-        combiner: "sum", "mean", "sqrtn" or `FirstN(n)`.
+        combiner: "sum", "mean", "sqrtn", "max" or `FirstN(n)`.
         device: Where the vectors shall be; "auto" takes CUDA where there is one.
         init_missing: Create rows of unknown ids at their first lookup rather than at their first step.
         bridge: Takes the place of the one that `device` would make.
@@ -245,11 +245,11 @@ class EmbeddingCollection(_ClusterModule):
                     "would be looked up where that name means another table; take it from the collection's client"
                 )
         self.features = dict(features)
-        # Features of one table lie together, the pooled ones first: those become vectors in one operation.
+        # Features of one table lie together, those that add rows first: these become vectors in one operation.
         self._by_table: dict[str, tuple[list[str], list[str]]] = {}
         for name, feature in self.features.items():
             pooled, first = self._by_table.setdefault(feature.table.name, ([], []))
-            (first if feature.combiner.n else pooled).append(name)
+            (pooled if feature.combiner.adds else first).append(name)
 
     @property
     def table_names(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from trilith.nn.bridge import Bridge
 from trilith.nn.exchange import Exchange
-from trilith.nn.pooling import FirstRows, PooledRows
+from trilith.nn.pooling import Pooling
 
 __all__ = ["FetchedRows", "Lookup", "Output", "Step"]
 
@@ -26,7 +26,7 @@ class Output:
     table: str
     start: int
     stop: int
-    pooling: PooledRows | FirstRows
+    pooling: Pooling
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from torch.nn import functional
 from trilith.ops.combiners import Combiner
 from trilith.ops.ragged import Int64Array
 
-__all__ = ["FirstRows", "PooledRows", "make_pooling"]
+__all__ = ["FirstRows", "LargestRows", "PooledRows", "Pooling", "make_pooling"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,23 +80,65 @@ class FirstRows:
         return grads.flatten(0, 1)[self.places]
 
 
+class LargestRows:
+    """Of each float the largest of a bag. Its gradient goes to the row that has it; of several, to the bag's first.
+
+    Args:
+        lengths: int64[b] on the device.
+        weights: float32[n] on the device, what each row is multiplied by before; None: 1.
+    """
+
+    def __init__(self, lengths: Tensor, weights: Tensor | None = None) -> None:
+        self._lengths = lengths
+        self._weights = weights
+        self._winners: Tensor | None = None
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """float32[n, dim] rows to float32[b, dim] vectors; an empty bag gives zeros."""
+        count, dim = rows.shape
+        scaled = rows if self._weights is None else rows * self._weights[:, None]
+        bags = torch.arange(len(self._lengths), device=rows.device).repeat_interleave(self._lengths)
+        place = bags[:, None].expand(count, dim)
+        largest = rows.new_full((len(self._lengths), dim), -math.inf)
+        largest = largest.scatter_reduce(0, place, scaled, "amax")
+        # Behind the last row stands none: of empty bags, and of rows that are no numbers.
+        own = torch.arange(count, device=rows.device)[:, None].expand(count, dim)
+        own = torch.where(scaled == largest[bags], own, count)
+        winners = torch.full(largest.shape, count, device=rows.device)
+        self._winners = winners.scatter_reduce(0, place, own, "amin")
+        return largest.masked_fill((self._lengths == 0)[:, None], 0.0)
+
+    def backward(self, grads: Tensor) -> Tensor:
+        """float32[b, dim] gradients of the vectors that `forward` made last to those of the rows, float32[n, dim]."""
+        assert self._winners is not None
+        count = int(self._lengths.sum())
+        found = grads.new_zeros(count + 1, grads.shape[1]).scatter_(0, self._winners, grads)[:count]
+        return found if self._weights is None else found * self._weights[:, None]
+
+
+Pooling: TypeAlias = PooledRows | LargestRows | FirstRows
+
+
 def make_pooling(
     lengths: Sequence[Int64Array],
     combiners: Sequence[Combiner],
     to_device: Callable[[npt.NDArray[Any]], Tensor],
     weights: Sequence[npt.NDArray[np.float32] | None] = (),
-) -> PooledRows | FirstRows:
+) -> Pooling:
     """Work out how the rows of several features, feature after feature, become vectors.
 
     Args:
-        lengths: Per feature int64[b], the rows of its bags; of several for pooled combiners, of one, cut already, for
-            the first n.
+        lengths: Per feature int64[b], the rows of its bags; of several for combiners that add, of one for "max", and
+            of one, cut already, for the first n.
         combiners: Per feature.
         to_device: Takes an array where the rows are.
         weights: Per feature float32[n], what each row is multiplied by, or None; none at all if empty. A mean is then
             divided by the sum of the weights, and "sqrtn" by the root of the sum of their squares, as
-            `tf.nn.embedding_lookup_sparse` does it.
+            `tf.nn.embedding_lookup_sparse` does it; "max" is of rows times their weights.
     """
+    if combiners[0].kind == "max":
+        of_rows = weights[0] if weights else None
+        return LargestRows(to_device(lengths[0]), None if of_rows is None else to_device(of_rows))
     if any(given is not None for given in weights):
         return _weighted(lengths, combiners, to_device, weights)
     if combiners[0].n:

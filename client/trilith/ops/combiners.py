@@ -9,15 +9,15 @@ from typing import Literal, TypeAlias
 
 from trilith.errors import InvalidRequestError
 
-__all__ = ["FIRST", "MEAN", "SQRTN", "SUM", "Combiner", "CombinerLike", "FirstN", "combiner_of"]
+__all__ = ["FIRST", "MAX", "MEAN", "SQRTN", "SUM", "Combiner", "CombinerLike", "FirstN", "combiner_of"]
 
-Kind: TypeAlias = Literal["sum", "mean", "sqrtn", "first"]
+Kind: TypeAlias = Literal["sum", "mean", "sqrtn", "max", "first"]
 
-SUM, MEAN, SQRTN, FIRST = range(4)
+SUM, MEAN, SQRTN, FIRST, MAX = range(5)
 """What kernels call them; the reference system's messages give sum, mean and first the same numbers."""
 
-_POOLED: tuple[Kind, ...] = ("sum", "mean", "sqrtn")
-_CODES = {"sum": SUM, "mean": MEAN, "sqrtn": SQRTN, "first": FIRST}
+_POOLED: tuple[Kind, ...] = ("sum", "mean", "sqrtn", "max")
+_CODES = {"sum": SUM, "mean": MEAN, "sqrtn": SQRTN, "first": FIRST, "max": MAX}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,9 @@ class Combiner:
     """How the rows of a bag become one vector; an empty bag gives zeros.
 
     Attributes:
-        kind: "sum"; "mean"; "sqrtn", the sum divided by the square root of the bag's size; or "first", the first `n`
-            rows side by side, zeros behind them, the others not looked up.
+        kind: "sum"; "mean"; "sqrtn", the sum divided by the square root of the bag's size; "max", of each float the
+            largest, whose gradient goes to the row that has it, of several to the first of the bag; or "first", the
+            first `n` rows side by side, zeros behind them, the others not looked up.
         n: Rows that "first" keeps; 0 for the others.
     """
 
@@ -35,12 +36,19 @@ class Combiner:
 
     def __post_init__(self) -> None:
         if self.kind not in _CODES or (self.kind == "first") != (self.n > 0):
-            raise InvalidRequestError(f"combiner {self.kind!r} with n={self.n} is none of sum, mean, sqrtn, first n")
+            raise InvalidRequestError(
+                f"combiner {self.kind!r} with n={self.n} is none of {', '.join(_POOLED)}, first n"
+            )
 
     @property
     def code(self) -> int:
-        """SUM, MEAN, SQRTN or FIRST."""
+        """SUM, MEAN, SQRTN, FIRST or MAX."""
         return _CODES[self.kind]
+
+    @property
+    def adds(self) -> bool:
+        """Whether a vector is a sum of the bag's rows, times a factor."""
+        return self.code in (SUM, MEAN, SQRTN)
 
     def shape(self, dim: int) -> tuple[int, ...]:
         """Of what becomes of a bag of rows of `dim` floats."""
@@ -54,7 +62,7 @@ FirstN = partial(Combiner, "first")
 """The combiner that keeps the first n rows: `FirstN(n)`."""
 
 CombinerLike: TypeAlias = Combiner | Kind | str
-"""A combiner or its name: "sum", "mean", "sqrtn", "first(n)"."""
+"""A combiner or its name: "sum", "mean", "sqrtn", "max", "first(n)"."""
 
 _FIRST = re.compile(r"first\((\d+)\)")
 

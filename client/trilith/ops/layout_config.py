@@ -42,6 +42,8 @@ class FeatureConfig:
         object.__setattr__(self, "slice_dims", tuple(int(each) for each in self.slice_dims))
         if not self.slice_dims or min(self.slice_dims) < 1:
             raise InvalidRequestError(f"slice_dims {list(self.slice_dims)} are not all at least 1")
+        if not (self.combiner.adds or self.combiner.n):
+            raise InvalidRequestError(f"layouts combine rows by sum, mean, sqrtn or first n, not by {self.combiner}")
 
     @property
     def dim(self) -> int:

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from trilith.errors import InvalidRequestError
-from trilith.ops.combiners import FIRST, MEAN, SQRTN, Combiner
+from trilith.ops.combiners import FIRST, MAX, MEAN, SQRTN, Combiner
 from trilith.ops.jit import kernel
 from trilith.ops.memory import address_of, as_index, copy_floats, load_u64
-from trilith.ops.vectors import add_plain, set_scaled, set_zero
+from trilith.ops.vectors import add_plain, set_larger, set_scaled, set_zero
 
 __all__ = ["pool_rows"]
 
@@ -31,7 +31,7 @@ def pool_bags(rows: int, splits: int, bags: int, dim: int, combiner: int, out: i
         splits: Address of int64[bags + 1].
         bags: Number of bags.
         dim: Floats per row.
-        combiner: SUM, MEAN or SQRTN.
+        combiner: SUM, MEAN, SQRTN or MAX.
         out: Address of the first vector, float32[dim], written.
         stride: Bytes from one vector to the next.
     """
@@ -46,7 +46,10 @@ def pool_bags(rows: int, splits: int, bags: int, dim: int, combiner: int, out: i
         if end == start + 1:
             continue
         for row in range(start + 1, end):
-            add_plain(target, rows + 4 * dim * row, dim)
+            if combiner == MAX:
+                set_larger(target, rows + 4 * dim * row, dim)
+            else:
+                add_plain(target, rows + 4 * dim * row, dim)
         count = np.float32(end - start)
         if combiner == MEAN:
             set_scaled(target, target, dim, _ONE / count)

@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from trilith.ops.jit import JIT_DISABLED, inlined
 from trilith.ops.memory import by_lines
 
-__all__ = ["add_plain", "add_scaled", "set_scaled", "set_zero"]
+__all__ = ["add_plain", "add_scaled", "set_larger", "set_scaled", "set_zero"]
 
 _F32 = ir.FloatType()
 _ONE = np.float32(1.0)
@@ -83,6 +83,12 @@ add_scaled: _Scaled = _scaled(
 
 set_scaled: _Scaled = _scaled(lambda b, _, new, factor: b.fmul(new, factor), lambda _, new, factor: new * factor)
 """set_scaled(target, source, count, factor): write `count` floats times `factor`."""
+
+set_larger: _Plain = _plain(
+    lambda b, old, new: b.select(b.fcmp_ordered(">", new, old), new, old),
+    lambda old, new: np.where(new > old, new, old),
+)
+"""set_larger(target, source, count): write those of `count` floats that are larger than what is there."""
 
 _zeroed = _plain(lambda _, old, __: ir.Constant(old.type, [0.0] * old.type.count), lambda old, _: np.zeros_like(old))
 
