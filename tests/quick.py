@@ -57,7 +57,10 @@ PARTS = {
             f"{_PS}checkpoint/serving_rows.py", "client/trilith/rpc/balancer.py", "client/trilith/serving/",
             "client/trilith/nn/program.py", "client/trilith/nn/serving.py",
         ),
-        ("entry_http", "entry_replicas", "entry_requests", "exports", "prediction", "sync"),
+        (
+            "entry_http", "entry_replicas", "entry_requests", "exports", "prediction", "served_tasks", "sync",
+            "versions", "warm_up",
+        ),
     ),
     "nn": Part(
         (
@@ -65,7 +68,7 @@ PARTS = {
             "client/trilith/peers.py", "client/trilith/pipelining.py", "services/trilith_services/worker/",
             "services/trilith_services/demo/",
         ),
-        ("features", "layout", "nn_*", "ops", "peers", "pipelining", "tables_*", "worker"),
+        ("demo_job", "features", "layout", "nn_*", "ops", "peers", "pipelining", "tables_*", "worker"),
     ),
     "estimator": Part(("client/trilith/estimator/",), ("estimator", "estimator_*")),
     "ops": Part(

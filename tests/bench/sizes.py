@@ -40,6 +40,8 @@ class Sizes:
         op_batch: Rows of its layouts.
         op_vocabulary: Distinct ids of a layout's feature.
         op_rounds: Timed rounds per side of its figures.
+        demo_samples: Samples of the demo.
+        demo_rounds: Times that it runs.
         discovery_kills: Times that a PS is killed.
         step_batch: Samples of a step through tables.
         many_tables: Tables that one PS is given.
@@ -88,6 +90,8 @@ class Sizes:
     op_batch: int = 4096
     op_vocabulary: int = 100_000
     op_rounds: int = 15
+    demo_samples: int = 200_000
+    demo_rounds: int = 3
     discovery_kills: int = 3
     step_batch: int = 4096
     many_tables: int = 1000
@@ -137,6 +141,8 @@ QUICK = Sizes(
     op_batch=256,
     op_vocabulary=2000,
     op_rounds=3,
+    demo_samples=4000,
+    demo_rounds=1,
     discovery_kills=1,
     step_batch=256,
     many_tables=20,

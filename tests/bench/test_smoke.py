@@ -19,6 +19,7 @@ FIGURES = {
     "data.columnar.csv": ("higher", 0.5),
     "data.pipeline.threads": ("higher", 0.85),
     "data.pipeline.memory": ("lower", 1.0),
+    "demo.speed": ("higher", 0.8),
     "discovery.back": ("lower", 1.0),
     "engine.lookup.d8": ("higher", 0.5),
     "engine.lookup.d16": ("higher", 0.5),

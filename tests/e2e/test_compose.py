@@ -26,9 +26,9 @@ from docker.models.containers import Container
 import trilith
 from tests.served import Load
 from trilith.nn import DenseOnPs, auc
-from trilith_services.demo import movielens
 from trilith_services.demo.click_files import click_records
 from trilith_services.demo.clicks import ClickData
+from trilith_services.demo.datasets import load_dataset
 from trilith_services.demo.models import settings_of
 from trilith_services.local.supervisor import free_ports
 
@@ -162,7 +162,7 @@ def stack(engine: docker.DockerClient, command: list[str]) -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def data() -> ClickData:
-    return movielens.load().test
+    return load_dataset("movielens").test
 
 
 def cluster(stack: Stack) -> dict[str, Any]:

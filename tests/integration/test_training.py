@@ -222,13 +222,18 @@ def test_the_demo_trains_with_processes_and_ends_in_its_line(tmp_path):
 
 
 def test_the_demo_runs_embedded_and_goes_on_from_its_checkpoint(tmp_path):
-    arguments = ("--num-ps", "0", "--steps", "6", "--no-baseline", "--model-dir", str(tmp_path))
-    for steps, more in ((6, ()), (12, exporting(tmp_path, "standalone"))):
-        match, _ = demo(*arguments, *more)
+    arguments = ("--num-ps", "0", "--no-baseline", "--model-dir", str(tmp_path))
+    for steps, more in ((6, ()), (12, ()), (12, exporting(tmp_path, "standalone"))):
+        match, _ = demo(*arguments, "--steps", str(steps), *more)
         assert match.group(2, 4, 6, 7) == ("nan", "nan", "0", "1")
         with trilith.connect("local://") as client:
             assert client.restore(newest_complete(str(tmp_path)).path) == steps
     check_export(tmp_path, 0, float(match[1]))
+    refused = subprocess.run(
+        trilith_argv("demo", "--model-dir", str(tmp_path)), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: --model-dir {tmp_path} has checkpoints of an embedded demo")
 
 
 def test_the_demo_runs_without_ps_pipelined_and_goes_on_from_its_checkpoint(tmp_path):

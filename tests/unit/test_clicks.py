@@ -16,6 +16,7 @@ from trilith.errors import InvalidRequestError
 from trilith.ops.ragged import Ragged
 from trilith_services.demo import movielens
 from trilith_services.demo.clicks import ClickData, split
+from trilith_services.demo.datasets import load_dataset
 from trilith_services.demo.movielens import MovieLensUnavailableError
 
 # 875747190 is 1997-10-01 23:13:10 UTC.
@@ -85,7 +86,7 @@ def test_a_cached_archive_needs_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(movielens.urllib.request, "urlopen", None)
     monkeypatch.setattr(movielens.subprocess, "run", None)
     archive(tmp_path / movielens.ARCHIVE, PACKAGE, "")
-    parts = movielens.load()
+    parts = load_dataset("movielens")
     assert len(parts.train) + len(parts.validation) + len(parts.test) == 3
 
 

@@ -357,7 +357,7 @@ class Estimator:
         """Tell how it ended."""
         step, samples = self.step_count, self._progress.samples
         if finished:
-            rate = samples / max(seconds, 1e-9)
+            rate = self._progress.samples_per_s
             self._tell(events.Done(step=step, samples=samples, seconds=seconds, samples_per_s=rate, metrics=self._last))
         else:
             self._tell(events.Stopped(step=step, reason=self._stop_reason, samples=samples, seconds=seconds))

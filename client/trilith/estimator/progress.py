@@ -59,16 +59,26 @@ class Progress:
         self._task = task
         self.samples = 0
         """Samples since the start."""
+        self._first = self._last = (0, 0.0)  # samples and time behind the first batch and the last
         self._recent: deque[Learned] = deque()
         self._held = 0
 
     def add(self, learned: Learned) -> None:
         """Another batch."""
         self.samples += learned.batch.samples
+        self._last = self.samples, time.perf_counter()
+        if not self._recent:
+            self._first = self._last
         self._recent.append(learned)
         self._held += learned.batch.samples
         while self._held - self._recent[0].batch.samples >= _RECENT_SAMPLES:
             self._held -= self._recent.popleft().batch.samples
+
+    @property
+    def samples_per_s(self) -> float:
+        """From the first batch, before which there were compilation and connections, to the last."""
+        (first, began), (samples, ended) = self._first, self._last
+        return (samples - first) / (ended - began) if ended > began else 0.0
 
     def metrics(self) -> Mapping[str, float]:
         """Of the newest samples, by "LABEL/METRIC"."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -106,6 +105,18 @@ class DemoOptions:
         same = {each.name: getattr(self, each.name) for _, each in flags_of(self) if each.name in _WORKERS}
         return WorkerConfig(**same, model_dir=str(self.model_dir), steps=-(-self.steps // self.workers), **where)
 
+    def sets(self) -> Iterator[str]:
+        """What a job of `trilith_services.demo.job` does, as fields of its run, "name=value" each."""
+        names = ("model_dir", "steps", "save_every", "seed", "prefetch", "async_push")
+        yield from (f"{name}={getattr(self, name)}" for name in names)
+        yield from (f"params_override.{name}={getattr(self, name)}" for name in ("data", "batch_size"))
+        yield from (f"params_override.user.seed={self.seed}", "progress=none")
+        if self.epochs:
+            yield f"epochs={self.epochs}"
+        if self.export is not None:
+            yield from (f"export_dir={self.export.absolute()}", f"export_mode={self.export_mode.value}")
+            yield "export_every_save=true"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Result:
@@ -145,6 +156,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
     from trilith_services.local.supervisor import StopRequest
 
     console = console or output.console()
+    _check_model_dir(options)
     settings = settings_of(options.model, epochs=options.epochs or None)
     with StopRequest() as stop:
         parts = load_dataset(options.data, report=lambda line: console.print(line, highlight=False))
@@ -184,6 +196,17 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
     return 0
 
 
+def _check_model_dir(options: DemoOptions) -> None:
+    """Refuse checkpoints of the other kind: an embedded run is an Estimator's job, whose layers have other names."""
+    from trilith.checkpoint import newest_complete
+    from trilith.estimator.state import is_job
+
+    newest = newest_complete(str(options.model_dir))
+    if newest is not None and is_job(newest.path) != (options.mode is Mode.embedded):
+        of = "PS or of workers with rows" if options.mode is Mode.embedded else "an embedded demo"
+        raise InvalidRequestError(f"--model-dir {options.model_dir} has checkpoints of {of}; name another directory")
+
+
 def _baseline(options: DemoOptions, settings: ModelSettings, parts: Parts, console: Console, stop: StopRequest) -> Any:
     from trilith_services.commands.training_view import TrainingView
     from trilith_services.demo.baseline import train_locally
@@ -217,7 +240,7 @@ class _Cluster:
         self._stop = stop
         self._run_dir = options.model_dir / "runs" / time.strftime("%Y%m%d-%H%M%S")
         self._exports: ExportSaved | None = None
-        if options.export is not None:
+        if options.export is not None and options.mode is not Mode.embedded:
             from trilith_services.commands.export_saved import ExportSaved
             from trilith_services.demo.exporting import reference_exporter
 
@@ -339,54 +362,30 @@ class _Cluster:
                     self._on_saved(event)
 
     def embedded(self) -> _Result:
-        """PS and worker as two threads of this process."""
-        from trilith.connect import connect
-        from trilith_services.commands.training_view import TrainingView
-        from trilith_services.demo.datasets import training_files
-        from trilith_services.demo.task import click_task
-        from trilith_services.worker.run import use_threads
-        from trilith_services.worker.trainer import Trainer
-
-        self._console.print("embedded: PS and worker in this process")
-        events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        failures: list[BaseException] = []
-        use_threads(1)
-        with connect("local://") as client, TrainingView(self._console, ["embedded"]) as view:
-            self._restore(client)
-
-            def train() -> None:
-                try:
-                    task = click_task(self._settings, self._parts, training_files(self._parts))
-                    trainer = Trainer(
-                        self._options.worker(), client, task, lambda event: events.put({"time": time.time(), **event})
-                    )
-                    trainer.run(lambda: bool(self._stop))
-                except BaseException as error:  # noqa: BLE001 - raised again below, in the main thread
-                    failures.append(error)
-
-            thread = threading.Thread(target=train, name="trainer")
-            thread.start()
-            while thread.is_alive() or not events.empty():
-                try:
-                    event = events.get(timeout=0.1)
-                except queue.Empty:
-                    continue
-                view(event)
-                self._on_saved(event)
-            thread.join()
-            if failures:
-                raise failures[0]
-            if self._stop:
-                raise _InterruptedError
-            return self._finish(client, view.samples_per_s)
-
-    def _restore(self, client: Any) -> None:
-        """What a PS process does with its checkpoint directory."""
+        """PS and worker in this process, as a job of an Estimator."""
         from trilith.checkpoint import newest_complete
+        from trilith_services.commands.training_view import TrainingView
+        from trilith_services.demo import job as jobs
 
-        newest = newest_complete(str(self._options.model_dir))
-        if newest is not None:
-            client.restore(newest.path)
+        options = self._options
+        self._console.print("embedded: PS and worker in this process")
+        with TrainingView(self._console, ["embedded"]) as view:
+            shown = view.callback(-(-len(self._parts.train) // options.batch_size) * self._settings.epochs)
+            make = {Model.deepfm: jobs.deepfm, Model.ffm: jobs.ffm}[options.model]
+            job = make(shown)
+            with job.configure(job.run.overridden(sets=options.sets())):
+                job.train()
+                if shown.stopped or self._stop:
+                    raise _InterruptedError
+                if options.export is not None and not shown.exported:
+                    job.export()  # all was trained and saved before
+                score = job.evaluate(self._parts.test.columns(4096))["click/auc"]
+                rows = sum(table.rows for shard in job.client.stats() for table in shard.tables)
+        newest = newest_complete(str(options.model_dir))
+        assert newest is not None  # the last act of training
+        if shown.exported:
+            self._console.print(f"export: {shown.exported}", highlight=False, soft_wrap=True)
+        return _Result(auc=score, samples_per_s=view.samples_per_s, rows=rows, checkpoint=newest.path)
 
     def _finish(self, client: Any, samples_per_s: float, *, checkpoint: str = "") -> _Result:
         """Score the test part with what the cluster holds, and save it unless it is `checkpoint`."""

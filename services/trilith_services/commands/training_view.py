@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-__all__ = ["TrainingView"]
+from trilith.estimator import Callback, Done, Evaluated, Exported, SaveFailed, Started, Step, Stopped
+
+__all__ = ["JobShown", "TrainingView"]
 
 
 class TrainingView:
@@ -19,7 +21,7 @@ class TrainingView:
     Args:
         console: Where to show them.
         names: Of the trainers; event["rank"] counts into them.
-        clock: Source of Unix seconds, for events that carry no time.
+        clock: Source of seconds.
         every_s: Seconds between lines where there is no terminal.
     """
 
@@ -38,8 +40,6 @@ class TrainingView:
         self._latest: dict[int, dict[str, Any]] = {}
         self._totals: dict[int, int] = {}
         self._last_line = 0.0
-        self.first_start: float | None = None
-        self.last_end: float | None = None
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -61,31 +61,23 @@ class TrainingView:
         self._progress.stop()
 
     @property
-    def samples(self) -> int:
-        """Samples trained so far, by all."""
-        return sum(int(latest["samples"]) for latest in self._latest.values())
-
-    @property
     def samples_per_s(self) -> float:
-        """Samples per second of wall clock from the first trainer's start to the last one's end."""
-        if self.first_start is None:
-            return 0.0
-        end = self._clock() if self.last_end is None else self.last_end
-        return self.samples / max(end - self.first_start, 1e-9)
+        """What the trainers last said, added up: in the end, of each from its first step to its last."""
+        return sum(float(latest["samples_per_s"]) for latest in self._latest.values())
+
+    def callback(self, total_steps: int) -> JobShown:
+        """Shows the run of an Estimator in this process as that of the only trainer."""
+        return JobShown(self, total_steps)
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Take one event."""
         rank, kind = int(event["rank"]), event["event"]
-        moment = float(event.get("time") or self._clock())
         if kind == "start":
-            self.first_start = moment if self.first_start is None else min(moment, self.first_start)
             self._totals[rank] = int(event["total_steps"])
             self._progress.update(self._tasks[rank], total=self._totals[rank])
         elif kind == "progress":
             self._latest[rank] = event
             self._show(rank, event)
-        elif kind in ("done", "stopped"):
-            self.last_end = moment if self.last_end is None else max(moment, self.last_end)
         elif kind == "validation":
             self.say(f"epoch {event['epoch']}: auc {event['auc']:.4f} on the validation part")
         elif kind == "rejoined":
@@ -118,3 +110,62 @@ class TrainingView:
         score = sum(one.get("auc", 0.5) for one in latest) / len(latest)
         rate = sum(one["samples_per_s"] for one in latest)
         self.say(f"step {steps:,} of {total:,}  loss {loss:.4f}  auc {score:.4f}  {rate:,.0f} samples/s")
+
+
+class JobShown(Callback):
+    """Tells a view what an Estimator does.
+
+    Args:
+        view: Is told.
+        total_steps: Steps to be done.
+        every_s: Seconds between two looks at the figures of steps.
+    """
+
+    def __init__(self, view: TrainingView, total_steps: int, *, every_s: float = 0.5) -> None:
+        self._view = view
+        self._total_steps = total_steps
+        self._every_s = every_s
+        self._looked = 0.0
+        self._newest = Step()
+        self.stopped = False
+        """Whether somebody asked for the end before it had come."""
+        self.exported = ""
+        """Path of the newest export."""
+
+    def on_started(self, event: Started) -> None:
+        """Begin."""
+        total = min(self._total_steps, event.config.steps or self._total_steps)
+        self._view({"event": "start", "rank": 0, "total_steps": total})
+
+    def on_step(self, event: Step) -> None:
+        """Show one now and then."""
+        self._newest = event
+        if (now := time.monotonic()) - self._looked >= self._every_s:
+            self._looked = now
+            self._show(event.samples_per_s)
+
+    def _show(self, samples_per_s: float) -> None:
+        step = self._newest
+        figures = {"loss": step.loss, "auc": step.metrics.get("click/auc", 0.5), "samples_per_s": samples_per_s}
+        self._view({"event": "progress", "rank": 0, "steps": step.own_step, "samples": step.samples, **figures})
+
+    def on_evaluated(self, event: Evaluated) -> None:
+        """Show its figure."""
+        auc = event.metrics["valid/click/auc"]
+        self._view({"event": "validation", "rank": 0, "epoch": event.epoch, "auc": auc})
+
+    def on_save_failed(self, event: SaveFailed) -> None:
+        """Say why."""
+        self._view({"event": "save_failed", "rank": 0, "error": event.error})
+
+    def on_exported(self, event: Exported) -> None:
+        """Take note."""
+        self.exported = event.path
+
+    def on_done(self, event: Done) -> None:
+        """Show how fast it was."""
+        self._show(event.samples_per_s)
+
+    def on_stopped(self, event: Stopped) -> None:
+        """Take note."""
+        self.stopped = True

@@ -33,7 +33,7 @@ class Outcome:
 
     Attributes:
         auc: On the test part.
-        samples_per_s: Samples trained per second of wall clock, validation not counted.
+        samples_per_s: From the first step to the last, as a worker counts them.
         rows: Embedding rows.
         threads: torch threads used.
     """
@@ -85,8 +85,6 @@ def train_locally(
         total = -(-len(train) // batch_size) * epochs
         emit({"event": "start", "rank": 0, "total_steps": min(total, steps) if steps else total})
         meter = Meter()
-        idle = 0.0
-        started = time.perf_counter()
         for epoch in range(epochs):
             order = np.random.default_rng([seed, epoch, 0]).permutation(len(train))
             for batch in train.batches(batch_size, order=order):
@@ -96,18 +94,16 @@ def train_locally(
                 meter.add(batch.labels, scores, loss)
                 if meter.due():
                     emit({"event": "progress", "rank": 0, "epoch": epoch, **meter.report()})
-            paused = time.perf_counter()
             score = auc(validation.labels, local.model.predict(validation))
             emit({"event": "validation", "rank": 0, "epoch": epoch + 1, "auc": score})
-            idle += time.perf_counter() - paused
             if stop() or (steps and meter.steps >= steps):
                 break
-        seconds = time.perf_counter() - started - idle
-        emit({"event": "progress", "rank": 0, "epoch": epochs, **meter.summary()})
+        summary = meter.summary()
+        emit({"event": "progress", "rank": 0, "epoch": epochs, **summary})
         emit({"event": "done", "rank": 0, "samples": meter.samples})
         return Outcome(
             auc=auc(test.labels, local.model.predict(test)),
-            samples_per_s=meter.samples / max(seconds, 1e-9),
+            samples_per_s=summary["samples_per_s"],
             rows=rows,
             threads=used,
         )

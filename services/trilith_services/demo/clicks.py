@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +60,11 @@ class ClickData:
         rows = np.arange(len(self)) if order is None else order
         for start in range(0, rows.size, batch_size):
             yield self.take(rows[start : start + batch_size])
+
+    def columns(self, batch_size: int) -> Iterator[dict[str, Any]]:
+        """The samples in order, as batches that an Estimator takes: ids by feature, and the label "click"."""
+        for batch in self.batches(batch_size):
+            yield {**batch.features, "click": batch.labels}
 
     def epoch(
         self, batch_size: int, *, seed: int, epoch: int, samples: int | None = None, skip: int = 0

@@ -24,9 +24,9 @@ import numpy as np
 from trilith.data.fids import make_fid_v2
 from trilith.errors import TrilithError
 from trilith.ops.ragged import Ragged
-from trilith_services.demo.clicks import ClickData, Parts, split
+from trilith_services.demo.clicks import ClickData
 
-__all__ = ["FEATURES", "MovieLensUnavailableError", "cache_dir", "fetch", "load", "parse"]
+__all__ = ["FEATURES", "MovieLensUnavailableError", "cache_dir", "fetch", "parse"]
 
 SITE = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
 SITE_TIMEOUT_S = 5.0
@@ -59,20 +59,6 @@ class MovieLensUnavailableError(TrilithError):
 def cache_dir() -> Path:
     """Where downloads are kept: $TRILITH_CACHE, else ~/.cache/trilith."""
     return Path(os.environ.get("TRILITH_CACHE") or Path.home() / ".cache" / "trilith")
-
-
-def load(directory: Path | None = None, *, split_seed: int = 2024, report: Report | None = None) -> Parts:
-    """Return MovieLens-100k, 80/10/10, with label 1 for ratings of 4 and 5.
-
-    Args:
-        directory: Cache directory; `cache_dir()` if None.
-        split_seed: Decides which samples go into which part.
-        report: Is told, in a line each, what is being fetched.
-
-    Raises:
-        MovieLensUnavailableError: Neither cached nor fetchable; the message says what was tried.
-    """
-    return split(parse(fetch(directory, report=report)), split_seed)
 
 
 def fetch(directory: Path | None = None, *, report: Report | None = None) -> Path:

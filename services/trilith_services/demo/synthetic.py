@@ -9,6 +9,7 @@ from trilith.data.fids import make_fid_v2
 from trilith.errors import InvalidRequestError
 from trilith.ops.ragged import Ragged
 from trilith_services.demo.clicks import ClickData
+from trilith_services.demo.movielens import FEATURES
 
 __all__ = ["make_clicks", "zipf_ids"]
 
@@ -25,7 +26,7 @@ def zipf_ids(
 def make_clicks(
     samples: int,
     *,
-    features: int = 8,
+    features: int = 9,
     vocabulary: int = 1000,
     exponent: float = 1.05,
     seed: int = 0,
@@ -34,29 +35,35 @@ def make_clicks(
 
     Args:
         samples: How many.
-        features: How many features; the last one is multi-valued, with 0 to 3 ids.
+        features: How many, with names of MovieLens'; the genres are among them, 0 to 3 of a sample.
         vocabulary: Distinct ids per feature.
         exponent: Of the Zipf law that ids follow.
         seed: Decides everything.
     """
-    if samples < 1 or features < 2 or vocabulary < 1:
-        raise InvalidRequestError(f"samples={samples}, features={features}, vocabulary={vocabulary} are too few")
+    if samples < 1 or not 2 <= features <= len(FEATURES) or vocabulary < 1:
+        raise InvalidRequestError(
+            f"samples={samples}, features={features}, vocabulary={vocabulary}: at least 1, 2..{len(FEATURES)}, 1"
+        )
+    singles = [name for name in FEATURES if name != "genres"][: features - 1]
+    names = [name for name in FEATURES if name in (*singles, "genres")]
     rng = np.random.default_rng(seed)
     weights = rng.normal(0, 0.6, (features, vocabulary))
     vectors = rng.normal(0, 0.4, (features, vocabulary, 3))
     logits = np.zeros(samples)
     summed = np.zeros((samples, 3))
     columns: dict[str, Ragged[np.uint64]] = {}
-    for index in range(features - 1):
+    for index, name in enumerate(names):
+        if name == "genres":
+            lengths = rng.integers(0, 4, samples)
+            splits = np.zeros(samples + 1, np.int64)
+            np.cumsum(lengths, out=splits[1:])
+            ids = zipf_ids(rng, (int(splits[-1]),), vocabulary, exponent)
+            np.add.at(logits, np.repeat(np.arange(samples), lengths), weights[index, ids] / np.repeat(lengths, lengths))
+            columns[name] = Ragged(make_fid_v2(index + 1, ids), splits)
+            continue
         ids = zipf_ids(rng, (samples,), vocabulary, exponent)
         logits += weights[index, ids] + (summed * vectors[index, ids]).sum(1)
         summed += vectors[index, ids]
-        columns[f"f{index}"] = Ragged.of_singles(make_fid_v2(index + 1, ids))
-    lengths = rng.integers(0, 4, samples)
-    splits = np.zeros(samples + 1, np.int64)
-    np.cumsum(lengths, out=splits[1:])
-    ids = zipf_ids(rng, (int(splits[-1]),), vocabulary, exponent)
-    np.add.at(logits, np.repeat(np.arange(samples), lengths), weights[-1, ids] / np.repeat(lengths, lengths))
-    columns[f"f{features - 1}"] = Ragged(make_fid_v2(features, ids), splits)
+        columns[name] = Ragged.of_singles(make_fid_v2(index + 1, ids))
     labels = rng.random(samples) < 1 / (1 + np.exp(-logits))
     return ClickData(labels.astype(np.float32), columns)

@@ -33,7 +33,7 @@ class Meter:
         self._held = 0
         self._last_time = clock()
         self._last_samples = 0
-        self._first_time = 0.0
+        self._first_time = self._end_time = 0.0
         self._first_samples = 0
         self.samples = 0
         self.steps = 0
@@ -46,8 +46,9 @@ class Meter:
             self._held -= self._newest.popleft()[0].size
         self.samples += labels.size
         self.steps += 1
+        self._end_time = self._clock()
         if self.steps == 1:  # before it there were compilation and connections
-            self._first_time, self._first_samples = self._clock(), self.samples
+            self._first_time, self._first_samples = self._end_time, self.samples
 
     def due(self) -> bool:
         """Whether it is time for a report."""
@@ -68,9 +69,9 @@ class Meter:
         return found
 
     def summary(self) -> dict[str, Any]:
-        """The last report: samples per second since the first step, whatever came between the latest ones."""
+        """The last report: samples per second from the first step to the last, as an Estimator counts them."""
         found = self.report()
         if self.steps > 1:
-            passed = max(self._last_time - self._first_time, 1e-9)
+            passed = max(self._end_time - self._first_time, 1e-9)
             found["samples_per_s"] = (self.samples - self._first_samples) / passed
         return found

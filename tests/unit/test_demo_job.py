@@ -1,0 +1,77 @@
+"""The demo's job: an Estimator learns what plain torch learns, and commands find it by its name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from trilith.nn import auc
+from trilith.ops.jit import JIT_DISABLED
+from trilith_services.commands.jobs import find_job
+from trilith_services.demo import job as jobs
+from trilith_services.demo.baseline import train_locally
+from trilith_services.demo.clicks import split
+from trilith_services.demo.models import settings_of
+from trilith_services.demo.synthetic import make_clicks
+
+pytestmark = pytest.mark.skipif(JIT_DISABLED, reason="trains for minutes with kernels in plain Python")
+
+BATCH = 64
+
+
+class InOrder:
+    """The training part, in the order in which plain torch goes over it."""
+
+    def __init__(self, data, seed):
+        self._data, self._seed, self._epoch = data, seed, 0
+
+    def set_epoch(self, epoch):
+        self._epoch = epoch
+
+    def __iter__(self):
+        order = np.random.default_rng([self._seed, self._epoch, 0]).permutation(len(self._data))
+        return self._data.take(order).columns(BATCH)
+
+
+def quiet(job, **run):
+    sets = [f"{name}={value}" for name, value in {"progress": "none", **run}.items()]
+    return job.configure(job.run.overridden(sets=sets, environ={}))
+
+
+@pytest.mark.parametrize(("make", "model"), [(jobs.deepfm, "deepfm"), (jobs.ffm, "ffm")])
+def test_an_estimator_learns_what_plain_torch_learns(make, model):
+    """Same initial values, same order, same optimizer; every row exists beforehand, which else its first step makes."""
+    parts = split(make_clicks(2000, vocabulary=60, seed=3), seed=0)
+    job = quiet(make(), epochs=2, seed=4, prefetch=0, async_push=0, **{"params_override.user.seed": 4})
+    with job:
+        table = job.client.table(jobs.TABLE)
+        ids = np.concatenate(list(parts.train.vocabulary().values()))
+        table.assign_add(ids, np.zeros((ids.size, table.dim), np.float32))
+        job.train(InOrder(parts.train, 4))
+        scores = np.concatenate([each["click"] for each in job.predict(parts.test.columns(256))])
+        rows = table.size()
+    settings = replace(settings_of(model), epochs=2)
+    plain = train_locally(settings, parts, lambda event: None, seed=4, batch_size=BATCH, threads=1)
+    assert auc(parts.test.labels, scores) == pytest.approx(plain.auc, abs=2e-4)
+    assert rows == plain.rows == ids.size
+
+
+def test_its_own_data_is_read_anew_in_every_pass_in_an_order_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRILITH_CACHE", str(tmp_path))
+    job = find_job("trilith_services.demo.job:deepfm")
+    with quiet(job, epochs=2, **{"params_override.data": "synthetic:640", "params_override.batch_size": 100}):
+        found = job.train()
+        assert 0 < found["click/auc"] < 1
+        assert job.step_count == 2 * 6
+        assert job.evaluate() == found
+
+
+@pytest.mark.parametrize("name", ["deepfm_in_step", "ffm_in_step"])
+def test_dense_parameters_may_be_in_the_worker(name):
+    parts = split(make_clicks(300), seed=0)
+    with quiet(find_job(f"trilith_services.demo.job:{name}"), epochs=1) as job:
+        assert job.placement.dense == "local"
+        job.train(lambda: parts.train.columns(BATCH))
+        assert np.isfinite(next(job.predict(parts.test.columns(30)))["click"]).all()
