@@ -80,6 +80,6 @@ def test_a_run_on_ps_that_is_killed_goes_on_at_its_last_checkpoint_to_the_same_b
     assert report(cut) == report(whole)
 
 
-def test_one_of_several_workers_is_refused(tmp_path):
-    assert run(tmp_path, 2) == [1, 1]
-    assert "an Estimator trains as one worker" in logs(tmp_path)
+def test_workers_that_do_not_go_in_step_are_refused(tmp_path):
+    assert run(tmp_path, 2, TRILITH_RUN_CLUSTER="peers://") == [1, 1]
+    assert "workers of an Estimator take every step together and have their rows on PS" in logs(tmp_path)

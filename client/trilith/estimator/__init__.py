@@ -1,6 +1,8 @@
 """A user's model on a user's data: who this worker is, what a run is told, what it counts, and what it says.
 
 Importing it is light: what needs torch is loaded when it is first used.
+
+Flat: a file for each part that a run is made of, and the Estimator alone puts them together.
 """
 
 from __future__ import annotations

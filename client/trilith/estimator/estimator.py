@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from trilith.connect import connect
 from trilith.errors import InvalidRequestError, NonFiniteError, ShardRestartedError, TrilithError
@@ -26,20 +26,20 @@ from trilith.estimator.callbacks import Callback, Callbacks
 from trilith.estimator.compiling import Compiled
 from trilith.estimator.config import RunConfig
 from trilith.estimator.exporting import exporter_of, warm_up_of
-from trilith.estimator.group import local_device, process_group
+from trilith.estimator.group import Ranks, local_device, process_group
 from trilith.estimator.identity import WorkerIdentity
 from trilith.estimator.keeping import Keeper, newest_job
 from trilith.estimator.loggers import callbacks_of, serve_metrics
-from trilith.estimator.metrics import Mean, Metric, merge_over_ranks, per_head, results
 from trilith.estimator.placement import Placement, make_dense
 from trilith.estimator.progress import Learned, Progress, Watch
 from trilith.estimator.rows import Prepared, TaskRows
 from trilith.estimator.saving import Saver
+from trilith.estimator.scoring import Scorer
 from trilith.estimator.source import EpochBatches, Source
 from trilith.estimator.state import RankState, is_job, read_job, rng_state, set_rng_state
 from trilith.estimator.task import Task
 from trilith.nn import FetchedRows
-from trilith.nn.dense import DenseOnPs
+from trilith.nn.dense import AllReduced, DenseOnPs
 from trilith.nn.optimization import Optimization
 from trilith.pipelining import Lane
 from trilith.runtime.machine import cores
@@ -85,6 +85,8 @@ class Estimator:
         self._last: dict[str, float] = {}
         self._begun = self._looked_up = False
         self._stop_reason = ""
+        self._stopping = self._late = False
+        """Whether a rank wants to stop, and whether the chief finds that it is time to save: what all know."""
         self._micro = 0
         self._exporter: Any = None
         self._sample: Prepared | None = None
@@ -118,22 +120,33 @@ class Estimator:
         run = self.run
         self.identity: WorkerIdentity = run.identity()
         me = self.identity
-        if me.world_size > 1 or run.cluster.startswith("peers://"):
-            raise InvalidRequestError(
-                f"worker {me.rank} of {me.world_size} ({me.source}), cluster {run.cluster.partition('://')[0]}: an "
-                "Estimator trains as one worker; several train with `trilith worker`, or with trilith.nn under "
-                "torch.distributed"
-            )
         if run.params_override and not self.task.built:
             self.task.override(run.params_override)
         self.placement = Placement.of(run.cluster, run.dense, self.task, me.world_size)
+        if self.placement.rows == "workers" or (me.world_size > 1 and not self.placement.synchronous):
+            raise InvalidRequestError(
+                f"worker {me.rank} of {me.world_size} ({me.source}), cluster={run.cluster.partition('://')[0]}://, "
+                f"dense={self.placement.dense!r}: workers of an Estimator take every step together and have their rows "
+                "on PS: a torch optimizer and a cluster of PS; else one worker trains"
+            )
         self.device = local_device(me, run.device, use_gpu=run.use_gpu, processes_per_gpu=run.processes_per_gpu)
         torch.set_num_threads(run.threads or max(1, cores() // me.local_world_size))
         if self.placement.synchronous:
-            stack.enter_context(process_group(me, self.device, timeout_s=max(run.timeout_s, 60.0)))
+            # Others may wait for a PS for as long as this one may, and after that compute.
+            stack.enter_context(process_group(me, self.device, timeout_s=max(2 * run.timeout_s, 120.0)))
+        self._ranks = Ranks(me, together=self.placement.synchronous)
+        stack.callback(self._ranks.close)
+        self._data_ranks = self._ranks.beside()
+        stack.callback(self._data_ranks.close)
+        with self._ranks.explained():
+            self._build(stack)
+
+    def _build(self, stack: ExitStack) -> None:
+        """Make what the run needs on the cluster."""
+        run, me = self.run, self.identity
         self.client: Any = self._connect()
         stack.callback(self.client.close)
-        torch.manual_seed(run.seed)
+        torch.manual_seed(run.seed + me.rank)
         self.task.prepare(run.seed)
         self.task.to(self.device)
         self._outputs = Compiled(self.task).outputs if run.compile else self.task.outputs
@@ -151,7 +164,9 @@ class Estimator:
         self.optimization = Optimization(
             nn.ModuleList(learned),
             self.dense,
+            row_scale=1 / me.world_size if self._ranks.several and run.row_gradients == "mean" else 1.0,
             skip_non_finite=run.skip_non_finite,
+            together=self._ranks.several,
         )
         if self.rows.collection is not None:
             stack.callback(self.rows.collection.close)
@@ -161,7 +176,8 @@ class Estimator:
         own = [*callbacks_of(run), *([keeper.best] if keeper.best is not None else [])]
         self._callbacks = Callbacks([*self._given_callbacks, *own], chief=me.chief)
         if run.metrics_port is not None:
-            stack.callback(serve_metrics(run.metrics_host, run.metrics_port))
+            port = run.metrics_port and run.metrics_port + me.local_rank
+            stack.callback(serve_metrics(run.metrics_host, port))
         self._saver = Saver(
             run,
             me,
@@ -173,7 +189,9 @@ class Estimator:
             scaler=self.scaler,
             callbacks=self._callbacks,
             keeper=keeper,
+            ranks=self._ranks,
         )
+        self._scorer = Scorer(run, self.task, self.rows, self.optimization, self._outputs, self._autocast, self._ranks)
         self.step_count = self._saved_step = int(self.client.global_step())
 
     def _connect(self) -> Any:
@@ -196,7 +214,7 @@ class Estimator:
         """Let go of connections, threads and the process group; what was sent has been applied or is lost."""
         stack, self._stack = self._stack, None
         self._at, self._settled, self._micro, self._exporter = RankState(), RankState, 0, None
-        self._begun = self._looked_up = False
+        self._begun = self._looked_up = self._stopping = self._late = False
         if stack is not None:
             stack.close()
 
@@ -215,50 +233,74 @@ class Estimator:
     def step(self, batch: Any) -> float:
         """Learn from a batch: forward, backward and, after `accumulate` batches, a step; returns the loss.
 
-        For loops of one's own: `for batch in loader: job.step(batch)`.
+        For loops of one's own: `for batch in loader: job.step(batch)`. Several workers all take as many steps.
         """
         self.open()
-        if not self._begun:
-            self._resume()
-        prepared = self.rows.prepare(batch)
-        return self._learn(prepared, self.rows.fetch(prepared)).loss
+        with self._ranks.explained():
+            if not self._begun:
+                self._resume()
+            prepared = self.rows.prepare(batch)
+            learned = self._taught(prepared, lambda: self.rows.fetch(prepared))
+            if not self._micro:
+                self._agree()
+        assert learned is not None  # there was a batch
+        return learned.loss
 
     def parameters_and_rows(self) -> list[Tensor]:
         """Dense parameters and the rows that were looked up, with their gradients; see `Optimization`."""
         self.open()
         return self.optimization.parameters_and_rows()
 
-    def _learn(self, prepared: Prepared, fetched: FetchedRows | None) -> Learned:
-        """Forward and backward, and a step where one is due."""
-        run, watch = self.run, Watch()
-        self._sample = prepared
-        self.task.train()
-        if self._micro == 0:
-            self.optimization.pull()
-            watch.lap("dense")
+    def _taught(self, prepared: Prepared | None, fetch: Callable[[], FetchedRows | None]) -> Learned | None:
+        """Learn from a batch, and take the step where one is due; None where this rank had no batch for it.
+
+        A rank that has nothing to give, since its data has ended or a PS has restarted, takes the step all the same:
+        the others wait for it.
+        """
+        failed: ShardRestartedError | None = None
+        learned: Learned | None = None
         try:
-            with self._autocast():
-                outputs = self._outputs(self.rows.inputs(prepared, fetched))
-                labels, weight = self.rows.labels(prepared)
-                losses = self.task.loss(outputs, labels, weight)
-                loss = self.task.total(losses)
-            value = float(loss.detach())
-            watch.lap("forward")
-            if not math.isfinite(value) and not run.skip_non_finite:
-                raise NonFiniteError(
-                    f"the loss of batch {self._at.batches} of epoch {self._at.epoch} is {value}; look at its labels "
-                    "and dense values, lower the learning rate or bound gradients with clip_norm; skip_non_finite=true "
-                    "leaves such steps out"
-                )
-            self.scaler.scale(loss / run.accumulate if run.accumulate > 1 else loss).backward()
-            watch.lap("backward")
-        except (ShardRestartedError, NonFiniteError):
+            if self._micro == 0:
+                self.optimization.pull()
+            rows = fetch()
+            if prepared is not None:
+                learned = self._learn(prepared, rows)
+        except ShardRestartedError as error:
+            self.optimization.zero_grad()
+            failed = error
+        except BaseException:
             self._give_up()
             raise
         self._micro += 1
-        if self._micro >= run.accumulate:
+        if self._micro >= self.run.accumulate:
+            began = time.perf_counter()
             self._apply()
-            watch.lap("push")
+            if learned is not None:
+                learned.seconds["push"] = time.perf_counter() - began
+        if failed is not None:
+            raise failed
+        return learned
+
+    def _learn(self, prepared: Prepared, rows: FetchedRows | None) -> Learned:
+        """Forward and backward."""
+        run, watch = self.run, Watch()
+        self._sample = prepared
+        self.task.train()
+        with self._autocast():
+            outputs = self._outputs(self.rows.inputs(prepared, rows))
+            labels, weight = self.rows.labels(prepared)
+            losses = self.task.loss(outputs, labels, weight)
+            loss = self.task.total(losses)
+        value = float(loss.detach())
+        watch.lap("forward")
+        if not math.isfinite(value) and not run.skip_non_finite:
+            raise NonFiniteError(
+                f"the loss of batch {self._at.batches} of epoch {self._at.epoch} is {value}; look at its labels "
+                "and dense values, lower the learning rate or bound gradients with clip_norm; skip_non_finite=true "
+                "leaves such steps out"
+            )
+        self.scaler.scale(loss / run.accumulate if run.accumulate > 1 else loss).backward()
+        watch.lap("backward")
         parts = {} if isinstance(losses, Tensor) else {name: float(each.detach()) for name, each in losses.items()}
         seen = {name: each.detach() for name, each in outputs.items()}
         return Learned(value, parts, seen, replace(prepared, ids={}, weights={}, dense={}, rest={}), watch.seconds)
@@ -272,19 +314,29 @@ class Estimator:
         """Take a step with the gradients since the last one."""
         self._micro = 0
         optimization = self.optimization
-        skipped = optimization.skipped
-        optimization.average()
-        if self.run.precision == "fp16":
-            self.scaler.unscale_(optimization)
-        if self.run.clip_norm:
-            nn.utils.clip_grad_norm_(optimization.parameters_and_rows(), self.run.clip_norm)
-        before = self.scaler.get_scale()
-        self.scaler.step(optimization)
-        self.scaler.update()
-        optimization.zero_grad()
-        applied = optimization.skipped == skipped and self.scaler.get_scale() >= before
-        if applied:
+        before = optimization.applied
+        try:
+            optimization.average()
+            scaled = self.run.precision == "fp16" and optimization.has_gradients()
+            if scaled:
+                self.scaler.scale(torch.zeros((), device=self.device))  # where this rank has had no loss yet
+                self.scaler.unscale_(optimization)
+            if self.run.clip_norm:
+                optimization.clip(self.run.clip_norm)
+            if scaled:
+                self._step_scaled()
+            else:
+                optimization.step()
+        finally:
+            optimization.zero_grad()
+        if optimization.applied > before:
             self._count()
+
+    def _step_scaled(self) -> None:
+        try:
+            self.scaler.step(self.optimization)
+        finally:
+            self.scaler.update()
 
     def _autocast(self) -> Any:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.run.precision)
@@ -294,8 +346,15 @@ class Estimator:
         """A step was taken: its gradients have it counted, which may be on their way."""
         if self.optimization.counts:
             self.step_count = max(self.step_count + 1, int(self.client.known_step))
-        else:
+        elif self.chief or not self._ranks.several:
             self.step_count = int(self.client.global_step(advance=1))
+
+    def _agree(self) -> None:
+        """Know what all ranks know: the step that the chief counts, and whether somebody wants to stop or to save."""
+        run = self.run
+        late = self.chief and run.save_every_s > 0 and time.monotonic() - self._saved_at >= run.save_every_s
+        stop, late_, step = self._ranks.sums([bool(self._stop_reason), late, self.step_count if self.chief else 0])
+        self._stopping, self._late, self.step_count = stop > 0, late_ > 0, int(step)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -312,21 +371,23 @@ class Estimator:
         found = self._data["train"] if data is None else data
         if found is None:
             raise InvalidRequestError("train() needs data: Estimator(..., train=...) or train(data)")
-        source = self._source(found)
-        self._last = {}
+        source = self._source(found, learned=True)
+        self._last, self._stop_reason = {}, ""
         self._progress = Progress(self.task)
         began = time.perf_counter()
         with self._stopping_on_signals(), self._callbacks:
             try:
-                self._begin()
-                finished = self._epochs(source)
-                if finished and self._micro:
-                    self._apply()
-                    self._settle()
-                self._drain()
-                if self.run.model_dir and (finished or self.run.save_on_stop) and self._unsaved():
-                    self.save()
-                self._end(finished, time.perf_counter() - began)
+                with self._ranks.explained():
+                    self._begin()
+                    finished = self._epochs(source)
+                    if finished and self._micro:
+                        self._guarded(self._apply)
+                        self._settle()
+                    self._drain()
+                    self._agree()
+                    if self.run.model_dir and (finished or self.run.save_on_stop) and self._unsaved():
+                        self._save_at_the_end()
+                    self._end(finished, time.perf_counter() - began)
             except BaseException as error:
                 self._callbacks.tell(events.Failed(step=self.step_count, error=error))
                 raise
@@ -341,7 +402,6 @@ class Estimator:
         else:
             self._go_on(self._settled())
         self._give_up()  # gradients that waited for others of a step are learned again
-        self._stop_reason = ""
         self._saved_at = time.monotonic()
         self._tell(
             events.Started(
@@ -352,6 +412,7 @@ class Estimator:
                 config=self.run,
             )
         )
+        self._agree()
 
     def _end(self, finished: bool, seconds: float) -> None:
         """Tell how it ended."""
@@ -360,15 +421,25 @@ class Estimator:
             rate = self._progress.samples_per_s
             self._tell(events.Done(step=step, samples=samples, seconds=seconds, samples_per_s=rate, metrics=self._last))
         else:
-            self._tell(events.Stopped(step=step, reason=self._stop_reason, samples=samples, seconds=seconds))
+            said = enumerate(self._ranks.gather(self._stop_reason))
+            reason = self._stop_reason or next((f"rank {rank}: {each}" for rank, each in said if each), "")
+            self._tell(events.Stopped(step=step, reason=reason, samples=samples, seconds=seconds))
 
     def _drain(self) -> None:
         """Wait until all that was sent has been applied, and so counted."""
         self._guarded(self.optimization.drain)
         self.step_count = int(self.client.known_step)
 
-    def _source(self, data: Any, *, labels: bool = True) -> Source:
-        return Source(data, self.task, partial(self.rows.prepare, labels=labels), labels=labels)
+    def _source(self, data: Any, *, labels: bool = True, learned: bool = False) -> Source:
+        me = self.identity
+        return Source(
+            data,
+            self.task,
+            partial(self.rows.prepare, labels=labels),
+            labels=labels,
+            share=(me.rank, me.world_size),
+            ranks=self._data_ranks if learned and self._ranks.several else None,
+        )
 
     def _epochs(self, source: Source) -> bool:
         """Passes over the data, from where the run is; whether all was done."""
@@ -379,7 +450,8 @@ class Estimator:
                 set_rng_state(self._at.rng)
                 self._at = replace(self._at, rng={})
             try:
-                while (outcome := self._some_batches(batches)) == "again":
+                while (outcome := self._some_batches(batches)) == "due":
+                    self._do_what_is_due()
                     batches.rewind()
             finally:
                 batches.close()
@@ -396,26 +468,29 @@ class Estimator:
             self._tell(events.Epoch(epoch=self._at.epoch - 1, step=self.step_count))
             if run.evaluate_every_epoch and self._data["evaluate"] is not None:
                 self._evaluated()
+            self._agree()  # callbacks may want to stop
         return True
 
-    def _some_batches(self, batches: EpochBatches) -> Literal["end", "stop", "enough", "again"]:
-        """Train until the pass ends, the run is stopped or has done enough, or rows are to be looked up anew.
+    def _some_batches(self, batches: EpochBatches) -> Literal["end", "stop", "enough", "due"]:
+        """Train until the pass ends, the run is stopped or has done enough, or an evaluation or a save is due.
 
-        Rows are looked up ahead until a checkpoint at most: a run that begins there looks them up then, and both shall
-        see the same.
+        Rows are looked up ahead until then at most: a run that begins at a checkpoint looks them up then, and both
+        shall see the same.
         """
         run = self.run
-        with self.rows.prefetch(batches, run.prefetch, of=_itself, lookup_queue=run.lookup_queue) as loop:
+        with self.rows.prefetch(batches, run.prefetch, lookup_queue=run.lookup_queue) as loop:
             taken = iter(loop)
             while True:
                 if (run.steps and self._at.steps >= run.steps) or (run.max_steps and self.step_count >= run.max_steps):
                     return "enough"
+                if self._stopping and not self._micro:
+                    return "stop"
                 began = time.perf_counter()
                 found = next(taken, None)
                 if found is None:
                     return "end"
-                if self._stop_reason and not self._micro:
-                    return "stop"
+                if self._stop_reason and not self._micro and not self._ranks.several:
+                    return "stop"  # it came while the batch was waited for
                 prepared, fetched = found
                 self._one(prepared, fetched, time.perf_counter() - began)
                 batches.advance()
@@ -423,28 +498,36 @@ class Estimator:
                     self._at,
                     batches=batches.done,
                     steps=self._at.steps + 1,
-                    samples=self._at.samples + prepared.samples,
+                    samples=self._at.samples + (0 if prepared is None else prepared.samples),
                 )
                 if not self._micro:
                     self._settle(batches.place)
-                    if self._after_step():
-                        return "again"
+                    self._agree()
+                    if self._evaluation_due() or self._save_due():
+                        return "due"
 
     def _settle(self, place: Callable[[], Any] = lambda: None) -> None:
         """A step is taken: a checkpoint of now has the loop where it is."""
         at = replace(self._at, rng=rng_state()) if self.run.accumulate > 1 else self._at
         self._settled = lambda: replace(at, source=place(), rng=at.rng or rng_state())
 
-    def _one(self, prepared: Prepared, fetched: Any, waited: float) -> None:
+    def _one(self, prepared: Prepared | None, fetched: Any, waited: float) -> None:
         """One batch of the loop; a PS that restarted costs this batch."""
         began = time.perf_counter()
-        try:
-            rows = fetched.result()
+        looked_up = 0.0
+
+        def fetch() -> FetchedRows | None:
+            nonlocal looked_up
+            rows: FetchedRows | None = fetched.result()
             looked_up = time.perf_counter() - began
-            learned = self._learn(prepared, rows)
+            return rows
+
+        try:
+            learned = self._taught(prepared, fetch)
         except ShardRestartedError as error:
-            self._tell(events.ShardRestarted(step=self.step_count, error=str(error)))
-            self._rejoin()
+            self._restarted(error)
+            return
+        if prepared is None or learned is None:
             return
         self._progress.add(learned)
         self._tell(
@@ -468,25 +551,28 @@ class Estimator:
         try:
             action()
         except ShardRestartedError as error:
-            self._tell(events.ShardRestarted(step=self.step_count, error=str(error)))
-            self._rejoin()
+            self._restarted(error)
 
-    def _after_step(self) -> bool:
-        """Evaluate and save where that is due; whether rows that were looked up ahead are old."""
-        run, again = self.run, False
-        if run.evaluate_every and self._data["evaluate"] is not None and self._at.steps % run.evaluate_every == 0:
-            self._evaluated()
-            again = True
-        if run.model_dir and self._due():
-            self._save_in_training()
-            again = True
-        return again
+    def _restarted(self, error: ShardRestartedError) -> None:
+        self._tell(events.ShardRestarted(step=self.step_count, error=str(error)))
+        self._rejoin()
 
-    def _due(self) -> bool:
-        """Whether to save now."""
+    def _evaluation_due(self) -> bool:
+        every = self.run.evaluate_every
+        return every > 0 and self._data["evaluate"] is not None and self._at.steps % every == 0
+
+    def _save_due(self) -> bool:
         run = self.run
-        late = run.save_every_s > 0 and time.monotonic() - self._saved_at >= run.save_every_s
-        return late or (run.save_every > 0 and self._at.steps % run.save_every == 0)
+        return bool(run.model_dir) and (self._late or (run.save_every > 0 and self._at.steps % run.save_every == 0))
+
+    def _do_what_is_due(self) -> None:
+        """Evaluate and save, each where it is due."""
+        save = self._save_due()
+        if self._evaluation_due():
+            self._evaluated()
+        if save:
+            self._save_in_training()
+        self._agree()  # callbacks may want to stop
 
     def _unsaved(self) -> bool:
         return self.step_count != self._saved_step
@@ -496,16 +582,23 @@ class Estimator:
         try:
             self.save()
         except ShardRestartedError as error:
-            self._tell(events.ShardRestarted(step=self.step_count, error=str(error)))
-            self._rejoin()
+            self._restarted(error)
         except (TrilithError, OSError) as error:
             log.warning("checkpoint failed: %s", error)
             self._saved_at = time.monotonic()
             self._tell(events.SaveFailed(step=self.step_count, path=self.run.model_dir, error=str(error)))
 
+    def _save_at_the_end(self) -> None:
+        """Save; once more where a PS turns out to have restarted."""
+        try:
+            self.save()
+        except ShardRestartedError as error:
+            self._restarted(error)
+            self.save()
+
     def _rejoin(self) -> None:
         for shard in self.client.rejoin():
-            if shard.missing_variables and isinstance(self.dense, DenseOnPs):
+            if shard.missing_variables and isinstance(self.dense, DenseOnPs | AllReduced):
                 self.dense.create()
             self._tell(
                 events.RowsRejoined(
@@ -523,6 +616,8 @@ class Estimator:
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """Metrics and loss over data, by "LABEL/METRIC" and "loss"; creates no row and changes nothing.
 
+        Workers in step all call it, each scores its share of the data, and all get the figures of the whole.
+
         Args:
             data: In place of the `evaluate=` of the constructor.
         """
@@ -530,14 +625,21 @@ class Estimator:
         found = self._data["evaluate"] if data is None else data
         if found is None:
             raise InvalidRequestError("evaluate() needs data: Estimator(..., evaluate=...) or evaluate(data)")
-        self._restore_if_fresh()
-        return self._evaluate(found)[0]
+        with self._ranks.explained():
+            self._restore_if_fresh()
+            self._share_buffers()
+            return self._scorer.evaluate(self._source(found))[0]
 
     def _evaluated(self) -> None:
         """Evaluate in the middle of training, and tell."""
         self._drain()
+        self._share_buffers()
         began = time.perf_counter()
-        self._last, samples = self._evaluate(self._data["evaluate"])
+        try:
+            self._last, samples = self._scorer.evaluate(self._source(self._data["evaluate"]))
+        except ShardRestartedError as error:
+            self._restarted(error)
+            return
         self._tell(
             events.Evaluated(
                 step=self.step_count,
@@ -548,48 +650,21 @@ class Estimator:
             )
         )
 
-    def _evaluate(self, data: Any) -> tuple[dict[str, float], int]:
-        """Metrics of all workers together, and how many samples this one looked at."""
-        metrics: dict[str, Metric] = per_head(self.task.metrics, self.task.labels)
-        metrics["loss"], samples = Mean(), 0
-        for prepared, outputs in self._scored(self._source(data), self.run.evaluate_steps):
-            labels, weight = self.rows.labels(prepared)
-            loss = self.task.total(self.task.loss(outputs, labels, weight))
-            metrics["loss"].add([float(loss)], weight=[prepared.samples])
-            samples += prepared.samples
-            for label, predicted in self.task.predictions(outputs).items():
-                for name in self.task.metrics:
-                    metrics[f"{label}/{name}"].add(predicted.float(), labels[label], prepared.weight)
-        return results(merge_over_ranks(metrics)), samples
+    @torch.no_grad()
+    def _share_buffers(self) -> None:
+        """Have every rank take the chief's buffers, such as running means, of which each has its own in between."""
+        if self._ranks.several:
+            for buffer in self.task.buffers():
+                distributed.broadcast(buffer, src=0)
 
     def predict(self, data: Any) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
-        """Predictions batch by batch: by label float32[b]; labels are not needed, and no row is created."""
+        """Predictions batch by batch: by label float32[b]; labels are not needed, and no row is created.
+
+        Each of several workers predicts for its share of the data, and waits for none of the others.
+        """
         self.open()
         self._restore_if_fresh()
-        for _, outputs in self._scored(self._source(data, labels=False), 0):
-            found = self.task.predictions(outputs)
-            yield {name: each.float().cpu().numpy() for name, each in found.items()}
-
-    def _scored(self, source: Source, most: int) -> Iterator[tuple[Prepared, dict[str, Tensor]]]:
-        """Batches with what the model gives for them."""
-        self.optimization.pull()
-        was = self.task.training
-        self.task.eval()
-        batches = source.epoch(0)
-        try:
-            with torch.no_grad():
-                loop = self.rows.prefetch(batches, self.run.prefetch, of=_itself)
-            with loop:
-                for number, (prepared, fetched) in enumerate(loop):
-                    if most and number >= most:
-                        return
-                    self.task.eval()  # whoever takes the batches may train in between
-                    with torch.no_grad(), self._autocast():
-                        outputs = self._outputs(self.rows.inputs(prepared, fetched.result()))
-                    yield prepared, outputs
-        finally:
-            batches.close()
-            self.task.train(was)
+        yield from self._scorer.predict(self._source(data, labels=False))
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -599,13 +674,15 @@ class Estimator:
         if not self.run.model_dir:
             raise InvalidRequestError("save() needs model_dir, where checkpoints go")
         began = time.perf_counter()
-        self.optimization.drain()
-        self.optimization.pull()  # what is exported of the checkpoint is as new as its rows
+        with self._ranks.alike():
+            self.optimization.drain()
+            self.optimization.pull()  # what is exported of the checkpoint is as new as its rows
+        self._share_buffers()
         path, self.step_count = self._saver.save(self._settled())
         self._saved_step, self._saved_at = self.step_count, time.monotonic()
         self._tell(events.Saved(path=path, step=self.step_count, seconds=time.perf_counter() - began))
         self._saver.prune(path)
-        if self.run.export_every_save and self.chief:
+        if self.run.export_every_save:
             self.export(checkpoint=path)
         return path
 
@@ -647,6 +724,8 @@ class Estimator:
     def export(self, base: str = "", *, checkpoint: str = "", mode: str = "", warm_up: int | Any = None) -> str:
         """Write what `trilith serving entry` loads; returns the path of its version.
 
+        Workers in step all call it, and the chief writes.
+
         Args:
             base: Directory or URL of exports; empty: the run's `export_dir`, or exports in its `model_dir`.
             checkpoint: Which; empty: the newest of the run's `model_dir`, saved first where training has gone on.
@@ -662,20 +741,23 @@ class Estimator:
         if not base:
             raise InvalidRequestError("export() needs a directory: export(DIR), or export_dir or model_dir of the run")
         path = checkpoint or self._saved_now()
-        texts = frozenset(self.task.texts.union(read_job(path).texts if is_job(path) else ()))
-        if self._exporter is None or self._exporter[0] != texts:
-            self._exporter = texts, exporter_of(self.name, self.task, self.rows, texts)
-        asked = self._warm_up(run.export_warm_up if warm_up is None else warm_up)
-        done = self._exporter[1].export(path, base, mode=mode or run.export_mode, warm_up=asked)
-        self._tell(
-            events.Exported(step=done.step, path=done.path, version=done.version, seconds=time.perf_counter() - began)
-        )
-        return str(done.path)
+        version = ""
+        with self._ranks.alike():
+            if self.chief or not self._ranks.several:
+                texts = frozenset(self.task.texts.union(read_job(path).texts if is_job(path) else ()))
+                if self._exporter is None or self._exporter[0] != texts:
+                    self._exporter = texts, exporter_of(self.name, self.task, self.rows, texts)
+                asked = self._warm_up(run.export_warm_up if warm_up is None else warm_up)
+                done = self._exporter[1].export(path, base, mode=mode or run.export_mode, warm_up=asked)
+                version = str(done.path)
+                seconds = time.perf_counter() - began
+                self._tell(events.Exported(step=done.step, path=done.path, version=done.version, seconds=seconds))
+        return self._ranks.first(version)
 
     def _warm_up(self, wanted: int | Any) -> bytes:
         """A warm-up file of so many samples, or of those of batches."""
         if not isinstance(wanted, int):
-            return warm_up_of(self.task, self._source(wanted, labels=False).epoch(0), None)
+            return warm_up_of(self.task, filter(None, self._source(wanted, labels=False).epoch(0)), None)
         if wanted < 0:
             raise InvalidRequestError(f"warm_up={wanted}: how many samples, from 0, or batches of them")
         if not wanted or self._sample is not None:
@@ -685,7 +767,7 @@ class Estimator:
             raise InvalidRequestError(f"warm_up={wanted}: the job has no data to take samples from; give batches")
         batches = self._source(data, labels=False).epoch(0)
         try:
-            return warm_up_of(self.task, batches, wanted)
+            return warm_up_of(self.task, filter(None, batches), wanted)
         finally:
             batches.close()
 
@@ -698,8 +780,8 @@ class Estimator:
             raise InvalidRequestError(
                 "export() needs a checkpoint: export(DIR, checkpoint=PATH), or model_dir of the run"
             )
-        newest = newest_job(run.model_dir)
-        if newest is not None and self.step_count == self._saved_step:
+        newest = self._ranks.first(newest_job(run.model_dir) or "")
+        if newest and self.step_count == self._saved_step:
             return newest
         return self.save()
 
@@ -745,7 +827,3 @@ def _check_parts(task: Any, run: Any, data: Mapping[str, Any]) -> None:
             )
         if isinstance(given, Mapping):
             raise InvalidRequestError(f"{name} is one mapping; an iterable of batches is needed, such as [batch]")
-
-
-def _itself(prepared: Prepared) -> Prepared:
-    return prepared

@@ -1,20 +1,32 @@
-"""The processes of a job as torch sees them: the device of each, and their process group, begun and ended once."""
+"""The processes of a job as torch sees them: the device of each, their process group, and what they agree upon."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
-from trilith.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
+from trilith import errors
+from trilith.errors import DeadlineExceededError, InvalidRequestError, TrilithError, UnavailableError
 from trilith.estimator.identity import WorkerIdentity
+from trilith.nn.reduction import sum_over_ranks
 from trilith.runtime.waiting import Wait
 
-__all__ = ["backends", "local_device", "process_group"]
+__all__ = ["Ranks", "backends", "local_device", "process_group"]
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = timedelta(hours=6)
+"""How long a rank waits for another to agree with, which may be saving or evaluating; one that is gone is noticed at
+once, for its connections close."""
+
+_CAUSE = "trilith/cause"
 
 
 def local_device(
@@ -134,3 +146,137 @@ def _meet(identity: WorkerIdentity, device: torch.device, timeout_s: float) -> N
             ) from None
         except distributed.DistNetworkError as error:
             raise UnavailableError(f"rank {rank}: {identity.master}: {str(error).splitlines()[0]}") from None
+
+
+class Ranks:
+    """What the workers of a synchronous run agree upon; every one makes the same calls in the same order.
+
+    A worker that is alone, or does not wait for others, agrees with itself.
+
+    Args:
+        identity: Which worker this is.
+        together: Whether the workers take every step together; the process group must be there then.
+    """
+
+    def __init__(self, identity: WorkerIdentity, *, together: bool) -> None:
+        self.several = together and identity.world_size > 1
+        """Whether there is anybody to agree with."""
+        self._me = identity
+        self._group: distributed.ProcessGroup | None = None
+        if self.several:
+            self._group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        self._explained = False
+
+    def beside(self) -> Ranks:
+        """The same ranks for another thread, whose agreements do not meet those of this one."""
+        return Ranks(self._me, together=self.several)
+
+    def close(self) -> None:
+        """Meet no more."""
+        if self._group is not None and distributed.is_initialized():
+            distributed.destroy_process_group(self._group)
+        self._group = None
+
+    # ---- agreement ---------------------------------------------------------------------------------------------------
+
+    def sums(self, numbers: Sequence[float]) -> list[float]:
+        """The sums over all ranks of as many numbers from each."""
+        return sum_over_ranks(numbers, self._group) if self.several else [float(each) for each in numbers]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on a rank."""
+        return self.sums([flag])[0] > 0
+
+    def gather(self, text: str) -> list[str]:
+        """What each rank says, in their order."""
+        if not self.several:
+            return [text]
+        own = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
+        sizes = self._gathered(torch.tensor([len(text.encode())]))
+        padded = torch.zeros(max(1, *(int(size) for size in sizes)), dtype=torch.uint8)
+        padded[: own.numel()] = own
+        said = self._gathered(padded)
+        return [bytes(each[: int(size)].numpy()).decode() for size, each in zip(sizes, said, strict=True)]
+
+    def _gathered(self, own: Tensor) -> list[Tensor]:
+        found = [torch.zeros_like(own) for _ in range(self._me.world_size)]
+        distributed.all_gather(found, own, group=self._group)
+        return found
+
+    def first(self, text: str) -> str:
+        """What rank 0 says."""
+        return self.gather(text)[0]
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """What fails inside with an error of Trilith's, or of a file, on one rank fails on all, when all are through.
+
+        The others raise an error of the same class that says which rank it was.
+        """
+        own: TrilithError | OSError | None = None
+        try:
+            yield
+        except (TrilithError, OSError) as error:
+            if not self.several:
+                raise
+            own = error
+        if not self.several:
+            return
+        said = self.gather("" if own is None else f"{type(own).__name__}\n{own}")
+        if own is not None:
+            raise own
+        for rank, text in enumerate(said):
+            if text:
+                name, _, message = text.partition("\n")
+                kind = errors.BY_NAME.get(name, UnavailableError)
+                raise kind(f"rank {rank}: {message}")
+
+    # ---- the end of others -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """What ends this rank inside is told to the others, which end with it in their next agreement.
+
+        Raises:
+            UnavailableError: Another rank is gone; it says why where that rank could tell.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if not self.several or self._explained:
+                raise
+            self._explained = True
+            if not _of_others(error):
+                self._tell(error)
+                raise
+            raise UnavailableError(
+                f"rank {self._me.rank} of {self._me.world_size}: {self._cause()}; started again, all of them go on at "
+                "the newest checkpoint"
+            ) from error
+
+    def _tell(self, error: BaseException) -> None:
+        try:
+            _store().set(_CAUSE, f"rank {self._me.rank} ended with {type(error).__name__}: {error}")
+        except Exception:  # the store is with rank 0, which may be gone
+            log.debug("the other ranks could not be told", exc_info=True)
+
+    def _cause(self) -> str:
+        try:
+            if _store().check([_CAUSE]):
+                return str(_store().get(_CAUSE).decode())
+        except Exception:  # noqa: BLE001 - as above
+            return "another rank is gone, and so is rank 0, whose log says more"
+        return "another rank is gone without a word, as a process does that is killed"
+
+
+def _store() -> Any:
+    """Where the processes met."""
+    return distributed.distributed_c10d._get_default_store()
+
+
+def _of_others(error: BaseException) -> bool:
+    """Whether a collective operation failed because another rank is gone."""
+    if isinstance(error, TrilithError) or not isinstance(error, RuntimeError):
+        return False
+    text = str(error)
+    return isinstance(error, distributed.DistError) or "gloo" in text or "Connection closed by peer" in text

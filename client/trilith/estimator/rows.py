@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ from trilith.pipelining import Lane, Prefetcher
 
 __all__ = ["Prepared", "TaskRows", "combiner_of_feature"]
 
-_T = TypeVar("_T")
 Float32Array = npt.NDArray[np.float32]
 
 
@@ -124,17 +123,18 @@ class TaskRows:
         return Prepared(ids, weights, dense, found, weight, given.rows, given.rest)
 
     def prefetch(
-        self, batches: Iterable[_T], depth: int, *, of: Callable[[_T], Prepared], lookup_queue: int = 0
-    ) -> Prefetcher[_T, FetchedRows | None]:
-        """Go over batches with their rows looked up, `depth` of them ahead; `of` gives the `Prepared` of each."""
+        self, batches: Iterable[Prepared | None], depth: int, *, lookup_queue: int = 0
+    ) -> Prefetcher[Prepared | None, FetchedRows | None]:
+        """Go over batches with their rows looked up, `depth` of them ahead; of None, a lookup of no ids."""
         collection = self.collection
         if collection is None:
             return Prefetcher(batches, lambda _: None, depth)
+        none = {name: Ragged(np.empty(0, np.uint64), np.zeros(1, np.int64)) for name in self._sparse()}
         return collection.prefetch(  # type: ignore[return-value]
             batches,
             depth,
-            ids=lambda batch: of(batch).ids,
-            weights=lambda batch: of(batch).weights,
+            ids=lambda batch: none if batch is None else batch.ids,
+            weights=lambda batch: {} if batch is None else batch.weights,
             lookup_queue=lookup_queue,
         )
 

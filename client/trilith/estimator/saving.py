@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from trilith.checkpoint import read_manifest
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.estimator.callbacks import Callbacks
 from trilith.estimator.config import RunConfig
+from trilith.estimator.group import Ranks
 from trilith.estimator.identity import WorkerIdentity
 from trilith.estimator.keeping import Keeper, newest_job
 from trilith.estimator.placement import Placement
@@ -65,6 +66,7 @@ class Saver:
         scaler: Of losses.
         callbacks: Whose state is kept.
         keeper: Says where the next checkpoint goes and which old ones do.
+        ranks: Those that save and begin together with this worker.
     """
 
     def __init__(
@@ -80,27 +82,44 @@ class Saver:
         scaler: torch.amp.GradScaler,
         callbacks: Callbacks,
         keeper: Keeper,
+        ranks: Ranks,
     ) -> None:
         self._run, self._me, self._placement, self._client = run, identity, placement, client
         self._task, self._optimization, self._dense = task, optimization, dense
         self._scaler, self._callbacks = scaler, callbacks
         self._keeper = keeper
+        self._ranks = ranks
+        self._holds_rows = placement.rows == "workers"
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def save(self, at: RankState) -> tuple[str, int]:
-        """Write a checkpoint of the state as it is, with nothing on its way; returns its path and step."""
-        if isinstance(self._dense, AllReduced):
-            self._dense.publish()
-        path = self._keeper.next_path()
+        """Write a checkpoint of the state as it is, with nothing on its way; returns its path and step.
+
+        Raises:
+            TrilithError: It could not be written, by this rank or another one.
+        """
+        ranks, chief = self._ranks, self._me.chief
+        with ranks.alike():
+            path = self._keeper.next_path() if chief else ""
+        path = ranks.first(path)
         state = replace(at, scaler=dict(self._scaler.state_dict()), callbacks=self._callbacks.state_dict())
-        write_rank(path, self._me.rank, self._me.world_size, state)
-        write_job(path, self._job(int(self._client.global_step())))
-        return path, int(self._client.save(path))
+        with ranks.alike():
+            write_rank(path, self._me.rank, self._me.world_size, state)
+        step = 0
+        with ranks.alike():
+            if isinstance(self._dense, AllReduced):
+                self._dense.publish()
+            if chief:
+                write_job(path, self._job(int(self._client.global_step())))
+            if chief or self._holds_rows:
+                step = int(self._client.save(path))
+        return path, int(ranks.first(str(step)))
 
     def prune(self, newest: str) -> None:
         """Remove checkpoints that no rule keeps."""
-        self._keeper.prune(newest)
+        if self._me.chief:
+            self._keeper.prune(newest)
 
     def _job(self, step: int) -> Job:
         return Job(
@@ -117,11 +136,14 @@ class Saver:
     # ---- beginning ---------------------------------------------------------------------------------------------------
 
     def plan(self, step: int) -> Plan:
-        """Where this run begins, on a cluster at `step`."""
-        plan = self._plan(step)
-        if plan.what == "refuse":
-            raise InvalidRequestError(plan.path)
-        return plan
+        """Where this run begins, on a cluster at `step`; the chief decides for all."""
+        plan = Plan("anew")
+        with self._ranks.alike():
+            if self._me.chief or not self._ranks.several:
+                plan = self._plan(step)
+                if plan.what == "refuse":
+                    raise InvalidRequestError(plan.path)
+        return Plan(**json.loads(self._ranks.first(json.dumps(asdict(plan)))))
 
     def _plan(self, mine: int) -> Plan:
         run = self._run
@@ -149,8 +171,14 @@ class Saver:
         return Plan("load", newest)
 
     def restore_rows(self, path: str) -> None:
-        """Replace the rows of the cluster by those of a checkpoint."""
-        self._client.restore(path)
+        """Replace the rows of the cluster by those of a checkpoint; of ranks that share PS, the chief does it."""
+        shared = self._ranks.several and not self._holds_rows
+        with self._ranks.alike():
+            if self._me.chief or not shared:
+                self._client.restore(path)
+        if shared:
+            with self._ranks.alike():
+                self._client.rejoin()  # to the others it is as if the PS had restarted
 
     def load(self, path: str) -> RankState:
         """Take over what a checkpoint has beside its rows; returns where this worker is.

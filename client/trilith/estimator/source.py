@@ -14,18 +14,20 @@ from trilith.data.parse.parsers import ParseSpec
 from trilith.data.parse.specs import Dense, FeatureSpec, InstanceWeight, Label, Sparse
 from trilith.data.pipeline.arrow import of_arrow
 from trilith.data.pipeline.dataset import Dataset
-from trilith.data.pipeline.nodes import Apply, Batch, Parse
+from trilith.data.pipeline.division import divides_itself
+from trilith.data.pipeline.nodes import Apply, Batch, Parse, Read, Stride
 from trilith.data.pipeline.positions import pack_state, unpack_state
 from trilith.data.records import Records
 from trilith.errors import InvalidRequestError
 from trilith.estimator.batches import columns_of
 from trilith.estimator.features import Embedding
+from trilith.estimator.group import Ranks
 from trilith.estimator.rows import Prepared
 from trilith.estimator.state import rng_state, set_rng_state
 from trilith.estimator.task import Task
 from trilith.pipelining import Placed
 
-__all__ = ["EpochBatches", "Source", "task_specs"]
+__all__ = ["EpochBatches", "Source", "shared", "task_specs"]
 
 
 @runtime_checkable
@@ -44,10 +46,13 @@ class Source:
 
     Args:
         data: An iterable of batches, or a function that makes one. A `trilith.data.Dataset` that is not parsed is
-            parsed by the task's features; any other iterable is taken as it comes.
+            parsed by the task's features and shared by the workers, unless it is shared already; any other iterable is
+            taken as it comes: it is this worker's.
         task: Whose batches.
         prepare: Takes from a batch what the task wants.
         labels: Whether batches must have labels.
+        share: This worker's number and how many there are.
+        ranks: Workers that take as many batches each; None: as many as there are.
     """
 
     def __init__(
@@ -57,11 +62,15 @@ class Source:
         prepare: Callable[[Any], Prepared],
         *,
         labels: bool = True,
+        share: tuple[int, int] = (0, 1),
+        ranks: Ranks | None = None,
     ) -> None:
         self._data = data
         self._task = task
         self._prepare = prepare
         self._labels = labels
+        self._share = share
+        self._ranks = ranks
 
     def epoch(self, number: int, *, done: int = 0, state: Any = None) -> EpochBatches:
         """The batches of one pass, from a position on.
@@ -81,7 +90,7 @@ class Source:
             set_rng_state(began)
         data = self._data() if callable(self._data) else self._data
         if isinstance(data, Dataset):
-            return EpochBatches(self._parsed(data).iterate(epoch=number, state=state), self._ready, done)
+            return self._batches(self._parsed(data).iterate(epoch=number, state=state), done)
         if not isinstance(data, Iterable):
             raise InvalidRequestError(
                 f"a {type(data).__name__} is no iterable of batches, nor a function that makes one; "
@@ -97,7 +106,10 @@ class Source:
             raise InvalidRequestError(
                 f"the data is a {type(data).__name__}, which ends after one pass; give a function that makes one"
             )
-        return EpochBatches(loader.iterator, self._ready, done, loader=loader)
+        return self._batches(loader.iterator, done, loader)
+
+    def _batches(self, items: Iterator[Any], done: int, loader: _Loader | None = None) -> EpochBatches:
+        return EpochBatches(items, self._ready, done, loader=loader, ranks=self._ranks)
 
     def _parsed(self, data: Dataset) -> Dataset:
         """A dataset whose batches are columns by name; by the task's features where it does not say how."""
@@ -105,9 +117,9 @@ class Source:
         if not any(isinstance(node, Batch) for node in behind):
             raise InvalidRequestError("the dataset gives single records; .batch(n) makes batches of them")
         if of_arrow(data):
-            return data
+            return shared(data, *self._share)
         if isinstance(behind[-1], Batch):
-            return data.parse(task_specs(self._task, labels=self._labels))
+            return shared(data, *self._share).parse(task_specs(self._task, labels=self._labels))
         return data
 
     def _ready(self, batch: Any) -> Prepared:
@@ -184,6 +196,22 @@ def _generators_of(data: Any) -> list[torch.Generator]:
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
+def shared(data: Dataset, rank: int, size: int) -> Dataset:
+    """A rank's share of a dataset of records: by files, or by records where there are fewer files than ranks, or none.
+
+    A dataset that is shared already stays as it is: one that was given a `shard`, or whose source, a queue or a topic,
+    hands each record to one of those that read it.
+    """
+    source = data.nodes[0]
+    counts = [each.count for each in data.nodes if isinstance(each, Stride)]
+    counts += [count for _, count in source.shares] if isinstance(source, Read) else []
+    if size == 1 or max(counts, default=1) > 1 or divides_itself(data.nodes):
+        return data
+    if isinstance(source, Read):
+        return data.shard(rank, size)
+    return Dataset((source, Stride(rank, size), *data.nodes[1:]), batched=True)
+
+
 def task_specs(task: Task, *, labels: bool = True) -> dict[str, FeatureSpec]:
     """What a task wants of records, by name in the batch.
 
@@ -216,6 +244,8 @@ class EpochBatches:
         prepare: Makes a task's batch of each.
         done: How many were done before.
         loader: Says where `items` is, and finds a place in it; None where `items` does.
+        ranks: Those that take as many batches each: a pass ends when none of them has one left, and those that have run
+            out before are given None until then. None: each ends for itself.
     """
 
     def __init__(
@@ -225,19 +255,23 @@ class EpochBatches:
         done: int = 0,
         *,
         loader: _Loader | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._items = items
         self._prepare = prepare
         self._loader = loader
         self.done = done
         """Batches that the loop has done, of earlier runs too."""
-        self._ahead: deque[tuple[Prepared, Callable[[], Any]]] = deque()
-        self._again: deque[tuple[Prepared, Callable[[], Any]]] = deque()
+        self._ranks = ranks
+        self._ended = False
+        self._ahead: deque[tuple[Prepared | None, Callable[[], Any]]] = deque()
+        self._again: deque[tuple[Prepared | None, Callable[[], Any]]] = deque()
+        self._first: deque[tuple[Prepared, Callable[[], Any]]] = deque()
         if loader is not None and loader.goes_on:
             self._place = self._here()
             first = next(items, None)  # now, as loaders draw random numbers with their first batch
             if first is not None:
-                self._again.append((prepare(first), self._here()))
+                self._first.append((prepare(first), self._here()))
             loader.settle()
         else:
             for _ in range(done if loader is not None else 0):
@@ -245,14 +279,29 @@ class EpochBatches:
                     break
             self._place = self._here()
 
-    def __iter__(self) -> Iterator[Prepared]:
+    def __iter__(self) -> Iterator[Prepared | None]:
         return self
 
-    def __next__(self) -> Prepared:
+    def __next__(self) -> Prepared | None:
         """The next batch; may be called in another thread than the loop's."""
-        found = self._again.popleft() if self._again else (self._prepare(next(self._items)), self._here())
+        found = self._again.popleft() if self._again else self._taken()
         self._ahead.append(found)
         return found[0]
+
+    def _taken(self) -> tuple[Prepared | None, Callable[[], Any]]:
+        """A batch of the data and the place behind it; None for the batch where this rank has none and another has."""
+        found: tuple[Prepared | None, Callable[[], Any]] | None = None
+        if self._first:
+            found = self._first.popleft()
+        elif not self._ended:
+            try:
+                found = self._prepare(next(self._items)), self._here()
+            except StopIteration:
+                self._ended = True
+        others = self._ranks is not None and self._ranks.any(found is not None)
+        if found is None and not others:
+            raise StopIteration
+        return found or (None, self._here())
 
     def _here(self) -> Callable[[], Any]:
         if self._loader is not None:
@@ -262,9 +311,9 @@ class EpochBatches:
         return lambda: None
 
     def advance(self) -> None:
-        """The loop has done the oldest batch that was taken."""
-        _, self._place = self._ahead.popleft()
-        self.done += 1
+        """The loop has done the oldest batch that was taken, or the step in which it had none."""
+        batch, self._place = self._ahead.popleft()
+        self.done += batch is not None
 
     def rewind(self) -> None:
         """Give again what was taken and not done; nobody may be taking batches meanwhile."""

@@ -190,13 +190,18 @@ class AllReduced:
         self._all_publish = all_publish
         self._fusion, self._float16 = fusion, float16
         self._parameters = _claimed(client, module, prefix)
-        client.create_variables(self._values(), optimizer=stored_as)
+        self._stored_as = stored_as
+        self.create()
         # A cluster that was restored knows better than a fresh module; rank 0 decides for all what it knows.
         values, _ = client.pull_variables(list(self._parameters))
         _copy_into(self._parameters, values)
         with torch.no_grad():
             for parameter in self._parameters.values():
                 distributed.broadcast(parameter, src=0)
+
+    def create(self) -> None:
+        """Create the variables that the cluster lacks, with the module's present values; others keep theirs."""
+        self._client.create_variables(self._values(), optimizer=self._stored_as)
 
     def pull(self) -> None:
         """Nothing to do: the values are here."""

@@ -18,6 +18,7 @@ from trilith.nn.anchored import Anchored, dense_parameters
 from trilith.nn.dense import AllReduced, DenseOnPs
 from trilith.nn.exchange import Exchange
 from trilith.nn.groups import RateGroup, rate_of_table
+from trilith.nn.reduction import sum_over_ranks
 
 __all__ = ["Optimization"]
 
@@ -54,16 +55,22 @@ class Optimization(torch.optim.Optimizer):
     The cluster counts a step for each that is taken, in the call that brings its last gradients: schedules and warm-up
     of tables follow. Workers who step together count it once, and each of those who do not counts its own.
 
+    Ranks that step together agree about every step: it is taken by all or, where a gradient of one is not finite, by
+    none. They call `average`, which finds that out, before a scaler's `unscale_`, and `clip` in place of torch's.
+
     Args:
         module: The model; all embeddings of `trilith.nn` in it are held back.
         dense: What steps the rest: any torch optimizer, `DenseOnPs`, `AllReduced`, or None where nothing else learns.
         row_scale: What gradients of rows are multiplied by when they are sent: 1 / world size where each of several
             ranks has the mean loss of its own batch and dense gradients are averaged, as DistributedDataParallel does.
         skip_non_finite: Take no step, rather than raise, where a gradient is NaN or infinite; `skipped` counts them.
+        together: Whether the ranks of torch.distributed agree about every step, also where some have no gradients; with
+            `AllReduced` alone, all of them have some.
 
     Attributes:
         skipped: Steps that were not taken for a gradient that was not finite.
         counts: Whether steps are counted: in a cluster, which a model without embeddings need not have.
+        applied: Steps that were taken with a gradient, of this rank or of one that steps together with it.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class Optimization(torch.optim.Optimizer):
         *,
         row_scale: float = 1.0,
         skip_non_finite: bool = False,
+        together: bool = False,
     ) -> None:
         if not (math.isfinite(row_scale) and row_scale > 0):
             raise InvalidRequestError(f"row_scale={row_scale} is not a positive number; 1 / world size, or 1")
@@ -80,8 +88,10 @@ class Optimization(torch.optim.Optimizer):
         self._dense = dense
         self._row_scale = row_scale
         self._skip_non_finite = skip_non_finite
-        self.skipped = 0
-        self._averaged = False
+        self._together = together
+        self.skipped = self.applied = 0
+        self._averaged = self._refused = False
+        self._anything = False
         self._held: dict[Exchange, dict[str, list[_Held]]] = {}
         tables = _tables(module)
         exchanges = list(dict.fromkeys(exchange for exchange, _ in tables))
@@ -124,7 +134,7 @@ class Optimization(torch.optim.Optimizer):
         """Forget all gradients, those of rows that were not sent too."""
         for tables in self._held.values():
             tables.clear()
-        self._averaged = False
+        self._averaged = self._refused = self._anything = False
         if isinstance(self._dense, torch.optim.Optimizer):
             self._dense.zero_grad(set_to_none)
         elif self._dense is not None:
@@ -153,10 +163,19 @@ class Optimization(torch.optim.Optimizer):
             return loss
         try:
             self._push()
-            self._step_dense()
+        except BaseException:
+            if isinstance(self._dense, AllReduced):  # the other ranks take this step, and dense values are one
+                self._take_step()
+            raise
+        else:
+            self._take_step()
         finally:
             self.zero_grad()
         return loss
+
+    def _take_step(self) -> None:
+        self._step_dense()
+        self.applied += self._anything
 
     def state_dict(self) -> dict[str, Any]:
         """That of a torch optimizer of dense parameters, and rates of all else, whose other state is in the cluster."""
@@ -187,20 +206,59 @@ class Optimization(torch.optim.Optimizer):
                 tables[table] = [_summed(held)]
         return [*self._dense_parameters(), *(held.leaf for held in self._leaves())]
 
+    @torch.no_grad()
     def average(self) -> None:
         """Average dense gradients over all ranks where `AllReduced` does; once a step, which does it if nobody has.
 
         A rank that has rows' gradients which are not finite makes all averages so: all ranks skip that step, or none.
+        With `together` one of a rank's gradients is made infinite where those of others are, so that a scaler leaves
+        the step out here as it does there.
         """
-        if isinstance(self._dense, AllReduced) and not self._averaged:
+        if self._averaged:
+            return
+        if isinstance(self._dense, AllReduced):
             self._dense.average(1.0 if _finite(held.leaf.grad for held in self._leaves()) else math.nan)
+        grads = self._grads()
+        self._anything = bool(grads)
+        if self._together:
+            finite = _finite(grads)
+            refused, having = sum_over_ranks([not finite, self._anything])
+            self._refused, self._anything = refused > 0, having > 0
+            if self._refused and finite and grads:
+                grads[0].fill_(math.inf)
         self._averaged = True
 
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> float:
+        """Bound the norm of the step's gradients, dense ones and the rows of all ranks, by one coefficient for all.
+
+        A row that several ranks step counts with each of its gradients, as it is stepped with each.
+
+        Returns:
+            The norm before.
+        """
+        self.parameters_and_rows()
+        square = sum(_square(held.leaf.grad) for held in self._leaves()) * self._row_scale**2
+        if self._together or isinstance(self._dense, AllReduced):
+            square = sum_over_ranks([square])[0]
+        norm = math.sqrt(square + sum(_square(each.grad) for each in self._dense_parameters()))
+        if norm > max_norm:
+            for grad in self._grads():
+                grad.mul_(max_norm / (norm + 1e-6))
+        return norm
+
     def finite(self) -> bool:
-        """Whether all gradients are finite."""
+        """Whether all gradients are finite: of all ranks, where they step together and have averaged."""
+        return not self._refused and _finite(self._grads())
+
+    def has_gradients(self) -> bool:
+        """Whether there is anything to step with, on this rank."""
+        return bool(self._grads())
+
+    def _grads(self) -> list[Tensor]:
         grads = [held.leaf.grad for held in self._leaves()]
         grads += [parameter.grad for parameter in self._dense_parameters()]
-        return _finite(grads)
+        return [grad for grad in grads if grad is not None]
 
     def rates(self) -> dict[str, float]:
         """Learning rates of all groups: of a torch optimizer by their number, of rows by the name of their table."""
@@ -243,19 +301,21 @@ class Optimization(torch.optim.Optimizer):
                 ids = np.concatenate([held.ids for held in parts]) if len(parts) > 1 else parts[0].ids
                 updates[table] = (ids, values)
             last = number == len(self._held) and not isinstance(self._dense, DenseOnPs)
-            mine = int(last and self._counts_here(exchange))
+            counted = last and self._anything
+            mine = int(counted and self._counts_here(exchange))
             factors = {table: self._row_groups[exchange, table].factor for table in updates}
-            exchange.send(updates, advance=mine, heard=int(last) - mine, rate_factors=_changed(factors))
+            exchange.send(updates, advance=mine, heard=int(counted) - mine, rate_factors=_changed(factors))
 
     def _counts_here(self, exchange: Exchange) -> bool:
         """Whether this process counts its steps: of workers that step together one does, or each for itself."""
-        together = isinstance(self._dense, AllReduced) and not exchange.client.together
+        together = (self._together or isinstance(self._dense, AllReduced)) and not exchange.client.together
         return not together or distributed.get_rank() == 0
 
     def _step_dense(self) -> None:
         if isinstance(self._dense, DenseOnPs):
             assert self._dense_group is not None
-            self._dense.step(learning_rate=self._dense_group.rate(), advance=1)  # the last that is sent of a step
+            # The last that is sent of a step.
+            self._dense.step(learning_rate=self._dense_group.rate(), advance=int(self._anything))
         elif self._dense is not None:
             self._dense.step()
 
@@ -303,6 +363,11 @@ def _changed(factors: Mapping[str, float]) -> dict[str, float]:
 
 def _finite(grads: Iterable[Tensor | None]) -> bool:
     return all(bool(torch.isfinite(grad).all()) for grad in grads if grad is not None)
+
+
+def _square(grad: Tensor | None) -> float:
+    """The square of a gradient's norm."""
+    return 0.0 if grad is None else float(grad.double().square().sum())
 
 
 def _leaf(grads: Float32Array) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gradients averaged over the ranks of torch.distributed: in one piece, as a group, or one by one."""
+"""Gradients averaged, and numbers added up, over the ranks of torch.distributed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, distributed
 
 from trilith.errors import InvalidRequestError
 
-__all__ = ["FUSIONS", "Fusion", "average_gradients"]
+__all__ = ["FUSIONS", "Fusion", "average_gradients", "sum_over_ranks"]
 
 Fusion: TypeAlias = Literal["one", "grouped", "none"]
 """one: a collective for all gradients, laid out one after another; grouped: one each, all on their way at once; none:
@@ -65,3 +65,10 @@ def average_gradients(
         pieces = [part.view(each.shape) for part, each in zip(parts, given, strict=True)]
     averaged = iter(pieces)
     return [None if each is None else next(averaged) for each in gradients]
+
+
+def sum_over_ranks(numbers: Sequence[float], group: distributed.ProcessGroup | None = None) -> list[float]:
+    """The sums over all ranks of as many numbers from each, exact up to 2**53; every rank makes the same call."""
+    shared = torch.tensor(numbers, dtype=torch.float64)
+    distributed.all_reduce(shared, group=group)
+    return [float(each) for each in shared]

@@ -1,0 +1,232 @@
+"""Several workers of an Estimator: processes in step on PS, that agree, end together, and go on together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.congruence.clusters import LocalCluster
+from tests.waiting import eventually
+from trilith.checkpoint import list_checkpoints
+from trilith.estimator.state import read_rank
+from trilith_services.local.supervisor import free_ports
+
+TIMEOUT_S = 400
+
+
+class Ranks:
+    """A scenario of `tests.integration.ranks_job` in so many processes."""
+
+    def __init__(self, out: Path, scenario: str, ranks: int = 2, **settings: str) -> None:
+        out.mkdir(exist_ok=True)
+        self._out, self._scenario = out, scenario
+        port = free_ports(1)[0]
+        self.processes = []
+        for rank in range(ranks):
+            environ = os.environ | settings
+            if ranks > 1:
+                environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+                environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            argv = [sys.executable, "-m", "tests.integration.ranks_job", scenario, str(out)]
+            with self._log(rank).open("wb") as log:
+                self.processes.append(subprocess.Popen(argv, env=environ, stdout=log, stderr=log))
+
+    def _log(self, rank: int) -> Path:
+        return self._out / f"{self._scenario}-{rank}.log"
+
+    def log(self, rank: int) -> str:
+        return self._log(rank).read_text()
+
+    def statuses(self) -> list[int]:
+        return [process.wait(TIMEOUT_S) for process in self.processes]
+
+    def reports(self) -> list[dict]:
+        assert self.statuses() == [0] * len(self.processes), "\n".join(map(self.log, range(len(self.processes))))
+        return [json.loads((self._out / f"{self._scenario}-{r}.json").read_text()) for r in range(len(self.processes))]
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """Starts ranks, and ends those that are left."""
+    started = []
+
+    def start(scenario: str, ranks: int = 2, out: str = "out", **settings: str) -> Ranks:
+        started.append(Ranks(tmp_path / out, scenario, ranks, **settings))
+        return started[-1]
+
+    yield start
+    for each in started:
+        for process in each.processes:
+            process.kill()
+            process.wait(60)
+
+
+def at(cluster: LocalCluster, **settings: object) -> dict[str, str]:
+    """Settings of a run on a cluster, as the environment has them."""
+    return {
+        f"TRILITH_RUN_{name.upper()}": str(value) for name, value in {"cluster": cluster.address, **settings}.items()
+    }
+
+
+def assert_same(found: dict, want: dict, tolerance: float) -> None:
+    assert (found["step"], found["counted"]) == (want["step"], want["counted"])
+    np.testing.assert_allclose(found["rows"], want["rows"], rtol=0, atol=tolerance)
+    for name, value in want["dense"].items():
+        np.testing.assert_allclose(found["dense"][name], value, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("settings", [{}, {"clip_norm": 1e6}, {"accumulate": 2}], ids=["plain", "clipped", "summed"])
+def test_two_workers_in_step_are_one_with_the_joined_batch(ranks, settings):
+    with LocalCluster("3-ps") as one, LocalCluster("3-ps") as two:
+        alone = ranks("train", 1, "one", **at(one, **settings))
+        first, second = ranks("train", 2, "two", **at(two, **settings)).reports()
+        (want,) = alone.reports()
+    assert np.abs(want["rows"]).max() > 0.01
+    assert first["counted"] == (3 if "accumulate" in settings else 6)
+    assert_same(first, want, 1e-6)
+    assert_same(second, first, 0)
+    assert (first["told"], second["told"]) == (want["told"], want["told"])
+
+
+def test_a_bound_on_the_norm_is_one_for_all(ranks):
+    # A bound that is always reached: were it each rank's own, the dense parts would part.
+    with LocalCluster("1-ps") as cluster:
+        first, second = ranks("train", **at(cluster, clip_norm=0.01)).reports()
+    assert_same(second, first, 0)
+    assert 0 < np.abs(first["rows"]).max() <= 0.01 * 0.5 * first["step"]
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_rank_without_data_takes_the_steps_of_the_others(ranks, ahead):
+    with LocalCluster("3-ps") as cluster:
+        first, second = ranks("uneven", **at(cluster, async_push=ahead), AHEAD=str(ahead)).reports()
+    assert (first["step"], first["counted"]) == (12, 12)
+    assert_same(second, first, 0)
+    assert first["metrics"] == second["metrics"]
+    assert (first["told"].count("step"), second["told"].count("step")) == (12, 4)
+    assert first["told"].count("epoch") == second["told"].count("epoch") == 2
+
+
+def test_a_dataset_is_shared_exactly_once_and_metrics_are_those_of_the_whole(ranks):
+    with LocalCluster("1-ps") as cluster:
+        first, second = ranks("shared", **at(cluster)).reports()
+    for name in ("held", "file", "own", "arrow"):
+        assert sorted(first["seen"][name] + second["seen"][name]) == list(range(27)), name
+        assert abs(len(first["seen"][name]) - len(second["seen"][name])) <= 1, name
+    assert first["metrics"] == second["metrics"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_gradient_of_one_rank_that_is_not_finite_is_left_out_by_all(ranks, precision):
+    with LocalCluster("1-ps") as cluster:
+        first, second = ranks("not_finite", **at(cluster), PRECISION=precision).reports()
+    assert (first["step"], first["counted"]) == (5, 5)
+    assert first["skipped"] == second["skipped"] == (precision == "fp32")
+    assert first["scale"] == second["scale"] < (2.0 if precision == "fp32" else 65536.0)
+    assert_same(second, first, 0)
+
+
+@pytest.mark.parametrize(("scenario", "reason"), [("stops", "enough of it"), ("terminated", "SIGTERM")])
+def test_what_stops_one_rank_stops_all_after_the_same_step(ranks, tmp_path, scenario, reason):
+    with LocalCluster("1-ps") as cluster:
+        first, second = ranks(scenario, **at(cluster, model_dir=tmp_path / "model")).reports()
+    assert (first["step"], first["counted"]) == (3, 3)
+    assert_same(second, first, 0)
+    assert (first["reason"], second["reason"]) == (f"rank 1: {reason}", reason)
+    for told in (first["told"], second["told"]):
+        assert told[-2:] == ["saved", "stopped"]
+    (saved,) = list_checkpoints(str(tmp_path / "model"))
+    assert [read_rank(saved.path, rank, 2).batches for rank in (0, 1)] == [3, 3]
+
+
+def test_a_rank_that_fails_or_is_killed_ends_the_others_which_say_why(ranks, tmp_path):
+    with LocalCluster("1-ps") as cluster:
+        failed, killed = ranks("raises", out="a", **at(cluster)), ranks("killed", out="b", **at(cluster))
+        assert failed.statuses() == [1, 1]
+        assert "UnavailableError: rank 0 of 2: " in failed.log(0).splitlines()[-1]
+        assert 'rank 1 ended with KeyError: "a fault of the user\'s"' in failed.log(0) or "another rank" in failed.log(
+            0
+        )
+        assert "raised by callback At" in failed.log(1)
+        assert killed.statuses() == [1, 9]
+        assert "rank 0 of 2: another rank is gone without a word" in killed.log(0).splitlines()[-1]
+
+
+def test_a_save_that_one_rank_cannot_make_fails_for_all_and_training_goes_on(ranks, tmp_path):
+    with LocalCluster("1-ps") as cluster:
+        first, second = ranks("saves_fail", **at(cluster, model_dir=tmp_path / "model", save_every=2)).reports()
+    assert first["counted"] == 6
+    for told in (first["told"], second["told"]):
+        assert (told.count("save_failed"), told.count("saved")) == (1, 2)
+    assert "the disk of rank 1 is full" in (tmp_path / "out" / "saves_fail-0.log").read_text()
+    assert [info.complete for info in list_checkpoints(str(tmp_path / "model"))] == [True, True]
+
+
+def test_all_ranks_save_and_the_chief_exports(ranks, tmp_path):
+    with LocalCluster("3-ps") as cluster:
+        first, second = ranks("exports", **at(cluster, model_dir=tmp_path / "model")).reports()
+    assert first["metrics"] == second["metrics"] == first["again"] == second["again"]
+    assert first["export"] == second["export"]
+    assert Path(first["export"]).is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["sigterm", "sigkill"])
+def test_ranks_that_end_in_the_middle_go_on_together_to_the_same_end(ranks, tmp_path, number):
+    model = {"model_dir": tmp_path / "model", "save_every": 2, "owns_cluster": "true"}
+    with LocalCluster("1-ps") as cluster:
+        cut = ranks("waits", out="cut", **at(cluster, **model))
+        eventually((tmp_path / "cut" / "trains").exists, timeout_s=TIMEOUT_S)
+        cut.processes[1].send_signal(number)
+        assert cut.statuses() == ([1, -9] if number == signal.SIGKILL else [0, 0])
+        newest = [info for info in list_checkpoints(str(tmp_path / "model")) if info.complete][-1]
+        done = {read_rank(newest.path, rank, 2).steps for rank in (0, 1)}
+        assert len(done) == 1
+        assert done.pop() >= 2
+    with LocalCluster("1-ps") as cut, LocalCluster("1-ps") as whole:
+        first, second = ranks("waits", out="on", **at(cut, **model), STEPS="100").reports()
+        (want, _) = ranks("waits", out="whole", **at(whole), STEPS="100").reports()
+    assert first["told"][0] == "restored"
+    assert_same(second, first, 0)
+    assert_same(first, want, 1e-5)
+
+
+def test_ranks_outlive_a_ps_that_restarts(ranks, tmp_path, processes):
+    names = ["ps-0", "ps-1"]
+    places = ("--checkpoint-root", str(tmp_path), "--checkpoint-dir", str(tmp_path / "model"))
+    addresses = [
+        processes.start(name, "ps", "--index", str(index), "--count", "2", *places) for index, name in enumerate(names)
+    ]
+    processes.wait(*names)
+    settings = {
+        "TRILITH_RUN_CLUSTER": f"static://{','.join(addresses)}",
+        "TRILITH_RUN_MODEL_DIR": str(tmp_path / "model"),
+        "TRILITH_RUN_SAVE_EVERY": "50",
+    }
+    job = ranks("waits", **settings)
+    eventually(lambda: any(info.complete for info in list_checkpoints(str(tmp_path / "model"))), timeout_s=TIMEOUT_S)
+    processes.end("ps-1")
+    processes.start("ps-1")
+    processes.wait("ps-1")
+    (tmp_path / "out" / "enough").touch()
+    job.processes[1].send_signal(signal.SIGTERM)
+    first, second = job.reports()
+    for told in (first["told"], second["told"]):
+        assert "rows_rejoined" in told
+        assert told[-1] == "stopped"
+    np.testing.assert_equal(first["dense"], second["dense"])
+
+
+def test_another_number_of_workers_is_refused_in_a_line_that_says_what_to_do(ranks, tmp_path):
+    with LocalCluster("1-ps") as cluster:
+        settings = at(cluster, model_dir=tmp_path / "model")
+        ranks("train", 2, **settings).reports()
+        alone = ranks("train", 1, "alone", **settings)
+        assert alone.statuses() == [1]
+        assert "was written by 2 workers, and there are 1" in alone.log(0).splitlines()[-1]
