@@ -37,8 +37,10 @@ class Everything(Task):
     decade = Embedding(dim=2, feature="born", optimizer=Adagrad(learning_rate=0.5))
     idle = Embedding(dim=2)  # the model makes no use of it
     labels: ClassVar = {"click": Label(), "buy": Label(weight=3.0)}
+    signatures: ClassVar = {"clicks": ("click",), "user": "user_tower", "parts": "parts_of_items"}
 
     def build(self) -> None:
+        self.tower = nn.Linear(7, 5)
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
         self.trunk = nn.Sequential(nn.LazyLinear(8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2))
         self.heads = nn.ModuleDict({name: nn.Linear(8, 1) for name in self.labels})
@@ -57,6 +59,14 @@ class Everything(Task):
         given = [x.user.vector, x.city.vector, x.item.vector, *tags, history, places, x.decade.vector, *dense]
         deep = self.trunk(torch.cat(given, 1))
         return {name: head(deep)[:, 0] + x.item.bias for name, head in self.heads.items()}
+
+    def user_tower(self, x: Any) -> torch.Tensor:
+        scale = torch.tensor([0.5, 1.0, 1.5, 2.0, 2.5])  # a constant, of this signature alone
+        return torch.tanh(self.tower(torch.cat([x.user.vector, x.city.vector], 1))) * scale
+
+    def parts_of_items(self, x: Any) -> dict[str, torch.Tensor]:
+        ones = torch.tensor([3.0])
+        return {"bias": x.item.bias * ones, "seen": x.seen.mask.sum(1).float() * torch.ones(x.user.vector.shape[0])}
 
     def predictions(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found = {name: torch.sigmoid(each) for name, each in outputs.items()}

@@ -24,29 +24,31 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btrilith_proto/serving.proto\x12\x07trilith\"[\n\x0ePredictRequest\x12!\n\x04kind\x18\x01 \x01(\x0e\x32\x13.trilith.RecordKind\x12\x0f\n\x07records\x18\x02 \x03(\x0c\x12\x15\n\rmodel_version\x18\x03 \x01(\x03\"<\n\rPredictOutput\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0e\n\x06values\x18\x03 \x01(\x0c\"y\n\x0fPredictResponse\x12\'\n\x07outputs\x18\x01 \x03(\x0b\x32\x16.trilith.PredictOutput\x12\x15\n\rmodel_version\x18\x02 \x01(\x03\x12\x12\n\nmodel_step\x18\x03 \x01(\x03\x12\x12\n\nrows_as_of\x18\x04 \x01(\x01\"\x14\n\x12ModelStatusRequest\"\x86\x01\n\rReplicaStatus\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x12\n\nrows_as_of\x18\x04 \x01(\x01\x12\x0f\n\x07lookups\x18\x05 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\x06 \x01(\x04\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"\xa1\x01\n\rVersionStatus\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0e\n\x06in_use\x18\x02 \x01(\x08\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x17\n\x0f\x63heckpoint_time\x18\x04 \x01(\x01\x12\x13\n\x0b\x65xport_time\x18\x05 \x01(\x01\x12\x13\n\x0bloaded_time\x18\x06 \x01(\x01\x12\x0f\n\x07records\x18\x07 \x01(\x04\x12\r\n\x05\x65rror\x18\x08 \x01(\t\"\x8b\x04\n\x13ModelStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\x03\x12\x12\n\nmodel_step\x18\x03 \x01(\x03\x12\x17\n\x0f\x63heckpoint_time\x18\x04 \x01(\x01\x12\x13\n\x0b\x65xport_time\x18\x05 \x01(\x01\x12\x13\n\x0bloaded_time\x18\x06 \x01(\x01\x12\x12\n\nrows_as_of\x18\x07 \x01(\x01\x12\x0c\n\x04mode\x18\x08 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\t \x03(\t\x12\x0f\n\x07outputs\x18\n \x03(\t\x12(\n\x08replicas\x18\x0b \x03(\x0b\x32\x16.trilith.ReplicaStatus\x12\x10\n\x08requests\x18\x0c \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\r \x01(\x04\x12\x12\n\nload_error\x18\x0e \x01(\t\x12\x13\n\x0bincarnation\x18\x0f \x01(\x06\x12\x16\n\x0euptime_seconds\x18\x10 \x01(\x01\x12\x0f\n\x07records\x18\x11 \x01(\x04\x12\x17\n\x0frequest_seconds\x18\x12 \x01(\x01\x12\x16\n\x0elatency_bounds\x18\x13 \x03(\x01\x12\x17\n\x0flatency_buckets\x18\x14 \x03(\x04\x12(\n\x08versions\x18\x15 \x03(\x0b\x32\x16.trilith.VersionStatus\x12\x0e\n\x06policy\x18\x16 \x01(\t\x12\x0e\n\x06pinned\x18\x17 \x01(\x03*\'\n\nRecordKind\x12\x0b\n\x07\x45XAMPLE\x10\x00\x12\x0c\n\x08INSTANCE\x10\x01\x32\xdc\x01\n\nPrediction\x12<\n\x07Predict\x12\x17.trilith.PredictRequest\x1a\x18.trilith.PredictResponse\x12\x46\n\rPredictStream\x12\x17.trilith.PredictRequest\x1a\x18.trilith.PredictResponse(\x01\x30\x01\x12H\n\x0bModelStatus\x12\x1b.trilith.ModelStatusRequest\x1a\x1c.trilith.ModelStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btrilith_proto/serving.proto\x12\x07trilith\"n\n\x0ePredictRequest\x12!\n\x04kind\x18\x01 \x01(\x0e\x32\x13.trilith.RecordKind\x12\x0f\n\x07records\x18\x02 \x03(\x0c\x12\x15\n\rmodel_version\x18\x03 \x01(\x03\x12\x11\n\tsignature\x18\x04 \x01(\t\"<\n\rPredictOutput\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0e\n\x06values\x18\x03 \x01(\x0c\"y\n\x0fPredictResponse\x12\'\n\x07outputs\x18\x01 \x03(\x0b\x32\x16.trilith.PredictOutput\x12\x15\n\rmodel_version\x18\x02 \x01(\x03\x12\x12\n\nmodel_step\x18\x03 \x01(\x03\x12\x12\n\nrows_as_of\x18\x04 \x01(\x01\"\x14\n\x12ModelStatusRequest\"\x86\x01\n\rReplicaStatus\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x12\n\nrows_as_of\x18\x04 \x01(\x01\x12\x0f\n\x07lookups\x18\x05 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\x06 \x01(\x04\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"\xa1\x01\n\rVersionStatus\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0e\n\x06in_use\x18\x02 \x01(\x08\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x17\n\x0f\x63heckpoint_time\x18\x04 \x01(\x01\x12\x13\n\x0b\x65xport_time\x18\x05 \x01(\x01\x12\x13\n\x0bloaded_time\x18\x06 \x01(\x01\x12\x0f\n\x07records\x18\x07 \x01(\x04\x12\r\n\x05\x65rror\x18\x08 \x01(\t\"B\n\x0fSignatureStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12\x0f\n\x07outputs\x18\x03 \x03(\t\"\xb9\x04\n\x13ModelStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\x03\x12\x12\n\nmodel_step\x18\x03 \x01(\x03\x12\x17\n\x0f\x63heckpoint_time\x18\x04 \x01(\x01\x12\x13\n\x0b\x65xport_time\x18\x05 \x01(\x01\x12\x13\n\x0bloaded_time\x18\x06 \x01(\x01\x12\x12\n\nrows_as_of\x18\x07 \x01(\x01\x12\x0c\n\x04mode\x18\x08 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\t \x03(\t\x12\x0f\n\x07outputs\x18\n \x03(\t\x12(\n\x08replicas\x18\x0b \x03(\x0b\x32\x16.trilith.ReplicaStatus\x12\x10\n\x08requests\x18\x0c \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\r \x01(\x04\x12\x12\n\nload_error\x18\x0e \x01(\t\x12\x13\n\x0bincarnation\x18\x0f \x01(\x06\x12\x16\n\x0euptime_seconds\x18\x10 \x01(\x01\x12\x0f\n\x07records\x18\x11 \x01(\x04\x12\x17\n\x0frequest_seconds\x18\x12 \x01(\x01\x12\x16\n\x0elatency_bounds\x18\x13 \x03(\x01\x12\x17\n\x0flatency_buckets\x18\x14 \x03(\x04\x12(\n\x08versions\x18\x15 \x03(\x0b\x32\x16.trilith.VersionStatus\x12\x0e\n\x06policy\x18\x16 \x01(\t\x12\x0e\n\x06pinned\x18\x17 \x01(\x03\x12,\n\nsignatures\x18\x18 \x03(\x0b\x32\x18.trilith.SignatureStatus*\'\n\nRecordKind\x12\x0b\n\x07\x45XAMPLE\x10\x00\x12\x0c\n\x08INSTANCE\x10\x01\x32\xdc\x01\n\nPrediction\x12<\n\x07Predict\x12\x17.trilith.PredictRequest\x1a\x18.trilith.PredictResponse\x12\x46\n\rPredictStream\x12\x17.trilith.PredictRequest\x1a\x18.trilith.PredictResponse(\x01\x30\x01\x12H\n\x0bModelStatus\x12\x1b.trilith.ModelStatusRequest\x1a\x1c.trilith.ModelStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'trilith_proto.serving_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RECORDKIND']._serialized_start=1167
-  _globals['_RECORDKIND']._serialized_end=1206
+  _globals['_RECORDKIND']._serialized_start=1300
+  _globals['_RECORDKIND']._serialized_end=1339
   _globals['_PREDICTREQUEST']._serialized_start=40
-  _globals['_PREDICTREQUEST']._serialized_end=131
-  _globals['_PREDICTOUTPUT']._serialized_start=133
-  _globals['_PREDICTOUTPUT']._serialized_end=193
-  _globals['_PREDICTRESPONSE']._serialized_start=195
-  _globals['_PREDICTRESPONSE']._serialized_end=316
-  _globals['_MODELSTATUSREQUEST']._serialized_start=318
-  _globals['_MODELSTATUSREQUEST']._serialized_end=338
-  _globals['_REPLICASTATUS']._serialized_start=341
-  _globals['_REPLICASTATUS']._serialized_end=475
-  _globals['_VERSIONSTATUS']._serialized_start=478
-  _globals['_VERSIONSTATUS']._serialized_end=639
-  _globals['_MODELSTATUSRESPONSE']._serialized_start=642
-  _globals['_MODELSTATUSRESPONSE']._serialized_end=1165
-  _globals['_PREDICTION']._serialized_start=1209
-  _globals['_PREDICTION']._serialized_end=1429
+  _globals['_PREDICTREQUEST']._serialized_end=150
+  _globals['_PREDICTOUTPUT']._serialized_start=152
+  _globals['_PREDICTOUTPUT']._serialized_end=212
+  _globals['_PREDICTRESPONSE']._serialized_start=214
+  _globals['_PREDICTRESPONSE']._serialized_end=335
+  _globals['_MODELSTATUSREQUEST']._serialized_start=337
+  _globals['_MODELSTATUSREQUEST']._serialized_end=357
+  _globals['_REPLICASTATUS']._serialized_start=360
+  _globals['_REPLICASTATUS']._serialized_end=494
+  _globals['_VERSIONSTATUS']._serialized_start=497
+  _globals['_VERSIONSTATUS']._serialized_end=658
+  _globals['_SIGNATURESTATUS']._serialized_start=660
+  _globals['_SIGNATURESTATUS']._serialized_end=726
+  _globals['_MODELSTATUSRESPONSE']._serialized_start=729
+  _globals['_MODELSTATUSRESPONSE']._serialized_end=1298
+  _globals['_PREDICTION']._serialized_start=1342
+  _globals['_PREDICTION']._serialized_end=1562
 # @@protoc_insertion_point(module_scope)

@@ -41,10 +41,13 @@ class PredictRequest(google.protobuf.message.Message):
     KIND_FIELD_NUMBER: builtins.int
     RECORDS_FIELD_NUMBER: builtins.int
     MODEL_VERSION_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
     kind: global___RecordKind.ValueType
     """What the records are."""
     model_version: builtins.int
     """Which export shall score them, of those that are loaded; 0: the one in use."""
+    signature: builtins.str
+    """Which of the model's signatures: what is computed of the records; empty: "serving_default"."""
     @property
     def records(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """Serialized monolith.io.proto.Example or idl.matrix.proto.Instance messages, without any framing."""
@@ -55,8 +58,9 @@ class PredictRequest(google.protobuf.message.Message):
         kind: global___RecordKind.ValueType = ...,
         records: collections.abc.Iterable[builtins.bytes] | None = ...,
         model_version: builtins.int = ...,
+        signature: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kind", b"kind", "model_version", b"model_version", "records", b"records"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kind", b"kind", "model_version", b"model_version", "records", b"records", "signature", b"signature"]) -> None: ...
 
 global___PredictRequest = PredictRequest
 
@@ -203,6 +207,33 @@ class VersionStatus(google.protobuf.message.Message):
 global___VersionStatus = VersionStatus
 
 @typing.final
+class SignatureStatus(google.protobuf.message.Message):
+    """One way to ask a model."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    FEATURES_FIELD_NUMBER: builtins.int
+    OUTPUTS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    @property
+    def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names in records of what it looks at."""
+
+    @property
+    def outputs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        features: collections.abc.Iterable[builtins.str] | None = ...,
+        outputs: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["features", b"features", "name", b"name", "outputs", b"outputs"]) -> None: ...
+
+global___SignatureStatus = SignatureStatus
+
+@typing.final
 class ModelStatusResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -229,6 +260,7 @@ class ModelStatusResponse(google.protobuf.message.Message):
     VERSIONS_FIELD_NUMBER: builtins.int
     POLICY_FIELD_NUMBER: builtins.int
     PINNED_FIELD_NUMBER: builtins.int
+    SIGNATURES_FIELD_NUMBER: builtins.int
     model: builtins.str
     model_version: builtins.int
     model_step: builtins.int
@@ -271,6 +303,10 @@ class ModelStatusResponse(google.protobuf.message.Message):
     def versions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___VersionStatus]:
         """Newest first."""
 
+    @property
+    def signatures(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SignatureStatus]:
+        """Of the version in use; "serving_default", whose outputs are those above, comes first."""
+
     def __init__(
         self,
         *,
@@ -297,7 +333,8 @@ class ModelStatusResponse(google.protobuf.message.Message):
         versions: collections.abc.Iterable[global___VersionStatus] | None = ...,
         policy: builtins.str = ...,
         pinned: builtins.int = ...,
+        signatures: collections.abc.Iterable[global___SignatureStatus] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint_time", b"checkpoint_time", "export_time", b"export_time", "failures", b"failures", "features", b"features", "incarnation", b"incarnation", "latency_bounds", b"latency_bounds", "latency_buckets", b"latency_buckets", "load_error", b"load_error", "loaded_time", b"loaded_time", "mode", b"mode", "model", b"model", "model_step", b"model_step", "model_version", b"model_version", "outputs", b"outputs", "pinned", b"pinned", "policy", b"policy", "records", b"records", "replicas", b"replicas", "request_seconds", b"request_seconds", "requests", b"requests", "rows_as_of", b"rows_as_of", "uptime_seconds", b"uptime_seconds", "versions", b"versions"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint_time", b"checkpoint_time", "export_time", b"export_time", "failures", b"failures", "features", b"features", "incarnation", b"incarnation", "latency_bounds", b"latency_bounds", "latency_buckets", b"latency_buckets", "load_error", b"load_error", "loaded_time", b"loaded_time", "mode", b"mode", "model", b"model", "model_step", b"model_step", "model_version", b"model_version", "outputs", b"outputs", "pinned", b"pinned", "policy", b"policy", "records", b"records", "replicas", b"replicas", "request_seconds", b"request_seconds", "requests", b"requests", "rows_as_of", b"rows_as_of", "signatures", b"signatures", "uptime_seconds", b"uptime_seconds", "versions", b"versions"]) -> None: ...
 
 global___ModelStatusResponse = ModelStatusResponse

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trilith.checkpoint import hold, newest_complete, read_manifest
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.folder import Folder
-from trilith.nn.program import check_program, current_weights, export_program, pack_weights, set_parameters
+from trilith.nn.program import (
+    check_program,
+    current_weights,
+    export_program,
+    join_weights,
+    only_inputs,
+    pack_weights,
+    set_parameters,
+    used_inputs,
+)
 from trilith.serving.exports import (
     ENTRY,
     ROWS,
+    SERVING_DEFAULT,
     ExportManifest,
     Mode,
     ModelConfig,
     ProgramInput,
     ServedFeature,
+    Signature,
+    check_signature_name,
     new_version,
     prune_versions,
     ps_base,
@@ -58,6 +70,8 @@ class Exporter:
         inputs: What `module` takes, in order.
         outputs: Names of what it gives, in order.
         load: Gives `module` the values that a checkpoint has for it; None: `dense` has them as dense variables.
+        signatures: Further programs by name, each a module and the names of its outputs: it takes what `module` takes
+            and has the same parameters by the same names; inputs that it makes no use of are not looked up for it.
 
     Raises:
         InvalidRequestError: Something in `module` changes in training that no checkpoint has: buffers such as running
@@ -74,6 +88,7 @@ class Exporter:
         inputs: Iterable[ProgramInput],
         outputs: Iterable[str] = ("score",),
         load: Callable[[str], None] | None = None,
+        signatures: Mapping[str, tuple[nn.Module, Sequence[str]]] | None = None,
     ) -> None:
         self._name = name
         self._module = module
@@ -81,7 +96,11 @@ class Exporter:
         self._features = dict(features)
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
+        self._signatures = dict(signatures or {})
+        for each in self._signatures:
+            check_signature_name(each)
         self._traced: tuple[bytes, dict[str, Tensor]] | None = None
+        self._others: dict[str, tuple[Signature, bytes, dict[str, Tensor]]] = {}
         self._load = load
         if load is None:
             _check_stored(self._module, self._dense)
@@ -152,7 +171,8 @@ class Exporter:
             set_parameters(self._dense, dense_values(checkpoint))
         else:
             self._load(checkpoint)
-        graph, weights = self._trace(model)
+        graphs, weights, signatures = self._trace(model)
+        model = replace(model, signatures=signatures)
         version = new_version(base, clock=clock)
         root = base if mode == "standalone" else Folder(base).child(ENTRY).url
         folder = Folder(root).child(str(version))
@@ -165,7 +185,7 @@ class Exporter:
             "checkpoint_unix_s": manifest.as_of_unix_s,
             "created_unix_s": clock(),
         }
-        files = write_model(folder, model, graph, pack_weights(weights), warm_up=warm_up)
+        files = write_model(folder, model, graphs, pack_weights(weights), warm_up=warm_up)
         if mode == "standalone":
             rows = write_serving_rows(checkpoint, folder.child(ROWS).url, tables)
         else:
@@ -190,14 +210,41 @@ class Exporter:
         )
         return Exported(version=version, path=folder.url, step=manifest.global_step, rows=rows)
 
-    def _trace(self, model: ModelConfig) -> tuple[bytes, dict[str, Tensor]]:
+    def _trace(self, model: ModelConfig) -> tuple[dict[str, bytes], dict[str, Tensor], dict[str, Signature]]:
+        """Graphs by signature, all their weights, and what the further signatures are."""
         if self._traced is None:
-            traced = export_program(self._module, model.shapes())
+            shapes = model.shapes()
+            traced = export_program(self._module, shapes)
             # What no entry could load is found out here.
-            check_program(*traced, self._outputs, model.shapes(), where=f"{type(self._module).__name__}: the graph")
+            check_program(*traced, self._outputs, shapes, where=f"{type(self._module).__name__}: the graph")
+            self._others = {
+                name: self._signature(name, module, tuple(outputs), shapes)
+                for name, (module, outputs) in self._signatures.items()
+            }
             self._traced = traced
-        graph, weights = self._traced
-        return graph, current_weights(self._module, weights)
+        graph, first = self._traced
+        weights = join_weights(
+            current_weights(self._module, first),
+            {name: current_weights(self._signatures[name][0], own) for name, (_, _, own) in self._others.items()},
+        )
+        graphs = {SERVING_DEFAULT: graph} | {name: other for name, (_, other, _) in self._others.items()}
+        return graphs, weights, {name: signature for name, (signature, _, _) in self._others.items()}
+
+    def _signature(
+        self, name: str, module: nn.Module, outputs: tuple[str, ...], shapes: Sequence[Sequence[int]]
+    ) -> tuple[Signature, bytes, dict[str, Tensor]]:
+        """The program of a further signature, of the inputs that it has a use for."""
+        try:
+            whole = export_program(module, shapes)
+            kept = used_inputs(whole[0]) or [0]
+            if len(kept) < len(shapes):
+                with only_inputs(module, shapes, kept):
+                    whole = export_program(module, [shapes[place] for place in kept])
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"signature {name!r}: {error}") from error
+        where = f"signature {name!r}: the graph"
+        check_program(*whole, outputs, [shapes[place] for place in kept], where=where)
+        return Signature(inputs=tuple(self._inputs[place] for place in kept), outputs=outputs), *whole
 
 
 def _pinned(base: str) -> int:

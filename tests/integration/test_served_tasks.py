@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.tasks import batch, everything, examples, instances, rows
 from trilith.estimator import RunConfig
@@ -48,6 +49,9 @@ def test_a_task_of_every_kind_of_feature_is_served_as_it_was_trained(processes, 
         job.train()
         samples = batch(99)
         (want,) = job.predict([samples])
+        prepared = job.rows.prepare(samples)
+        with torch.no_grad():
+            tower = job.task.user_tower(job.rows.inputs(prepared, job.rows.fetch(prepared))).numpy()
         version = job.export(base, mode=mode).rpartition("/")[2]
     assert want["both"].shape == (len(samples["user"]), 2)
     assert np.ptp(want["click"]) > 0.05
@@ -72,6 +76,19 @@ def test_a_task_of_every_kind_of_feature_is_served_as_it_was_trained(processes, 
     with Predictor(entry, timeout_s=60) as predictor:
         check(predictor.predict(examples(samples)).outputs)
         check(predictor.predict(instances(samples), kind="instance").outputs)
+        clicks = predictor.predict(examples(samples), signature="clicks").outputs
+        user = predictor.predict(examples(samples), signature="user").outputs
     answer = post(f"http://{http}", {"records": rows(samples)})
     assert "outputs" in answer, answer
     check(answer["outputs"])
+    assert clicks.keys() == {"click"}
+    np.testing.assert_allclose(clicks["click"], want["click"], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(user["user_tower"], tower, rtol=1e-6, atol=1e-6)
+    few = [{name: row[name] for name in ("user", "city")} for row in rows(samples)]
+    answer = post(f"http://{http}", {"records": few, "signature": "user"})
+    assert "outputs" in answer, answer
+    np.testing.assert_allclose(answer["outputs"]["user_tower"], tower, rtol=1e-6, atol=1e-6)
+    with urllib.request.urlopen(f"http://{http}/v1/model", timeout=60) as response:
+        signatures = {each["name"]: each for each in json.loads(response.read())["signatures"]}
+    assert list(signatures) == ["serving_default", "clicks", "user", "parts"]
+    assert signatures["user"] == {"name": "user", "features": ["user", "city"], "outputs": ["user_tower"]}

@@ -16,7 +16,8 @@ from tests.tasks import Everything, batch, everything, examples, instances, rows
 from trilith.data.records import Kind, Records
 from trilith.errors import InvalidRequestError
 from trilith.estimator import Dense, Estimator, Label, RunConfig, Task
-from trilith.nn.program import export_program, load_program
+from trilith.nn.program import export_program, load_program, only_inputs, unpack_weights, used_inputs, weights_of
+from trilith.nn.serving import ServedModel
 from trilith.ops.strings import hash_strings
 from trilith.serving.exports import MODEL, ModelConfig, ProgramInput, ServedFeature
 from trilith.tables import Sgd, table_config
@@ -168,6 +169,113 @@ def test_a_task_without_ids_is_served(tmp_path):
     found = scores(models, [example(x=("float_list", [1.0, 1.0]))] * 4)
     models.close()
     np.testing.assert_allclose(found["y"], want["y"], rtol=1e-6)
+
+
+# ---- signatures ------------------------------------------------------------------------------------------------------
+
+
+def test_a_signature_takes_what_it_looks_at_and_gives_what_it_names(exported, models):
+    payloads = examples(batch(99))
+    asked: list[dict[str, int]] = []
+    with models.use() as loaded:
+        model = loaded.model
+        whole = model._lookup
+
+        def lookup(ids, timeout_s):
+            asked.append({table: each.size for table, each in ids.items()})
+            return whole(ids, timeout_s)
+
+        records = Records.of(payloads, Kind.EXAMPLE)
+        seen = ServedModel(model.config, model._runs["serving_default"].program, lookup, others(model))
+        clicks = seen.predict(records, signature="clicks")
+        user = seen.predict(records, signature="user")
+        parts = seen.predict(records, signature="parts")
+        seen.predict(records, signature="serving_default")
+    np.testing.assert_allclose(clicks["click"], exported[1]["click"], rtol=1e-6, atol=1e-6)
+    assert list(clicks) == ["click"]
+    assert user["user_tower"].shape == (len(payloads), 5)
+    assert parts["seen"].tolist() == [min(len(each), 4) for each in batch(99)["seen"]]
+    assert parts.keys() == {"bias", "seen"}
+    assert [set(each) for each in asked[:3]] == [
+        *({"user", "city", "item", "tags", "decade"}, {"user", "city"}, {"item"})
+    ]
+    assert "idle" in asked[3], "the first takes all features of the task"
+    assert model.config.looked_at("parts") == ["item", "seen"]
+
+
+def others(model: ServedModel) -> dict[str, Any]:
+    return {name: each.program for name, each in model._runs.items() if name != "serving_default"}
+
+
+def test_a_signature_that_there_is_none_of_is_told_with_those_that_there_are(models):
+    with models.use() as loaded, pytest.raises(InvalidRequestError) as caught:
+        loaded.model.predict(Records.of([b""], Kind.EXAMPLE), signature="items")
+    assert str(caught.value) == (
+        "model 'everything' has no signature 'items'; it has serving_default, clicks, parts, user"
+    )
+
+
+def test_weights_are_stored_once_and_a_model_config_reads_back(exported):
+    (path,) = (exported[0] / "exports").iterdir()
+    config = ModelConfig.from_json((path / MODEL).read_bytes(), "m")
+    assert config.to_json() == (path / MODEL).read_bytes()
+    assert {each.name for each in path.glob("program*")} == {
+        *("program.json", "program.clicks.json", "program.user.json", "program.parts.json")
+    }
+    weights = unpack_weights((path / "weights.safetensors").read_bytes(), where="w")
+    assert sum(name.endswith("tower.weight") for name in weights) == 1
+    assert not any(
+        "/" in name for name in weights_of("user", weights) if not name.startswith(("weights/", "constants/"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("signatures", "why"),
+    [
+        (
+            {"user": "no_method"},
+            "signature 'user': Everything has no method 'no_method'; names of predictions are a tuple",
+        ),
+        ({"some": ("click", "sale")}, r"signature 'some': outputs \['click', 'sale'\] are wanted; Everything predicts"),
+        ({"none": ()}, r"signature 'none': outputs \[\] are wanted"),
+        ({"a/b": ("click",)}, "signature 'a/b': a name is letters, digits"),
+        ({"serving_default": ("click",)}, "signature 'serving_default': a name is"),
+    ],
+)
+def test_signatures_that_make_no_sense_are_refused_when_a_task_is_exported(exported, tmp_path, signatures, why):
+    class Odd(Everything):
+        pass
+
+    Odd.__name__, Odd.signatures = "Everything", signatures
+    run = RunConfig(model_dir=str(exported[0] / "model"), progress="none", export_mode="standalone")
+    with Estimator(Odd(), run) as job, pytest.raises(InvalidRequestError, match=why):
+        job.export(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+class Changes(nn.Module):
+    """Makes use of its inputs in ways that are not seen at once."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = a.clone()
+        found[:, 0] = b[:, 0]
+        _ = c.sum(1) * 2
+        return found, found.new_zeros(d.shape[0])
+
+
+def test_inputs_that_a_program_has_no_use_for_are_found():
+    shapes = [(2,), (2,), (2,), (2,)]
+    module = Changes().eval()
+    graph, _ = export_program(module, shapes)
+    kept = used_inputs(graph)
+    assert kept == [0, 1]
+    with only_inputs(module, shapes, kept):
+        graph, weights = export_program(module, [(2,), (2,)])
+    a, b, other = torch.rand(5, 2), torch.rand(5, 2), torch.rand(5, 2)
+    found = load_program(graph, weights, ["changed", "zeros"], where="g")(a, b)
+    changed, zeros = module(a, b, other, other)
+    torch.testing.assert_close(found["changed"], changed)
+    torch.testing.assert_close(found["zeros"], zeros)
 
 
 TABLE = table_config("t", dim=1, optimizer=Sgd(learning_rate=1.0)).proto

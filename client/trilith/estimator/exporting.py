@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.metadata import entry_points
 from itertools import islice
 from typing import Any
@@ -27,11 +27,17 @@ _RECORDS = 64  # of a warm-up request
 
 
 class Served(nn.Module):
-    """A task as serving runs it: one tensor for each of `inputs` in, predictions by label out."""
+    """A task as serving runs it: one tensor for each of `inputs` in, predictions by label out.
 
-    def __init__(self, task: Task) -> None:
+    Args:
+        task: The model.
+        wanted: What of it; see `Task.signatures`. None: all predictions.
+    """
+
+    def __init__(self, task: Task, wanted: Any = None) -> None:
         super().__init__()
         self.task = task
+        self._wanted = wanted
         self.inputs: list[ProgramInput] = []
         for name, feature in task.features.items():
             if isinstance(feature, Dense):
@@ -42,7 +48,7 @@ class Served(nn.Module):
             self.inputs.append(ProgramInput(kind="feature", names=(name,)))
             if isinstance(feature, Sequence):
                 self.inputs.append(ProgramInput(kind="mask", names=(name,)))
-        self.outputs = self._predicted(task.made_up())
+        self.outputs = self._named()
         """Names of what it gives, in order."""
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -58,17 +64,38 @@ class Served(nn.Module):
                 values[name] = Rows(rows[..., int(feature.base.bias) :], next(given) > 0.5)
             else:
                 values[name] = rows
-        found = self.task.predictions(self.task.outputs(Inputs(values)))
+        found = self._found(Inputs(values))
         return tuple(found[name] for name in self.outputs)
 
-    def _predicted(self, x: Inputs) -> list[str]:
-        """What the task gives predictions of."""
+    def _found(self, x: Inputs) -> Mapping[str, Tensor]:
+        """What the task gives, by name."""
+        if not isinstance(self._wanted, str):
+            return self.task.predictions(self.task.outputs(x))
+        found = getattr(self.task, self._wanted)(x)
+        return found if isinstance(found, Mapping) else {self._wanted: found}
+
+    def _named(self) -> list[str]:
+        """Names of what it gives; the model is run for it once.
+
+        Raises:
+            InvalidRequestError: The task has nothing of what is wanted.
+        """
+        wanted, kind = self._wanted, type(self.task).__name__
+        if isinstance(wanted, str) and not callable(getattr(self.task, wanted, None)):
+            raise InvalidRequestError(
+                f"{kind} has no method {wanted!r}; names of predictions are a tuple: ({wanted!r},)"
+            )
         was = self.task.training
         self.task.eval()
         with torch.no_grad():
-            found = list(self.task.predictions(self.task.outputs(x)))
+            found = list(self._found(self.task.made_up()))
         self.task.train(was)
-        return found
+        if wanted is None or isinstance(wanted, str):
+            return found
+        names = list(wanted)
+        if not names or not set(names) <= set(found):
+            raise InvalidRequestError(f"outputs {names} are wanted; {kind} predicts {found}")
+        return names
 
 
 def exporter_of(name: str, task: Task, rows: TaskRows, texts: Collection[str] = ()) -> Any:
@@ -106,7 +133,28 @@ def exporter_of(name: str, task: Task, rows: TaskRows, texts: Collection[str] = 
         with torch.no_grad():
             task.load_state_dict(dict(read_job(checkpoint).dense))
 
-    return make(name, served, dense=task, features=features, inputs=served.inputs, outputs=served.outputs, load=load)
+    return make(
+        name,
+        served,
+        dense=task,
+        features=features,
+        inputs=served.inputs,
+        outputs=served.outputs,
+        load=load,
+        signatures=_signatures(task),
+    )
+
+
+def _signatures(task: Task) -> dict[str, tuple[Served, list[str]]]:
+    """What else an export can be asked."""
+    found = {}
+    for name, wanted in task.signatures.items():
+        try:
+            served = Served(task, wanted)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"signature {name!r}: {error}") from None
+        found[name] = served, served.outputs
+    return found
 
 
 def warm_up_of(task: Task, batches: Iterable[Prepared], most: int | None) -> bytes:

@@ -53,6 +53,9 @@ class Task(nn.Module):
         labels: By name; a label that a sample lacks is NaN and counts in no loss.
         metrics: By name, computed for every label.
         sample_weight: Name in the batches of what a sample's loss is multiplied by; none if empty.
+        signatures: What else an export can be asked, by name: names of `predictions` that are wanted, such as
+            ("click",); or the name of a method that takes `Inputs` as `forward` does and gives a tensor [b, ...], or
+            several by name, such as one that gives a user's vector. What it makes no use of is not looked up.
         features: By name, in the order of their definition.
         texts: Features whose ids came as text, as far as batches were seen; serving hashes what it gets for them, too.
     """
@@ -60,6 +63,7 @@ class Task(nn.Module):
     labels: ClassVar[Mapping[str, Label]] = {}
     metrics: ClassVar[Mapping[str, Any]] = {}
     sample_weight: ClassVar[str] = ""
+    signatures: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, *, dense_optimizer: DenseOptimizer = None, **settings: Any) -> None:
         super().__init__()

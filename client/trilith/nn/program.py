@@ -13,7 +13,8 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,21 @@ from torch import Tensor, nn
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.ops.jit import COMPILING
 from trilith.runtime.extras import need
+from trilith.serving.exports import SERVING_DEFAULT
 
 __all__ = [
     "Program",
     "check_program",
     "current_weights",
     "export_program",
+    "join_weights",
     "load_program",
+    "only_inputs",
     "pack_weights",
     "set_parameters",
     "unpack_weights",
+    "used_inputs",
+    "weights_of",
 ]
 
 log = logging.getLogger(__name__)
@@ -50,6 +56,8 @@ _OPERATOR = re.compile(
     r"|torch\.sym_(?:int|float|max|min|not|ite|sum)"
     r"|math\.(?:ceil|floor|trunc)"
 )
+_SIZE = "torch.ops.aten.sym_size.int"
+_IN_PLACE = re.compile(r"torch\.ops\.aten\.\w+_\.\w+")
 _END = 2**63 - 1  # of a slice, where it has none
 
 # The same by a name of torch's, which takes arguments as the schema has them, and takes a third of the time.
@@ -289,6 +297,75 @@ def set_parameters(module: nn.Module, values: Mapping[str, npt.NDArray[np.float3
             parameter.copy_(torch.from_numpy(np.array(value, np.float32)).view_as(parameter))
     if kept:
         log.warning("frozen parameters are in no checkpoint; they have the module's values", extra={"parameters": kept})
+
+
+def used_inputs(graph: bytes) -> list[int]:
+    """Which of a program's inputs its results depend on, beside how many records there are."""
+    content = json.loads(graph)["graph_module"]
+    specs = content["signature"]["input_specs"]
+    inputs = [each["user_input"]["arg"]["as_tensor"]["name"] for each in specs if "user_input" in each]
+    live = _values(content["graph"]["outputs"])
+    for node in reversed(content["graph"]["nodes"]):
+        target = node["target"]
+        # What changes a tensor in place need not have a result that anybody takes.
+        if target != _SIZE and (_IN_PLACE.fullmatch(target) or not live.isdisjoint(_values(node["outputs"]))):
+            live |= _values([each["arg"] for each in node["inputs"]])
+    return [place for place, name in enumerate(inputs) if name in live]
+
+
+def _values(given: Any) -> set[str]:
+    """Names of the tensors and numbers that arguments or results of a node are."""
+    if isinstance(given, list):
+        return set().union(*map(_values, given))
+    if not isinstance(given, dict):
+        return set()
+    named = {each for key, each in given.items() if key in ("name", "as_name") and isinstance(each, str)}
+    return named.union(*map(_values, given.values()))
+
+
+@contextmanager
+def only_inputs(module: nn.Module, shapes: Sequence[Sequence[int]], kept: Sequence[int]) -> Iterator[None]:
+    """Have a module take some of its inputs only; the others are zeros.
+
+    It stays the same module, so that its weights are called in its programs as they are in those with all inputs.
+
+    Args:
+        module: Whose `forward` is another one inside.
+        shapes: Of all inputs, without the batch.
+        kept: Which there are, at least one.
+    """
+    whole = module.forward
+
+    def forward(*tensors: Tensor) -> Any:
+        given = dict(zip(kept, tensors, strict=True))
+        size = tensors[0].shape[0]
+        return whole(
+            *(given[i] if i in given else tensors[0].new_zeros((size, *shape)) for i, shape in enumerate(shapes))
+        )
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward  # the class has its own
+
+
+def join_weights(first: Mapping[str, Tensor], others: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The weights of several programs of one module, each once; `others` by signature."""
+    found = dict(first)
+    for signature, weights in others.items():
+        for name, value in weights.items():
+            found.setdefault(f"{signature}/{name}" if name.startswith(_CONSTANTS_PREFIX) else name, value)
+    return found
+
+
+def weights_of(signature: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `join_weights` for one program; the first one's constants are nobody's."""
+    own = {name: value for name, value in weights.items() if name.startswith(_WEIGHTS_PREFIX)}
+    prefix = f"{signature}/{_CONSTANTS_PREFIX}"
+    plain = {name: value for name, value in weights.items() if name.startswith(_CONSTANTS_PREFIX)}
+    named = {name.removeprefix(f"{signature}/"): value for name, value in weights.items() if name.startswith(prefix)}
+    return own | (plain if signature == SERVING_DEFAULT else named)
 
 
 def pack_weights(weights: Mapping[str, Tensor]) -> bytes:

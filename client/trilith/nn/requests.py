@@ -90,7 +90,7 @@ def make_parser(config: ModelConfig, kind: Literal[Kind.EXAMPLE, Kind.INSTANCE])
     for name, feature in config.features.items():
         by_slot = kind is Kind.INSTANCE and feature.slot is not None
         specs[name] = Slot(feature.slot or 0) if by_slot else Sparse(feature.feature or name)
-    for each in config.inputs:
+    for each in config.every_input:
         if each.kind == "dense":
             lengths: Literal["exact", "fit"] = "fit" if each.pad else "exact"
             specs[dense_name(each)] = Dense(each.dim, feature=each.names[0], lengths=lengths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,21 @@ from trilith.data.records import Kind, Records
 from trilith.errors import DataError, InternalError, InvalidRequestError
 from trilith.folder import Folder
 from trilith.nn.pooling import make_pooling
-from trilith.nn.program import Program, load_program, unpack_weights
+from trilith.nn.program import Program, load_program, unpack_weights, weights_of
 from trilith.nn.requests import OnUnknown, RequestParser, dense_name, make_parser
 from trilith.ops.pool import pool_rows
 from trilith.ops.ragged import Ragged
-from trilith.serving.exports import GRAPH, MODEL, WEIGHTS, ExportManifest, ModelConfig, read_export, read_file
+from trilith.serving.exports import (
+    MODEL,
+    SERVING_DEFAULT,
+    WEIGHTS,
+    ExportManifest,
+    ModelConfig,
+    ProgramInput,
+    graph_name,
+    read_export,
+    read_file,
+)
 
 __all__ = [
     "Lookup",
@@ -45,6 +56,34 @@ class Scores(nn.Module):
         return torch.sigmoid(self.head(rows))
 
 
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """One signature, with what its program wants worked out.
+
+    Attributes:
+        program: The dense part.
+        inputs: What it takes, in order.
+        shapes: Of the inputs, without the batch.
+        used: Features that are looked up.
+        by_table: The same by table.
+    """
+
+    program: Program
+    inputs: tuple[ProgramInput, ...]
+    shapes: list[tuple[int, ...]]
+    used: list[str]
+    by_table: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, config: ModelConfig, name: str, program: Program) -> _Runs:
+        inputs = config.signature(name).inputs
+        used = [each for each in config.features if any(w.kind != "dense" and each in w.names for w in inputs)]
+        by_table: dict[str, list[str]] = {}
+        for each in used:
+            by_table.setdefault(config.features[each].table, []).append(each)
+        return cls(program, inputs, config.shapes(name), used, by_table)
+
+
 class ServedModel:
     """A model that scores records. Thread-safe.
 
@@ -52,34 +91,39 @@ class ServedModel:
         config: What it is made of.
         program: The dense part.
         lookup: Where its rows are.
+        others: Programs of further signatures, by name.
 
     Attributes:
         config: As given.
         declared: What records may hold, by name.
     """
 
-    def __init__(self, config: ModelConfig, program: Program, lookup: Lookup) -> None:
+    def __init__(
+        self, config: ModelConfig, program: Program, lookup: Lookup, others: Mapping[str, Program] | None = None
+    ) -> None:
         self.config = config
         self.declared = config.record_features()
-        self._program = program
         self._lookup = lookup
-        self._shapes = config.shapes()
-        self._used = [name for name in config.features if any(name in each.names for each in config.inputs)]
-        self._by_table: dict[str, list[str]] = {}
-        for name in self._used:
-            self._by_table.setdefault(config.features[name].table, []).append(name)
+        programs = {SERVING_DEFAULT: program, **(others or {})}
+        self._runs = {name: _Runs.of(config, name, each) for name, each in programs.items()}
         self._parsers: dict[Kind, RequestParser] = {
             Kind.EXAMPLE: make_parser(config, Kind.EXAMPLE),
             Kind.INSTANCE: make_parser(config, Kind.INSTANCE),
         }
 
     def predict(
-        self, records: Records, *, timeout_s: float | None = None, on_unknown: OnUnknown | None = None
+        self,
+        records: Records,
+        *,
+        signature: str = "",
+        timeout_s: float | None = None,
+        on_unknown: OnUnknown | None = None,
     ) -> dict[str, Float32Array]:
         """Score Examples or Instances.
 
         Args:
             records: What to score; a feature that one does not have is an empty bag, or zeros.
+            signature: Which of the model's; empty: the first.
             timeout_s: Deadline of looking rows up.
             on_unknown: Told if records have features that the model does not know; None: nobody counts them.
 
@@ -87,9 +131,11 @@ class ServedModel:
             By output float32[n, ...].
 
         Raises:
-            InvalidRequestError: A record is damaged, or holds what the model cannot take.
+            InvalidRequestError: A record is damaged or holds what the model cannot take, or there is no such signature.
             TrilithError: Rows could not be looked up within `timeout_s`.
         """
+        self.config.signature(signature)
+        runs = self._runs[signature or SERVING_DEFAULT]
         parser = self._parsers.get(records.kind)
         if parser is None:
             raise InvalidRequestError(f"records of kind {records.kind} cannot be scored; Examples and Instances can")
@@ -97,23 +143,13 @@ class ServedModel:
             parsed, weights = parser.score(records, on_unknown)
         except DataError as error:  # the records came with the request
             raise InvalidRequestError(str(error)) from None
-        return self.score(parsed, weights, timeout_s=timeout_s)
-
-    def score(
-        self,
-        parsed: Mapping[str, Any],
-        weights: Mapping[str, Ragged[np.float32]] | None = None,
-        *,
-        timeout_s: float | None = None,
-    ) -> dict[str, Float32Array]:
-        """The second half of `predict`."""
-        bags = {name: self._bags(name, parsed[name]) for name in self._used}
-        rows = self._rows(bags, timeout_s)
+        bags = {name: self._bags(name, parsed[name]) for name in runs.used}
+        rows = self._rows(runs, bags, timeout_s)
         inputs = [
-            torch.from_numpy(self._input(place, parsed, weights or {}, bags, rows))
-            for place in range(len(self._shapes))
+            torch.from_numpy(self._input(wanted, shape, parsed, weights, bags, rows))
+            for wanted, shape in zip(runs.inputs, runs.shapes, strict=True)
         ]
-        return {name: value.numpy() for name, value in self._program(*inputs).items()}
+        return {name: value.numpy() for name, value in runs.program(*inputs).items()}
 
     def _bags(self, name: str, ids: Ragged[np.int64]) -> Ragged[np.int64]:
         """A feature's ids, without those that no input has a place for."""
@@ -122,15 +158,17 @@ class ServedModel:
             return ids
         return ids.last(feature.combiner.n) if feature.newest else ids.first(feature.combiner.n)
 
-    def _rows(self, bags: Mapping[str, Ragged[np.int64]], timeout_s: float | None) -> dict[str, Float32Array]:
+    def _rows(
+        self, runs: _Runs, bags: Mapping[str, Ragged[np.int64]], timeout_s: float | None
+    ) -> dict[str, Float32Array]:
         """Per feature the float32[n, dim] rows of its ids, all looked up in one call."""
         ids = {
             table: np.concatenate([bags[name].values for name in names]).view(np.uint64)
-            for table, names in self._by_table.items()
+            for table, names in runs.by_table.items()
         }
         found = self._lookup(ids, timeout_s) if ids else {}
         rows: dict[str, Float32Array] = {}
-        for table, names in self._by_table.items():
+        for table, names in runs.by_table.items():
             shape = (ids[table].size, self.config.dim_of(table))
             if found[table].shape != shape:  # kernels read what the shape promises
                 raise InternalError(
@@ -145,20 +183,20 @@ class ServedModel:
 
     def _input(
         self,
-        place: int,
+        wanted: ProgramInput,
+        shape: tuple[int, ...],
         parsed: Mapping[str, Any],
         weights: Mapping[str, Ragged[np.float32]],
         bags: Mapping[str, Ragged[np.int64]],
         rows: dict[str, Float32Array],
     ) -> npt.NDArray[Any]:
-        """What the program takes in one place."""
-        wanted = self.config.inputs[place]
+        """What a program takes in one place."""
         if wanted.kind == "dense":
             return np.ascontiguousarray(parsed[dense_name(wanted)])
         if wanted.kind == "mask":
-            there = np.arange(*self._shapes[place]) < bags[wanted.names[0]].lengths[:, None]
+            there = np.arange(*shape) < bags[wanted.names[0]].lengths[:, None]
             return there.astype(np.float32)
-        out = np.empty((len(bags[wanted.names[0]]), *self._shapes[place]), np.float32)
+        out = np.empty((len(bags[wanted.names[0]]), *shape), np.float32)
         for column, name in enumerate(wanted.names):
             target = out[:, column] if wanted.kind == "stacked" else out
             combiner = self.config.features[name].combiner
@@ -184,6 +222,14 @@ def load_model(path: str, rows: Callable[[ModelConfig, ExportManifest], Lookup])
     manifest = read_export(path)
     config = ModelConfig.from_json(read_file(folder, manifest, MODEL), folder.path(MODEL))
     weights = unpack_weights(read_file(folder, manifest, WEIGHTS), where=folder.path(WEIGHTS))
-    graph = read_file(folder, manifest, GRAPH)
-    program = load_program(graph, weights, config.outputs, where=folder.path(GRAPH))
-    return ServedModel(config, program, rows(config, manifest)), manifest
+    programs = {}
+    for signature in (SERVING_DEFAULT, *config.signatures):
+        name = graph_name(signature)
+        programs[signature] = load_program(
+            read_file(folder, manifest, name),
+            weights_of(signature, weights),
+            config.signature(signature).outputs,
+            where=folder.path(name),
+        )
+    first = programs.pop(SERVING_DEFAULT)
+    return ServedModel(config, first, rows(config, manifest), programs), manifest

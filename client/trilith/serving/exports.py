@@ -2,7 +2,7 @@
 
     BASE/<version>/                 a standalone export
         manifest.json               written last, so an export is complete or absent; names every file with its CRC-32C
-        program.json                the graph (`trilith.nn.program`)
+        program.json                the graph (`trilith.nn.program`); program.NAME.json that of another signature
         weights.safetensors         parameters, buffers and constants of the graph
         model.json                  features, inputs, outputs, table configs
         warmup.jsonl                requests that an entry scores first, where there are any, a line each
@@ -16,6 +16,7 @@ Versions are Unix seconds and grow strictly; all parts of a distributed export h
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,7 @@ __all__ = [
     "MANIFEST",
     "MODEL",
     "ROWS",
+    "SERVING_DEFAULT",
     "WARM_UP",
     "WEIGHTS",
     "ExportManifest",
@@ -40,7 +42,10 @@ __all__ = [
     "ProgramInput",
     "RecordFeature",
     "ServedFeature",
+    "Signature",
+    "check_signature_name",
     "entry_base",
+    "graph_name",
     "list_versions",
     "new_version",
     "prune_versions",
@@ -58,9 +63,13 @@ MODEL = "model.json"
 WARM_UP = "warmup.jsonl"
 ROWS = "rows"
 ENTRY = "entry"
+SERVING_DEFAULT = "serving_default"
+"""The signature that is meant where none is named."""
 
 FORMAT = "trilith-export"
 _VERSION = 1
+
+_SIGNATURE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 Mode = Literal["standalone", "distributed"]
 
@@ -177,14 +186,32 @@ class RecordFeature:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """One program of a model.
+
+    Attributes:
+        inputs: What it takes, in order.
+        outputs: Names of what it gives, in order.
+    """
+
+    inputs: tuple[ProgramInput, ...]
+    outputs: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.outputs or len(set(self.outputs)) < len(self.outputs):
+            raise InvalidRequestError(f"outputs {list(self.outputs)}: names that differ, at least one")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """What an entry needs to know to run a program.
+    """What an entry needs to know to run the programs of a model.
 
     Attributes:
         name: Of the model.
         features: By name.
         inputs: What the program takes, in order.
         outputs: Names of what it gives, in order.
+        signatures: Further programs, by name; the first is "serving_default".
         tables: Serving configs of the tables.
         num_ps: Shards of the training cluster, and so of its serving replicas.
     """
@@ -195,13 +222,14 @@ class ModelConfig:
     outputs: tuple[str, ...]
     tables: tuple[ps_pb2.TableConfig, ...]
     num_ps: int
+    signatures: Mapping[str, Signature] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = {config.name for config in self.tables}
         for name, feature in self.features.items():
             if feature.table not in known:
                 raise InvalidRequestError(f"feature {name!r} is of table {feature.table!r}; there are {sorted(known)}")
-        for each in self.inputs:
+        for each in self.every_input:
             missing = [name for name in each.names if each.kind != "dense" and name not in self.features]
             if missing:
                 raise InvalidRequestError(f"an input wants features {missing}; there are {sorted(self.features)}")
@@ -209,16 +237,46 @@ class ModelConfig:
                 self._check_stacked(each.names)
             if each.kind == "mask" and not self.features[each.names[0]].combiner.n:
                 raise InvalidRequestError(f"a mask of {each.names[0]!r}, whose rows become one vector: it has none")
-        if not self.outputs or len(set(self.outputs)) < len(self.outputs):
-            raise InvalidRequestError(f"outputs {list(self.outputs)}: names that differ, at least one")
+        for name in self.signatures:
+            check_signature_name(name)
+        Signature(inputs=self.inputs, outputs=self.outputs)
         self._check_weights()
         sizes: dict[str, int] = {}
-        for each in self.inputs:
+        for each in self.every_input:
             if each.kind == "dense" and not each.pad and sizes.setdefault(each.names[0], each.dim) != each.dim:
                 raise InvalidRequestError(
                     f"dense inputs {each.names[0]!r} of dim={sizes[each.names[0]]} and dim={each.dim}: "
                     "no record has both; give pad=True where lists may be cut"
                 )
+
+    @property
+    def every_input(self) -> tuple[ProgramInput, ...]:
+        """What the programs take, all of them together."""
+        return tuple(
+            dict.fromkeys(self.inputs + tuple(each for own in self.signatures.values() for each in own.inputs))
+        )
+
+    def signature(self, name: str = "") -> Signature:
+        """One of the programs; empty: the first.
+
+        Raises:
+            InvalidRequestError: There is none of this name.
+        """
+        if name in ("", SERVING_DEFAULT):
+            return Signature(inputs=self.inputs, outputs=self.outputs)
+        if name not in self.signatures:
+            there = ", ".join([SERVING_DEFAULT, *sorted(self.signatures)])
+            raise InvalidRequestError(f"model {self.name!r} has no signature {name!r}; it has {there}")
+        return self.signatures[name]
+
+    def looked_at(self, name: str = "") -> list[str]:
+        """Names in records of what a signature's program takes."""
+        found = [
+            (self.features[each].feature or each) if wanted.kind != "dense" else each
+            for wanted in self.signature(name).inputs
+            for each in wanted.names
+        ]
+        return list(dict.fromkeys(found))
 
     def record_features(self) -> dict[str, RecordFeature]:
         """What records may hold, by the name that they have for it."""
@@ -230,7 +288,7 @@ class ModelConfig:
         for feature in self.features.values():
             if feature.weights is not None:
                 found[feature.weights] = RecordFeature(kind="weights")
-        for each in self.inputs:
+        for each in self.every_input:
             if each.kind == "dense":
                 name = each.names[0]
                 before = found.get(name)
@@ -242,7 +300,7 @@ class ModelConfig:
     def _check_weights(self) -> None:
         """Weights are a feature of their own."""
         columns = {each.feature or name for name, each in self.features.items()}
-        columns |= {each.names[0] for each in self.inputs if each.kind == "dense"}
+        columns |= {each.names[0] for each in self.every_input if each.kind == "dense"}
         for name, feature in self.features.items():
             if feature.weights in columns:
                 raise InvalidRequestError(
@@ -261,10 +319,10 @@ class ModelConfig:
         config = next(config for config in self.tables if config.name == table)
         return sum(segment.dim_size for segment in config.hash_table.entry_config.segments)
 
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the inputs without the batch."""
+    def shapes(self, signature: str = "") -> list[tuple[int, ...]]:
+        """Shapes of the inputs of a signature without the batch."""
         found: list[tuple[int, ...]] = []
-        for each in self.inputs:
+        for each in self.signature(signature).inputs:
             if each.kind == "dense":
                 found.append((each.dim,))
                 continue
@@ -288,6 +346,11 @@ class ModelConfig:
             "tables": [MessageToDict(config, preserving_proto_field_name=True) for config in self.tables],
             "num_ps": self.num_ps,
         }
+        if self.signatures:
+            content["signatures"] = {
+                name: {"inputs": [_input_json(each) for each in own.inputs], "outputs": own.outputs}
+                for name, own in self.signatures.items()
+            }
         return json.dumps(content, indent=1).encode() + b"\n"
 
     @classmethod
@@ -304,8 +367,12 @@ class ModelConfig:
             return cls(
                 name=str(body["name"]),
                 features={name: ServedFeature(**each) for name, each in body["features"].items()},
-                inputs=tuple(ProgramInput(**{**each, "names": tuple(each["names"])}) for each in body["inputs"]),
+                inputs=_inputs(body),
                 outputs=tuple(map(str, body["outputs"])),
+                signatures={
+                    name: Signature(inputs=_inputs(own), outputs=tuple(map(str, own["outputs"])))
+                    for name, own in body.get("signatures", {}).items()
+                },
                 tables=tuple(ParseDict(each, ps_pb2.TableConfig()) for each in body["tables"]),
                 num_ps=int(body["num_ps"]),
             )
@@ -366,11 +433,30 @@ def _numbered(base: str) -> list[str]:
     return [name for name in Folder(base).names() if name.isascii() and name.isdecimal() and name == str(int(name))]
 
 
+def check_signature_name(name: str) -> None:
+    """Refuse what cannot be a signature's, beside the first.
+
+    Raises:
+        InvalidRequestError: It is taken, or not part of the name of a file.
+    """
+    if not _SIGNATURE.fullmatch(name) or name == SERVING_DEFAULT:
+        raise InvalidRequestError(
+            f"signature {name!r}: a name is letters, digits, - and _, beginning with a letter, at most 64, and not "
+            f"{SERVING_DEFAULT}, which has everything"
+        )
+
+
+def graph_name(signature: str) -> str:
+    """Name of the file with a signature's program."""
+    return GRAPH if signature in ("", SERVING_DEFAULT) else f"program.{signature}.json"
+
+
 def write_model(
-    folder: Folder, model: ModelConfig, graph: bytes, weights: bytes, *, warm_up: bytes = b""
+    folder: Folder, model: ModelConfig, graphs: Mapping[str, bytes], weights: bytes, *, warm_up: bytes = b""
 ) -> dict[str, int]:
-    """Write a model's files; returns their checksums."""
-    contents = {GRAPH: graph, WEIGHTS: weights, MODEL: model.to_json()} | ({WARM_UP: warm_up} if warm_up else {})
+    """Write a model's files, `graphs` by signature; returns their checksums."""
+    contents = {graph_name(name): graph for name, graph in graphs.items()}
+    contents |= {WEIGHTS: weights, MODEL: model.to_json()} | ({WARM_UP: warm_up} if warm_up else {})
     for name, content in contents.items():
         folder.write(name, content)
     return {name: _crc(content) for name, content in contents.items()}
@@ -427,6 +513,10 @@ def prune_versions(base: str, keep: int, parts: Sequence[str] = (), *, but: Coll
             folder.remove(MANIFEST)  # first, so that what is left halfway is no export
             folder.remove_all()
     return gone
+
+
+def _inputs(body: Mapping[str, Any]) -> tuple[ProgramInput, ...]:
+    return tuple(ProgramInput(**{**each, "names": tuple(each["names"])}) for each in body["inputs"])
 
 
 def _input_json(given: ProgramInput) -> dict[str, Any]:

@@ -142,6 +142,7 @@ class Predictor:
         *,
         kind: Literal["example", "instance"] = "example",
         version: int = 0,
+        signature: str = "",
         timeout_s: float | None = None,
     ) -> Prediction:
         """Score serialized records.
@@ -151,10 +152,12 @@ class Predictor:
             kind: What they are.
             version: Which export, of those that an entry has loaded (`trilith serving entry --version keep:N`); 0: the
                 one in use.
+            signature: Which of the model's, such as one with some of its outputs; empty: "serving_default".
             timeout_s: Seconds until DeadlineExceededError.
 
         Raises:
-            InvalidRequestError: A record is damaged, or holds what the model cannot take; or the version is not loaded.
+            InvalidRequestError: A record is damaged or holds what the model cannot take, the version is not loaded, or
+                has no such signature.
             UnavailableError: No entry can be reached, or none can look rows up.
         """
         from trilith_proto import serving_pb2
@@ -171,6 +174,7 @@ class Predictor:
             kind=serving_pb2.EXAMPLE if kind == "example" else serving_pb2.INSTANCE,
             records=records,
             model_version=version,
+            signature=signature,
         )
         reply = serving_pb2.PredictResponse.FromString(
             self._call("Predict", lambda entry: entry.predict, request.SerializeToString(), timeout_s)
@@ -215,6 +219,7 @@ def remote_predict(
     name: str = "model",
     kind: Literal["example", "instance"] = "example",
     version: int = 0,
+    signature: str = "",
     timeout_s: float = 5.0,
 ) -> Prediction:
     """Score serialized records at an entry; the connection is kept for the next call, for a minute, with 15 others.
@@ -226,12 +231,13 @@ def remote_predict(
         name: Serving model under which a directory lists its entries.
         kind: What the records are.
         version: See `Predictor.predict`.
+        signature: The same.
         timeout_s: Seconds until DeadlineExceededError.
     """
     started = time.monotonic()
     with _KEPT.use((address, name), timeout_s) as predictor:
         left = max(timeout_s - (time.monotonic() - started), 0.001)
-        return predictor.predict(records, kind=kind, version=version, timeout_s=left)
+        return predictor.predict(records, kind=kind, version=version, signature=signature, timeout_s=left)
 
 
 def _connected(key: tuple[str, str], timeout_s: float) -> Predictor:

@@ -32,6 +32,8 @@ class PredictBody(BaseModel):
     instances: list[str] = Field(default=[], description="Serialized Instances, base64.")
     version: int = Field(default=0, ge=0, le=2**63 - 1, description="Which loaded version; 0: the one in use.")
 
+    signature: str = Field(default="", description="Which of the model's; empty: serving_default, with all outputs.")
+
     @property
     def count(self) -> int:
         """How many records there are.

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from trilith.data.records import Kind, Records
 from trilith.errors import InvalidRequestError
 from trilith.nn.serving import ServedModel
+from trilith.serving.exports import SERVING_DEFAULT
 from trilith_proto import serving_pb2
 from trilith_services.grpc.rpc import rpc
 from trilith_services.grpc.serve import Method
@@ -116,6 +117,7 @@ class PredictionServicer:
             len(payloads),
             lambda model: Records.of(payloads, kind, source="request"),
             version=request.model_version,
+            signature=request.signature,
             timeout_s=timeout_s,
         )
 
@@ -125,11 +127,18 @@ class PredictionServicer:
             body.count,
             lambda model: records_of(body, model, self._unknown),
             version=body.version,
+            signature=body.signature,
             timeout_s=timeout_s,
         )
 
     def _score(
-        self, count: int, make: Callable[[ServedModel], Records], *, version: int, timeout_s: float | None
+        self,
+        count: int,
+        make: Callable[[ServedModel], Records],
+        *,
+        version: int,
+        signature: str,
+        timeout_s: float | None,
     ) -> serving_pb2.PredictResponse:
         if not 1 <= count <= self._max_records:
             raise InvalidRequestError(f"{count} records in a request; 1 to {self._max_records} are taken")
@@ -142,7 +151,12 @@ class PredictionServicer:
                 rows_as_of=self._models.as_of(loaded),
             )
             model = loaded.model
-            outputs = model.predict(make(model), timeout_s=timeout, on_unknown=self._unknown.in_records(model.declared))
+            outputs = model.predict(
+                make(model),
+                signature=signature,
+                timeout_s=timeout,
+                on_unknown=self._unknown.in_records(model.declared),
+            )
         for name, values in outputs.items():
             flat = np.ascontiguousarray(values.reshape(count, -1), "<f4")
             response.outputs.add(name=name, width=flat.shape[1], values=flat.tobytes())
@@ -185,6 +199,9 @@ class PredictionServicer:
             status.loaded_time = current.loaded_unix_s
             status.features.extend(config.features)
             status.outputs.extend(config.outputs)
+            for name in (SERVING_DEFAULT, *config.signatures):
+                outputs = config.signature(name).outputs
+                status.signatures.add(name=name, features=config.looked_at(name), outputs=outputs)
         if models.replicas is not None:
             status.replicas.extend(models.replicas.status())
         return status

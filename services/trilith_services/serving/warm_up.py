@@ -68,7 +68,8 @@ class WarmUp:
         for where, body in asked:
             try:
                 records = records_of(body, model, unknown)
-                scores = model.predict(records, timeout_s=timeout_s, on_unknown=unknown.in_records(model.declared))
+                told = unknown.in_records(model.declared)
+                scores = model.predict(records, signature=body.signature, timeout_s=timeout_s, on_unknown=told)
             except InvalidRequestError as error:
                 raise CheckpointError(f"{where}: {error}") from None
             except TrilithError as error:
