@@ -286,6 +286,9 @@ class Estimator:
         run, watch = self.run, Watch()
         self._sample = prepared
         self.task.train()
+        if self.task.request_time:
+            newest = max(self.rows.request_time(prepared), self.optimization.request_time or 0)
+            self.optimization.request_time = newest
         with self._autocast():
             outputs = self._outputs(self.rows.inputs(prepared, rows))
             labels, weight = self.rows.labels(prepared)

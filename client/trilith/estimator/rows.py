@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +14,22 @@ import torch
 from torch import Tensor
 
 from trilith.data.parse.specs import Dense
-from trilith.estimator.batches import DenseColumn, IdColumn, LabelColumn, Wanted, arrange
+from trilith.errors import InvalidRequestError
+from trilith.estimator.batches import DenseColumn, IdColumn, LabelColumn, Wanted, arrange, columns_of
 from trilith.estimator.features import Embedding, Inputs, Pooled, Rows, Sequence
 from trilith.estimator.task import Task
 from trilith.nn import EmbeddingCollection, Feature, FetchedRows
+from trilith.nn.bags import plain
 from trilith.ops.combiners import Combiner, FirstN, combiner_of
 from trilith.ops.ragged import Ragged
 from trilith.pipelining import Lane, Prefetcher
+from trilith.tables import TableSpec
+from trilith.times import latest
 
 __all__ = ["Prepared", "TaskRows", "combiner_of_feature"]
 
+_OF_A_VIEW = ("pooling", "feature", "weights", "base", "table")
+"""What features of one table may have of their own."""
 Float32Array = npt.NDArray[np.float32]
 
 
@@ -37,6 +45,7 @@ class Prepared:
         weight: float32[b], of the samples; None: all 1.
         samples: b.
         rest: Columns that the task has no use for.
+        newest: The latest time of the samples, Unix seconds; None where the task asks for none, or there is none.
     """
 
     ids: dict[str, Ragged[np.uint64]]
@@ -46,6 +55,7 @@ class Prepared:
     weight: Tensor | None
     samples: int
     rest: Mapping[str, Any]
+    newest: int | None = None
 
 
 class TaskRows:
@@ -72,7 +82,8 @@ class TaskRows:
         self._owners = _owners(task)
         self._wanted = _wanted(task)
         specs = {name: base.spec(name) for name, base in self._owners.items()}
-        tables = client.create_tables(list(specs.values())) if specs else {}
+        _check_shared(self._owners, specs)
+        tables = client.create_tables(list({spec.name: spec for spec in specs.values()}.values())) if specs else {}
         self.tables = {name: spec.name for name, spec in specs.items()}
         """By feature that owns a table, the table's name."""
         features = {
@@ -110,7 +121,8 @@ class TaskRows:
             InvalidRequestError: Something is missing, or does not have the right shape.
         """
         task = self.task
-        given = arrange(batch, self._wanted, labels=labels)
+        columns = columns_of(batch)
+        given = arrange(columns, self._wanted, labels=labels)
         task.texts |= given.texts
         ids = dict(given.ids)
         for name, feature in self._sparse().items():
@@ -120,7 +132,18 @@ class TaskRows:
         weights = {name: each for name, each in given.weights.items() if isinstance(task.features[name], Embedding)}
         dense = dict(given.dense)
         weight = dense.pop(task.sample_weight)[:, 0] if task.sample_weight else None
-        return Prepared(ids, weights, dense, found, weight, given.rows, given.rest)
+        newest = _newest(task, columns)
+        return Prepared(ids, weights, dense, found, weight, given.rows, given.rest, newest)
+
+    def request_time(self, prepared: Prepared) -> int:
+        """When the rows of a batch are last updated: the latest time of its samples, Unix seconds.
+
+        Raises:
+            InvalidRequestError: The batch has no such column.
+        """
+        if prepared.newest is None:
+            raise InvalidRequestError(f"a batch has no {self.task.request_time!r}, by which its rows are to expire")
+        return prepared.newest
 
     def prefetch(
         self, batches: Iterable[Prepared | None], depth: int, *, lookup_queue: int = 0
@@ -170,6 +193,35 @@ class TaskRows:
 def _owners(task: Task) -> dict[str, Embedding]:
     """Features that have a table of their own."""
     return {name: each for name, each in task.features.items() if isinstance(each, Embedding) and each.base is None}
+
+
+def _check_shared(owners: Mapping[str, Embedding], specs: Mapping[str, TableSpec]) -> None:
+    """Refuse features of one table that want different rows."""
+    first: dict[str, str] = {}
+    for name, spec in specs.items():
+        other = first.setdefault(spec.name, name)
+        if spec == specs[other]:
+            continue
+        one, two = owners[other], owners[name]
+        names = [each.name for each in dataclasses.fields(Embedding) if each.name not in _OF_A_VIEW]
+        odd = [each for each in names if getattr(one, each) != getattr(two, each)]
+        said = ", ".join(f"{each}={getattr(one, each)!r} and {getattr(two, each)!r}" for each in odd)
+        raise InvalidRequestError(
+            f"features {other!r} and {name!r} are of one table, {spec.name!r}, with {said}; give both the same, or "
+            f"write {name} = {other}.view()"
+        )
+
+
+def _newest(task: Task, columns: Mapping[str, Any]) -> int | None:
+    """The latest time of a batch's samples; None where there is no such column."""
+    if not task.request_time or task.request_time not in columns:
+        return None
+    values = columns[task.request_time]
+    values = values if isinstance(values, Ragged) else plain(values)
+    times = np.asarray(values.values if isinstance(values, Ragged) else values)
+    if times.dtype.kind == "M":
+        times = times.astype("datetime64[s]").astype(np.int64)
+    return latest(times, time.time(), task.request_time)
 
 
 def combiner_of_feature(feature: Embedding | Sequence) -> Combiner:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from trilith.data.formats.arrow_rows import ArrowRows
+from trilith.data.line_ids import line_fields
 from trilith.data.parse.parsers import ParseSpec
-from trilith.data.parse.specs import Dense, FeatureSpec, InstanceWeight, Label, Sparse
+from trilith.data.parse.specs import Dense, Extra, FeatureSpec, InstanceWeight, Label, Sparse
 from trilith.data.pipeline.arrow import of_arrow
 from trilith.data.pipeline.dataset import Dataset
 from trilith.data.pipeline.division import divides_itself
@@ -230,6 +231,9 @@ def task_specs(task: Task, *, labels: bool = True) -> dict[str, FeatureSpec]:
             )
     if task.sample_weight:
         specs[task.sample_weight] = InstanceWeight()
+    when = task.request_time
+    if when and when not in specs:
+        specs[when] = Extra(field=when) if when in line_fields() else Dense(1, "int64", when)
     for place, (name, label) in enumerate(task.labels.items() if labels else ()):
         key = label.feature or name
         specs[key] = Label(feature=key, place=place)

@@ -56,6 +56,8 @@ class Task(nn.Module):
         signatures: What else an export can be asked, by name: names of `predictions` that are wanted, such as
             ("click",); or the name of a method that takes `Inputs` as `forward` does and gives a tensor [b, ...], or
             several by name, such as one that gives a user's vector. What it makes no use of is not looked up.
+        request_time: Name in the batches of each sample's time, Unix seconds; a step's latest is when its rows were
+            last updated, from which they expire. Empty: the time at which they are.
         features: By name, in the order of their definition.
         texts: Features whose ids came as text, as far as batches were seen; serving hashes what it gets for them, too.
     """
@@ -64,6 +66,7 @@ class Task(nn.Module):
     metrics: ClassVar[Mapping[str, Any]] = {}
     sample_weight: ClassVar[str] = ""
     signatures: ClassVar[Mapping[str, Any]] = {}
+    request_time: ClassVar[str] = ""
 
     def __init__(self, *, dense_optimizer: DenseOptimizer = None, **settings: Any) -> None:
         super().__init__()

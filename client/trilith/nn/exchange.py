@@ -160,7 +160,13 @@ class Exchange:
             self.send(updates)
 
     def send(
-        self, updates: Updates, *, advance: int = 0, heard: int = 0, rate_factors: Mapping[str, float] | None = None
+        self,
+        updates: Updates,
+        *,
+        advance: int = 0,
+        heard: int = 0,
+        rate_factors: Mapping[str, float] | None = None,
+        request_time: int | None = None,
     ) -> None:
         """Apply gradients, also while somebody holds them back.
 
@@ -169,10 +175,13 @@ class Exchange:
             advance: Steps of the model that they complete, which are counted with them.
             heard: Steps that another worker counts, and this client is to know of once its gradients are applied.
             rate_factors: By table what its rates are multiplied by.
+            request_time: Unix seconds: when the rows were last updated; None: now.
         """
         options: dict[str, Any] = {"advance": advance} if advance else {}
         if rate_factors:
             options["rate_factors"] = rate_factors
+        if request_time is not None and (updates or self.client.together):
+            options["request_time"] = request_time
         # Who makes the same calls together makes this one with nothing to send, too.
         if updates or advance or heard or self.client.together:
             self.pusher.push(lambda: self._send(updates, options, heard))

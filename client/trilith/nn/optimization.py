@@ -69,6 +69,8 @@ class Optimization(torch.optim.Optimizer):
 
     Attributes:
         skipped: Steps that were not taken for a gradient that was not finite.
+        request_time: Unix seconds: when the rows of the next step are last updated, from which they expire; None: the
+            time at which they are. Forgotten with the gradients.
         counts: Whether steps are counted: in a cluster, which a model without embeddings need not have.
         applied: Steps that were taken with a gradient, of this rank or of one that steps together with it.
     """
@@ -90,6 +92,7 @@ class Optimization(torch.optim.Optimizer):
         self._skip_non_finite = skip_non_finite
         self._together = together
         self.skipped = self.applied = 0
+        self.request_time: int | None = None
         self._averaged = self._refused = False
         self._anything = False
         self._held: dict[Exchange, dict[str, list[_Held]]] = {}
@@ -135,6 +138,7 @@ class Optimization(torch.optim.Optimizer):
         for tables in self._held.values():
             tables.clear()
         self._averaged = self._refused = self._anything = False
+        self.request_time = None
         if isinstance(self._dense, torch.optim.Optimizer):
             self._dense.zero_grad(set_to_none)
         elif self._dense is not None:
@@ -304,7 +308,13 @@ class Optimization(torch.optim.Optimizer):
             counted = last and self._anything
             mine = int(counted and self._counts_here(exchange))
             factors = {table: self._row_groups[exchange, table].factor for table in updates}
-            exchange.send(updates, advance=mine, heard=int(counted) - mine, rate_factors=_changed(factors))
+            exchange.send(
+                updates,
+                advance=mine,
+                heard=int(counted) - mine,
+                rate_factors=_changed(factors),
+                request_time=self.request_time,
+            )
 
     def _counts_here(self, exchange: Exchange) -> bool:
         """Whether this process counts its steps: of workers that step together one does, or each for itself."""
