@@ -2,11 +2,14 @@
 
 All processes live through the whole benchmark; they train in turns of a few seconds, the cluster step by step, then
 with two batches looked up ahead and updates sent behind, then the single process with one torch thread and with two,
-so that a machine that changes its pace does so for all of them.
+so that a machine that changes its pace does so for all of them. The Estimator is held against a loop by hand.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
+import subprocess
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -117,6 +120,23 @@ def deepfm(context: Context) -> list[Entry]:
     ]
 
 
+def estimator(context: Context) -> list[Entry]:
+    """A task by the Estimator, and by a loop written by hand over the same modules, in turns of one process."""
+    sizes = context.sizes
+    context.progress("training in turns", 0, 1)
+    command = [
+        *python_module("tests.bench.estimator_trainee"),
+        *("--features", str(sizes.train_features), "--rows", str(sizes.train_rows)),
+        *("--batch", str(sizes.train_batch), "--dim", str(sizes.train_dim)),
+        *("--batches", str(sizes.train_batches), "--turns", str(2 * _TURNS)),
+        *("--seconds", str(sizes.train_seconds), "--warm-seconds", str(sizes.train_warm_seconds)),
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    rates = {name: statistics.median(each) for name, each in json.loads(done.stdout).items()}
+    context.progress("done", 1, 1)
+    return [higher("train.estimator", rates["estimator"], rates["hand"], "samples/s", 0.95)]
+
+
 _NAMES = ("train.deepfm", "train.deepfm.cpu", "train.deepfm.pipelined", "train.deepfm.pipelined.cpu")
 
-BENCHMARKS = (Benchmark(_NAMES, deepfm),)
+BENCHMARKS = (Benchmark(_NAMES, deepfm), Benchmark(("train.estimator",), estimator))

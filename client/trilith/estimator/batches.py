@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,10 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from trilith.arrays import id_array
 from trilith.data.parse.specs import INVALID_LABEL
 from trilith.errors import InvalidRequestError
 from trilith.nn.bags import as_floats, is_arrow, is_keyed, is_pair, plain, read_bags, read_lists
-from trilith.ops.ragged import Ragged
+from trilith.ops.ragged import Int64Array, Ragged
 
 __all__ = ["Batch", "DenseColumn", "IdColumn", "LabelColumn", "Wanted", "arrange", "columns_of"]
 
@@ -202,6 +204,11 @@ class _Rows:
         elif self._count != count:
             raise InvalidRequestError(f"{who} has {count} samples, {self._who} has {self._count}")
 
+    @cached_property
+    def singles(self) -> Int64Array:
+        """Row splits of columns with one value of each sample, once the number of samples is known."""
+        return np.arange(self.count + 1, dtype=np.int64)
+
 
 _Column: TypeAlias = Callable[[str, str], Any]
 
@@ -251,6 +258,8 @@ def _fields(batch: Any) -> dict[str, Any]:
 
 
 def _is_leaf(value: Any) -> bool:
+    if isinstance(value, np.ndarray | Tensor):  # most are
+        return True
     if isinstance(value, Mapping):
         return "values" in value  # ragged, taken apart
     if isinstance(value, Ragged):
@@ -272,6 +281,10 @@ def _ids(
     where = want.column or name
     who = f"feature {name!r}" + (f" (column {where!r})" if where != name else "")
     given = column(who, where)
+    plain = not (want.lengths or want.weights) and want.padding is None
+    if plain and type(given) is np.ndarray and given.ndim == 1 and given.dtype.kind in "iu":
+        rows.see(who, given.size)  # the most usual form, of which a batch may have dozens
+        return Ragged(np.ascontiguousarray(id_array(who, given)), rows.singles), None, False
     lengths = column(who, want.lengths) if want.lengths else None
     weights = column(who, want.weights) if want.weights else None
     found = read_bags(

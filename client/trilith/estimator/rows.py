@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,8 @@ class TaskRows:
             for name, feature in self._sparse().items()
         }
         self.device = torch.device(device)
+        self._none = torch.zeros((), device=self.device)
+        """A bias of rows that have none."""
         self.collection = (
             EmbeddingCollection(client, features, device=device, async_push=async_push, lane=lane) if features else None
         )
@@ -168,7 +170,9 @@ class TaskRows:
     def inputs(self, prepared: Prepared, fetched: FetchedRows | None) -> Inputs:
         """What the model takes of a batch."""
         task = self.task
-        vectors = {} if self.collection is None else self.collection(fetched)
+        vectors = {}
+        if self.collection is not None and fetched is not None:
+            vectors = self.collection(replace(fetched, once=True))
         values: dict[str, Any] = {}
         for name, feature in task.features.items():
             if isinstance(feature, Dense):
@@ -180,8 +184,10 @@ class TaskRows:
                 values[name] = Rows(vectors[name][..., bias:], mask)
             else:
                 vector = vectors[name]
-                bias = vector[:, 0] if feature.bias else vector.new_zeros(len(vector))
-                values[name] = Pooled(vector[:, int(feature.bias) :], bias)
+                if feature.bias:
+                    values[name] = Pooled(vector[:, 1:], vector[:, 0])
+                else:  # nothing is cut off, and nothing is put together again in the backward pass
+                    values[name] = Pooled(vector, self._none.expand(len(vector)))
         return Inputs(values)
 
     def labels(self, prepared: Prepared) -> tuple[dict[str, Tensor], Tensor | None]:

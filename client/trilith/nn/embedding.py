@@ -98,11 +98,13 @@ class _ClusterModule(Anchored):
         """End the thread that pushes; drain first to lose nothing."""
         self.exchange.pusher.close()
 
-    def _run(self, step: Step, rows: Mapping[str, npt.NDArray[np.float32]] | None = None) -> tuple[Tensor, ...]:
-        """The vectors of a step; `rows` where they were looked up before, which the caller may use again."""
+    def _run(
+        self, step: Step, rows: Mapping[str, npt.NDArray[np.float32]] | None = None, *, once: bool = False
+    ) -> tuple[Tensor, ...]:
+        """The vectors of a step; `rows` where they were looked up before, which unless `once` may be used again."""
         found = step.fetch() if rows is None else rows
         outputs: tuple[Tensor, ...] = Lookup.apply(  # type: ignore[no-untyped-call]
-            self.anchor, step, found, self.training, rows is None
+            self.anchor, step, found, self.training, rows is None or once
         )
         return self._cast(outputs)
 
@@ -337,7 +339,8 @@ class EmbeddingCollection(_ClusterModule):
     def _look_up(self, batch: Mapping[str, IdsLike] | FetchedRows) -> list[tuple[list[str], Tensor]]:
         """Per run of features their names and their vectors, [features, b, ...]."""
         if isinstance(batch, FetchedRows):
-            groups, samples, outputs = batch.groups, batch.samples, self._run(batch.step, batch.rows)
+            groups, samples = batch.groups, batch.samples
+            outputs = self._run(batch.step, batch.rows, once=batch.once)
         else:
             step, groups, samples = self._plan(batch, self._learns(), {})
             outputs = self._run(step)

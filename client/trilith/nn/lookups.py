@@ -61,12 +61,14 @@ class FetchedRows:
         rows: What was found, per table float32[n, dim].
         groups: Per output its features.
         samples: Number of samples.
+        once: Whether they go through a model once: vectors then lie where the rows do, and need not be copied.
     """
 
     step: Step
     rows: dict[str, npt.NDArray[np.float32]]
     groups: list[list[str]]
     samples: int
+    once: bool = False
 
 
 class Lookup(torch.autograd.Function):
