@@ -18,6 +18,7 @@ import trilith
 from tests import waiting
 from trilith import checkpoint
 from trilith.errors import ShardRestartedError
+from trilith.runtime.machine import cores
 from trilith.tables import Adagrad, RandomUniform
 from trilith_services.local.supervisor import is_serving, trilith_argv
 
@@ -227,7 +228,7 @@ def job(tmp_path_factory) -> Path:
 
 def test_a_job_ends_with_its_last_save_and_goes_on_there_on_other_ps(up, job, tmp_path) -> None:
     model_dir = tmp_path / "model"
-    common = ("--job", "job:job", "--set", f"model_dir={model_dir}")
+    common = ("--job", "job:job", "--workers", "2", "--set", f"model_dir={model_dir}")
     first = up("--ps", "2", *common, "--set", "epochs=1", cwd=job)
     assert first.wait() == 0, first.output
     assert "all workers are done" in first.output
@@ -244,22 +245,30 @@ def test_a_job_ends_with_its_last_save_and_goes_on_there_on_other_ps(up, job, tm
     assert all(Path(info.path, "job.json").exists() for info in added), "the PS write none of their own accord"
 
 
+def dies_and_comes_back(run: Up, name: str, *words: str) -> None:
+    """Kill it; it is started again, and worker 0 takes steps after that."""
+    run.child(*words).kill()
+    eventually(lambda: f"{name} was killed by SIGKILL; starting it again" in run.output, otherwise=lambda: run.output)
+    before = run.output.count("| step ")
+    eventually(lambda: run.output.count("| step ") > before + 3, otherwise=lambda: run.output)
+
+
 def test_of_a_job_a_dead_ps_and_a_dead_worker_come_back_from_its_checkpoint(up, job, tmp_path) -> None:
     model_dir = tmp_path / "model"
     sets = (f"model_dir={model_dir}", "epochs=100000", "save_every=20", "evaluate_every_epoch=false", "log_every_s=0.1")
-    run = up("--job", "job:job", "--ps", "2", *(word for each in sets for word in ("--set", each)), cwd=job)
+    flags = [word for each in sets for word in ("--set", each)]
+    run = up("--job", "job:job", "--ps", "2", "--workers", "2", *flags, cwd=job)
     assert run.address
     eventually(lambda: complete_rows(model_dir) > 0, otherwise=lambda: run.output)
+    worker = run.child("worker", "job:job")
+    assert f"threads={max(1, cores() // 4)}" in worker.cmdline()
     with no_child_survives(run):
-        run.child("--index", "1").kill()
-        eventually(lambda: f"PS 1 is back from {model_dir}" in run.output, otherwise=lambda: run.output)
+        dies_and_comes_back(run, "ps-1", "--index", "1")
+        assert f"PS 1 is back from {model_dir}" in run.output
+        assert worker.is_running(), "a dead PS costs a batch"
+        dies_and_comes_back(run, "worker-1", "--set", "rank=1")
 
-        before = run.output.count("| step ")
-        run.child("worker", "job:job").kill()
-        eventually(lambda: "worker-0 was killed by SIGKILL; starting it again" in run.output)
-        eventually(lambda: run.output.count("| step ") > before + 3, otherwise=lambda: run.output)
-
-        run.child("worker", "job:job").terminate()
+        run.child("--set", "rank=1").terminate()
         assert run.wait() == 0, run.output
     assert "stopped at step" in run.output
     assert "worker-0 has left" in run.output

@@ -85,7 +85,7 @@ Next:
   python job.py                                      # train and evaluate; again: it goes on where it was
   pytest                                             # see that it learns
   trilith worker job:job --set epochs=10             # the same by the command, SIGTERM saves and ends it
-  trilith up --job job:job --ps 2                    # the same with rows on PS, which come back when they die
+  trilith up --job job:job --ps 2 --workers 2        # the same by two workers with rows on PS; what dies comes back
   trilith evaluate job:job
   trilith predict job:job --data valid.parquet --output scores.parquet
   trilith export job:job exports --mode standalone   # for trilith serving entry --export exports

@@ -120,7 +120,7 @@ def up(
         if not address_file.absolute().parent.is_dir():
             raise InvalidRequestError(f"--address-file {address_file}: there is no directory {address_file.parent}")
         address_file.unlink(missing_ok=True)  # nobody shall read the last run's
-    model_dir = _model_dir(job, run) if job else None
+    model_dir, decided = _prepared(job, run, ps + workers) if job else (None, [])
     with (
         StopRequest() as stop,
         _positions(checkpoint_dir) as positions,
@@ -145,27 +145,31 @@ def up(
             if address_file is not None:
                 _write_whole(address_file, cluster.address + "\n")
             if job:
-                _start_job(supervisor, cluster, job, workers, run, model_dir, worker_args or [])
+                _start_job(supervisor, cluster, job, workers, run, decided, worker_args or [])
             else:
                 _start_workers(supervisor, cluster, workers, positions, worker_args or [])
             _watch(supervisor, stop, workers)
         supervisor.say("stopping", style="")
 
 
-def _model_dir(job: str, flags: RunFlags) -> str | None:
-    """Where the job's checkpoints go, which is where the PS come back from; None: nowhere.
+def _prepared(job: str, flags: RunFlags, processes: int) -> tuple[str | None, list[str]]:
+    """Where the job's checkpoints go, which is where the PS come back from; None: nowhere. And what its run is told.
 
     What is wrong with a job is found out here, before anything has been started.
     """
     from trilith.folder import Folder, absolute
+    from trilith.runtime.machine import cores
     from trilith_services.local.workers import check_free
 
     check_free(flags.sets or ())
-    model_dir = flags.job(job).run.model_dir
-    if not model_dir:
-        return None
-    Folder(model_dir).check_writable()
-    return absolute(model_dir)
+    run = flags.job(job).run
+    # A worker that takes all cores, as it does by itself, would wait for those that the PS have.
+    decided = [] if run.threads else [f"threads={max(1, cores() // processes)}"]
+    if not run.model_dir:
+        return None, decided
+    Folder(run.model_dir).check_writable()
+    model_dir = absolute(run.model_dir)
+    return model_dir, [*decided, f"model_dir={model_dir}"]
 
 
 def _start_job(
@@ -174,7 +178,7 @@ def _start_job(
     job: str,
     workers: int,
     flags: RunFlags,
-    model_dir: str | None,
+    decided: list[str],
     arguments: list[str],
 ) -> None:
     from trilith_services.local.workers import start_workers
@@ -184,7 +188,7 @@ def _start_job(
         job,
         workers,
         cluster=cluster.address,
-        sets=[*(flags.sets or ()), *([] if model_dir is None else [f"model_dir={model_dir}"])],
+        sets=[*(flags.sets or ()), *decided],
         arguments=[*(["--config", flags.config] if flags.config else []), *arguments],
         env=cluster.env,
     )
