@@ -21,6 +21,7 @@ from trilith.client import Client
 from trilith.cluster import Rejoined
 from trilith.connect import open_part
 from trilith.errors import (
+    CheckpointError,
     ClosedError,
     ClusterMismatchError,
     InvalidRequestError,
@@ -677,22 +678,31 @@ class PeerClient:
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def save(self, path: str, *, timeout_s: float | None = None) -> int:
-        """Write a checkpoint, the same as a cluster of as many PS would; rank 0's `path` counts. Returns its step."""
+        """Write a checkpoint, the same as a cluster of as many PS would; rank 0's `path` counts. Returns its step.
+
+        Raises:
+            CheckpointError: Another rank could not write its part; where it is this one, its own error is raised.
+        """
         _refuse_deadline(timeout_s)
         from trilith.checkpoint import collect_parts, write_manifest
         from trilith.folder import Folder, absolute
 
         where = self._from_first(absolute(path))
-        self.drain()
-        if self._index >= 0:
-            self._shard.global_step(set_to=self._step)
-            self._client.save_shards(where)
-        self._wait()
-        if self.rank == 0:
-            parts = collect_parts(Folder(where), self.shards)
-            assert parts is not None  # everyone has written its own
-            write_manifest(where, parts)
-        self._wait()
+
+        def write_rows() -> None:
+            self.drain()
+            if self._index >= 0:
+                self._shard.global_step(set_to=self._step)
+                self._client.save_shards(where)
+
+        def write_whole() -> None:
+            if self.rank == 0:
+                parts = collect_parts(Folder(where), self.shards)
+                assert parts is not None  # everyone has written its own
+                write_manifest(where, parts)
+
+        self._alike(write_rows, f"its part of {where}")
+        self._alike(write_whole, f"the manifest of {where}")
         return self._step
 
     def restore(self, path: str, *, timeout_s: float | None = None) -> int:
@@ -748,6 +758,17 @@ class PeerClient:
         sizes = self._control.all_to_all(np.full(self.ranks, data.size, np.int64), each, each)
         sent = np.full(self.ranks, data.size, np.int64)
         return bytes(self._control.all_to_all(np.tile(data, self.ranks), sent, sizes)).decode()
+
+    def _alike(self, write: Callable[[], None], what: str) -> None:
+        """Write something on every rank; where that fails on one it fails on all, when all have tried."""
+        _, failed = _prepared(write, None)
+        ranks = self._control.all_to_all(
+            np.full(self.ranks, failed is not None, np.int64), *[np.ones(self.ranks, np.int64)] * 2
+        )
+        if failed is not None:
+            raise failed
+        if ranks.any():
+            raise CheckpointError(f"rank {int(np.argmax(ranks))} could not write {what}")
 
     def _wait(self) -> None:
         """Return when every rank has come here."""

@@ -55,11 +55,15 @@ class KillAt(Callback):
             os._exit(9)
 
 
+def dense_adagrad(parameters):
+    return torch.optim.Adagrad(parameters, 0.1)
+
+
 def main(out: str) -> None:
     run = RunConfig(epochs=2, progress="lines").overridden()
     kill = int(os.environ.get("KILL_AT", "0"))
     job = Estimator(
-        Job(dense_optimizer=lambda parameters: torch.optim.Adagrad(parameters, 0.1)),
+        Job(dense_optimizer=Adagrad() if "DENSE_ON_PS" in os.environ else dense_adagrad),
         run,
         train=batches,
         evaluate=batches,

@@ -286,8 +286,16 @@ def exports() -> dict[str, Any]:
         return state(found) | {"metrics": result, "again": found.evaluate(), "export": path}
 
 
+def scores() -> dict[str, Any]:
+    """One process evaluates and predicts with what two have saved."""
+    with job(evaluate=own) as found:
+        result = found.evaluate()
+        predicted = [each["click"].tolist() for each in found.predict(own())]
+        return state(found) | {"metrics": result, "predicted": predicted}
+
+
 SCENARIOS = {each.__name__: each for each in (
-    train, uneven, shared, not_finite, stops, terminated, raises, killed, waits, saves_fail, exports
+    train, uneven, shared, not_finite, stops, terminated, raises, killed, waits, saves_fail, exports, scores
 )}  # fmt: skip
 
 

@@ -81,5 +81,6 @@ def test_a_run_on_ps_that_is_killed_goes_on_at_its_last_checkpoint_to_the_same_b
 
 
 def test_workers_that_do_not_go_in_step_are_refused(tmp_path):
-    assert run(tmp_path, 2, TRILITH_RUN_CLUSTER="peers://") == [1, 1]
-    assert "workers of an Estimator take every step together and have their rows on PS" in logs(tmp_path)
+    address = "static://127.0.0.1:1"
+    assert run(tmp_path, 2, TRILITH_RUN_CLUSTER=address, DENSE_ON_PS="1") == [1, 1]
+    assert "several workers of an Estimator take every step together" in logs(tmp_path)

@@ -68,11 +68,9 @@ def ranks(tmp_path):
             process.wait(60)
 
 
-def at(cluster: LocalCluster, **settings: object) -> dict[str, str]:
+def at(there: LocalCluster, /, **settings: object) -> dict[str, str]:
     """Settings of a run on a cluster, as the environment has them."""
-    return {
-        f"TRILITH_RUN_{name.upper()}": str(value) for name, value in {"cluster": cluster.address, **settings}.items()
-    }
+    return {f"TRILITH_RUN_{name.upper()}": str(value) for name, value in {"cluster": there.address, **settings}.items()}
 
 
 def assert_same(found: dict, want: dict, tolerance: float) -> None:
@@ -82,10 +80,14 @@ def assert_same(found: dict, want: dict, tolerance: float) -> None:
         np.testing.assert_allclose(found["dense"][name], value, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("settings", [{}, {"clip_norm": 1e6}, {"accumulate": 2}], ids=["plain", "clipped", "summed"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"clip_norm": 1e6}, {"accumulate": 2}, {"cluster": "peers://", "accumulate": 2}],
+    ids=["plain", "clipped", "summed", "peers"],
+)
 def test_two_workers_in_step_are_one_with_the_joined_batch(ranks, settings):
     with LocalCluster("3-ps") as one, LocalCluster("3-ps") as two:
-        alone = ranks("train", 1, "one", **at(one, **settings))
+        alone = ranks("train", 1, "one", **at(one, **{**settings, "cluster": one.address}))
         first, second = ranks("train", 2, "two", **at(two, **settings)).reports()
         (want,) = alone.reports()
     assert np.abs(want["rows"]).max() > 0.01
@@ -103,10 +105,12 @@ def test_a_bound_on_the_norm_is_one_for_all(ranks):
     assert 0 < np.abs(first["rows"]).max() <= 0.01 * 0.5 * first["step"]
 
 
+@pytest.mark.parametrize("where", ["ps", "peers"])
 @pytest.mark.parametrize("ahead", [0, 2])
-def test_a_rank_without_data_takes_the_steps_of_the_others(ranks, ahead):
+def test_a_rank_without_data_takes_the_steps_of_the_others(ranks, ahead, where):
     with LocalCluster("3-ps") as cluster:
-        first, second = ranks("uneven", **at(cluster, async_push=ahead), AHEAD=str(ahead)).reports()
+        settings = {"cluster": cluster.address if where == "ps" else "peers://", "async_push": ahead}
+        first, second = ranks("uneven", **at(cluster, **settings), AHEAD=str(ahead)).reports()
     assert (first["step"], first["counted"]) == (12, 12)
     assert_same(second, first, 0)
     assert first["metrics"] == second["metrics"]
@@ -195,6 +199,20 @@ def test_ranks_that_end_in_the_middle_go_on_together_to_the_same_end(ranks, tmp_
     assert first["told"][0] == "restored"
     assert_same(second, first, 0)
     assert_same(first, want, 1e-5)
+
+
+def test_workers_that_hold_the_rows_save_them_and_go_on(ranks, tmp_path):
+    with LocalCluster("1-ps") as cluster:
+        settings = at(cluster, cluster="peers://", model_dir=tmp_path / "model", save_every=4, prefetch=2, epochs=1)
+        ranks("train", out="part", **settings).reports()
+        first, second = ranks("train", out="on", **settings | {"TRILITH_RUN_EPOCHS": "2"}).reports()
+        (want, _) = ranks("train", out="whole", **at(cluster, epochs=2)).reports()
+        scored = ranks("scores", 1, **settings).reports()
+    assert (first["told"][0], first["step"], first["counted"]) == ("restored", 12, 12)
+    assert_same(second, first, 0)
+    assert np.abs(np.subtract(first["rows"], want["rows"])).max() < 0.5  # rows that are looked up ahead are older
+    np.testing.assert_equal(scored[0]["rows"], first["rows"])
+    np.testing.assert_equal(scored[0]["dense"], first["dense"])
 
 
 def test_ranks_outlive_a_ps_that_restarts(ranks, tmp_path, processes):

@@ -41,6 +41,7 @@ from trilith.estimator.task import Task
 from trilith.nn import FetchedRows
 from trilith.nn.dense import AllReduced, DenseOnPs
 from trilith.nn.optimization import Optimization
+from trilith.peers import connect_peers
 from trilith.pipelining import Lane
 from trilith.runtime.machine import cores
 
@@ -123,11 +124,10 @@ class Estimator:
         if run.params_override and not self.task.built:
             self.task.override(run.params_override)
         self.placement = Placement.of(run.cluster, run.dense, self.task, me.world_size)
-        if self.placement.rows == "workers" or (me.world_size > 1 and not self.placement.synchronous):
+        if me.world_size > 1 and not self.placement.synchronous:
             raise InvalidRequestError(
-                f"worker {me.rank} of {me.world_size} ({me.source}), cluster={run.cluster.partition('://')[0]}://, "
-                f"dense={self.placement.dense!r}: workers of an Estimator take every step together and have their rows "
-                "on PS: a torch optimizer and a cluster of PS; else one worker trains"
+                f"worker {me.rank} of {me.world_size} ({me.source}), dense={self.placement.dense!r}: several workers "
+                "of an Estimator take every step together, by a torch optimizer; with one of trilith.tables one trains"
             )
         self.device = local_device(me, run.device, use_gpu=run.use_gpu, processes_per_gpu=run.processes_per_gpu)
         torch.set_num_threads(run.threads or max(1, cores() // me.local_world_size))
@@ -198,6 +198,13 @@ class Estimator:
         run = self.run
         if self.placement.rows == "process":
             return connect(run.cluster)
+        if self.placement.rows == "workers":
+            return connect_peers(
+                self.device.type,
+                float16=run.float16_transfer,
+                threads=run.threads or None,
+                update_queue=run.update_queue,
+            )
         return connect(run.cluster, timeout_s=run.timeout_s, model_name=self.name, float16=run.float16_transfer)
 
     @property
@@ -435,13 +442,14 @@ class Estimator:
 
     def _source(self, data: Any, *, labels: bool = True, learned: bool = False) -> Source:
         me = self.identity
+        together = learned or self.placement.rows == "workers"  # whose lookups are made together
         return Source(
             data,
             self.task,
             partial(self.rows.prepare, labels=labels),
             labels=labels,
             share=(me.rank, me.world_size),
-            ranks=self._data_ranks if learned and self._ranks.several else None,
+            ranks=self._data_ranks if together and self._ranks.several else None,
         )
 
     def _epochs(self, source: Source) -> bool:
@@ -663,7 +671,8 @@ class Estimator:
     def predict(self, data: Any) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
         """Predictions batch by batch: by label float32[b]; labels are not needed, and no row is created.
 
-        Each of several workers predicts for its share of the data, and waits for none of the others.
+        Each of several workers predicts for its share of the data, and waits for none of the others, except where the
+        workers hold the rows and look them up together.
         """
         self.open()
         self._restore_if_fresh()

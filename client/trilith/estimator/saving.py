@@ -246,7 +246,7 @@ class Saver:
     def load_to_read(self, step: int) -> None:
         """Have what is evaluated or predicted with, on a cluster at `step`: its rows, and the newest dense part.
 
-        Rows are replaced only where they are in this process.
+        Rows are replaced only where they are in this process or in the workers.
 
         Raises:
             InvalidRequestError: There is nothing that was trained.
@@ -258,7 +258,7 @@ class Saver:
         job = read_job(path) if path is not None and is_job(path) else None
         if path is not None and job is not None:
             self._check_dense(path, job)
-        if path is not None and self._placement.rows == "process":
+        if path is not None and self._placement.rows != "ps":
             self.restore_rows(path)
         if path is not None and job is not None:
             self.load_dense(path, job)
