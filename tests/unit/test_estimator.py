@@ -467,6 +467,16 @@ def test_a_model_dir_of_another_model_is_refused(tmp_path):
         other.train()
 
 
+def test_an_estimator_puts_the_environment_over_what_the_code_says(monkeypatch):
+    monkeypatch.setenv("TRILITH_RUN_EPOCHS", "4")
+    job = Estimator(Ctr(), RunConfig(epochs=2, steps=7))
+    assert (job.run.epochs, job.run.steps) == (4, 7)
+    assert job.configure(RunConfig(epochs=3)).run.epochs == 3
+    monkeypatch.setenv("TRILITH_RUN_EPOCH", "4")
+    with pytest.raises(InvalidRequestError, match="TRILITH_RUN_EPOCH"):
+        Estimator(Ctr(), RunConfig())
+
+
 def test_settings_of_a_task_are_overridden_by_name_and_unknown_ones_refused():
     task = Ctr(sample_weight="weight")
     assert task.sample_weight == "weight"

@@ -57,7 +57,8 @@ class Estimator:
 
     Args:
         task: The model.
-        run: What to do, and where; None: all defaults, which are rows in this process and nothing saved.
+        run: What to do, and where; None: all defaults, which are rows in this process and nothing saved. Environment
+            variables TRILITH_RUN_* go over it.
         train: An iterable of batches, or a function that makes one; see `trilith.estimator.source.Source`.
         evaluate: The same for evaluation.
         callbacks: Told of everything that happens, in order.
@@ -74,7 +75,7 @@ class Estimator:
     ) -> None:
         _check_parts(task, run, {"train": train, "evaluate": evaluate})
         self.task = task
-        self.run = RunConfig() if run is None else run
+        self.run = (RunConfig() if run is None else run).overridden()
         self._data = {"train": train, "evaluate": evaluate}
         self._given_callbacks = tuple(callbacks)
         self._callbacks = Callbacks([])
@@ -99,7 +100,7 @@ class Estimator:
     # ---- opening and closing -----------------------------------------------------------------------------------------
 
     def configure(self, run: RunConfig) -> Self:
-        """Take another run in place of the constructor's, as commands do with what their flags say; before `open`.
+        """Take another run, as it is, in place of the constructor's: as commands do with their flags; before `open`.
 
         Raises:
             InvalidRequestError: The estimator is open, and so has begun with its run.

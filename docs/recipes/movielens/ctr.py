@@ -31,7 +31,7 @@ class Ctr(Task):
 
 job = Estimator(
     Ctr(dense_optimizer=lambda parameters: torch.optim.AdamW(parameters, 1e-3)),
-    RunConfig(model_dir="model", epochs=3, save_every=100, prefetch=2, async_push=2).overridden(),  # by TRILITH_RUN_*
+    RunConfig(model_dir="model", epochs=3, save_every=100, prefetch=2, async_push=2),
     train=lambda: trilith.data.read("data/train-*.parquet").shuffle(100_000).batch(512),
     evaluate=lambda: trilith.data.read("data/valid.parquet").batch(8192),
     callbacks=[EarlyStopping("valid/click/auc", patience=2)],  # and TensorBoard(), where tensorboard is installed
