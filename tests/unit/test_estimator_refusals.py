@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import nn
 import trilith.data
 from trilith.checkpoint import newest_complete
 from trilith.errors import CheckpointError, DataError, InvalidRequestError, NonFiniteError
-from trilith.estimator import Dense, Embedding, Estimator, Label, RunConfig, Sequence, Task
+from trilith.estimator import Callback, Dense, Embedding, Estimator, Label, RunConfig, Sequence, Task
 
 ROWS = 8
 
@@ -221,3 +223,92 @@ def test_newer_code_with_a_feature_more_is_refused_before_any_row_is_replaced_an
     ) as estimator:
         estimator.train()
         assert estimator.step_count > 3
+
+
+# ---- disks, signals, others ------------------------------------------------------------------------------------------
+
+
+class Told(Callback):
+    """Keeps events, and does something at some steps."""
+
+    def __init__(self, **at: object) -> None:
+        self.events: list = []
+        self._at = at
+
+    def on(self, event):
+        self.events.append(event)
+        if event.name == "step" and (act := self._at.get(f"step_{event.own_step}")):
+            act()
+
+    def names(self) -> list[str]:
+        return [event.name for event in self.events if event.name != "step"]
+
+
+def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_while_and_leaves_no_half_of_one(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    told = Told(step_2=lambda: limit(64), step_4=lambda: limit(before[0]))
+    settings = {"model_dir": str(tmp_path / "model"), "save_every": 1}
+    try:
+        with Estimator(Shop(), run(**settings), train=[batch()] * 5, callbacks=[told]) as estimator:
+            estimator.train()
+    finally:
+        limit(before[0])
+    assert told.names() == ["started", "saved", "save_failed", "save_failed", "saved", "saved", "epoch", "done"]
+    assert "File too large" in next(event.error for event in told.events if event.name == "save_failed")
+    assert all((path / "manifest.json").exists() for path in (tmp_path / "model").glob("ckpt-*"))
+    with job([batch()] * 5, **settings, epochs=2) as estimator:
+        estimator.train()
+        assert estimator.step_count == 10
+
+
+def test_a_signal_cuts_an_evaluation_short_and_what_was_learned_is_saved(tmp_path):
+    scored = 0
+
+    def evaluated():
+        nonlocal scored
+        for scored in range(1, 100):
+            if scored == 3:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch()
+
+    told = Told()
+    settings = run(model_dir=str(tmp_path), evaluate_every=2)
+    with Estimator(Shop(), settings, train=[batch()] * 5, evaluate=evaluated, callbacks=[told]) as estimator:
+        assert estimator.train() == {}
+    assert scored == 3
+    assert told.names() == ["started", "saved", "stopped"]
+    with Estimator(Shop(), settings, train=[batch()] * 5, evaluate=[batch()]) as estimator:
+        estimator.train()
+        assert estimator.step_count == 5
+
+
+def test_of_two_runs_in_one_model_dir_the_one_that_finds_the_others_checkpoint_ends(tmp_path):
+    settings = {"model_dir": str(tmp_path), "save_every": 1}
+
+    def meddle() -> None:
+        with job([batch()] * 2, resume="never", **settings) as other:
+            other.train()
+
+    told = Told(step_2=meddle)
+    with Estimator(Shop(), run(**settings), train=[batch()] * 5, callbacks=[told]) as estimator:
+        with pytest.raises(InvalidRequestError, match="another run saves there, too: .*ckpt-") as raised:
+            estimator.train()
+        assert "\n" not in str(raised.value)
+    assert told.names() == ["started", "saved", "failed"]
+    saved = newest_complete(str(tmp_path))
+    assert saved is not None  # the other's
+    with job([batch()] * 2, epochs=2, **settings) as estimator:
+        estimator.train()
+        assert estimator.step_count == 4
+
+
+def test_a_run_that_has_done_all_says_so(tmp_path, caplog):
+    for _ in range(2):
+        with job([batch()] * 2, model_dir=str(tmp_path)) as estimator:
+            estimator.train()
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert message.endswith("has all 1 epochs already, at step 2: epochs=N goes on, another model_dir begins anew")

@@ -86,7 +86,7 @@ class Estimator:
         """Where it was when its last step was taken: between steps of several batches, gradients wait."""
         self._last: dict[str, float] = {}
         self._begun = self._looked_up = False
-        self._stop_reason = ""
+        self._stop_reason, self._signalled = "", False
         self._stopping = self._late = False
         """Whether a rank wants to stop, and whether the chief finds that it is time to save: what all know."""
         self._micro = 0
@@ -383,7 +383,7 @@ class Estimator:
         if found is None:
             raise InvalidRequestError("train() needs data: Estimator(..., train=...) or train(data)")
         source = self._source(found, learned=True)
-        self._last, self._stop_reason = {}, ""
+        self._last, self._stop_reason, self._signalled = {}, "", False
         self._progress = Progress(self.task)
         began = time.perf_counter()
         with self._stopping_on_signals(), self._callbacks:
@@ -412,6 +412,13 @@ class Estimator:
             self._go_on(replace(self._at, epoch=0, batches=0, source=None))
         else:
             self._go_on(self._settled())
+        if self.chief and self._at.epoch >= self.run.epochs:
+            log.warning(
+                "%s has all %d epochs already, at step %d: epochs=N goes on, another model_dir begins anew",
+                self.run.model_dir or "the run",
+                self.run.epochs,
+                self.step_count,
+            )
         self._give_up()  # gradients that waited for others of a step are learned again
         self._saved_at = time.monotonic()
         self._tell(
@@ -590,11 +597,13 @@ class Estimator:
         return self.step_count != self._saved_step
 
     def _save_in_training(self) -> None:
-        """Save; a save that fails is told, and training goes on."""
+        """Save; a save that fails is told, and training goes on. One that can never work ends it."""
         try:
             self.save()
         except ShardRestartedError as error:
             self._restarted(error)
+        except InvalidRequestError:
+            raise
         except (TrilithError, OSError) as error:
             log.warning("checkpoint failed: %s", error)
             self._saved_at = time.monotonic()
@@ -640,18 +649,22 @@ class Estimator:
         with self._ranks.explained():
             self._restore_if_fresh()
             self._share_buffers()
-            return self._scorer.evaluate(self._source(found))[0]
+            done = self._scorer.evaluate(self._source(found))
+            return {} if done is None else done[0]
 
     def _evaluated(self) -> None:
-        """Evaluate in the middle of training, and tell."""
+        """Evaluate in the middle of training, and tell; a signal cuts it short."""
         self._drain()
         self._share_buffers()
         began = time.perf_counter()
         try:
-            self._last, samples = self._scorer.evaluate(self._source(self._data["evaluate"]))
+            found = self._scorer.evaluate(self._source(self._data["evaluate"]), until=lambda: self._signalled)
         except ShardRestartedError as error:
             self._restarted(error)
             return
+        if found is None:  # whoever sent the signal does not wait for all of it: what was learned is saved first
+            return
+        self._last, samples = found
         self._tell(
             events.Evaluated(
                 step=self.step_count,
@@ -814,6 +827,7 @@ class Estimator:
 
         def on_signal(number: int, frame: Any) -> None:
             del frame
+            self._signalled = True
             self._stop_reason = self._stop_reason or signal.Signals(number).name
             signal.signal(number, before[signal.Signals(number)])  # a second one is not waited for
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from trilith.checkpoint import (
+    CheckpointInfo,
     checkpoint_name,
     list_checkpoints,
     mark_order,
     next_number,
     prune,
 )
+from trilith.errors import InvalidRequestError
 from trilith.estimator.callbacks import BestByMetric
 from trilith.estimator.config import RunConfig
 from trilith.estimator.state import is_job
@@ -33,17 +35,29 @@ class Keeper:
     def __init__(self, run: RunConfig, *, clock: Callable[[], float] = time.time) -> None:
         self._run = run
         self._clock = clock
+        self._known = {newest_job(run.model_dir) if run.model_dir else None}
         self.best: BestByMetric | None = None
         """Knows the best ones; to be told of evaluations and saves."""
         if run.keep_best:
             self.best = BestByMetric(run.keep_best, mode=run.keep_best_mode or None, count=run.keep_best_count)
 
     def next_path(self) -> str:
-        """Where the next checkpoint goes."""
+        """Where the next checkpoint goes.
+
+        Raises:
+            InvalidRequestError: Another run saves in the same directory: the newest checkpoint is none of this one.
+        """
         there = list_checkpoints(self._run.model_dir)
+        newest = _newest_job(there)
+        if newest is not None and newest not in self._known:
+            raise InvalidRequestError(
+                f"model_dir={self._run.model_dir}: another run saves there, too: {newest} is none of this one's; "
+                "let one run go on, or give each a model_dir of its own"
+            )
         number = next_number(there, int(self._clock() * 1000))
         path = Folder(self._run.model_dir).child(checkpoint_name(number)).url  # as checkpoints are listed
         mark_order(path, there, number)
+        self._known.add(path)
         return path
 
     def prune(self, newest: str) -> list[str]:
@@ -64,7 +78,11 @@ class Keeper:
 
 def newest_job(directory: str) -> str | None:
     """The newest complete checkpoint that holds a job."""
-    for info in reversed(list_checkpoints(directory)):
+    return _newest_job(list_checkpoints(directory))
+
+
+def _newest_job(there: Sequence[CheckpointInfo]) -> str | None:
+    for info in reversed(there):
         if info.complete and is_job(info.path):
             return info.path
     return None

@@ -48,8 +48,14 @@ class Scorer:
         self._run, self._task, self._rows, self._optimization = run, task, rows, optimization
         self._outputs, self._autocast, self._ranks = outputs, autocast, ranks
 
-    def evaluate(self, source: Source) -> tuple[dict[str, float], int]:
+    def evaluate(
+        self, source: Source, *, until: Callable[[], bool] = lambda: False
+    ) -> tuple[dict[str, float], int] | None:
         """Metrics and loss of all ranks together, and how many samples this one looked at.
+
+        Args:
+            source: The batches.
+            until: Asked behind each batch of a rank that is alone; when it is so, evaluation ends and gives None.
 
         Raises:
             TrilithError: Batches of a rank could not be scored; every rank raises it.
@@ -63,6 +69,8 @@ class Scorer:
                 loss = task.total(task.loss(outputs, labels, weight))
                 metrics["loss"].add([float(loss)], weight=[prepared.samples])
                 samples += prepared.samples
+                if until() and not self._ranks.several:
+                    return None
                 for label, predicted in task.predictions(outputs).items():
                     for name in task.metrics:
                         metrics[f"{label}/{name}"].add(predicted.float(), labels[label], prepared.weight)
