@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -13,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import trilith
 import trilith.data
 from tests.waiting import eventually
 from trilith.checkpoint import newest_complete
+from trilith.data import Records
 from trilith.errors import InvalidRequestError
 from trilith.estimator import Embedding, Estimator, Label, RunConfig, Task
 from trilith_services.cli import main
@@ -191,8 +194,10 @@ def test_what_does_not_go_is_one_line_and_status_2(name, run, arguments, error):
     [
         ("kafka://", "write kafka://TOPIC"),
         ("kafka://clicks/more", "write kafka://TOPIC"),
-        ("kafka://clicks?server=a:1", "'server' is none of servers, group_id, stream_timeout"),
+        ("kafka://clicks?server=a:1", "'server' is none of servers, group_id, stream_timeout, offset, unframe"),
         ("kafka://clicks?stream_timeout=soon", "is no number of milliseconds"),
+        ("kafka://clicks?offset=7", "offset='7' is neither 'earliest' nor 'latest'"),
+        ("kafka://clicks?unframe=no", "unframe='no' is neither 'true' nor 'false'"),
     ],
 )
 def test_a_wrong_topic_is_refused(data, said):
@@ -324,3 +329,87 @@ def test_a_new_job_is_written_into_an_empty_directory_only(job, run):
     assert err == f"error: {job} is not empty; a job is written into a new or empty directory\n"
     assert (job / "job.py").stat().st_mtime_ns == before
     assert run("new", str(job / "job.py"))[2].startswith(f"error: {job}/job.py is a file")
+
+
+COUNTING = """
+from trilith.estimator import Embedding, Estimator, Label, RunConfig, Task
+from trilith.tables import Sgd, Zeros
+
+class Count(Task):
+    user = Embedding(dim=1, optimizer=Sgd(learning_rate=1.0), initializer=Zeros())
+    labels = {"click": Label()}
+
+    def forward(self, x):
+        return x.user.vector[:, 0]
+
+    def loss(self, outputs, labels, weight):
+        return outputs["click"].sum()  # each time that a user is seen takes 1 from its row
+
+job = Estimator(Count(), RunConfig(progress="none", model_dir="model", save_every=1), train=list)
+"""
+USERS = 12
+
+
+@pytest.fixture
+def counting(name, tmp_path):
+    """A job whose rows say how often each user was seen."""
+    (tmp_path / f"{name}.py").write_text(COUNTING)
+    return name
+
+
+def users() -> pa.Table:
+    return pa.table({"user": range(USERS), "label": [float(n % 2) for n in range(USERS)]})
+
+
+def seen() -> list[float]:
+    with trilith.connect("local://") as client:
+        client.restore(newest_complete("model").path)
+        return (-client.table("user").lookup(range(USERS))[:, 0]).tolist()
+
+
+def test_a_worker_reads_files_by_a_pattern_and_goes_on_where_it_saved(counting, run):
+    for part in range(3):
+        pq.write_table(users().slice(part * 4, 4), f"part-{part}.parquet")
+    data = ("--data", "part-*.parquet", "--batch-size", "2")
+    for steps in (3, 6):
+        status, _, shown = run("worker", f"{counting}:job", *data, "--set", f"steps={steps}")
+        assert status == 0, shown
+        assert seen() == [float(n < 2 * steps) for n in range(USERS)]
+    status, shown, error = run("evaluate", f"{counting}:job", *data, "--json")
+    assert status == 0, error
+    assert json.loads(shown)["loss"] == -2.0
+    status, shown, _ = run("predict", f"{counting}:job", *data, "--output", "-")
+    assert len(shown.splitlines()) == USERS
+
+
+def test_a_worker_reads_a_topic_and_goes_on_where_it_saved(counting, run):
+    kafka = pytest.importorskip("confluent_kafka")
+    producer = kafka.Producer({"test.mock.num.brokers": 1, "logger": logging.getLogger("mock")})
+    (broker,) = producer.list_topics(timeout=60).brokers.values()
+    for payload in trilith.data.from_arrow(users()):
+        producer.produce("clicks", payload, partition=0)
+    assert producer.flush(60) == 0
+    url = f"kafka://clicks?servers={broker.host}:{broker.port}&group_id=trainer&offset=earliest&unframe=false"
+    for steps in (3, 6):
+        data = ("--data", url, "--kind", "example", "--batch-size", "2", "--set", f"steps={steps}")
+        status, _, shown = run("worker", f"{counting}:job", *data)
+        assert status == 0, shown
+        assert seen() == [float(n < 2 * steps) for n in range(USERS)]
+
+
+def test_a_worker_reads_standard_input_and_goes_on_where_it_saved(counting, tmp_path):
+    with trilith.data.open_writer("users.pb") as out:
+        out.write(Records.of(list(trilith.data.from_arrow(users())), "example"))
+    for steps in (3, 6):
+        command = trilith_argv("worker", f"{counting}:job", "--data", "-", "--kind", "example", "--batch-size", "2")
+        with open("users.pb", "rb") as piped:
+            done = subprocess.run(
+                [*command, "--set", f"steps={steps}"],
+                stdin=piped,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+        assert done.returncode == 0, done.stderr
+        assert seen() == [float(n < 2 * steps) for n in range(USERS)]

@@ -48,7 +48,8 @@ Job = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(metavar="N", help="Samples of a batch of --data.", min=1)]
 
-_KAFKA = {"servers": str, "group_id": str, "stream_timeout": int}
+_KAFKA = ("servers", "group_id", "stream_timeout", "offset", "unframe")
+_UNFRAME = {"true": True, "false": False}
 
 
 def is_job(text: str) -> bool:
@@ -170,10 +171,18 @@ def _topics(url: str) -> tuple[list[str], dict[str, Any]]:
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if name not in _KAFKA:
             raise InvalidRequestError(f"--data {url}: {name!r} is none of {', '.join(_KAFKA)}")
-        try:
-            options[name] = _KAFKA[name](value)
-        except ValueError:
-            raise InvalidRequestError(f"--data {url}: {name}={value!r} is no number of milliseconds") from None
+        if name == "stream_timeout" and not re.fullmatch(r"-?\d+", value):
+            raise InvalidRequestError(f"--data {url}: {name}={value!r} is no number of milliseconds")
+        if name == "offset" and value not in ("earliest", "latest"):
+            raise InvalidRequestError(f"--data {url}: offset={value!r} is neither 'earliest' nor 'latest'")
+        if name == "unframe" and value not in _UNFRAME:
+            raise InvalidRequestError(f"--data {url}: unframe={value!r} is neither 'true' nor 'false'")
+        if name == "offset":
+            options["configuration"] = [f"auto.offset.reset={value}"]
+        elif name == "unframe":
+            options[name] = _UNFRAME[value]
+        else:
+            options[name] = int(value) if name == "stream_timeout" else value
     return topics, options
 
 
