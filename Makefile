@@ -25,7 +25,7 @@ TIERS := tests/integration tests/congruence tests/conformance tests/golden tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test quick quality test-nojit fuzz lint format docs proto proto-check wheel-check conformance bench up \
+.PHONY: help venv demo test quick test-gpu quality test-nojit fuzz lint format docs proto proto-check wheel-check conformance bench up \
   down compose-check clean
 
 help:  ## list the tasks
@@ -41,6 +41,9 @@ test: $(VENV)  ## all tests that need neither docker nor a quiet machine
 
 quick: $(VENV)  ## unit tests of what has changed since main, or of PART=engine|data|client|serving|nn|estimator|ops (a minute)
 	$(BIN)/python -m tests.quick $(PART) $(ARGS)
+
+test-gpu: $(VENV)  ## the tests that need a CUDA device, on a machine that has one
+	$(PYTEST) -m gpu tests/unit $(ARGS)
 
 quality: $(VENV)  ## the demo on three seeds, also pipelined, is as good as plain torch (minutes)
 	$(PYTEST) -s tests/quality $(ARGS)

@@ -131,6 +131,8 @@ class Estimator:
                 "of an Estimator take every step together, by a torch optimizer; with one of trilith.tables one trains"
             )
         self.device = local_device(me, run.device, use_gpu=run.use_gpu, processes_per_gpu=run.processes_per_gpu)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # else pinned memory and random numbers are those of GPU 0
         torch.set_num_threads(run.threads or max(1, cores() // me.local_world_size))
         if self.placement.synchronous:
             # Others may wait for a PS for as long as this one may, and after that compute.

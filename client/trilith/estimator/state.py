@@ -200,7 +200,7 @@ def rng_state() -> dict[str, Any]:
         "python": [version, list(numbers), gauss],
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = [_packed(each) for each in torch.cuda.get_rng_state_all()]
+        state["cuda"] = [_packed(torch.cuda.get_rng_state())]  # of this process's GPU; others are other ranks'
     return state
 
 
@@ -215,7 +215,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         version, numbers, gauss = state["python"]
         random.setstate((version, tuple(numbers), gauss))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_unpacked(each) for each in state["cuda"][: torch.cuda.device_count()]])
+        torch.cuda.set_rng_state(_unpacked(state["cuda"][0]))
 
 
 def _packed(state: Tensor) -> str:
