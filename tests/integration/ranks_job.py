@@ -118,6 +118,11 @@ class At(Callback):
         return None
 
 
+def of_worker() -> Estimator:
+    """A job for `trilith worker`."""
+    return job(evaluate=own)
+
+
 # ---- scenarios: each gives what a rank reports ---------------------------------------------------------------------
 
 
