@@ -50,7 +50,7 @@ def test_versions_come_go_and_are_rolled_back_without_a_failed_request(processes
         address = processes.start(
             "entry",
             *("serving", "entry", "--export", str(base), "--http", http, "--poll", "0.1", "--version", "keep:2"),
-            *("--warm-up", str(tmp_path / "warm-up.jsonl")),
+            *("--warm-up", str(tmp_path / "warm-up.jsonl"), "--missing-features", "ignore"),
         )
         processes.wait("entry")
         records = trained.records.payloads()

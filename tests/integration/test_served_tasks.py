@@ -84,6 +84,12 @@ def test_a_task_of_every_kind_of_feature_is_served_as_it_was_trained(processes, 
     assert clicks.keys() == {"click"}
     np.testing.assert_allclose(clicks["click"], want["click"], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(user["user_tower"], tower, rtol=1e-6, atol=1e-6)
+    columns = {name: [row[name] for row in rows(samples)] for name in rows(samples)[0]}
+    check(post(f"http://{http}", {"columns": columns})["outputs"])
+    answer = post(f"http://{http}", {"records": [rows(samples)[0] | {"city": 1.5}, {"user": 7}]})
+    assert "record 0: feature 'city' has 1.5; ids are whole numbers" in answer["message"]
+    assert "record 1: features 'city', 'item'," in answer["message"]
+    assert answer["message"].endswith("are missing")
     few = [{name: row[name] for name in ("user", "city")} for row in rows(samples)]
     answer = post(f"http://{http}", {"records": few, "signature": "user"})
     assert "outputs" in answer, answer

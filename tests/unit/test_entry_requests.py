@@ -71,7 +71,7 @@ def model() -> ServedModel:
 
 
 def servicer(
-    model: ServedModel, unknown: UnknownPolicy = UnknownPolicy.json
+    model: ServedModel, unknown: UnknownPolicy = UnknownPolicy.json, *, missing_refused: bool = False
 ) -> tuple[PredictionServicer, EntryMetrics]:
     loaded = SimpleNamespace(model=model, manifest=SimpleNamespace(step=5), version=3, records=0)
 
@@ -82,7 +82,9 @@ def servicer(
 
     metrics = EntryMetrics()
     models: Any = SimpleNamespace(use=use, as_of=lambda loaded: 0.0)
-    return PredictionServicer(models, metrics, timeout_s=1.0, max_records=8, unknown=unknown), metrics
+    return PredictionServicer(
+        models, metrics, timeout_s=1.0, max_records=8, unknown=unknown, missing_refused=missing_refused
+    ), metrics
 
 
 @pytest.fixture
@@ -118,6 +120,7 @@ def predict(model: ServedModel) -> Iterator[Callable[[str], tuple[int, dict[str,
         ('{"u": [], "loose": [7]}', [0, 0, 0, 0, 7, 0]),
         ('{"loose": [7, 8, 9], "idle": [1]}', [0, 0, 0, 0, 7, 8]),
         ('{"age": 16777217}', [0, 16777216, 0, 0, 0, 0]),
+        ('{"u": null, "loose": null}', [0, 0, 0, 0, 0, 0]),
         ("{}", [0, 0, 0, 0, 0, 0]),
     ],
 )
@@ -142,7 +145,6 @@ IDS = "ids are whole numbers from 0 to"
         ('{"u": 9007199254740992.0}', "numbers from 2^53 on without a decimal point"),
         ('{"u": 1e18}', "numbers from 2^53 on without a decimal point"),
         ('{"u": [true]}', "feature 'u' has true"),
-        ('{"u": null}', "feature 'u' has null"),
         ('{"u": [null]}', "feature 'u' has null"),
         ('{"u": [[1]]}', "feature 'u' has a list inside its list"),
         ('{"u": {"id": 1}}', "feature 'u' has an object"),
@@ -174,6 +176,58 @@ def test_a_value_in_json_that_does_not_fit_is_refused_by_name(predict, record, w
     assert (status, answer["error"]) == (400, "InvalidRequestError")
     assert why in answer["message"]
     assert "record 1: " in answer["message"]
+
+
+def answers(model: ServedModel, body: dict[str, Any]) -> list[Any]:
+    """The output "all" for a request whose features must all be there."""
+    response = servicer(model, missing_refused=True)[0].answer(PredictBody(**body))
+    output = next(each for each in response.outputs if each.name == "all")
+    return np.frombuffer(output.values, "<f4").reshape(-1, output.width).tolist()
+
+
+ROWS = [
+    {"u": [1, 2], "age": 3, "pair": [4, 5], "loose": [6]},
+    {"u": [], "age": 0, "pair": [0, 0], "loose": None},
+    {"u": 7, "age": [1], "pair": [2, 3], "loose": [4, 5, 6]},
+]
+
+
+def test_rows_and_columns_by_name_are_the_same_records(model):
+    columns = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+    want = [[3, 3, 4, 5, 6, 0], [0, 0, 0, 0, 0, 0], [7, 1, 2, 3, 4, 5]]
+    assert answers(model, {"records": ROWS}) == answers(model, {"columns": columns}) == want
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ({"columns": {"u": [1, 2], "age": [3]}}, "columns are of one length: 'u' has 2 records, 'age' 1"),
+        ({"columns": {"u": [1]}, "records": [{}]}, "give one of records, columns, examples and instances"),
+        ({"columns": {"u": []}}, "0 records in a request"),
+        ({"records": [ROWS[0], {"u": 1, "age": 2}]}, "record 1: features 'pair', 'loose' are missing"),
+        ({"columns": {name: [ROWS[0][name]] for name in ("u", "age", "pair")}}, "record 0: feature 'loose' is missing"),
+        ({"records": [{**ROWS[0], "age": None}]}, "record 0: feature 'age' has null; the model takes numbers"),
+        (
+            {"records": [{**ROWS[0], "u": "x", "pair": [1]}, ROWS[1], {"agee": 1, **ROWS[2]}]},
+            (
+                "record 0: feature 'u' has 'x'; ids are whole numbers from 0 to 2^64 - 1, or their digits as text; "
+                "record 0: feature 'pair' has 1 numbers; the model takes 2; "
+                "record 2: the model has no feature 'agee' (is 'age' meant?); it has age, idle, loose, pair, u"
+            ),
+        ),
+    ],
+)
+def test_what_is_missing_unknown_or_of_a_wrong_type_is_told_by_feature_and_record(model, body, why):
+    with pytest.raises(InvalidRequestError) as caught:
+        answers(model, body)
+    assert str(caught.value).startswith(why)
+
+
+def test_of_many_problems_the_first_ones_are_told(model):
+    with pytest.raises(InvalidRequestError) as caught:
+        servicer(model)[0].answer(PredictBody(records=[{"u": -1, "age": "x", "pair": 1, "what": 1}] * 8))
+    assert str(caught.value).count("record ") == 10
+    assert str(caught.value).endswith("; and more")
 
 
 @pytest.mark.parametrize(

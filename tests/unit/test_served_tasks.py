@@ -104,7 +104,7 @@ def test_weights_may_be_integers_and_text_and_ids_may_not_meet_in_one_feature(mo
 
 @pytest.fixture
 def servicer(models) -> PredictionServicer:
-    return PredictionServicer(models, EntryMetrics(), timeout_s=30.0, max_records=100)
+    return PredictionServicer(models, EntryMetrics(), timeout_s=30.0, max_records=100, missing_refused=False)
 
 
 def test_json_takes_text_and_numbers_of_one_feature_as_training_did(exported, servicer):

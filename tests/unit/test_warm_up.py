@@ -72,7 +72,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         (b'{"records": [{"usr": 7}]}', "warm-up request 1: record 0: the model has no feature 'usr'"),
         (b'\n{"records": [{}]}\n{"examples": ["//8="]}', "warm-up request 2: request: record 0"),
         (b'{"records": [{}]}\nnothing', "warmup.jsonl: line 2: Invalid JSON"),
-        (b'{"records": []}', "warmup.jsonl: line 1: give one of records, examples and instances"),
+        (b'{"records": []}', "warmup.jsonl: line 1: give one of records, columns, examples and instances"),
         (b'{"records": [{}], "version": 3}', "warmup.jsonl: line 1: it names a version"),
         (b'{"record": [{}]}', "warmup.jsonl: line 1: record: Extra inputs are not permitted"),
     ],

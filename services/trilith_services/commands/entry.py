@@ -21,7 +21,7 @@ from trilith_services.commands.flags import (
 )
 from trilith_services.options import like
 
-__all__ = ["Unknown", "entry"]
+__all__ = ["Missing", "Unknown", "entry"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,13 @@ class Unknown(StrEnum):
     """In which requests features that the model does not know are refused; elsewhere they are left out and counted."""
 
     json = "json"
+    refuse = "refuse"
+    ignore = "ignore"
+
+
+class Missing(StrEnum):
+    """What becomes of features that a record in JSON leaves out."""
+
     refuse = "refuse"
     ignore = "ignore"
 
@@ -104,6 +111,13 @@ def entry(
             "Instances; refuse: refused everywhere; ignore: left out and counted everywhere."
         ),
     ] = Unknown.json,
+    missing_features: Annotated[
+        Missing,
+        typer.Option(
+            help="Features that a record in JSON leaves out, though the model looks at them: refuse: told by name; "
+            "ignore: empty, or zeros. In Examples and Instances, which often are logs, they always are."
+        ),
+    ] = Missing.refuse,
     torch_threads: Annotated[int, typer.Option(metavar="N", help="Threads that one request computes with.", min=1)] = 1,
     threads: RowThreads = 0,
     server: EntryFlags,
@@ -134,6 +148,7 @@ def entry(
         threads=threads or None,
         unknown=UnknownPolicy(unknown_features.value),
         replica=replica,
+        missing_refused=missing_features is Missing.refuse,
         version=policy,
         warm_up=tuple(read_warm_up(warm_up.read_bytes(), str(warm_up))) if warm_up is not None else (),
         advertise=advertise,

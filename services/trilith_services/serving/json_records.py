@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -19,12 +19,14 @@ _EXACT = 1 << 53  # beyond it a number with a decimal point may have lost digits
 _MAX_FLOAT = 3.4028235677973366e38  # float32 rounds what is below to a finite number
 _MAX_SHOWN = 60
 _MAX_NAMES = 20
+_MAX_PROBLEMS = 10
 
 
 def encode_records(
     records: Iterable[Mapping[str, Any]],
     declared: Mapping[str, RecordFeature],
     on_unknown: Callable[[int, str], None],
+    needed: Collection[str] = (),
 ) -> list[bytes]:
     """Serialized Examples.
 
@@ -32,11 +34,33 @@ def encode_records(
         records: Per record its features by name: one number, or a list of them.
         declared: What the model takes, by name.
         on_unknown: Told the record's number and the name of every feature that the model does not know; it is left out.
+        needed: Features that every record must have, if only as null or an empty list; another that it does not have
+            is empty, or zeros.
 
     Raises:
-        InvalidRequestError: A value is none that its feature can have.
+        InvalidRequestError: A value is none that its feature can have, or a feature is missing; the message has the
+            first ten of such, each with its record's number.
     """
-    return [_encode(number, record, declared, on_unknown) for number, record in enumerate(records)]
+    problems: list[str] = []
+    found = []
+    for number, record in enumerate(records):
+        found.append(_encode(number, record, declared, on_unknown, problems))
+        missing = [name for name in needed if name not in record]
+        if missing:
+            problems.append(_missing(number, missing))
+        if len(problems) > _MAX_PROBLEMS:
+            break
+    if problems:
+        more = "; and more" if len(problems) > _MAX_PROBLEMS else ""
+        raise InvalidRequestError("; ".join(problems[:_MAX_PROBLEMS]) + more)
+    return found
+
+
+def _missing(number: int, names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:_MAX_NAMES]))
+    if len(names) > _MAX_NAMES:
+        shown += f", … ({len(names)} in all)"
+    return f"record {number}: {f'feature {shown} is' if len(names) == 1 else f'features {shown} are'} missing"
 
 
 def _encode(
@@ -44,26 +68,36 @@ def _encode(
     record: Mapping[str, Any],
     declared: Mapping[str, RecordFeature],
     on_unknown: Callable[[int, str], None],
+    problems: list[str],
 ) -> bytes:
+    """A record; what is wrong with it is added to `problems`."""
     example = Example()
     for name, given in record.items():
         about = declared.get(name)
-        if about is None:
-            on_unknown(number, name)
-            continue
-        where = f"record {number}: feature {name!r}"
-        values = given if isinstance(given, list) else [given]
-        feature = example.named_feature.add(name=name).feature
-        if about.kind == "ids":
-            _add_ids(feature, values, about, where)
-            continue
-        if about.kind != "weights" and len(values) != about.dim and not about.pad:
-            raise InvalidRequestError(f"{where} has {len(values)} numbers; the model takes {about.dim}")
-        if about.kind == "both":
-            feature.int64_list.value.extend([_whole(value, where) for value in values])
-        else:
-            feature.float_list.value.extend([_float(value, where) for value in values])
-    return example.SerializeToString()
+        try:
+            if about is None:
+                on_unknown(number, name)
+            elif given is not None or (about.kind != "ids" and not about.pad):  # null is what an empty list is
+                feature = example.named_feature.add(name=name).feature
+                _add(
+                    feature, given if isinstance(given, list) else [given], about, f"record {number}: feature {name!r}"
+                )
+        except InvalidRequestError as error:
+            problems.append(str(error))
+    return b"" if problems else example.SerializeToString()
+
+
+def _add(feature: Feature, values: list[Any], about: RecordFeature, where: str) -> None:
+    """What a feature has."""
+    if about.kind == "ids":
+        _add_ids(feature, values, about, where)
+        return
+    if about.kind != "weights" and len(values) != about.dim and not about.pad:
+        raise InvalidRequestError(f"{where} has {len(values)} numbers; the model takes {about.dim}")
+    if about.kind == "both":
+        feature.int64_list.value.extend([_whole(value, where) for value in values])
+    else:
+        feature.float_list.value.extend([_float(value, where) for value in values])
 
 
 def _add_ids(feature: Feature, values: list[Any], about: RecordFeature, where: str) -> None:

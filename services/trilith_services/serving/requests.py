@@ -17,16 +17,22 @@ __all__ = ["PredictBody", "records_of"]
 
 
 class PredictBody(BaseModel):
-    """A request: records as objects, or serialized ones; one of the two."""
+    """A request: records by their features' names, as rows or as columns, or serialized ones; in one of the forms."""
 
     model_config = ConfigDict(extra="forbid")
 
     records: list[dict[str, Any]] = Field(
         default=[],
-        description="Per record its features, each a number or a list of them: ids are whole numbers from 0 to "
-        "2^64 - 1, or their digits as text; a dense feature has as many numbers as the model takes. One that is left "
-        "out is empty, or zeros.",
+        description="Per record its features, each a value or a list of them: ids are whole numbers from 0 to "
+        "2^64 - 1, or their digits as text, or text where the model was trained on text; a dense feature has as many "
+        "numbers as the model takes. No ids are an empty list or null; a feature that is left out is missing, unless "
+        "the entry has --missing-features ignore.",
         examples=[[{"user": [281474976710657], "age": 31}]],
+    )
+    columns: dict[str, list[Any]] = Field(
+        default={},
+        description="The same, per feature what each record has.",
+        examples=[{"user": [7, 8], "seen": [[1, 2, 3], []], "city": ["Berlin", "Rome"]}],
     )
     examples: list[str] = Field(default=[], description="Serialized Examples, base64.")
     instances: list[str] = Field(default=[], description="Serialized Instances, base64.")
@@ -41,25 +47,37 @@ class PredictBody(BaseModel):
         Raises:
             InvalidRequestError: Not in exactly one of the forms.
         """
-        given = [each for each in (self.records, self.examples, self.instances) if each]
-        if len(given) != 1:
-            raise InvalidRequestError("give one of records, examples and instances, and not an empty one")
-        return len(given[0])
+        forms = (self.records, self.columns, self.examples, self.instances)
+        if sum(map(bool, forms)) != 1:
+            raise InvalidRequestError("give one of records, columns, examples and instances, and not an empty one")
+        if not self.columns:
+            return max(map(len, forms))
+        sizes = {name: len(values) for name, values in self.columns.items()}
+        first, size = next(iter(sizes.items()))
+        other = next((name for name in sizes if sizes[name] != size), None)
+        if other is not None:
+            raise InvalidRequestError(
+                f"columns are of one length: {first!r} has {size} records, {other!r} {sizes[other]}"
+            )
+        return size
 
 
-def records_of(body: PredictBody, model: ServedModel, unknown: UnknownFeatures) -> Records:
+def records_of(body: PredictBody, model: ServedModel, unknown: UnknownFeatures, *, missing_refused: bool) -> Records:
     """The records of a request.
 
     Args:
         body: The request.
         model: Whose features decide what a value is.
         unknown: What becomes of features that the model does not have.
+        missing_refused: Whether a record by names must have all features that the signature looks at.
 
     Raises:
-        InvalidRequestError: A value is none that its feature can have.
+        InvalidRequestError: A value is none that its feature can have, or a feature is missing.
     """
-    if body.records:
-        payloads = encode_records(body.records, model.declared, unknown.in_json(model.declared))
+    if body.records or body.columns:
+        rows = body.records or [{name: each[row] for name, each in body.columns.items()} for row in range(body.count)]
+        needed = model.config.looked_at(body.signature) if missing_refused else ()
+        payloads = encode_records(rows, model.declared, unknown.in_json(model.declared), needed)
         return Records.of(payloads, Kind.EXAMPLE, source="request")
     name, texts = ("examples", body.examples) if body.examples else ("instances", body.instances)
     payloads = [_decoded(text, f"{name}[{number}]") for number, text in enumerate(texts)]

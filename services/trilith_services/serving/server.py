@@ -41,6 +41,7 @@ class EntryOptions(ProcessOptions):
         max_records: Most that a request may hold.
         threads: That standalone rows are read with; None: one per core.
         unknown: Whose features that the model does not know are refused.
+        missing_refused: Whether records of JSON must have all features that are looked at.
         replica: Its number among the entries; None: one that ZooKeeper gives.
         version: Which versions of the export are loaded.
         warm_up: Requests that a version scores before it answers, beside those of its export.
@@ -52,6 +53,7 @@ class EntryOptions(ProcessOptions):
     max_records: int = 8192
     threads: int | None = None
     unknown: UnknownPolicy = UnknownPolicy.json
+    missing_refused: bool = True
     replica: int | None = None
     version: VersionPolicy = field(default_factory=VersionPolicy)
     warm_up: tuple[PredictBody, ...] = ()
@@ -87,7 +89,7 @@ class Entry(ServerProcess[EntryOptions]):
         self.models = Models(
             base,
             policy=options.version,
-            warm_up=WarmUp(requests=options.warm_up, policy=options.unknown),
+            warm_up=WarmUp(requests=options.warm_up, policy=options.unknown, missing_refused=options.missing_refused),
             listed=replicas,
             timeout_s=options.deadline_s,
             threads=options.threads,
@@ -99,6 +101,7 @@ class Entry(ServerProcess[EntryOptions]):
             timeout_s=options.deadline_s,
             max_records=options.max_records,
             unknown=options.unknown,
+            missing_refused=options.missing_refused,
         )
         self.metrics.watch(self.servicer.status)
         server = Server(SERVICE, self.servicer.methods(), limits=options.limits, refused=self.metrics.refused)

@@ -41,6 +41,7 @@ class PredictionServicer:
         timeout_s: float,
         max_records: int,
         unknown: UnknownPolicy = UnknownPolicy.json,
+        missing_refused: bool = True,
     ) -> None:
         """Answer with `models`.
 
@@ -50,12 +51,14 @@ class PredictionServicer:
             timeout_s: Time for looking rows up, where the caller gives more or none.
             max_records: Most that a request may hold.
             unknown: Whose features that the model does not know are refused.
+            missing_refused: Whether records of JSON must have all features that are looked at.
         """
         self._models = models
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._max_records = max_records
         self._unknown = UnknownFeatures(unknown, metrics.unknown)
+        self._missing_refused = missing_refused
         self._incarnation = secrets.randbits(63) | 1
 
     @property
@@ -125,7 +128,7 @@ class PredictionServicer:
         """Score a request that came as JSON."""
         return self._score(
             body.count,
-            lambda model: records_of(body, model, self._unknown),
+            lambda model: records_of(body, model, self._unknown, missing_refused=self._missing_refused),
             version=body.version,
             signature=body.signature,
             timeout_s=timeout_s,

@@ -50,10 +50,12 @@ class WarmUp:
     Attributes:
         requests: Beside those that an export carries.
         policy: What becomes of features that the model does not have, as in requests of clients.
+        missing_refused: Whether a record must have all features, likewise.
     """
 
     requests: tuple[PredictBody, ...] = ()
     policy: UnknownPolicy = UnknownPolicy.json
+    missing_refused: bool = False
 
     def run(self, model: ServedModel, own: Iterable[PredictBody], *, timeout_s: float) -> int:
         """Score the requests of an export and those of the entry; returns how many there were.
@@ -67,7 +69,7 @@ class WarmUp:
         asked += [(f"--warm-up request {number}", body) for number, body in enumerate(self.requests, 1)]
         for where, body in asked:
             try:
-                records = records_of(body, model, unknown)
+                records = records_of(body, model, unknown, missing_refused=self.missing_refused)
                 told = unknown.in_records(model.declared)
                 scores = model.predict(records, signature=body.signature, timeout_s=timeout_s, on_unknown=told)
             except InvalidRequestError as error:
