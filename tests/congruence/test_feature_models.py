@@ -17,11 +17,13 @@ from trilith.data.parse.specs import Label, Sparse
 from trilith.data.records import Records
 from trilith.errors import InvalidRequestError
 from trilith.features import FeatureRegistry, FeatureSlotConfig, FirstN
-from trilith.nn import EmbeddingBag, EmbeddingCollection, Feature, FeatureEmbeddings, FeatureModel
+from trilith.nn import EmbeddingBag, EmbeddingCollection, Feature, FeatureEmbeddings, FeatureModel, ServedFeatures
 from trilith.ops.ragged import Ragged
 from trilith.peers import PeerClient
 from trilith.tables import Adagrad, Adam, RandomUniform, Sgd, Zeros
 from trilith_proto.example_pb2 import Example
+from trilith_services.exporting import Exporter
+from trilith_services.serving.models import Models
 
 
 class Model(nn.Module):
@@ -86,6 +88,34 @@ def test_a_model_gives_the_same_wherever_its_rows_are():
     assert np.unique(found["embedded"]).size > 10
     for each in found.values():
         np.testing.assert_array_equal(each, found["embedded"])
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_model_of_slots_is_exported_and_scores_as_it_did(merged, tmp_path):
+    registry = FeatureRegistry()
+    with LocalCluster("1-ps") as cluster, cluster.connect() as client:
+        body = Model(registry)
+        model = FeatureModel(FeatureEmbeddings(client, registry, merge_tables=merged), body)
+        for batch in batches():
+            torch.square(model(batch) - 1).sum().backward()
+        want = model.eval()(batch).detach().numpy()
+        checkpoint = f"{tmp_path}/checkpoints/1"
+        client.save(checkpoint)
+    served = ServedFeatures(model)
+    exporter = Exporter("slots", served, dense=body, features=served.features, inputs=served.inputs)
+    exporter.export(checkpoint, f"{tmp_path}/exports", mode="standalone")
+    payloads = []
+    for row in range(6):
+        example = Example()
+        for name, bags in batch.items():
+            example.named_feature.add(name=name).feature.fid_v2_list.value.extend(bags[row].tolist())
+        payloads.append(example.SerializeToString())
+    models = Models(f"{tmp_path}/exports")
+    assert models.refresh()
+    with models.use() as loaded:
+        found = loaded.model.predict(Records.of(payloads, "example"))["score"]
+    models.close()
+    np.testing.assert_allclose(found, want, rtol=2e-3, atol=1e-3)  # serving keeps slices as float16
 
 
 def test_slots_of_equal_rows_may_share_a_table_with_their_own_thresholds_and_expiry():

@@ -12,7 +12,7 @@ from trilith.nn.bags import as_bags, to_kjt
 from trilith.nn.deepfm import DeepFM
 from trilith.nn.dense import AllReduced, DenseOnPs
 from trilith.nn.embedding import EmbeddingBag, EmbeddingCollection, EmbeddingRows, Feature, FetchedRows
-from trilith.nn.features import FeatureEmbeddings, FeatureModel
+from trilith.nn.features import FeatureEmbeddings, FeatureModel, ServedFeatures
 from trilith.nn.ffm import FFM
 from trilith.nn.layouts import FusedLayouts
 from trilith.nn.optimization import Optimization
@@ -38,6 +38,7 @@ __all__ = [
     "FirstN",
     "FusedLayouts",
     "Optimization",
+    "ServedFeatures",
     "as_bags",
     "auc",
     "pick_device",

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from trilith.features.slots import FeatureRegistry
 from trilith.nn.bags import IdsLike
 from trilith.nn.embedding import EmbeddingCollection, Feature, FetchedRows, TableLike
 from trilith.nn.exchange import RowClient
+from trilith.serving.exports import ProgramInput, ServedFeature
 from trilith.tables.spec import TableSpec
 
-__all__ = ["FeatureEmbeddings", "FeatureModel", "TableMaker"]
+__all__ = ["FeatureEmbeddings", "FeatureModel", "ServedFeatures", "TableMaker"]
 
 
 class TableMaker(RowClient, Protocol):
@@ -69,3 +70,31 @@ class FeatureModel(nn.Module):
     def forward(self, batch: Mapping[str, IdsLike] | FetchedRows) -> Any:
         """What the body makes of a batch."""
         return self.body(self.embeddings(batch))
+
+
+class ServedFeatures(nn.Module):
+    """A `FeatureModel` as an exporter takes it: the vectors of each column in, what the body makes of them out.
+
+    `trilith_services.exporting.Exporter(name, served, dense=body, features=served.features, inputs=served.inputs)`.
+
+    Args:
+        model: What is served; its body takes any number of samples and gives a tensor, or several in a tuple.
+
+    Attributes:
+        features: By column where an entry finds its rows; records have it under the column's name.
+        inputs: Columns, in order.
+    """
+
+    def __init__(self, model: FeatureModel) -> None:
+        super().__init__()
+        self.body = model.body
+        columns = model.embeddings.features
+        self.features = {
+            name: ServedFeature(table=each.table.name, combiner=each.combiner) for name, each in columns.items()
+        }
+        self.inputs = [ProgramInput(kind="feature", names=(name,)) for name in columns]
+        self._names = list(columns)
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """What the body makes of vectors float32[b, ...], column after column."""
+        return self.body(dict(zip(self._names, tensors, strict=True)))
