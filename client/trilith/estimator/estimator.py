@@ -90,6 +90,7 @@ class Estimator:
         self._stopping = self._late = False
         """Whether a rank wants to stop, and whether the chief finds that it is time to save: what all know."""
         self._micro = 0
+        self._buffers: list[Tensor] = []
         self._exporter: Any = None
         self._sample: Prepared | None = None
         """The newest batch that was learned from."""
@@ -272,6 +273,7 @@ class Estimator:
         try:
             if self._micro == 0:
                 self.optimization.pull()
+                self._keep_buffers()
             rows = fetch()
             if prepared is not None:
                 learned = self._learn(prepared, rows)
@@ -344,6 +346,19 @@ class Estimator:
             optimization.zero_grad()
         if optimization.applied > before:
             self._count()
+        else:
+            self._restore_buffers()
+
+    def _keep_buffers(self) -> None:
+        """Have running means and the like as they were, should the step be left out: they may become NaN with it."""
+        may_skip = self.run.skip_non_finite or self.run.precision == "fp16"
+        self._buffers = [each.clone() for each in self.task.buffers()] if may_skip else []
+
+    @torch.no_grad()
+    def _restore_buffers(self) -> None:
+        # None are kept where nothing is left out.
+        for each, was in zip(self.task.buffers(), self._buffers, strict=False):
+            each.copy_(was)
 
     def _step_scaled(self) -> None:
         try:
