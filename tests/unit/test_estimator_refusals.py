@@ -312,3 +312,12 @@ def test_a_run_that_has_done_all_says_so(tmp_path, caplog):
             estimator.train()
     (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert message.endswith("has all 1 epochs already, at step 2: epochs=N goes on, another model_dir begins anew")
+
+
+def test_records_are_not_parsed_into_two_forms_of_one_name():
+    class Both(Shop):
+        number = Dense(1, feature="user")
+
+    with Estimator(Both(), run(), train=trilith.data.from_records([b""], kind="example").batch(1)) as estimator:
+        with pytest.raises(InvalidRequestError, match=r"feature 'number' reads 'user' as Dense.*under two names"):
+            estimator.train()

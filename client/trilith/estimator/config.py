@@ -31,6 +31,7 @@ _LOCAL, _PEERS = "local://", "peers://"
 _SCHEMES = (_LOCAL, _PEERS, *(f"{scheme}://" for scheme in FORMS))
 
 _CREDENTIALS = re.compile(r"^([a-z][a-z0-9+.-]*://)[^/?#]*@", re.IGNORECASE)
+_PASSWORD = re.compile(r"^[a-z][a-z0-9+.-]*://[^/?#]*:[^/?#]*@", re.IGNORECASE)
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -230,6 +231,17 @@ class RunConfig(BaseModel):
     def _check_resume(cls, value: str) -> str:
         if not value:
             raise ValueError("resume is empty; write latest, never, or the path of a checkpoint")
+        return value
+
+    @field_validator("model_dir", "warm_start", "resume", "export_dir")
+    @classmethod
+    def _check_folder(cls, value: str) -> str:
+        # Paths below it are told to PS, to whoever reads logs, and to callbacks.
+        if _PASSWORD.match(value):
+            raise ValueError(
+                "a password in an address would be in logs and checkpoints; give it as the store takes it otherwise: "
+                "environment variables, its own file, or fsspec's configuration"
+            )
         return value
 
     @model_validator(mode="after")

@@ -222,9 +222,14 @@ def task_specs(task: Task, *, labels: bool = True) -> dict[str, FeatureSpec]:
     specs: dict[str, FeatureSpec] = {}
     for name, feature in task.features.items():
         key = feature.feature or name
-        specs[key] = (
+        spec: FeatureSpec = (
             Dense(feature.dim, feature=key, lengths=feature.lengths) if isinstance(feature, Dense) else Sparse(key)
         )
+        if specs.setdefault(key, spec) != spec:
+            raise InvalidRequestError(
+                f"feature {name!r} reads {key!r} as {spec}, another one as {specs[key]}; one name has one form where "
+                "records are parsed: parse the dataset yourself, under two names"
+            )
         if isinstance(feature, Embedding) and feature.weights:
             raise InvalidRequestError(
                 f"feature {name!r} has a weight for each id, which no parser gives; parse and map the dataset yourself"
