@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -299,8 +300,38 @@ def scores() -> dict[str, Any]:
         return state(found) | {"metrics": result, "predicted": predicted}
 
 
+def apart() -> dict[str, Any]:
+    """Dense parameters are on the PS, and nobody waits; samples that were seen, in their order.
+
+    Of a rank that STUCK names, the fourth batch takes until a file comes.
+    """
+    out = Path(sys.argv[2])
+    seen: list[float] = []
+
+    class Keeps(Job):
+        def forward(self, x):
+            if self.training:
+                seen.extend(x.context[:, 0].tolist())
+            return super().forward(x)
+
+    def hold() -> None:
+        (out / "held").touch()
+        while not (out / "free").exists():
+            time.sleep(0.05)
+
+    told = Told()
+    calls = [At(int(os.environ["STUCK"]), 4, hold)] if "STUCK" in os.environ else []
+    stop = [At(0, int(os.environ["STOP"]), lambda: Stop("enough of it"))] if "STOP" in os.environ else []
+    read = trilith.data.from_records(records(80), "example")
+    data = {"train": read.batch(4), "evaluate": trilith.data.from_records(records(20), "example").batch(8)}
+    task = Keeps(dense_optimizer=Sgd(learning_rate=0.05))
+    with job(told, *calls, *stop, task=task, **data) as found:
+        metrics = found.train()
+        return state(found) | {"told": told.names, "seen": seen, "metrics": metrics, "reason": told.reason}
+
+
 SCENARIOS = {each.__name__: each for each in (
-    train, uneven, shared, not_finite, stops, terminated, raises, killed, waits, saves_fail, exports, scores
+    train, uneven, shared, not_finite, stops, terminated, raises, killed, waits, saves_fail, exports, scores, apart
 )}  # fmt: skip
 
 

@@ -279,3 +279,69 @@ def test_another_number_of_workers_is_refused_in_a_line_that_says_what_to_do(ran
         alone = ranks("train", 1, "alone", **settings)
         assert alone.statuses() == [1]
         assert "was written by 2 workers, and there are 1" in alone.log(0).splitlines()[-1]
+
+
+# ---- workers that do not wait for each other -------------------------------------------------------------------------
+
+
+def share(rank: int) -> list[int]:
+    """Samples of 80 that are a rank's of two."""
+    return list(range(rank, 80, 2))
+
+
+def test_workers_that_do_not_wait_share_the_data_and_the_chief_saves_after_all_of_them(ranks, tmp_path):
+    saved = str(tmp_path / "model")
+    with LocalCluster("3-ps") as cluster:
+        first, second = ranks("apart", **at(cluster, model_dir=saved, save_every=4)).reports()
+    assert (first["seen"], second["seen"]) == (share(0), share(1))
+    assert "click/auc" in first["metrics"]
+    assert second["metrics"] == {}
+    assert "saved" in first["told"]
+    assert not {"saved", "evaluated"} & set(second["told"])
+    newest = list_checkpoints(saved)[-1].path
+    assert [read_rank(newest, rank, 2).epoch for rank in range(2)] == [1, 1]
+    # PS that are new and empty: the chief restores them, the other one waits for that.
+    with LocalCluster("3-ps") as cluster:
+        first, second = ranks("apart", out="again", **at(cluster, model_dir=saved, save_every=4, epochs=2)).reports()
+    assert (first["seen"], second["seen"]) == (share(0), share(1))
+    assert first["counted"] == 40
+
+
+def test_a_worker_that_was_killed_goes_on_where_it_left_word_while_the_others_train(ranks, tmp_path):
+    saved = str(tmp_path / "model")
+    with LocalCluster("1-ps") as cluster:
+        settings = at(cluster, model_dir=saved, save_every=2, timeout_s=200)
+        two = ranks("apart", STUCK="1", **settings)
+        eventually((tmp_path / "out" / "held").exists, timeout_s=120)
+        two.processes[1].kill()
+        two.processes[1].wait()
+        assert two.processes[0].poll() is None  # it waits for the other before its last save
+        environ = {"RANK": "1", "WORLD_SIZE": "2"}
+        back = ranks("apart", 1, "back", **settings, **environ)
+        assert back.statuses() == [0], back.log(0)
+        assert two.processes[0].wait(TIMEOUT_S) == 0, two.log(0)
+    first = json.loads((tmp_path / "out" / "apart-0.json").read_text())
+    again = json.loads((tmp_path / "back" / "apart-1.json").read_text())
+    assert first["seen"] == share(0)
+    # Word was left behind the second batch of four, and of the fourth nobody knows.
+    assert again["seen"] == share(1)[8:]
+    assert [read_rank(list_checkpoints(saved)[-1].path, rank, 2).epoch for rank in range(2)] == [1, 1]
+
+
+def test_a_callback_of_one_worker_stops_those_that_do_not_wait_for_it(ranks, tmp_path):
+    with LocalCluster("1-ps") as cluster:
+        settings = at(cluster, model_dir=tmp_path / "model", epochs=100_000)
+        first, second = ranks("apart", STOP="3", **settings).reports()
+    assert (first["reason"], second["reason"]) == ("enough of it", "enough of it")
+    assert second["told"][-1] == "stopped"
+
+
+def test_a_worker_without_a_chief_says_what_it_waits_for(ranks, tmp_path):
+    saved = str(tmp_path / "model")
+    with LocalCluster("1-ps") as cluster:
+        ranks("apart", **at(cluster, model_dir=saved)).reports()
+    with LocalCluster("1-ps") as cluster:
+        settings = at(cluster, model_dir=saved, epochs=2, timeout_s=1)
+        alone = ranks("apart", 1, "alone", **settings, RANK="1", WORLD_SIZE="2")
+        assert alone.statuses() == [1]
+    assert "rank 1: the cluster is at step 0, and rank 0 did not restore" in alone.log(0)

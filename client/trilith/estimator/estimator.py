@@ -30,6 +30,7 @@ from trilith.estimator.group import Ranks, local_device, process_group
 from trilith.estimator.identity import WorkerIdentity
 from trilith.estimator.keeping import Keeper, newest_job
 from trilith.estimator.loggers import callbacks_of, serve_metrics
+from trilith.estimator.notes import Notes
 from trilith.estimator.placement import Placement, make_dense
 from trilith.estimator.progress import Learned, Progress, Watch
 from trilith.estimator.rows import Prepared, TaskRows
@@ -48,6 +49,8 @@ from trilith.runtime.machine import cores
 __all__ = ["Estimator"]
 
 log = logging.getLogger(__name__)
+
+_NOTES_EVERY_S = 5.0
 
 
 class Estimator:
@@ -96,7 +99,7 @@ class Estimator:
         """The newest batch that was learned from."""
         self.step_count = 0
         """Steps of the cluster, as this worker last heard of them."""
-        self._saved_step, self._saved_at = 0, time.monotonic()
+        self._saved_step, self._saved_at, self._noted_at = 0, time.monotonic(), 0.0
 
     # ---- opening and closing -----------------------------------------------------------------------------------------
 
@@ -126,11 +129,6 @@ class Estimator:
         if run.params_override and not self.task.built:
             self.task.override(run.params_override)
         self.placement = Placement.of(run.cluster, run.dense, self.task, me.world_size)
-        if me.world_size > 1 and not self.placement.synchronous:
-            raise InvalidRequestError(
-                f"worker {me.rank} of {me.world_size} ({me.source}), dense={self.placement.dense!r}: several workers "
-                "of an Estimator take every step together, by a torch optimizer; with one of trilith.tables one trains"
-            )
         self.device = local_device(me, run.device, use_gpu=run.use_gpu, processes_per_gpu=run.processes_per_gpu)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # else pinned memory and random numbers are those of GPU 0
@@ -182,6 +180,9 @@ class Estimator:
         if run.metrics_port is not None:
             port = run.metrics_port and run.metrics_port + me.local_rank
             stack.callback(serve_metrics(run.metrics_host, port))
+        self._apart = me.world_size > 1 and not self.placement.synchronous
+        """Whether there are other workers, for which this one does not wait."""
+        self._notes = Notes(run.model_dir, me.rank, me.world_size) if self._apart and run.model_dir else None
         self._saver = Saver(
             run,
             me,
@@ -194,6 +195,7 @@ class Estimator:
             callbacks=self._callbacks,
             keeper=keeper,
             ranks=self._ranks,
+            notes=self._notes,
         )
         self._scorer = Scorer(run, self.task, self.rows, self.optimization, self._outputs, self._autocast, self._ranks)
         self.step_count = self._saved_step = int(self.client.global_step())
@@ -380,9 +382,23 @@ class Estimator:
     def _agree(self) -> None:
         """Know what all ranks know: the step that the chief counts, and whether somebody wants to stop or to save."""
         run = self.run
+        self._exchange_notes()
         late = self.chief and run.save_every_s > 0 and time.monotonic() - self._saved_at >= run.save_every_s
         stop, late_, step = self._ranks.sums([bool(self._stop_reason), late, self.step_count if self.chief else 0])
         self._stopping, self._late, self.step_count = stop > 0, late_ > 0, int(step)
+
+    def _exchange_notes(self) -> None:
+        """Now and then: give a sign of life, and see whether all are to stop, where workers do not meet."""
+        if self._notes is None or time.monotonic() - self._noted_at < _NOTES_EVERY_S:
+            return
+        self._noted_at = time.monotonic()
+        self._notes.beat()
+        self._stop_reason = self._stop_reason or self._notes.stopped()
+
+    @property
+    def _follows(self) -> bool:
+        """Whether another worker, for which this one does not wait, evaluates, saves and exports."""
+        return self._apart and not self.chief
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -413,6 +429,7 @@ class Estimator:
                         self._settle()
                     self._drain()
                     self._agree()
+                    self._end_with_others()
                     if self.run.model_dir and (finished or self.run.save_on_stop) and self._unsaved():
                         self._save_at_the_end()
                     self._end(finished, time.perf_counter() - began)
@@ -449,6 +466,25 @@ class Estimator:
         )
         self._agree()
 
+    def _end_with_others(self) -> None:
+        """Where workers do not meet: the chief's last save is after all of them, if it is not to leave at once."""
+        if self._notes is None:
+            return
+        if self._follows:
+            self._note(ended=True)
+        elif not self._signalled:
+            for rank in self._notes.wait_for_others(self.run.timeout_s, lambda: self._signalled):
+                log.warning("rank %d has not ended and gives no sign of life; the last save is without it", rank)
+            self.step_count = int(self.client.global_step())  # theirs, too
+
+    def _note(self, *, ended: bool = False) -> None:
+        """Leave word of where this worker is, which saves no checkpoint."""
+        assert self._notes is not None
+        self._guarded(self.optimization.drain)
+        self.step_count = int(self.client.global_step())
+        self._notes.write(self._settled(), step=self.step_count, ended=ended)
+        self._saved_step, self._saved_at, self._noted_at = self.step_count, time.monotonic(), time.monotonic()
+
     def _end(self, finished: bool, seconds: float) -> None:
         """Tell how it ended."""
         step, samples = self.step_count, self._progress.samples
@@ -473,7 +509,7 @@ class Estimator:
             self.task,
             partial(self.rows.prepare, labels=labels),
             labels=labels,
-            share=(me.rank, me.world_size),
+            share=(0, 1) if self._apart and labels and not learned else (me.rank, me.world_size),
             ranks=self._data_ranks if together and self._ranks.several else None,
         )
 
@@ -502,7 +538,7 @@ class Estimator:
                 self._settle()
             self._drain()
             self._tell(events.Epoch(epoch=self._at.epoch - 1, step=self.step_count))
-            if run.evaluate_every_epoch and self._data["evaluate"] is not None:
+            if run.evaluate_every_epoch and self._data["evaluate"] is not None and not self._follows:
                 self._evaluated()
             self._agree()  # callbacks may want to stop
         return True
@@ -595,7 +631,8 @@ class Estimator:
 
     def _evaluation_due(self) -> bool:
         every = self.run.evaluate_every
-        return every > 0 and self._data["evaluate"] is not None and self._at.steps % every == 0
+        given = self._data["evaluate"] is not None and not self._follows
+        return every > 0 and given and self._at.steps % every == 0
 
     def _save_due(self) -> bool:
         run = self.run
@@ -712,10 +749,17 @@ class Estimator:
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self) -> str:
-        """Write a checkpoint of the whole job below `model_dir`; returns its path. Workers in step all call it."""
+        """Write a checkpoint of the whole job below `model_dir`; returns its path. Workers in step all call it.
+
+        Of workers that are not in step the chief writes it. Any other leaves word of where it is, which goes into the
+        chief's next one, and returns "".
+        """
         self.open()
         if not self.run.model_dir:
             raise InvalidRequestError("save() needs model_dir, where checkpoints go")
+        if self._follows:
+            self._note()
+            return ""
         began = time.perf_counter()
         with self._ranks.alike():
             self.optimization.drain()
@@ -741,7 +785,11 @@ class Estimator:
         elif plan.what == "restore":
             self.restore(plan.path)
         elif plan.what == "load":
-            self._go_on(self._saver.load(plan.path))
+            self._go_on(self._saver.as_rows_are(partial(self._saver.load, plan.path)))
+        elif self._follows:
+            self._go_on(self._saver.noted())
+        if self._follows and self._notes is not None:
+            self._note()
 
     def _restore_if_fresh(self) -> None:
         """What is evaluated before anything was trained here is the cluster's rows, with the newest dense part."""
@@ -767,7 +815,7 @@ class Estimator:
     def export(self, base: str = "", *, checkpoint: str = "", mode: str = "", warm_up: int | Any = None) -> str:
         """Write what `trilith serving entry` loads; returns the path of its version.
 
-        Workers in step all call it, and the chief writes.
+        Workers in step all call it, and the chief writes. Of others the chief does, and the rest get "".
 
         Args:
             base: Directory or URL of exports; empty: the run's `export_dir`, or exports in its `model_dir`.
@@ -783,6 +831,8 @@ class Estimator:
         base = base or run.export_dir or (f"{run.model_dir.rstrip('/')}/exports" if run.model_dir else "")
         if not base:
             raise InvalidRequestError("export() needs a directory: export(DIR), or export_dir or model_dir of the run")
+        if self._follows:
+            return ""
         path = checkpoint or self._saved_now()
         version = ""
         with self._ranks.alike():
@@ -834,6 +884,8 @@ class Estimator:
         stop = self._callbacks.tell(event)
         if stop is not None and not self._stop_reason:
             self._stop_reason = stop.reason or "a callback stops"
+            if self._notes is not None:
+                self._notes.stop(self._stop_reason)
 
     @contextmanager
     def _stopping_on_signals(self) -> Iterator[None]:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from trilith.checkpoint import read_manifest
-from trilith.errors import CheckpointError, InvalidRequestError
+from trilith.errors import CheckpointError, DeadlineExceededError, InvalidRequestError, ShardRestartedError
 from trilith.estimator.callbacks import Callbacks
 from trilith.estimator.config import RunConfig
 from trilith.estimator.group import Ranks
 from trilith.estimator.identity import WorkerIdentity
 from trilith.estimator.keeping import Keeper, newest_job
+from trilith.estimator.notes import Notes
 from trilith.estimator.placement import Placement
 from trilith.estimator.state import (
     Job,
     RankState,
     dense_state,
+    has_rank,
     is_job,
     read_job,
     read_rank,
@@ -32,10 +35,14 @@ from trilith.estimator.state import (
 from trilith.estimator.task import Task
 from trilith.nn.dense import AllReduced, DenseOnPs
 from trilith.nn.optimization import Optimization
+from trilith.runtime.waiting import Wait
 
 __all__ = ["Plan", "Saver"]
 
 log = logging.getLogger(__name__)
+
+_LOOK_S = 0.2
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,7 @@ class Saver:
         callbacks: Whose state is kept.
         keeper: Says where the next checkpoint goes and which old ones do.
         ranks: Those that save and begin together with this worker.
+        notes: Of workers that do not wait for each other; None: it is alone, or they do, or nothing is saved.
     """
 
     def __init__(
@@ -83,12 +91,14 @@ class Saver:
         callbacks: Callbacks,
         keeper: Keeper,
         ranks: Ranks,
+        notes: Notes | None = None,
     ) -> None:
         self._run, self._me, self._placement, self._client = run, identity, placement, client
         self._task, self._optimization, self._dense = task, optimization, dense
         self._scaler, self._callbacks = scaler, callbacks
         self._keeper = keeper
-        self._ranks = ranks
+        self._ranks, self._notes = ranks, notes
+        self._follows = identity.world_size > 1 and not placement.synchronous and not identity.chief
         self._holds_rows = placement.rows == "workers"
 
     # ---- saving ------------------------------------------------------------------------------------------------------
@@ -111,7 +121,10 @@ class Saver:
             if isinstance(self._dense, AllReduced):
                 self._dense.publish()
             if chief:
-                write_job(path, self._job(int(self._client.global_step())))
+                now = int(self._client.global_step())
+                for rank, other in self._notes.others(now) if self._notes is not None else ():
+                    write_rank(path, rank, self._me.world_size, other)
+                write_job(path, self._job(now))
             if chief or self._holds_rows:
                 step = int(self._client.save(path))
         return path, int(ranks.first(str(step)))
@@ -136,7 +149,17 @@ class Saver:
     # ---- beginning ---------------------------------------------------------------------------------------------------
 
     def plan(self, step: int) -> Plan:
-        """Where this run begins, on a cluster at `step`; the chief decides for all."""
+        """Where this run begins, on a cluster at `step`; the chief decides for all.
+
+        Raises:
+            InvalidRequestError: Rows and checkpoints do not go together.
+            DeadlineExceededError: The chief did not restore the rows in time, in a worker that does not wait for it
+                otherwise.
+        """
+        if self._follows:
+            return self._followed()
+        if self._notes is not None and self._run.resume == "never":
+            self._notes.forget()
         plan = Plan("anew")
         with self._ranks.alike():
             if self._me.chief or not self._ranks.several:
@@ -156,7 +179,9 @@ class Saver:
             return Plan("warm", run.warm_start) if run.warm_start and mine == 0 else Plan("anew")
         step = read_manifest(newest).global_step
         owns = run.owns_cluster or self._placement.rows != "ps"
-        if mine == 0 or owns:  # also at the same step: rows may have been stepped that nobody counted any more
+        # Also at the same step, as rows may have been stepped that nobody counted any more; but not under other
+        # workers, who may have been at work all the time.
+        if mine == 0 or (owns and (self._notes is None or mine < step)):
             return Plan("restore", newest)
         if step == mine:
             return Plan("load", newest)
@@ -169,6 +194,38 @@ class Saver:
             )
         log.warning("the cluster's rows, of step %d, are ahead of %s, of step %d; they stay", mine, newest, step)
         return Plan("load", newest)
+
+    def _followed(self) -> Plan:
+        """Where a worker begins that leaves it to the chief to restore rows: when that is done."""
+        run = self._run
+        path = newest_job(run.model_dir) if run.resume != "never" and run.model_dir else None
+        if path is None and run.resume not in ("latest", "never"):
+            path = run.resume
+        begins = path or (run.warm_start if run.warm_start_parts in ("all", "rows") else "")
+        if begins:
+            self._wait_for_rows(begins, read_manifest(begins).global_step)
+        return Plan("anew") if path is None else Plan("load", path)
+
+    def _wait_for_rows(self, path: str, step: int) -> None:
+        """Until the cluster has as many steps as a checkpoint."""
+        deadline = time.monotonic() + self._run.timeout_s
+        with Wait(f"rank 0 to restore {path}", most=self._run.timeout_s):
+            while (found := self.as_rows_are(lambda: int(self._client.global_step()))) < step:
+                if time.monotonic() > deadline:
+                    raise DeadlineExceededError(
+                        f"rank {self._me.rank}: the cluster is at step {found}, and rank 0 did not restore {path}, of "
+                        f"step {step}, within {self._run.timeout_s:g} s; start rank 0"
+                    )
+                time.sleep(_LOOK_S)
+
+    def as_rows_are(self, action: Callable[[], _T]) -> _T:
+        """Do something on PS that the chief may be restoring one by one: to this worker they restart."""
+        while True:
+            try:
+                return action()
+            except ShardRestartedError:
+                if not self._follows or not self._client.rejoin():
+                    raise
 
     def restore_rows(self, path: str) -> None:
         """Replace the rows of the cluster by those of a checkpoint; of ranks that share PS, the chief does it."""
@@ -191,12 +248,29 @@ class Saver:
         if job is None:
             return RankState()
         self.load_dense(path, job)
-        state = read_rank(path, self._me.rank, self._me.world_size)
-        set_rng_state(state.rng)  # and again when the data is at its place
+        state = self._place(path)
+        if state.rng:
+            set_rng_state(state.rng)  # and again when the data is at its place
         if state.scaler:
             self._scaler.load_state_dict(dict(state.scaler))
         self._callbacks.load_state_dict(state.callbacks)
         return state
+
+    def noted(self) -> RankState:
+        """Where this worker was before there was a checkpoint, if it has left word and the rows are still there."""
+        state = None
+        if self._follows and self._notes is not None and self._run.resume != "never":
+            state = self._notes.mine(int(self._client.global_step()))
+        return state or RankState()
+
+    def _place(self, path: str) -> RankState:
+        """Where this worker goes on, with the rows of a checkpoint or later ones."""
+        rank, size = self._me.rank, self._me.world_size
+        if self._follows and self.noted() != RankState():
+            return self.noted()
+        if self._follows and not has_rank(path, rank, size):
+            return RankState()  # it came later than the checkpoint
+        return read_rank(path, rank, size)
 
     def check(self, path: str) -> Job | None:
         """What a checkpoint has beside its rows, if it has that; to be called before anything is replaced.

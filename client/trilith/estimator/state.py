@@ -33,11 +33,14 @@ __all__ = [
     "Job",
     "RankState",
     "dense_state",
+    "has_rank",
     "is_job",
+    "pack_rank",
     "read_job",
     "read_rank",
     "rng_state",
     "set_rng_state",
+    "unpack_rank",
     "write_job",
     "write_rank",
 ]
@@ -158,11 +161,30 @@ def read_job(path: str) -> Job:
         raise CheckpointError(f"{where}: damaged ({type(error).__name__}: {error})") from None
 
 
+def pack_rank(state: RankState) -> dict[str, Any]:
+    """Where a rank is, as JSON has it."""
+    return asdict(state) | {"source": None if state.source is None else to_json(state.source)}
+
+
+def unpack_rank(packed: Mapping[str, Any]) -> RankState:
+    """What `pack_rank` packed.
+
+    Raises:
+        ValueError: It is something else.
+        TypeError: So it is.
+    """
+    source = packed.get("source")
+    return RankState(**{**packed, "source": None if source is None else from_json(source)})
+
+
+def has_rank(path: str, rank: int, world_size: int) -> bool:
+    """Whether a checkpoint says where a rank is."""
+    return Folder(path).exists(_rank_name(rank, world_size))
+
+
 def write_rank(path: str, rank: int, world_size: int, state: RankState) -> None:
     """Write where a rank is."""
-    body = {"format": _FORMAT, "version": _VERSION, **asdict(state)}
-    if state.source is not None:
-        body["source"] = to_json(state.source)
+    body = {"format": _FORMAT, "version": _VERSION, **pack_rank(state)}
     Folder(path).write(_rank_name(rank, world_size), json.dumps(body).encode() + b"\n")
 
 
@@ -178,9 +200,7 @@ def read_rank(path: str, rank: int, world_size: int) -> RankState:
         body = json.loads(folder.read(_rank_name(rank, world_size)))
         if body.pop("format") != _FORMAT or body.pop("version") != _VERSION:
             raise ValueError(f"not of format {_FORMAT!r}, version {_VERSION}")
-        if body["source"] is not None:
-            body["source"] = from_json(body["source"])
-        return RankState(**body)
+        return unpack_rank(body)
     except FileNotFoundError:
         raise CheckpointError(f"{where}: missing; the checkpoint is of another number of ranks") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
