@@ -68,7 +68,7 @@ PARTS = {
             "client/trilith/peers.py", "client/trilith/pipelining.py", "services/trilith_services/worker/",
             "services/trilith_services/demo/",
         ),
-        ("demo_job", "features", "layout", "nn_*", "ops", "peers", "pipelining", "tables_*", "worker"),
+        ("demo_job", "features", "gpu", "layout", "nn_*", "ops", "peers", "pipelining", "tables_*", "worker"),
     ),
     "estimator": Part(("client/trilith/estimator/",), ("estimator", "estimator_*")),
     "ops": Part(

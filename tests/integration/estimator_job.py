@@ -63,7 +63,7 @@ def main(out: str) -> None:
     run = RunConfig(epochs=2, progress="lines").overridden()
     kill = int(os.environ.get("KILL_AT", "0"))
     job = Estimator(
-        Job(dense_optimizer=Adagrad() if "DENSE_ON_PS" in os.environ else dense_adagrad),
+        Job(dense_optimizer=dense_adagrad),
         run,
         train=batches,
         evaluate=batches,

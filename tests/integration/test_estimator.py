@@ -78,9 +78,3 @@ def test_a_run_on_ps_that_is_killed_goes_on_at_its_last_checkpoint_to_the_same_b
         assert run(cut, **settings("cut", address), KILL_AT=kill) == [9], logs(cut)
     assert run(cut, **settings("cut", address)) == [0], logs(cut)
     assert report(cut) == report(whole)
-
-
-def test_workers_that_do_not_go_in_step_are_refused(tmp_path):
-    address = "static://127.0.0.1:1"
-    assert run(tmp_path, 2, TRILITH_RUN_CLUSTER=address, DENSE_ON_PS="1") == [1, 1]
-    assert "several workers of an Estimator take every step together" in logs(tmp_path)
