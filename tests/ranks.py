@@ -35,6 +35,9 @@ class Rank:
         assert [chunk.size for chunk in got] == received.tolist()
         return np.concatenate(got)
 
+    def close(self) -> None:
+        pass
+
 
 def on_every_rank(meetings: list[Ranks], work: Callable[[int], Any]) -> list[Any]:
     """What `work(rank)` gave on each; when one fails, nobody waits for it, and its error is raised."""

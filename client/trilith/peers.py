@@ -738,6 +738,8 @@ class PeerClient:
         """Release this rank's shard; drain first to lose nothing."""
         self._pusher.close()
         self._client.close()
+        for each in (self._asking, self._lookups, self._updates, self._assigns, self._control):
+            each.close()
 
     def __enter__(self) -> PeerClient:
         """Return the client itself."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from torch import distributed
 
 import trilith
 from tests.ranks import Rank, Ranks, on_every_rank
@@ -19,7 +22,7 @@ from trilith.errors import (
 from trilith.nn import EmbeddingBag, EmbeddingCollection, Feature, FusedLayouts
 from trilith.ops.layout_config import OutConfig, OutType, SliceConfig
 from trilith.ops.ragged import Ragged
-from trilith.peers import PeerClient
+from trilith.peers import PeerClient, connect_peers
 from trilith.tables import Adagrad, HashTableConfig, RandomUniform, Sgd, Zeros
 from trilith.tables.config import Segment
 from trilith.tables.factories import create_merged_tables, create_partitioned_tables
@@ -384,3 +387,24 @@ def test_ranks_count_steps_for_themselves_and_change_rates_alike():
         return client.known_step, client.lookup({"t": [1, 2]})["t"].ravel().tolist()
 
     assert together(2, work) == [(2, [-2.5, -5.0])] * 2
+
+
+def test_a_client_that_is_closed_leaves_its_process_groups_and_their_threads():
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        connect_peers().close()  # what is made once per process is there then
+        before = threads()
+        client = connect_peers()
+        table = client.table("a", dim=2)
+        table.assign([1], [[1.0, 2.0]])
+        assert threads() > before
+        client.close()
+        client.close()
+        assert threads() <= before
+        with pytest.raises(ClosedError):
+            table.lookup([1])
+    finally:
+        distributed.destroy_process_group()

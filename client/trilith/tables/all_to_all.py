@@ -17,7 +17,7 @@ import torch
 import torch.distributed
 
 from trilith.arrays import as_ids
-from trilith.errors import InvalidRequestError, UnavailableError
+from trilith.errors import ClosedError, InvalidRequestError, UnavailableError
 from trilith.ops.fused_gather import fused_gather_embeddings_by_input, fused_gather_embeddings_by_input_gradient
 from trilith.ops.ragged import as_floats
 from trilith.ops.reorder import EMPTY_FROM, FusedReorder, fused_reorder_by_indices
@@ -41,6 +41,9 @@ class Collective(Protocol):
 
     def all_to_all(self, values: npt.NDArray[Any], sent: Ints, received: Ints) -> npt.NDArray[Any]:
         """Send chunk b of `values`, of sent[b], to rank b; what came, of received[a] from rank a, rank by rank."""
+
+    def close(self) -> None:
+        """Exchange no more, and wait for threads that did."""
 
 
 class TorchCollective:
@@ -66,16 +69,22 @@ class TorchCollective:
         self._device = torch.device(device)
         self._float16 = float16
         self._group = group
+        self._own = False
+        self._closed = False
 
     @classmethod
     def in_new_group(cls, device: torch.device | str = "cpu", *, float16: bool = False) -> TorchCollective:
         """An exchange in a process group of its own, of all ranks."""
         if not torch.distributed.is_initialized():
             raise InvalidRequestError("torch.distributed is not initialized; call init_process_group first")
-        return cls(device, float16=float16, group=torch.distributed.new_group())
+        made = cls(device, float16=float16, group=torch.distributed.new_group())
+        made._own = True
+        return made
 
     def all_to_all(self, values: npt.NDArray[Any], sent: Ints, received: Ints) -> npt.NDArray[Any]:
         """See `Collective`."""
+        if self._closed:
+            raise ClosedError("these workers exchange no more")
         narrow = self._float16 and values.dtype == np.float32
         given = torch.from_numpy(values.astype(np.float16) if narrow else np.ascontiguousarray(values))
         given = given.to(self._device)
@@ -86,6 +95,14 @@ class TorchCollective:
             raise UnavailableError(f"the other workers cannot be reached: {str(error).splitlines()[0]}") from error
         array: npt.NDArray[Any] = taken.cpu().numpy()
         return array.astype(np.float32) if narrow else array
+
+    def close(self) -> None:
+        """See `Collective`. A group that was given stays."""
+        # With the last reference to a group its threads end. One that lives on until the interpreter ends may let go of
+        # a tensor then, for which it needs the interpreter, and the process is aborted.
+        group, self._group, self._closed = self._group, None, True
+        if self._own and group is not None and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group(group)
 
 
 class LocalTables(Protocol):
