@@ -25,8 +25,8 @@ TIERS := tests/integration tests/congruence tests/conformance tests/golden tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test quick test-gpu quality test-nojit fuzz lint format docs proto proto-check wheel-check conformance bench up \
-  down compose-check clean
+.PHONY: help venv demo test test-jobs quick test-gpu quality test-nojit fuzz lint format docs proto proto-check wheel-check \
+  conformance bench up down compose-check clean
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,8 +36,11 @@ venv: $(VENV)  ## make the environment (every other task does so itself)
 demo: $(VENV)  ## train a click model on MovieLens with two PS and two workers
 	$(BIN)/trilith demo $(ARGS)
 
-test: $(VENV)  ## all tests that need neither docker nor a quiet machine
-	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TIERS) $(ARGS)
+test: $(VENV)  ## all tests that need neither docker nor a quiet machine, but for test-jobs
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not jobs" $(TIERS) $(ARGS)
+
+test-jobs: $(VENV)  ## whole jobs of the Estimator in several processes: workers, kills, exports, entries (minutes)
+	$(PYTEST) -n $(JOBS) -m jobs tests/integration $(ARGS)
 
 quick: $(VENV)  ## unit tests of what has changed since main, or of PART=engine|data|client|serving|nn|estimator|ops (a minute)
 	$(BIN)/python -m tests.quick $(PART) $(ARGS)

@@ -17,7 +17,7 @@ from tests.quality.movielens_job import Job, made_up_archive
 from trilith.serving.prediction import Predictor
 from trilith_services.local.supervisor import free_ports, trilith_argv
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.jobs]
 
 SETTINGS = {"save_every": 6, "owns_cluster": "true", "epochs": 2, "threads": 1, "progress": "none"}
 

@@ -18,6 +18,8 @@ from trilith.checkpoint import list_checkpoints
 from trilith.estimator.state import read_rank
 from trilith_services.local.supervisor import free_ports, trilith_argv
 
+pytestmark = pytest.mark.jobs
+
 TIMEOUT_S = 400
 
 

@@ -17,7 +17,7 @@ from trilith.serving.exports import ps_base
 from trilith.serving.prediction import Predictor
 from trilith_services.local.supervisor import free_ports
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.jobs]
 
 
 def post(url: str, body: object) -> dict[str, Any]:
