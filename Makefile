@@ -39,8 +39,8 @@ demo: $(VENV)  ## train a click model on MovieLens with two PS and two workers
 test: $(VENV)  ## all tests that need neither docker nor a quiet machine, but for test-jobs
 	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not jobs" $(TIERS) $(ARGS)
 
-test-jobs: $(VENV)  ## whole jobs of the Estimator in several processes: workers, kills, exports, entries (minutes)
-	$(PYTEST) -n $(JOBS) -m jobs tests/integration $(ARGS)
+test-jobs: $(VENV)  ## whole jobs of the Estimator: several workers, kills, exports, entries, recipes (minutes)
+	$(PYTEST) -n $(JOBS) -m jobs tests/integration tests/unit/test_conventions.py $(ARGS)
 
 quick: $(VENV)  ## unit tests of what has changed since main, or of PART=engine|data|client|serving|nn|estimator|ops (a minute)
 	$(BIN)/python -m tests.quick $(PART) $(ARGS)

@@ -231,7 +231,16 @@ def programs(document: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", [document for document in documents() if programs(document)], ids=label)
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(
+            document, marks=[pytest.mark.jobs] if document.parent.name == "recipes" else [], id=label(document)
+        )
+        for document in documents()
+        if programs(document)
+    ],
+)
 def test_the_python_of_a_document_runs(document, tmp_path):
     program = "\n".join(programs(document))
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_DISABLE_JIT"}  # as a reader's
