@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from trilith.estimator.notes import Notes
 from trilith.estimator.placement import Placement, make_dense
 from trilith.estimator.progress import Learned, Progress, Watch
 from trilith.estimator.rows import Prepared, TaskRows
-from trilith.estimator.saving import Saver
+from trilith.estimator.saving import Saver, as_rows_are
 from trilith.estimator.scoring import Scorer
 from trilith.estimator.source import EpochBatches, Source
 from trilith.estimator.state import RankState, is_job, read_job, rng_state, set_rng_state
@@ -51,6 +51,7 @@ __all__ = ["Estimator"]
 log = logging.getLogger(__name__)
 
 _NOTES_EVERY_S = 5.0
+_T = TypeVar("_T")
 
 
 class Estimator:
@@ -146,6 +147,8 @@ class Estimator:
     def _build(self, stack: ExitStack) -> None:
         """Make what the run needs on the cluster."""
         run, me = self.run, self.identity
+        self._apart = me.world_size > 1 and not self.placement.synchronous
+        """Whether there are other workers, for which this one does not wait."""
         self.client: Any = self._connect()
         stack.callback(self.client.close)
         torch.manual_seed(run.seed + me.rank)
@@ -156,9 +159,13 @@ class Estimator:
         lane = Lane() if (run.prefetch or run.async_push) and self.placement.rows != "workers" else None
         if lane is not None:
             stack.callback(lane.close)
-        self.rows = TaskRows(self.task, self.client, device=self.device, async_push=run.async_push, lane=lane)
-        self.dense = make_dense(
-            self.placement, self.task, self.client, prefetch=run.prefetch > 0, async_push=run.async_push, lane=lane
+        self.rows = self._as_rows_are(
+            lambda: TaskRows(self.task, self.client, device=self.device, async_push=run.async_push, lane=lane)
+        )
+        self.dense = self._as_rows_are(
+            lambda: make_dense(
+                self.placement, self.task, self.client, prefetch=run.prefetch > 0, async_push=run.async_push, lane=lane
+            )
         )
         if self.dense is not None and not isinstance(self.dense, torch.optim.Optimizer):
             stack.callback(self.dense.close)
@@ -180,8 +187,6 @@ class Estimator:
         if run.metrics_port is not None:
             port = run.metrics_port and run.metrics_port + me.local_rank
             stack.callback(serve_metrics(run.metrics_host, port))
-        self._apart = me.world_size > 1 and not self.placement.synchronous
-        """Whether there are other workers, for which this one does not wait."""
         self._notes = Notes(run.model_dir, me.rank, me.world_size) if self._apart and run.model_dir else None
         self._saver = Saver(
             run,
@@ -198,7 +203,7 @@ class Estimator:
             notes=self._notes,
         )
         self._scorer = Scorer(run, self.task, self.rows, self.optimization, self._outputs, self._autocast, self._ranks)
-        self.step_count = self._saved_step = int(self.client.global_step())
+        self.step_count = self._saved_step = self._as_rows_are(lambda: int(self.client.global_step()))
 
     def _connect(self) -> Any:
         run = self.run
@@ -394,6 +399,10 @@ class Estimator:
         self._noted_at = time.monotonic()
         self._notes.beat()
         self._stop_reason = self._stop_reason or self._notes.stopped()
+
+    def _as_rows_are(self, action: Callable[[], _T]) -> _T:
+        """Do something at the start of a worker that does not wait for the chief, who may be restoring rows."""
+        return as_rows_are(self.client, action) if self._follows else action()
 
     @property
     def _follows(self) -> bool:
@@ -776,7 +785,7 @@ class Estimator:
     def _resume(self) -> None:
         """Begin at a checkpoint, as the run's `resume` and `warm_start` say; nothing is written."""
         self._begun = True
-        self.step_count = self._saved_step = int(self.client.global_step())
+        self.step_count = self._saved_step = self._as_rows_are(lambda: int(self.client.global_step()))
         plan = self._saver.plan(self.step_count)
         if plan.what == "warm":
             self._saver.warm_start(plan.path)
@@ -785,7 +794,7 @@ class Estimator:
         elif plan.what == "restore":
             self.restore(plan.path)
         elif plan.what == "load":
-            self._go_on(self._saver.as_rows_are(partial(self._saver.load, plan.path)))
+            self._go_on(self._as_rows_are(partial(self._saver.load, plan.path)))
         elif self._follows:
             self._go_on(self._saver.noted())
         if self._follows and self._notes is not None:

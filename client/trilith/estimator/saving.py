@@ -37,7 +37,7 @@ from trilith.nn.dense import AllReduced, DenseOnPs
 from trilith.nn.optimization import Optimization
 from trilith.runtime.waiting import Wait
 
-__all__ = ["Plan", "Saver"]
+__all__ = ["Plan", "Saver", "as_rows_are"]
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,16 @@ class Plan:
 
     what: Literal["anew", "restore", "load", "warm", "refuse"]
     path: str = ""
+
+
+def as_rows_are(client: Any, action: Callable[[], _T]) -> _T:
+    """Do something on PS that the chief may be restoring one by one: to other workers they restart."""
+    while True:
+        try:
+            return action()
+        except ShardRestartedError:
+            if not client.rejoin():
+                raise
 
 
 class Saver:
@@ -210,22 +220,13 @@ class Saver:
         """Until the cluster has as many steps as a checkpoint."""
         deadline = time.monotonic() + self._run.timeout_s
         with Wait(f"rank 0 to restore {path}", most=self._run.timeout_s):
-            while (found := self.as_rows_are(lambda: int(self._client.global_step()))) < step:
+            while (found := as_rows_are(self._client, lambda: int(self._client.global_step()))) < step:
                 if time.monotonic() > deadline:
                     raise DeadlineExceededError(
                         f"rank {self._me.rank}: the cluster is at step {found}, and rank 0 did not restore {path}, of "
                         f"step {step}, within {self._run.timeout_s:g} s; start rank 0"
                     )
                 time.sleep(_LOOK_S)
-
-    def as_rows_are(self, action: Callable[[], _T]) -> _T:
-        """Do something on PS that the chief may be restoring one by one: to this worker they restart."""
-        while True:
-            try:
-                return action()
-            except ShardRestartedError:
-                if not self._follows or not self._client.rejoin():
-                    raise
 
     def restore_rows(self, path: str) -> None:
         """Replace the rows of the cluster by those of a checkpoint; of ranks that share PS, the chief does it."""
