@@ -319,7 +319,18 @@ def apart() -> dict[str, Any]:
         while not (out / "free").exists():
             time.sleep(0.05)
 
-    told = Told()
+    class Counted(Told):
+        """Keeps in checkpoints how many steps it has seen."""
+
+        def state_dict(self):
+            return {"steps": self.before + self.names.count("step")}
+
+        def load_state_dict(self, saved):
+            self.before = saved["steps"]
+
+        before = 0
+
+    told = Counted()
     calls = [At(int(os.environ["STUCK"]), 4, hold)] if "STUCK" in os.environ else []
     stop = [At(0, int(os.environ["STOP"]), lambda: Stop("enough of it"))] if "STOP" in os.environ else []
     read = trilith.data.from_records(records(80), "example")

@@ -327,7 +327,9 @@ def test_a_worker_that_was_killed_goes_on_where_it_left_word_while_the_others_tr
     assert first["seen"] == share(0)
     # Word was left behind the second batch of four, and of the fourth nobody knows.
     assert again["seen"] == share(1)[8:]
-    assert [read_rank(list_checkpoints(saved)[-1].path, rank, 2).epoch for rank in range(2)] == [1, 1]
+    found = [read_rank(list_checkpoints(saved)[-1].path, rank, 2) for rank in range(2)]
+    assert [each.epoch for each in found] == [1, 1]
+    assert [list(each.callbacks.values()) for each in found] == [[{"steps": 10}]] * 2
 
 
 def test_a_callback_of_one_worker_stops_those_that_do_not_wait_for_it(ranks, tmp_path):

@@ -201,6 +201,7 @@ class Estimator:
             keeper=keeper,
             ranks=self._ranks,
             notes=self._notes,
+            follows=self._follows,
         )
         self._scorer = Scorer(run, self.task, self.rows, self.optimization, self._outputs, self._autocast, self._ranks)
         self.step_count = self._saved_step = self._as_rows_are(lambda: int(self.client.global_step()))
@@ -488,10 +489,9 @@ class Estimator:
 
     def _note(self, *, ended: bool = False) -> None:
         """Leave word of where this worker is, which saves no checkpoint."""
-        assert self._notes is not None
         self._guarded(self.optimization.drain)
         self.step_count = int(self.client.global_step())
-        self._notes.write(self._settled(), step=self.step_count, ended=ended)
+        self._saver.note(self._settled(), step=self.step_count, ended=ended)
         self._saved_step, self._saved_at, self._noted_at = self.step_count, time.monotonic(), time.monotonic()
 
     def _end(self, finished: bool, seconds: float) -> None:
@@ -794,9 +794,10 @@ class Estimator:
         elif plan.what == "restore":
             self.restore(plan.path)
         elif plan.what == "load":
-            self._go_on(self._as_rows_are(partial(self._saver.load, plan.path)))
+            job = self._saver.check(plan.path)
+            self._go_on(self._as_rows_are(partial(self._saver.load, plan.path, job)))
         elif self._follows:
-            self._go_on(self._saver.noted())
+            self._go_on(self._saver.load_note())
         if self._follows and self._notes is not None:
             self._note()
 
@@ -811,9 +812,9 @@ class Estimator:
         self.open()
         self._begun = True
         self._give_up()
-        self._saver.check(path)
+        job = self._saver.check(path)
         self._saver.restore_rows(path)
-        self._go_on(self._saver.load(path))
+        self._go_on(self._saver.load(path, job))
         self._tell(events.Restored(path=path, step=self.step_count, epoch=self._at.epoch))
 
     def _go_on(self, at: RankState) -> None:

@@ -85,6 +85,7 @@ class Saver:
         keeper: Says where the next checkpoint goes and which old ones do.
         ranks: Those that save and begin together with this worker.
         notes: Of workers that do not wait for each other; None: it is alone, or they do, or nothing is saved.
+        follows: Whether another worker, for which this one does not wait, restores rows and saves.
     """
 
     def __init__(
@@ -101,14 +102,15 @@ class Saver:
         callbacks: Callbacks,
         keeper: Keeper,
         ranks: Ranks,
-        notes: Notes | None = None,
+        notes: Notes | None,
+        follows: bool,
     ) -> None:
         self._run, self._me, self._placement, self._client = run, identity, placement, client
         self._task, self._optimization, self._dense = task, optimization, dense
         self._scaler, self._callbacks = scaler, callbacks
         self._keeper = keeper
         self._ranks, self._notes = ranks, notes
-        self._follows = identity.world_size > 1 and not placement.synchronous and not identity.chief
+        self._follows = follows
         self._holds_rows = placement.rows == "workers"
 
     # ---- saving ------------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ class Saver:
         with ranks.alike():
             path = self._keeper.next_path() if chief else ""
         path = ranks.first(path)
-        state = replace(at, scaler=dict(self._scaler.state_dict()), callbacks=self._callbacks.state_dict())
+        state = self._whole(at)
         with ranks.alike():
             write_rank(path, self._me.rank, self._me.world_size, state)
         step = 0
@@ -138,6 +140,15 @@ class Saver:
             if chief or self._holds_rows:
                 step = int(self._client.save(path))
         return path, int(ranks.first(str(step)))
+
+    def note(self, at: RankState, *, step: int, ended: bool) -> None:
+        """Leave word of where this worker is, with the cluster at `step` and nothing on its way."""
+        if self._notes is not None:
+            self._notes.write(self._whole(at), step=step, ended=ended)
+
+    def _whole(self, at: RankState) -> RankState:
+        """Where this worker is, with all that it has for itself."""
+        return replace(at, scaler=dict(self._scaler.state_dict()), callbacks=self._callbacks.state_dict())
 
     def prune(self, newest: str) -> None:
         """Remove checkpoints that no rule keeps."""
@@ -238,40 +249,39 @@ class Saver:
             with self._ranks.alike():
                 self._client.rejoin()  # to the others it is as if the PS had restarted
 
-    def load(self, path: str) -> RankState:
-        """Take over what a checkpoint has beside its rows; returns where this worker is.
+    def load(self, path: str, job: Job | None) -> RankState:
+        """Take over what a checkpoint has beside its rows, which is what `check` gave; returns where this worker is.
 
         Raises:
-            CheckpointError: It is of another model, or damaged.
-            InvalidRequestError: It is of another number of workers.
+            CheckpointError: It is damaged.
         """
-        job = self.check(path)
         if job is None:
             return RankState()
-        self.load_dense(path, job)
-        state = self._place(path)
+        self.load_dense(job)
+        rank, size = self._me.rank, self._me.world_size
+        state = self._noted()
+        if state is None and self._follows and not has_rank(path, rank, size):
+            return RankState()  # it came later than the checkpoint
+        return self._taken(read_rank(path, rank, size) if state is None else state)
+
+    def load_note(self) -> RankState:
+        """Take over what this worker left before there was a checkpoint, if rows that go with it are still there."""
+        return self._taken(self._noted() or RankState())
+
+    def _noted(self) -> RankState | None:
+        """What this worker has left word of, where it does not wait for the chief, and rows have learned."""
+        if self._notes is None or not self._follows or self._run.resume == "never":
+            return None
+        return self._notes.mine(int(self._client.global_step()))
+
+    def _taken(self, state: RankState) -> RankState:
+        """Take over what a worker has for itself."""
         if state.rng:
             set_rng_state(state.rng)  # and again when the data is at its place
         if state.scaler:
             self._scaler.load_state_dict(dict(state.scaler))
         self._callbacks.load_state_dict(state.callbacks)
         return state
-
-    def noted(self) -> RankState:
-        """Where this worker was before there was a checkpoint, if it has left word and the rows are still there."""
-        state = None
-        if self._follows and self._notes is not None and self._run.resume != "never":
-            state = self._notes.mine(int(self._client.global_step()))
-        return state or RankState()
-
-    def _place(self, path: str) -> RankState:
-        """Where this worker goes on, with the rows of a checkpoint or later ones."""
-        rank, size = self._me.rank, self._me.world_size
-        if self._follows and self.noted() != RankState():
-            return self.noted()
-        if self._follows and not has_rank(path, rank, size):
-            return RankState()  # it came later than the checkpoint
-        return read_rank(path, rank, size)
 
     def check(self, path: str) -> Job | None:
         """What a checkpoint has beside its rows, if it has that; to be called before anything is replaced.
@@ -305,9 +315,11 @@ class Saver:
                 f"a new model_dir with warm_start={path} and warm_start_parts=rows begins with its rows"
             )
 
-    def load_dense(self, path: str, job: Job, *, publish: bool = False) -> None:
-        """Take over parameters, buffers and the optimizer's state; `publish`: also to the PS, where they are there."""
-        self._check_dense(path, job)
+    def load_dense(self, job: Job, *, publish: bool = False) -> None:
+        """Take over parameters, buffers and the optimizer's state of a job that was checked.
+
+        `publish`: also to the PS, where they are there.
+        """
         self._task.load_state_dict(dict(job.dense))
         self._task.texts |= set(job.texts)
         if job.optimizer:
@@ -336,7 +348,7 @@ class Saver:
         if path is not None and self._placement.rows != "ps":
             self.restore_rows(path)
         if path is not None and job is not None:
-            self.load_dense(path, job)
+            self.load_dense(job)
         elif step > 0 and not isinstance(self._dense, DenseOnPs):
             log.warning("no checkpoint of model_dir=%r has the dense part: it is as it was made", run.model_dir)
 
@@ -354,4 +366,4 @@ class Saver:
                 self._task.load_state_dict(own)
                 on_ps.publish()
         if job is not None:
-            self.load_dense(path, job, publish=True)
+            self.load_dense(job, publish=True)
