@@ -59,6 +59,7 @@ def cluster(processes, tmp_path):
 
 
 @pytest.mark.parametrize("ahead", ["0", "2"])
+@pytest.mark.jobs
 def test_a_run_on_ps_that_is_killed_goes_on_at_its_last_checkpoint_to_the_same_bits(cluster, tmp_path, ahead):
     def settings(name: str, address: str) -> dict[str, str]:
         return {

@@ -226,6 +226,7 @@ def job(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.jobs
 def test_a_job_ends_with_its_last_save_and_goes_on_there_on_other_ps(up, job, tmp_path) -> None:
     model_dir = tmp_path / "model"
     common = ("--job", "job:job", "--workers", "2", "--set", f"model_dir={model_dir}")
@@ -253,6 +254,7 @@ def dies_and_comes_back(run: Up, name: str, *words: str) -> None:
     eventually(lambda: run.output.count("| step ") > before + 3, otherwise=lambda: run.output)
 
 
+@pytest.mark.jobs
 def test_of_a_job_a_dead_ps_and_a_dead_worker_come_back_from_its_checkpoint(up, job, tmp_path) -> None:
     model_dir = tmp_path / "model"
     sets = (f"model_dir={model_dir}", "epochs=100000", "save_every=20", "evaluate_every_epoch=false", "log_every_s=0.1")
