@@ -300,12 +300,21 @@ def scores() -> dict[str, Any]:
         return state(found) | {"metrics": result, "predicted": predicted}
 
 
+def hold() -> None:
+    """Wait until a file comes."""
+    out = Path(sys.argv[2])
+    (out / "held").touch()
+    while not (out / "free").exists():
+        time.sleep(0.05)
+
+
 def apart() -> dict[str, Any]:
     """Dense parameters are on the PS, and nobody waits; samples that were seen, in their order.
 
-    Of a rank that STUCK names, the fourth batch takes until a file comes.
+    Of a rank that STUCK names, the fourth batch takes until a file comes; one that LATE names begins then.
     """
-    out = Path(sys.argv[2])
+    if os.environ.get("LATE") == os.environ.get("RANK", "0"):
+        hold()
     seen: list[float] = []
 
     class Keeps(Job):
@@ -313,11 +322,6 @@ def apart() -> dict[str, Any]:
             if self.training:
                 seen.extend(x.context[:, 0].tolist())
             return super().forward(x)
-
-    def hold() -> None:
-        (out / "held").touch()
-        while not (out / "free").exists():
-            time.sleep(0.05)
 
     class Counted(Told):
         """Keeps in checkpoints how many steps it has seen."""

@@ -340,6 +340,22 @@ def test_a_callback_of_one_worker_stops_those_that_do_not_wait_for_it(ranks, tmp
     assert second["told"][-1] == "stopped"
 
 
+def test_a_worker_that_comes_after_all_were_told_to_stop_stops_and_goes_on_with_the_next_run(ranks, tmp_path):
+    with LocalCluster("1-ps") as cluster:
+        settings = at(cluster, model_dir=tmp_path / "model", epochs=100_000)
+        both = ranks("apart", STOP="3", LATE="1", **settings)
+        eventually((tmp_path / "model" / "workers" / "stop.json").exists, timeout_s=120)
+        (tmp_path / "out" / "free").touch()
+        first, second = both.reports()
+        assert (first["reason"], second["reason"]) == ("enough of it", "enough of it")
+        assert (len(first["seen"]), second["seen"]) == (12, [])
+        assert second["step"] == 3
+        settings |= at(cluster, epochs=1)
+        again = ranks("apart", **settings).reports()
+    assert [each["told"][-1] for each in again] == ["done", "done"]
+    assert sorted(first["seen"] + again[0]["seen"] + again[1]["seen"]) == list(range(80))
+
+
 def test_a_worker_without_a_chief_says_what_it_waits_for(ranks, tmp_path):
     saved = str(tmp_path / "model")
     with LocalCluster("1-ps") as cluster:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
@@ -77,12 +78,44 @@ def test_who_is_at_work_says_so(two):
     assert chief.wait_for_others(0.6, until) == []  # as each look finds another beat
 
 
-def test_a_stop_is_for_workers_that_began_before_it(two, tmp_path):
+def test_a_stop_is_for_whoever_runs_or_comes_before_the_chief_begins_again(two, tmp_path):
     chief, other = two
-    assert other.stopped() == ""
+    chief.begin()
+    assert other.stopped() == chief.stopped() == ""
+    other.stop("enough")
+    assert chief.stopped() == other.stopped() == Notes(str(tmp_path), 1, 2).stopped() == "enough"
+    Notes(str(tmp_path), 0, 2).begin()
+    assert other.stopped() == Notes(str(tmp_path), 1, 2).stopped() == ""
+
+
+def test_who_comes_after_a_stop_waits_until_the_chief_says_what_it_is_for(two, tmp_path):
+    chief, _ = two
+    chief.begin()
+    Notes(str(tmp_path), 1, 2).join(600.0)  # nobody is stopped: no wait
     chief.stop("enough")
-    assert other.stopped() == "enough"
-    assert Notes(str(tmp_path), 1, 2).stopped() == ""
+    found = []
+
+    def come() -> None:
+        late = Notes(str(tmp_path), 1, 2)
+        late.join(600.0)
+        found.append(late.stopped())
+
+    for sign in (chief.beat, Notes(str(tmp_path), 0, 2).begin):
+        thread = threading.Thread(target=come)
+        thread.start()
+        while thread.is_alive():  # until it has looked
+            sign()
+            thread.join(0.1)
+    assert found == ["enough", ""]
+
+
+def test_who_comes_after_a_stop_without_a_chief_is_stopped(two, tmp_path):
+    chief, _ = two
+    chief.begin()
+    chief.stop("enough")
+    late = Notes(str(tmp_path), 1, 2)
+    late.join(0.1)
+    assert late.stopped() == "enough"
 
 
 def test_notes_of_earlier_runs_are_forgotten_and_those_of_workers_come_back(two, tmp_path):

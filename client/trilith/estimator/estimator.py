@@ -450,6 +450,11 @@ class Estimator:
 
     def _begin(self) -> None:
         """Go on where the run's checkpoints say, or where this Estimator is already, and tell."""
+        if self._notes is not None and self.chief:
+            self._notes.begin()
+        elif self._notes is not None:
+            self._notes.join(self.run.timeout_s)
+            self._stop_reason = self._stop_reason or self._notes.stopped()
         if not self._begun:
             self._resume()
         elif self._at.epoch >= self.run.epochs:

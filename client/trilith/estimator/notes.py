@@ -3,7 +3,8 @@
 They are files in the folder `workers` of a run's model_dir:
 
     rank-00001-of-00002.json    position of a worker that saves no checkpoint, and the cluster's step that it belongs to
-    stop.json                   why the workers of a run were told to stop
+    chief.json                  which start of the chief's the run is at, and that the chief is there
+    stop.json                   why the workers of a run were told to stop, and at which start of the chief's
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from trilith.estimator.state import RankState, pack_rank, unpack_rank
 from trilith.folder import Folder
@@ -23,7 +25,7 @@ __all__ = ["Notes"]
 
 log = logging.getLogger(__name__)
 
-_STOP = "stop.json"
+_CHIEF, _STOP = "chief.json", "stop.json"
 _LOOK_S = 0.5
 
 
@@ -56,9 +58,31 @@ class Notes:
     def __init__(self, model_dir: str, rank: int, world_size: int) -> None:
         self._folder = Folder(model_dir).child("workers")
         self._rank, self._size = rank, world_size
-        self._told = self._stop_note()
-        """What was said before this worker began, and does not concern it."""
+        self._life = ""
+        """Of this worker, where it is the chief and has begun."""
         self._mine: _Note | None = None
+
+    # ---- the beginning -----------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Say that the chief begins: what stopped the run before does not concern it any more."""
+        self._life = uuid.uuid4().hex
+        self.beat()
+
+    def join(self, patience_s: float) -> None:
+        """Wait, where a worker finds its run stopped, for the chief to go on with it: `stopped` says whether it has.
+
+        It may have been stopped a moment ago, by workers that began sooner than this one, or yesterday, and the chief
+        is about to begin. One that gives no sign within `patience_s` is done.
+        """
+        if not self.stopped():
+            return
+        found = self._raw(_CHIEF)
+        deadline = time.monotonic() + patience_s
+        with Wait("rank 0 to go on with a run that was stopped", most=patience_s) as wait:
+            wait.why = self.stopped()
+            while self._raw(_CHIEF) == found and time.monotonic() < deadline:
+                time.sleep(_LOOK_S)
 
     # ---- positions ---------------------------------------------------------------------------------------------------
 
@@ -69,10 +93,13 @@ class Notes:
 
     def beat(self) -> None:
         """Say again what was said last, so that others see this worker at work."""
+        beat = uuid.uuid4().hex
+        if self._life:
+            self._write(_CHIEF, {"life": self._life, "beat": beat})
         if self._mine is not None:
             own = self._mine
-            note = {"step": own.step, "ended": own.ended, "beat": uuid.uuid4().hex, "state": pack_rank(own.state)}
-            self._folder.write(self._name(self._rank), json.dumps(note).encode() + b"\n")
+            note = {"step": own.step, "ended": own.ended, "beat": beat, "state": pack_rank(own.state)}
+            self._write(self._name(self._rank), note)
 
     def mine(self, step: int) -> RankState | None:
         """Where this worker was, if rows of a cluster at `step` have what it had learned until then."""
@@ -117,6 +144,7 @@ class Notes:
         lost: list[int] = []
         with Wait("the other workers to end", most=f"{patience_s:g} s without a sign of them") as wait:
             while seen and not until():
+                self.beat()
                 for rank, (beat, since) in list(seen.items()):
                     note = self._read(rank)
                     if note is not None and note.ended:
@@ -132,18 +160,26 @@ class Notes:
         return lost
 
     def stop(self, reason: str) -> None:
-        """Tell all workers to stop."""
-        self._folder.write(_STOP, json.dumps({"id": uuid.uuid4().hex, "reason": reason}).encode() + b"\n")
+        """Tell all workers to stop that have begun, or do before the chief begins again."""
+        self._write(_STOP, {"life": self._said(_CHIEF).get("life", ""), "reason": reason})
 
     def stopped(self) -> str:
-        """Why all were told to stop since this worker began; empty: they were not."""
-        said = self._stop_note()
-        if said == self._told:
+        """Why all were told to stop since the chief began; empty: they were not."""
+        said = self._said(_STOP)
+        if not said or said.get("life", "") != (self._life or self._said(_CHIEF).get("life", "")):
             return ""
-        return str(json.loads(said)["reason"])
+        return str(said["reason"])
 
-    def _stop_note(self) -> bytes:
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def _write(self, name: str, body: dict[str, Any]) -> None:
+        self._folder.write(name, json.dumps(body).encode() + b"\n")
+
+    def _raw(self, name: str) -> bytes:
         try:
-            return self._folder.read(_STOP)
+            return self._folder.read(name)
         except FileNotFoundError:
             return b""
+
+    def _said(self, name: str) -> dict[str, Any]:
+        return dict(json.loads(self._raw(name) or b"{}"))
