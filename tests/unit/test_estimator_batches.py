@@ -383,6 +383,22 @@ def test_missing_dense_values_are_filled_where_told():
     assert arrange({"x": [[1.0, float("nan")]]}, want).dense["x"].tolist() == [[1, -1]]
 
 
+@pytest.mark.parametrize("lists", [[[1, 2, 3], [4]], [[1, 2, 3], [4, 5, 6]], [[1], [4]], [[1, 2], [4, 5]], [[], [4]]])
+@pytest.mark.parametrize("form", [lambda lists: lists, pa.array, lambda lists: Ragged.of(lists, np.float32)])
+def test_lists_of_any_length_are_cut_and_filled_where_told(lists, form):
+    want = Wanted(dense={"x": DenseColumn(dim=2, fill=0.0, cut=True)})
+    fitted = [(each + [0, 0])[:2] for each in lists]
+    assert arrange({"x": form(lists)}, want).dense["x"].tolist() == fitted
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_arrays_of_any_width_are_cut_and_filled_where_told(width):
+    want = Wanted(dense={"x": DenseColumn(dim=2, fill=0.0, cut=True)})
+    for form in (np.asarray, torch.tensor):
+        found = arrange({"x": form([[1.0] * width])}, want).dense["x"].tolist()
+        assert found == [([1] * width + [0])[:2]]
+
+
 def test_labels_may_be_missing():
     want = Wanted(labels={"click": LabelColumn(low=0, high=1), "buy": LabelColumn(optional=True)})
     found = arrange({"click": pa.array([1.0, None, float("nan"), np.finfo(np.float32).min, 0.0])}, want)

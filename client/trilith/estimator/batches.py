@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from trilith.arrays import id_array
 from trilith.data.parse.specs import INVALID_LABEL
@@ -53,11 +54,13 @@ class DenseColumn:
         dim: How many.
         columns: Columns they are in, side by side; empty: the one of the feature's own name.
         fill: What stands for a value that is missing (null, NaN, or a list that is too short); None: that is refused.
+        cut: Whether of longer lists the first `dim` are taken; else they are refused.
     """
 
     dim: int = 1
     columns: tuple[str, ...] = ()
     fill: float | None = None
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,7 +305,7 @@ def _dense(name: str, want: DenseColumn, column: _Column, rows: _Rows) -> Tensor
     for where in want.columns or (name,):
         who = f"feature {name!r}" + (f" (column {where!r})" if where != name else "")
         width = want.dim if len(want.columns) <= 1 else None
-        part = _matrix(who, column(who, where), width, math.nan if want.fill is None else want.fill)
+        part = _matrix(who, column(who, where), width, math.nan if want.fill is None else want.fill, cut=want.cut)
         rows.see(who, part.shape[0])
         if want.fill is None:
             if not bool(torch.isfinite(part).all()):
@@ -312,6 +315,10 @@ def _dense(name: str, want: DenseColumn, column: _Column, rows: _Rows) -> Tensor
                 )
         else:
             part = torch.nan_to_num(part, nan=want.fill, posinf=math.inf, neginf=-math.inf)
+            if width is not None:
+                part = functional.pad(part, (0, max(width - part.shape[1], 0)), value=want.fill)
+        if want.cut and width is not None:
+            part = part[:, :width]
         parts.append(part)
     found = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     if found.shape[1] != want.dim:
@@ -341,8 +348,11 @@ def _label(name: str, want: LabelColumn, column: _Column, rows: _Rows) -> tuple[
     return chosen, mask
 
 
-def _matrix(who: str, given: Any, width: int | None, fill: float) -> Tensor:
-    """float32[b, k] of numbers; lists must have `width` each, or be all as long; what is missing is `fill`."""
+def _matrix(who: str, given: Any, width: int | None, fill: float, *, cut: bool = False) -> Tensor:
+    """float32[b, k] of numbers; lists must have `width` each, or be all as long; what is missing is `fill`.
+
+    Longer ones are refused unless `cut`; arrays are left as wide as they are.
+    """
     if isinstance(given, Tensor) and not given.is_nested:
         if given.dim() not in (1, 2):
             raise InvalidRequestError(f"{who} has shape {tuple(given.shape)}; [b] or [b, k] is needed")
@@ -360,7 +370,7 @@ def _matrix(who: str, given: Any, width: int | None, fill: float) -> Tensor:
     if floats.ndim == 2:
         return _tensor(who, floats)
     sizes = np.diff(splits)
-    wide = width if width is not None else int(sizes.max(initial=1))
+    wide = int(sizes.max(initial=1)) if width is None or cut else width
     if (sizes > wide).any():
         row = int(np.flatnonzero(sizes > wide)[0])
         raise InvalidRequestError(

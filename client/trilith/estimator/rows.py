@@ -240,8 +240,9 @@ def _wanted(task: Task) -> Wanted:
     ids, dense = {}, {}
     for name, feature in task.features.items():
         if isinstance(feature, Dense):
-            fill = 0.0 if feature.lengths == "fit" else None
-            dense[name] = DenseColumn(dim=feature.dim, columns=(feature.feature or name,), fill=fill)
+            fit = feature.lengths == "fit"
+            columns = (feature.feature or name,)
+            dense[name] = DenseColumn(dim=feature.dim, columns=columns, fill=0.0 if fit else None, cut=fit)
         else:
             weights = feature.weights if isinstance(feature, Embedding) else ""
             ids[name] = IdColumn(column=feature.feature or name, weights=weights)
