@@ -387,7 +387,7 @@ def test_missing_dense_values_are_filled_where_told():
 @pytest.mark.parametrize("form", [lambda lists: lists, pa.array, lambda lists: Ragged.of(lists, np.float32)])
 def test_lists_of_any_length_are_cut_and_filled_where_told(lists, form):
     want = Wanted(dense={"x": DenseColumn(dim=2, fill=0.0, cut=True)})
-    fitted = [(each + [0, 0])[:2] for each in lists]
+    fitted = [[*each, 0, 0][:2] for each in lists]
     assert arrange({"x": form(lists)}, want).dense["x"].tolist() == fitted
 
 
