@@ -13,6 +13,7 @@ import pytest
 import trilith.data
 from trilith.data import Column, Dense, Extra, InstanceWeight, Label, ParseSpec, Records, Slot, Sparse
 from trilith.errors import DataError, InvalidRequestError
+from trilith.ops.strings import HashedIds, hash_strings
 from trilith_proto import tf_example_pb2
 from trilith_proto.example_pb2 import Example, ExampleBatch
 from trilith_proto.proto_parser_pb2 import Instance
@@ -74,13 +75,41 @@ def test_integers_are_ids_and_dense_at_once(kind):
     [
         (("float_list", [7.0]), r"feature 'u' holds a float_list, .*Column\('u', 'fid_v2'\)"),
         (("double_list", [7.0]), "holds a double_list"),
-        (("bytes_list", [b"a"]), "holds a bytes_list, .*dictionary or a hash"),
+        (("bytes_list", [b"a"]), "holds a bytes_list, .*(dictionary or a hash|strings=True)"),
     ],
 )
 def test_what_is_no_id_is_refused_by_name_and_record(make, kind, held, why):
     payloads = [make(u=("fid_v2_list", [1])), make(u=held)]
     with pytest.raises(DataError, match=f"record 1, .*{why}"):
         parsed(payloads, kind, {"u": Sparse()})
+
+
+@pytest.mark.parametrize(("make", "kind", "field"), [(example, "example", ("bytes_list", "fid_v2_list")),
+                                                     (instance, "instance", ("bytes_value", "fid"))])  # fmt: skip
+def test_strings_are_their_hashes_where_they_are_allowed(make, kind, field):
+    texts, ids = field
+    records = [make(u=(ids, [3])), make(u=(texts, [b"a", "東京".encode()])), make(), make(u=(texts, [b""]))]
+    spec = ParseSpec({"u": Sparse(strings=True), "v": Sparse("w", strings=True)})
+    for _ in range(2):  # a parser that has seen strings reads on
+        found = spec.parse(Records.of(records, kind))
+        hashed = hash_strings(["a", "東京", ""]).view(np.int64).tolist()
+        assert found["u"].tolist() == [[3], hashed[:2], [], hashed[2:]]
+        assert isinstance(found["u"], HashedIds)
+        assert not isinstance(found["v"], HashedIds)
+    assert spec.parse(Records.of([make(w=(texts, [b"b"]))], kind))["v"].tolist() == [
+        hash_strings(["b"]).view(np.int64).tolist()
+    ]
+    assert not isinstance(spec.parse(Records.of([make(u=(ids, [3]))], kind))["u"], HashedIds)
+
+
+def test_ids_and_text_in_one_feature_are_damage():
+    made = Instance()
+    made.feature.add(name="u", fid=[5], bytes_value=[b"a"])
+    records = [made.SerializeToString(), instance(u=("bytes_value", [b"b"]))]
+    with pytest.raises(DataError, match="record 0, .*feature 'u' holds ids and text at once"):
+        ParseSpec({"u": Sparse(strings=True)}).parse(Records.of(records, "instance"))
+    skips = ParseSpec({"u": Sparse(strings=True)}, on_error="skip")
+    assert skips.parse(Records.of(records, "instance"))["u"].tolist() == [hash_strings(["b"]).view(np.int64).tolist()]
 
 
 @pytest.mark.parametrize("held", [("float_value", [7.0]), ("int64_value", [7]), ("bytes_value", [b"a"])])

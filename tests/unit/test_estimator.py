@@ -9,10 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pyarrow import csv
 from torch import nn
 
 import trilith.data
-from trilith.data import Kind, Ragged, Records, hash_strings
+from trilith.data import Kind, Ragged, Records, Sparse, hash_strings
+from trilith.data.formats.writers import open_writer
 from trilith.errors import CheckpointError, InvalidRequestError, NonFiniteError
 from trilith.estimator import Callback, Dense, Embedding, Estimator, Label, RunConfig, Sequence, Stop, Task, metrics
 from trilith.estimator.batches import LabelColumn, Wanted, arrange
@@ -275,6 +277,55 @@ def test_weights_of_ids_views_and_strings_are_learned_and_looked_up_once():
         moved = before - estimator.client.table("tag").lookup(ids)
         np.testing.assert_allclose(moved, [[0.25 + 1] * 2, [0.75] * 2, [1.0] * 2], rtol=1e-5)
         assert [table.name for table in estimator.client.describe()[0].tables] == ["tag"]
+
+
+@pytest.mark.parametrize("form", ["parquet", "csv", "tfrecord"])
+@pytest.mark.parametrize("own", [False, True], ids=["by the task", "parsed by hand"])
+def test_strings_of_files_are_learned_and_served_by_their_hashes(tmp_path, form, own):
+    class Names(Task):
+        user = Embedding(dim=2)
+        item = Embedding(dim=2)
+        labels: ClassVar = {"click": Label()}
+
+        def forward(self, x):
+            return x.user.vector.sum(1) + x.item.vector.sum(1)
+
+    table = pa.table({"user": ["ann", "Bob", "東京"], "item": [1, 2, 3], "click": [0.0, 1.0, 1.0]})
+    path = str(tmp_path / f"clicks.{form}")
+    if form == "parquet":
+        pq.write_table(table, path)
+    elif form == "csv":
+        csv.write_csv(table, path)
+    else:
+        made = []
+        for each in table.to_pylist():
+            example = Example(label=[each["click"]])
+            example.named_feature.add(name="user").feature.bytes_list.value.append(each["user"].encode())
+            example.named_feature.add(name="item").feature.int64_list.value.append(each["item"])
+            made.append(example.SerializeToString())
+        with open_writer(path) as writer:
+            writer.write(Records.of(made, Kind.EXAMPLE))
+    data = trilith.data.read(path, **({"kind": "example"} if form == "tfrecord" else {}))
+    if own:
+        data = data.parse(
+            {"user": Sparse(strings=True), "item": Sparse(), "click": trilith.data.Label(feature="click")}
+        )
+    run = run_config(epochs=2, model_dir=str(tmp_path / "model"), export_mode="standalone")
+    with Estimator(Names(), run, train=data.batch(2)) as estimator:
+        estimator.train()
+        rows = estimator.client.table("user")
+        assert rows.lookup(hash_strings(["ann", "Bob", "東京"])).any(1).all()
+        (scores,) = estimator.predict([{"user": ["東京"], "item": [3]}])
+        estimator.export(str(tmp_path / "exports"))
+    models = Models(str(tmp_path / "exports"))
+    assert models.refresh()
+    example = Example()
+    example.named_feature.add(name="user").feature.bytes_list.value.append("東京".encode())
+    example.named_feature.add(name="item").feature.int64_list.value.append(3)
+    with models.use() as loaded:
+        found = loaded.model.predict(Records.of([example.SerializeToString()], Kind.EXAMPLE))
+    models.close()
+    np.testing.assert_allclose(found["click"], scores["click"], rtol=1e-6)
 
 
 def test_the_largest_of_a_bag_is_learned_exported_and_served(tmp_path):

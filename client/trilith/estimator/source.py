@@ -222,9 +222,9 @@ def task_specs(task: Task, *, labels: bool = True) -> dict[str, FeatureSpec]:
     specs: dict[str, FeatureSpec] = {}
     for name, feature in task.features.items():
         key = feature.feature or name
-        spec: FeatureSpec = (
-            Dense(feature.dim, feature=key, lengths=feature.lengths) if isinstance(feature, Dense) else Sparse(key)
-        )
+        spec: FeatureSpec = Sparse(key, strings=True)
+        if isinstance(feature, Dense):
+            spec = Dense(feature.dim, feature=key, lengths=feature.lengths)
         if specs.setdefault(key, spec) != spec:
             raise InvalidRequestError(
                 f"feature {name!r} reads {key!r} as {spec}, another one as {specs[key]}; one name has one form where "

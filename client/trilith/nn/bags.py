@@ -14,7 +14,7 @@ from torch import Tensor
 from trilith.arrays import id_array
 from trilith.errors import InvalidRequestError
 from trilith.ops.ragged import Int64Array, Ragged, as_splits
-from trilith.ops.strings import hash_strings, string_array
+from trilith.ops.strings import HashedIds, hash_strings, string_array
 
 __all__ = [
     "IdsLike",
@@ -132,7 +132,7 @@ def read_bags(
         np.cumsum(keep, out=kept[1:])
         splits = kept[splits]
         floats = None if floats is None else floats[keep]
-    return Ragged(ids, splits), floats, bool(ids.size) and _is_hashed(values)
+    return Ragged(ids, splits), floats, bool(ids.size) and (isinstance(given, HashedIds) or _is_hashed(values))
 
 
 def read_keyed(batch: Any) -> tuple[dict[str, Ragged[np.uint64]], dict[str, Float32Array]]:

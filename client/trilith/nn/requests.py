@@ -16,10 +16,8 @@ from trilith.data.parse.specs import Dense, Features, FeatureSpec, Slot, Sparse
 from trilith.data.records import Kind, Records
 from trilith.data.scan.count import count_named
 from trilith.data.scan.result import Scan
-from trilith.data.scan.rows import merged
 from trilith.errors import DataError
 from trilith.ops.ragged import Ragged
-from trilith.ops.strings import hash_strings
 from trilith.serving.exports import ModelConfig, ProgramInput
 
 __all__ = ["OnUnknown", "RequestExamples", "RequestInstances", "RequestParser", "dense_name", "make_parser", "names_of"]
@@ -41,11 +39,11 @@ class RequestExamples(ExampleParser):
     """
 
     def __init__(self, specs: Mapping[str, FeatureSpec], strings: _Strings, weights: _Weights) -> None:
-        self.texts, self._weights_of = strings, weights
-        super().__init__(specs)
+        self._weights_of = weights
+        super().__init__(specs, texts=strings)
 
     def _fields(self) -> Fields:
-        return _with_more(super()._fields(), self.texts, self._weights_of, (Element.FLOAT, Element.INT))
+        return _with_weights(super()._fields(), self._weights_of, (Element.FLOAT, Element.INT))
 
     def score(self, records: Records, on_unknown: OnUnknown | None) -> tuple[Features, dict[str, Ragged[np.float32]]]:
         """Read the records of a request; returns what `specs` want, and the weights of ids by feature.
@@ -64,11 +62,11 @@ class RequestInstances(InstanceParser):
     """Parses the Instances of requests; see `RequestExamples`."""
 
     def __init__(self, specs: Mapping[str, FeatureSpec], strings: _Strings, weights: _Weights) -> None:
-        self.texts, self._weights_of = strings, weights
-        super().__init__(specs)
+        self._weights_of = weights
+        super().__init__(specs, texts=strings)
 
     def _fields(self) -> Fields:
-        return _with_more(super()._fields(), self.texts, self._weights_of, (Element.FLOAT,))
+        return _with_weights(super()._fields(), self._weights_of, (Element.FLOAT,))
 
     def score(self, records: Records, on_unknown: OnUnknown | None) -> tuple[Features, dict[str, Ragged[np.float32]]]:
         """See `RequestExamples`."""
@@ -112,10 +110,9 @@ def names_of(records: Records, row: int) -> list[str]:
     return [each.name for each in message.feature]
 
 
-def _with_more(fields: Fields, strings: _Strings, weights: _Weights, numbers: tuple[Element, ...]) -> Fields:
-    """What to read beside what the specs want; behind it, so that places among names stay as they are."""
-    more = [(name, Element.BYTES) for name in strings]
-    more += [(name, element) for name in weights.values() for element in numbers]
+def _with_weights(fields: Fields, weights: _Weights, numbers: tuple[Element, ...]) -> Fields:
+    """What to read beside what the specs want."""
+    more = [(name, element) for name in weights.values() for element in numbers]
     return replace(fields, named=tuple(dict.fromkeys((*fields.named, *more))))
 
 
@@ -129,9 +126,7 @@ def _parse(
         if int(named.sum()) != np.count_nonzero(scan.seen):
             on_unknown(records, named - np.count_nonzero(scan.seen, axis=1))
     found = {name: make(scan) for name, make in parser._outputs}
-    for name, feature in parser._names(Sparse).items():
-        if feature in parser.texts:
-            found[name] = _with_hashed(parser, scan, feature, found[name])
+    parser._hash_texts(scan, found)
     for name, feature in parser._names(Dense).items():
         _check_finite(records, feature, found[name])
     weights = {
@@ -139,18 +134,6 @@ def _parse(
         for name, column in parser._weights_of.items()
     }
     return found, weights
-
-
-def _with_hashed(parser: RequestParser, scan: Scan, feature: str, ids: Ragged[np.int64]) -> Ragged[np.int64]:
-    """Ids of a feature, with those of records that have text instead."""
-    column = parser._scanner.schema.named_columns[feature, Element.BYTES]
-    if not len(scan.values[column]):
-        return ids
-    texts = Ragged(hash_strings(scan.strings(column)).view(np.int64), scan.splits[column])
-    both = (ids.lengths > 0) & (texts.lengths > 0)
-    if both.any():
-        raise DataError(f"{scan.records.where(int(both.argmax()))}: feature {feature!r} holds ids and text at once")
-    return merged([ids, texts], np.int64)
 
 
 def _check_finite(records: Records, feature: str, values: npt.NDArray[np.float32]) -> None:

@@ -7,6 +7,7 @@ change: models are trained on it. Two of n strings meet in one id with a chance 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -15,8 +16,9 @@ import numpy.typing as npt
 from trilith.errors import InvalidRequestError
 from trilith.ops.jit import inlined, kernel
 from trilith.ops.memory import address_of, load_u8, load_u32, load_u64, store_u64
+from trilith.ops.ragged import Ragged
 
-__all__ = ["hash_strings", "string_array"]
+__all__ = ["HashedIds", "hash_spans", "hash_strings", "string_array"]
 
 UInt64Array = npt.NDArray[np.uint64]
 
@@ -30,6 +32,11 @@ _S23, _S27, _S29, _S31, _S32, _S33 = (np.uint64(by) for by in (23, 27, 29, 31, 3
 _S64 = np.uint64(64)
 # What np.int64 is inside a kernel, for the type checker: an int.
 _int64 = cast("type[int]", np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HashedIds(Ragged[np.int64]):
+    """Lists of ids that came as strings: whoever serves what learned from them hashes, too."""
 
 
 def hash_strings(values: Any, *, seed: int = 0) -> UInt64Array:
@@ -56,9 +63,26 @@ def hash_strings(values: Any, *, seed: int = 0) -> UInt64Array:
     out = np.empty(len(array), np.uint64)
     if len(array):
         _, offsets, data = array.buffers()
-        starts = np.frombuffer(offsets, np.int64, len(array) + 1, array.offset * 8)
+        bounds = np.frombuffer(offsets, np.int64, len(array) + 1, array.offset * 8)
         bytes_ = np.empty(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)
-        _hash(address_of(bytes_), address_of(starts), len(array), np.uint64(seed), address_of(out))
+        _hash(
+            address_of(bytes_), address_of(bounds[:-1]), address_of(bounds[1:]), out.size, np.uint64(seed),
+            address_of(out),
+        )  # fmt: skip
+    return out
+
+
+def hash_spans(text: npt.NDArray[np.uint8], spans: npt.NDArray[np.int64]) -> UInt64Array:
+    """Ids of pieces of a buffer, as `hash_strings` makes them.
+
+    Args:
+        text: uint8[size].
+        spans: int64[n, 2]: where each begins, and its length; all within `text`.
+    """
+    out = np.empty(len(spans), np.uint64)
+    starts = np.ascontiguousarray(spans[:, 0])
+    stops = starts + spans[:, 1]
+    _hash(address_of(text), address_of(starts), address_of(stops), out.size, np.uint64(0), address_of(out))
     return out
 
 
@@ -109,19 +133,20 @@ def _merged(value: np.uint64, lane: np.uint64) -> np.uint64:
     return (value ^ _round(np.uint64(0), lane)) * _P1 + _P4
 
 
-@kernel("void(int64, int64, int64, uint64, int64)")
-def _hash(data: int, offsets: int, count: int, seed: np.uint64, out: int) -> None:
+@kernel("void(int64, int64, int64, int64, uint64, int64)")
+def _hash(data: int, starts: int, stops: int, count: int, seed: np.uint64, out: int) -> None:
     """XXH64 of `count` byte strings.
 
     Args:
         data: Address of the bytes.
-        offsets: Address of int64[count + 1]: where each string begins, and the last one ends.
+        starts: Address of int64[count]: where each string begins.
+        stops: Address of int64[count]: where each ends.
         count: Number of strings.
         seed: Of the hash.
         out: Address of uint64[count], written.
     """
     for row in range(count):
-        start, stop = _int64(load_u64(offsets, row)), _int64(load_u64(offsets, row + 1))
+        start, stop = _int64(load_u64(starts, row)), _int64(load_u64(stops, row))
         at, end = data + start, data + stop
         if stop - start >= 32:
             a, b, c, d = seed + _P1 + _P2, seed + _P2, seed, seed - _P1

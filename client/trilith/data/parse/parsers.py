@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -35,6 +36,7 @@ from trilith.data.scan.scanner import BatchScan, BatchScanner, LineIdScanner, Sc
 from trilith.data.scan.schema import Element, Fields, Schema
 from trilith.errors import DataError, InvalidRequestError
 from trilith.ops.ragged import Ragged
+from trilith.ops.strings import HashedIds, hash_spans
 from trilith_proto import example_pb2, feature_pb2
 
 __all__ = ["BatchParser", "ExampleParser", "InstanceParser", "ParseSpec", "Parser"]
@@ -48,6 +50,7 @@ _OWN = (None, _LABEL, "label")
 """Names of a label that mean the labels of the record itself."""
 _SHARED = 1
 _DENSE_MEMBERS = {Element.FLOAT: (3, 4), Element.INT: (5,), Element.BYTES: (6,)}
+_TEXT_MEMBERS = {Kind.EXAMPLE: 6, Kind.INSTANCE: 5}
 _INT_MEMBER, _DOUBLE_MEMBER, _EMPTY = 5, 4, 255
 _INSTANCE_MEMBERS = {Element.FLOAT: (3, 5), Element.INT: (4,), Element.BYTES: (5,)}  # bytes may hold quantized floats
 
@@ -129,14 +132,30 @@ _Wrong: TypeAlias = tuple[npt.NDArray[np.bool_], Callable[[int], str]]
 
 
 class _ColumnParser(Parser):
-    """A parser of what a scanner reads row by row. How each output is made of a scan is found out once."""
+    """A parser of what a scanner reads row by row. How each output is made of a scan is found out once.
 
-    texts: frozenset[str] = frozenset()
-    """Features whose ids may be byte strings, which a subclass makes ids of."""
+    Args:
+        specs: See `Parser`.
+        on_error: See `Parser`.
+        strict: See `Parser`.
+        texts: Features of the records that are looked at for strings from the first batch on. Others that may have some
+            are once they do, as each costs a column.
+    """
 
-    def __init__(self, specs: Mapping[str, FeatureSpec], *, on_error: OnError = "raise", strict: bool = True) -> None:
+    def __init__(
+        self,
+        specs: Mapping[str, FeatureSpec],
+        *,
+        on_error: OnError = "raise",
+        strict: bool = True,
+        texts: frozenset[str] = frozenset(),
+    ) -> None:
         super().__init__(specs, on_error=on_error, strict=strict)
-        self._scanner = Scanner(self.kind, self._fields(), np.int64)
+        self.texts = texts
+        fields = self._fields()
+        # Behind what the specs want, so that places among names stay as they are.
+        named = dict.fromkeys((*fields.named, *((name, Element.BYTES) for name in sorted(texts))))
+        self._scanner = Scanner(self.kind, replace(fields, named=tuple(named)), np.int64)
         self._outputs = [(name, self._output(name, spec)) for name, spec in self.specs.items()]
         numbers = self._scanner.schema.name_numbers
         self._dense_specs = [
@@ -148,10 +167,38 @@ class _ColumnParser(Parser):
         places = [numbers[name] for name in self._sparse_names]
         # They are the first, but for reserved names; a slice of what was seen is no copy.
         self._sparse_places = slice(len(places)) if places == list(range(len(places))) else np.array(places)
+        allowed = [
+            spec.feature or out
+            for out, spec in self.specs.items()
+            if strict and isinstance(spec, Sparse) and spec.strings
+        ]
+        self._allowed = [(numbers[name], name) for name in dict.fromkeys(allowed) if name not in self.texts]
+        """Numbers and names of features that may have strings, and had none so far."""
+        self._successor: _ColumnParser | None = None
 
     def parse(self, records: Records, *, promote: bool = True) -> Features:
         """See `Parser`."""
-        scan = self._scanner.scan(records, on_error=self._on_error, promote=promote)
+        successor = self._successor
+        if successor is None:
+            scan = self._scanner.scan(records, on_error=self._on_error, promote=promote)
+            texts = {name for number, name in self._allowed if (scan.seen[:, number] == _TEXT_MEMBERS[self.kind]).any()}
+            if not texts:
+                return self._batch(scan)
+            # Other threads may be in the middle of a batch: so this parser stays as it is.
+            successor = self._successor = self._reading(texts)
+        before = successor.skipped
+        batch = successor.parse(records, promote=promote)
+        self.skipped += successor.skipped - before
+        return batch
+
+    def _reading(self, texts: set[str]) -> _ColumnParser:
+        """The same parser, which looks at more features for strings."""
+        more = self.texts | texts
+        successor = type(self)(self.specs, on_error=self._on_error, strict=self.strict, texts=more)
+        successor.unseen = self.unseen
+        return successor
+
+    def _batch(self, scan: Scan) -> Features:
         self.skipped += scan.skipped
         if self.strict:
             scan = self._fitting(scan)
@@ -162,11 +209,39 @@ class _ColumnParser(Parser):
             for name, made in batch.items():
                 if isinstance(made, Ragged):
                     batch[name] = Ragged(made.values.copy(), made.row_splits.copy())
+        self._hash_texts(scan, batch)
         return batch
+
+    def _hash_texts(self, scan: Scan, batch: Features) -> None:
+        """Put ids of strings to those of features that are looked at for them."""
+        for out, feature in self._names(Sparse).items() if self.texts else ():
+            if feature in self.texts and len((texts := self._texts_of(feature, scan)).values):
+                hashed = Ragged(hash_spans(scan.text, texts.values).view(np.int64), texts.row_splits)
+                found = merged([batch[out], hashed], np.int64)
+                batch[out] = HashedIds(found.values, found.row_splits.copy())
+
+    def _texts_of(self, feature: str, scan: Scan) -> Ragged[np.int64]:
+        """Spans of the strings of a feature."""
+        column = self._scanner.schema.named_columns[feature, Element.BYTES]
+        return Ragged(scan.values[column], scan.splits[column])
+
+    def _odd_texts(self, scan: Scan) -> Iterator[_Wrong]:
+        """Per feature that is looked at for strings, records with ids beside them."""
+        names = self._names(Sparse) if self.texts else {}
+        for out, make in self._outputs:
+            feature = names.get(out)
+            if feature in self.texts:
+                both = (self._texts_of(feature, scan).lengths > 0) & (make(scan).lengths > 0)
+                if both.any():
+                    yield both, partial(_ids_and_text, feature)
 
     def _fitting(self, scan: Scan) -> Scan:
         """The scan without records whose features are not what was asked for, or `DataError` for the first of them."""
-        wrong = [each for each in (self._odd_sparse(scan), *self._odd_dense(scan)) if each is not None]
+        wrong = [
+            each
+            for each in (self._odd_sparse(scan), *self._odd_dense(scan), *self._odd_texts(scan))
+            if each is not None
+        ]
         if not wrong:
             return scan
         if self._on_error == "raise":
@@ -198,7 +273,7 @@ class _ColumnParser(Parser):
                     odd[:, number] &= np.diff(scan.splits[column]) == 0
         for place, name in enumerate(names) if self.texts else ():
             if name in self.texts:
-                odd[:, place] &= seen[:, place] != (6 if self.kind is Kind.EXAMPLE else 5)
+                odd[:, place] &= seen[:, place] != _TEXT_MEMBERS[self.kind]
         if not odd.any():
             return None
         rows: npt.NDArray[np.bool_] = np.asarray(odd.any(axis=1))
@@ -642,7 +717,9 @@ def _holds(name: str, member: int, kind: Kind) -> str:
 
 def _no_ids(name: str, member: int, kind: Kind) -> str:
     """Why a feature cannot be read as ids."""
-    if kind is Kind.INSTANCE:
+    if member == _TEXT_MEMBERS.get(kind):
+        advice = "Sparse takes integers; Sparse(strings=True) takes hashes of strings"
+    elif kind is Kind.INSTANCE:
         advice = "Sparse reads the fids of an Instance; write them as fid, or read the feature as Dense"
     elif member in _DENSE_MEMBERS[Element.BYTES]:
         advice = "Sparse takes integers; make integers of the strings first, by a dictionary or a hash"
@@ -654,6 +731,10 @@ def _no_ids(name: str, member: int, kind: Kind) -> str:
     else:
         advice = "Sparse takes a list of fids or of integers"
     return f"{_holds(name, member, kind)}, which are no ids: {advice}"
+
+
+def _ids_and_text(name: str, row: int) -> str:
+    return f"feature {name!r} holds ids and text at once"
 
 
 def _no_floats(name: str, member: npt.NDArray[np.uint8], kind: Kind, row: int) -> str:

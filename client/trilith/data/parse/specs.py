@@ -43,13 +43,16 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 class Sparse:
     """Ids of a named feature, as a `Ragged` of int64: fids, or an Example's integers as they are.
 
-    A feature that holds floats or bytes is refused.
+    A feature that holds floats is refused, and so are strings unless they are allowed.
 
     Attributes:
         feature: Name of the feature in the records; the output's name by default.
+        strings: Of strings in Examples and Instances the hash is the id (`trilith.ops.strings`); a batch with such ids
+            has them as `HashedIds`, which are a `Ragged`.
     """
 
     feature: str | None = None
+    strings: bool = False
 
 
 @dataclass(frozen=True, slots=True)
