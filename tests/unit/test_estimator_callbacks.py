@@ -254,7 +254,7 @@ def test_early_stopping_knows_what_is_better_by_the_name():
             lambda: EarlyStopping("valid/clik/auc").on_evaluated(Evaluated(metrics={AUC: 1.0})),
             "no such figure, but valid/click/auc; do you mean",
         ),
-        (lambda: EarlyStopping(AUC).on_evaluated(Evaluated()), "none at all"),
+        (lambda: EarlyStopping(AUC).on_evaluated(Evaluated()), "there is no evaluation"),
         (lambda: TensorBoard(every=0), "every=0"),
         (lambda: Profiler("d", active=0), "active=0"),
     ],

@@ -16,7 +16,7 @@ from torch import nn
 import trilith.data
 from trilith.checkpoint import newest_complete
 from trilith.errors import CheckpointError, DataError, InvalidRequestError, NonFiniteError
-from trilith.estimator import Callback, Dense, Embedding, Estimator, Label, RunConfig, Sequence, Task
+from trilith.estimator import Callback, Dense, EarlyStopping, Embedding, Estimator, Label, RunConfig, Sequence, Task
 
 ROWS = 8
 
@@ -138,6 +138,29 @@ def test_data_that_cannot_be_learned_from_is_said_in_one_line_and_changes_no_row
         assert "\n" not in str(raised.value)
         assert estimator.step_count == 0
         assert not estimator.client.table("user").lookup(np.arange(ROWS)).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "evaluate", "error"),
+    [
+        ({}, [batch()], r"EarlyStopping\('valid/clik/auc'\): .* but valid/loss; do you mean 'valid/loss'"),
+        ({}, None, r"EarlyStopping\('valid/clik/auc'\): there is no evaluation: give the Estimator evaluate="),
+        (
+            {"evaluate_every_epoch": False},
+            [batch()],
+            "there is no evaluation: .* set evaluate_every or",
+        ),
+        ({"keep_best": "valid/click/auc"}, [batch()], r"BestByMetric\('valid/click/auc'\): an evaluation has no such"),
+    ],
+)
+def test_a_figure_that_no_evaluation_has_is_refused_before_anything_is_learned(tmp_path, settings, evaluate, error):
+    callbacks = [] if "keep_best" in settings else [EarlyStopping("valid/clik/auc")]
+    made = run(model_dir=str(tmp_path), **settings)
+    with Estimator(Shop(), made, train=[batch()], evaluate=evaluate, callbacks=callbacks) as estimator:
+        with pytest.raises(InvalidRequestError, match=error) as raised:
+            estimator.train()
+        assert "\n" not in str(raised.value)
+        assert estimator.step_count == 0
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
 
 from trilith.errors import InvalidRequestError
-from trilith.estimator.events import EVENTS, Done, Evaluated, Event, Failed, Saved, Stop, Stopped
+from trilith.estimator.events import EVENTS, Done, Evaluated, Event, Failed, Saved, Started, Stop, Stopped
 from trilith.estimator.metrics import direction
 
 __all__ = ["BestByMetric", "Callback", "Callbacks", "EarlyStopping", "Kept"]
@@ -152,14 +152,23 @@ class _ByMetric(Callback):
         self.metric = metric
         self.mode: Mode = mode or direction(metric)
 
+    def on_started(self, event: Started) -> None:
+        """Refuse a figure that no evaluation will have, before anything is learned in vain."""
+        if event.rank == 0:  # others may leave evaluations to it
+            self._check(event.figures)
+
+    def _check(self, figures: Collection[str]) -> None:
+        if self.metric in figures:
+            return
+        near = difflib.get_close_matches(self.metric, figures, n=1, cutoff=0.5)
+        hint = f"; do you mean {near[0]!r}?" if near else ""
+        said = "there is no evaluation: give the Estimator evaluate=, and set evaluate_every or evaluate_every_epoch"
+        if figures:
+            said = f"an evaluation has no such figure, but {', '.join(figures)}{hint}"
+        raise InvalidRequestError(f"{type(self).__name__}({self.metric!r}): {said}")
+
     def _of(self, event: Evaluated) -> float:
-        if self.metric not in event.metrics:
-            near = difflib.get_close_matches(self.metric, event.metrics, n=1, cutoff=0.5)
-            hint = f"; do you mean {near[0]!r}?" if near else ""
-            raise InvalidRequestError(
-                f"{type(self).__name__}({self.metric!r}): an evaluation has no such figure, but "
-                f"{', '.join(event.metrics) or 'none at all'}{hint}"
-            )
+        self._check(event.metrics)
         return event.metrics[self.metric]
 
     def _is_better(self, value: float, best: float | None, by: float = 0.0) -> bool:

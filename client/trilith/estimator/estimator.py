@@ -477,9 +477,17 @@ class Estimator:
                 world_size=self.identity.world_size,
                 epoch=self._at.epoch,
                 config=self.run,
+                figures=self._figures(),
             )
         )
         self._agree()
+
+    def _figures(self) -> tuple[str, ...]:
+        """Names of what evaluations in training find."""
+        due = self.run.evaluate_every > 0 or self.run.evaluate_every_epoch
+        if self._follows or not due or self._data["evaluate"] is None:
+            return ()
+        return tuple(f"valid/{name}" for name in self._scorer.names)
 
     def _end_with_others(self) -> None:
         """Where workers do not meet: the chief's last save is after all of them, if it is not to leave at once."""

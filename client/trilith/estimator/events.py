@@ -93,6 +93,7 @@ class Started(Event):
         epoch: Passes done before.
         total_steps: Steps that this worker will have done in the end; None where the data does not say.
         config: The run.
+        figures: Names in the metrics of its evaluations to come; empty: there will be none.
     """
 
     rank: int = 0
@@ -100,6 +101,7 @@ class Started(Event):
     epoch: int = 0
     total_steps: int | None = None
     config: RunConfig = field(default_factory=RunConfig)
+    figures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

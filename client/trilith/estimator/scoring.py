@@ -61,8 +61,7 @@ class Scorer:
             TrilithError: Batches of a rank could not be scored; every rank raises it.
         """
         task = self._task
-        metrics: dict[str, Metric] = per_head(task.metrics, task.labels)
-        metrics["loss"], samples = Mean(), 0
+        metrics, samples = self._metrics(), 0
         with self._ranks.alike():
             for prepared, outputs in self._scored(source, self._run.evaluate_steps):
                 labels, weight = self._rows.labels(prepared)
@@ -75,6 +74,14 @@ class Scorer:
                     for name in task.metrics:
                         metrics[f"{label}/{name}"].add(predicted.float(), labels[label], prepared.weight)
         return results(merge_over_ranks(metrics) if self._ranks.several else metrics), samples
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of what `evaluate` finds."""
+        return tuple(self._metrics())
+
+    def _metrics(self) -> dict[str, Metric]:
+        return {**per_head(self._task.metrics, self._task.labels), "loss": Mean()}
 
     def predict(self, source: Source) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
         """Predictions batch by batch: by label float32[b]."""
