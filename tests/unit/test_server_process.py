@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
 
+import trilith
 from trilith.discovery import PS
 from trilith.discovery.host_files import HostFilesDirectory
-from trilith.errors import UnavailableError
+from trilith.errors import TrilithError, UnavailableError
 from trilith_services.grpc.server_process import Announcement
 from trilith_services.ps.process.membership import Membership
 from trilith_services.ps.process.replica_server import ReplicaServer
@@ -181,3 +184,30 @@ def test_health_over_http_is_that_of_grpc(caplog):
     server.stop()
     with pytest.raises(urllib.error.URLError, match="refused"):
         urllib.request.urlopen(url, timeout=30)
+
+
+def test_a_checkpoint_that_a_client_has_written_is_in_stats_and_metrics_as_one_of_the_ps_own_is(tmp_path):
+    """Where a job saves, this is how old what would be restored is, and how long it takes to write."""
+
+    def metric(name: str) -> float:
+        lines = generate_latest(server.metrics.registry).decode().splitlines()
+        return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+
+    server = ParameterServer(LocalShard(threads=1), PsOptions(restore_from=str(tmp_path)))
+    try:
+        with trilith.connect(f"static://127.0.0.1:{server.start('127.0.0.1:0')}") as client:
+            assert client.stats()[0].last_checkpoint_time == 0
+            client.save(str(tmp_path / "ckpt-1"))
+            (stats,) = client.stats()
+            assert stats.last_checkpoint == str(tmp_path / "ckpt-1")
+            assert abs(stats.last_checkpoint_time - time.time()) < 3600
+            assert metric("trilith_ps_checkpoint_seconds_count") == 1
+            assert metric("trilith_ps_checkpoint_failures_total") == 0
+            (tmp_path / "file").write_text("no directory")
+            with pytest.raises((TrilithError, OSError)):
+                client.save(str(tmp_path / "file" / "ckpt-2"))
+            assert metric("trilith_ps_checkpoint_seconds_count") == 1
+            assert metric("trilith_ps_checkpoint_failures_total") == 1
+            assert client.stats()[0].last_checkpoint == str(tmp_path / "ckpt-1")
+    finally:
+        server.stop()

@@ -177,8 +177,9 @@ class ParameterServer(ServerProcess[PsOptions]):
 
     def _add_stats(self, stats: ps_pb2.StatsResponse) -> None:
         stats.sync_targets.extend(self.syncer.stats())
-        if self._checkpointer is not None:
-            stats.last_checkpoint, stats.last_checkpoint_time = self._checkpointer.last
+        own = self._checkpointer.last if self._checkpointer is not None else ("", 0.0)
+        newest = max(own, self.servicer.saved, key=lambda saved: saved[1])
+        stats.last_checkpoint, stats.last_checkpoint_time = newest
 
     def _finish(self) -> None:
         self.syncer.stop(flush_s=self._options.limits.drain_s)

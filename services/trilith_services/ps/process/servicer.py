@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
@@ -10,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from trilith.errors import InvalidRequestError, UnavailableError
+from trilith.errors import InvalidRequestError, ShardRestartedError, UnavailableError
 from trilith.rpc import wire
 from trilith.shard import IdPart, ServedShard, Write
 from trilith.verbs import VERBS, Verb
@@ -56,6 +57,8 @@ class ParameterServerServicer:
             "Restore": self.restore,
         }
         self.ready = False
+        self.saved = "", 0.0
+        """The newest checkpoint whose part a client had written: its path, and when, Unix seconds."""
 
     # ---- what `guarded` needs ----------------------------------------------------------------------------------------
 
@@ -129,7 +132,18 @@ class ParameterServerServicer:
 
     def save(self, path: str, write: Write) -> ps_pb2.SaveResponse:
         """Write this shard's files of a checkpoint, where it may write."""
-        return self._shard.save(self._paths.resolve(path), write)
+        where = self._paths.resolve(path)
+        began = time.perf_counter()
+        try:
+            reply = self._shard.save(where, write)
+        except ShardRestartedError:
+            raise  # nothing was tried: the client is to see that rows are others first
+        except Exception:
+            self._metrics.checkpointed(time.perf_counter() - began, 0, succeeded=False)
+            raise
+        self._metrics.checkpointed(time.perf_counter() - began, sum(file.bytes for file in reply.files), succeeded=True)
+        self.saved = where, time.time()
+        return reply
 
     def restore(self, path: str, write: Write) -> ps_pb2.RestoreResponse:
         """Replace the shard's content by what it may read."""
