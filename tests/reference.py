@@ -146,7 +146,6 @@ COMPOSE = {
     "CONSOLE_PORT": "Port of this machine for the console.",
     "ENTRY_HTTP_PORT": "Port of this machine for predictions as JSON.",
     "ENTRY_PORT": "Port of this machine for predictions over gRPC.",
-    "EPOCHS": "Passes over MovieLens; 0: the model's own number.",
     "GRAFANA_IMAGE": "Image of Grafana.",
     "GRAFANA_PORT": "Port of this machine for Grafana.",
     "PIP_ARGS": "More arguments for pip when the image is built.",
@@ -154,6 +153,7 @@ COMPOSE = {
     "PROMETHEUS_PORT": "Port of this machine for Prometheus.",
     "TORCH_INDEX": "Where pip looks for torch as well; empty: the default build, which brings CUDA.",
     "TRILITH_IMAGE": "Name of the image that is built, or used as it is.",
+    "TRILITH_RUN_EPOCHS": "Passes over MovieLens; not set: the job's own number.",
     "TRILITH_ZK": "ZooKeeper servers, with commas between.",
     "ZK_CONFIG": "`one` or `three`: which file of `deploy/zookeeper` the ZooKeeper servers read.",
     "ZK_IMAGE": "Image of ZooKeeper.",
@@ -272,7 +272,9 @@ def _variables(words: str, command: click.Command) -> Iterator[tuple[str, str, s
 
 def _compose_defaults() -> dict[str, str]:
     text = (ROOT / "docker-compose.yml").read_text()
-    return dict(sorted(re.findall(r"(?<!\$)\$\{(\w+)(?::?-([^}]*))?\}", text)))
+    found = re.findall(r"(?<!\$)\$\{(\w+)(?::?-([^}]*))?\}", text)
+    handed_on = re.findall(r"^ +([A-Z_]+):(?: *#.*)?$()", text, re.M)  # to a service, as they are
+    return dict(sorted(found + handed_on))
 
 
 def _compose() -> Iterator[tuple[str, str, str, str]]:

@@ -25,11 +25,11 @@ from docker.models.containers import Container
 
 import trilith
 from tests.served import Load
-from trilith.nn import DenseOnPs, auc
+from trilith.nn import auc
 from trilith_services.demo.click_files import click_records
 from trilith_services.demo.clicks import ClickData
 from trilith_services.demo.datasets import load_dataset
-from trilith_services.demo.models import settings_of
+from trilith_services.demo.job import deepfm
 from trilith_services.local.supervisor import free_ports
 
 pytestmark = pytest.mark.timeout(600)
@@ -151,7 +151,7 @@ def command() -> list[str]:
 
 @pytest.fixture(scope="module")
 def stack(engine: docker.DockerClient, command: list[str]) -> Iterator[Stack]:
-    made = Stack(engine, command, EPOCHS="100000")  # until a test has seen enough
+    made = Stack(engine, command, TRILITH_RUN_EPOCHS="100000")  # until a test has seen enough
     try:
         made.compose("up", "-d")
         made.compose("up", "-d", "prometheus")
@@ -175,6 +175,14 @@ def step(stack: Stack) -> int:
 
 def model(stack: Stack) -> dict[str, Any]:
     return stack.get("ENTRY_HTTP_PORT", "/v1/model")  # type: ignore[no-any-return]
+
+
+def events(stack: Stack, worker: str, name: str) -> list[dict[str, Any]]:
+    """What a worker has written down, of one kind of event; it must be running."""
+    found = stack.containers()[worker].exec_run(["cat", f"/data/workers/{worker}.jsonl"])
+    assert found.exit_code == 0, found.output
+    whole = found.output.decode().rpartition("\n")[0]
+    return [each for each in map(json.loads, whole.splitlines()) if each["event"] == name]
 
 
 def test_everything_becomes_healthy_and_no_kernel_is_compiled(stack: Stack) -> None:
@@ -212,7 +220,7 @@ def test_entry_gives_scores_and_takes_newer_models_over(stack: Stack, data: Clic
     assert found.rows_as_of > 0
     body = {"examples": [b64encode(each).decode() for each in records]}
     over_http = stack.get("ENTRY_HTTP_PORT", "/v1/predict", body)
-    assert len(over_http["outputs"]["score"]) == ROWS
+    assert len(over_http["outputs"]["click"]) == ROWS
     assert over_http["model_version"] >= found.model_version
     until(lambda: model(stack)["model_step"] > found.model_step, timeout_s=120)
 
@@ -248,7 +256,10 @@ def test_a_killed_ps_comes_back_from_its_checkpoint_while_training_and_serving_g
         came_back_at = step(stack)
         until(lambda: step(stack) > came_back_at + 100, timeout_s=180)
         for worker in WORKERS:
-            until(lambda: "PS 1 restarted and went back" in stack.log(worker), timeout_s=60)  # noqa: B023
+            until(lambda: events(stack, worker, "rows_rejoined"), timeout_s=60)  # noqa: B023
+            (back,) = events(stack, worker, "rows_rejoined")
+            assert back["shard"] == 1
+            assert back["restored_from"].startswith("/data/model/ckpt-")
         load.more(10)
     assert load.errors == []
     shard = cluster(stack)["shards"][1]
@@ -298,27 +309,21 @@ def test_rules_pass_their_own_tests(engine: docker.DockerClient) -> None:
 
 
 def test_in_the_end_entry_scores_as_the_trained_model_does(stack: Stack, data: ClickData) -> None:
-    def epoch_of(worker: str) -> int:
-        found = stack.containers()[worker].exec_run(["cat", f"/data/workers/{worker}.json"])
-        return int(json.loads(found.output)["epoch"])
-
-    last = max(map(epoch_of, WORKERS)) + 2
+    last = max(events(stack, worker, "step")[-1]["epoch"] for worker in WORKERS) + 2
     stack.compose("stop", *WORKERS)
-    # They go on where they were. The one that saves comes last, so that nobody trains on when it has.
-    for worker in sorted(WORKERS, reverse=True):
-        stack.compose("up", "-d", "--no-deps", worker, EPOCHS=str(last))
-        until(lambda worker=worker: stack.state(worker)["Status"] == "exited", timeout_s=120)
-        assert stack.state(worker)["ExitCode"] == 0
+    # They go on where they were, and the one that saves waits for the other one before it saves for the last time.
+    stack.compose("up", "-d", "--no-deps", *WORKERS, TRILITH_RUN_EPOCHS=str(last))
+    for worker in WORKERS:
+        until(lambda: stack.state(worker)["Status"] == "exited", timeout_s=120)  # noqa: B023
+        assert stack.state(worker)["ExitCode"] == 0, stack.log(worker)
     address = "static://" + ",".join(f"{stack.address(each)}:7000" for each in PS)
     with trilith.connect(address) as client:
         trained = client.global_step()  # as it is now; the console looks now and then
     until(lambda: model(stack)["model_step"] == trained, timeout_s=120)
-    settings = settings_of("deepfm")
-    with trilith.connect(address) as client:
-        assert client.global_step() == trained
-        on_ps = settings.on_cluster(client, data.features, seed=0)
-        DenseOnPs(client, on_ps.head, settings.dense_optimizer())
-        expected = on_ps.predict(data)
+    job = deepfm()
+    with job.configure(job.run.overridden(sets=[f"cluster={address}", "progress=none"])):
+        assert job.step_count == trained
+        expected = np.concatenate([each["click"] for each in job.predict(data.columns(4096))])
     assert auc(data.labels, expected) > 0.7
 
     def largest_difference() -> float:
