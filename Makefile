@@ -19,13 +19,15 @@ BIN := .venv/bin
 VENV := .venv/.stamp
 PROTO_BIN := .venv-proto/bin
 PROTO_VENV := .venv-proto/.stamp
+EXTRAS_BIN := .venv-extras/bin
+EXTRAS_VENV := .venv-extras/.stamp
 PYTEST := $(BIN)/python -m pytest
 # The files that take longest come first, and stay there, so that no process is left with one at the end.
 TIERS := tests/integration tests/congruence tests/conformance tests/golden tests/unit
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-jobs quick test-gpu quality test-nojit fuzz lint format docs proto proto-check wheel-check \
+.PHONY: help venv demo test test-jobs quick test-extras test-gpu quality test-nojit fuzz lint format docs proto proto-check wheel-check \
   conformance bench up down compose-check clean
 
 help:  ## list the tasks
@@ -44,6 +46,10 @@ test-jobs: $(VENV)  ## whole jobs of the Estimator: several workers, kills, expo
 
 quick: $(VENV)  ## unit tests of what has changed since main, or of PART=engine|data|client|serving|nn|estimator|ops (a minute)
 	$(BIN)/python -m tests.quick $(PART) $(ARGS)
+
+test-extras: $(EXTRAS_VENV)  ## the tests of packages that Trilith works with and does not need: pandas, W&B, ... (a minute)
+	TRILITH_TEST_EXTRAS=1 $(EXTRAS_BIN)/python -m pytest -n $(JOBS) \
+	  tests/unit/test_data_arrow.py tests/unit/test_estimator_callbacks.py tests/unit/test_estimator_source.py $(ARGS)
 
 test-gpu: $(VENV)  ## the tests that need a CUDA device, on a machine that has one
 	$(PYTEST) -m gpu tests/unit $(ARGS)
@@ -127,7 +133,7 @@ compose-check: $(VENV)  ## build the image, and test the cluster of docker-compo
 	TORCH_INDEX=$(TORCH_INDEX) .ci/compose $(ARGS)
 
 clean:  ## remove environments, caches and build results
-	rm -rf .venv .venv-proto build dist wheelhouse .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-proto .venv-extras build dist wheelhouse .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks
 	find protos client services tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV): pyproject.toml requirements.lock
@@ -137,6 +143,16 @@ $(VENV): pyproject.toml requirements.lock
 	  { rm -rf .venv; echo "error: $(PYTHON) cannot make environments (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@echo "making .venv: pip fetches torch and what else is missing, which can take some minutes and gigabytes"
 	@$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c requirements.lock -e '.[torch,dev]'
+	@touch $@
+
+# It sees what .venv has, and adds to it.
+$(EXTRAS_VENV): $(VENV)
+	@test -x $(EXTRAS_BIN)/python || $(BIN)/python -m venv .venv-extras
+	@$(BIN)/python -c 'import pathlib, sysconfig; \
+	seen = "import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"); \
+	pathlib.Path(next(pathlib.Path(".venv-extras").glob("lib/python*/site-packages")), "venv.pth").write_text(seen)'
+	$(EXTRAS_BIN)/python -m pip install --quiet -c requirements.lock \
+	  datasets mlflow-skinny pandas polars tensorboard torchdata wandb
 	@touch $@
 
 # The oldest versions we support: generated code refuses a runtime older than its generator.

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from torch.utils.data import DataLoader
 
+from tests.absent import optional
 from trilith.data import Dense, Extra, Label, Ragged, Records, Sparse, from_arrow, from_json, hash_strings, to_json
 from trilith.data.formats.arrow_rows import ArrowRows
 from trilith.errors import DataError, InvalidRequestError
@@ -51,16 +52,16 @@ class OfRay:
 
 
 def polars() -> Any:
-    return pytest.importorskip("polars").from_arrow(table())
+    return optional("polars").from_arrow(table())
 
 
 def pandas() -> Any:
-    pytest.importorskip("pandas")
+    optional("pandas")
     return table().to_pandas(types_mapper={pa.int64(): None}.get, integer_object_nulls=True)
 
 
 def hub() -> Any:
-    return pytest.importorskip("datasets").Dataset(pa.table(table()))
+    return optional("datasets").Dataset(pa.table(table()))
 
 
 def files(path: Any) -> Any:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 
+from tests.absent import optional
 from trilith.errors import InvalidRequestError, MissingExtraError
 from trilith.estimator.callbacks import BestByMetric, Callback, Callbacks, EarlyStopping
 from trilith.estimator.config import RunConfig
@@ -419,7 +420,7 @@ def test_a_missing_package_is_one_line_before_training(module, make, monkeypatch
 def test_tensorboard_has_the_scalars(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the package itself
-        pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+        optional("tensorboard")
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         tell_story(TensorBoard(str(tmp_path), every=1))
@@ -433,7 +434,7 @@ def test_tensorboard_has_the_scalars(tmp_path):
 def test_wandb_has_the_scalars_without_a_network(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pytest.importorskip("wandb", reason="the wandb extra is not installed")
+        optional("wandb")
         monkeypatch.setenv("WANDB_SILENT", "true")
         tell_story(WandB("shop", every=1, mode="offline", dir=str(tmp_path)))
     (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
@@ -447,7 +448,7 @@ def test_mlflow_has_the_scalars_in_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs mlflow itself, not the client alone
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pytest.importorskip("mlflow", reason="the mlflow extra is not installed")
+        optional("mlflow")
         from mlflow import MlflowClient
 
         uri = (tmp_path / "runs").as_uri()

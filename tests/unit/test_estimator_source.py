@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchData
 
+from tests.absent import optional
 from trilith.data import from_arrow, from_json, hash_strings, to_json
 from trilith.data.pipeline.positions import pack_state, unpack_state
 from trilith.errors import InvalidRequestError
@@ -106,7 +107,7 @@ def seeded() -> torch.Generator:
 def torchdata_loader(**options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it takes from torch
-        loaders = pytest.importorskip("torchdata.stateful_dataloader")
+        loaders = optional("torchdata.stateful_dataloader")
         return loaders.StatefulDataLoader(Samples(), batch_size=BATCH, collate_fn=collate, **options)
 
 
