@@ -345,8 +345,49 @@ def apart() -> dict[str, Any]:
         return state(found) | {"told": told.names, "seen": seen, "metrics": metrics, "reason": told.reason}
 
 
+BEGAN, STEP_S = 1_600_000_200, 900
+
+
+def timed() -> dict[str, Any]:
+    """A batch is of fifteen minutes; rank 1 is an hour ahead, of other rows, and has half as many batches."""
+    rank = WorkerIdentity.find().rank
+
+    class Timed(Job):
+        user = Embedding(dim=2, optimizer=Sgd(learning_rate=0.5), initializer=Zeros(), ttl_days=1)
+        request_time = "when"
+
+        def build(self) -> None:
+            self.deep = nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.deep(torch.cat([x.user.vector, x.context], 1))[:, 0]
+
+    def mine() -> list[dict[str, Any]]:
+        return [
+            {
+                "user": np.array([100 * rank + number]),
+                "context": np.ones((1, 2), np.float32),
+                "click": [1.0],
+                "when": [BEGAN + number * STEP_S + rank * 4 * STEP_S],
+            }
+            for number in range(5 if rank else 10)
+        ]
+
+    at: list[Any] = []
+
+    class Saves(Callback):
+        def on_saved(self, event):
+            at.append((event.step, event.event_time))
+
+    dense = Sgd(learning_rate=0.05) if os.environ.get("APART") else sgd
+    with job(Saves(), task=Timed(dense_optimizer=dense), train=mine) as found:
+        found.train()
+    return {"saved": at}
+
+
 SCENARIOS = {each.__name__: each for each in (
-    train, uneven, shared, not_finite, stops, terminated, raises, killed, waits, saves_fail, exports, scores, apart
+    train, uneven, shared, not_finite, stops, terminated, raises, killed, waits, saves_fail, exports, scores, apart,
+    timed,
 )}  # fmt: skip
 
 

@@ -10,13 +10,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tests.congruence.clusters import LocalCluster
+from tests.integration.ranks_job import BEGAN
 from tests.waiting import eventually
-from trilith.checkpoint import list_checkpoints
-from trilith.estimator.state import read_rank
+from trilith.checkpoint import list_checkpoints, read_manifest
+from trilith.estimator.state import read_job, read_rank
 from trilith_services.local.supervisor import free_ports, trilith_argv
+from trilith_services.ps.checkpoint import parquet
 
 pytestmark = pytest.mark.jobs
 
@@ -283,6 +286,29 @@ def test_another_number_of_workers_is_refused_in_a_line_that_says_what_to_do(ran
         assert "was written by 2 workers, and there are 1" in alone.log(0).splitlines()[-1]
 
 
+@pytest.mark.parametrize("where", ["ps", "peers"])
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_step_is_as_late_as_its_latest_sample_of_any_rank_and_so_are_saves(ranks, tmp_path, where, ahead):
+    settings = {"prefetch": ahead, "async_push": ahead, "save_every_event_s": 3600, "keep_newest": 99}
+    with LocalCluster("3-ps") as cluster:
+        settings |= {"cluster": cluster.address if where == "ps" else "peers://", "model_dir": tmp_path / "model"}
+        first, second = ranks("timed", **at(cluster, **settings)).reports()
+    # Rank 1 is an hour ahead until its batches end with the fifth; the tenth of rank 0 is a little later than that.
+    step_of = [BEGAN + 900 * each for each in (4, 5, 6, 7, 8, 5, 6, 7, 8, 9)]
+    latest = np.maximum.accumulate(step_of).tolist()
+    saved = [(step, latest[step - 1]) for step in (3, 10)]
+    assert [tuple(each) for each in first["saved"]] == [tuple(each) for each in second["saved"]] == saved
+    newest = list_checkpoints(str(tmp_path / "model"))[-1].path
+    assert read_job(newest).event_time == latest[-1]
+    assert [read_rank(newest, rank, 2).event_time for rank in (0, 1)] == [latest[-1]] * 2
+    assert sum(parquet.export(newest, read_manifest(newest), str(tmp_path / "rows"), ["user"])) == 15
+    rows = pq.read_table(tmp_path / "rows" / "user").to_pydict()
+    updated = [each.timestamp() for each in rows["last_update"]]
+    assert dict(zip(rows["id"], updated, strict=True)) == {
+        100 * rank + number: step_of[number] for rank in (0, 1) for number in range(5 if rank else 10)
+    }
+
+
 # ---- workers that do not wait for each other -------------------------------------------------------------------------
 
 
@@ -365,3 +391,15 @@ def test_a_worker_without_a_chief_says_what_it_waits_for(ranks, tmp_path):
         alone = ranks("apart", 1, "alone", **settings, RANK="1", WORLD_SIZE="2")
         assert alone.statuses() == [1]
     assert "rank 1: the cluster is at step 0, and rank 0 did not restore" in alone.log(0)
+
+
+def test_the_chief_saves_by_its_own_samples_where_nobody_waits_and_the_job_is_as_late_as_the_latest(ranks, tmp_path):
+    saved = str(tmp_path / "model")
+    with LocalCluster("1-ps") as cluster:
+        settings = at(cluster, model_dir=saved, save_every_event_s=3600, keep_newest=99)
+        first, second = ranks("timed", **settings, APART="1").reports()
+    assert [when for _, when in first["saved"]] == [BEGAN + 900 * each for each in (2, 6, 9)]
+    assert second["saved"] == []
+    newest = list_checkpoints(saved)[-1].path
+    assert [read_rank(newest, rank, 2).event_time for rank in (0, 1)] == [BEGAN + 900 * 9, BEGAN + 900 * 8]
+    assert read_job(newest).event_time == BEGAN + 900 * 9

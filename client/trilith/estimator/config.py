@@ -107,6 +107,9 @@ class RunConfig(BaseModel):
     """Steps of all workers between two checkpoints; 0: one at the end alone."""
     save_every_s: Amount = 0.0
     """Seconds between two checkpoints; 0: steps alone decide."""
+    save_every_event_s: Count = 0
+    """Seconds of the samples' own time, request_time of the task, between two checkpoints: one is due when a multiple
+    of them is passed, such as a full hour with 3600; 0: other rules decide."""
     save_on_stop: bool = True
     """SIGTERM, SIGINT and a callback's Stop save before they end training."""
     resume: str = "latest"
@@ -258,7 +261,9 @@ class RunConfig(BaseModel):
                     yield f"{name}={value!r}" if "://" not in str(value) else f"{name}={redact(str(value))!r}"
 
         if not self.model_dir:
-            saves = given("save_every", "save_every_s", "keep_newest", "keep_every_hours", "keep_best")
+            saves = given(
+                "save_every", "save_every_s", "save_every_event_s", "keep_newest", "keep_every_hours", "keep_best"
+            )
             yield from (f"{each} needs model_dir, where checkpoints go" for each in saves)
             if self.export_every_save:
                 yield "export_every_save exports checkpoints, and there are none without model_dir"

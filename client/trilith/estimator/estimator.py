@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -36,6 +34,7 @@ from trilith.estimator.progress import Learned, Progress, Watch
 from trilith.estimator.rows import Prepared, TaskRows
 from trilith.estimator.saving import Saver, as_rows_are
 from trilith.estimator.scoring import Scorer
+from trilith.estimator.signals import stop_signals
 from trilith.estimator.source import EpochBatches, Source
 from trilith.estimator.state import RankState, is_job, read_job, rng_state, set_rng_state
 from trilith.estimator.task import Task
@@ -94,6 +93,8 @@ class Estimator:
         self._stopping = self._late = False
         """Whether a rank wants to stop, and whether the chief finds that it is time to save: what all know."""
         self._micro = 0
+        self._period_over = False
+        """Whether the step that was taken last is the first of another period of `save_every_event_s`."""
         self._buffers: list[Tensor] = []
         self._exporter: Any = None
         self._sample: Prepared | None = None
@@ -129,6 +130,11 @@ class Estimator:
         me = self.identity
         if run.params_override and not self.task.built:
             self.task.override(run.params_override)
+        if run.save_every_event_s and not self.task.request_time:
+            raise InvalidRequestError(
+                f"save_every_event_s={run.save_every_event_s} needs a task that says when its samples were: "
+                f"{type(self.task).__name__} has no request_time = COLUMN"
+            )
         self.placement = Placement.of(run.cluster, run.dense, self.task, me.world_size)
         self.device = local_device(me, run.device, use_gpu=run.use_gpu, processes_per_gpu=run.processes_per_gpu)
         if self.device.type == "cuda":
@@ -340,6 +346,7 @@ class Estimator:
         before = optimization.applied
         try:
             optimization.average()
+            self._see_time(optimization.request_time)
             scaled = self.run.precision == "fp16" and optimization.has_gradients()
             if scaled:
                 self.scaler.scale(torch.zeros((), device=self.device))  # where this rank has had no loss yet
@@ -356,6 +363,15 @@ class Estimator:
             self._count()
         else:
             self._restore_buffers()
+
+    def _see_time(self, newest: int | None) -> None:
+        """A step has samples of a time: whether it is the first behind a full `save_every_event_s`."""
+        before, every = self._at.event_time, self.run.save_every_event_s
+        self._period_over = False
+        if newest is not None:
+            now = max(newest, before or 0)
+            self._at = replace(self._at, event_time=now)
+            self._period_over = every > 0 and before is not None and now // every > before // every
 
     def _keep_buffers(self) -> None:
         """Have running means and the like as they were, should the step be left out: they may become NaN with it."""
@@ -429,7 +445,7 @@ class Estimator:
         self._last, self._stop_reason, self._signalled = {}, "", False
         self._progress = Progress(self.task)
         began = time.perf_counter()
-        with self._stopping_on_signals(), self._callbacks:
+        with stop_signals(self._signal), self._callbacks:
             try:
                 with self._ranks.explained():
                     self._begin()
@@ -504,7 +520,7 @@ class Estimator:
         """Leave word of where this worker is, which saves no checkpoint."""
         self._guarded(self.optimization.drain)
         self.step_count = int(self.client.global_step())
-        self._saver.note(self._settled(), step=self.step_count, ended=ended)
+        self._saver.note(self._here(), step=self.step_count, ended=ended)
         self._saved_step, self._saved_at, self._noted_at = self.step_count, time.monotonic(), time.monotonic()
 
     def _end(self, finished: bool, seconds: float) -> None:
@@ -605,6 +621,10 @@ class Estimator:
         at = replace(self._at, rng=rng_state()) if self.run.accumulate > 1 else self._at
         self._settled = lambda: replace(at, source=place(), rng=at.rng or rng_state())
 
+    def _here(self) -> RankState:
+        """What a checkpoint of now has of this worker; in a loop of one's own that is not where its data is."""
+        return replace(self._settled(), event_time=self._at.event_time)
+
     def _one(self, prepared: Prepared | None, fetched: Any, waited: float) -> None:
         """One batch of the loop; a PS that restarted costs this batch."""
         began = time.perf_counter()
@@ -637,6 +657,7 @@ class Estimator:
                 samples_per_s=prepared.samples / max(time.perf_counter() - began + waited, 1e-9),
                 seconds={"data": waited, "lookup": looked_up, **learned.seconds},
                 skipped=self.optimization.skipped,
+                event_time=self._at.event_time,
             )
         )
 
@@ -658,7 +679,8 @@ class Estimator:
 
     def _save_due(self) -> bool:
         run = self.run
-        return bool(run.model_dir) and (self._late or (run.save_every > 0 and self._at.steps % run.save_every == 0))
+        by_steps = run.save_every > 0 and self._at.steps % run.save_every == 0
+        return bool(run.model_dir) and (self._late or self._period_over or by_steps)
 
     def _do_what_is_due(self) -> None:
         """Evaluate and save, each where it is due."""
@@ -787,9 +809,11 @@ class Estimator:
             self.optimization.drain()
             self.optimization.pull()  # what is exported of the checkpoint is as new as its rows
         self._share_buffers()
-        path, self.step_count = self._saver.save(self._settled())
+        at = self._here()
+        path, self.step_count = self._saver.save(at)
         self._saved_step, self._saved_at = self.step_count, time.monotonic()
-        self._tell(events.Saved(path=path, step=self.step_count, seconds=time.perf_counter() - began))
+        seconds = time.perf_counter() - began
+        self._tell(events.Saved(path=path, step=self.step_count, event_time=at.event_time, seconds=seconds))
         self._saver.prune(path)
         if self.run.export_every_save:
             self.export(checkpoint=path)
@@ -910,25 +934,10 @@ class Estimator:
             if self._notes is not None:
                 self._notes.stop(self._stop_reason)
 
-    @contextmanager
-    def _stopping_on_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end training after its step; only where this is the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def on_signal(number: int, frame: Any) -> None:
-            del frame
-            self._signalled = True
-            self._stop_reason = self._stop_reason or signal.Signals(number).name
-            signal.signal(number, before[signal.Signals(number)])  # a second one is not waited for
-
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _signal(self, name: str) -> None:
+        """SIGTERM or SIGINT: training is to end."""
+        self._signalled = True
+        self._stop_reason = self._stop_reason or name
 
 
 def _check_parts(task: Any, run: Any, data: Mapping[str, Any]) -> None:

@@ -120,6 +120,8 @@ class Step(Event):
         seconds: What took how long, by phase: "data" (waiting for the batch), "lookup", "forward", "backward", "push",
             "dense" and whatever else the loop times.
         skipped: Steps left out so far because a loss or gradient was not finite.
+        event_time: The latest time of the samples that were learned from, Unix seconds; None where the task has no
+            `request_time`.
     """
 
     own_step: int = 0
@@ -132,6 +134,7 @@ class Step(Event):
     samples_per_s: float = 0.0
     seconds: Mapping[str, float] = field(default_factory=dict)
     skipped: int = 0
+    event_time: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,11 +175,14 @@ class Saved(Event):
 
     Attributes:
         path: Of it.
+        event_time: The latest time of the samples that this worker had learned from, Unix seconds; of workers in step,
+            of all. None where the task has no `request_time`.
         dense_only: It holds no rows.
         seconds: It took.
     """
 
     path: str = ""
+    event_time: int | None = None
     dense_only: bool = False
     seconds: float = 0.0
 

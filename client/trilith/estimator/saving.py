@@ -134,9 +134,11 @@ class Saver:
                 self._dense.publish()
             if chief:
                 now = int(self._client.global_step())
+                times = [state.event_time]
                 for rank, other in self._notes.others(now) if self._notes is not None else ():
                     write_rank(path, rank, self._me.world_size, other)
-                write_job(path, self._job(now))
+                    times.append(other.event_time)
+                write_job(path, self._job(now, max((each for each in times if each is not None), default=None)))
             if chief or self._holds_rows:
                 step = int(self._client.save(path))
         return path, int(ranks.first(str(step)))
@@ -155,13 +157,14 @@ class Saver:
         if self._me.chief:
             self._keeper.prune(newest)
 
-    def _job(self, step: int) -> Job:
+    def _job(self, step: int, event_time: int | None) -> Job:
         return Job(
             step=step,
             world_size=self._me.world_size,
             task=type(self._task).__name__,
             features={name: repr(feature) for name, feature in self._task.features.items()},
             texts=tuple(sorted(self._task.texts)),
+            event_time=event_time,
             run=json.loads(self._run.to_json()),
             dense=dense_state(self._task),
             optimizer=self._optimization.state_dict(),

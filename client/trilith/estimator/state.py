@@ -2,10 +2,10 @@
 
 They are files in the directory of a checkpoint, written before its manifest, which alone makes a checkpoint of it:
 
-    job.json                         step, world size, settings, names and CRC-32C of the files below; by the chief
+    job.json                         step, event time, settings, names and CRC-32C of the files below; by the chief
     job.dense.safetensors            parameters and buffers of the task; by the chief
     job.optimizer.safetensors        state of a torch optimizer, where one steps dense parameters; by the chief
-    job.rank-00000-of-00002.json     position in the data, random numbers; by every rank
+    job.rank-00000-of-00002.json     position in the data, event time, random numbers; by every rank
 
 No pickle is written or read.
 """
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from trilith.data.pipeline.positions import from_json, to_json
 from trilith.errors import CheckpointError
+from trilith.estimator.job_files import JOB
 from trilith.folder import Folder
 
 __all__ = [
-    "JOB",
     "Job",
     "RankState",
     "dense_state",
@@ -45,7 +45,6 @@ __all__ = [
     "write_rank",
 ]
 
-JOB = "job.json"
 _DENSE, _OPTIMIZER = "job.dense.safetensors", "job.optimizer.safetensors"
 _FORMAT, _VERSION = "trilith.job", 1
 
@@ -60,6 +59,7 @@ class Job:
         task: Name of the task's class, for messages.
         features: By name, what decides its rows; for messages.
         texts: Features whose ids came as text.
+        event_time: The latest time of the samples that any rank had learned from, Unix seconds; None: none was known.
         run: Settings of the run, without secrets.
         dense: Parameters and buffers by name.
         optimizer: `state_dict` of the torch optimizer; empty without one.
@@ -70,6 +70,7 @@ class Job:
     task: str
     features: dict[str, str] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
+    event_time: int | None = None
     run: dict[str, Any] = field(default_factory=dict)
     dense: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     optimizer: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -84,6 +85,8 @@ class RankState:
         batches: Batches of it that are done.
         steps: Steps of this rank in all.
         samples: Samples of this rank in all.
+        event_time: The latest time of the samples that were learned from, Unix seconds; of ranks in step all have the
+            latest of all. None: none was known.
         source: Position in the data as its iterator says it; None: batches are counted and skipped.
         rng: Of random numbers, see `rng_state`.
         scaler: State of the gradient scaler; empty without one.
@@ -94,6 +97,7 @@ class RankState:
     batches: int = 0
     steps: int = 0
     samples: int = 0
+    event_time: int | None = None
     source: dict[str, Any] | None = None
     rng: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
@@ -149,6 +153,7 @@ def read_job(path: str) -> Job:
             task=str(body["task"]),
             features=dict(body["features"]),
             texts=tuple(map(str, body.get("texts", ()))),
+            event_time=body.get("event_time"),
             run=dict(body["run"]),
             dense=dense,
             optimizer=optimizer,

@@ -70,7 +70,8 @@ class Optimization(torch.optim.Optimizer):
     Attributes:
         skipped: Steps that were not taken for a gradient that was not finite.
         request_time: Unix seconds: when the rows of the next step are last updated, from which they expire; None: the
-            time at which they are. Forgotten with the gradients.
+            time at which they are. Of ranks that step `together` it is the latest, once they have averaged. Forgotten
+            with the gradients.
         counts: Whether steps are counted: in a cluster, which a model without embeddings need not have.
         applied: Steps that were taken with a gradient, of this rank or of one that steps together with it.
     """
@@ -226,8 +227,9 @@ class Optimization(torch.optim.Optimizer):
         self._anything = bool(grads)
         if self._together:
             finite = _finite(grads)
-            refused, having = sum_over_ranks([not finite, self._anything])
+            refused, having, *times = sum_over_ranks([not finite, self._anything, *_in_turn(self.request_time or 0)])
             self._refused, self._anything = refused > 0, having > 0
+            self.request_time = int(max(times)) or None
             if self._refused and finite and grads:
                 grads[0].fill_(math.inf)
         self._averaged = True
@@ -369,6 +371,13 @@ def _tables(module: nn.Module) -> list[tuple[Exchange, str]]:
 def _changed(factors: Mapping[str, float]) -> dict[str, float]:
     """Those that are not 1, so that nothing is said where no rate has been changed."""
     return {table: factor for table, factor in factors.items() if factor != 1.0}
+
+
+def _in_turn(number: float) -> list[float]:
+    """This rank's number in its place of a list, whose sum over the ranks has those of all."""
+    numbers = [0.0] * distributed.get_world_size()
+    numbers[distributed.get_rank()] = number
+    return numbers
 
 
 def _finite(grads: Iterable[Tensor | None]) -> bool:

@@ -40,14 +40,16 @@ def list_(
     """List the checkpoints of a directory, oldest first, incomplete ones too; or the checkpoint that it is itself."""
     from trilith import checkpoint
     from trilith.errors import CheckpointError
+    from trilith.estimator.job_files import event_time_of
 
     found = []
     for info in checkpoint.list_checkpoints(directory) or _itself(directory):
         entry: dict[str, Any] = {"path": info.path, "tick_unix_s": info.number / 1000, "state": "incomplete"}
         if info.complete:
             try:
-                entry |= {"state": "complete", **_summary(checkpoint.read_manifest(info.path))}
-            except CheckpointError as error:
+                summary = _summary(checkpoint.read_manifest(info.path))
+                entry |= {"state": "complete", **summary, "event_time_unix_s": event_time_of(info.path)}
+            except (CheckpointError, ValueError) as error:
                 entry |= {"state": "damaged", "error": str(error)}
         found.append(entry)
     if as_json:
@@ -55,8 +57,12 @@ def list_(
         return
     if not found:
         raise CheckpointError(f"no checkpoints in {directory!r}: they are directories called ckpt-<20 digits>")
-    table = output.grid("checkpoint", "tick", "state", ">step", ">PS", ">rows", ">size")
+    timed = any(entry.get("event_time_unix_s") is not None for entry in found)
+    table = output.grid(
+        "checkpoint", "tick", "state", ">step", ">PS", ">rows", ">size", *(["samples until"] if timed else [])
+    )
     for entry in found:
+        until = entry.get("event_time_unix_s")
         colour = {"complete": "green", "incomplete": "yellow"}.get(entry["state"], "red")
         table.add_row(
             entry["path"].rsplit("/", 1)[-1],
@@ -72,6 +78,7 @@ def list_(
                 if entry["state"] == "complete"
                 else ("-", "-", "-", "-")
             ),
+            *([output.moment(until) if until is not None else "-"] if timed else []),
         )
     output.console().print(table)
 
