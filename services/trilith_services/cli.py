@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -72,7 +74,12 @@ def _register() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand; what is wrong with it, its flags or a file is one line on stderr and status 2."""
+    """Run a subcommand; what is wrong with it, its flags or a file is one line on stderr and status 2.
+
+    SIGUSR1 has the process say on stderr where each of its threads is, and go on.
+    """
+    if sys.__stderr__ is not None:
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
     try:
         status = app(args=list(argv) if argv is not None else None, prog_name="trilith", standalone_mode=False)
     except ModuleNotFoundError as error:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import trilith
+from tests.waiting import eventually
 from trilith.errors import ShardRestartedError
 from trilith.tables import Adagrad, RandomUniform
 
@@ -84,6 +85,18 @@ def test_a_signal_at_any_time_after_the_start_ends_with_zero():
     with Ps("--listen", "127.0.0.1:0") as ps:
         ps.wait_for("listening")
         assert ps.end() == 0
+
+
+def test_sigusr1_shows_where_every_thread_is_and_changes_nothing():
+    with Ps("--listen", "127.0.0.1:0") as ps:
+        port = ps.wait_for("serving")["port"]
+        ps.process.send_signal(signal.SIGUSR1)
+        eventually(lambda: any("most recent call first" in line for line in ps.lines), timeout_s=60)
+        with trilith.connect(f"static://127.0.0.1:{port}") as client:
+            client.table("t", **CONFIG).assign([1], np.ones((1, 4), np.float32))
+            assert client.table("t").lookup([1]).tolist() == [[1.0] * 4]
+        assert ps.end() == 0
+    assert any("run" in line and "trilith_services" in line for line in ps.lines)
 
 
 def test_a_checkpoint_at_the_end_is_restored_at_the_start(tmp_path):
