@@ -244,6 +244,17 @@ def test_an_entry_is_ready_only_while_it_can_answer(served):
     eventually(lambda: get(entry, "/healthz")[0] == 503, timeout_s=60.0)
 
 
+def test_an_entry_computes_with_as_many_threads_as_it_is_given(served, tmp_path, monkeypatch):
+    _, listed, _ = served
+    given: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", given.append)
+    for threads in (None, 3):
+        entry = Entry(str(tmp_path / "exports"), EntryOptions(torch_threads=threads), replicas=listed)
+        entry.start()
+        entry.stop()
+    assert given == [3]
+
+
 # ---- what the console makes of it ------------------------------------------------------------------------------------
 
 

@@ -133,12 +133,10 @@ def entry(
     from trilith_services.serving.unknown import UnknownPolicy
     from trilith_services.serving.versions import VersionPolicy
     from trilith_services.serving.warm_up import read_warm_up
-    from trilith_services.worker.run import use_threads
 
     policy = VersionPolicy.parse(version)
     logs.setup(entry=name)
     tune_allocator()
-    use_threads(torch_threads)
     options = EntryOptions(
         limits=server.limits,
         http=http,
@@ -146,6 +144,7 @@ def entry(
         deadline_s=deadline,
         max_records=max_records,
         threads=threads or None,
+        torch_threads=torch_threads,
         unknown=UnknownPolicy(unknown_features.value),
         replica=replica,
         missing_refused=missing_features is Missing.refuse,

@@ -7,6 +7,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from trilith.errors import InvalidRequestError
 from trilith.runtime.waiting import Wait
 from trilith_services.grpc.serve import Server
@@ -40,6 +42,7 @@ class EntryOptions(ProcessOptions):
         deadline_s: Seconds that looking rows up may take, where the caller's deadline is later or missing.
         max_records: Most that a request may hold.
         threads: That standalone rows are read with; None: one per core.
+        torch_threads: That torch computes a request with, in the whole process; None: as many as it likes.
         unknown: Whose features that the model does not know are refused.
         missing_refused: Whether records of JSON must have all features that are looked at.
         replica: Its number among the entries; None: one that ZooKeeper gives.
@@ -52,6 +55,7 @@ class EntryOptions(ProcessOptions):
     deadline_s: float = 1.0
     max_records: int = 8192
     threads: int | None = None
+    torch_threads: int | None = None
     unknown: UnknownPolicy = UnknownPolicy.json
     missing_refused: bool = True
     replica: int | None = None
@@ -128,6 +132,8 @@ class Entry(ServerProcess[EntryOptions]):
     def _get_ready(self) -> None:
         """Wait for the first export, and follow newer ones; afterwards there are scores to be had."""
         options = self._options
+        if options.torch_threads is not None:
+            torch.set_num_threads(options.torch_threads)
         self._announcement.announce(available=False)
         with Wait(f"an export in {self._base} that can be served", most=None) as waiting:
             while not self.models.refresh() and not self._stopping.wait(min(options.poll_s, 0.2)):
