@@ -7,9 +7,10 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # More arguments for the program a task runs: make demo ARGS="--model deepfm"
 ARGS ?=
-# Shards and trainers of `make up`.
+# Shards of `make up`, its workers, and what these train.
 PS ?= 2
 WORKERS ?= 0
+JOB ?= trilith_services.demo.job:deepfm
 # Parts that `make quick` tests; empty: those that have changed.
 PART ?=
 # Processes that share the tests.
@@ -112,11 +113,11 @@ bench: $(VENV)  ## measure against references in the same run; writes build/benc
 	@mkdir -p build
 	$(BIN)/python -m tests.bench $(ARGS)
 
-up: $(VENV)  ## start a local cluster in the background (PS=2 WORKERS=0); make down stops it
+up: $(VENV)  ## start a local cluster in the background (PS=2 WORKERS=0 JOB=MODULE:JOB); make down stops it
 	@mkdir -p build
 	@if test -e build/up.pid && kill -0 "$$(cat build/up.pid)" 2>/dev/null; then echo "already up: $$(cat build/up.address)"; exit 1; fi
 	@rm -f build/up.address
-	@$(BIN)/trilith up --ps $(PS) --workers $(WORKERS) --address-file build/up.address $(ARGS) >build/up.log 2>&1 </dev/null & echo $$! >build/up.pid
+	@$(BIN)/trilith up --ps $(PS) $(if $(filter-out 0,$(WORKERS)),--job $(JOB) --workers $(WORKERS)) --address-file build/up.address $(ARGS) >build/up.log 2>&1 </dev/null & echo $$! >build/up.pid
 	@while ! test -e build/up.address; do \
 	  kill -0 "$$(cat build/up.pid)" 2>/dev/null || { tail build/up.log; rm -f build/up.pid; exit 1; }; \
 	  sleep 0.2; \

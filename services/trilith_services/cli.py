@@ -107,6 +107,8 @@ def _explain(error: Any) -> None:
     """Say what was wrong, with the value, and where to read more; after a page of help there is nothing to say."""
     from pydantic import ValidationError
 
+    from trilith_services.commands.jobs import hint
+
     text = error.format_message().removesuffix(".").replace("Value error, ", "")
     if not text:
         return
@@ -114,7 +116,7 @@ def _explain(error: Any) -> None:
     if isinstance(error.__cause__, ValidationError):
         given = error.__cause__.errors()[0]["input"]
         text += f", not {given!r}" if repr(given) not in text else ""
-    typer.echo(f"error: {text}; see {error.ctx.command_path if error.ctx else 'trilith'} --help", err=True)
+    typer.echo(f"error: {text}{hint(error)}; see {error.ctx.command_path if error.ctx else 'trilith'} --help", err=True)
 
 
 prepare_grpc()  # commands import it when they run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -210,13 +212,6 @@ def test_a_stale_address_file_is_not_left_for_scripts_to_read(up, tmp_path) -> N
     assert run.address != "static://127.0.0.1:1"
 
 
-def test_worker_output_has_a_prefix_and_a_worker_that_keeps_failing_ends_the_run(up) -> None:
-    run = up("--ps", "1", "--workers", "1", "--", "--no-such-option")
-    assert run.wait() == 2
-    assert "error: worker-0 keeps dying: 3 times within 60 s, at last it ended with status 2" in run.output
-    assert "worker-0 |" in run.output
-
-
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> Path:
     """A directory with what `trilith new` writes."""
@@ -276,28 +271,56 @@ def test_of_a_job_a_dead_ps_and_a_dead_worker_come_back_from_its_checkpoint(up, 
     assert "worker-0 has left" in run.output
 
 
-def test_workers_outlive_a_ps_and_come_and_go(up, tmp_path) -> None:
+def told(events: Path, name: str) -> list[dict[str, Any]]:
+    """What a worker has written down, of one kind of event."""
+    whole = events.read_text().rpartition("\n")[0] if events.exists() else ""
+    return [each for each in map(json.loads, whole.splitlines()) if each["event"] == name]
+
+
+@pytest.mark.jobs
+def test_workers_that_do_not_wait_outlive_a_ps_and_come_and_go(up, tmp_path) -> None:
     pytest.importorskip("torch")
-    training = ["--data", "synthetic:20000", "--batch-size", "128", "--no-validate", "--threads", "1"]
-    checkpoints = ["--checkpoint-dir", str(tmp_path / "checkpoints"), "--checkpoint-every", "0.5"]
-    run = up("--ps", "2", "--workers", "2", *checkpoints, "--", *training, "--epochs", "1000")
+    model_dir, events = tmp_path / "model", [tmp_path / f"worker-{rank}.jsonl" for rank in range(2)]
+    sets = (
+        f"model_dir={model_dir}", "save_every=20", "epochs=100000", "evaluate_every_epoch=false", "log_every_s=0.1",
+        f"events={tmp_path}/worker-{{rank}}.jsonl", "params_override.data=synthetic:20000",
+        "params_override.batch_size=128",
+    )  # fmt: skip
+    flags = [word for each in sets for word in ("--set", each)]
+    run = up("--job", "trilith_services.demo.job:deepfm", "--ps", "2", "--workers", "2", *flags)
     assert run.address
-    eventually(lambda: complete_rows(tmp_path / "checkpoints") > 0, otherwise=lambda: run.output)
+    eventually(lambda: complete_rows(model_dir) > 0, otherwise=lambda: run.output)
+    eventually(lambda: all(told(each, "step") for each in events), otherwise=lambda: run.output)
+    workers = [run.child("--set", f"rank={rank}") for rank in range(2)]
 
     run.child("--index", "1").kill()
-    # A worker that was still setting up may fail on it and be started again; the others say this.
-    eventually(lambda: "PS 1 restarted and went back" in run.output, otherwise=lambda: run.output)
+    eventually(lambda: all(told(each, "rows_rejoined") for each in events), otherwise=lambda: run.output)
+    assert all(told(each, "rows_rejoined")[0]["restored_from"].startswith(str(model_dir)) for each in events)
+    assert all(worker.is_running() for worker in workers), "a dead PS costs a batch"
 
-    joined = trilith_argv("worker", "--cluster", run.address, *training, "--steps", "20")
-    guest = subprocess.run(joined, stderr=subprocess.PIPE, text=True, timeout=240, check=False)
-    assert guest.returncode == 0, guest.stderr
+    eventually(lambda: told(events[1], "step")[-1]["own_step"] > 25, otherwise=lambda: run.output)
+    workers[1].kill()
+    eventually(lambda: len(told(events[1], "started")) == 2, otherwise=lambda: run.output)
+    again = told(events[1], "started")[1]["time"]
+    eventually(lambda: told(events[1], "step")[-1]["time"] > again, otherwise=lambda: run.output)
+    first = next(each for each in told(events[1], "step") if each["time"] > again)
+    assert first["own_step"] > 20, "it goes on where it left word"
+    assert workers[0].is_running()
 
-    run.child("--rank", "1").kill()
-    eventually(lambda: "worker-1 was killed by SIGKILL; starting it again" in run.output, otherwise=lambda: run.output)
-    run.child("--rank", "0").terminate()
+    workers[0].terminate()
     eventually(lambda: "worker-0 has left" in run.output, otherwise=lambda: run.output)
+    before = len(told(events[1], "step"))
+    eventually(lambda: len(told(events[1], "step")) > before + 3, otherwise=lambda: run.output)
     assert run.process.poll() is None
 
-    run.child("--rank", "1").terminate()
+    run.child("--set", "rank=1").terminate()
     assert run.wait() == 0, run.output
     assert "all workers are done" in run.output
+
+
+@pytest.mark.jobs
+def test_worker_output_has_a_prefix_and_a_worker_that_keeps_failing_ends_the_run(up, job) -> None:
+    run = up("--ps", "1", "--job", "job:job", "--", "--no-such-option", cwd=job)
+    assert run.wait() == 2
+    assert "error: worker-0 keeps dying: 3 times within 60 s, at last it ended with status 2" in run.output
+    assert "worker-0 | error: No such option: --no-such-option" in run.output

@@ -394,7 +394,11 @@ def test_sizes_ages_and_counts_read_well() -> None:
         (["ps", "--memory-limit", "12Q"], "--memory-limit: '12Q' is not a size; write 512M, 16G or a number of bytes"),
         (["ps", "--max-message", "5G"], "--max-message: '5G' is outside 1..2047M"),
         (["ps", "--checkpoint-every", "5"], "--checkpoint-every 5 needs --checkpoint-dir"),
-        (["up", "--", "--steps", "5"], "flags for workers, '--steps 5', but none are started: add --workers N"),
+        (
+            ["up", "--", "--data", "x"],
+            "flags for workers, '--data x': say with --job what they train, as MODULE:JOB, such",
+        ),
+        (["up", "--workers", "2"], "--workers 2: say with --job what they train, as MODULE:JOB, such as trilith_serv"),
         (["up", "--address-file", "/no/such/a"], "--address-file /no/such/a: there is no directory /no/such"),
         (["ps", "--listen", "nonsense"], "--listen: 'nonsense' is not host:port"),
         (["serving", "entry", "--export", "x", "--http", ":70000"], "--http: ':70000' is not host:port"),
@@ -425,20 +429,3 @@ def test_every_command_and_option_says_what_it_is() -> None:
             check(f"{name} {child}", subcommand)
 
     check("trilith", typer.main.get_command(app))
-
-
-def test_up_keeps_positions_beside_the_checkpoints_that_they_belong_to(saved, tmp_path) -> None:
-    from trilith_services.commands.up import _positions
-
-    with _positions(str(tmp_path / "model")) as first:
-        (Path(first) / "worker-0.json").write_text("{}")
-    assert first.startswith(str(tmp_path / "model"))
-    with _positions(str(tmp_path / "model")) as again:
-        assert list(Path(again).iterdir()) == [], "there is no checkpoint to go on from"
-    with _positions(str(saved)) as kept:
-        (Path(kept) / "worker-0.json").write_text("{}")
-    with _positions(str(saved)) as kept:
-        assert [file.name for file in Path(kept).iterdir()] == ["worker-0.json"]
-    with _positions(None) as temporary:
-        assert Path(temporary).is_dir()
-    assert not Path(temporary).exists()

@@ -41,7 +41,7 @@ def run(blocked: set[str], program: str) -> subprocess.CompletedProcess[str]:
         ("worker --cluster static://127.0.0.1:1 --model-dir m --export e", "safetensors", "serving"),
         ("demo", "torch", "torch"),
         ("demo --export e", "safetensors", "serving"),
-        ("up --workers 1", "torch", "torch"),
+        ("up --job shop:job", "torch", "torch"),
         ("export here there", "torch", "serving"),
         ("export here there", "safetensors", "serving"),
         ("serving entry --export here", "torch", "serving"),

@@ -33,6 +33,7 @@ __all__ = [
     "check_trained",
     "find_job",
     "given",
+    "hint",
     "is_job",
     "refuse_alone",
     "refuse_beside",
@@ -87,6 +88,30 @@ def refuse_alone(context: typer.Context, *names: str) -> None:
     for parameter in context.command.params:
         if parameter.name in names and given(context, parameter.name):
             raise InvalidRequestError(f"{parameter.opts[0]} is for a job of yours: name it, as MODULE:JOB")
+
+
+def hint(error: Any) -> str:
+    """What there is to say of jobs to whoever got the line of a command wrong that takes them; empty: nothing.
+
+    Args:
+        error: What typer raised.
+    """
+    parameters = error.ctx.command.params if error.ctx else ()
+    if "sets" not in [parameter.name for parameter in parameters]:
+        return ""
+    missing = getattr(error, "param", None)
+    if missing is not None and missing.name == "job":
+        return f": {missing.help.removesuffix('.')}"
+    flag = getattr(error, "option_name", "")
+    field = _field(flag.removeprefix("--").replace("-", "_")) if flag else ""
+    return f"; what a run of MODULE:JOB does is said by --set, as --set {field}=VALUE" if field else ""
+
+
+def _field(name: str) -> str:
+    """The field of a run that a name of a flag may stand for; empty: none."""
+    from trilith.estimator import RunConfig
+
+    return next(iter(difflib.get_close_matches(name, RunConfig.model_fields, 1, cutoff=0.8)), "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

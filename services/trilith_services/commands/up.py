@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trilith.runtime.extras import need
 from trilith_services.commands import output
 from trilith_services.commands.flags import CheckpointRoot, expanded, size
 from trilith_services.commands.jobs import RunFlags, refuse_alone
@@ -34,21 +30,27 @@ def up(
     context: typer.Context,
     worker_args: Annotated[
         list[str] | None,
-        typer.Argument(help="Flags of `trilith worker` that every worker gets, after --.", metavar="WORKER_ARGS"),
+        typer.Argument(
+            help="Further flags of `trilith worker MODULE:JOB` that every worker gets, after --.", metavar="WORKER_ARGS"
+        ),
     ] = None,
     ps: Annotated[int, typer.Option("--ps", metavar="N", help="PS processes.", min=1)] = 2,
     workers: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Worker processes; 0: only the PS, until Ctrl-C.",
+            help="Worker processes of the job.",
             min=0,
-            show_default="0, with --job 1",
+            show_default="1 with --job, else 0",
         ),
     ] = None,
     job: Annotated[
         str,
-        typer.Option(metavar="MODULE:JOB", help="What the workers train: an Estimator, as `trilith worker` names it."),
+        typer.Option(
+            metavar="MODULE:JOB",
+            help="What the workers train: an Estimator, as `trilith worker` names it; left out: only the PS, until "
+            "Ctrl-C.",
+        ),
     ] = "",
     run: RunFlags,
     discovery: Annotated[
@@ -94,26 +96,27 @@ def up(
 
     Starts the PS on free ports, waits until they serve, then starts the workers: `trilith worker MODULE:JOB` with your
     --set, --config and WORKER_ARGS, and with which worker each is. Every line of output is shown with its process's
-    name and kept in a log. The workers end as a job ends: after its last save, and then the PS are stopped. Without
-    --job workers train the demo's models, and with --checkpoint-dir they remember there how far they are.
+    name and kept in a log. The workers end as a job ends: after its last save, and then the PS are stopped.
 
     A PS that dies is started again on its port and restores the newest checkpoint; without a model_dir, or
-    --checkpoint-dir, its rows would be gone, so the run ends. A worker that fails is started again, and goes on from
-    the newest checkpoint; one that ends well has left, and more may join by hand. What dies three times within a minute
-    ends the run, with the end of its log and exit status 2.
+    --checkpoint-dir, its rows would be gone, so the run ends. A worker that fails is started again, and goes on where
+    it was saved; one that ends well has left. What dies three times within a minute ends the run, with the end of its
+    log and exit status 2.
     """
     workers = (1 if job else 0) if workers is None else workers
-    if workers:
-        need("torch", extra="torch")
     from trilith.errors import InvalidRequestError
     from trilith_services.local.supervisor import PsCluster, StopRequest, Supervisor
 
     console = output.console(stderr=True)
-    if not workers and (job or worker_args):
-        what = f"--job {job}" if job else f"flags for workers, {' '.join(worker_args or [])!r}"
-        raise InvalidRequestError(f"{what}, but none are started: add --workers N")
     if not job:
         refuse_alone(context, "sets", "config")
+        if workers or worker_args:
+            what = f"--workers {workers}" if workers else f"flags for workers, {' '.join(worker_args or [])!r}"
+            raise InvalidRequestError(
+                f"{what}: say with --job what they train, as MODULE:JOB, such as trilith_services.demo.job:deepfm"
+            )
+    elif not workers:
+        raise InvalidRequestError(f"--job {job}, but no workers are started: leave out --workers 0")
     elif checkpoint_dir is not None:
         raise InvalidRequestError(f"a job saves into its model_dir: write --set model_dir={checkpoint_dir}")
     if address_file is not None:
@@ -121,11 +124,7 @@ def up(
             raise InvalidRequestError(f"--address-file {address_file}: there is no directory {address_file.parent}")
         address_file.unlink(missing_ok=True)  # nobody shall read the last run's
     model_dir, decided = _prepared(job, run, ps + workers) if job else (None, [])
-    with (
-        StopRequest() as stop,
-        _positions(checkpoint_dir) as positions,
-        Supervisor(console, log_dir, grace_s=grace) as supervisor,
-    ):
+    with StopRequest() as stop, Supervisor(console, log_dir, grace_s=grace) as supervisor:
         cluster = PsCluster(
             supervisor,
             ps,
@@ -141,13 +140,11 @@ def up(
         supervisor.say(f"starting {ps} PS on 127.0.0.1, for this machine alone", style="")
         supervisor.say(f"logs are in {supervisor.log_dir}", style="")
         if cluster.start(cancelled=lambda: bool(stop)):
-            _announce(supervisor, cluster, job, workers)
+            _announce(supervisor, cluster, alone=not job)
             if address_file is not None:
                 _write_whole(address_file, cluster.address + "\n")
             if job:
                 _start_job(supervisor, cluster, job, workers, run, decided, worker_args or [])
-            else:
-                _start_workers(supervisor, cluster, workers, positions, worker_args or [])
             _watch(supervisor, stop, workers)
         supervisor.say("stopping", style="")
 
@@ -194,25 +191,6 @@ def _start_job(
     )
 
 
-@contextmanager
-def _positions(checkpoint_dir: str | None) -> Iterator[str]:
-    """The directory where workers remember how far they are: beside the checkpoints they go on from, if it can be."""
-    from trilith.checkpoint import newest_complete
-    from trilith.folder import Folder
-
-    folder = None if checkpoint_dir is None else Folder(checkpoint_dir)
-    if folder is None or not folder.local:
-        with TemporaryDirectory(prefix="trilith-up-") as temporary:
-            yield temporary
-        return
-    kept = Path(folder.local_path("positions"))
-    kept.mkdir(parents=True, exist_ok=True)
-    if newest_complete(folder.url) is None:
-        for stale in kept.glob("worker-*.json"):
-            stale.unlink()  # what they have trained is gone
-    yield str(kept)
-
-
 def _write_whole(path: Path, text: str) -> None:
     """Write a file that appears with its content."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
@@ -220,28 +198,12 @@ def _write_whole(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
-def _announce(supervisor: Supervisor, cluster: PsCluster, job: str, workers: int) -> None:
+def _announce(supervisor: Supervisor, cluster: PsCluster, *, alone: bool) -> None:
     supervisor.say(f"cluster: {cluster.address}", style="bold green")
     supervisor.say(f"watch it:  trilith top {cluster.address}", style="")
-    if job:
-        return
-    if workers:
-        supervisor.say(f"join it:   trilith worker --cluster {cluster.address}", style="")
-    else:
+    if alone:
         supervisor.say(f'use it:    trilith.connect("{cluster.address}")', style="")
         supervisor.say("Ctrl-C stops it", style="")
-
-
-def _start_workers(
-    supervisor: Supervisor, cluster: PsCluster, workers: int, positions: str, arguments: list[str]
-) -> None:
-    """Start workers that remember below `positions` how far they are, so that one started again goes on there."""
-    from trilith_services.local.supervisor import ProcessSpec, trilith_argv
-
-    for rank in range(workers):
-        shard = ["--rank", str(rank), "--world-size", str(workers), "--state", f"{positions}/worker-{rank}.json"]
-        argv = trilith_argv("worker", "--cluster", cluster.address, *shard, *arguments)
-        supervisor.start(ProcessSpec(name=f"worker-{rank}", argv=argv, env=cluster.env, restart="on-failure"))
 
 
 def _watch(supervisor: Supervisor, stop: StopRequest, workers: int) -> None:
