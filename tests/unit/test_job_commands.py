@@ -254,8 +254,8 @@ def test_a_job_is_trained_evaluated_predicted_and_exported(name, run):
 def test_a_prediction_that_fails_leaves_no_file(name, run):
     assert run("worker", f"{name}:job")[0] == 0
     sys.modules.pop(name)
-    pq.write_table(pa.table({"user": ["Ann"]}), "people.parquet")
-    status, _, err = run("predict", f"{name}:job", "--data", "people.parquet", "--output", "scores.parquet")
+    pq.write_table(pa.table({"user": [0.5]}), "halves.parquet")
+    status, _, err = run("predict", f"{name}:job", "--data", "halves.parquet", "--output", "scores.parquet")
     assert status == 2
     assert "user" in err.splitlines()[-1]
     assert list(Path().glob("*scores*")) == []
