@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,12 +89,12 @@ class _UntilDue(Callback):
 
 
 class ByEstimator:
-    """`Estimator.train`."""
+    """`Estimator.train` over the same batches again and again; `run` is what else the run is told."""
 
-    def __init__(self, task: Task, batches: list[dict[str, np.ndarray]]) -> None:
+    def __init__(self, task: Task, batches: Sequence[Batch], **run: Any) -> None:
         self._due = _UntilDue()
-        run = RunConfig(epochs=1 << 30, device="cpu", threads=1, progress="none", evaluate_every_epoch=False)
-        self._job = Estimator(task, run, train=lambda: iter(batches), callbacks=[self._due]).open()
+        endless = RunConfig(epochs=1 << 30, device="cpu", threads=1, progress="none", evaluate_every_epoch=False, **run)
+        self._job = Estimator(task, endless, train=lambda: iter(batches), callbacks=[self._due]).open()
 
     def train(self, seconds: float) -> int:
         """How many samples."""

@@ -1,19 +1,20 @@
 """One training process of the train benchmarks: a worker of a cluster, or the whole model in this process.
 
 Run as `python -m tests.bench.trainee`. It says {"event": "ready"} when it could train, then trains for as long as each
-line of its input says, `SECONDS THREADS`, and reports the samples. A worker is `Trainer`, as `trilith worker` runs it;
-the local side takes the same steps on the same batches, with `torch.nn.EmbeddingBag` and torch's Adagrad.
+line of its input says, `SECONDS THREADS`, and reports the samples. A worker is an Estimator; the local side takes the
+same steps on the same batches, with `torch.nn.EmbeddingBag` and torch's Adagrad.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 from tests.bench.processes import EXPERIMENTS
 
@@ -21,100 +22,54 @@ os.environ.setdefault("GRPC_EXPERIMENTS", EXPERIMENTS)
 
 import numpy as np
 import torch
-from torch.nn import functional
 
-import trilith
 from tests.bench.draws import Zipf
+from tests.bench.estimator_trainee import ByEstimator
 from trilith.data.fids import make_fid_v2
+from trilith.estimator import Task
+from trilith.nn import DeepFM
 from trilith.ops.ragged import Ragged
-from trilith_services.demo.clicks import ClickData, Parts
-from trilith_services.demo.local import LocalEmbeddings
-from trilith_services.demo.models import ModelSettings, settings_of
-from trilith_services.demo.task import click_task
-from trilith_services.worker.config import WorkerConfig
-from trilith_services.worker.meter import Meter
-from trilith_services.worker.trainer import Trainer
+from trilith_services.demo.baseline import LocalTrainer
+from trilith_services.demo.clicks import ClickData
+from trilith_services.demo.job import DENSE, ClickTask
+from trilith_services.demo.local import LocalEmbeddings, initial_rows
 
 _HIDDEN = (256, 128)
 _EXPONENT = 1.05
-_ENDLESS = 1 << 30
 
 
 class _Side(Protocol):
-    @property
-    def samples(self) -> int:
-        """Samples trained so far."""
-
-    def train(self, stop: Callable[[], bool]) -> None:
-        """Take steps until `stop` says so."""
-
-
-class _Worker:
-    """A worker of a cluster."""
-
-    def __init__(self, arguments: argparse.Namespace, settings: ModelSettings, data: ClickData) -> None:
-        rest = data.take(np.arange(10))
-        config = WorkerConfig(
-            rank=arguments.rank,
-            world_size=arguments.world_size,
-            batch_size=arguments.batch,
-            epochs=_ENDLESS,
-            validate=False,
-            device="cpu",
-            prefetch=arguments.prefetch,
-            async_push=arguments.async_push,
-        )
-        client = trilith.connect(arguments.cluster, timeout_s=120.0)
-        self.samples = 0
-        self._trainer = Trainer(config, client, click_task(settings, Parts(data, rest, rest)), self._listen)
-
-    def train(self, stop: Callable[[], bool]) -> None:
-        self._trainer.run(stop)
-
-    def _listen(self, event: dict[str, Any]) -> None:
-        if event["event"] == "stopped":
-            self.samples = int(event["samples"])
+    def train(self, seconds: float) -> int:
+        """Take steps for so long; returns how many samples."""
 
 
 class _Local:
-    """The same model in one process."""
+    """The model in one process."""
 
-    def __init__(self, arguments: argparse.Namespace, settings: ModelSettings, data: ClickData) -> None:
-        self._model = settings.locally(data.vocabulary(), seed=0, sparse=True)
-        embeddings = self._model.embeddings
-        assert isinstance(embeddings, LocalEmbeddings)
-        self._optimizers = [
-            settings.torch_optimizer(embeddings.parameters(), dense=False),
-            settings.torch_optimizer(self._model.head.parameters(), dense=True),
-        ]
-        self._meter = Meter()
-        self._batches = _forever(embeddings.encode(data), arguments.batch)
+    def __init__(self, task: Task, data: ClickData, batch: int) -> None:
+        task.prepare(0)
+        vocabulary = data.vocabulary()
+        embeddings = LocalEmbeddings(vocabulary, initial_rows(task, vocabulary), sparse=True)
+        self._trainer = LocalTrainer(task, embeddings)
+        self._batches = itertools.cycle(list(embeddings.encode(data).batches(batch)))
 
-    @property
-    def samples(self) -> int:
-        return self._meter.samples
-
-    def train(self, stop: Callable[[], bool]) -> None:
-        while not stop():
-            batch = next(self._batches)
-            logits = self._model(batch.features)
-            loss = functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.labels))
-            for optimizer in self._optimizers:
-                optimizer.zero_grad()
-            loss.backward()
-            for optimizer in self._optimizers:
-                optimizer.step()
-            self._meter.add(batch.labels, logits.detach().numpy(), loss.item())
-            if self._meter.due():
-                self._meter.report()
+    def train(self, seconds: float) -> int:
+        end, before = time.perf_counter() + seconds, self._trainer.progress.samples
+        while time.perf_counter() < end:
+            self._trainer.step(next(self._batches))
+        return self._trainer.progress.samples - before
 
 
-def _forever(data: ClickData, batch: int) -> Iterator[ClickData]:
-    epoch = 0
-    while True:
-        order = np.random.default_rng([0, epoch, 0]).permutation(len(data))
-        yield from data.batches(batch, order=order)
-        epoch += 1
+def task_of(features: int, dim: int) -> Task:
+    """The demo's DeepFM over so many features."""
+
+    class Clicks(ClickTask):
+        def build(self) -> None:
+            self.head = DeepFM(features, dim, hidden=_HIDDEN)
+
+    first = replace(ClickTask.user, dim=dim)
+    columns = {f"f{index}": first.view() if index else first for index in range(features)}
+    return type("Clicks", (Clicks,), {**dict.fromkeys(ClickTask().features), **columns})(dense_optimizer=DENSE)
 
 
 def make_data(features: int, rows: int, samples: int) -> ClickData:
@@ -139,18 +94,24 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    settings = settings_of("deepfm", dim=arguments.dim, hidden=_HIDDEN)
+    task = task_of(arguments.features, arguments.dim)
     data = make_data(arguments.features, arguments.rows, arguments.batches * arguments.batch)
-    side: _Side = (_Worker if arguments.cluster else _Local)(arguments, settings, data)
+    side: _Side
+    if arguments.cluster:
+        share = data.take(np.arange(arguments.rank, len(data), arguments.world_size))
+        names = ("cluster", "rank", "world_size", "prefetch", "async_push")
+        run = {name: getattr(arguments, name) for name in names}
+        side = ByEstimator(task, list(share.columns(arguments.batch)), **run)
+    else:
+        side = _Local(task, data, arguments.batch)
     print(json.dumps({"event": "ready"}), flush=True)
     for line in sys.stdin:
         seconds, threads = line.split()
         torch.set_num_threads(int(threads))
-        before, started = side.samples, time.perf_counter()
-        end = started + float(seconds)
-        side.train(lambda end=end: time.perf_counter() >= end)  # type: ignore[misc]
+        started = time.perf_counter()
+        samples = side.train(float(seconds))
         passed = time.perf_counter() - started
-        print(json.dumps({"event": "trained", "samples": side.samples - before, "seconds": passed}), flush=True)
+        print(json.dumps({"event": "trained", "samples": samples, "seconds": passed}), flush=True)
     return 0
 
 

@@ -1,179 +1,69 @@
-"""Training with real processes: workers that come and go, a PS that is killed, the demo from start to last line."""
+"""The demo from start to last line: in every mode, resumed, exported, interrupted, with processes that are killed."""
 
 from __future__ import annotations
 
-import io
 import re
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
-from rich.console import Console
 
-import trilith
-from trilith.checkpoint import newest_complete, read_manifest
-from trilith.nn import DenseOnPs, auc
-from trilith.serving.debugging import read_debugging_info
+from tests.waiting import eventually
+from trilith.checkpoint import list_checkpoints, newest_complete, read_manifest
+from trilith.nn import auc
 from trilith.serving.exports import entry_base, list_versions, ps_base, read_export
 from trilith.serving.prediction import Predictor
-from trilith_services.demo.baseline import train_locally
 from trilith_services.demo.click_files import click_records
 from trilith_services.demo.datasets import load_dataset
-from trilith_services.demo.models import TABLE, settings_of
-from trilith_services.local.supervisor import ProcessSpec, PsCluster, Supervisor, free_ports, trilith_argv
+from trilith_services.local.supervisor import free_ports, trilith_argv
 from trilith_services.ps.process.replica_server import ReplicaOptions, ReplicaServer
 from trilith_services.ps.process.shard import LocalShard
 from trilith_services.ps.replicas.replica import Replica
 from trilith_services.serving.replica_lists import GivenReplicas
 from trilith_services.serving.server import Entry, EntryOptions
-from trilith_services.worker.events import Tail
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = pytest.mark.timeout(900)
 
-DATA = "synthetic:40000"
+SMALL = ("--data", "synthetic:5000", "--batch-size", "128")
+LARGE = ("--data", "synthetic:40000", "--model", "ffm")
 LAST_LINE = re.compile(
     r"demo: auc=(0\.\d{4}) baseline_auc=(0\.\d{4}|nan) samples_per_s=(\d+) baseline_samples_per_s=(\d+|nan) "
     r"rows=(\d+) ps=(\d+) workers=(\d+)"
 )
 
 
-class Run:
-    """A cluster and its workers, whose events are kept."""
-
-    def __init__(self, supervisor: Supervisor, directory: Path) -> None:
-        self.supervisor = supervisor
-        self.directory = directory
-        self.cluster = PsCluster(supervisor, 2, checkpoint_dir=directory / "model")
-        self.cluster.start()
-        self.events: dict[str, list[dict]] = {}
-        self._tails: dict[str, Tail] = {}
-
-    def worker(self, rank: int, *arguments: str, world: int = 2) -> str:
-        name = f"worker-{rank}"
-        events = self.directory / f"{name}.jsonl"
-        argv = trilith_argv(
-            "worker",
-            *("--cluster", self.cluster.address, "--rank", str(rank), "--world-size", str(world), "--model", "ffm"),
-            *("--data", DATA, "--events", str(events), "--model-dir", str(self.directory / "model"), *arguments),
-        )
-        self.supervisor.start(ProcessSpec(name=name, argv=argv))
-        self.events[name] = []
-        self._tails[name] = Tail(events)
-        return name
-
-    def until(self, condition: Callable[[], object], timeout_s: float = 400.0) -> None:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            self.supervisor.poll()
-            for name, tail in self._tails.items():
-                self.events[name] += tail.read()
-            if condition():
-                return
-            tails = {name: self.supervisor.tail(name)[-5:] for name in self._tails}
-            assert time.monotonic() < deadline, f"it did not happen in time: {tails}"
-            time.sleep(0.02)
-
-    def last(self, name: str, kind: str) -> dict | None:
-        return next((event for event in reversed(self.events[name]) if event["event"] == kind), None)
-
-    def steps(self, name: str) -> int:
-        return (self.last(name, "progress") or {"steps": 0})["steps"]
-
-    def wait_for_end(self) -> None:
-        self.until(lambda: not self.supervisor.running(prefix="worker-"))
-        assert {name: self.supervisor.status(name) for name in self._tails} == dict.fromkeys(self._tails, 0)
+def last_line(text: str) -> re.Match[str]:
+    match = LAST_LINE.fullmatch(text.splitlines()[-1])
+    assert match, text
+    return match
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    with Supervisor(Console(file=io.StringIO()), tmp_path / "logs") as supervisor:
-        yield Run(supervisor, tmp_path)
-
-
-def score(run: Run) -> float:
-    settings, test = settings_of("ffm"), load_dataset(DATA).test
-    with trilith.connect(run.cluster.address, timeout_s=60.0) as client:
-        model = settings.on_cluster(client, test.features, seed=0)
-        DenseOnPs(client, model.head, settings.dense_optimizer())
-        return auc(test.labels, model.predict(test))
-
-
-def test_a_ps_killed_in_the_middle_is_restarted_while_the_same_workers_go_on(run):
-    names = [run.worker(rank, "--epochs", "8", "--save-every", "60", "--batch-size", "256") for rank in (0, 1)]
-    pids = [run.supervisor.pid(name) for name in names]
-    run.until(lambda: (run.last(names[0], "saved") or {"step": 0})["step"] > 0 and run.steps(names[1]) > 50)
-    run.supervisor.signal("ps-1", signal.SIGKILL)
-    run.wait_for_end()
-    assert [run.supervisor.pid(name) for name in names] == pids
-    told = [run.last(name, "rejoined") for name in names]
-    for event in told:
-        assert event is not None
-        assert event["shard"] == 1
-        assert event["restored_from"]
-        assert event["steps_back"] == max(event["known_step"] - event["restored_step"], 0)
-    outcome = train_locally(
-        settings_of("ffm"), load_dataset(DATA), lambda event: None, epochs=8, batch_size=256, threads=1
-    )
-    assert outcome.auc > 0.6, "there is something to learn"
-    # One PS lost up to 60 of 1,000 steps; that must not be seen in the end.
-    assert score(run) > outcome.auc - 0.02
-
-
-def test_a_worker_may_join_and_leave_and_sigterm_ends_it_well(run, tmp_path):
-    base = str(tmp_path / "exports")
-    first = run.worker(0, "--epochs", "4", "--save-every", "100", "--export", base, world=2)
-    run.until(lambda: run.steps(first) > 0)
-    guest = run.worker(1, "--epochs", "1000", world=2)
-    run.until(lambda: run.steps(guest) > 0)
-    run.supervisor.signal(guest, signal.SIGTERM)
-    run.wait_for_end()
-    assert run.last(guest, "stopped") is not None
-    assert run.last(first, "done") is not None
-    newest = read_export(f"{entry_base(base)}/{list_versions(entry_base(base))[-1]}")
-    assert newest.step == run.last(first, "saved")["step"], "what is saved in the end is exported"
-
-
-def test_synchronous_workers_take_the_same_steps_and_store_the_dense_part(run):
-    master = f"127.0.0.1:{free_ports(1)[0]}"
-    names = [run.worker(rank, "--epochs", "1", "--dense", "allreduce", "--master", master) for rank in (0, 1)]
-    run.wait_for_end()
-    assert run.steps(names[0]) == run.steps(names[1]) > 0
-    with trilith.connect(run.cluster.address, timeout_s=60.0) as client:
-        values, step = client.pull_variables()
-    assert step == 2 * run.steps(names[0])
-    assert values["dense/bias"].any(), "rank 0 publishes what was learned"
-
-
-def test_a_worker_without_a_cluster_says_so_in_one_line():
-    address = f"static://127.0.0.1:{free_ports(1)[0]}"
-    done = subprocess.run(
-        trilith_argv("worker", "--cluster", address, "--data", "synthetic:100", "--timeout", "1"),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+def ended(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(trilith_argv(*arguments), capture_output=True, text=True, timeout=420, check=False)
 
 
 def demo(*arguments: str) -> tuple[re.Match[str], str]:
-    done = subprocess.run(
-        trilith_argv("demo", "--data", "synthetic:5000", "--batch-size", "128", *arguments),
-        capture_output=True,
-        text=True,
-        timeout=420,
-        check=False,
-    )
+    done = ended("demo", *SMALL, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    match = LAST_LINE.fullmatch(done.stdout.splitlines()[-1])
-    assert match, done.stdout
-    return match, done.stdout
+    return last_line(done.stdout), done.stdout
+
+
+def refused(*arguments: str) -> str:
+    done = ended(*arguments)
+    assert done.returncode == 2, done.stdout
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith("error: ")
+    return said
+
+
+def saved_step(directory: Path) -> int:
+    newest = newest_complete(str(directory))
+    assert newest is not None
+    return read_manifest(newest.path).global_step
 
 
 def exporting(tmp_path: Path, mode: str) -> tuple[str, ...]:
@@ -208,73 +98,129 @@ def check_export(tmp_path: Path, shards: int, score: float) -> None:
     assert abs(auc(test.labels, found.scores) - score) < 0.005
 
 
+@pytest.mark.jobs
 def test_the_demo_trains_with_processes_and_ends_in_its_line(tmp_path):
-    arguments = ("--steps", "24", "--model-dir", str(tmp_path), "--model", "ffm", "--save-every", "8")
-    match, text = demo(*arguments, *exporting(tmp_path, "distributed"))
+    arguments = ("--model-dir", str(tmp_path), "--model", "ffm", "--save-every", "8")
+    match, text = demo(*arguments, "--steps", "24", *exporting(tmp_path, "distributed"))
     assert match.group(6, 7) == ("2", "2")
+    assert int(match[3]) > 0
     assert int(match[5]) > 0
     assert match[2] != "nan"
     assert "starting 2 PS and 2 workers" in text
-    debugged = read_debugging_info(str(tmp_path))
-    assert debugged.cluster.count(",") == 1
-    assert set(debugged.features.values()) == {TABLE}
+    assert saved_step(tmp_path) == 24
+    assert len(list_versions(entry_base(str(tmp_path / "exports")))) >= 3, "every checkpoint is exported"
     check_export(tmp_path, 2, float(match[1]))
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert {"ps-0.log", "worker-1.log", "worker-1.jsonl", "torch.jsonl"} <= {each.name for each in folder.iterdir()}
+
+    match, text = demo(*arguments, "--steps", "32", "--no-baseline")
+    assert f"goes on from {tmp_path}/ckpt-" in text
+    assert saved_step(tmp_path) == 32
+    said = refused("demo", *SMALL, *arguments, "--mode", "all-to-all", "--workers", "3", "--seed", "1")
+    assert f"--model-dir {tmp_path} has checkpoints of a demo with --mode ps --workers 2 --seed 0: say so, too" in said
 
 
+@pytest.mark.jobs
 def test_the_demo_runs_embedded_and_goes_on_from_its_checkpoint(tmp_path):
     arguments = ("--num-ps", "0", "--no-baseline", "--model-dir", str(tmp_path))
     for steps, more in ((6, ()), (12, ()), (12, exporting(tmp_path, "standalone"))):
-        match, _ = demo(*arguments, "--steps", str(steps), *more)
+        match, text = demo(*arguments, "--steps", str(steps), *more)
         assert match.group(2, 4, 6, 7) == ("nan", "nan", "0", "1")
-        with trilith.connect("local://") as client:
-            assert client.restore(newest_complete(str(tmp_path)).path) == steps
+        assert saved_step(tmp_path) == steps
     check_export(tmp_path, 0, float(match[1]))
-    refused = subprocess.run(
-        trilith_argv("demo", "--model-dir", str(tmp_path)), capture_output=True, text=True, timeout=240, check=False
-    )
-    assert refused.returncode == 2
-    assert refused.stderr.startswith(f"error: --model-dir {tmp_path} has checkpoints of an embedded demo")
+    # One worker may go on with the rows on PS.
+    match, text = demo("--workers", "1", "--no-baseline", "--model-dir", str(tmp_path), "--steps", "18")
+    assert "2 PS, 1 worker " in text
+    assert saved_step(tmp_path) == 18
+    where = ("demo", *SMALL, "--model-dir", str(tmp_path))
+    assert "has checkpoints of a demo with --workers 1: say so, too" in refused(*where)
+    said = refused(*where, "--mode", "all-to-all", "--model", "ffm")
+    assert "with --model deepfm --mode embedded --workers 1: say" in said
 
 
+@pytest.mark.jobs
 def test_the_demo_runs_without_ps_pipelined_and_goes_on_from_its_checkpoint(tmp_path):
-    arguments = ("--mode", "all-to-all", "--steps", "12", "--no-baseline", "--model-dir", str(tmp_path))
-    for steps, more in ((6, ()), (12, exporting(tmp_path, "distributed"))):
-        match, text = demo(*arguments, "--prefetch", "2", "--async-push", "2", "--save-every", "2", *more)
+    arguments = ("--mode", "all-to-all", "--no-baseline", "--model-dir", str(tmp_path))
+    for steps, more in ((6, ()), (100, exporting(tmp_path, "distributed"))):
+        pipelined = ("--prefetch", "2", "--async-push", "2", "--save-every", "20")
+        match, text = demo(*arguments, *pipelined, "--steps", str(steps), *more)
         assert match.group(2, 4, 6, 7) == ("nan", "nan", "0", "2")
         assert int(match[5]) > 0
         assert "2 workers, all-to-all" in text
-        with trilith.connect("local://") as client:
-            assert client.restore(newest_complete(str(tmp_path)).path) == steps
+        assert saved_step(tmp_path) == steps // 2, "a step of both is one"
+    assert re.findall(r"^epoch (\d+): auc ", text, re.M) == ["1", "2", "3"], "once each, of both"
     check_export(tmp_path, 2, float(match[1]))
+
+
+@contextmanager
+def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A demo whose first steps have been taken."""
+    with subprocess.Popen(trilith_argv("demo", *LARGE, *arguments), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            next(line for line in process.stdout if line.startswith("step"))
+            yield process
+        finally:
+            process.kill()
+
+
+def child(process: subprocess.Popen[str], *words: str) -> psutil.Process:
+    """The child whose command line has these words."""
+    return next(each for each in psutil.Process(process.pid).children() if " ".join(words) in " ".join(each.cmdline()))
+
+
+@pytest.mark.jobs
+def test_a_ps_and_a_worker_that_are_killed_come_back_and_the_model_is_as_good(tmp_path):
+    arguments = ("--model-dir", str(tmp_path), "--epochs", "10", "--save-every", "60", "--batch-size", "256")
+    with running(*arguments) as process:
+        eventually(lambda: [info for info in list_checkpoints(str(tmp_path)) if info.complete], timeout_s=240)
+        shard, worker = child(process, "ps", "--index", "1"), child(process, "rank=1")
+        shard.kill()
+        worker.kill()
+        text, _ = process.communicate(timeout=420)
+        assert process.returncode == 0, text
+    assert "worker-1 was killed by SIGKILL; starting it again" in text
+    assert f"worker-0: PS 1 is back from {tmp_path}/ckpt-" in text
+    assert "worker-0 was killed" not in text
+    assert "worker-0 ended" not in text
+    match = last_line(text)
+    assert float(match[2]) > 0.6, "there is something to learn"
+    # One PS lost up to 60 of 1,250 steps; that must not be seen in the end.
+    assert float(match[1]) > float(match[2]) - 0.02
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=pytest.mark.jobs) for mode in ("ps", "all-to-all")] + ["embedded"]
+)
+def test_ctrl_c_ends_the_demo_and_all_its_processes_and_what_was_learned_is_saved(tmp_path, mode):
+    arguments = ("--mode", mode, "--epochs", "1000", "--no-baseline", "--model-dir", str(tmp_path))
+    with running(*arguments) as process:
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) == {"ps": 4, "embedded": 0, "all-to-all": 2}[mode]
+        (folder,) = tmp_path.glob("runs/*")
+        chief = folder / ("embedded.jsonl" if mode == "embedded" else "worker-0.jsonl")
+        eventually(lambda: chief.exists() and '"event": "step"' in chief.read_text(), timeout_s=240)
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate(timeout=120)
+        assert process.returncode == 130
+    assert text.splitlines()[-1] == "stopped, as asked"
+    assert not psutil.wait_procs(children, timeout=60)[1]
+    assert saved_step(tmp_path) > 0
+
+
+def test_a_worker_without_a_cluster_says_so_in_one_line():
+    address = f"static://127.0.0.1:{free_ports(1)[0]}"
+    sets = ("--set", f"cluster={address}", "--set", "timeout_s=1", "--set", "params_override.data=synthetic:100")
+    assert address.removeprefix("static://") in refused("worker", "trilith_services.demo.job:ffm", *sets)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("demo", "--num-ps", "0", "--workers", "2"), "--workers 2"),
-        (("demo", "--mode", "all-to-all", "--num-ps", "2"), "--num-ps 2"),
-        (("demo", "--mode", "ps", "--num-ps", "0"), "--num-ps 0"),
-        (("worker", "--mode", "all-to-all", "--cluster", "static://127.0.0.1:1"), "all-to-all has no PS"),
-        (("worker", "--mode", "all-to-all"), "--master"),
+        (("--num-ps", "0", "--workers", "2"), "--workers 2"),
+        (("--mode", "all-to-all", "--num-ps", "2"), "--num-ps 2"),
+        (("--mode", "ps", "--num-ps", "0"), "--num-ps 0"),
     ],
 )
 def test_modes_that_contradict_other_options_are_refused(arguments, said):
-    done = subprocess.run(trilith_argv(*arguments), capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 2
-    assert said in done.stderr
-
-
-def test_ctrl_c_ends_the_demo_and_all_its_processes(tmp_path):
-    arguments = ("--data", DATA, "--model", "ffm", "--epochs", "1000", "--no-baseline", "--model-dir", str(tmp_path))
-    with subprocess.Popen(trilith_argv("demo", *arguments), stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("step"):
-                break
-        children = psutil.Process(process.pid).children(recursive=True)
-        assert len(children) >= 4
-        process.send_signal(signal.SIGINT)
-        rest = process.stdout.read()
-        assert process.wait(timeout=120) == 130
-    assert "stopped, as asked" in rest
-    assert not psutil.wait_procs(children, timeout=60)[1]
+    assert said in refused("demo", *arguments)

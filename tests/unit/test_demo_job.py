@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -13,7 +11,6 @@ from trilith_services.commands.jobs import find_job
 from trilith_services.demo import job as jobs
 from trilith_services.demo.baseline import train_locally
 from trilith_services.demo.clicks import split
-from trilith_services.demo.models import settings_of
 from trilith_services.demo.synthetic import make_clicks
 
 pytestmark = pytest.mark.skipif(JIT_DISABLED, reason="trains for minutes with kernels in plain Python")
@@ -35,16 +32,21 @@ class InOrder:
         return self._data.take(order).columns(BATCH)
 
 
+def seeded(task):
+    task.override({"user.seed": 4})
+    return task
+
+
 def quiet(job, **run):
     sets = [f"{name}={value}" for name, value in {"progress": "none", **run}.items()]
     return job.configure(job.run.overridden(sets=sets, environ={}))
 
 
-@pytest.mark.parametrize(("make", "model"), [(jobs.deepfm, "deepfm"), (jobs.ffm, "ffm")])
-def test_an_estimator_learns_what_plain_torch_learns(make, model):
+@pytest.mark.parametrize("make", [jobs.deepfm_task, jobs.ffm_task])
+def test_an_estimator_learns_what_plain_torch_learns(make):
     """Same initial values, same order, same optimizer; every row exists beforehand, which else its first step makes."""
     parts = split(make_clicks(2000, vocabulary=60, seed=3), seed=0)
-    job = quiet(make(), epochs=2, seed=4, prefetch=0, async_push=0, **{"params_override.user.seed": 4})
+    job = quiet(jobs.make(seeded(make()), epochs=2), seed=4, prefetch=0, async_push=0)
     with job:
         table = job.client.table(jobs.TABLE)
         ids = np.concatenate(list(parts.train.vocabulary().values()))
@@ -52,10 +54,27 @@ def test_an_estimator_learns_what_plain_torch_learns(make, model):
         job.train(InOrder(parts.train, 4))
         scores = np.concatenate([each["click"] for each in job.predict(parts.test.columns(256))])
         rows = table.size()
-    settings = replace(settings_of(model), epochs=2)
-    plain = train_locally(settings, parts, lambda event: None, seed=4, batch_size=BATCH, threads=1)
+    told = []
+    plain = train_locally(seeded(make()), parts, told.append, seed=4, batch_size=BATCH, epochs=2, threads=1)
     assert auc(parts.test.labels, scores) == pytest.approx(plain.auc, abs=2e-4)
     assert rows == plain.rows == ids.size
+    assert [event.name for event in told if event.name != "step"] == ["started", "evaluated", "evaluated", "done"]
+    steps = -(-len(parts.train) // BATCH)
+    assert [event.own_step for event in told if event.name == "step"] == list(range(1, 2 * steps + 1))
+    assert told[-1].samples == 2 * len(parts.train)
+    assert told[-1].samples_per_s == plain.samples_per_s > 0
+
+
+def test_plain_torch_ends_after_its_steps_or_when_asked_and_picks_its_threads():
+    parts = split(make_clicks(2000, vocabulary=60, seed=3), seed=0)
+    told = []
+    outcome = train_locally(jobs.ffm_task(), parts, told.append, batch_size=BATCH, epochs=2, steps=3)
+    assert told[-1].samples == 3 * BATCH
+    assert [event.name for event in told] == ["started", "step", "step", "step", "done"]
+    assert outcome.threads >= 1
+    told.clear()
+    train_locally(jobs.ffm_task(), parts, told.append, epochs=2, threads=1, stop=lambda: len(told) > 2)
+    assert [event.name for event in told] == ["started", "step", "step", "done"]
 
 
 def test_its_own_data_is_read_anew_in_every_pass_in_an_order_of_its_own(tmp_path, monkeypatch):

@@ -304,9 +304,12 @@ def test_lines_of_json_appear_whole_and_the_last_step_is_among_them(tmp_path):
     clock = iter(range(100))
     lines = JsonLines(tmp_path / "sub" / "events-{rank}.jsonl", every_s=50.0, clock=lambda: float(next(clock)))
     steps = [Step(step=step, loss=float(step)) for step in range(10)]
-    tell_story(lines, story=[Started(rank=3, world_size=4), *steps, Evaluated(metrics={"a": 1.0}), Done(step=9)])
+    begun = [Restored(path="c"), Started(rank=3, world_size=4)]
+    tell_story(lines, story=[*begun, *steps, Evaluated(metrics={"a": 1.0}), Done(step=9)])
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["events-3.jsonl"]
     written = [json.loads(line) for line in (tmp_path / "sub" / "events-3.jsonl").read_text().splitlines()]
     assert [(each["event"], each["step"]) for each in written] == [
+        ("restored", 0),
         ("started", 0),
         ("step", 0),
         ("evaluated", 0),
@@ -314,7 +317,7 @@ def test_lines_of_json_appear_whole_and_the_last_step_is_among_them(tmp_path):
         ("done", 9),
     ]
     assert {each["rank"] for each in written} == {3}
-    assert [each["time"] for each in written] == [0.0, 1.0, 11.0, 10.0, 12.0], "a step has the time when it was done"
+    assert [each["time"] for each in written] == [0.0, 1.0, 2.0, 12.0, 11.0, 13.0], "a step has the time of its end"
 
 
 class Figures(dict):

@@ -24,7 +24,6 @@ from trilith.nn import (
 )
 from trilith.nn.reduction import FUSIONS, average_gradients
 from trilith.ops.ragged import Ragged
-from trilith_services.demo.click_model import ClickModel
 from trilith_services.demo.clicks import ClickData
 from trilith_services.demo.local import LocalEmbeddings
 
@@ -110,26 +109,26 @@ def test_the_same_model_learns_the_same_from_a_cluster_and_from_local_memory(mak
     data, rate = clicks(), 0.1
     local_head, cluster_head = make(2, 2), make(2, 2)
     cluster_head.load_state_dict(local_head.state_dict())
-    local = LocalEmbeddings(data.vocabulary(), local_head.row_dim, init=0.3)
+    ids = np.concatenate(list(data.vocabulary().values()))
+    rows = np.random.default_rng(0).uniform(-0.3, 0.3, (ids.size, local_head.row_dim)).astype(np.float32)
+    local = LocalEmbeddings(data.vocabulary(), rows)
     client = FakeClient({"t": local_head.row_dim}, learning_rate=rate)
-    for name, ids in data.vocabulary().items():
-        for one, row in zip(ids, local.encode(only(data, name, ids)).features[name].values, strict=True):
-            client.rows["t", int(one)] = local.bag.weight[int(row)].detach().numpy().copy()
+    client.rows |= {("t", int(one)): row.copy() for one, row in zip(ids, rows, strict=True)}
     cluster = EmbeddingCollection(client, {name: Feature(client.table("t")) for name in data.features})
-    here, there = ClickModel(local, local_head), ClickModel(cluster, cluster_head)
-    optimizer = torch.optim.SGD(here.parameters(), rate)
+    optimizer = torch.optim.SGD([*local.parameters(), *local_head.parameters()], rate)
     dense = DenseOnPs(client, cluster_head, None)
     encoded = local.encode(data)
     for mine, theirs in zip(encoded.batches(8), data.batches(8), strict=True):
         optimizer.zero_grad()
         dense.pull()
-        for model, batch in ((here, mine), (there, theirs)):
-            loss = nn.functional.binary_cross_entropy_with_logits(model(batch.features), torch.from_numpy(batch.labels))
-            loss.backward()
+        for logits in (local_head(local(mine.features)), cluster_head(cluster.stacked(theirs.features))):
+            nn.functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(mine.labels)).backward()
         optimizer.step()
         dense.step()
     dense.pull()
-    np.testing.assert_allclose(here.predict(encoded), there.predict(data), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        here, there = local_head(local(encoded.features)), cluster_head(cluster.stacked(data.features))
+    torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5)
     for mine, theirs in zip(local_head.parameters(), cluster_head.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
@@ -144,25 +143,14 @@ def only(data: ClickData, name: str, ids: np.ndarray) -> ClickData:
 
 def test_an_id_outside_the_vocabulary_is_a_zero_row_that_never_learns():
     data = clicks()
-    local = LocalEmbeddings(data.vocabulary(), 2)
+    count = sum(ids.size for ids in data.vocabulary().values())
+    local = LocalEmbeddings(data.vocabulary(), np.ones((count, 2), np.float32))
     strange = local.encode(only(data, "a", np.array([999], np.uint64)))
     assert strange.features["a"].values.tolist() == [0]
-    out = local.stacked(strange.features)
+    out = local(strange.features)
     assert not out.any()
     out.sum().backward()
     assert not local.bag.weight.grad[0].any()
-
-
-def test_prediction_learns_nothing_and_restores_the_mode():
-    data = clicks()
-    head = DeepFM(2, 2, dropout=0.5)
-    client = FakeClient({"t": head.row_dim})
-    model = ClickModel(EmbeddingCollection(client, {name: Feature(client.table("t")) for name in data.features}), head)
-    first, second = model.predict(data, batch_size=7), model.predict(data)
-    np.testing.assert_allclose(first, second, rtol=1e-6)
-    assert model.training
-    assert "apply_gradients" not in client.calls
-    assert model.predict(data.take(np.empty(0, np.int64))).shape == (0,)
 
 
 def test_dense_parameters_take_the_values_a_cluster_has():

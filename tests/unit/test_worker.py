@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
 import signal
 import time
 from contextlib import contextmanager
@@ -14,22 +12,18 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 import trilith
 from tests.congruence.clusters import LocalCluster
 from trilith.checkpoint import list_checkpoints, newest_complete
 from trilith.cluster import Rejoined
 from trilith.errors import InvalidRequestError, ShardRestartedError
-from trilith.nn import auc
 from trilith.ops.jit import JIT_DISABLED
 from trilith_services.cli import main
-from trilith_services.commands.training_view import TrainingView
-from trilith_services.demo.baseline import train_locally
 from trilith_services.demo.click_files import store_clicks
 from trilith_services.demo.clicks import split
 from trilith_services.demo.datasets import load_dataset
-from trilith_services.demo.models import TABLE, settings_of
+from trilith_services.demo.models import settings_of
 from trilith_services.demo.synthetic import make_clicks, zipf_ids
 from trilith_services.demo.task import click_task, load_task
 from trilith_services.local.supervisor import free_ports
@@ -178,39 +172,6 @@ def test_the_last_report_counts_from_the_first_step_to_the_last():
     assert meter.summary()["samples_per_s"] == 2.0
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_the_view_shows_figures_with_and_without_a_terminal(terminal):
-    out = io.StringIO()
-    view = TrainingView(Console(file=out, force_terminal=terminal, width=160), ["worker-0", "worker-1"], every_s=0.0)
-    with view:
-        for rank in (0, 1):
-            view({"event": "start", "rank": rank, "total_steps": 10, "time": 100.0 + rank})
-            figures = {"steps": 5, "samples": 50, "samples_per_s": 10.0, "loss": 0.5, "auc": 0.7}
-            view({"event": "progress", "rank": rank, **figures})
-            view({"event": "done", "rank": rank, "samples": 50, "time": 110.0})
-        view({"event": "validation", "rank": 0, "epoch": 1, "auc": 0.75})
-        view({"event": "save_failed", "rank": 0, "error": "disk full"})
-        view(
-            {"event": "rejoined", "rank": 1, "shard": 1, "restored_from": "c", "restored_step": 3, "steps_back": 4}
-        )  # fmt: skip
-    assert view.samples_per_s == 20.0, "what the trainers said, added up"
-    text = out.getvalue()
-    assert "0.7500 on the validation part" in text
-    assert "disk full" in text
-    assert "worker-1: PS 1 is back from c, 4 steps earlier" in text
-    assert "0.7000" in text
-    assert ("step 10 of 20" in text) is not terminal
-
-
-def test_the_bars_show_their_numbers_whole_on_a_terminal_of_80_columns():
-    out = io.StringIO()
-    with TrainingView(Console(file=out, force_terminal=True, color_system=None, width=80), ["worker-0"]) as view:
-        view({"event": "start", "rank": 0, "total_steps": 1422})
-        figures = {"steps": 1039, "samples": 50, "samples_per_s": 11364.0, "loss": 0.5, "auc": 0.7}
-        view({"event": "progress", "rank": 0, **figures})
-    assert re.search(r"1039/1422 loss 0\.5000  auc 0\.7000  11,364 samples/s", out.getvalue())
-
-
 @pytest.mark.parametrize(
     "changes",
     [{"rank": 1}, {"rank": -1}, {"batch_size": 0}, {"epochs": -1}, {"steps": -1}, {"save_every": 5}],
@@ -234,37 +195,6 @@ def test_the_flags_of_a_worker_are_its_options(monkeypatch):
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
-
-
-@compiled_only
-def test_one_worker_on_a_cluster_learns_what_plain_torch_learns(client, parts):
-    """Same initial values, same order, same optimizer: the scores agree, not just their quality.
-
-    Every row exists beforehand: a cluster creates rows at their first step and looks up zeros until then.
-    """
-    trainer = Trainer(config(seed=4), client, click_task(SMALL, parts), lambda event: None)
-    ids = np.concatenate(list(parts.train.vocabulary().values()))
-    client.assign_add({TABLE: (ids, np.zeros((ids.size, trainer.model.head.row_dim), np.float32))})
-    assert trainer.run()
-    events = []
-    outcome = train_locally(SMALL, parts, events.append, seed=4, batch_size=64, threads=1)
-    mine = auc(parts.test.labels, trainer.model.predict(parts.test))
-    assert mine == pytest.approx(outcome.auc, abs=2e-4)
-    assert outcome.rows == client.table(TABLE).size() == ids.size
-    assert [event["event"] for event in events if event["event"] != "progress"] == [
-        "start",
-        "validation",
-        "validation",
-        "done",
-    ]
-
-
-@compiled_only
-def test_the_baseline_ends_after_its_steps_and_picks_its_threads(parts):
-    events = []
-    outcome = train_locally(SMALL, parts, events.append, batch_size=64, steps=3)
-    assert events[-1]["samples"] == 3 * 64
-    assert outcome.threads >= 1
 
 
 @compiled_only

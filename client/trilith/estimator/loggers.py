@@ -72,6 +72,8 @@ class JsonLines(Callback):
         self._clock = clock
         self._file: IO[str] | None = None
         self._rank = 0
+        self._restored: list[tuple[float, Restored]] = []
+        """What comes before it is known whose file it is."""
         self._written = -math.inf
         self._unwritten: tuple[float, Step] | None = None
 
@@ -80,6 +82,11 @@ class JsonLines(Callback):
         now = self._clock()
         if isinstance(event, Started):
             self._rank = event.rank
+        elif isinstance(event, Restored) and self._file is None:
+            self._restored.append((now, event))
+            return
+        while self._restored:
+            self._write(*self._restored.pop(0))
         if isinstance(event, Step):
             self._unwritten = (
                 now,

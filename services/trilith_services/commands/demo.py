@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -16,16 +16,15 @@ from trilith.runtime.extras import need
 from trilith_services.commands import output
 from trilith_services.commands.export import ExportMode
 from trilith_services.commands.flags import Model, expanded
-from trilith_services.options import argv_of, flags_of, like, option
-from trilith_services.worker.config import Mode as Rows
-from trilith_services.worker.config import WorkerConfig
+from trilith_services.options import option
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trilith_services.commands.export_saved import ExportSaved
+    from trilith.estimator import Callback, Estimator
+    from trilith_services.commands.training_view import TrainingView
+    from trilith_services.demo.baseline import Outcome
     from trilith_services.demo.clicks import Parts
-    from trilith_services.demo.models import ModelSettings
     from trilith_services.local.supervisor import StopRequest, Supervisor
 
 __all__ = ["DemoOptions", "register", "run_demo"]
@@ -35,8 +34,7 @@ SERVE_TIMEOUT_S = 600.0
 
 INTERRUPTED = 130
 
-_WORKERS = ("epochs", "batch_size", "save_every", "seed", "prefetch", "async_push")
-"""Options of the demo that its workers have too."""
+_JOBS = "trilith_services.demo.job"
 
 
 class Mode(StrEnum):
@@ -71,12 +69,14 @@ class DemoOptions:
         metavar="DIR",
     )
     epochs: int = option(0, "Passes over the data; 0: the model's own number.", least=0, metavar="N")
-    steps: int = option(0, "End after so many steps of all workers; 0: no limit.", least=0, metavar="N")
-    batch_size: int = like(WorkerConfig, "batch_size")
-    save_every: int = option(500, "Steps of all workers between checkpoints; 0: none.", least=0, metavar="N")
-    seed: int = like(WorkerConfig, "seed")
-    prefetch: int = like(WorkerConfig, "prefetch")
-    async_push: int = like(WorkerConfig, "async_push")
+    steps: int = option(0, "End after so many steps, shared by the workers; 0: no limit.", least=0, metavar="N")
+    batch_size: int = option(512, "Samples per step of a worker.", least=1, metavar="N")
+    save_every: int = option(
+        500, "Steps between checkpoints, shared by the workers; 0: one at the end.", least=0, metavar="N"
+    )
+    seed: int = option(0, "Decides initial values and the order of samples.", least=0, metavar="N")
+    prefetch: int = option(0, "Batches whose rows are looked up ahead; 0: exact order.", least=0, metavar="N")
+    async_push: int = option(0, "Updates that may be on their way; 0: wait for each.", least=0, metavar="N")
     baseline: bool = option(True, "Also train with plain torch, for comparison.")
     export: Path | None = option(None, "Every checkpoint is exported here, for `trilith serving entry`.", metavar="DIR")
     export_mode: ExportMode = option(
@@ -99,16 +99,25 @@ class DemoOptions:
 
             self.model_dir = cache_dir() / "demo" / time.strftime("%Y%m%d-%H%M%S")
         self.model_dir = self.model_dir.absolute()
+        self.model = Model(self.model)
 
-    def worker(self, **where: Any) -> WorkerConfig:
-        """What its workers do."""
-        same = {each.name: getattr(self, each.name) for _, each in flags_of(self) if each.name in _WORKERS}
-        return WorkerConfig(**same, model_dir=str(self.model_dir), steps=-(-self.steps // self.workers), **where)
+    @property
+    def job(self) -> str:
+        """Name of the job in `trilith_services.demo.job`: workers that hold the rows take each step together."""
+        return f"{self.model.value}_in_step" if self.mode is Mode.all_to_all else self.model.value
+
+    def make(self, *callbacks: Callback) -> Estimator:
+        """The job."""
+        from trilith_services.demo import job as jobs
+
+        job: Estimator = getattr(jobs, self.job)(*callbacks)
+        return job
 
     def sets(self) -> Iterator[str]:
-        """What a job of `trilith_services.demo.job` does, as fields of its run, "name=value" each."""
-        names = ("model_dir", "steps", "save_every", "seed", "prefetch", "async_push")
+        """What one worker of the job does, as fields of its run, "name=value" each."""
+        names = ("model_dir", "seed", "prefetch", "async_push")
         yield from (f"{name}={getattr(self, name)}" for name in names)
+        yield from (f"{name}={-(-getattr(self, name) // self.workers)}" for name in ("steps", "save_every"))
         yield from (f"params_override.{name}={getattr(self, name)}" for name in ("data", "batch_size"))
         yield from (f"params_override.user.seed={self.seed}", "progress=none")
         if self.epochs:
@@ -148,29 +157,32 @@ def demo(config: DemoOptions) -> None:
 def run_demo(options: DemoOptions, console: Console | None = None) -> int:
     """Run it; returns the exit status.
 
+    Samples per second are counted alike for the cluster and for plain torch: of each trainer from its first step to its
+    last, evaluations after each epoch and what it saves meanwhile included, the start and the last evaluation not.
+
     Raises:
         TrilithError: A process could not start or kept dying, or the data could not be had.
     """
     from trilith_services.demo.datasets import load_dataset
-    from trilith_services.demo.models import settings_of
     from trilith_services.local.supervisor import StopRequest
 
     console = console or output.console()
-    _check_model_dir(options)
-    settings = settings_of(options.model, epochs=options.epochs or None)
+    goes_on = _check_model_dir(options)
     with StopRequest() as stop:
         parts = load_dataset(options.data, report=lambda line: console.print(line, highlight=False))
+        run = _Run(options, parts, console, stop)
         console.print(
             f"{options.data}: {len(parts.train):,} samples to train on, {len(parts.validation):,} to validate, "
             f"{len(parts.test):,} to test; {len(parts.train.features)} features; model {options.model}, "
-            f"{settings.epochs} epochs",
+            f"{run.epochs} epochs",
             highlight=False,
         )
+        if goes_on:
+            console.print(goes_on, highlight=False, soft_wrap=True)
         try:
-            run = _Cluster(options, settings, parts, console, stop)
             how = {Mode.ps: run.processes, Mode.embedded: run.embedded, Mode.all_to_all: run.all_to_all}
             result = how[options.mode]()
-            base = _baseline(options, settings, parts, console, stop) if options.baseline else None
+            base = run.baseline() if options.baseline else None
         except _InterruptedError:
             console.print("stopped, as asked")
             return INTERRUPTED
@@ -196,69 +208,62 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
     return 0
 
 
-def _check_model_dir(options: DemoOptions) -> None:
-    """Refuse checkpoints of the other kind: an embedded run is an Estimator's job, whose layers have other names."""
+def _check_model_dir(options: DemoOptions) -> str:
+    """Say from where the run goes on, if there are checkpoints; refuse those of a run that was told otherwise."""
     from trilith.checkpoint import newest_complete
-    from trilith.estimator.state import is_job
+    from trilith.estimator.state import is_job, read_job
+    from trilith_services.demo import job as jobs
 
     newest = newest_complete(str(options.model_dir))
-    if newest is not None and is_job(newest.path) != (options.mode is Mode.embedded):
-        of = "PS or of workers with rows" if options.mode is Mode.embedded else "an embedded demo"
-        raise InvalidRequestError(f"--model-dir {options.model_dir} has checkpoints of {of}; name another directory")
-
-
-def _baseline(options: DemoOptions, settings: ModelSettings, parts: Parts, console: Console, stop: StopRequest) -> Any:
-    from trilith_services.commands.training_view import TrainingView
-    from trilith_services.demo.baseline import train_locally
-
-    console.print("the same with plain torch.nn.EmbeddingBag, in one process:")
-    with TrainingView(console, ["torch"]) as view:
-        outcome = train_locally(
-            settings,
-            parts,
-            view,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            steps=options.steps,
-            stop=lambda: bool(stop),
+    if newest is None:
+        return ""
+    job = read_job(newest.path) if is_job(newest.path) else None
+    models = {type(getattr(jobs, model.value)().task).__name__: model for model in Model}
+    if job is None or job.task not in models:
+        raise InvalidRequestError(f"--model-dir {options.model_dir} has checkpoints of no demo; name another directory")
+    mode: Mode = Mode.embedded if options.mode is Mode.all_to_all else options.mode  # one worker may be in either
+    if job.run["cluster"].startswith("peers://"):
+        mode = Mode.all_to_all
+    elif job.world_size > 1:
+        mode = Mode.ps
+    wanted = {"model": models[job.task], "mode": mode, "workers": job.world_size}
+    wanted |= {"data": job.run["params_override"]["data"], "seed": job.run["seed"]}
+    other = " ".join(f"--{name} {value}" for name, value in wanted.items() if getattr(options, name) != value)
+    if other:
+        raise InvalidRequestError(
+            f"--model-dir {options.model_dir} has checkpoints of a demo with {other}: say so, too, or name another "
+            "directory"
         )
-    if stop:
-        raise _InterruptedError
-    return outcome
+    return f"goes on from {newest.path}, step {job.step:,}"
 
 
-class _Cluster:
-    """The run on a cluster: of processes, or embedded."""
+class _Run:
+    """A run on a cluster of processes or in this process, and the one without a cluster."""
 
-    def __init__(
-        self, options: DemoOptions, settings: ModelSettings, parts: Parts, console: Console, stop: StopRequest
-    ) -> None:
+    def __init__(self, options: DemoOptions, parts: Parts, console: Console, stop: StopRequest) -> None:
         self._options = options
-        self._settings = settings
         self._parts = parts
         self._console = console
         self._stop = stop
         self._run_dir = options.model_dir / "runs" / time.strftime("%Y%m%d-%H%M%S")
-        self._exports: ExportSaved | None = None
-        if options.export is not None and options.mode is not Mode.embedded:
-            from trilith_services.commands.export_saved import ExportSaved
-            from trilith_services.demo.exporting import reference_exporter
+        self.epochs = self._job("local://").run.epochs
+        """Passes over the data."""
 
-            exporter = reference_exporter(settings, parts.train.features)
-            directory = str(options.export.absolute())
-            self._exports = ExportSaved(directory, options.export_mode.value, exporter, console.print)
+    def _job(self, cluster: str, *callbacks: Callback, events: Path | None = None) -> Estimator:
+        """The job in this process."""
+        from trilith_services.commands.training_view import LOOK_S
 
-    def _on_saved(self, event: dict[str, Any]) -> None:
-        if self._exports is not None:
-            self._exports(event)
+        job = self._options.make(*callbacks)
+        sets = [*self._options.sets(), f"cluster={cluster}", "rank=0", "world_size=1"]
+        if events is not None:
+            sets += [f"events={events}", f"log_every_s={LOOK_S}"]
+        return job.configure(job.run.overridden(sets=sets))
 
     def processes(self) -> _Result:
         """PS and workers as processes, watched until the workers are done."""
         from rich.console import Console
 
-        from trilith.connect import connect
         from trilith.runtime.waiting import Wait
-        from trilith_services.commands.training_view import TrainingView
         from trilith_services.local.supervisor import PsCluster, Supervisor
 
         options, console = self._options, self._console
@@ -267,7 +272,7 @@ class _Cluster:
             cluster = PsCluster(
                 supervisor,
                 options.num_ps,
-                checkpoint_dir=options.model_dir,
+                restore_from=str(options.model_dir),
                 arguments=["--threads", str(_share(options.num_ps))],
             )
             self._say_starting(f"{options.num_ps} PS and {output.plural(options.workers, 'worker')}")
@@ -280,36 +285,30 @@ class _Cluster:
                 served = cluster.start(timeout_s=SERVE_TIMEOUT_S, cancelled=lambda: bool(self._stop))
             if not served:
                 raise _InterruptedError
-            with TrainingView(console, [f"worker-{rank}" for rank in range(options.workers)]) as view:
-                try:
-                    self._start_workers(supervisor, cluster=cluster.address)
-                    self._watch(supervisor, view)
-                finally:
-                    # Before the PS: a worker whose PS is gone waits for it to come back.
-                    supervisor.stop(supervisor.running(prefix="worker-"))
-            with connect(cluster.address) as client:
-                return self._finish(client, view.samples_per_s)
+            return self._finish(self._watch(supervisor, cluster.address), cluster.address)
 
     def all_to_all(self) -> _Result:
         """Workers as processes that hold the rows themselves; their last checkpoint is what is scored."""
         from rich.console import Console
 
-        from trilith.checkpoint import newest_complete
-        from trilith.connect import connect
-        from trilith_services.commands.training_view import TrainingView
-        from trilith_services.local.supervisor import Supervisor, free_ports
+        from trilith_services.local.supervisor import Supervisor
 
-        options = self._options
         with Supervisor(Console(quiet=True), self._run_dir) as supervisor:
-            self._say_starting(f"{output.plural(options.workers, 'worker')} that hold the rows")
-            with TrainingView(self._console, [f"worker-{rank}" for rank in range(options.workers)]) as view:
-                self._start_workers(supervisor, mode=Rows.all_to_all, master=f"127.0.0.1:{free_ports(1)[0]}")
-                self._watch(supervisor, view)
-        newest = newest_complete(str(options.model_dir))
-        assert newest is not None  # the workers' last act
-        with connect("local://") as client:
-            client.restore(newest.path)
-            return self._finish(client, view.samples_per_s, checkpoint=newest.path)
+            self._say_starting(f"{output.plural(self._options.workers, 'worker')} that hold the rows")
+            view = self._watch(supervisor, "peers://")
+        return self._finish(view, "local://")
+
+    def embedded(self) -> _Result:
+        """PS and worker in this process."""
+        self._console.print("embedded: PS and worker in this process")
+        with self._view("embedded") as view:
+            job = self._job("local://", view.callback(), events=self._events("embedded"))
+            with job:
+                job.train()
+                view.look()
+                if view.stopped or self._stop:
+                    raise _InterruptedError
+                return self._scored(job, view)
 
     def _say_starting(self, what: str) -> None:
         from trilith.ops.jit import cache_directory
@@ -318,90 +317,103 @@ class _Cluster:
         if not cache_directory().is_dir():
             self._console.print("on a machine's first run they compile their kernels, which takes a few minutes")
 
-    def _start_workers(self, supervisor: Supervisor, **where: Any) -> None:
-        from trilith_services.local.supervisor import ProcessSpec, trilith_argv
+    def _events(self, name: str) -> Path:
+        return self._run_dir / f"{name}.jsonl"
 
-        options = self._options
-        together = options.mode is Mode.all_to_all
-        for rank in range(options.workers):
-            config = options.worker(
-                rank=rank,
-                world_size=options.workers,
-                events=str(self._events(rank)),
-                # Workers that take their steps together end together, and go on from a checkpoint, not from a position.
-                state_file="" if together else str(self._run_dir / f"worker-{rank}.state"),
-                **where,
-            )
-            argv = trilith_argv("worker", "--model", options.model, "--data", options.data, *argv_of(config))
-            supervisor.start(
-                ProcessSpec(name=f"worker-{rank}", argv=argv, restart="never" if together else "on-failure")
-            )
-
-    def _events(self, rank: int) -> Path:
-        return self._run_dir / f"worker-{rank}.jsonl"
-
-    def _watch(self, supervisor: Supervisor, view: Any) -> None:
-        from trilith.errors import UnavailableError
-        from trilith_services.worker.events import Tail
-
-        tails = [Tail(self._events(rank)) for rank in range(self._options.workers)]
-        running = True
-        while running:
-            running = bool(supervisor.running(prefix="worker-"))
-            if self._stop.wait(0.1):
-                raise _InterruptedError
-            for ended in supervisor.poll():
-                if ended.status and not ended.restarted:
-                    raise UnavailableError("\n".join([f"{ended.name} {ended.how}", *ended.tail[-15:]]))
-                if ended.restarted:
-                    running = True
-                    view.say(f"{ended.name} {ended.how}; starting it again")
-            for tail in tails:
-                for event in tail.read():
-                    view(event)
-                    self._on_saved(event)
-
-    def embedded(self) -> _Result:
-        """PS and worker in this process, as a job of an Estimator."""
-        from trilith.checkpoint import newest_complete
+    def _view(self, *names: str) -> TrainingView:
+        """Shows trainers, each of which has its share of the samples."""
         from trilith_services.commands.training_view import TrainingView
-        from trilith_services.demo import job as jobs
+
+        samples, steps = (-(-number // len(names)) for number in (len(self._parts.train), self._options.steps))
+        total = -(-samples // self._options.batch_size) * self.epochs
+        files = {name: self._events(name) for name in names}
+        return TrainingView(self._console, files, min(total, steps) if steps else total)
+
+    def _watch(self, supervisor: Supervisor, cluster: str) -> TrainingView:
+        """Start workers, and show what they do until they are done."""
+        from trilith_services.commands.training_view import LOOK_S
+        from trilith_services.local.workers import start_workers
 
         options = self._options
-        self._console.print("embedded: PS and worker in this process")
-        with TrainingView(self._console, ["embedded"]) as view:
-            shown = view.callback(-(-len(self._parts.train) // options.batch_size) * self._settings.epochs)
-            make = {Model.deepfm: jobs.deepfm, Model.ffm: jobs.ffm}[options.model]
-            job = make(shown)
-            with job.configure(job.run.overridden(sets=options.sets())):
-                job.train()
-                if shown.stopped or self._stop:
-                    raise _InterruptedError
-                if options.export is not None and not shown.exported:
-                    job.export()  # all was trained and saved before
-                score = job.evaluate(self._parts.test.columns(4096))["click/auc"]
-                rows = sum(table.rows for shard in job.client.stats() for table in shard.tables)
-        newest = newest_complete(str(options.model_dir))
+        sets = [*options.sets(), f"events={self._events('worker-{rank}')}", f"log_every_s={LOOK_S}"]
+        with self._view(*(f"worker-{rank}" for rank in range(options.workers))) as view:
+            try:
+                start_workers(supervisor, f"{_JOBS}:{options.job}", options.workers, cluster=cluster, sets=sets)
+                running = True
+                while running:
+                    running = bool(supervisor.running(prefix="worker-"))
+                    if self._stop.wait(0.1):
+                        raise _InterruptedError
+                    running |= self._started_again(supervisor, view)
+                    view.look()
+            finally:
+                # Before the PS: a worker whose PS is gone waits for it to come back.
+                supervisor.stop(supervisor.running(prefix="worker-"))
+        return view
+
+    def _started_again(self, supervisor: Supervisor, view: TrainingView) -> bool:
+        """Whether a process had died and was started again.
+
+        Raises:
+            UnavailableError: A process failed that is not started again.
+        """
+        from trilith.errors import UnavailableError
+
+        again = False
+        for ended in supervisor.poll():
+            if ended.status and not ended.restarted:
+                raise UnavailableError("\n".join([f"{ended.name} {ended.how}", *ended.tail[-15:]]))
+            if ended.restarted:
+                again = True
+                view.say(f"{ended.name} {ended.how}; starting it again")
+        return again
+
+    def _finish(self, view: TrainingView, cluster: str) -> _Result:
+        """Score the test part with what the workers have learned."""
+        with self._job(cluster) as job:
+            return self._scored(job, view)
+
+    def _scored(self, job: Estimator, view: TrainingView) -> _Result:
+        """Score the test part, and export the last checkpoint where nothing was left to train."""
+        from trilith.estimator.keeping import newest_job
+
+        newest = newest_job(str(self._options.model_dir))
         assert newest is not None  # the last act of training
-        if shown.exported:
-            self._console.print(f"export: {shown.exported}", highlight=False, soft_wrap=True)
-        return _Result(auc=score, samples_per_s=view.samples_per_s, rows=rows, checkpoint=newest.path)
-
-    def _finish(self, client: Any, samples_per_s: float, *, checkpoint: str = "") -> _Result:
-        """Score the test part with what the cluster holds, and save it unless it is `checkpoint`."""
-        from trilith.nn import DenseOnPs, auc
-        from trilith_services.worker.trainer import save_checkpoint
-
-        test, settings = self._parts.test, self._settings
-        model = settings.on_cluster(client, test.features, seed=self._options.seed)
-        DenseOnPs(client, model.head, settings.dense_optimizer())  # takes the trained values over
-        score = auc(test.labels, model.predict(test))
-        path = checkpoint or save_checkpoint(client, str(self._options.model_dir))[0]
-        if self._exports is not None:
-            exported = self._exports.finish(path)
+        score = job.evaluate(self._parts.test.columns(4096))["click/auc"]
+        if self._options.export is not None:
+            exported = view.exported or job.export(checkpoint=newest)
             self._console.print(f"export: {exported}", highlight=False, soft_wrap=True)
-        rows = sum(table.rows for shard in client.stats() for table in shard.tables)
-        return _Result(auc=score, samples_per_s=samples_per_s, rows=rows, checkpoint=path)
+        rows = sum(table.rows for shard in job.client.stats() for table in shard.tables)
+        return _Result(auc=score, samples_per_s=view.samples_per_s, rows=rows, checkpoint=newest)
+
+    def baseline(self) -> Outcome:
+        """The same in this process, without a cluster."""
+        from trilith.estimator import JsonLines
+        from trilith.estimator.callbacks import Callbacks
+        from trilith_services.commands.training_view import LOOK_S
+        from trilith_services.demo.baseline import train_locally
+
+        options = self._options
+        self._console.print("the same with plain torch.nn.EmbeddingBag, in one process:")
+        job = self._job("local://")
+        job.task.override(job.run.params_override)
+        with (
+            self._view("torch") as view,
+            Callbacks([JsonLines(self._events("torch"), every_s=LOOK_S), view.callback()]) as told,
+        ):
+            outcome = train_locally(
+                job.task,
+                self._parts,
+                told.tell,
+                seed=options.seed,
+                batch_size=options.batch_size,
+                epochs=self.epochs,
+                steps=options.steps,
+                stop=lambda: bool(self._stop),
+            )
+        if self._stop:
+            raise _InterruptedError
+        return outcome
 
 
 def _share(processes: int) -> int:

@@ -1,26 +1,53 @@
-"""Shows training as it goes: bars on a terminal, a line now and then anywhere else."""
+"""Shows training as it goes, by the events that runs write down: bars on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from trilith.estimator import Callback, Done, Evaluated, Exported, SaveFailed, Started, Step, Stopped
+from trilith.estimator import Callback, Step
+from trilith.estimator.events import Event
 
-__all__ = ["JobShown", "TrainingView"]
+__all__ = ["LOOK_S", "TrainingView"]
+
+LOOK_S = 0.5
+"""Seconds between two steps that a run should write down for the bars to move."""
+
+
+class _Tail:
+    """Reads what was appended to a file of JSON lines since the last look; the file need not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """New objects, oldest first."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                chunk = file.read()
+        except FileNotFoundError:
+            return []
+        whole = chunk[: chunk.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
 
 
 class TrainingView:
-    """Takes events of one or several trainers and keeps the figures that matter.
+    """Follows one or several trainers by their files of events, as `trilith.estimator.JsonLines` writes them.
 
     Args:
         console: Where to show them.
-        names: Of the trainers; event["rank"] counts into them.
+        files: By name of the trainer, the chief's first: what all of them say it says.
+        total_steps: That each of them will have done in the end.
         clock: Source of seconds.
         every_s: Seconds between lines where there is no terminal.
     """
@@ -28,17 +55,20 @@ class TrainingView:
     def __init__(
         self,
         console: Console,
-        names: Sequence[str],
+        files: Mapping[str, Path],
+        total_steps: int,
         *,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
         every_s: float = 2.0,
     ) -> None:
         self._console = console
-        self._names = list(names)
+        self._tails = {name: _Tail(path) for name, path in files.items()}
+        self._total_steps = total_steps
         self._clock = clock
         self._every_s = every_s
-        self._latest: dict[int, dict[str, Any]] = {}
-        self._totals: dict[int, int] = {}
+        self._latest: dict[str, dict[str, Any]] = {}
+        self._paces: dict[str, float] = {}
+        self._rates: dict[str, float] = {}
         self._last_line = 0.0
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -49,12 +79,18 @@ class TrainingView:
             console=console,
             disable=not console.is_terminal,
         )
-        self._tasks: dict[int, TaskID] = {}
+        self._tasks: dict[str, TaskID] = {}
+        self.stopped = False
+        """Whether a trainer ended before its end."""
+        self.exported = ""
+        """Path of the newest export."""
 
     def __enter__(self) -> Self:
         self._progress.start()
-        for rank, name in enumerate(self._names):
-            self._tasks[rank] = self._progress.add_task(f"{name:<9}", total=None, loss="-", auc="-", rate="-")
+        for name in self._tails:
+            self._tasks[name] = self._progress.add_task(
+                f"{name:<9}", total=self._total_steps, loss="-", auc="-", rate="-"
+            )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -62,110 +98,93 @@ class TrainingView:
 
     @property
     def samples_per_s(self) -> float:
-        """What the trainers last said, added up: in the end, of each from its first step to its last."""
-        return sum(float(latest["samples_per_s"]) for latest in self._latest.values())
+        """What the trainers that are done say, added up: of each from its first step to its last."""
+        return sum(self._rates.values())
 
-    def callback(self, total_steps: int) -> JobShown:
-        """Shows the run of an Estimator in this process as that of the only trainer."""
-        return JobShown(self, total_steps)
+    def look(self) -> None:
+        """Show what is new."""
+        for name, tail in self._tails.items():
+            for event in tail.read():
+                self._take(name, event)
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        """Take one event."""
-        rank, kind = int(event["rank"]), event["event"]
-        if kind == "start":
-            self._totals[rank] = int(event["total_steps"])
-            self._progress.update(self._tasks[rank], total=self._totals[rank])
-        elif kind == "progress":
-            self._latest[rank] = event
-            self._show(rank, event)
-        elif kind == "validation":
-            self.say(f"epoch {event['epoch']}: auc {event['auc']:.4f} on the validation part")
-        elif kind == "rejoined":
-            self.say(
-                f"{self._names[rank]}: PS {event['shard']} is back from {event['restored_from'] or 'nothing'}, "
-                f"{event['steps_back']} steps earlier (step {event['restored_step']}); going on"
-            )
-        elif kind == "save_failed":
-            self.say(f"checkpoint failed: {event['error']}")
+    def callback(self) -> Callback:
+        """Looks now and then, for a run in this process; its `look` at the end is the caller's."""
+        return _Looks(self)
 
     def say(self, line: str) -> None:
         """Print a line, above the bars if there are any."""
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    def _show(self, rank: int, event: dict[str, Any]) -> None:
+    def _take(self, name: str, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "step":
+            self._step(name, event)
+        elif kind == "rows_rejoined":
+            self.say(
+                f"{name}: PS {event['shard']} is back from {event['restored_from'] or 'nothing'}, "
+                f"{event['steps_back']} steps earlier (step {event['restored_step']}); going on"
+            )
+        elif kind == "stopped":
+            self.stopped = True
+        elif kind == "done":
+            self._rates[name] = event["samples_per_s"]
+        elif name == next(iter(self._tails)):
+            self._chief(kind, event)
+
+    def _chief(self, kind: str, event: dict[str, Any]) -> None:
+        if kind == "evaluated":
+            score = _shown(event["metrics"].get("valid/click/auc"))
+            self.say(f"epoch {event['epoch']}: auc {score} on the validation part")
+        elif kind == "save_failed":
+            self.say(f"checkpoint failed: {event['error']}")
+        elif kind == "exported":
+            self.exported = event["path"]
+
+    def _step(self, name: str, event: dict[str, Any]) -> None:
+        before = self._latest.get(name)
+        samples, passed = event["samples"], event["time"] - (before["time"] if before else event["time"])
+        if before and passed > 0 and samples >= before["samples"]:  # else it has been started again
+            self._paces[name] = (samples - before["samples"]) / passed
+        self._latest[name] = event
         self._progress.update(
-            self._tasks[rank],
-            completed=event["steps"],
-            loss=f"{event.get('loss', 0.0):.4f}",
-            auc=f"{event.get('auc', 0.5):.4f}",
-            rate=f"{event['samples_per_s']:,.0f}",
+            self._tasks[name],
+            completed=event["own_step"],
+            loss=_shown(event["loss"]),
+            auc=_shown(event["metrics"].get("click/auc")),
+            rate=f"{self._paces[name]:,.0f}" if name in self._paces else "-",
         )
         now = self._clock()
         if self._console.is_terminal or now - self._last_line < self._every_s:
             return
         self._last_line = now
         latest = list(self._latest.values())
-        steps, total = sum(int(one["steps"]) for one in latest), sum(self._totals.values())
-        loss = sum(one.get("loss", 0.0) for one in latest) / len(latest)
-        score = sum(one.get("auc", 0.5) for one in latest) / len(latest)
-        rate = sum(one["samples_per_s"] for one in latest)
-        self.say(f"step {steps:,} of {total:,}  loss {loss:.4f}  auc {score:.4f}  {rate:,.0f} samples/s")
+        steps, total = sum(each["own_step"] for each in latest), self._total_steps * len(self._tails)
+        loss, score = _mean(each["loss"] for each in latest), _mean(each["metrics"].get("click/auc") for each in latest)
+        rate = f"  {sum(self._paces.values()):,.0f} samples/s" if self._paces else ""
+        self.say(f"step {steps:,} of {total:,}  loss {_shown(loss)}  auc {_shown(score)}{rate}")
 
 
-class JobShown(Callback):
-    """Tells a view what an Estimator does.
+class _Looks(Callback):
+    """Has a view look when something happens; of steps, which are many, now and then."""
 
-    Args:
-        view: Is told.
-        total_steps: Steps to be done.
-        every_s: Seconds between two looks at the figures of steps.
-    """
-
-    def __init__(self, view: TrainingView, total_steps: int, *, every_s: float = 0.5) -> None:
+    def __init__(self, view: TrainingView) -> None:
         self._view = view
-        self._total_steps = total_steps
-        self._every_s = every_s
         self._looked = 0.0
-        self._newest = Step()
-        self.stopped = False
-        """Whether somebody asked for the end before it had come."""
-        self.exported = ""
-        """Path of the newest export."""
 
-    def on_started(self, event: Started) -> None:
-        """Begin."""
-        total = min(self._total_steps, event.config.steps or self._total_steps)
-        self._view({"event": "start", "rank": 0, "total_steps": total})
-
-    def on_step(self, event: Step) -> None:
-        """Show one now and then."""
-        self._newest = event
-        if (now := time.monotonic()) - self._looked >= self._every_s:
+    def on(self, event: Event) -> None:
+        """Look."""
+        now = time.monotonic()
+        if not isinstance(event, Step) or now - self._looked >= LOOK_S:
             self._looked = now
-            self._show(event.samples_per_s)
+            self._view.look()
 
-    def _show(self, samples_per_s: float) -> None:
-        step = self._newest
-        figures = {"loss": step.loss, "auc": step.metrics.get("click/auc", 0.5), "samples_per_s": samples_per_s}
-        self._view({"event": "progress", "rank": 0, "steps": step.own_step, "samples": step.samples, **figures})
 
-    def on_evaluated(self, event: Evaluated) -> None:
-        """Show its figure."""
-        auc = event.metrics["valid/click/auc"]
-        self._view({"event": "validation", "rank": 0, "epoch": event.epoch, "auc": auc})
+def _mean(values: Any) -> float | None:
+    """Of the numbers among them; None where there are none."""
+    there = [each for each in values if each is not None]
+    return sum(there) / len(there) if there else None
 
-    def on_save_failed(self, event: SaveFailed) -> None:
-        """Say why."""
-        self._view({"event": "save_failed", "rank": 0, "error": event.error})
 
-    def on_exported(self, event: Exported) -> None:
-        """Take note."""
-        self.exported = event.path
-
-    def on_done(self, event: Done) -> None:
-        """Show how fast it was."""
-        self._show(event.samples_per_s)
-
-    def on_stopped(self, event: Stopped) -> None:
-        """Take note."""
-        self.stopped = True
+def _shown(value: float | None) -> str:
+    """What is not defined, such as an AUC without positives, is a dash."""
+    return "-" if value is None else f"{value:.4f}"

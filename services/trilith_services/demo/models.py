@@ -6,22 +6,18 @@ settings gave a cluster 0.003 less than one process, and then test curves were l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
-from trilith.connect import connect
 from trilith.errors import InvalidRequestError
 from trilith.features import FeatureRegistry, FeatureSlotConfig
 from trilith.nn import FFM, DeepFM, FeatureEmbeddings
 from trilith.tables import Adagrad, Fp16, RandomUniform
 from trilith_services.demo.click_model import ClickModel
-from trilith_services.demo.local import LocalEmbeddings
 
 __all__ = ["MODELS", "TABLE", "ModelSettings", "Plan", "settings_of"]
 
@@ -109,22 +105,6 @@ class ModelSettings:
         for name in names:
             registry.create_feature_column(slot, name, "mean")
         return registry
-
-    def locally(
-        self, vocabulary: Mapping[str, npt.NDArray[np.uint64]], *, seed: int, sparse: bool
-    ) -> ClickModel[LocalEmbeddings]:
-        """The model with plain `torch.nn.EmbeddingBag` embeddings, from the initial values that a cluster would give.
-
-        Initial values alone move the test AUC by 0.001; starting from the same ones leaves what the cluster does.
-        """
-        head = self.head(len(vocabulary), seed=seed)
-        embeddings = LocalEmbeddings(vocabulary, head.row_dim, sparse=sparse)
-        ids = np.concatenate(list(vocabulary.values()))
-        with connect("local://") as store:
-            table = store.create_tables(self._features(vocabulary, head.row_dim, seed).table_specs())[TABLE]
-            table.assign_add(ids, np.zeros((ids.size, head.row_dim), np.float32))  # creates the rows
-            embeddings.set_rows(table.lookup(ids))
-        return ClickModel(embeddings, head)
 
     def dense_optimizer(self) -> Adagrad:
         """What steps the dense part on the PS."""
