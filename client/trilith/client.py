@@ -19,7 +19,15 @@ from trilith.discovery import Directory
 from trilith.discovery.members import Members
 from trilith.discovery.record import ClusterRecord, RecordKeeper
 from trilith.discovery.zk_url import redact
-from trilith.errors import CheckpointError, InvalidRequestError, ShardRestartedError, TrilithError, UnknownTableError
+from trilith.errors import (
+    CheckpointError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    ShardRestartedError,
+    TrilithError,
+    UnavailableError,
+    UnknownTableError,
+)
 from trilith.ops.dedup import gather_values
 from trilith.queues import Queues
 from trilith.rows import Table
@@ -547,6 +555,37 @@ class Client:
     def describe(self, *, timeout_s: float | None = None) -> list[ps_pb2.DescribeResponse]:
         """Identity and content, per shard."""
         return self._cluster.describe(timeout_s=timeout_s)
+
+    def shutdown(self, *, timeout_s: float = 10.0) -> list[int]:
+        """Have all PS end, as SIGTERM does, with status 0; returns the shards that did not answer within `timeout_s`.
+
+        Only PS that were started as one run's own (`trilith ps --owned`) let themselves be ended: a cluster that others
+        use, too, is not for one client to stop.
+
+        Raises:
+            InvalidRequestError: One of them was not; none is ended then.
+        """
+
+        def asked(index: int, shard: Shard) -> bool | None:
+            try:
+                return shard.describe().owned or not shard.remote  # one of this process says itself what it is
+            except (UnavailableError, DeadlineExceededError):
+                return None  # it is gone, or on its way: the second call finds out
+
+        def told(index: int, shard: Shard) -> bool:
+            try:
+                shard.shutdown()
+            except (UnavailableError, DeadlineExceededError):
+                return False
+            return True
+
+        answers = self._cluster.everywhere(asked, timeout_s=timeout_s)
+        if others := [index for index, owned in enumerate(answers) if owned is False]:
+            raise InvalidRequestError(
+                f"PS {', '.join(map(str, others))} let no client shut them down: they were started without `trilith ps "
+                "--owned`, and others may use them"
+            )
+        return [index for index, ended in enumerate(self._cluster.everywhere(told, timeout_s=timeout_s)) if not ended]
 
     def save(self, path: str, *, timeout_s: float = 3600.0) -> int:
         """Write a checkpoint into the directory `path` (any fsspec URL that every PS can reach); returns its step.

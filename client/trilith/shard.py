@@ -345,6 +345,9 @@ class Shard(Protocol):
     def restore(self, path: str, write: Write = ANY_WRITE) -> ps_pb2.RestoreResponse:
         """Replace this shard's content by its part of a complete checkpoint; its incarnation is another then."""
 
+    def shutdown(self) -> None:
+        """End the PS, as SIGTERM does; refused by all but those that were started as one run's own."""
+
     def close(self) -> None:
         """Release what the shard holds; further calls raise ClosedError."""
 

@@ -235,6 +235,7 @@ class Verbs:
     create_tables = Verb(Shard.create_tables, renamed={"configs": "tables"}, long=True, awaited=True)
     save = Verb(Shard.save, returns=ps_pb2.SaveResponse, long=True, patient=True)
     restore = Verb(Shard.restore, returns=ps_pb2.RestoreResponse, long=True, patient=True, any_incarnation=True)
+    shutdown = Verb(Shard.shutdown, control=True, any_incarnation=True)
 
     lookup = Verb(
         Shard.lookup,

@@ -156,6 +156,7 @@ class DescribeResponse(google.protobuf.message.Message):
     RESTORED_STEP_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     UNIX_TIME_FIELD_NUMBER: builtins.int
+    OWNED_FIELD_NUMBER: builtins.int
     shard_index: builtins.int
     shard_count: builtins.int
     owner_rule: builtins.str
@@ -171,6 +172,8 @@ class DescribeResponse(google.protobuf.message.Message):
     version: builtins.str
     unix_time: builtins.float
     """The PS's clock, in Unix seconds."""
+    owned: builtins.bool
+    """Whether a client may end the process by Shutdown."""
     @property
     def tables(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TableConfig]: ...
     @property
@@ -190,8 +193,9 @@ class DescribeResponse(google.protobuf.message.Message):
         restored_step: builtins.int = ...,
         version: builtins.str = ...,
         unix_time: builtins.float = ...,
+        owned: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["durability", b"durability", "global_step", b"global_step", "incarnation", b"incarnation", "owner_rule", b"owner_rule", "restored_from", b"restored_from", "restored_step", b"restored_step", "shard_count", b"shard_count", "shard_index", b"shard_index", "tables", b"tables", "unix_time", b"unix_time", "variables", b"variables", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["durability", b"durability", "global_step", b"global_step", "incarnation", b"incarnation", "owned", b"owned", "owner_rule", b"owner_rule", "restored_from", b"restored_from", "restored_step", b"restored_step", "shard_count", b"shard_count", "shard_index", b"shard_index", "tables", b"tables", "unix_time", b"unix_time", "variables", b"variables", "version", b"version"]) -> None: ...
 
 global___DescribeResponse = DescribeResponse
 
@@ -1515,3 +1519,28 @@ class RestoreResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["global_step", b"global_step", "incarnation", b"incarnation", "rows", b"rows"]) -> None: ...
 
 global___RestoreResponse = RestoreResponse
+
+@typing.final
+class ShutdownRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___ShutdownRequest = ShutdownRequest
+
+@typing.final
+class ShutdownResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: builtins.int
+    incarnation: builtins.int
+    def __init__(
+        self,
+        *,
+        incarnation: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation"]) -> None: ...
+
+global___ShutdownResponse = ShutdownResponse

@@ -185,6 +185,11 @@ class ParameterServerStub(object):
                 request_serializer=trilith__proto_dot_ps__pb2.RestoreRequest.SerializeToString,
                 response_deserializer=trilith__proto_dot_ps__pb2.RestoreResponse.FromString,
                 _registered_method=True)
+        self.Shutdown = channel.unary_unary(
+                '/trilith.ParameterServer/Shutdown',
+                request_serializer=trilith__proto_dot_ps__pb2.ShutdownRequest.SerializeToString,
+                response_deserializer=trilith__proto_dot_ps__pb2.ShutdownResponse.FromString,
+                _registered_method=True)
 
 
 class ParameterServerServicer(object):
@@ -399,6 +404,14 @@ class ParameterServerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Shutdown(self, request, context):
+        """Ends the process as SIGTERM does, behind the calls in flight. Only a PS that was started as one run's own
+        (DescribeResponse.owned) does so; any other refuses, INVALID_ARGUMENT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ParameterServerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -551,6 +564,11 @@ def add_ParameterServerServicer_to_server(servicer, server):
                     servicer.Restore,
                     request_deserializer=trilith__proto_dot_ps__pb2.RestoreRequest.FromString,
                     response_serializer=trilith__proto_dot_ps__pb2.RestoreResponse.SerializeToString,
+            ),
+            'Shutdown': grpc.unary_unary_rpc_method_handler(
+                    servicer.Shutdown,
+                    request_deserializer=trilith__proto_dot_ps__pb2.ShutdownRequest.FromString,
+                    response_serializer=trilith__proto_dot_ps__pb2.ShutdownResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1364,6 +1382,33 @@ class ParameterServer(object):
             '/trilith.ParameterServer/Restore',
             trilith__proto_dot_ps__pb2.RestoreRequest.SerializeToString,
             trilith__proto_dot_ps__pb2.RestoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Shutdown(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trilith.ParameterServer/Shutdown',
+            trilith__proto_dot_ps__pb2.ShutdownRequest.SerializeToString,
+            trilith__proto_dot_ps__pb2.ShutdownResponse.FromString,
             options,
             channel_credentials,
             insecure,

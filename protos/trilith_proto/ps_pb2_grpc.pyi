@@ -206,6 +206,14 @@ class ParameterServerStub:
     ]
     """Replaces this shard's content by what a complete checkpoint holds for it."""
 
+    Shutdown: grpc.UnaryUnaryMultiCallable[
+        trilith_proto.ps_pb2.ShutdownRequest,
+        trilith_proto.ps_pb2.ShutdownResponse,
+    ]
+    """Ends the process as SIGTERM does, behind the calls in flight. Only a PS that was started as one run's own
+    (DescribeResponse.owned) does so; any other refuses, INVALID_ARGUMENT.
+    """
+
 class ParameterServerAsyncStub:
     """One PS process owns one shard of every table: the ids whose unsigned value modulo `shard_count` is `shard_index`."""
 
@@ -389,6 +397,14 @@ class ParameterServerAsyncStub:
         trilith_proto.ps_pb2.RestoreResponse,
     ]
     """Replaces this shard's content by what a complete checkpoint holds for it."""
+
+    Shutdown: grpc.aio.UnaryUnaryMultiCallable[
+        trilith_proto.ps_pb2.ShutdownRequest,
+        trilith_proto.ps_pb2.ShutdownResponse,
+    ]
+    """Ends the process as SIGTERM does, behind the calls in flight. Only a PS that was started as one run's own
+    (DescribeResponse.owned) does so; any other refuses, INVALID_ARGUMENT.
+    """
 
 class ParameterServerServicer(metaclass=abc.ABCMeta):
     """One PS process owns one shard of every table: the ids whose unsigned value modulo `shard_count` is `shard_index`."""
@@ -633,5 +649,15 @@ class ParameterServerServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[trilith_proto.ps_pb2.RestoreResponse, collections.abc.Awaitable[trilith_proto.ps_pb2.RestoreResponse]]:
         """Replaces this shard's content by what a complete checkpoint holds for it."""
+
+    @abc.abstractmethod
+    def Shutdown(
+        self,
+        request: trilith_proto.ps_pb2.ShutdownRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[trilith_proto.ps_pb2.ShutdownResponse, collections.abc.Awaitable[trilith_proto.ps_pb2.ShutdownResponse]]:
+        """Ends the process as SIGTERM does, behind the calls in flight. Only a PS that was started as one run's own
+        (DescribeResponse.owned) does so; any other refuses, INVALID_ARGUMENT.
+        """
 
 def add_ParameterServerServicer_to_server(servicer: ParameterServerServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -28,6 +28,7 @@ CALLS = {
     "CreateTables": ({"configs": [ps_pb2.TableConfig(name="t")], "write": WRITE}, None),
     "Save": ({"path": "there", "write": WRITE}, ps_pb2.SaveResponse(global_step=3)),
     "Restore": ({"path": "there", "write": WRITE}, ps_pb2.RestoreResponse(global_step=3)),
+    "Shutdown": ({}, None),
     "ApplyGradients": (UPDATE, 9),
     "Assign": (UPDATE, None),
     "AssignAdd": (UPDATE, None),

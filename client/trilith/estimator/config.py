@@ -57,6 +57,9 @@ class RunConfig(BaseModel):
     that `trilith.connect` takes, such as zk://host:2181/path."""
     owns_cluster: bool = False
     """The PS are this run's alone: it may restore them to a checkpoint."""
+    shut_down_ps: bool = False
+    """When all is trained and saved, and the workers close, the PS end with status 0. They are this run's own
+    (owns_cluster) and were started with `trilith ps --owned`."""
     model_dir: str = ""
     """Directory or URL of checkpoints; empty: nothing is saved."""
     timeout_s: Seconds = 120.0
@@ -267,6 +270,10 @@ class RunConfig(BaseModel):
             yield from (f"{each} needs model_dir, where checkpoints go" for each in saves)
             if self.export_every_save:
                 yield "export_every_save exports checkpoints, and there are none without model_dir"
+        if self.shut_down_ps and not self.model_dir:
+            yield "shut_down_ps needs model_dir: what was learned would end with the PS"
+        if self.shut_down_ps and not self.owns_cluster:
+            yield "shut_down_ps needs owns_cluster: only PS that are this run's alone may be ended by it"
         if self.keep_best and not (self.evaluate_every or self.evaluate_every_epoch):
             yield f"keep_best={self.keep_best!r} needs evaluations: set evaluate_every or evaluate_every_epoch"
         if not self.keep_best:
@@ -289,6 +296,8 @@ class RunConfig(BaseModel):
                 yield "owns_cluster with cluster='peers://': there are no PS to own"
         else:
             yield from (f"{each} is for cluster='peers://'" for each in given("lookup_queue", "update_queue"))
+        if self.cluster.startswith((_LOCAL, _PEERS)) and self.shut_down_ps:
+            yield f"shut_down_ps with cluster={self.cluster!r}: there are no PS to end"
         if self.cluster.startswith(_LOCAL):
             if several:
                 yield f"world_size={self.world_size} with cluster='local://': every worker would have rows of its own"

@@ -23,6 +23,7 @@ from trilith.estimator import events
 from trilith.estimator.callbacks import Callback, Callbacks
 from trilith.estimator.compiling import Compiled
 from trilith.estimator.config import RunConfig
+from trilith.estimator.ending import check_owned, shut_down
 from trilith.estimator.exporting import exporter_of, warm_up_of
 from trilith.estimator.group import Ranks, local_device, process_group
 from trilith.estimator.identity import WorkerIdentity
@@ -88,7 +89,7 @@ class Estimator:
         self._settled: Callable[[], RankState] = RankState
         """Where it was when its last step was taken: between steps of several batches, gradients wait."""
         self._last: dict[str, float] = {}
-        self._begun = self._looked_up = False
+        self._begun = self._looked_up = self._done = False
         self._stop_reason, self._signalled = "", False
         self._stopping = self._late = False
         """Whether a rank wants to stop, and whether the chief finds that it is time to save: what all know."""
@@ -236,8 +237,14 @@ class Estimator:
         return self.identity.chief
 
     def close(self) -> None:
-        """Let go of connections, threads and the process group; what was sent has been applied or is lost."""
+        """Let go of connections, threads and the process group; what was sent has been applied or is lost.
+
+        Where all is trained, PS that the run is to shut down (`shut_down_ps`) end with it.
+        """
         stack, self._stack = self._stack, None
+        if stack is not None and self._done and self.run.shut_down_ps:
+            shut_down(self.client, self._ranks, chief=self.chief)
+        self._done = False
         self._at, self._settled, self._micro, self._exporter = RankState(), RankState, 0, None
         self._begun = self._looked_up = self._stopping = self._late = False
         if stack is not None:
@@ -250,7 +257,8 @@ class Estimator:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close."""
+        """Close; after an error the PS stay, whatever was trained."""
+        self._done = self._done and error is None
         self.close()
 
     # ---- one step ----------------------------------------------------------------------------------------------------
@@ -442,7 +450,7 @@ class Estimator:
         if found is None:
             raise InvalidRequestError("train() needs data: Estimator(..., train=...) or train(data)")
         source = self._source(found, learned=True)
-        self._last, self._stop_reason, self._signalled = {}, "", False
+        self._last, self._stop_reason, self._signalled, self._done = {}, "", False, False
         self._progress = Progress(self.task)
         began = time.perf_counter()
         with stop_signals(self._signal), self._callbacks:
@@ -459,6 +467,7 @@ class Estimator:
                     if self.run.model_dir and (finished or self.run.save_on_stop) and self._unsaved():
                         self._save_at_the_end()
                     self._end(finished, time.perf_counter() - began)
+                    self._done = finished
             except BaseException as error:
                 self._callbacks.tell(events.Failed(step=self.step_count, error=error))
                 raise
@@ -466,6 +475,8 @@ class Estimator:
 
     def _begin(self) -> None:
         """Go on where the run's checkpoints say, or where this Estimator is already, and tell."""
+        if self.run.shut_down_ps:
+            check_owned(self.client)
         if self._notes is not None and self.chief:
             self._notes.begin()
         elif self._notes is not None:

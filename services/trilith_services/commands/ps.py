@@ -91,6 +91,14 @@ def ps(
             "where everybody may do what it may.",
         ),
     ] = False,
+    owned: Annotated[
+        bool,
+        typer.Option(
+            "--owned",
+            help="This PS is one run's own: a client may shut it down, as a job does at its end with "
+            "shut_down_ps=true. For networks where nobody else reaches it.",
+        ),
+    ] = False,
     memory_limit: MemoryLimit = "0",
     threads: RowThreads = 0,
     server: ServerFlags,
@@ -163,6 +171,7 @@ def ps(
         checkpoint_keep=checkpoint_keep,
         checkpoint_root=checkpoint_root,
         checkpoint_anywhere=checkpoint_anywhere,
+        owned=owned,
         metrics_port=metrics_port,
         metrics_host=metrics_host,
         discovery=discovery,

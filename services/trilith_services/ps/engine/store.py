@@ -349,6 +349,10 @@ class Store(Content, InProcess):
         """See `Shard.hold_leases`."""
         return self._once(write, lambda: self.queues.hold(worker, lease_s))
 
+    def shutdown(self) -> None:
+        """See `Shard.shutdown`: rows in a process of somebody else's."""
+        raise InvalidRequestError("the rows are in this process, which is no PS to shut down; close() lets go of them")
+
     # ---- inside --------------------------------------------------------------------------------------------------
 
     def _once(self, write: Write, work: Callable[[], _Result], check: Callable[[], object] | None = None) -> _Result:

@@ -49,6 +49,7 @@ class PsOptions(ProcessOptions):
             checkpoint_dir, or restore_from.
         checkpoint_anywhere: Whether they may name any path and URL. Whoever reaches the port then reads and writes as
             this process does.
+        owned: Whether a client may shut the PS down: it is one run's own.
         discovery: URL of the directory to register in; None: none.
         sync: How serving replicas are kept fresh, if there are any.
         sync_to: Address by name of serving replicas known from the start.
@@ -60,6 +61,7 @@ class PsOptions(ProcessOptions):
     checkpoint_keep: int = 3
     checkpoint_root: str | None = None
     checkpoint_anywhere: bool = False
+    owned: bool = False
     discovery: str | None = field(default=None, repr=False)  # it may hold credentials
     sync: SyncOptions = field(default_factory=SyncOptions)
     sync_to: Mapping[str, str] = field(default_factory=dict)
@@ -98,6 +100,7 @@ class ParameterServer(ServerProcess[PsOptions]):
                 root=options.checkpoint_root or options.checkpoint_dir or options.restore_from,
                 anywhere=options.checkpoint_anywhere,
             ),
+            shut_down=self._shut_down if options.owned else None,
         )
         self.syncer = Syncer(shard, options.sync)
         self._replicas = replicas
@@ -169,6 +172,10 @@ class ParameterServer(ServerProcess[PsOptions]):
         if self._checkpointer is not None:
             self._checkpointer.halt()
         self.syncer.stop()
+        self._end()
+
+    def _shut_down(self) -> None:
+        log.info("the run whose own this is has ended; leaving")
         self._end()
 
     def _leave(self) -> None:

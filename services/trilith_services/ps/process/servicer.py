@@ -35,6 +35,7 @@ class ParameterServerServicer:
         queued: Callable[[], int] = lambda: 0,
         add_stats: Callable[[ps_pb2.StatsResponse], None] = lambda stats: None,
         paths: CheckpointRoot | None = None,
+        shut_down: Callable[[], None] | None = None,
     ) -> None:
         """Serve `shard`; calls are refused until `ready` is set.
 
@@ -44,17 +45,20 @@ class ParameterServerServicer:
             queued: How many calls wait, for Stats.
             add_stats: Puts into Stats what the shard does not know.
             paths: What Save and Restore may name; None: nothing.
+            shut_down: Ends the process, for the run whose own it is; None: no client may.
         """
         self._shard = shard
         self._metrics = metrics
         self._queued = queued
         self._add_stats = add_stats
         self._paths = paths or CheckpointRoot()
+        self._shut_down = shut_down
         self._own: dict[str, Callable[..., Any]] = {
             "Describe": self.describe,
             "Stats": self.stats,
             "Save": self.save,
             "Restore": self.restore,
+            "Shutdown": self.shutdown,
         }
         self.ready = False
         self.saved = "", 0.0
@@ -73,8 +77,8 @@ class ParameterServerServicer:
         return self._shard.incarnation
 
     def admit(self, method: str) -> None:
-        """Refuse calls before the shard is restored and compiled."""
-        if not self.ready:
+        """Refuse calls before the shard is restored and compiled; its process may end before."""
+        if not self.ready and method != "Shutdown":
             raise UnavailableError(f"{method}: this PS is still starting")
 
     # ---- calls: bytes in, bytes out ----------------------------------------------------------------------------------
@@ -120,6 +124,7 @@ class ParameterServerServicer:
         """Say which shard this is, of which version."""
         reply = self._shard.describe()
         reply.version = _version()
+        reply.owned = self._shut_down is not None
         return reply
 
     def stats(self) -> ps_pb2.StatsResponse:
@@ -148,6 +153,14 @@ class ParameterServerServicer:
     def restore(self, path: str, write: Write) -> ps_pb2.RestoreResponse:
         """Replace the shard's content by what it may read."""
         return self._shard.restore(self._paths.resolve(path), write)
+
+    def shutdown(self) -> None:
+        """End the process, if it is one run's own."""
+        if self._shut_down is None:
+            raise InvalidRequestError(
+                "no client may shut this PS down, as others may use it; `trilith ps --owned` starts one that is a run's"
+            )
+        self._shut_down()
 
 
 def _answer(
