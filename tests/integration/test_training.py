@@ -15,10 +15,12 @@ import pytest
 from tests.waiting import eventually
 from trilith.checkpoint import list_checkpoints, newest_complete, read_manifest
 from trilith.nn import auc
+from trilith.serving.debugging import read_debugging_info
 from trilith.serving.exports import entry_base, list_versions, ps_base, read_export
 from trilith.serving.prediction import Predictor
 from trilith_services.demo.click_files import click_records
 from trilith_services.demo.datasets import load_dataset
+from trilith_services.demo.job import TABLE
 from trilith_services.local.supervisor import free_ports, trilith_argv
 from trilith_services.ps.process.replica_server import ReplicaOptions, ReplicaServer
 from trilith_services.ps.process.shard import LocalShard
@@ -110,6 +112,9 @@ def test_the_demo_trains_with_processes_and_ends_in_its_line(tmp_path):
     assert saved_step(tmp_path) == 24
     assert len(list_versions(entry_base(str(tmp_path / "exports")))) >= 3, "every checkpoint is exported"
     check_export(tmp_path, 2, float(match[1]))
+    debugged = read_debugging_info(str(tmp_path))
+    assert debugged.cluster.count(",") == 1
+    assert set(debugged.features.values()) == {TABLE}
     (folder,) = (tmp_path / "runs").iterdir()
     assert {"ps-0.log", "worker-1.log", "worker-1.jsonl", "torch.jsonl"} <= {each.name for each in folder.iterdir()}
 

@@ -9,6 +9,7 @@ import pytest
 from google.protobuf import text_format
 
 import trilith
+from tests.congruence.clusters import LocalCluster
 from tests.consoles import open_console
 from trilith.client import Client
 from trilith.errors import InvalidRequestError, UnavailableError
@@ -55,6 +56,23 @@ def test_a_console_finds_the_cluster_and_its_features_by_it(client, tmp_path) ->
         shown = console.debug("features", {"feature_names": ["viewer", "author", "?"], "feature_ids": [5, 6, 5]})
     assert set(shown) == {"viewer", "author"}
     assert shown["author"]["6"].startswith("id: 6\nnum: 3.0\nnum: 4.0\n")
+
+
+def test_a_job_says_where_its_rows_are_before_it_trains(tmp_path) -> None:
+    pytest.importorskip("torch")
+    from tests.tasks import everything
+    from trilith.estimator import RunConfig
+
+    with LocalCluster("3-ps") as cluster:
+        with everything(RunConfig(cluster=cluster.address, model_dir=str(tmp_path), progress="none")) as job:
+            with pytest.raises(InvalidRequestError, match="no iterable"):
+                job.train(7)
+        found = read_debugging_info(str(tmp_path))
+        assert found.cluster == cluster.address
+    items, cities = dict.fromkeys(("item", "seen"), "item"), dict.fromkeys(("city", "places"), "city")
+    tags = dict.fromkeys(("tags", "tag_sum", "tag_root", "tag_sums"), "tags")
+    alone = {name: name for name in ("user", "decade", "idle")}
+    assert found.features == items | cities | tags | alone
 
 
 def test_an_embedded_cluster_leaves_no_word_because_nobody_could_reach_it(tmp_path) -> None:

@@ -45,6 +45,7 @@ from trilith.nn.optimization import Optimization
 from trilith.peers import connect_peers
 from trilith.pipelining import Lane
 from trilith.runtime.machine import cores
+from trilith.serving.debugging import write_debugging_info
 
 __all__ = ["Estimator"]
 
@@ -495,6 +496,8 @@ class Estimator:
                 self.run.epochs,
                 self.step_count,
             )
+        if self.chief and self.run.model_dir and self.placement.rows == "ps":
+            self._describe()
         self._give_up()  # gradients that waited for others of a step are learned again
         self._saved_at = time.monotonic()
         self._tell(
@@ -515,6 +518,12 @@ class Estimator:
         if self._follows or not due or self._data["evaluate"] is None:
             return ()
         return tuple(f"valid/{name}" for name in self._scorer.names)
+
+    def _describe(self) -> None:
+        """Leave word of where the PS are, for those who want to look into them."""
+        collection = self.rows.collection
+        features = {} if collection is None else {name: each.table.name for name, each in collection.features.items()}
+        write_debugging_info(self.run.model_dir, self.client, num_workers=self.identity.world_size, features=features)
 
     def _end_with_others(self) -> None:
         """Where workers do not meet: the chief's last save is after all of them, if it is not to leave at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,14 +35,17 @@ class Debugged:
     features: dict[str, str]
 
 
-def write_debugging_info(model_dir: str, client: Rows, *, num_workers: int, chief: str = "") -> None:
+def write_debugging_info(
+    model_dir: str, client: Rows, *, num_workers: int, chief: str = "", features: Mapping[str, str] | None = None
+) -> None:
     """Describe the cluster that `client` trains on; an embedded one, which nobody else can reach, is left out.
 
     Args:
         model_dir: Directory or URL.
-        client: Of the cluster; it knows the features that were recorded through it.
+        client: Of the cluster.
         num_workers: How many train.
         chief: host:port where they meet, if they do.
+        features: Name of its table by feature; None: the features that were recorded through the client.
     """
     if not client.addresses:
         return
@@ -49,7 +53,7 @@ def write_debugging_info(model_dir: str, client: Rows, *, num_workers: int, chie
     info = DebuggingInfo(num_workers=num_workers)
     info.cluster.chief_addr = chief
     info.cluster.ps_addrs.extend(client.addresses)
-    for feature, table in sorted(client.features.items()):
+    for feature, table in sorted((client.features if features is None else features).items()):
         text = text_format.MessageToString(tables[table], as_one_line=True)
         info.feature_name_configs.add(feature_name=feature, config_str=text)
     Folder(model_dir).write(DEBUGGING_INFO, info.SerializeToString(deterministic=True))

@@ -128,6 +128,7 @@ class TrainingView:
             self.stopped = True
         elif kind == "done":
             self._rates[name] = event["samples_per_s"]
+            self._progress.update(self._tasks[name], rate=f"{event['samples_per_s']:,.0f}")
         elif name == next(iter(self._tails)):
             self._chief(kind, event)
 
