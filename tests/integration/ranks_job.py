@@ -232,19 +232,19 @@ def terminated() -> dict[str, Any]:
 
 
 def raises() -> dict[str, Any]:
-    """Rank 1 fails in its third step."""
+    """A rank fails in its third step: 1, or what FAILS says."""
 
     def fail() -> None:
         raise KeyError("a fault of the user's")
 
-    with job(At(1, 3, fail)) as found:
+    with job(At(int(os.environ.get("FAILS", "1")), 3, fail)) as found:
         found.train()
     return {}
 
 
 def killed() -> dict[str, Any]:
-    """Rank 1 is killed in its third step."""
-    with job(At(1, 3, lambda: os._exit(9))) as found:
+    """A rank is killed in its third step: 1, or what FAILS says."""
+    with job(At(int(os.environ.get("FAILS", "1")), 3, lambda: os._exit(9))) as found:
         found.train()
     return {}
 

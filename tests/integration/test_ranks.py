@@ -165,6 +165,19 @@ def test_a_rank_that_fails_or_is_killed_ends_the_others_which_say_why(ranks, tmp
         assert "rank 0 of 2: another rank is gone without a word" in killed.log(0).splitlines()[-1]
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_the_others_say_why_rank_0_failed_which_holds_what_they_meet_by(ranks, ahead):
+    with LocalCluster("1-ps") as cluster:
+        failed = ranks("raises", 3, **at(cluster, prefetch=ahead, async_push=ahead), FAILS="0")
+        assert failed.statuses() == [1, 1, 1]
+        for rank in (1, 2):
+            said = f'UnavailableError: rank {rank} of 3: rank 0 ended with KeyError: "a fault of the user\'s"; started'
+            assert said in failed.log(rank).splitlines()[-1]
+        killed = ranks("killed", out="killed", **at(cluster), FAILS="0")
+        assert killed.statuses() == [9, 1]
+        assert "rank 1 of 2: another rank is gone, and so is rank 0" in killed.log(1).splitlines()[-1]
+
+
 def test_a_save_that_one_rank_cannot_make_fails_for_all_and_training_goes_on(ranks, tmp_path):
     with LocalCluster("1-ps") as cluster:
         first, second = ranks("saves_fail", **at(cluster, model_dir=tmp_path / "model", save_every=2)).reports()

@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from trilith import errors
 from trilith.errors import DeadlineExceededError, InvalidRequestError, TrilithError, UnavailableError
+from trilith.estimator.causes import Causes
 from trilith.estimator.identity import WorkerIdentity
 from trilith.nn.reduction import sum_over_ranks
 from trilith.runtime.waiting import Wait
@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 _PATIENCE = timedelta(hours=6)
 """How long a rank waits for another to agree with, which may be saving or evaluating; one that is gone is noticed at
 once, for its connections close."""
-
-_CAUSE = "trilith/cause"
 
 
 def local_device(
@@ -165,6 +163,7 @@ class Ranks:
         self._group: distributed.ProcessGroup | None = None
         if self.several:
             self._group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        self._causes = Causes(identity.rank, identity.world_size)
         self._explained = False
 
     def beside(self) -> Ranks:
@@ -173,6 +172,7 @@ class Ranks:
 
     def close(self) -> None:
         """Meet no more."""
+        self._causes.close()
         if self._group is not None and distributed.is_initialized():
             distributed.destroy_process_group(self._group)
         self._group = None
@@ -240,38 +240,23 @@ class Ranks:
         Raises:
             UnavailableError: Another rank is gone; it says why where that rank could tell.
         """
-        try:
+        if not self.several:
             yield
+            return
+        try:
+            with self._causes.watched():
+                yield
         except BaseException as error:
-            if not self.several or self._explained:
+            if self._explained:
                 raise
             self._explained = True
             if not _of_others(error):
-                self._tell(error)
+                self._causes.tell(error)
                 raise
             raise UnavailableError(
-                f"rank {self._me.rank} of {self._me.world_size}: {self._cause()}; started again, all of them go on at "
-                "the newest checkpoint"
+                f"rank {self._me.rank} of {self._me.world_size}: {self._causes.cause()}; started again, all of "
+                "them go on at the newest checkpoint"
             ) from error
-
-    def _tell(self, error: BaseException) -> None:
-        try:
-            _store().set(_CAUSE, f"rank {self._me.rank} ended with {type(error).__name__}: {error}")
-        except Exception:  # the store is with rank 0, which may be gone
-            log.debug("the other ranks could not be told", exc_info=True)
-
-    def _cause(self) -> str:
-        try:
-            if _store().check([_CAUSE]):
-                return str(_store().get(_CAUSE).decode())
-        except Exception:  # noqa: BLE001 - as above
-            return "another rank is gone, and so is rank 0, whose log says more"
-        return "another rank is gone without a word, as a process does that is killed"
-
-
-def _store() -> Any:
-    """Where the processes met."""
-    return distributed.distributed_c10d._get_default_store()
 
 
 def _of_others(error: BaseException) -> bool:
