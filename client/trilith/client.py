@@ -31,7 +31,7 @@ from trilith.errors import (
 from trilith.ops.dedup import gather_values
 from trilith.queues import Queues
 from trilith.rows import Table
-from trilith.shard import ANY_WRITE, Float32Array, Shard, UInt64Array, Write
+from trilith.shard import ANY_WRITE, Float32Array, Shard, UInt64Array, VariablePiece, Write
 from trilith.steps import as_step
 from trilith.tables.initial import InitialRows, Missing, check_missing
 from trilith.times import whole_seconds
@@ -607,19 +607,33 @@ class Client:
         cluster = self._cluster
         return cluster.everywhere(lambda index, shard: shard.save(path, cluster.write(index)), timeout_s=timeout_s)
 
-    def restore(self, path: str, *, timeout_s: float = 3600.0) -> int:
+    def restore(
+        self,
+        path: str,
+        *,
+        variables: Mapping[str, Sequence[VariablePiece]] | None = None,
+        timeout_s: float = 3600.0,
+    ) -> int:
         """Replace the cluster's content by that of a complete checkpoint, of any number of PS; returns its step.
 
         To other clients it is as if every PS had restarted: their next call raises ShardRestartedError.
 
+        Args:
+            path: Of the checkpoint.
+            variables: Dense variables by name as pieces of the checkpoint's, one after another; all others stay as they
+                are. Optimizer state comes with them where the variable here has an optimizer of the same kind. None:
+                the checkpoint's variables take the place of all.
+            timeout_s: How long the PS may take.
+
         Raises:
+            CheckpointError: The checkpoint has no such variable, or not as many floats.
             InvalidRequestError: A table that the checkpoint does not know has rows, which would be lost.
         """
         from trilith.folder import absolute
 
         where = absolute(path)
         self._check_nothing_lost(where)
-        self._cluster.restore(where, timeout_s=timeout_s)
+        self._cluster.restore(where, None if variables is None else _sources(variables), timeout_s=timeout_s)
         return self._cluster.step
 
     def _check_nothing_lost(self, where: str) -> None:
@@ -698,6 +712,16 @@ def _factors(given: Mapping[str, float] | None) -> dict[str, float]:
     from trilith.tables.schedules import as_factors
 
     return as_factors(given)
+
+
+def _sources(variables: Mapping[str, Sequence[VariablePiece]]) -> ps_pb2.VariableSources:
+    """Pieces by variable, as they travel."""
+    return ps_pb2.VariableSources(
+        variables=[
+            ps_pb2.VariableSource(name=name, pieces=[ps_pb2.VariablePiece(**piece._asdict()) for piece in pieces])
+            for name, pieces in variables.items()
+        ]
+    )
 
 
 def _dim(config: ps_pb2.TableConfig) -> int:

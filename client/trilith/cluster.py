@@ -266,7 +266,9 @@ class Cluster:
         """A shard's index in the cluster."""
         return index if self._part is None else self._part[0]
 
-    def restore(self, path: str, *, timeout_s: float) -> list[ps_pb2.RestoreResponse]:
+    def restore(
+        self, path: str, variables: ps_pb2.VariableSources | None = None, *, timeout_s: float
+    ) -> list[ps_pb2.RestoreResponse]:
         """Have every shard restore a checkpoint, whatever became of it so far, and adopt what it is then."""
         answers = self.describe()
         self._check_identity(answers)
@@ -274,7 +276,7 @@ class Cluster:
         def call(index: int, shard: Shard) -> ps_pb2.RestoreResponse:
             answer = answers[index]
             write = Identity(self._origin(index), answer.unix_time).write(incarnation=answer.incarnation)
-            return shard.restore(path, write)
+            return shard.restore(path, write, variables)
 
         replies = self.everywhere(call, timeout_s=timeout_s)
         for index, (answer, reply) in enumerate(zip(answers, replies, strict=True)):

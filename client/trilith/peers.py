@@ -36,7 +36,7 @@ from trilith.routing import partition_owner, partition_sizes
 from trilith.rows import Table
 from trilith.runtime.extras import need
 from trilith.runtime.forks import keep_for_ever, renew_in_children
-from trilith.shard import DensePart, Float32Array, UInt64Array, Write
+from trilith.shard import DensePart, Float32Array, UInt64Array, VariablePiece, Write
 from trilith.steps import as_step
 from trilith.tables.initial import InitialRows, Missing, check_missing
 from trilith_proto import hash_table_pb2, ps_pb2
@@ -705,8 +705,17 @@ class PeerClient:
         self._alike(write_whole, f"the manifest of {where}")
         return self._step
 
-    def restore(self, path: str, *, timeout_s: float | None = None) -> int:
-        """Replace the content by that of a checkpoint of any number of shards; rank 0's `path` counts."""
+    def restore(
+        self,
+        path: str,
+        *,
+        variables: Mapping[str, Sequence[VariablePiece]] | None = None,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Replace the content by that of a checkpoint of any number of shards; rank 0's `path` counts.
+
+        `variables`: as of `Client.restore`; all ranks give the same.
+        """
         _refuse_deadline(timeout_s)
         from trilith.checkpoint import read_manifest
         from trilith.folder import absolute
@@ -714,7 +723,7 @@ class PeerClient:
         where = self._from_first(absolute(path))
         self.drain()
         if self._index >= 0:
-            self._client.restore(where)
+            self._client.restore(where, variables=variables)
         self._step = read_manifest(where).global_step
         self._wait()
         return self._step

@@ -13,7 +13,7 @@ from trilith.batches import TableInfo, UpdateVerb, WriteOptions
 from trilith.cluster import Rejoined
 from trilith.errors import TrilithError
 from trilith.queues import Queues
-from trilith.shard import Float32Array, UInt64Array
+from trilith.shard import Float32Array, UInt64Array, VariablePiece
 from trilith.tables.initial import Missing
 from trilith_proto import ps_pb2
 
@@ -216,7 +216,13 @@ class Rows(Protocol):
     def save(self, path: str, *, timeout_s: float = 3600.0) -> int:
         """Write a checkpoint; returns its step."""
 
-    def restore(self, path: str, *, timeout_s: float = 3600.0) -> int:
+    def restore(
+        self,
+        path: str,
+        *,
+        variables: Mapping[str, Sequence[VariablePiece]] | None = None,
+        timeout_s: float = 3600.0,
+    ) -> int:
         """Replace the content by that of a checkpoint; returns its step."""
 
     def rejoin(self, *, recreate_tables: bool = False) -> list[Rejoined]:

@@ -28,6 +28,7 @@ __all__ = [
     "UpdateFrame",
     "UpdateLayout",
     "UpdatePart",
+    "VariablePiece",
     "Write",
 ]
 
@@ -80,6 +81,20 @@ class DensePart:
     name: str
     partition: int
     values: Float32Array
+
+
+class VariablePiece(NamedTuple):
+    """Floats of a dense variable of a checkpoint, counted row after row.
+
+    Attributes:
+        name: Of the variable there.
+        start: The first.
+        size: How many; 0: all from there on.
+    """
+
+    name: str
+    start: int = 0
+    size: int = 0
 
 
 class Ticket:
@@ -342,8 +357,13 @@ class Shard(Protocol):
     def save(self, path: str, write: Write = ANY_WRITE) -> ps_pb2.SaveResponse:
         """Write this shard's files of a checkpoint; the caller writes the manifest."""
 
-    def restore(self, path: str, write: Write = ANY_WRITE) -> ps_pb2.RestoreResponse:
-        """Replace this shard's content by its part of a complete checkpoint; its incarnation is another then."""
+    def restore(
+        self, path: str, write: Write = ANY_WRITE, variables: ps_pb2.VariableSources | None = None
+    ) -> ps_pb2.RestoreResponse:
+        """Replace this shard's content by its part of a complete checkpoint; its incarnation is another then.
+
+        `variables`: which dense ones change, and to what; None: the checkpoint's take the place of all.
+        """
 
     def shutdown(self) -> None:
         """End the PS, as SIGTERM does; refused by all but those that were started as one run's own."""

@@ -1464,22 +1464,90 @@ class RestoreRequest(google.protobuf.message.Message):
     PATH_FIELD_NUMBER: builtins.int
     WRITE_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
+    VARIABLES_FIELD_NUMBER: builtins.int
     path: builtins.str
     incarnation: builtins.int
     """As everywhere; a repetition of a restore that was done is answered also if it names the incarnation before it."""
     @property
     def write(self) -> global___WriteId: ...
+    @property
+    def variables(self) -> global___VariableSources:
+        """Not set: the checkpoint's dense variables take the place of all that are here."""
+
     def __init__(
         self,
         *,
         path: builtins.str = ...,
         write: global___WriteId | None = ...,
         incarnation: builtins.int = ...,
+        variables: global___VariableSources | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["write", b"write"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "path", b"path", "write", b"write"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_variables", b"_variables", "variables", b"variables", "write", b"write"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_variables", b"_variables", "incarnation", b"incarnation", "path", b"path", "variables", b"variables", "write", b"write"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_variables", b"_variables"]) -> typing.Literal["variables"] | None: ...
 
 global___RestoreRequest = RestoreRequest
+
+@typing.final
+class VariableSources(google.protobuf.message.Message):
+    """Which dense variables a restore changes: those named here get floats of the checkpoint's, all others stay."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VARIABLES_FIELD_NUMBER: builtins.int
+    @property
+    def variables(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___VariableSource]: ...
+    def __init__(
+        self,
+        *,
+        variables: collections.abc.Iterable[global___VariableSource] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["variables", b"variables"]) -> None: ...
+
+global___VariableSources = VariableSources
+
+@typing.final
+class VariableSource(google.protobuf.message.Message):
+    """A variable as pieces of a checkpoint's variables, one after another."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    PIECES_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    @property
+    def pieces(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___VariablePiece]: ...
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        pieces: collections.abc.Iterable[global___VariablePiece] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "pieces", b"pieces"]) -> None: ...
+
+global___VariableSource = VariableSource
+
+@typing.final
+class VariablePiece(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    START_FIELD_NUMBER: builtins.int
+    SIZE_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    start: builtins.int
+    """Of its floats, row after row: the first, and how many; 0: all from there on."""
+    size: builtins.int
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        start: builtins.int = ...,
+        size: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "size", b"size", "start", b"start"]) -> None: ...
+
+global___VariablePiece = VariablePiece
 
 @typing.final
 class RestoreResponse(google.protobuf.message.Message):

@@ -8,6 +8,7 @@ import pytest
 import trilith.routing
 from tests.congruence.clusters import LocalCluster
 from trilith.errors import CheckpointError, InvalidRequestError, NonFiniteError, TableExistsError
+from trilith.shard import VariablePiece
 from trilith.tables import Adagrad, Adam, RandomUniform, Sgd
 from trilith_proto import hash_table_pb2
 
@@ -175,6 +176,102 @@ def test_a_checkpoint_is_restored_into_any_shape_of_cluster(local, shape, target
         client.apply_dense_gradients({"w": floats(3, 4, seed=2)})
         np.testing.assert_array_equal(table.lookup(ids), want[0])
         np.testing.assert_array_equal(client.pull_variables(["w"])[0]["w"], want[1])
+
+
+OLD = {"same": (3, 4), "w": (6, 4), "a": (2, 5), "b": (3, 5), "large": (4, 400_000), "gone": (7,)}
+NEW = {"same": (3, 4), "head": (2, 4), "tail": (4, 4), "ab": (5, 5), "large2": (4, 400_000), "fresh": (3,)}
+PIECES = {
+    "same": [VariablePiece("same")],
+    "head": [VariablePiece("w", 0, 8)],
+    "tail": [VariablePiece("w", 8)],
+    "ab": [VariablePiece("a"), VariablePiece("b")],
+    "large2": [VariablePiece("large")],
+}
+
+
+def in_new_terms(old):
+    """Arrays of OLD's variables, as NEW's are made of them."""
+    split = {"head": old["w"][:2], "tail": old["w"][2:], "ab": np.concatenate([old["a"], old["b"]])}
+    return {"same": old["same"], "large2": old["large"], **split}
+
+
+@pytest.mark.parametrize("target", ["embedded", "1-ps", "3-ps"])
+@pytest.mark.parametrize("optimizer", [Adam(learning_rate=0.1), Adagrad(learning_rate=0.1)], ids=["adam", "adagrad"])
+def test_variables_are_renamed_split_and_joined_by_a_restore_with_their_optimizers_state(
+    local, target, optimizer, tmp_path
+):
+    grads = [{name: floats(*dims, seed=seed) for name, dims in OLD.items()} for seed in (1, 2)]
+    with local("3-ps").connect() as client:
+        client.create_variables({name: floats(*dims) for name, dims in OLD.items()}, optimizer=optimizer)
+        client.apply_dense_gradients(grads[0])
+        client.global_step(set_to=5)
+        client.save(str(tmp_path / "old"))
+        saved = client.pull_variables(list(OLD))[0]
+        client.apply_dense_gradients(grads[1])
+        want = client.pull_variables(list(OLD))[0]
+    with local(target).connect() as client:
+        fresh = floats(3, seed=9)
+        client.create_variables(
+            {name: np.zeros(dims) for name, dims in NEW.items()} | {"fresh": fresh}, optimizer=optimizer
+        )
+        assert client.restore(str(tmp_path / "old"), variables=PIECES) == 5
+        assert client.variables() == NEW
+        found = client.pull_variables(list(NEW))[0]
+        np.testing.assert_array_equal(found.pop("fresh"), fresh)
+        for name, value in in_new_terms(saved).items():
+            np.testing.assert_array_equal(found[name], value)
+        client.apply_dense_gradients(in_new_terms(grads[1]))
+        found = client.pull_variables(list(PIECES))[0]
+        for name, value in in_new_terms(want).items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_a_restore_of_no_variables_leaves_those_that_are_here(local, shape, tmp_path):
+    with local("1-ps").connect() as client:
+        client.table("user", dim=2).assign([3], [[1.0, 2.0]])
+        client.create_variables({"w": floats(4), "old": floats(3)}, optimizer=Sgd())
+        client.save(str(tmp_path / "old"))
+    with local(shape).connect() as client:
+        client.create_variables({"w": floats(6, seed=1)}, optimizer=Adam())
+        client.restore(str(tmp_path / "old"), variables={})
+        np.testing.assert_array_equal(client.pull_variables(["w"])[0]["w"], floats(6, seed=1))
+        assert client.variables() == {"w": (6,)}
+        assert client.table("user", dim=2).lookup([3]).tolist() == [[1.0, 2.0]]
+
+
+def test_an_optimizer_of_another_kind_begins_anew_with_the_values_of_a_restore(local, shape, tmp_path):
+    with local(shape).connect() as client:
+        client.create_variables({"w": floats(4)}, optimizer=Adagrad(learning_rate=0.1))
+        client.apply_dense_gradients({"w": floats(4)})
+        client.save(str(tmp_path / "old"))
+        values = client.pull_variables(["w"])[0]["w"]
+    with local(shape).connect() as client, local("embedded").connect() as fresh:
+        client.create_variables({"v": np.zeros(4)}, optimizer=Adam(learning_rate=0.1))
+        client.restore(str(tmp_path / "old"), variables={"v": [VariablePiece("w")]})
+        fresh.create_variables({"v": values}, optimizer=Adam(learning_rate=0.1))
+        for each in (client, fresh):
+            each.apply_dense_gradients({"v": floats(4, seed=1)})
+        np.testing.assert_array_equal(client.pull_variables(["v"])[0]["v"], fresh.pull_variables(["v"])[0]["v"])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([VariablePiece("nothing")], "no dense variable 'nothing'; it has .'w'."),
+        ([VariablePiece("w", 2, 4)], "'w' has 4 floats; 2 to 6"),
+        ([VariablePiece("w", 1)], "'v': .* has another number of floats"),
+        ([], "'v': it is to be restored from nothing"),
+    ],
+)
+def test_a_restore_of_floats_that_are_not_there_is_refused_and_changes_nothing(local, pieces, message, tmp_path):
+    with local("1-ps").connect() as client:
+        client.create_variables({"w": floats(4)}, optimizer=Sgd())
+        client.save(str(tmp_path / "old"))
+    with local("1-ps").connect() as client:
+        client.create_variables({"v": floats(4, seed=1)}, optimizer=Sgd())
+        with pytest.raises(CheckpointError, match=message):
+            client.restore(str(tmp_path / "old"), variables={"v": pieces})
+        np.testing.assert_array_equal(client.pull_variables(["v"])[0]["v"], floats(4, seed=1))
 
 
 def test_a_checkpoint_that_cannot_be_written_is_refused_with_its_path(client, name, tmp_path):

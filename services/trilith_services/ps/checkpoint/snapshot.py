@@ -112,30 +112,37 @@ def _write_files(store: Store, folder: Folder, index: int, count: int) -> Iterat
         yield queue_files.write(folder, name("queues", suffix="json"), queues)
 
 
-def restore_shard(store: Store, path: str) -> ps_pb2.RestoreResponse:
+def restore_shard(store: Store, path: str, sources: ps_pb2.VariableSources | None = None) -> ps_pb2.RestoreResponse:
     """Replace this shard's content by what the complete checkpoint at `path` holds for it.
 
     Every id is routed by the owner rule, so the checkpoint may come from another number of PS. All files are checked
     and the new content is loaded beside the old before anything changes. Tables that the checkpoint does not know stay
-    if they are empty; variables and queues that it does not know go, which is logged.
+    if they are empty; variables and queues that it does not know go, which is logged. With `sources` the variables that
+    are here stay, but for those that it names.
 
     Raises:
-        CheckpointError: The checkpoint is incomplete or damaged; nothing was changed.
+        CheckpointError: The checkpoint is incomplete or damaged, or lacks what `sources` takes from it; nothing was
+            changed.
         TableExistsError: A table exists with another config; nothing was changed.
         InvalidRequestError: A table that the checkpoint does not know has rows; nothing was changed.
     """
     manifest = checkpoint.read_manifest(path)  # first: a directory that is no checkpoint stays as it is
     with checkpoint.hold(path):
-        return _restore(store, path, manifest)
+        return _restore(store, path, manifest, sources)
 
 
-def _restore(store: Store, path: str, manifest: Manifest) -> ps_pb2.RestoreResponse:
+def _restore(
+    store: Store, path: str, manifest: Manifest, sources: ps_pb2.VariableSources | None
+) -> ps_pb2.RestoreResponse:
     started, folder = time.perf_counter(), Folder(path)
     identity = store.describe()
     index, count = identity.shard_index, identity.shard_count
     parts = parts_for(manifest, index, count)
-    _check_all(folder, _needed(manifest, parts, count))
-    variables = variable_files.read_for(folder, manifest, index, count)
+    _check_all(folder, _needed(manifest, parts, count, every_variable=sources is not None))
+    if sources is None:
+        variables = variable_files.read_for(folder, manifest, index, count)
+    else:
+        variables = variable_files.read_into(store.variables.export(), folder, manifest, sources, index, count)
     queues = queue_files.read_for(folder, manifest, index)
     configs = _table_configs(store, folder, parts)
     checkpoint.check_nothing_lost(folder.url, {name: len(table) for name, table in store.tables.items()}, configs)
@@ -218,9 +225,9 @@ def parts_for(manifest: Manifest, index: int, count: int) -> list[Part]:
     return [part for part in manifest.parts if part.shard_index % step == index % step]
 
 
-def _needed(manifest: Manifest, parts: list[Part], count: int) -> list[FileRecord]:
-    """Files of these parts, and all dense variables if the number of PS changes."""
-    reshard = manifest.shard_count != count
+def _needed(manifest: Manifest, parts: list[Part], count: int, *, every_variable: bool) -> list[FileRecord]:
+    """Files of these parts, and all dense variables if the number of PS changes or `every_variable`."""
+    reshard = every_variable or manifest.shard_count != count
     return [
         file
         for part in manifest.parts

@@ -7,7 +7,7 @@ the whole variable; none: unknown). Version 1 has no `shape`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from trilith_services.ps.checkpoint.damage import as_damage, checked_batches
 from trilith_services.ps.checkpoint.row_files import check_file, open_arrow, write_arrow
 from trilith_services.ps.engine.variables import VariableState
 
-__all__ = ["place", "read", "read_for", "read_parts", "write"]
+__all__ = ["place", "read", "read_for", "read_into", "read_parts", "write"]
 
 FORMAT = "trilith-variables"
 VERSION = 2
@@ -134,28 +134,104 @@ def place(states: Sequence[VariableState], index: int, count: int) -> Iterator[V
     Raises:
         CheckpointError: A partition is missing or there twice.
     """
+    for name, pieces in sorted(_by_name(states).items()):
+        sizes = partition_sizes(sum(piece.values.size for piece in pieces), count)
+        mine = [part for part in range(len(sizes)) if partition_owner(name, part, count) == index]
+        if not mine:
+            continue
+        whole = _joined(pieces)
+        bounds = np.cumsum([0, *sizes])
+        for part in mine:
+            yield whole if len(sizes) == 1 else _cut(whole, part, int(bounds[part]), int(bounds[part + 1]))
+
+
+def read_into(
+    here: Sequence[VariableState],
+    folder: Folder,
+    manifest: Manifest,
+    sources: ps_pb2.VariableSources,
+    index: int,
+    count: int,
+) -> list[VariableState]:
+    """The partitions of shard `index` of `count`, some of them as `sources` takes them from a checkpoint.
+
+    Optimizer state comes with values if the variable here has an optimizer of the same kind, else it stays. A variable
+    that is not here yet gets the optimizer that it had.
+
+    Raises:
+        CheckpointError: The checkpoint lacks what is taken, or that has not the size of the variable here.
+    """
+    if not sources.variables:
+        return list(here)
+    there = _by_name(list(read_parts(folder, manifest.parts)))
+    taken = [_taken(source, there, folder.url) for source in sources.variables]
+    states = {(state.spec.name, state.spec.partition): state for state in here}
+    named = {source.name for source in sources.variables}
+    placed = {(state.spec.name, state.spec.partition): state for state in place(taken, index, count)}
+    for key in sorted(placed.keys() | {key for key in states if key[0] in named}):
+        known, state = states.get(key), placed.get(key)
+        if known is not None and (state is None or state.values.size != known.values.size):
+            raise CheckpointError(
+                f"dense variable {key[0]!r}: {folder.url} has another number of floats for it; partition {key[1]} has "
+                f"{known.values.size} here, and would get {0 if state is None else state.values.size}"
+            )
+        assert state is not None  # it is among `placed` where it is not here
+        states[key] = state if known is None else _into(known, state)
+    return list(states.values())
+
+
+def _taken(source: ps_pb2.VariableSource, there: Mapping[str, list[VariableState]], where: str) -> VariableState:
+    """A variable whole, put together of pieces of others."""
+    pieces = []
+    for piece in source.pieces:
+        if piece.name not in there:
+            raise CheckpointError(f"{where} has no dense variable {piece.name!r}; it has {sorted(there)}")
+        whole = _joined(there[piece.name])
+        stop = piece.start + piece.size if piece.size else whole.values.size
+        if not piece.start < stop <= whole.values.size:
+            raise CheckpointError(
+                f"{where}: dense variable {piece.name!r} has {whole.values.size} floats; "
+                f"{piece.start} to {stop} are asked for"
+            )
+        pieces.append(_cut(whole, 0, piece.start, stop))
+    if not pieces:
+        raise CheckpointError(f"dense variable {source.name!r}: it is to be restored from nothing")
+    joined = _joined(pieces)
+    same_floats = len(pieces) == 1 and joined.values.size == sum(
+        state.values.size for state in there[source.pieces[0].name]
+    )
+    joined.spec.name = source.name
+    if not same_floats:
+        joined.spec.ClearField("shape")
+    return joined
+
+
+def _into(here: VariableState, taken: VariableState) -> VariableState:
+    """A partition that is here with values of another, and its optimizer state where it is of the same kind."""
+    kinds = [each.spec.optimizer.WhichOneof("type") for each in (here, taken)]
+    alike = kinds[0] == kinds[1] and here.slots == taken.slots
+    return VariableState(here.spec, taken.values, taken.state if alike else here.state, here.slots)
+
+
+def _by_name(states: Sequence[VariableState]) -> dict[str, list[VariableState]]:
+    """Partitions by variable, in order."""
     by_name: dict[str, list[VariableState]] = {}
     for state in states:
         by_name.setdefault(state.spec.name, []).append(state)
-    for name, pieces in sorted(by_name.items()):
+    for name, pieces in by_name.items():
         pieces.sort(key=lambda piece: piece.spec.partition)
         if [piece.spec.partition for piece in pieces] != list(range(len(pieces))):
             have = [piece.spec.partition for piece in pieces]
             raise CheckpointError(
                 f"dense variable {name!r}: the checkpoint holds partitions {have}, not 0 to n-1 once each"
             )
-        sizes = partition_sizes(sum(piece.values.size for piece in pieces), count)
-        mine = [part for part in range(len(sizes)) if partition_owner(name, part, count) == index]
-        if not mine:
-            continue
-        whole = pieces[0] if len(pieces) == 1 else _joined(pieces)
-        bounds = np.cumsum([0, *sizes])
-        for part in mine:
-            yield whole if len(sizes) == 1 else _cut(whole, part, int(bounds[part]), int(bounds[part + 1]))
+    return by_name
 
 
 def _joined(pieces: Sequence[VariableState]) -> VariableState:
     """Partitions put together: slots with a number per value join, slots with one for all are the first one's."""
+    if len(pieces) == 1:
+        return pieces[0]
     values = np.concatenate([piece.values for piece in pieces])
     if any([name for name, _ in piece.slots] != [name for name, _ in pieces[0].slots] for piece in pieces):
         raise CheckpointError(f"dense variable {pieces[0].spec.name!r}: its partitions have other optimizers")

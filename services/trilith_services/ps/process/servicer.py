@@ -150,9 +150,9 @@ class ParameterServerServicer:
         self.saved = where, time.time()
         return reply
 
-    def restore(self, path: str, write: Write) -> ps_pb2.RestoreResponse:
+    def restore(self, path: str, write: Write, variables: ps_pb2.VariableSources | None) -> ps_pb2.RestoreResponse:
         """Replace the shard's content by what it may read."""
-        return self._shard.restore(self._paths.resolve(path), write)
+        return self._shard.restore(self._paths.resolve(path), write, variables)
 
     def shutdown(self) -> None:
         """End the process, if it is one run's own."""

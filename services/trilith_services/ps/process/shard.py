@@ -18,12 +18,14 @@ class LocalShard(Store):
         self._check_incarnation(write.incarnation)
         return self._sequences.once(write, lambda: snapshot.save_shard(self, path))[0]
 
-    def restore(self, path: str, write: Write = ANY_WRITE) -> ps_pb2.RestoreResponse:
+    def restore(
+        self, path: str, write: Write = ANY_WRITE, variables: ps_pb2.VariableSources | None = None
+    ) -> ps_pb2.RestoreResponse:
         """See `Shard.restore`."""
 
         def work() -> ps_pb2.RestoreResponse:
             # Not before: a repetition comes with the incarnation that the first one ended.
             self._check_incarnation(write.incarnation)
-            return snapshot.restore_shard(self, path)
+            return snapshot.restore_shard(self, path, variables)
 
         return self._sequences.once(write, work)[0]
