@@ -1,6 +1,9 @@
 """A task trained by the Estimator, and by a loop that is written by hand over the same modules, in turns.
 
 Run as `python -m tests.bench.estimator_trainee`; it prints a JSON object with each side's samples per second by turn.
+With `--compile` the sides are the Estimator with its model compiled and with it as it is written; where there is no
+compiler, the object says why as "skipped".
+
 Rows are in this process, where what a loop costs beside them weighs most. The loop by hand has what trains: rows looked
 up, forward and backward, gradients that are held for one step of rows and dense parameters together. It knows of no
 epochs, positions, signals, events or restarts.
@@ -22,6 +25,7 @@ from torch.nn import functional
 
 import trilith
 from tests.bench.draws import Zipf
+from trilith.errors import InvalidRequestError
 from trilith.estimator import Callback, Dense, Embedding, Estimator, Label, RunConfig, Stop, Task, metrics
 from trilith.estimator.events import Step
 from trilith.estimator.features import Inputs, Pooled
@@ -150,13 +154,20 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True, help="of each side")
     parser.add_argument("--warm-seconds", type=float, required=True)
+    parser.add_argument("--compile", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     batches = make_batches(given.features, given.rows, given.batch, given.batches)
-    sides: dict[str, Callable[[float], int]] = {
-        "hand": ByHand(task_of(given.features, given.dim), batches, given.features, given.dim).train,
-        "estimator": ByEstimator(task_of(given.features, given.dim), batches).train,
-    }
+    sides: dict[str, Callable[[float], int]] = {}
+    if given.compile:
+        try:
+            sides["compiled"] = ByEstimator(task_of(given.features, given.dim), batches, compile=True).train
+        except InvalidRequestError as error:
+            print(json.dumps({"skipped": str(error)}))
+            return 0
+    else:
+        sides["hand"] = ByHand(task_of(given.features, given.dim), batches, given.features, given.dim).train
+    sides["estimator"] = ByEstimator(task_of(given.features, given.dim), batches).train
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(-1, given.turns):
         for name, train in sides.items():
