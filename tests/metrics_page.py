@@ -21,9 +21,9 @@ _HEAD = """# Metrics
 
 <!-- Written by `make docs` from the program itself; `make lint` and the tests fail when it is stale. -->
 
-`GET /metrics`, for Prometheus: of PS, serving replicas and workers with `--metrics-port`, of an entry at its `--http`.
-`deploy/monitoring` has recording rules, alerts and a dashboard. Times are in seconds, moments in
-Unix seconds; a histogram has `_bucket`, `_sum` and `_count`.
+`GET /metrics`, for Prometheus: of PS and serving replicas with `--metrics-port`, of an entry at its `--http`, of
+a job's workers with `metrics_port` in its run. `deploy/monitoring` has recording rules, alerts and a dashboard. Times
+are in seconds, moments in Unix seconds; a histogram has `_bucket`, `_sum` and `_count`.
 """
 
 

@@ -68,12 +68,15 @@ PARTS = {
             "client/trilith/peers.py", "client/trilith/pipelining.py", "services/trilith_services/worker/",
             "services/trilith_services/demo/",
         ),
-        ("demo_job", "features", "gpu", "layout", "nn_*", "ops", "peers", "pipelining", "tables_*", "worker"),
+        ("demo_job", "features", "gpu", "layout", "nn_*", "ops", "peers", "pipelining", "tables_*"),
     ),
     "estimator": Part(("client/trilith/estimator/",), ("estimator", "estimator_*")),
     "ops": Part(
         ("services/trilith_services/",),
-        ("commands", "console", "job_commands", "listening", "logs", "quick", "serve", "server_process", "supervisor"),
+        (
+            "commands", "console", "job_commands", "listening", "logs", "quick", "serve", "server_process",
+            "supervisor", "training_view",
+        ),
     ),
 }  # fmt: skip
 """By the name that `make quick PART=` takes."""

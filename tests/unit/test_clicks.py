@@ -1,4 +1,4 @@
-"""Click data in memory, and MovieLens parsed from a tiny archive in either layout."""
+"""Click data in memory, made up or of MovieLens, which is parsed from a tiny archive in either layout."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from trilith_services.demo import movielens
 from trilith_services.demo.clicks import ClickData, split
 from trilith_services.demo.datasets import load_dataset
 from trilith_services.demo.movielens import MovieLensUnavailableError
+from trilith_services.demo.synthetic import make_clicks, zipf_ids
 
 # 875747190 is 1997-10-01 23:13:10 UTC.
 SITE = {
@@ -189,3 +190,26 @@ def test_without_data_quality_is_left_out_but_fails_in_ci(monkeypatch) -> None:
     monkeypatch.delenv("CI")
     with pytest.raises(pytest.skip.Exception, match="no data"):
         test_models.require_movielens()
+
+
+def test_made_up_clicks_are_decided_by_their_seed():
+    one, two, other = make_clicks(50, seed=1), make_clicks(50, seed=1), make_clicks(50, seed=2)
+    np.testing.assert_array_equal(one.labels, two.labels)
+    for name in one.features:
+        np.testing.assert_array_equal(one.features[name].values, two.features[name].values)
+    assert any((one.features[name].values != other.features[name].values).any() for name in ("user", "item"))
+    with pytest.raises(InvalidRequestError):
+        make_clicks(0)
+
+
+def test_zipf_ids_favour_few():
+    ids = zipf_ids(np.random.default_rng(0), (10_000,), 1000)
+    counts = np.sort(np.bincount(ids, minlength=1000))[::-1]
+    assert counts[:10].sum() > 10 * counts[500:510].sum()
+
+
+def test_data_is_named_or_refused():
+    assert len(load_dataset("synthetic:100").train) == 80
+    for name in ("synthetic:", "synthetic:3", "movielens:5", "imagenet"):
+        with pytest.raises(InvalidRequestError, match="movielens"):
+            load_dataset(name)

@@ -37,8 +37,7 @@ def run(blocked: set[str], program: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("command", "blocked", "extra"),
     [
-        ("worker --cluster static://127.0.0.1:1", "torch", "torch"),
-        ("worker --cluster static://127.0.0.1:1 --model-dir m --export e", "safetensors", "serving"),
+        ("worker shop:job", "torch", "torch"),
         ("demo", "torch", "torch"),
         ("demo --export e", "safetensors", "serving"),
         ("up --job shop:job", "torch", "torch"),

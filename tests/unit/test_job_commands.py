@@ -156,9 +156,12 @@ def test_an_open_estimator_keeps_its_run():
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (("worker", "{}:job", "--epochs", "3"), "--epochs does not go with MODULE:JOB ({}:job); write --set epochs="),
-        (("worker", "{}:job", "--mode", "ps"), "--mode does not go with MODULE:JOB ({}:job); leave it out"),
-        (("worker", "--set", "epochs=3"), "--set is for a job of yours: name it, as MODULE:JOB"),
+        (
+            ("worker", "--cluster", "static://a:1"),
+            "No such option: --cluster; what a run of MODULE:JOB does is said by --set, as --set cluster=VALUE; see",
+        ),
+        (("worker", "{}:job", "--state", "f"), "No such option: --state (Possible options: --data, --set); see"),
+        (("worker", "--set", "epochs=3"), "Missing argument 'MODULE:JOB': An Estimator, or a function that returns"),
         (("evaluate", "{}:job", "--timeout", "3"), "No such option: --timeout; what a run of MODULE:JOB does is said"),
         (
             ("evaluate", "--set", "epochs=3"),

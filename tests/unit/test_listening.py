@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from trilith.errors import UnavailableError
+from trilith.estimator import RunConfig
 from trilith_services.cli import app
 from trilith_services.console.app import make_server
 from trilith_services.console.watcher import Watcher
@@ -24,7 +25,6 @@ from trilith_services.http.server import HttpServer
 from trilith_services.listening import bind, is_loopback, reached_by_others, warn_if_exposed
 from trilith_services.ps.process.replica_server import ReplicaOptions
 from trilith_services.ps.process.server import PsOptions
-from trilith_services.worker.config import WorkerConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,10 +42,10 @@ def test_every_server_listens_on_loopback_unless_told_otherwise() -> None:
     assert {
         "trilith ps --listen", "trilith ps --metrics_host", "trilith serving ps --listen",
         "trilith serving ps --metrics_host", "trilith serving entry --listen", "trilith serving entry --http",
-        "trilith console --listen", "trilith worker --metrics_host",
+        "trilith console --listen",
     } <= set(found)  # fmt: skip
     assert {name: where for name, where in found.items() if not is_loopback(where.partition(":")[0])} == {}
-    for options in (PsOptions(), ReplicaOptions(), WorkerConfig()):
+    for options in (PsOptions(), ReplicaOptions(), RunConfig()):
         assert is_loopback(options.metrics_host)
 
 

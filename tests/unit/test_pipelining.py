@@ -1,32 +1,20 @@
-"""Prefetching and asynchronous pushing: order, bounds, errors, ends; and what they do to training on a cluster."""
+"""Prefetching and asynchronous pushing: order, bounds, errors, ends; and how late they make rows."""
 
 from __future__ import annotations
 
 import threading
 
-import numpy as np
 import pytest
-import torch
 
-import trilith
 from tests.unit.nn_fakes import FakeClient
 from trilith.data.parse.specs import Slot
 from trilith.data.pipeline.dataset import from_records
 from trilith.data.pipeline.positions import from_json, to_json
-from trilith.errors import InvalidRequestError, ShardRestartedError, UnavailableError
+from trilith.errors import InvalidRequestError, UnavailableError
 from trilith.nn import EmbeddingCollection, Feature
-from trilith.ops.jit import JIT_DISABLED
 from trilith.ops.ragged import Ragged
 from trilith.pipelining import Ahead, Prefetcher, Pusher
 from trilith_proto.proto_parser_pb2 import Instance
-from trilith_services.demo.clicks import split
-from trilith_services.demo.models import TABLE, settings_of
-from trilith_services.demo.synthetic import make_clicks
-from trilith_services.demo.task import click_task
-from trilith_services.worker.config import WorkerConfig
-from trilith_services.worker.trainer import Trainer
-
-compiled_only = pytest.mark.skipif(JIT_DISABLED, reason="trains for minutes with kernels in plain Python")
 
 WAIT_S = 20.0
 
@@ -282,97 +270,3 @@ def test_rows_lack_exactly_the_updates_that_are_stated_at_worst(prefetch, push):
     assert seen == [max(0.0, step - prefetch - push) for step in range(12)]
     collection.drain()
     assert client.rows["t", 7] == -12
-
-
-def train(**changes):
-    parts = split(make_clicks(1200, features=4, vocabulary=60, seed=3), seed=0)
-    torch.manual_seed(0)
-    with trilith.connect("local://", threads=1) as client:
-        config = WorkerConfig(epochs=1, batch_size=64, validate=False, **changes)
-        trainer = Trainer(config, client, click_task(settings_of("ffm", dim=2), parts), lambda event: None)
-        assert trainer.run()
-        ids = np.concatenate(list(parts.train.vocabulary().values()))
-        rows = client.table(TABLE).lookup(ids)
-        return rows, client.pull_variables()[0], client.global_step()
-
-
-@compiled_only
-def test_depth_zero_is_the_synchronous_result_and_depth_changes_little():
-    rows, dense, steps = train()
-    again, dense_again, _ = train(prefetch=0, async_push=0)
-    assert np.array_equal(rows, again)
-    assert all(np.array_equal(dense[name], dense_again[name]) for name in dense)
-    unclipped, _, _ = train(clip_norm=1e6)
-    assert np.array_equal(rows, unclipped)
-    clipped, _, _ = train(clip_norm=1e-3)
-    assert not np.array_equal(rows, clipped)
-    piped, _, piped_steps = train(prefetch=2, async_push=2)
-    assert piped_steps == steps
-    assert not np.array_equal(rows, piped)
-    assert np.corrcoef(rows.ravel(), piped.ravel())[0, 1] > 0.98
-
-
-@compiled_only
-@pytest.mark.parametrize("verb", ["apply_gradients", "apply_dense_gradients"])
-def test_an_error_of_a_push_in_the_background_stops_training_with_its_cause(verb, monkeypatch):
-    cause = UnavailableError("PS 1 is gone")
-    from trilith.client import Client
-
-    calls = []
-
-    def broken(self, *args, **kwargs):
-        calls.append(1)
-        raise cause
-
-    monkeypatch.setattr(Client, verb, broken)
-    with pytest.raises(UnavailableError) as caught:
-        train(prefetch=1, async_push=2)
-    assert caught.value is cause
-    assert len(calls) == 1
-    assert not [thread for thread in threading.enumerate() if thread.name == "trilith-push"]
-
-
-@compiled_only
-def test_what_is_on_its_way_arrives_before_a_run_ends_that_was_stopped():
-    parts = split(make_clicks(1200, features=4, vocabulary=60, seed=3), seed=0)
-    with trilith.connect("local://", threads=1) as client:
-        config = WorkerConfig(epochs=5, batch_size=64, validate=False, prefetch=2, async_push=2)
-        trainer = Trainer(config, client, click_task(settings_of("ffm", dim=2), parts), lambda event: None)
-        pushed = []
-        push = trainer._embeddings.exchange.push
-        trainer._embeddings.exchange.push = lambda updates: (pushed.append(1), push(updates))
-        applied = []
-        apply = client.apply_gradients
-        client.apply_gradients = lambda updates: (apply(updates), applied.append(1))
-        assert not trainer.run(lambda: len(pushed) >= 5)
-        assert len(applied) == len(pushed) == 5
-
-
-@compiled_only
-def test_a_restart_noticed_in_the_background_is_accepted_and_training_goes_on(monkeypatch):
-    parts = split(make_clicks(1200, features=4, vocabulary=60, seed=3), seed=0)
-    calls = {"lookup": 0, "apply_gradients": 0, "apply_dense_gradients": 0}
-    rejoined = []
-    with trilith.connect("local://", threads=1) as client:
-        config = WorkerConfig(epochs=1, batch_size=64, validate=False, prefetch=2, async_push=2)
-        trainer = Trainer(config, client, click_task(settings_of("ffm", dim=2), parts), lambda event: None)
-
-        def once_broken(name):
-            call = getattr(client, name)
-
-            def run(*args, **kwargs):
-                calls[name] += 1
-                if calls[name] == 5:
-                    raise ShardRestartedError("shard 0 restarted")
-                return call(*args, **kwargs)
-
-            monkeypatch.setattr(client, name, run)
-
-        for name in calls:
-            once_broken(name)
-        monkeypatch.setattr(client, "rejoin", lambda: rejoined.append(1) or [])
-        assert trainer.run()
-        assert len(rejoined) == 3
-        # A batch whose lookup failed is left out, as is what was pushed behind a failed push.
-        assert calls["lookup"] == 15
-        assert 9 <= calls["apply_gradients"] <= 14
