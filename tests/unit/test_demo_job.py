@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
+from rich.console import Console
 
+import trilith
+from trilith.errors import InvalidRequestError
 from trilith.nn import auc
 from trilith.ops.jit import JIT_DISABLED
+from trilith_services.commands.demo import DemoOptions, run_demo
 from trilith_services.commands.jobs import find_job
 from trilith_services.demo import job as jobs
+from trilith_services.demo import movielens
 from trilith_services.demo.baseline import train_locally
 from trilith_services.demo.clicks import split
 from trilith_services.demo.synthetic import make_clicks
@@ -78,7 +85,7 @@ def test_plain_torch_ends_after_its_steps_or_when_asked_and_picks_its_threads():
 
 
 def test_its_own_data_is_read_anew_in_every_pass_in_an_order_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRILITH_CACHE", str(tmp_path))
+    monkeypatch.setattr(movielens, "cache_dir", lambda: tmp_path)  # kernels stay where they are
     job = find_job("trilith_services.demo.job:deepfm")
     with quiet(job, epochs=2, **{"params_override.data": "synthetic:640", "params_override.batch_size": 100}):
         found = job.train()
@@ -94,3 +101,31 @@ def test_dense_parameters_may_be_in_the_worker(name):
         assert job.placement.dense == "local"
         job.train(lambda: parts.train.columns(BATCH))
         assert np.isfinite(next(job.predict(parts.test.columns(30)))["click"]).all()
+
+
+def test_the_demo_goes_on_with_what_its_job_has_learned_and_says_what_else_would_be_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(movielens, "cache_dir", lambda: tmp_path / "cache")
+    data = {"params_override.data": "synthetic:640", "params_override.batch_size": 100}
+    with quiet(jobs.ffm(), model_dir=tmp_path / "model", steps=2, **data) as job:
+        job.train()
+    found = {"model_dir": tmp_path / "model", "data": "synthetic:640", "batch_size": 100, "baseline": False, "steps": 4}
+
+    def demo(**options):
+        out = io.StringIO()
+        assert run_demo(DemoOptions(**found | options), Console(file=out, width=200)) == 0
+        return out.getvalue()
+
+    assert ", step 2\n" in demo(num_ps=0, model="ffm")
+    assert ", step 4\n" in demo(num_ps=0, model="ffm")
+    for options, other in (
+        ({"num_ps": 0}, "--model ffm"),
+        ({"workers": 2, "model": "ffm"}, "--workers 1"),
+        ({"mode": "all-to-all", "model": "ffm", "seed": 1}, "--mode embedded --workers 1 --seed 0"),
+        ({"num_ps": 0, "model": "ffm", "data": "movielens"}, "--data synthetic:640"),
+    ):
+        with pytest.raises(InvalidRequestError, match=f"has checkpoints of a demo with {other}: say so, too"):
+            demo(**options)
+    with trilith.connect("local://") as client:
+        client.save(str(tmp_path / "other" / "ckpt-00000000000000000001"))
+    with pytest.raises(InvalidRequestError, match="has checkpoints of no demo"):
+        demo(num_ps=0, model_dir=tmp_path / "other")

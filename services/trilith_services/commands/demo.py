@@ -87,7 +87,7 @@ class DemoOptions:
         mode: Mode | None = self.mode
         num_ps: int | None = self.num_ps
         workers: int | None = self.workers
-        self.mode = mode or (Mode.embedded if num_ps == 0 else Mode.ps)
+        self.mode = Mode(mode) if mode else (Mode.embedded if num_ps == 0 else Mode.ps)
         if num_ps is not None and (self.mode is Mode.ps) != (num_ps != 0):
             raise InvalidRequestError(f"--mode {self.mode} with --num-ps {num_ps}: only mode ps has PS processes")
         if self.mode is Mode.embedded and workers not in (None, 1):
@@ -226,8 +226,9 @@ def _check_model_dir(options: DemoOptions) -> str:
         mode = Mode.all_to_all
     elif job.world_size > 1:
         mode = Mode.ps
+    task = {"data": jobs.ClickTask.data, "user.seed": jobs.ClickTask.user.seed} | job.run["params_override"]
     wanted = {"model": models[job.task], "mode": mode, "workers": job.world_size}
-    wanted |= {"data": job.run["params_override"]["data"], "seed": job.run["seed"]}
+    wanted |= {"data": task["data"], "seed": task["user.seed"]}
     other = " ".join(f"--{name} {value}" for name, value in wanted.items() if getattr(options, name) != value)
     if other:
         raise InvalidRequestError(

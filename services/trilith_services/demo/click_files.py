@@ -26,7 +26,7 @@ from trilith_services.demo.clicks import ClickData
 
 __all__ = ["ClickFiles", "click_records", "store_clicks"]
 
-_FILES = 4
+_FILES = 12  # of which 2, 3, 4 or 6 workers have equal shares
 _ABOUT = "about.json"
 
 
