@@ -34,6 +34,7 @@ COMMANDS = (
     "debug",
     "discovery",
     "checkpoint",
+    "control",
     "export",
     "data",
     "bench",

@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import trilith
 from tests.congruence.clusters import LocalCluster
 from tests.integration.ranks_job import BEGAN
 from tests.waiting import eventually
 from trilith.checkpoint import list_checkpoints, read_manifest
+from trilith.estimator.control import ask
 from trilith.estimator.state import read_job, read_rank
 from trilith_services.local.supervisor import free_ports, trilith_argv
 from trilith_services.ps.checkpoint import parquet
@@ -393,6 +395,32 @@ def test_a_worker_that_comes_after_all_were_told_to_stop_stops_and_goes_on_with_
         again = ranks("apart", **settings).reports()
     assert [each["told"][-1] for each in again] == ["done", "done"]
     assert sorted(first["seen"] + again[0]["seen"] + again[1]["seen"]) == list(range(80))
+
+
+@pytest.mark.parametrize("scenario", ["waits", "apart"])
+def test_an_operator_pauses_saves_resumes_and_ends_a_run_of_several(ranks, tmp_path, scenario):
+    """In step the ranks agree about it; others look for themselves."""
+    saved = str(tmp_path / "model")
+
+    def waiting(count: int) -> bool:
+        return len(ask(saved, "status", timeout_s=120).status["waiting"]) == count
+
+    with LocalCluster("1-ps") as cluster, trilith.connect(cluster.address) as client:
+        two = ranks(scenario, **at(cluster, model_dir=saved, epochs=100_000))
+        eventually(lambda: client.global_step() > 10 and (tmp_path / "model/control/run.json").exists(), timeout_s=120)
+        assert ask(saved, "pause", timeout_s=120).done
+        eventually(lambda: waiting(1 if scenario == "waits" else 2), timeout_s=120)
+        before = client.global_step()
+        found = ask(saved, "save", timeout_s=120)
+        assert found.done, found.said
+        assert read_manifest(list_checkpoints(saved)[-1].path).global_step == before
+        assert client.global_step() == before
+        assert ask(saved, "resume").done
+        eventually(lambda: client.global_step() > before + 10, timeout_s=120)
+        assert ask(saved, "stop").done
+        first, second = two.reports()
+    assert first["told"][-1] == second["told"][-1] == "stopped"
+    assert {"paused", "resumed"} <= set(first["told"]) & set(second["told"])
 
 
 def test_a_worker_without_a_chief_says_what_it_waits_for(ranks, tmp_path):

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -23,6 +23,7 @@ from trilith.estimator import events
 from trilith.estimator.callbacks import Callback, Callbacks
 from trilith.estimator.compiling import Compiled
 from trilith.estimator.config import RunConfig
+from trilith.estimator.control import Control
 from trilith.estimator.ending import check_owned, shut_down
 from trilith.estimator.exporting import exporter_of, warm_up_of
 from trilith.estimator.group import Ranks, local_device, process_group
@@ -52,6 +53,7 @@ __all__ = ["Estimator"]
 log = logging.getLogger(__name__)
 
 _NOTES_EVERY_S = 5.0
+_LOOK_S = 0.5
 _T = TypeVar("_T")
 
 
@@ -92,8 +94,9 @@ class Estimator:
         self._last: dict[str, float] = {}
         self._begun = self._looked_up = self._done = False
         self._stop_reason, self._signalled = "", False
-        self._stopping = self._late = False
-        """Whether a rank wants to stop, and whether the chief finds that it is time to save: what all know."""
+        self._stopping = self._late = self._paused = False
+        """Whether a rank wants to stop, the chief finds that it is time to save, and all are to wait: what all know."""
+        self._control: Control | None = None
         self._micro = 0
         self._period_over = False
         """Whether the step that was taken last is the first of another period of `save_every_event_s`."""
@@ -415,8 +418,14 @@ class Estimator:
         run = self.run
         self._exchange_notes()
         late = self.chief and run.save_every_s > 0 and time.monotonic() - self._saved_at >= run.save_every_s
-        stop, late_, step = self._ranks.sums([bool(self._stop_reason), late, self.step_count if self.chief else 0])
-        self._stopping, self._late, self.step_count = stop > 0, late_ > 0, int(step)
+        paused = False
+        if (control := self._control) is not None:
+            late, paused = late or control.save_wanted, control.paused
+            if control.stop_reason:
+                self._ask_to_stop(control.stop_reason)
+        known = self.step_count if self.chief else 0
+        stop, late_, waits, step = self._ranks.sums([bool(self._stop_reason), late, paused, known])
+        self._stopping, self._late, self._paused, self.step_count = stop > 0, late_ > 0, waits > 0, int(step)
 
     def _exchange_notes(self) -> None:
         """Now and then: give a sign of life, and see whether all are to stop, where workers do not meet."""
@@ -425,6 +434,42 @@ class Estimator:
         self._noted_at = time.monotonic()
         self._notes.beat()
         self._stop_reason = self._stop_reason or self._notes.stopped()
+
+    @contextmanager
+    def _controlled(self) -> Iterator[None]:
+        """Have an operator pause the run, save it and end it: by the chief, and others that do not meet it."""
+        if not self.run.model_dir or not (self.chief or self._apart):
+            yield
+            return
+
+        def status() -> dict[str, Any]:
+            return {
+                "name": self.name,
+                "step": self.step_count,
+                "epoch": self._at.epoch,
+                "epochs": self.run.epochs,
+                "samples": self._progress.samples,
+                "workers": self.identity.world_size,
+                "saved_step": self._saved_step,
+            }
+
+        with Control(self.run.model_dir, self.identity.rank, chief=self.chief, status=status) as control:
+            self._control = control
+            try:
+                yield
+            finally:
+                self._control = None
+
+    def _hold(self) -> bool:
+        """Wait while all are to; whether it is to save a checkpoint meanwhile."""
+        began = time.monotonic()
+        self._tell(events.Paused(step=self.step_count))
+        with self._control.waits() if self._control is not None else nullcontext():
+            while self._paused and not (self._stopping or self._late):
+                time.sleep(_LOOK_S)
+                self._agree()
+        self._tell(events.Resumed(step=self.step_count, seconds=time.monotonic() - began))
+        return self._late and not self._stopping
 
     def _as_rows_are(self, action: Callable[[], _T]) -> _T:
         """Do something at the start of a worker that does not wait for the chief, who may be restoring rows."""
@@ -456,7 +501,7 @@ class Estimator:
         began = time.perf_counter()
         with stop_signals(self._signal), self._callbacks:
             try:
-                with self._ranks.explained():
+                with self._ranks.explained(), self._controlled():
                     self._begin()
                     finished = self._epochs(source)
                     if finished and self._micro:
@@ -613,6 +658,8 @@ class Estimator:
             while True:
                 if (run.steps and self._at.steps >= run.steps) or (run.max_steps and self.step_count >= run.max_steps):
                     return "enough"
+                if self._paused and not self._micro and self._hold():
+                    return "due"
                 if self._stopping and not self._micro:
                     return "stop"
                 began = time.perf_counter()
@@ -724,6 +771,8 @@ class Estimator:
             raise
         except (TrilithError, OSError) as error:
             log.warning("checkpoint failed: %s", error)
+            if self._control is not None:
+                self._control.saved("", str(error))
             self._saved_at = time.monotonic()
             self._tell(events.SaveFailed(step=self.step_count, path=self.run.model_dir, error=str(error)))
 
@@ -834,6 +883,8 @@ class Estimator:
         self._saved_step, self._saved_at = self.step_count, time.monotonic()
         seconds = time.perf_counter() - began
         self._tell(events.Saved(path=path, step=self.step_count, event_time=at.event_time, seconds=seconds))
+        if self._control is not None:
+            self._control.saved(path)
         self._saver.prune(path)
         if self.run.export_every_save:
             self.export(checkpoint=path)
@@ -949,10 +1000,15 @@ class Estimator:
 
     def _tell(self, event: events.Event) -> None:
         stop = self._callbacks.tell(event)
-        if stop is not None and not self._stop_reason:
-            self._stop_reason = stop.reason or "a callback stops"
+        if stop is not None:
+            self._ask_to_stop(stop.reason or "a callback stops")
+
+    def _ask_to_stop(self, reason: str) -> None:
+        """Have all workers stop after their step."""
+        if not self._stop_reason:
+            self._stop_reason = reason
             if self._notes is not None:
-                self._notes.stop(self._stop_reason)
+                self._notes.stop(reason)
 
     def _signal(self, name: str) -> None:
         """SIGTERM or SIGINT: training is to end."""

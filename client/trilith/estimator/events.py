@@ -22,7 +22,9 @@ __all__ = [
     "Event",
     "Exported",
     "Failed",
+    "Paused",
     "Restored",
+    "Resumed",
     "RowsRejoined",
     "SaveFailed",
     "Saved",
@@ -166,6 +168,22 @@ class Evaluated(Event):
     epoch: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     samples: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paused(Event):
+    """This worker waits, as an operator asked for (`trilith control pause`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed(Event):
+    """It goes on, or ends.
+
+    Attributes:
+        seconds: It has waited.
+    """
+
     seconds: float = 0.0
 
 
