@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -15,6 +16,7 @@ from trilith.cluster import Rejoined
 from trilith.errors import ShardRestartedError, UnavailableError
 from trilith.estimator import Callback, Stop
 from trilith.estimator.events import Done, Step
+from trilith.estimator.state import unpack_rank
 from trilith.ops.jit import JIT_DISABLED
 from trilith.tables import Adagrad
 from trilith_services.local.supervisor import free_ports
@@ -158,3 +160,21 @@ def test_a_worker_that_holds_the_rows_may_queue_between_the_stages_of_an_exchang
         assert estimator.client.global_step() == 2 * len(batches())
     assert told.named("done")
     assert told.named("evaluated")
+
+
+@compiled_only
+@pytest.mark.parametrize("every", [{"save_every": 2}, {"save_every_s": 1e-9}])
+def test_a_worker_that_does_not_save_leaves_word_of_where_it_is_as_often_as_the_chief_saves(tmp_path, every):
+    words = []
+
+    class Read(Callback):
+        def on_step(self, event: Step) -> None:
+            said = json.loads((tmp_path / "workers" / "rank-00001-of-00002.json").read_text())
+            words.append(unpack_rank(said["state"]).steps)
+
+    with LocalCluster("1-ps") as cluster:
+        run = run_config(cluster=cluster.address, rank=1, world_size=2, model_dir=str(tmp_path), steps=6, **every)
+        with job(run, task=on_ps(), evaluate=None, callbacks=[Read()]) as estimator:
+            estimator.train()
+    step = every.get("save_every", 1)
+    assert words == [done // step * step for done in range(6)]

@@ -417,7 +417,8 @@ class Estimator:
         """Know what all ranks know: the step that the chief counts, and whether somebody wants to stop or to save."""
         run = self.run
         self._exchange_notes()
-        late = self.chief and run.save_every_s > 0 and time.monotonic() - self._saved_at >= run.save_every_s
+        says = self.chief or not self._ranks.several  # who saves, or leaves word, when it likes
+        late = says and run.save_every_s > 0 and time.monotonic() - self._saved_at >= run.save_every_s
         paused = False
         if (control := self._control) is not None:
             late, paused = late or control.save_wanted, control.paused
