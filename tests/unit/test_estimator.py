@@ -125,6 +125,9 @@ def test_a_task_learns_and_says_how_it_goes():
     assert steps[-1].loss < steps[0].loss
     assert {"data", "lookup", "forward", "backward", "push"} <= steps[0].seconds.keys()
     assert steps[-1].metrics["click/auc"] > 0.75
+    passes = told.named("epoch")
+    assert [(event.epoch, event.samples) for event in passes] == [(epoch, SAMPLES) for epoch in range(12)]
+    assert 0 < sum(event.seconds for event in passes) < told.named("done")[0].seconds
 
 
 def test_evaluation_and_prediction_create_no_row_and_move_no_counter():

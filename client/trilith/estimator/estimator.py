@@ -621,6 +621,7 @@ class Estimator:
         """Passes over the data, from where the run is; whether all was done."""
         run = self.run
         while self._at.epoch < run.epochs:
+            began, before = time.perf_counter(), self._progress.samples
             batches = source.epoch(self._at.epoch, done=self._at.batches, state=self._at.source)
             if self._at.rng:  # drawn from by loaders that find their place again
                 set_rng_state(self._at.rng)
@@ -641,7 +642,14 @@ class Estimator:
             if not self._micro:
                 self._settle()
             self._drain()
-            self._tell(events.Epoch(epoch=self._at.epoch - 1, step=self.step_count))
+            self._tell(
+                events.Epoch(
+                    step=self.step_count,
+                    epoch=self._at.epoch - 1,
+                    samples=self._progress.samples - before,
+                    seconds=time.perf_counter() - began,
+                )
+            )
             if run.evaluate_every_epoch and self._data["evaluate"] is not None and not self._follows:
                 self._evaluated()
             self._agree()  # callbacks may want to stop

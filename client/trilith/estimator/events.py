@@ -145,8 +145,8 @@ class Epoch(Event):
 
     Attributes:
         epoch: Which, from 0.
-        samples: In it.
-        seconds: It took.
+        samples: In it, since this worker started.
+        seconds: It took since then, with evaluations and saves in the middle of it.
     """
 
     epoch: int = 0
