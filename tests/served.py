@@ -1,8 +1,10 @@
-"""A small trained model as a checkpoint, what it scores, and load on those who serve it."""
+"""A small trained job, what it scores, and load on those who serve it."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,60 +15,61 @@ import trilith
 from tests.programs import PATIENCE_S
 from tests.waiting import eventually
 from trilith.data.records import Records
-from trilith.nn import DenseOnPs
+from trilith.estimator import Estimator, RunConfig
+from trilith.estimator.exporting import TaskExporter
+from trilith.estimator.state import read_job
 from trilith.serving.prediction import Prediction, Predictor
 from trilith_services.demo.click_files import click_records
-from trilith_services.demo.click_model import ClickModel
 from trilith_services.demo.clicks import ClickData
-from trilith_services.demo.exporting import reference_exporter
-from trilith_services.demo.models import TABLE, ModelSettings
+from trilith_services.demo.job import DENSE, TABLE, DeepFmTask, torch_adagrad
 from trilith_services.demo.synthetic import make_clicks
-from trilith_services.exporting import Exporter
-from trilith_services.worker.trainer import save_checkpoint
 
 PACE_S = 0.005  # without it, processes that start beside the load would be starved by it
-SETTINGS = ModelSettings(name="deepfm", dim=4, hidden=(8,), epochs=1)
 
 
 @dataclass
 class Trained:
-    """A model on an embedded cluster."""
+    """The demo's DeepFM, smaller, with its dense part in this process."""
 
-    client: trilith.Client
-    model: ClickModel
+    job: Estimator
     data: ClickData
-    directory: Path
+
+    @property
+    def client(self) -> trilith.Client:
+        return self.job.client
 
     def save(self) -> str:
-        return save_checkpoint(self.client, str(self.directory))[0]
+        return self.job.save()
 
     def shift(self, by: float) -> None:
         """Another model: its bias is another."""
-        bias = self.client.pull_variables(["dense/bias"])[0]["dense/bias"]
-        self.client.assign_variables({"dense/bias": bias + by})
         with torch.no_grad():
-            self.model.head.bias += by
+            self.job.task.head.bias += by
 
     def scores(self) -> np.ndarray:
-        return self.model.predict(self.data)
+        return next(self.job.predict(self.data.columns(len(self.data))))["click"]
 
     @property
     def records(self) -> Records:
         return click_records(self.data)
 
-    def exporter(self) -> Exporter:
-        return reference_exporter(SETTINGS, self.data.features)
+    def exporter(self, name: str = "deepfm") -> TaskExporter:
+        """What `Estimator.export` writes with; here with a say in what a test wants to decide."""
+        return TaskExporter(name, self.job.task, self.job.rows, read_job)
 
 
-def train(client: trilith.Client, directory: Path, samples: int = 64) -> Trained:
+@contextmanager
+def train(cluster: str, directory: Path, samples: int = 64) -> Iterator[Trained]:
     """Rows and weights that are not zero, as training would leave them."""
     data = make_clicks(samples)
-    model = SETTINGS.on_cluster(client, data.features, seed=0)
-    DenseOnPs(client, model.head, SETTINGS.dense_optimizer())
-    ids = np.unique(np.concatenate([ids.values for ids in data.features.values()]))
-    rows = np.random.default_rng(0).normal(0, 0.3, (ids.size, model.head.row_dim)).astype(np.float32)
-    client.assign({TABLE: (ids, rows)})
-    return Trained(client, model, data, directory)
+    task = DeepFmTask(dense_optimizer=torch_adagrad(DENSE), hidden=(8,), **{"user.dim": 4})
+    # Whoever looks for what is trained finds the rows as they are, not those of a checkpoint.
+    run = RunConfig(cluster=cluster, model_dir=str(directory), resume="never", timeout_s=PATIENCE_S, threads=1)
+    with Estimator(task, run) as job:
+        ids = np.unique(np.concatenate([ids.values for ids in data.features.values()]))
+        rows = np.random.default_rng(0).normal(0, 0.3, (ids.size, task.user.row_dim)).astype(np.float32)
+        job.client.assign({TABLE: (ids, rows)})
+        yield Trained(job, data)
 
 
 class Load:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ from trilith.serving.exports import (
     new_version,
     prune_versions,
     ps_base,
+    ps_bases,
     write_manifest,
     write_model,
 )
@@ -124,7 +126,7 @@ class Exporter:
             mode: "standalone" has all rows inside; "distributed" is a model that looks rows up at serving replicas, and
                 the rows of each shard beside it.
             dense_only: Of a distributed export only the model: the rows come from replicas that training keeps fresh.
-            keep: Newest versions to keep, beside one that entries are pinned to.
+            keep: Newest versions to keep, beside one that entries are pinned to; at least 1.
             warm_up: Requests that an entry scores before the version answers: a line of JSON each, as POST /v1/predict
                 takes them.
             clock: Unix seconds.
@@ -135,7 +137,11 @@ class Exporter:
         if mode not in ("standalone", "distributed"):
             raise InvalidRequestError(f"mode {mode!r} is neither 'standalone' nor 'distributed'")
         if dense_only and mode == "standalone":
-            raise InvalidRequestError("a standalone export has all rows inside; only a distributed one can go without")
+            raise InvalidRequestError(
+                "a standalone export has all rows inside: dense_only is for mode='distributed', with rows at replicas"
+            )
+        if keep < 1:
+            raise InvalidRequestError(f"keep={keep}: at least 1 version is kept, the one that is written")
         with hold(checkpoint):
             return self._export(
                 checkpoint, base, mode=mode, dense_only=dense_only, keep=keep, warm_up=warm_up, clock=clock
@@ -185,20 +191,16 @@ class Exporter:
             "checkpoint_unix_s": manifest.as_of_unix_s,
             "created_unix_s": clock(),
         }
-        files = write_model(folder, model, graphs, pack_weights(weights), warm_up=warm_up)
-        if mode == "standalone":
-            rows = write_serving_rows(checkpoint, folder.child(ROWS).url, tables)
-        else:
-            rows = 0
-            for shard in range(0 if dense_only else manifest.shard_count):
-                part = Folder(ps_base(base, shard)).child(str(version))
-                rows += write_serving_rows(
-                    checkpoint, part.child(ROWS).url, tables, index=shard, count=manifest.shard_count
-                )
+        shards = 0 if mode == "standalone" or dense_only else manifest.shard_count
+        parts = [Folder(ps_base(base, shard)).child(str(version)) for shard in range(shards)]
+        with _gone_if_it_fails([folder, *parts]):
+            files = write_model(folder, model, graphs, pack_weights(weights), warm_up=warm_up)
+            rows = write_serving_rows(checkpoint, folder.child(ROWS).url, tables) if mode == "standalone" else 0
+            for shard, part in enumerate(parts):
+                rows += write_serving_rows(checkpoint, part.child(ROWS).url, tables, index=shard, count=shards)
                 write_manifest(part, ExportManifest(shard=shard, **about))  # type: ignore[arg-type]
-        write_manifest(folder, ExportManifest(files=files, **about))  # type: ignore[arg-type]
-        parts = [] if mode == "standalone" else [ps_base(base, shard) for shard in range(manifest.shard_count)]
-        prune_versions(root, keep, parts, but=[_pinned(base)])
+            write_manifest(folder, ExportManifest(files=files, **about))  # type: ignore[arg-type]
+        prune_versions(root, keep, [] if mode == "standalone" else ps_bases(base), but=[_pinned(base)])
         log.info(
             "exported",
             extra={
@@ -245,6 +247,18 @@ class Exporter:
         where = f"signature {name!r}: the graph"
         check_program(*whole, outputs, [shapes[place] for place in kept], where=where)
         return Signature(inputs=tuple(self._inputs[place] for place in kept), outputs=outputs), *whole
+
+
+@contextmanager
+def _gone_if_it_fails(folders: Sequence[Folder]) -> Iterator[None]:
+    """Leave nothing of a version that could not be written: without its manifest nobody would ever remove it."""
+    try:
+        yield
+    except BaseException:
+        for folder in folders:
+            with suppress(Exception):  # the disk may be what failed; what is said is the first failure
+                folder.remove_all()
+        raise
 
 
 def _pinned(base: str) -> int:

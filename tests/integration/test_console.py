@@ -74,8 +74,7 @@ def cluster() -> Iterator[str]:
 def exports(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with one standalone export."""
     folder = tmp_path_factory.mktemp("exports")
-    with trilith.connect("local://") as client:
-        trained = train(client, folder / "model")
+    with train("local://", folder / "model") as trained:
         trained.exporter().export(trained.save(), str(folder / "exports"), mode="standalone")
     return str(folder / "exports")
 

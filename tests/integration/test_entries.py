@@ -11,20 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-import trilith
 from tests.consoles import open_console
 from tests.programs import PATIENCE_S, Processes
-from tests.served import SETTINGS, Load, Trained, train
+from tests.served import Load, Trained, train
 from tests.waiting import eventually
 from trilith.discovery.serving_nodes import ModelState, ServingMeta
 from trilith.discovery.zk_url import ZkUrl
 from trilith.discovery.zookeeper import ZooKeeper
 from trilith.errors import UnavailableError
+from trilith.ops.combiners import combiner_of
+from trilith.ops.pool import pool_rows
 from trilith.serving.exports import ps_base
 from trilith.serving.prediction import Predictor
 from trilith_proto import hash_table_pb2
-from trilith_services.demo.models import TABLE
+from trilith_services.demo.job import TABLE
 from trilith_services.local.supervisor import free_ports, is_serving
 from trilith_services.ps.engine.row_layout import serving_config
 from trilith_services.ps.engine.table import Table
@@ -39,17 +41,17 @@ REPLICAS = ("replica-0-0", "replica-0-1", "replica-1-0", "replica-1-1")
 
 def scores_by_hand(trained: Trained) -> np.ndarray:
     """What the model gives for the rows of the training PS, compressed as their table's config says."""
-    vocabulary = trained.data.vocabulary()
-    ids = np.concatenate(list(vocabulary.values()))
+    ids = np.concatenate(list(trained.data.vocabulary().values()))
     entries = trained.client.lookup_entries(TABLE, ids)
     rows = np.array([hash_table_pb2.EntryDump.FromString(each).num for each in entries], np.float32)
     (config,) = (each for each in trained.client.describe()[0].tables if each.name == TABLE)
     served = Table(serving_config(config))
     served.assign(ids, rows)
-    local = SETTINGS.locally(vocabulary, seed=0, sparse=False)
-    local.embeddings.set_rows(served.lookup(ids))
-    local.head.load_state_dict(trained.model.head.state_dict())
-    return local.predict(local.embeddings.encode(trained.data))
+    task, mean = trained.job.task, combiner_of("mean")
+    features = [trained.data.features[name] for name in task.features]
+    pooled = [pool_rows(served.lookup(each.values), each.row_splits, mean) for each in features]
+    with torch.no_grad():
+        return torch.sigmoid(task.head(torch.from_numpy(np.stack(pooled, 1)))).numpy()
 
 
 def start_all(processes: Processes, training: str, serving: str, exports: str) -> None:
@@ -99,10 +101,9 @@ def test_whoever_dies_no_request_fails_and_scores_are_those_of_the_compressed_tr
     cleanup(zookeeper.close)
     start_all(processes, zk_url, serving, exports)
     with (
-        trilith.connect(zk_url, timeout_s=PATIENCE_S) as client,
+        train(zk_url, tmp_path / "model") as trained,
         Predictor(serving, name="clicks", timeout_s=20.0) as predictor,
     ):
-        trained = train(client, tmp_path / "model")
         exporter, records = trained.exporter(), trained.records.payloads()
         saved = trained.save()
         processes.wait(*REPLICAS)
@@ -153,7 +154,7 @@ def test_whoever_dies_no_request_fails_and_scores_are_those_of_the_compressed_tr
             np.testing.assert_allclose(each.scores, wants[each.model_version], atol=1e-6)
 
         ids = np.concatenate(list(trained.data.vocabulary().values()))
-        client.assign_add({TABLE: (ids, np.full((ids.size, 5), 0.125, np.float32))})
+        trained.client.assign_add({TABLE: (ids, np.full((ids.size, 5), 0.125, np.float32))})
         fresh(predictor, records, since=time.time())
         after = predictor.predict(records)  # what training has learnt since, without another export
         np.testing.assert_allclose(after.scores, scores_by_hand(trained), atol=1e-6)
@@ -173,8 +174,7 @@ def test_a_shard_whose_only_replica_is_killed_is_shown_as_missing_and_the_entry_
     training = ParameterServer(LocalShard(threads=1), PsOptions(checkpoint_anywhere=True))
     cluster = f"static://127.0.0.1:{training.start()}"
     cleanup(training.stop)
-    with trilith.connect(cluster) as client:
-        trained = train(client, tmp_path / "model")
+    with train(cluster, tmp_path / "model") as trained:
         done = trained.exporter().export(trained.save(), exports)
     rows = f"{ps_base(exports, 0)}/{done.version}/rows"
     http = f"http://127.0.0.1:{free_ports(1)[0]}"

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import trilith
 from tests.programs import PATIENCE_S
 from tests.served import Load, train
 from tests.waiting import eventually
@@ -34,8 +33,7 @@ def command(*arguments: str) -> str:
 
 def test_versions_come_go_and_are_rolled_back_without_a_failed_request(processes, tmp_path):
     base = tmp_path / "exports"
-    with trilith.connect("local://") as client:
-        trained = train(client, tmp_path / "model")
+    with train("local://", tmp_path / "model") as trained:
         exporter, wants = trained.exporter(), {}
 
         def publish() -> int:
@@ -101,10 +99,9 @@ def test_versions_come_go_and_are_rolled_back_without_a_failed_request(processes
             shutil.copy(f"{made}/weights.safetensors", weights)
             answers(fifth)
 
-            spoilt = {"dense/bias": np.array([np.nan], np.float32)}  # training has gone wrong
-            client.assign_variables(spoilt, allow_non_finite=True)
+            trained.shift(np.nan)  # training has gone wrong
             exporter.export(trained.save(), str(base), mode="standalone")
-            nan = "--warm-up request 1: output 'score' of record 0 is nan"
+            nan = "--warm-up request 1: output 'click' of record 0 is nan"
             eventually(lambda: nan in predictor.status().load_error, timeout_s=PATIENCE_S)
             load.more()
             assert load.answers[-1].model_version == fifth

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-import trilith
 from tests.programs import PATIENCE_S
 from tests.served import Load, Trained, train
 from tests.waiting import eventually
@@ -33,8 +32,8 @@ CLOSE = 1e-3  # rows are compressed to float16
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Iterator[Trained]:
-    with trilith.connect("local://") as client:
-        yield train(client, tmp_path / "model")
+    with train("local://", tmp_path / "model") as trained:
+        yield trained
 
 
 def get(url: str, body: object = None) -> tuple[int, dict]:
@@ -97,10 +96,10 @@ def _check_http(url: str, trained: Trained, scores: np.ndarray) -> None:
     ]
     status, answer = get(f"{url}/v1/predict", {"records": features})
     assert status == 200
-    np.testing.assert_allclose(answer["outputs"]["score"], scores[:2], atol=CLOSE)
+    np.testing.assert_allclose(answer["outputs"]["click"], scores[:2], atol=CLOSE)
     encoded = [base64.b64encode(each).decode() for each in trained.records.payloads()]
     status, answer = get(f"{url}/v1/predict", {"examples": encoded})
-    np.testing.assert_allclose(answer["outputs"]["score"], scores, atol=CLOSE)
+    np.testing.assert_allclose(answer["outputs"]["click"], scores, atol=CLOSE)
     assert get(f"{url}/v1/predict", {"examples": ["//8="]})[0] == 400
     assert get(f"{url}/v1/predict", {})[0] == 400
     status, answer = get(f"{url}/v1/predict", {"what": 1})

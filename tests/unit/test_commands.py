@@ -408,7 +408,6 @@ def test_sizes_ages_and_counts_read_well() -> None:
             "--to-format: 'csv' is none of records, tfrecord, parquet",
         ),
         (["data", "count", "x", "--kind", "xyz"], "--kind: 'xyz' is none of instance, "),
-        (["export", __file__, "x", "--features", "user"], f"{__file__}: no manifest.json"),
         (["ps", "--index=-1"], "--index: it should be greater than or equal to 0, not '-1'; see trilith ps --help"),
         (["ps", "--log-level", "LOUD"], "--log-level: 'LOUD' is not one of 'debug', 'info', 'warning', 'error'; see"),
         (["ps", "--fast"], "No such option: --fast; see trilith ps --help"),

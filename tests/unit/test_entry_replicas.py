@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import trilith
 from tests.served import train
 from tests.waiting import eventually
 from trilith.config import ClientConfig
@@ -190,8 +189,7 @@ class ChangingList:
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Entry, ChangingList, ReplicaServer]]:
     """A distributed export behind an entry, and the only replica of its only shard."""
-    with trilith.connect("local://") as client:
-        trained = train(client, tmp_path / "model")
+    with train("local://", tmp_path / "model") as trained:
         done = trained.exporter().export(trained.save(), str(tmp_path / "exports"))
     rows = f"{ps_base(str(tmp_path / 'exports'), 0)}/{done.version}/rows"
     replica = ReplicaServer(Replica(LocalShard(threads=1)), ReplicaOptions(rows=rows))

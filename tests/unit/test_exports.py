@@ -8,9 +8,7 @@ import shutil
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,7 +16,8 @@ import torch
 from torch import nn
 
 import trilith
-from tests.served import SETTINGS, Trained, train
+from tests.served import Trained, train
+from trilith.checkpoint import checkpoint_name, prune
 from trilith.data.records import Kind, Records
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.folder import Folder
@@ -30,16 +29,14 @@ from trilith.serving import exports
 from trilith.serving.exports import ModelConfig, ProgramInput, ServedFeature
 from trilith.tables import Sgd, table_config
 from trilith_proto.example_pb2 import Example
-from trilith_services.demo.exporting import check_reference
-from trilith_services.demo.models import MODELS
 from trilith_services.exporting import Exporter
 from trilith_services.serving.models import Models
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
-    with trilith.connect("local://") as client:
-        yield train(client, tmp_path_factory.mktemp("model"))
+    with train("local://", tmp_path_factory.mktemp("model")) as trained:
+        yield trained
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +55,7 @@ def test_a_loaded_standalone_export_scores_as_the_model_did(trained, standalone)
     models = Models(str(standalone))
     assert models.refresh()
     with models.use() as loaded:
-        scores = loaded.model.predict(trained.records)["score"]
+        scores = loaded.model.predict(trained.records)["click"]
     np.testing.assert_allclose(scores, trained.scores(), atol=1e-3)  # rows are compressed to float16
     models.close()
 
@@ -256,14 +253,6 @@ def test_a_version_that_failed_is_forgotten_when_it_is_gone_and_holds_up_no_othe
         assert not each.refresh()
         assert each.load_error == ""
         each.close()
-
-
-def test_a_checkpoint_of_another_model_is_refused(trained, tmp_path):
-    with trilith.connect("local://") as client:
-        client.table("other", dim=2, optimizer=Sgd(learning_rate=1.0))
-        client.save(str(tmp_path / "other"))
-    with pytest.raises(CheckpointError, match=r"has tables \['other'\]; the model needs \['features'\]"):
-        trained.exporter().export(str(tmp_path / "other"), str(tmp_path / "out"))
 
 
 # ---- programs --------------------------------------------------------------------------------------------------------
@@ -491,6 +480,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, nn.Module
     return path, module
 
 
+def test_a_checkpoint_without_a_table_of_the_model_is_refused(checkpoint, tmp_path):
+    features = {"user": ServedFeature(table="u")}
+    exporter = Exporter("m", checkpoint[1], **ONE_INPUT | {"features": features})
+    with pytest.raises(CheckpointError, match=r"has tables \['t'\]; the model needs \['u'\]"):
+        exporter.export(checkpoint[0], str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_frozen_parameter_is_not_demanded_of_the_checkpoint(checkpoint, tmp_path, caplog):
     path, module = checkpoint
     fresh = nn.Linear(4, 1)
@@ -532,20 +529,6 @@ def test_outputs_are_counted_when_a_model_is_exported(checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_of_another_reference_model_is_told_by_its_name(trained):
-    names = trained.data.features
-    path = trained.save()
-    own = {"dim": SETTINGS.dim, "hidden": SETTINGS.hidden}
-    with (
-        patch.dict("trilith_services.demo.models.MODELS", {"deepfm": replace(MODELS["deepfm"], **own)}),
-        pytest.raises(CheckpointError, match="is of no ffm with .* features .*; it is of --model deepfm"),
-    ):
-        check_reference(path, MODELS["ffm"], names)
-    check_reference(path, SETTINGS, names)
-    with pytest.raises(CheckpointError, match="of no deepfm with 2 features .*; no reference model with so many"):
-        check_reference(path, SETTINGS, ["a", "b"])
-
-
 @pytest.mark.parametrize(
     ("make", "why"),
     [
@@ -565,22 +548,21 @@ def test_why_an_input_makes_no_sense_is_said(make, why):
         make()
 
 
-def test_a_checkpoint_is_not_pruned_while_it_is_exported(trained, tmp_path, monkeypatch) -> None:
-    from trilith import checkpoint
+def test_a_checkpoint_is_not_pruned_while_it_is_exported(checkpoint, tmp_path, monkeypatch) -> None:
     from trilith_services import exporting
 
-    saved = trained.save()
+    path, module = checkpoint
     directory = tmp_path / "model"
-    places = [directory / checkpoint.checkpoint_name(number) for number in (1, 2)]
+    places = [directory / checkpoint_name(number) for number in (1, 2)]
     for place in places:
-        shutil.copytree(saved, place)
+        shutil.copytree(path, place)
     read, pruned = exporting.dense_values, []
 
     def slow(path: str):
-        pruned.extend(checkpoint.prune(str(directory), keep=1))
+        pruned.extend(prune(str(directory), keep=1))
         return read(path)
 
     monkeypatch.setattr(exporting, "dense_values", slow)
-    trained.exporter().export(str(places[0]), str(tmp_path / "out"))
+    Exporter("m", module, **ONE_INPUT).export(str(places[0]), str(tmp_path / "out"))
     assert pruned == []
-    assert checkpoint.prune(str(directory), keep=1) == [str(places[0])]
+    assert prune(str(directory), keep=1) == [str(places[0])]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +23,8 @@ from trilith.checkpoint import newest_complete
 from trilith.data import Records
 from trilith.errors import InvalidRequestError
 from trilith.estimator import Embedding, Estimator, Label, RunConfig, Task
+from trilith.serving.exports import list_versions
+from trilith_services import exporting
 from trilith_services.cli import main
 from trilith_services.commands.jobs import DataFlags, find_job
 from trilith_services.local.supervisor import trilith_argv
@@ -176,9 +180,13 @@ def test_an_open_estimator_keeps_its_run():
         (("worker", "{}:job", "--set", "epochs"), "--set epochs: write name=value"),
         (("worker", "{}:job", "--config", "none.toml"), "--config none.toml: No such file or directory"),
         (("worker", "{}:job", "--data", "none-*.pb"), "--data none-*.pb: there is no such file"),
-        (("export", "{}:job", "out", "--dense-only"), "--dense-only does not go with MODULE:JOB ({}:job); leave it"),
-        (("export", "ckpt", "out", "--set", "epochs=3"), "--set is for a job of yours: name it, as MODULE:JOB"),
-        (("export", "ckpt"), "export ckpt: say where to, as trilith export CHECKPOINT DIR"),
+        (
+            ("export", "model/ckpt-1", "out"),
+            "'model/ckpt-1' is not MODULE:JOB, such as my_shop.ctr:job; if it is a checkpoint, write trilith export ",
+        ),
+        (("export", "{}:job", "out", "--checkpoint", "nowhere"), "{here}/nowhere: no manifest.json: nothing is there"),
+        (("export", "{}:job", "out", "--keep", "0"), "--keep: it should be greater than or equal to 1, not '0'"),
+        (("export", "{}:job", "out"), "nothing is trained: rows are in this process (cluster='local://'), and model_"),
         (("evaluate", "{}:make"), "nothing is trained: rows are in this process (cluster='local://'), and the run"),
         (("evaluate", "{}:job"), "nothing is trained: rows are in this process (cluster='local://'), and model_dir="),
         (
@@ -194,7 +202,8 @@ def test_an_open_estimator_keeps_its_run():
 def test_what_does_not_go_is_one_line_and_status_2(name, run, arguments, error):
     status, _, err = run(*(each.format(name) for each in arguments))
     assert status == 2
-    assert err.splitlines()[-1].startswith(f"error: {error.format(name)}")
+    assert err.splitlines()[-1].startswith(f"error: {error.format(name, here=Path.cwd())}")
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(
@@ -251,7 +260,37 @@ def test_a_job_is_trained_evaluated_predicted_and_exported(name, run):
     assert status == 0
     done = json.loads(out)
     assert Path(done["path"]).is_dir()
-    assert Path(done["path"]).name == str(done["version"])
+    assert (Path(done["path"]).name, done["step"]) == (str(done["version"]), 4)
+    sys.modules.pop(name)
+    status, out, _ = run("export", f"{name}:job", "exports", "--checkpoint", "model", "--dense-only", "--keep", "1")
+    version = int(re.fullmatch(r"export: version=(\d+) step=4 path=.*/entry/\1\n", out)[1])
+    assert (status, list_versions("exports/entry"), list(Path("exports").glob("ps_*"))) == (0, [version], [])
+
+
+def test_whoever_exports_a_path_is_told_the_whole_command(run):
+    told = run("export", "model/ckpt-1", "out")[2]
+    assert told.endswith(
+        " write trilith export MODULE:JOB DIR --checkpoint model/ckpt-1, with trilith_services.demo.job:deepfm for the "
+        "demo's\n"
+    )
+
+
+def test_an_export_that_sigterm_ends_leaves_nothing_of_its_version(name, run, monkeypatch):
+    assert run("worker", f"{name}:job")[0] == 0
+    sys.modules.pop(name)
+    write = exporting.write_serving_rows
+
+    def asked_to_end(*arguments: Any, **options: Any) -> int:
+        rows = write(*arguments, **options)
+        signal.raise_signal(signal.SIGTERM)
+        return rows
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as ending:
+        ending.setattr(exporting, "write_serving_rows", asked_to_end)
+        assert run("export", f"{name}:job", "exports")[0] == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert sorted(path.name for path in Path("exports").rglob("*")) == ["entry", "ps_0"]
 
 
 def test_a_prediction_that_fails_leaves_no_file(name, run):

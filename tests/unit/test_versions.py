@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import trilith
 from tests.served import Trained, train
 from trilith.data.records import Kind, Records
 from trilith.errors import CheckpointError, ClosedError, InvalidRequestError, UnavailableError
@@ -27,8 +26,7 @@ from trilith_services.serving.versions import VersionPolicy
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Trained, Path]]:
     """A trained model, and four versions of its export: 1 to 4."""
     place = tmp_path_factory.mktemp("versions")
-    with trilith.connect("local://") as client:
-        trained = train(client, place / "model")
+    with train("local://", place / "model") as trained:
         done = trained.exporter().export(trained.save(), str(place / "made"), mode="standalone")
         for number in (1, 2, 3, 4):
             shutil.copytree(done.path, place / "exports" / str(number))
@@ -52,7 +50,7 @@ def state(found: Models) -> tuple[int, list[int]]:
 
 def score(found: Models, version: int = 0) -> float:
     with found.use(version) as loaded:
-        return float(loaded.model.predict(Records.of([b""], Kind.EXAMPLE))["score"][0])
+        return float(loaded.model.predict(Records.of([b""], Kind.EXAMPLE))["click"][0])
 
 
 @pytest.mark.parametrize("text", ["latest", "keep:3", "17"])
@@ -121,7 +119,7 @@ def test_a_version_that_is_let_go_leaves_memory_when_its_last_request_has_ended(
         shutil.copytree(base / "1", base / "5")
         assert found.refresh()
         assert state(found) == (5, [5, 4])
-        assert len(old.model.predict(Records.of([b""], Kind.EXAMPLE))["score"]) == 1, "it ends what it has begun"
+        assert len(old.model.predict(Records.of([b""], Kind.EXAMPLE))["click"]) == 1, "it ends what it has begun"
     with pytest.raises(ClosedError):
         rows.stats()
     del old, rows
@@ -204,11 +202,8 @@ def test_a_version_of_another_model_is_refused(base):
     assert found.refresh()
     model = json.loads((base / "4" / "model.json").read_text())
     assert model["name"] == "deepfm"
-    with trilith.connect("local://") as client:
-        other = train(client, base.parent / "other")
-        exporter = other.exporter()
-        exporter._name = "cvr"
-        version = exporter.export(other.save(), str(base), mode="standalone").version
+    with train("local://", base.parent / "other") as other:
+        version = other.exporter("cvr").export(other.save(), str(base), mode="standalone").version
     assert not found.refresh()
     assert state(found) == (4, [4])
     assert f"version {version}: it is of model 'cvr', this entry serves 'deepfm'" in found.load_error

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import trilith
 from tests.served import Trained, train
 from tests.tasks import batch, everything, rows
 from trilith.errors import CheckpointError, InvalidRequestError
@@ -62,8 +61,8 @@ def test_a_job_writes_samples_of_its_data_which_entries_score_first(tmp_path, ca
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
-    with trilith.connect("local://") as client:
-        yield train(client, tmp_path_factory.mktemp("model"))
+    with train("local://", tmp_path_factory.mktemp("model")) as trained:
+        yield trained
 
 
 @pytest.mark.parametrize(
@@ -91,20 +90,19 @@ def test_a_version_whose_warm_up_fails_is_refused_and_the_present_one_goes_on(tr
 
 def test_a_score_that_is_no_number_refuses_a_version(trained, tmp_path):
     base = str(tmp_path / "exports")
-    trained.client.assign_variables({"dense/bias": np.array([np.nan], np.float32)}, allow_non_finite=True)
+    trained.shift(np.nan)
     trained.exporter().export(trained.save(), base, mode="standalone")
     asked = WarmUp(requests=(PredictBody(records=[{}, {}]),))
     models = Models(base, warm_up=asked)
     assert not models.refresh()
-    assert "--warm-up request 1: output 'score' of record 0 is nan" in models.load_error
+    assert "--warm-up request 1: output 'click' of record 0 is nan" in models.load_error
     models.close()
 
 
 def test_features_that_are_ignored_in_requests_are_in_a_warm_up(trained, tmp_path):
     base = str(tmp_path / "exports")
     asked = (PredictBody(records=[{"strange": 1}]),)
-    with trilith.connect("local://") as client:
-        fresh = train(client, tmp_path / "model")
+    with train("local://", tmp_path / "model") as fresh:
         fresh.exporter().export(fresh.save(), base, mode="standalone")
     for policy, loads in ((UnknownPolicy.json, False), (UnknownPolicy.ignore, True)):
         models = Models(base, warm_up=WarmUp(requests=asked, policy=policy))

@@ -146,6 +146,8 @@ class RunConfig(BaseModel):
     """Directory or URL of exports; empty: exports in model_dir."""
     export_every_save: bool = False
     """Every checkpoint is exported as well."""
+    export_keep: Positive = 5
+    """Versions in the directory of exports that are kept, the newest ones, beside one that entries are pinned to."""
     export_warm_up: Count = 0
     """Samples of the job's data that an export carries for entries to score before it answers."""
     export_mode: Literal["distributed", "standalone"] = "distributed"

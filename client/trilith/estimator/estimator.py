@@ -25,7 +25,7 @@ from trilith.estimator.compiling import Compiled
 from trilith.estimator.config import RunConfig
 from trilith.estimator.control import Control
 from trilith.estimator.ending import check_owned, shut_down
-from trilith.estimator.exporting import exporter_of, warm_up_of
+from trilith.estimator.exporting import TaskExporter, warm_up_of
 from trilith.estimator.group import Ranks, local_device, process_group
 from trilith.estimator.identity import WorkerIdentity
 from trilith.estimator.keeping import Keeper, newest_job
@@ -38,7 +38,7 @@ from trilith.estimator.saving import Saver, as_rows_are
 from trilith.estimator.scoring import Scorer
 from trilith.estimator.signals import stop_signals
 from trilith.estimator.source import EpochBatches, Source
-from trilith.estimator.state import RankState, is_job, read_job, rng_state, set_rng_state
+from trilith.estimator.state import RankState, rng_state, set_rng_state
 from trilith.estimator.task import Task
 from trilith.nn import FetchedRows
 from trilith.nn.dense import AllReduced, DenseOnPs
@@ -101,7 +101,7 @@ class Estimator:
         self._period_over = False
         """Whether the step that was taken last is the first of another period of `save_every_event_s`."""
         self._buffers: list[Tensor] = []
-        self._exporter: Any = None
+        self._exporter: TaskExporter | None = None
         self._sample: Prepared | None = None
         """The newest batch that was learned from."""
         self.step_count = 0
@@ -205,6 +205,7 @@ class Estimator:
             self.placement,
             self.client,
             task=self.task,
+            tables=self.rows.floats,
             optimization=self.optimization,
             dense=self.dense,
             scaler=self.scaler,
@@ -939,7 +940,16 @@ class Estimator:
         self._settled = lambda: at
         self.step_count = self._saved_step = int(self.client.global_step())
 
-    def export(self, base: str = "", *, checkpoint: str = "", mode: str = "", warm_up: int | Any = None) -> str:
+    def export(
+        self,
+        base: str = "",
+        *,
+        checkpoint: str = "",
+        mode: str = "",
+        dense_only: bool = False,
+        keep: int | None = None,
+        warm_up: int | Any = None,
+    ) -> str:
         """Write what `trilith serving entry` loads; returns the path of its version.
 
         Workers in step all call it, and the chief writes. Of others the chief does, and the rest get "".
@@ -948,9 +958,15 @@ class Estimator:
             base: Directory or URL of exports; empty: the run's `export_dir`, or exports in its `model_dir`.
             checkpoint: Which; empty: the newest of the run's `model_dir`, saved first where training has gone on.
             mode: "distributed" or "standalone"; empty: the run's `export_mode`.
+            dense_only: Of a distributed export the model alone: its rows come from replicas that training keeps fresh.
+            keep: Newest versions of `base` that are kept, beside one that entries are pinned to; None: the run's
+                `export_keep`.
             warm_up: What entries score before the version answers: so many samples of the job's data, the ones that it
                 saw last or else its first ones; or batches, all of whose samples are taken. None: the run's
                 `export_warm_up`.
+
+        Raises:
+            CheckpointError: The checkpoint is incomplete, damaged, or of another model.
         """
         self.open()
         began = time.perf_counter()
@@ -964,11 +980,16 @@ class Estimator:
         version = ""
         with self._ranks.alike():
             if self.chief or not self._ranks.several:
-                texts = frozenset(self.task.texts.union(read_job(path).texts if is_job(path) else ()))
-                if self._exporter is None or self._exporter[0] != texts:
-                    self._exporter = texts, exporter_of(self.name, self.task, self.rows, texts)
-                asked = self._warm_up(run.export_warm_up if warm_up is None else warm_up)
-                done = self._exporter[1].export(path, base, mode=mode or run.export_mode, warm_up=asked)
+                if self._exporter is None:
+                    self._exporter = TaskExporter(self.name, self.task, self.rows, self._saver.read)
+                done = self._exporter.export(
+                    path,
+                    base,
+                    mode=mode or run.export_mode,
+                    dense_only=dense_only,
+                    keep=run.export_keep if keep is None else keep,
+                    warm_up=self._warm_up(run.export_warm_up if warm_up is None else warm_up),
+                )
                 version = str(done.path)
                 seconds = time.perf_counter() - began
                 self._tell(events.Exported(step=done.step, path=done.path, version=done.version, seconds=seconds))

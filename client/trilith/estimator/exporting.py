@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trilith.checkpoint import hold
 from trilith.data.parse.specs import Dense
 from trilith.errors import InvalidRequestError
 from trilith.estimator.features import Embedding, Inputs, Pooled, Rows, Sequence
 from trilith.estimator.rows import Prepared, TaskRows, combiner_of_feature
-from trilith.estimator.state import read_job
+from trilith.estimator.state import Job
 from trilith.estimator.task import Task
 from trilith.ops.ragged import Ragged
 from trilith.serving.exports import ProgramInput, ServedFeature
 
-__all__ = ["Served", "exporter_of", "warm_up_of"]
+__all__ = ["Served", "TaskExporter", "warm_up_of"]
 
 _RECORDS = 64  # of a warm-up request
 
@@ -98,51 +99,66 @@ class Served(nn.Module):
         return names
 
 
-def exporter_of(name: str, task: Task, rows: TaskRows, texts: Collection[str] = ()) -> Any:
-    """What writes exports of a task, as the services register it.
+class TaskExporter:
+    """Writes exports of a task again and again as it is trained, as the services register it. Not thread-safe.
 
     Args:
         name: Of the model.
         task: Its dense part is copied, and takes the values of the checkpoint that is exported.
         rows: The task's features on a cluster.
-        texts: Features whose ids are text.
+        read: Reads what a checkpoint has beside its rows, and refuses that of another model.
+
+    Raises:
+        InvalidRequestError: Nothing is registered that could write them.
     """
-    found = entry_points(group="trilith.engines", name="exporter")
-    if not found:
-        raise InvalidRequestError(
-            "nothing is registered as exporter under the entry-point group 'trilith.engines': exports need the trilith "
-            "wheel, or a checkout installed by `make venv`"
-        )
-    make: Callable[..., Any] = found["exporter"].load()
-    task = copy.deepcopy(task).to("cpu")  # a checkpoint's values are not those that training has now
-    served = Served(task)
-    features = {
-        each: ServedFeature(
-            table=rows.table_of(each),
-            combiner=combiner_of_feature(feature),
-            feature=feature.feature or each,
-            newest=isinstance(feature, Sequence),
-            weights=feature.weights or None if isinstance(feature, Embedding) else None,
-            strings=each in texts,
-        )
-        for each, feature in task.features.items()
-        if not isinstance(feature, Dense)
-    }
 
-    def load(checkpoint: str) -> None:
-        with torch.no_grad():
-            task.load_state_dict(dict(read_job(checkpoint).dense))
+    def __init__(self, name: str, task: Task, rows: TaskRows, read: Callable[[str], Job]) -> None:
+        found = entry_points(group="trilith.engines", name="exporter")
+        if not found:
+            raise InvalidRequestError(
+                "nothing is registered as exporter under the entry-point group 'trilith.engines': exports need the "
+                "trilith wheel, or a checkout installed by `make venv`"
+            )
+        self._make: Callable[..., Any] = found["exporter"].load()
+        self._name, self._trained, self._rows, self._read = name, task, rows, read
+        self._task = copy.deepcopy(task).to("cpu")  # a checkpoint's values are not those that training has now
+        self._made: tuple[frozenset[str], Any] | None = None
 
-    return make(
-        name,
-        served,
-        dense=task,
-        features=features,
-        inputs=served.inputs,
-        outputs=served.outputs,
-        load=load,
-        signatures=_signatures(task),
-    )
+    def export(self, checkpoint: str, base: str, **options: Any) -> Any:
+        """Write the next version below `base`; see `Exporter.export` of the services, which takes the same options."""
+        with hold(checkpoint):
+            job = self._read(checkpoint)
+            texts = frozenset(self._trained.texts.union(job.texts))
+            if self._made is None or self._made[0] != texts:
+                self._made = texts, self._exporter(texts)
+            self._task.load_state_dict(dict(job.dense))
+            return self._made[1].export(checkpoint, base, **options)
+
+    def _exporter(self, texts: Collection[str]) -> Any:
+        """What writes exports of the task whose features of `texts` have ids that are text."""
+        served = Served(self._task)
+        features = {
+            each: ServedFeature(
+                table=self._rows.table_of(each),
+                combiner=combiner_of_feature(feature),
+                feature=feature.feature or each,
+                newest=isinstance(feature, Sequence),
+                weights=feature.weights or None if isinstance(feature, Embedding) else None,
+                strings=each in texts,
+            )
+            for each, feature in self._task.features.items()
+            if not isinstance(feature, Dense)
+        }
+        return self._make(
+            self._name,
+            served,
+            dense=self._task,
+            features=features,
+            inputs=served.inputs,
+            outputs=served.outputs,
+            load=lambda checkpoint: None,  # the task has them already
+            signatures=_signatures(self._task),
+        )
 
 
 def _signatures(task: Task) -> dict[str, tuple[Served, list[str]]]:

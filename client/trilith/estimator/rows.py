@@ -86,6 +86,10 @@ class TaskRows:
         tables = client.create_tables(list({spec.name: spec for spec in specs.values()}.values())) if specs else {}
         self.tables = {name: spec.name for name, spec in specs.items()}
         """By feature that owns a table, the table's name."""
+        self.floats = {
+            specs[name].name: (1, base.dim) if base.bias else (base.dim,) for name, base in self._owners.items()
+        }
+        """By table the floats of a row, segment by segment."""
         features = {
             name: Feature(tables[self.table_of(name)], combiner_of_feature(feature))
             for name, feature in self._sparse().items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -78,6 +78,7 @@ class Saver:
         placement: Where things are.
         client: The cluster's.
         task: The model.
+        tables: Its tables, see `Job`.
         optimization: Its optimizer.
         dense: What steps the dense part.
         scaler: Of losses.
@@ -96,6 +97,7 @@ class Saver:
         client: Any,
         *,
         task: Task,
+        tables: Mapping[str, tuple[int, ...]],
         optimization: Optimization,
         dense: torch.optim.Optimizer | DenseOnPs | AllReduced | None,
         scaler: torch.amp.GradScaler,
@@ -107,6 +109,7 @@ class Saver:
     ) -> None:
         self._run, self._me, self._placement, self._client = run, identity, placement, client
         self._task, self._optimization, self._dense = task, optimization, dense
+        self._tables = dict(tables)
         self._scaler, self._callbacks = scaler, callbacks
         self._keeper = keeper
         self._ranks, self._notes = ranks, notes
@@ -162,7 +165,7 @@ class Saver:
             step=step,
             world_size=self._me.world_size,
             task=type(self._task).__name__,
-            features={name: repr(feature) for name, feature in self._task.features.items()},
+            tables=self._tables,
             texts=tuple(sorted(self._task.texts)),
             event_time=event_time,
             run=json.loads(self._run.to_json()),
@@ -304,19 +307,47 @@ class Saver:
                 f"in the data do not fit; go on with {job.world_size}, or begin the data anew: resume=never and "
                 f"warm_start={path}, with another model_dir"
             )
-        self._check_dense(path, job)
+        self._check_model(path, job, trains=True)
         return job
 
-    def _check_dense(self, path: str, job: Job) -> None:
-        """Refuse the parameters of another model."""
+    def read(self, path: str) -> Job:
+        """What a checkpoint has beside its rows, for whoever does not go on with it: of any number of workers.
+
+        Raises:
+            CheckpointError: It has rows alone, is of another model, or damaged.
+        """
+        read_manifest(path)
+        job = read_job(path)
+        self._check_model(path, job)
+        return job
+
+    def _check_model(self, path: str, job: Job, *, tables: bool = True, trains: bool = False) -> None:
+        """Refuse the parameters, and the tables where they are asked for, of another model.
+
+        `trains`: whether to say how one trains on all the same.
+
+        Raises:
+            CheckpointError: What differs, in one line.
+        """
+        wrong: list[str] = []
+        rows_fit = True
+        if tables and job.tables:
+            wrong += _differing("tables", self._tables.keys(), job.tables.keys())
+            for name in sorted(self._tables.keys() & job.tables.keys()):
+                if job.tables[name] != self._tables[name]:
+                    wrong.append(
+                        f"its table {name!r} has rows of {_sum(job.tables[name])}, not {_sum(self._tables[name])}"
+                    )
+                    rows_fit = False
         mine: Mapping[str, torch.Tensor] = self._task.state_dict()
-        lacking, strange = sorted(mine.keys() - job.dense.keys()), sorted(job.dense.keys() - mine.keys())
-        wrong = sorted(name for name in mine.keys() & job.dense.keys() if mine[name].shape != job.dense[name].shape)
-        if lacking or strange or wrong:
-            raise CheckpointError(
-                f"{path} is of another model: it lacks {lacking}, has {strange} beside, and other shapes of {wrong}; "
-                f"a new model_dir with warm_start={path} and warm_start_parts=rows begins with its rows"
-            )
+        wrong += _differing("dense values", mine.keys(), job.dense.keys())
+        shapes = sorted(name for name in mine.keys() & job.dense.keys() if mine[name].shape != job.dense[name].shape)
+        wrong += [f"it has other shapes of {shapes}"] if shapes else []
+        if wrong:
+            own = type(self._task).__name__
+            hint = f"; a new model_dir with warm_start={path} and warm_start_parts=rows begins with its rows"
+            of = f"the task {job.task}, this one is {own}" if job.task != own else f"another {own}"
+            raise CheckpointError(f"{path} is of {of}: {', '.join(wrong)}{hint if trains and rows_fit else ''}")
 
     def load_dense(self, job: Job, *, publish: bool = False) -> None:
         """Take over parameters, buffers and the optimizer's state of a job that was checked.
@@ -345,9 +376,7 @@ class Saver:
         path: str | None = run.resume
         if run.resume in ("latest", "never"):
             path = newest_job(run.model_dir) if run.model_dir else None
-        job = read_job(path) if path is not None and is_job(path) else None
-        if path is not None and job is not None:
-            self._check_dense(path, job)
+        job = self.read(path) if path is not None and is_job(path) else None
         if path is not None and self._placement.rows != "ps":
             self.restore_rows(path)
         if path is not None and job is not None:
@@ -361,7 +390,7 @@ class Saver:
         on_ps = self._dense if isinstance(self._dense, DenseOnPs) else None
         job = read_job(path) if parts in ("all", "dense") and is_job(path) else None
         if job is not None:
-            self._check_dense(path, job)
+            self._check_model(path, job, tables=False, trains=True)  # those that it lacks begin anew
         if parts in ("all", "rows"):
             own = dense_state(self._task)
             self.restore_rows(path)  # with dense variables, which are not asked for
@@ -370,3 +399,17 @@ class Saver:
                 on_ps.publish()
         if job is not None:
             self.load_dense(job, publish=True)
+
+
+def _differing(what: str, mine: Collection[str], its: Collection[str]) -> list[str]:
+    """Which names a checkpoint lacks, and has beside."""
+    lacking, strange = sorted({*mine} - {*its}), sorted({*its} - {*mine})
+    return [
+        *([f"it lacks the {what} {lacking}"] if lacking else []),
+        *([f"it has the {what} {strange} beside"] if strange else []),
+    ]
+
+
+def _sum(floats: Iterable[int]) -> str:
+    """Floats of a row, as a person says them: 1 + 16."""
+    return f"{' + '.join(map(str, floats))} floats"

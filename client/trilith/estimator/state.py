@@ -57,7 +57,7 @@ class Job:
         step: Steps that the cluster had counted.
         world_size: Ranks that wrote.
         task: Name of the task's class, for messages.
-        features: By name, what decides its rows; for messages.
+        tables: By name the floats of a row, segment by segment: of the bias, where there is one, and of the vector.
         texts: Features whose ids came as text.
         event_time: The latest time of the samples that any rank had learned from, Unix seconds; None: none was known.
         run: Settings of the run, without secrets.
@@ -68,7 +68,7 @@ class Job:
     step: int
     world_size: int
     task: str
-    features: dict[str, str] = field(default_factory=dict)
+    tables: dict[str, tuple[int, ...]] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
     event_time: int | None = None
     run: dict[str, Any] = field(default_factory=dict)
@@ -151,7 +151,7 @@ def read_job(path: str) -> Job:
             step=int(body["step"]),
             world_size=int(body["world_size"]),
             task=str(body["task"]),
-            features=dict(body["features"]),
+            tables={str(name): tuple(map(int, floats)) for name, floats in body.get("tables", {}).items()},
             texts=tuple(map(str, body.get("texts", ()))),
             event_time=body.get("event_time"),
             run=dict(body["run"]),

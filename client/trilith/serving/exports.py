@@ -50,6 +50,7 @@ __all__ = [
     "new_version",
     "prune_versions",
     "ps_base",
+    "ps_bases",
     "read_export",
     "read_file",
     "write_manifest",
@@ -69,6 +70,7 @@ SERVING_DEFAULT = "serving_default"
 FORMAT = "trilith-export"
 _VERSION = 1
 
+_SHARD = re.compile(r"ps_[0-9]+")
 _SIGNATURE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 Mode = Literal["standalone", "distributed"]
@@ -414,6 +416,12 @@ def entry_base(base: str) -> str:
 def ps_base(base: str, shard: int) -> str:
     """Where the serving rows of a shard are."""
     return Folder(base).child(f"ps_{shard}").url
+
+
+def ps_bases(base: str) -> list[str]:
+    """Where there are serving rows: of the shards that training has now, and of those that it had before."""
+    folder = Folder(base)
+    return [folder.child(name).url for name in folder.names() if _SHARD.fullmatch(name)]
 
 
 def list_versions(base: str) -> list[int]:

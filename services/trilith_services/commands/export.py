@@ -1,25 +1,22 @@
-"""`trilith export`: from a checkpoint to what serving loads."""
+"""`trilith export`: from a job's checkpoint to what serving loads."""
 
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from trilith.errors import InvalidRequestError
 from trilith.runtime.extras import need
-from trilith_services.commands.flags import Json, Model, expanded
-from trilith_services.commands.jobs import RunFlags, given, is_job, refuse_alone, refuse_beside
-
-if TYPE_CHECKING:
-    from trilith.estimator import Estimator
+from trilith_services.commands.flags import Json, expanded
+from trilith_services.commands.jobs import Job, RunFlags, check_trained, is_job
 
 __all__ = ["ExportMode", "register"]
-
-_JOB_ALONE = ("sets", "config", "checkpoint")
-_OF_A_JOB = ("what", "directory", *_JOB_ALONE, "mode", "as_json")
 
 
 class ExportMode(StrEnum):
@@ -36,93 +33,80 @@ def register(app: typer.Typer) -> None:
 
 def export(
     *,
-    context: typer.Context,
-    what: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODULE:JOB|CHECKPOINT",
-            help="A job of yours; or a checkpoint of the demo's models, or a directory of them: its newest one "
-            "(as ./a:b where its name looks like a job's).",
-        ),
-    ],
+    job: Job,
     directory: Annotated[
         str,
         typer.Argument(
             metavar="DIR",
-            help="Directory or URL where exports go, each below its version; a job's may be left out: its export_dir, "
-            "or exports in its model_dir.",
+            help="Directory or URL where exports go, each below its version; left out: the job's export_dir, or "
+            "exports in its model_dir.",
         ),
     ] = "",
     run: RunFlags,
     checkpoint: Annotated[
         str,
         typer.Option(
-            metavar="PATH", help="Checkpoint of a job, or a directory of them; left out: its model_dir's newest."
+            metavar="PATH", help="Checkpoint, or a directory of them: its newest; left out: model_dir's newest."
         ),
     ] = "",
     mode: Annotated[
-        ExportMode,
+        ExportMode | None,
         typer.Option(
-            help="distributed: rows come from serving replicas; standalone: all rows are in the export. Left out: what "
-            "a job's export_mode says.",
+            help="distributed: rows come from serving replicas; standalone: all rows are in the export; left out: the "
+            "job's export_mode.",
         ),
-    ] = ExportMode.distributed,
+    ] = None,
     dense_only: Annotated[
         bool, typer.Option("--dense-only", help="The model alone, for replicas that training keeps fresh.")
     ] = False,
-    model: Annotated[Model, typer.Option(help="Reference model that was trained.")] = Model.deepfm,
-    data: Annotated[
-        str,
-        typer.Option(
-            metavar="DATA",
-            help="Data it was trained on, for the names of the features: movielens, or synthetic:SAMPLES.",
-        ),
-    ] = "movielens",
-    features: Annotated[
-        str,
-        typer.Option(metavar="NAME,…", help="Names of the features, as trained; left out: those of --data."),
-    ] = "",
-    keep: Annotated[int, typer.Option(metavar="N", help="Newest versions to keep.", min=1)] = 5,
+    keep: Annotated[
+        int | None, typer.Option(metavar="N", help="Newest versions to keep; left out: the job's export_keep.", min=1)
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Export a trained job of yours, or a checkpoint of the demo's models, for `trilith serving entry`.
+    """Export a trained job for `trilith serving entry`.
 
-    An export is a torch.export program, safetensors weights, configs and serving rows. Of the flags --dense-only,
-    --model, --data, --features and --keep are for the demo's models, --checkpoint, --set and --config for jobs.
+    An export is a torch.export program, safetensors weights, configs and serving rows. It is seen when it is whole;
+    SIGTERM leaves nothing of it.
     """
     need("torch", "safetensors", extra="serving")
-    if is_job(what):
-        refuse_beside(context, f"MODULE:JOB ({what})", *_OF_A_JOB)
-        _export_job(run.job(what), directory, checkpoint, mode.value if given(context, "mode") else "", as_json)
-        return
-    refuse_alone(context, *_JOB_ALONE)
-    if not directory:
-        raise InvalidRequestError(f"export {what}: say where to, as trilith export CHECKPOINT DIR")
-    from dataclasses import asdict
-
-    from trilith_services.demo.datasets import load_dataset
-    from trilith_services.demo.exporting import check_reference, reference_exporter
-    from trilith_services.demo.models import settings_of
+    if not is_job(job):
+        raise InvalidRequestError(
+            f"{job!r} is not MODULE:JOB, such as my_shop.ctr:job; if it is a checkpoint, write trilith export "
+            f"MODULE:JOB DIR --checkpoint {job}, with trilith_services.demo.job:deepfm for the demo's"
+        )
+    from trilith.serving.exports import read_export
     from trilith_services.exporting import find_checkpoint
 
-    names = [name.strip() for name in features.split(",")] if features else list(load_dataset(data).train.features)
-    settings, found = settings_of(model.value), find_checkpoint(what)
-    check_reference(found, settings, names)
-    exporter = reference_exporter(settings, names)
-    done = exporter.export(found, directory, mode=mode.value, dense_only=dense_only, keep=keep)
+    found = run.job(job)
+    if not checkpoint:
+        check_trained(found)
+    with _removed_on_sigterm(), found:
+        path = found.export(
+            directory,
+            checkpoint=find_checkpoint(checkpoint) if checkpoint else "",
+            mode="" if mode is None else mode.value,
+            dense_only=dense_only,
+            keep=keep,
+        )
+    made = read_export(path)
     if as_json:
-        typer.echo(json.dumps(asdict(done)))
+        typer.echo(json.dumps({"version": made.version, "step": made.step, "path": path}))
     else:
-        typer.echo(f"export: version={done.version} step={done.step} rows={done.rows} path={done.path}")
+        typer.echo(f"export: version={made.version} step={made.step} path={path}")
 
 
-def _export_job(job: Estimator, directory: str, checkpoint: str, mode: str, as_json: bool) -> None:
-    from trilith_services.exporting import find_checkpoint
+@contextmanager
+def _removed_on_sigterm() -> Iterator[None]:
+    """End by an exception, as on SIGINT: whoever writes removes what is half written."""
 
-    with job:
-        path = job.export(directory, checkpoint=find_checkpoint(checkpoint) if checkpoint else "", mode=mode)
-    version = int(path.rstrip("/").rpartition("/")[2])
-    if as_json:
-        typer.echo(json.dumps({"version": version, "path": path}))
-    else:
-        typer.echo(f"export: version={version} path={path}")
+    def on_signal(number: int, frame: object) -> None:
+        del frame
+        signal.signal(number, signal.SIG_DFL)  # a second one is not waited for
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
