@@ -14,22 +14,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import trilith
 from tests.bench.harness import Benchmark, Context, Entry, interleave, lower
 from tests.bench.processes import Child
 from trilith.data.parse.parsers import ExampleParser
 from trilith.data.parse.specs import Sparse
-from trilith.nn import DenseOnPs
+from trilith.estimator import Estimator, RunConfig
 from trilith.ops.memory import tune_allocator
 from trilith.ops.ragged import Ragged
 from trilith.serving.exports import ps_base
 from trilith.serving.prediction import Predictor
 from trilith_services.demo.click_files import click_records
 from trilith_services.demo.clicks import ClickData
-from trilith_services.demo.exporting import reference_exporter
-from trilith_services.demo.models import TABLE, settings_of
+from trilith_services.demo.job import DENSE, TABLE, deepfm_task, torch_adagrad
+from trilith_services.demo.local import LocalEmbeddings, LocalModel, initial_rows
 from trilith_services.demo.synthetic import make_clicks
-from trilith_services.worker.trainer import save_checkpoint
 
 __all__ = ["BENCHMARKS"]
 
@@ -50,23 +48,18 @@ def predict(context: Context) -> list[Entry]:
     torch.set_num_threads(1)
     tune_allocator()
     data = make_clicks(sizes.serving_samples)
-    settings = settings_of("deepfm")
     vocabulary = data.vocabulary()
-    local = settings.locally(vocabulary, seed=0, sparse=False)
-    local.eval()
+    task = deepfm_task(dense_optimizer=torch_adagrad(DENSE))
     context.progress("exporting", 0, 1)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        with trilith.connect("local://") as client:
-            model = settings.on_cluster(client, data.features, seed=0)
-            model.head.load_state_dict(local.head.state_dict())
-            DenseOnPs(client, model.head, settings.dense_optimizer())
-            ids = np.concatenate(list(vocabulary.values()))
-            client.assign({TABLE: (ids, local.embeddings.bag.weight.detach().numpy()[1:])})
-            checkpoint, _ = save_checkpoint(client, str(scratch / "model"))
         base = str(scratch / "exports")
-        done = reference_exporter(settings, data.features).export(checkpoint, base)
-        replica = _process(stack, "ps", "--rows", f"{ps_base(base, 0)}/{done.version}/rows")
+        with Estimator(task, RunConfig(model_dir=str(scratch / "model"), threads=1)) as job:
+            rows = initial_rows(task, vocabulary)
+            job.client.assign({TABLE: (np.concatenate(list(vocabulary.values())), rows)})
+            version = job.export(base).rpartition("/")[2]
+        local = LocalModel(task, LocalEmbeddings(vocabulary, rows)).eval()
+        replica = _process(stack, "ps", "--rows", f"{ps_base(base, 0)}/{version}/rows")
         entry = _process(stack, "entry", "--export", base, "--replicas", f"0={replica}", "--http", "")
         predictor = stack.enter_context(Predictor(entry))
 
