@@ -89,6 +89,8 @@ def export(
             dense_only=dense_only,
             keep=keep,
         )
+    if not found.chief:
+        return
     made = read_export(path)
     if as_json:
         typer.echo(json.dumps({"version": made.version, "step": made.step, "path": path}))
