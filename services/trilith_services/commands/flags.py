@@ -23,7 +23,6 @@ __all__ = [
     "Address",
     "Advertise",
     "CheckpointRoot",
-    "Data",
     "Json",
     "Listen",
     "LogFlags",
@@ -33,7 +32,6 @@ __all__ = [
     "MetricsHost",
     "MetricsPort",
     "Model",
-    "ModelFlag",
     "RowThreads",
     "ServerFlags",
     "ServingName",
@@ -244,8 +242,3 @@ MetricsHost = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-
-ModelFlag = Annotated[Model, typer.Option("--model", help="Reference model.")]
-Data = Annotated[
-    str, typer.Option("--data", metavar="DATA", help="movielens, or synthetic:SAMPLES for samples that are made up.")
-]

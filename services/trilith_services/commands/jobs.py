@@ -36,7 +36,6 @@ __all__ = [
     "hint",
     "is_job",
     "refuse_alone",
-    "refuse_beside",
 ]
 
 Job = Annotated[
@@ -62,25 +61,6 @@ def given(context: typer.Context, name: str) -> bool:
     """Whether a parameter stands on the command line."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
-
-
-def refuse_beside(context: typer.Context, what: str, *allowed: str) -> None:
-    """Refuse what stands on the command line and is of the other form of a command.
-
-    Args:
-        context: Of the command.
-        what: Which form it is: what the message says that the flag does not go with.
-        *allowed: Names of parameters that are of this form.
-    """
-    from trilith.estimator import RunConfig
-
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        if name in allowed or not given(context, name):
-            continue
-        flag = parameter.opts[0]
-        hint = f"write --set {name}=VALUE" if name in RunConfig.model_fields and "sets" in allowed else "leave it out"
-        raise InvalidRequestError(f"{flag} does not go with {what}; {hint}")
 
 
 def refuse_alone(context: typer.Context, *names: str) -> None:
