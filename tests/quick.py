@@ -65,8 +65,7 @@ PARTS = {
     "nn": Part(
         (
             "client/trilith/nn/", "client/trilith/features/", "client/trilith/tables/", "client/trilith/ops/",
-            "client/trilith/peers.py", "client/trilith/pipelining.py", "services/trilith_services/worker/",
-            "services/trilith_services/demo/",
+            "client/trilith/peers.py", "client/trilith/pipelining.py", "services/trilith_services/demo/",
         ),
         ("demo_job", "features", "gpu", "layout", "nn_*", "ops", "peers", "pipelining", "tables_*"),
     ),

@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from dataclasses import Field, field, fields
 from typing import Any
 
-__all__ = ["argv_of", "flags_of", "like", "option"]
+__all__ = ["flags_of", "like", "option"]
 
 
-def option(
-    default: Any, about: str, *, least: float | None = None, name: str = "", secret: bool = False, **how: Any
-) -> Any:
+def option(default: Any, about: str, *, least: float | None = None, name: str = "", **how: Any) -> Any:
     """A field that is a flag.
 
     Args:
@@ -19,10 +17,9 @@ def option(
         about: What it says in --help.
         least: The smallest number.
         name: The flag's, if it is not the field's.
-        secret: Whether it stays out of what is printed.
         **how: What else `typer.Option` takes.
     """
-    return field(default=default, repr=not secret, metadata={"flag": name, "how": {"help": about, "min": least, **how}})
+    return field(default=default, metadata={"flag": name, "how": {"help": about, "min": least, **how}})
 
 
 def like(config: type[Any], name: str, **changed: Any) -> Any:
@@ -36,17 +33,3 @@ def flags_of(config: Any) -> Iterator[tuple[str, Field[Any]]]:
     for each in fields(config):
         if "flag" in each.metadata:
             yield each.metadata["flag"] or "--" + each.name.replace("_", "-"), each
-
-
-def argv_of(config: Any) -> list[str]:
-    """The flags that give this config; those that are at their defaults are left out."""
-    argv: list[str] = []
-    for flag, each in flags_of(config):
-        value = getattr(config, each.name)
-        if value == each.default:
-            continue
-        if isinstance(value, bool):
-            argv.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            argv += [flag, str(value)]
-    return argv

@@ -32,7 +32,7 @@ def test_every_source_is_of_a_part() -> None:
             ["client", "serving"],
         ),
         (["client/trilith/data/scan/wire.py"], ["data"]),
-        (["client/trilith/nn/dense.py", "services/trilith_services/worker/run.py"], ["nn"]),
+        (["client/trilith/nn/dense.py", "services/trilith_services/demo/job.py"], ["nn"]),
         (["services/trilith_services/commands/ps.py"], ["ops"]),
         (["client/trilith/estimator/saving.py", "tests/unit/test_estimator_config.py"], ["estimator"]),
         (["tests/unit/test_table.py", "README.md"], ["engine"]),
