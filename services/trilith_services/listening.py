@@ -1,8 +1,7 @@
-"""Where servers listen: who reaches an address, and what is said where that is more, or fewer, than was meant."""
+"""Where servers listen, and what is said where fewer reach them than was meant."""
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 from collections.abc import Callable, Iterable
@@ -12,8 +11,9 @@ from trilith.discovery.addresses import advertised
 from trilith.discovery.urls import open_directory
 from trilith.discovery.zk_url import ZkUrl, redact
 from trilith.errors import InvalidRequestError, UnavailableError
+from trilith.runtime.exposure import is_loopback
 
-__all__ = ["LOOPBACK", "bind", "bind_address", "is_loopback", "reached_by_others", "warn_if_exposed"]
+__all__ = ["LOOPBACK", "bind", "bind_address", "reached_by_others"]
 
 log = logging.getLogger(__name__)
 
@@ -47,34 +47,6 @@ def bind_address(listen: str) -> socket.socket:
     if not colon or not (port.isascii() and port.isdigit() and int(port) < 65536) or (":" in bare and bare == host):
         raise InvalidRequestError(f"{listen!r} is not host:port (an IPv6 host stands in brackets: [::1]:8080)")
     return bind(host, int(port))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine alone; a name is, if all that it stands for is."""
-    bare = host.strip("[]").partition("%")[0]
-    try:
-        return ipaddress.ip_address(bare).is_loopback
-    except ValueError:
-        pass
-    if not bare:
-        return False
-    try:
-        found = socket.getaddrinfo(bare, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return False
-    return all(ipaddress.ip_address(str(place[4][0]).partition("%")[0]).is_loopback for place in found)
-
-
-def warn_if_exposed(what: str, host: str, port: int) -> None:
-    """Say loudly that others than this machine reach a server: nothing of ours encrypts, or asks who calls."""
-    if not is_loopback(host):
-        log.warning(
-            "%s listens on %s:%d, beyond this machine, in plain text and without a login: whoever reaches that address "
-            "may do everything it offers; for trusted networks only",
-            what,
-            host or "every interface",
-            port,
-        )
 
 
 def reached_by_others(listen: str, advertise: str, directory: str | None) -> Callable[[int], None]:

@@ -16,13 +16,15 @@ from prometheus_client import CollectorRegistry
 
 from trilith.errors import UnavailableError
 from trilith.estimator import RunConfig
+from trilith.estimator.loggers import serve_metrics
+from trilith.runtime.exposure import is_loopback, warn_if_exposed
 from trilith_services.cli import app
 from trilith_services.console.app import make_server
 from trilith_services.console.watcher import Watcher
 from trilith_services.grpc.serve import Server
 from trilith_services.http.metrics import MetricsServer
 from trilith_services.http.server import HttpServer
-from trilith_services.listening import bind, is_loopback, reached_by_others, warn_if_exposed
+from trilith_services.listening import bind, reached_by_others
 from trilith_services.ps.process.replica_server import ReplicaOptions
 from trilith_services.ps.process.server import PsOptions
 
@@ -79,6 +81,8 @@ def served_on(host: str, kind: str) -> None:
         server = Server("trilith.Nothing", {})
         server.listen(f"{host}:0")
         server.stop(0)
+    elif kind == "metrics of a job":
+        serve_metrics(host, 0)()
     elif kind == "metrics":
         MetricsServer(CollectorRegistry(), host, 0, ready=lambda: True).stop()
     elif kind == "HTTP":
@@ -91,7 +95,7 @@ def served_on(host: str, kind: str) -> None:
         console.serve_until_told()
 
 
-@pytest.mark.parametrize("kind", ["gRPC", "metrics", "HTTP", "the console"])
+@pytest.mark.parametrize("kind", ["gRPC", "metrics", "metrics of a job", "HTTP", "the console"])
 def test_who_listens_beyond_this_machine_says_so_once_and_loudly(kind, caplog) -> None:
     caplog.set_level(logging.WARNING)
     served_on("127.0.0.1", kind)

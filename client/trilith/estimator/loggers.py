@@ -30,6 +30,7 @@ from trilith.estimator.events import (
     Step,
     Stopped,
 )
+from trilith.runtime.exposure import warn_if_exposed
 from trilith.runtime.extras import need
 
 if TYPE_CHECKING:
@@ -622,6 +623,7 @@ def serve_metrics(host: str, port: int) -> Callable[[], None]:
         server, thread = start_http_server(port, host)
     except OSError as error:
         raise UnavailableError(f"metrics: cannot listen on {host}:{port}: {error.strerror or error}") from None
+    warn_if_exposed("metrics of a job", host, server.server_port)
 
     def end() -> None:
         server.shutdown()

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 
 from trilith.errors import InvalidRequestError
+from trilith.runtime.exposure import is_loopback
 from trilith_services.http.failures import failure
-from trilith_services.listening import is_loopback
 
 __all__ = ["Guard"]
 

@@ -29,8 +29,8 @@ from grpc_reflection.v1alpha import reflection
 from trilith.config import LARGEST_MESSAGE, MAX_MESSAGE_BYTES
 from trilith.errors import InvalidRequestError, OverloadedError, UnavailableError
 from trilith.rpc.remote import ERROR_KEY
+from trilith.runtime.exposure import warn_if_exposed
 from trilith_services.grpc.streams import Streams
-from trilith_services.listening import warn_if_exposed
 
 __all__ = ["LIVE", "Limits", "Method", "Server"]
 

@@ -11,7 +11,8 @@ from wsgiref.simple_server import WSGIRequestHandler
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
-from trilith_services.listening import bind, warn_if_exposed
+from trilith.runtime.exposure import warn_if_exposed
+from trilith_services.listening import bind
 
 __all__ = ["MetricsServer"]
 

@@ -15,7 +15,8 @@ from typing import Any
 import uvicorn
 
 from trilith.discovery.addresses import join_address
-from trilith_services.listening import bind_address, warn_if_exposed
+from trilith.runtime.exposure import warn_if_exposed
+from trilith_services.listening import bind_address
 
 __all__ = ["HttpServer"]
 
