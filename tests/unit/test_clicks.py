@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from tests.quality import test_models
+from trilith.data import read
 from trilith.errors import InvalidRequestError
 from trilith.ops.ragged import Ragged
 from trilith_services.demo import movielens
+from trilith_services.demo.click_files import click_records, store_clicks
 from trilith_services.demo.clicks import ClickData, split
 from trilith_services.demo.datasets import load_dataset
 from trilith_services.demo.movielens import MovieLensUnavailableError
@@ -156,7 +158,7 @@ def test_the_split_is_fixed_by_its_seed_and_loses_nothing():
     assert parts[0] != other.train.features["a"].values.tolist()
 
 
-def test_samples_are_taken_sharded_and_batched_with_their_lists():
+def test_samples_are_taken_and_batched_with_their_lists():
     data = ClickData(
         np.arange(5, dtype=np.float32), {"g": Ragged(np.arange(6, dtype=np.uint64), np.array([0, 2, 2, 3, 5, 6]))}
     )
@@ -164,12 +166,9 @@ def test_samples_are_taken_sharded_and_batched_with_their_lists():
     assert picked.labels.tolist() == [3, 1, 0]
     assert picked.features["g"].values.tolist() == [3, 4, 0, 1]
     assert picked.features["g"].row_splits.tolist() == [0, 2, 2, 4]
-    assert data.shard(1, 2).labels.tolist() == [1, 3]
     assert [len(batch) for batch in data.batches(2)] == [2, 2, 1]
     assert [batch.labels.tolist() for batch in data.batches(2, order=np.array([4, 0, 1]))] == [[4, 0], [1]]
     assert data.vocabulary()["g"].tolist() == [0, 1, 2, 3, 4, 5]
-    with pytest.raises(InvalidRequestError):
-        data.shard(2, 2)
 
 
 def test_inconsistent_samples_are_refused():
@@ -213,3 +212,15 @@ def test_data_is_named_or_refused():
     for name in ("synthetic:", "synthetic:3", "movielens:5", "imagenet"):
         with pytest.raises(InvalidRequestError, match="movielens"):
             load_dataset(name)
+
+
+def test_samples_are_written_to_files_once_and_all_of_them(tmp_path):
+    data = make_clicks(100, seed=1)
+    pattern = store_clicks(data, tmp_path)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pb")}
+    assert store_clicks(data, tmp_path) == pattern
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == written
+    assert store_clicks(make_clicks(100, seed=2), tmp_path) != pattern
+    assert [payload for records in read(pattern, kind="example").batch(7) for payload in records.payloads()] == list(
+        click_records(data).payloads()
+    )

@@ -44,12 +44,6 @@ class ClickData:
         """Return the samples `rows`, int64[m], in that order."""
         return ClickData(self.labels[rows], {name: ragged.take(rows) for name, ragged in self.features.items()})
 
-    def shard(self, index: int, count: int) -> ClickData:
-        """Return every `count`-th sample, from `index` on."""
-        if not 0 <= index < count:
-            raise InvalidRequestError(f"shard {index} of {count}: the index must be in 0..{count - 1}")
-        return self.take(np.arange(index, len(self), count))
-
     def batches(self, batch_size: int, *, order: Int64Array | None = None) -> Iterator[ClickData]:
         """Cut the samples into batches; the last may be smaller.
 
@@ -65,21 +59,6 @@ class ClickData:
         """The samples in order, as batches that an Estimator takes: ids by feature, and the label "click"."""
         for batch in self.batches(batch_size):
             yield {**batch.features, "click": batch.labels}
-
-    def epoch(
-        self, batch_size: int, *, seed: int, epoch: int, samples: int | None = None, skip: int = 0
-    ) -> Iterator[ClickData]:
-        """Batches of one pass, in an order that seed and epoch decide.
-
-        Args:
-            batch_size: Samples per batch; the last may be smaller.
-            seed: Decides the order ...
-            epoch: ... with the pass.
-            samples: How many samples; all if None.
-            skip: Batches to leave out at the beginning.
-        """
-        order = np.random.default_rng([seed, epoch]).permutation(len(self))[:samples]
-        yield from self.batches(batch_size, order=order[skip * batch_size :])
 
     def vocabulary(self) -> dict[str, UInt64Array]:
         """Per feature the distinct ids, uint64[n], ascending."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trilith.errors import InvalidRequestError
 from trilith_services.demo import movielens
-from trilith_services.demo.click_files import ClickFiles, store_clicks
+from trilith_services.demo.click_files import store_clicks
 from trilith_services.demo.clicks import Parts, split
 from trilith_services.demo.synthetic import make_clicks
 
@@ -43,6 +43,6 @@ def _made_up(samples: int) -> Parts:
     return split(make_clicks(samples), seed=0)
 
 
-def training_files(parts: Parts) -> ClickFiles:
-    """The training samples as files of Examples in the cache, written if they are not there."""
+def training_files(parts: Parts) -> str:
+    """The training samples as files of Examples in the cache, written if they are not there; returns their pattern."""
     return store_clicks(parts.train, movielens.cache_dir() / "samples")

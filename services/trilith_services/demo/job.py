@@ -113,7 +113,7 @@ def make(task: ClickTask, *callbacks: Callback, epochs: int) -> Estimator:
 
     def train() -> trilith.data.Dataset:
         parts = load_dataset(task.data)
-        files = trilith.data.read(training_files(parts).pattern, kind="example")
+        files = trilith.data.read(training_files(parts), kind="example")
         return files.shuffle(len(parts.train), seed=job.run.seed).batch(task.batch_size)
 
     def evaluate() -> Iterable[dict[str, Any]]:
