@@ -146,14 +146,14 @@ def test_the_demo_runs_embedded_and_goes_on_from_its_checkpoint(tmp_path):
 @pytest.mark.jobs
 def test_the_demo_runs_without_ps_pipelined_and_goes_on_from_its_checkpoint(tmp_path):
     arguments = ("--mode", "all-to-all", "--no-baseline", "--model-dir", str(tmp_path))
-    for steps, more in ((6, ()), (100, exporting(tmp_path, "distributed"))):
+    for steps, more in ((6, ()), (40, exporting(tmp_path, "distributed"))):
         pipelined = ("--prefetch", "2", "--async-push", "2", "--save-every", "20")
         match, text = demo(*arguments, *pipelined, "--steps", str(steps), *more)
         assert match.group(2, 4, 6, 7) == ("nan", "nan", "0", "2")
         assert int(match[5]) > 0
         assert "2 workers, all-to-all" in text
         assert saved_step(tmp_path) == steps // 2, "a step of both is one"
-    assert re.findall(r"^epoch (\d+): auc ", text, re.M) == ["1", "2", "3"], "once each, of both"
+    assert re.findall(r"^epoch (\d+): auc ", text, re.M) == ["1"], "it is of both"
     check_export(tmp_path, 2, float(match[1]))
 
 
@@ -176,7 +176,7 @@ def child(process: subprocess.Popen[str], *words: str) -> psutil.Process:
 
 @pytest.mark.jobs
 def test_a_ps_and_a_worker_that_are_killed_come_back_and_the_model_is_as_good(tmp_path):
-    arguments = ("--model-dir", str(tmp_path), "--epochs", "10", "--save-every", "60", "--batch-size", "256")
+    arguments = ("--model-dir", str(tmp_path), "--epochs", "6", "--save-every", "60", "--batch-size", "256")
     with running(*arguments) as process:
         eventually(lambda: [info for info in list_checkpoints(str(tmp_path)) if info.complete], timeout_s=240)
         shard, worker = child(process, "ps", "--index", "1"), child(process, "rank=1")
@@ -190,7 +190,7 @@ def test_a_ps_and_a_worker_that_are_killed_come_back_and_the_model_is_as_good(tm
     assert "worker-0 ended" not in text
     match = last_line(text)
     assert float(match[2]) > 0.6, "there is something to learn"
-    # One PS lost up to 60 of 1,250 steps; that must not be seen in the end.
+    # One PS lost up to 60 of 750 steps; that must not be seen in the end.
     assert float(match[1]) > float(match[2]) - 0.02
 
 
