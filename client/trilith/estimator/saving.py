@@ -216,7 +216,7 @@ class Saver:
             return Plan(
                 "refuse",
                 f"model_dir={run.model_dir} is ahead of the cluster: its newest checkpoint, {newest}, is of step {step}"
-                f", the cluster is at step {mine}. Restore the PS (Client.restore, or start them with --checkpoint-dir "
+                f", the cluster is at step {mine}. Restore the PS (Client.restore, or start them with --restore-from "
                 f"{run.model_dir}), say owns_cluster=true where the PS are this run's alone, or name another model_dir",
             )
         log.warning("the cluster's rows, of step %d, are ahead of %s, of step %d; they stay", mine, newest, step)
