@@ -612,6 +612,7 @@ class Client:
         path: str,
         *,
         variables: Mapping[str, Sequence[VariablePiece]] | None = None,
+        step: int | None = None,
         timeout_s: float = 3600.0,
     ) -> int:
         """Replace the cluster's content by that of a complete checkpoint, of any number of PS; returns its step.
@@ -623,6 +624,7 @@ class Client:
             variables: Dense variables by name as pieces of the checkpoint's, one after another; all others stay as they
                 are. Optimizer state comes with them where the variable here has an optimizer of the same kind. None:
                 the checkpoint's variables take the place of all.
+            step: The model's from then on; None: the checkpoint's.
             timeout_s: How long the PS may take.
 
         Raises:
@@ -633,7 +635,9 @@ class Client:
 
         where = absolute(path)
         self._check_nothing_lost(where)
-        self._cluster.restore(where, None if variables is None else _sources(variables), timeout_s=timeout_s)
+        sources = None if variables is None else _sources(variables)
+        step = None if step is None else as_step(step, "step")
+        self._cluster.restore(where, sources, step, timeout_s=timeout_s)
         return self._cluster.step
 
     def _check_nothing_lost(self, where: str) -> None:

@@ -267,7 +267,12 @@ class Cluster:
         return index if self._part is None else self._part[0]
 
     def restore(
-        self, path: str, variables: ps_pb2.VariableSources | None = None, *, timeout_s: float
+        self,
+        path: str,
+        variables: ps_pb2.VariableSources | None = None,
+        step: int | None = None,
+        *,
+        timeout_s: float,
     ) -> list[ps_pb2.RestoreResponse]:
         """Have every shard restore a checkpoint, whatever became of it so far, and adopt what it is then."""
         answers = self.describe()
@@ -276,7 +281,7 @@ class Cluster:
         def call(index: int, shard: Shard) -> ps_pb2.RestoreResponse:
             answer = answers[index]
             write = Identity(self._origin(index), answer.unix_time).write(incarnation=answer.incarnation)
-            return shard.restore(path, write, variables)
+            return shard.restore(path, write, variables, step)
 
         replies = self.everywhere(call, timeout_s=timeout_s)
         for index, (answer, reply) in enumerate(zip(answers, replies, strict=True)):

@@ -710,11 +710,12 @@ class PeerClient:
         path: str,
         *,
         variables: Mapping[str, Sequence[VariablePiece]] | None = None,
+        step: int | None = None,
         timeout_s: float | None = None,
     ) -> int:
         """Replace the content by that of a checkpoint of any number of shards; rank 0's `path` counts.
 
-        `variables`: as of `Client.restore`; all ranks give the same.
+        `variables` and `step`: as of `Client.restore`; all ranks give the same.
         """
         _refuse_deadline(timeout_s)
         from trilith.checkpoint import read_manifest
@@ -723,8 +724,8 @@ class PeerClient:
         where = self._from_first(absolute(path))
         self.drain()
         if self._index >= 0:
-            self._client.restore(where, variables=variables)
-        self._step = read_manifest(where).global_step
+            self._client.restore(where, variables=variables, step=step)
+        self._step = read_manifest(where).global_step if step is None else step
         self._wait()
         return self._step
 

@@ -221,6 +221,7 @@ class Rows(Protocol):
         path: str,
         *,
         variables: Mapping[str, Sequence[VariablePiece]] | None = None,
+        step: int | None = None,
         timeout_s: float = 3600.0,
     ) -> int:
         """Replace the content by that of a checkpoint; returns its step."""

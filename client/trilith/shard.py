@@ -358,11 +358,16 @@ class Shard(Protocol):
         """Write this shard's files of a checkpoint; the caller writes the manifest."""
 
     def restore(
-        self, path: str, write: Write = ANY_WRITE, variables: ps_pb2.VariableSources | None = None
+        self,
+        path: str,
+        write: Write = ANY_WRITE,
+        variables: ps_pb2.VariableSources | None = None,
+        global_step: int | None = None,
     ) -> ps_pb2.RestoreResponse:
         """Replace this shard's content by its part of a complete checkpoint; its incarnation is another then.
 
         `variables`: which dense ones change, and to what; None: the checkpoint's take the place of all.
+        `global_step`: the step from then on; None: the checkpoint's.
         """
 
     def shutdown(self) -> None:

@@ -1465,9 +1465,12 @@ class RestoreRequest(google.protobuf.message.Message):
     WRITE_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
     VARIABLES_FIELD_NUMBER: builtins.int
+    GLOBAL_STEP_FIELD_NUMBER: builtins.int
     path: builtins.str
     incarnation: builtins.int
     """As everywhere; a repetition of a restore that was done is answered also if it names the incarnation before it."""
+    global_step: builtins.int
+    """The step from then on; not set: the checkpoint's."""
     @property
     def write(self) -> global___WriteId: ...
     @property
@@ -1481,9 +1484,13 @@ class RestoreRequest(google.protobuf.message.Message):
         write: global___WriteId | None = ...,
         incarnation: builtins.int = ...,
         variables: global___VariableSources | None = ...,
+        global_step: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_variables", b"_variables", "variables", b"variables", "write", b"write"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_variables", b"_variables", "incarnation", b"incarnation", "path", b"path", "variables", b"variables", "write", b"write"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_global_step", b"_global_step", "_variables", b"_variables", "global_step", b"global_step", "variables", b"variables", "write", b"write"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_global_step", b"_global_step", "_variables", b"_variables", "global_step", b"global_step", "incarnation", b"incarnation", "path", b"path", "variables", b"variables", "write", b"write"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_global_step", b"_global_step"]) -> typing.Literal["global_step"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_variables", b"_variables"]) -> typing.Literal["variables"] | None: ...
 
 global___RestoreRequest = RestoreRequest

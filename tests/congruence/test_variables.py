@@ -233,7 +233,8 @@ def test_a_restore_of_no_variables_leaves_those_that_are_here(local, shape, tmp_
         client.save(str(tmp_path / "old"))
     with local(shape).connect() as client:
         client.create_variables({"w": floats(6, seed=1)}, optimizer=Adam())
-        client.restore(str(tmp_path / "old"), variables={})
+        assert client.restore(str(tmp_path / "old"), variables={}, step=3) == 3
+        assert client.global_step() == 3
         np.testing.assert_array_equal(client.pull_variables(["w"])[0]["w"], floats(6, seed=1))
         assert client.variables() == {"w": (6,)}
         assert client.table("user", dim=2).lookup([3]).tolist() == [[1.0, 2.0]]

@@ -126,6 +126,17 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, name, text, said):
         RunConfig().overridden(file=tmp_path / name, environ={})
 
 
+def test_aliases_of_a_warm_start_are_set_one_by_one_or_together():
+    run = RunConfig(warm_start="a", warm_start_aliases={"q": "k"})
+    one = run.overridden(environ={}, sets=["warm_start_aliases.head.weight=last.weight"])
+    assert one.warm_start_aliases == {"q": "k", "head.weight": "last.weight"}
+    both = run.overridden(environ={"TRILITH_RUN_WARM_START_ALIASES": '{"q": ["a", "b"]}'})
+    assert both.warm_start_aliases == {"q": ("a", "b")}
+    assert RunConfig.from_json(both.to_json()) == both
+    with pytest.raises(InvalidRequestError, match="warm_start_aliases is an object of values by name, not '3'"):
+        run.overridden(environ={}, sets=["warm_start_aliases=3"])
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -137,6 +148,19 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, name, text, said):
         ({"keep_best_mode": "max"}, "keep_best_mode='max' needs keep_best"),
         ({"warm_start": "a", "resume": "b"}, "warm_start and resume='b'"),
         ({"warm_start_parts": "rows"}, "needs warm_start"),
+        ({"warm_start_keep_step": False}, "warm_start_keep_step=False needs warm_start"),
+        (
+            {"warm_start": "a", "warm_start_parts": "rows", "warm_start_match": "auto"},
+            "warm_start_match='auto' with warm_start_parts='rows'",
+        ),
+        (
+            {"warm_start": "a", "warm_start_parts": "rows", "warm_start_aliases": {"a": "b"}},
+            "warm_start_aliases={'a': 'b'} with warm_start_parts='rows'",
+        ),
+        (
+            {"warm_start": "a", "warm_start_parts": "dense", "warm_start_keep_step": False},
+            "warm_start_keep_step=False with warm_start_parts='dense'",
+        ),
         ({"cluster": "peers://", "dense": "ps"}, "dense='ps' with cluster='peers://'"),
         ({"cluster": "peers://", "owns_cluster": True}, "no PS to own"),
         ({"lookup_queue": 1}, "lookup_queue=1 is for cluster='peers://'"),

@@ -30,6 +30,9 @@ OF_ONE_WORKER = frozenset({"rank", "world_size", "local_rank", "local_world_size
 _LOCAL, _PEERS = "local://", "peers://"
 _SCHEMES = (_LOCAL, _PEERS, *(f"{scheme}://" for scheme in FORMS))
 
+_OBJECTS = ("params_override", "warm_start_aliases")
+_OF_WARM_START = ("warm_start_parts", "warm_start_aliases", "warm_start_match", "warm_start_keep_step")
+
 _CREDENTIALS = re.compile(r"^([a-z][a-z0-9+.-]*://)[^/?#]*@", re.IGNORECASE)
 _PASSWORD = re.compile(r"^[a-z][a-z0-9+.-]*://[^/?#]*:[^/?#]*@", re.IGNORECASE)
 
@@ -121,6 +124,14 @@ class RunConfig(BaseModel):
     """Checkpoint that a new run begins with; of no effect where there is one to resume."""
     warm_start_parts: Literal["all", "rows", "dense"] = "all"
     """What is taken from warm_start."""
+    warm_start_aliases: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
+    """Dense parameters that have another name in warm_start: {"new.name": "old.name"}. Of several old names the tensors
+    are joined along axis 0, and among several new names with one old one its tensor is cut so."""
+    warm_start_match: Literal["exact", "auto", "present"] = "exact"
+    """What happens about names without an alias. exact: all must be in warm_start, and no others; auto: layers that
+    were renamed or renumbered are found; present: what is there by name and shape is taken, the rest begins anew."""
+    warm_start_keep_step: bool = True
+    """The step goes on with the rows of warm_start; else it begins at 0."""
     keep_newest: Positive = 3
     """Checkpoints that are kept, the newest ones; those that other rules keep do not count."""
     keep_every_hours: Amount = 0.0
@@ -283,7 +294,12 @@ class RunConfig(BaseModel):
         if self.warm_start and self.resume not in ("latest", "never"):
             yield f"warm_start and resume={self.resume!r} both say where to begin; give one"
         if not self.warm_start:
-            yield from (f"{each} needs warm_start, the checkpoint" for each in given("warm_start_parts"))
+            yield from (f"{each} needs warm_start, the checkpoint" for each in given(*_OF_WARM_START))
+        elif self.warm_start_parts == "rows":
+            for each in given("warm_start_aliases", "warm_start_match"):
+                yield f"{each} with warm_start_parts='rows': no dense parameter is taken"
+        elif self.warm_start_parts == "dense" and not self.warm_start_keep_step:
+            yield "warm_start_keep_step=False with warm_start_parts='dense': the step comes with rows, and begins at 0"
         yield from self._conflicts_of_places(given)
         if self.rank is not None and self.world_size is not None and self.rank >= self.world_size:
             yield f"rank={self.rank} is outside 0..world_size - 1, with world_size={self.world_size}"
@@ -326,8 +342,9 @@ class RunConfig(BaseModel):
             sets: "name=value" each, as after `--set`; they win over the environment, which wins over the file, and
                 later ones over earlier ones.
 
-        A field of params_override is set by `params_override.NAME=value`. Text stands for what the field needs: a
-        number, true or false, JSON for objects and lists, "none" for nothing where a field can be that.
+        A field of params_override is set by `params_override.NAME=value`, and so is one of warm_start_aliases. Text
+        stands for what the field needs: a number, true or false, JSON for objects and lists, "none" for nothing where a
+        field can be that.
 
         Raises:
             InvalidRequestError: A name is unknown (the nearest known one is named), a value impossible, or the file
@@ -335,17 +352,17 @@ class RunConfig(BaseModel):
         """
         environ = os.environ if environ is None else environ
         values = {name: getattr(self, name) for name in self.model_fields_set}
-        values["params_override"] = dict(self.params_override)
+        values |= {name: dict(getattr(self, name)) for name in _OBJECTS}
         origins: dict[str, str] = {}
         for origin, name, value in (*_of_file(file), *_of_environment(environ), *_of_sets(sets)):
             top, dot, rest = name.partition(".")
-            if top not in type(self).model_fields or (dot and top != "params_override"):
+            if top not in type(self).model_fields or (dot and top not in _OBJECTS):
                 raise InvalidRequestError(f"{origin}: {_unknown(name)}")
             origins[top] = origin
             if dot:
                 values[top] = {**values[top], rest: _parsed(value)}
-            elif top == "params_override":
-                values[top] = _mapping(origin, value)
+            elif top in _OBJECTS:
+                values[top] = _mapping(origin, top, value)
             else:
                 nothing = isinstance(value, str) and value.lower() == "none" and _may_be_none(top)
                 values[top] = None if nothing else value
@@ -476,10 +493,10 @@ def _may_be_none(name: str) -> bool:
     return type(None) in get_args(RunConfig.model_fields[name].annotation)
 
 
-def _mapping(origin: str, value: Any) -> dict[str, Any]:
+def _mapping(origin: str, name: str, value: Any) -> dict[str, Any]:
     found = _parsed(value)
     if not isinstance(found, dict):
-        raise InvalidRequestError(f"{origin}: params_override is an object of values by name, not {value!r}")
+        raise InvalidRequestError(f"{origin}: {name} is an object of values by name, not {value!r}")
     return found
 
 

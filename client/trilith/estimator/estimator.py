@@ -906,9 +906,18 @@ class Estimator:
         self.step_count = self._saved_step = self._as_rows_are(lambda: int(self.client.global_step()))
         plan = self._saver.plan(self.step_count)
         if plan.what == "warm":
-            self._saver.warm_start(plan.path)
+            matched = self._saver.warm_start(plan.path)
             self.step_count = self._saved_step = int(self.client.global_step())
-            self._tell(events.Restored(path=plan.path, step=self.step_count, warm_start=True))
+            self._tell(
+                events.Restored(
+                    path=plan.path,
+                    step=self.step_count,
+                    warm_start=True,
+                    renamed=matched.renamed,
+                    missing=matched.missing,
+                    left=matched.left,
+                )
+            )
         elif plan.what == "restore":
             self.restore(plan.path)
         elif plan.what == "load":

@@ -225,12 +225,18 @@ class Restored(Event):
     Attributes:
         path: Of it.
         epoch: Passes done in it.
-        warm_start: It is the beginning of another run.
+        warm_start: It is the beginning of another run, and these are its dense parameters and buffers:
+        renamed: Those that come from another name of the checkpoint, or from rows of several, by their own.
+        missing: Those that the checkpoint lacks, which begin as they were made.
+        left: Those of the checkpoint that are not taken.
     """
 
     path: str = ""
     epoch: int = 0
     warm_start: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

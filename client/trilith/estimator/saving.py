@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -18,8 +18,10 @@ from trilith.estimator.config import RunConfig
 from trilith.estimator.group import Ranks
 from trilith.estimator.identity import WorkerIdentity
 from trilith.estimator.keeping import Keeper, newest_job
+from trilith.estimator.matching import Matched, match
 from trilith.estimator.notes import Notes
 from trilith.estimator.placement import Placement
+from trilith.estimator.reloading import load_optimizer, stepped_names, tell, values_of, variables_of
 from trilith.estimator.state import (
     Job,
     RankState,
@@ -36,6 +38,7 @@ from trilith.estimator.task import Task
 from trilith.nn.dense import AllReduced, DenseOnPs
 from trilith.nn.optimization import Optimization
 from trilith.runtime.waiting import Wait
+from trilith.shard import VariablePiece
 
 __all__ = ["Plan", "Saver", "as_rows_are"]
 
@@ -171,6 +174,7 @@ class Saver:
             run=json.loads(self._run.to_json()),
             dense=dense_state(self._task),
             optimizer=self._optimization.state_dict(),
+            stepped=stepped_names(self._task, self._dense),
         )
 
     # ---- beginning ---------------------------------------------------------------------------------------------------
@@ -228,29 +232,41 @@ class Saver:
         path = newest_job(run.model_dir) if run.resume != "never" and run.model_dir else None
         if path is None and run.resume not in ("latest", "never"):
             path = run.resume
-        begins = path or (run.warm_start if run.warm_start_parts in ("all", "rows") else "")
-        if begins:
-            self._wait_for_rows(begins, read_manifest(begins).global_step)
+        warm = path is None and run.warm_start_parts != "dense"
+        if begins := path or (run.warm_start if warm else ""):
+            anew = warm and not run.warm_start_keep_step
+            self._wait_for_rows(begins, None if anew else read_manifest(begins).global_step)
         return Plan("anew") if path is None else Plan("load", path)
 
-    def _wait_for_rows(self, path: str, step: int) -> None:
-        """Until the cluster has as many steps as a checkpoint."""
+    def _wait_for_rows(self, path: str, step: int | None) -> None:
+        """Until the cluster has as many steps as a checkpoint; None: until all PS have been restored, to any step."""
         deadline = time.monotonic() + self._run.timeout_s
         with Wait(f"rank 0 to restore {path}", most=self._run.timeout_s):
-            while (found := as_rows_are(self._client, lambda: int(self._client.global_step()))) < step:
+            while not as_rows_are(self._client, lambda: self._has_rows(step)):
                 if time.monotonic() > deadline:
+                    found = as_rows_are(self._client, lambda: int(self._client.global_step()))
                     raise DeadlineExceededError(
-                        f"rank {self._me.rank}: the cluster is at step {found}, and rank 0 did not restore {path}, of "
-                        f"step {step}, within {self._run.timeout_s:g} s; start rank 0"
+                        f"rank {self._me.rank}: the cluster is at step {found}, and rank 0 did not restore {path}"
+                        f"{'' if step is None else f', of step {step}'}, within {self._run.timeout_s:g} s; start rank 0"
                     )
                 time.sleep(_LOOK_S)
 
-    def restore_rows(self, path: str) -> None:
-        """Replace the rows of the cluster by those of a checkpoint; of ranks that share PS, the chief does it."""
+    def _has_rows(self, step: int | None) -> bool:
+        if step is None:
+            return all(each.restored_from for each in self._client.describe())
+        return int(self._client.global_step()) >= step
+
+    def restore_rows(
+        self, path: str, *, variables: Mapping[str, Sequence[VariablePiece]] | None = None, step: int | None = None
+    ) -> None:
+        """Replace the rows of the cluster by those of a checkpoint; of ranks that share PS, the chief does it.
+
+        `variables` and `step`: as of `Client.restore`.
+        """
         shared = self._ranks.several and not self._holds_rows
         with self._ranks.alike():
             if self._me.chief or not shared:
-                self._client.restore(path)
+                self._client.restore(path, variables=variables, step=step)
         if shared:
             with self._ranks.alike():
                 self._client.rejoin()  # to the others it is as if the PS had restarted
@@ -349,19 +365,14 @@ class Saver:
             of = f"the task {job.task}, this one is {own}" if job.task != own else f"another {own}"
             raise CheckpointError(f"{path} is of {of}: {', '.join(wrong)}{hint if trains and rows_fit else ''}")
 
-    def load_dense(self, job: Job, *, publish: bool = False) -> None:
-        """Take over parameters, buffers and the optimizer's state of a job that was checked.
-
-        `publish`: also to the PS, where they are there.
-        """
+    def load_dense(self, job: Job) -> None:
+        """Take over parameters, buffers and the optimizer's state of a job that was checked."""
         self._task.load_state_dict(dict(job.dense))
         self._task.texts |= set(job.texts)
         if job.optimizer:
             self._optimization.load_state_dict(dict(job.optimizer))
         if isinstance(self._dense, DenseOnPs):
             self._dense.drain()  # values that were read ahead are older
-            if publish:
-                self._dense.publish()
             self._dense.pull()
 
     def load_to_read(self, step: int) -> None:
@@ -384,21 +395,45 @@ class Saver:
         elif step > 0 and not isinstance(self._dense, DenseOnPs):
             log.warning("no checkpoint of model_dir=%r has the dense part: it is as it was made", run.model_dir)
 
-    def warm_start(self, path: str) -> None:
-        """Begin a new run with what a checkpoint has; the position in the data is that of a new run."""
-        parts = self._run.warm_start_parts
-        on_ps = self._dense if isinstance(self._dense, DenseOnPs) else None
-        job = read_job(path) if parts in ("all", "dense") and is_job(path) else None
+    def warm_start(self, path: str) -> Matched:
+        """Begin a new run with what a checkpoint has; the position in the data is that of a new run.
+
+        Returns:
+            Which of its dense parameters and buffers are taken.
+
+        Raises:
+            CheckpointError: It lacks what the run takes, or has it in another shape; nothing was changed.
+            InvalidRequestError: The run takes something for a parameter that the model does not have.
+        """
+        run = self._run
+        rows, dense = run.warm_start_parts != "dense", run.warm_start_parts != "rows"
+        job = read_job(path) if dense and (is_job(path) or not rows) else None
+        matched = Matched({})
         if job is not None:
-            self._check_model(path, job, tables=False, trains=True)  # those that it lacks begin anew
-        if parts in ("all", "rows"):
-            own = dense_state(self._task)
-            self.restore_rows(path)  # with dense variables, which are not asked for
-            if parts == "rows" and on_ps is not None:
-                self._task.load_state_dict(own)
-                on_ps.publish()
+            mine, theirs = (
+                {name: tuple(each.shape) for name, each in values.items()}
+                for values in (self._task.state_dict(), job.dense)
+            )
+            matched = match(path, mine, theirs, aliases=run.warm_start_aliases, how=run.warm_start_match)
+            tell(path, matched)
+        if rows:
+            on_ps = isinstance(self._dense, DenseOnPs)
+            variables = variables_of(matched, job, self._task) if job is not None and on_ps else {}
+            step = None if run.warm_start_keep_step else 0
+            self.restore_rows(path, variables=None if dense and job is None else variables, step=step)
         if job is not None:
-            self.load_dense(job, publish=True)
+            self._take(matched, job)
+        return matched
+
+    def _take(self, matched: Matched, job: Job) -> None:
+        """Begin with values and optimizer state of another run."""
+        self._task.load_state_dict({**self._task.state_dict(), **values_of(matched, job.dense)})
+        self._task.texts |= set(job.texts)
+        load_optimizer(self._dense, self._task, matched, job)
+        if isinstance(self._dense, DenseOnPs):
+            self._dense.drain()  # values that were read ahead are older
+            self._dense.publish()
+            self._dense.pull()
 
 
 def _differing(what: str, mine: Collection[str], its: Collection[str]) -> list[str]:

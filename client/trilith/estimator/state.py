@@ -63,6 +63,7 @@ class Job:
         run: Settings of the run, without secrets.
         dense: Parameters and buffers by name.
         optimizer: `state_dict` of the torch optimizer; empty without one.
+        stepped: Parameters that an optimizer steps, in the order in which that state numbers them.
     """
 
     step: int
@@ -74,6 +75,7 @@ class Job:
     run: dict[str, Any] = field(default_factory=dict)
     dense: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     optimizer: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    stepped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +159,7 @@ def read_job(path: str) -> Job:
             run=dict(body["run"]),
             dense=dense,
             optimizer=optimizer,
+            stepped=tuple(map(str, body.get("stepped", ()))),
         )
     except FileNotFoundError:
         raise CheckpointError(f"{where}: missing; the checkpoint holds rows and no job") from None

@@ -21,9 +21,10 @@ from trilith.pipelining import Ahead, Lane, Pusher
 from trilith.tables.config import own_rate
 from trilith_proto.hash_table_pb2 import OptimizerConfig
 
-__all__ = ["AllReduced", "DenseOnPs", "VariableClient"]
+__all__ = ["VARIABLE_PREFIX", "AllReduced", "DenseOnPs", "VariableClient"]
 
-_PREFIX = "dense/"
+VARIABLE_PREFIX = "dense/"
+"""Goes before the names of parameters in a cluster, where nobody says another one."""
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -272,7 +273,7 @@ _CLAIMING = threading.Lock()
 
 def _claimed(client: VariableClient, module: nn.Module, prefix: str | None) -> dict[str, nn.Parameter]:
     """The trainable parameters of a module by variable; without a prefix, refused where another module has them."""
-    found = {(prefix or _PREFIX) + name: parameter for name, parameter in dense_parameters(module)}
+    found = {(prefix or VARIABLE_PREFIX) + name: parameter for name, parameter in dense_parameters(module)}
     if not found:
         raise InvalidRequestError(f"{type(module).__name__} has no trainable parameters")
     if prefix is not None:
@@ -284,7 +285,7 @@ def _claimed(client: VariableClient, module: nn.Module, prefix: str | None) -> d
                 raise InvalidRequestError(
                     f"the variable {claim.name!r} is a parameter of another module already, and both would train the "
                     "same values; give each a prefix of its own, such as prefix='second/', or, where that is meant, "
-                    f"prefix={_PREFIX!r}"
+                    f"prefix={VARIABLE_PREFIX!r}"
                 )
         _CLAIMS.extend(_Claim(weakref.ref(client), name, weakref.ref(parameter)) for name, parameter in found.items())
     return found

@@ -112,13 +112,15 @@ def _write_files(store: Store, folder: Folder, index: int, count: int) -> Iterat
         yield queue_files.write(folder, name("queues", suffix="json"), queues)
 
 
-def restore_shard(store: Store, path: str, sources: ps_pb2.VariableSources | None = None) -> ps_pb2.RestoreResponse:
+def restore_shard(
+    store: Store, path: str, sources: ps_pb2.VariableSources | None = None, step: int | None = None
+) -> ps_pb2.RestoreResponse:
     """Replace this shard's content by what the complete checkpoint at `path` holds for it.
 
     Every id is routed by the owner rule, so the checkpoint may come from another number of PS. All files are checked
     and the new content is loaded beside the old before anything changes. Tables that the checkpoint does not know stay
     if they are empty; variables and queues that it does not know go, which is logged. With `sources` the variables that
-    are here stay, but for those that it names.
+    are here stay, but for those that it names. `step` stands for the checkpoint's.
 
     Raises:
         CheckpointError: The checkpoint is incomplete or damaged, or lacks what `sources` takes from it; nothing was
@@ -128,15 +130,16 @@ def restore_shard(store: Store, path: str, sources: ps_pb2.VariableSources | Non
     """
     manifest = checkpoint.read_manifest(path)  # first: a directory that is no checkpoint stays as it is
     with checkpoint.hold(path):
-        return _restore(store, path, manifest, sources)
+        return _restore(store, path, manifest, sources, step)
 
 
 def _restore(
-    store: Store, path: str, manifest: Manifest, sources: ps_pb2.VariableSources | None
+    store: Store, path: str, manifest: Manifest, sources: ps_pb2.VariableSources | None, step: int | None
 ) -> ps_pb2.RestoreResponse:
     started, folder = time.perf_counter(), Folder(path)
     identity = store.describe()
     index, count = identity.shard_index, identity.shard_count
+    step = manifest.global_step if step is None else step
     parts = parts_for(manifest, index, count)
     _check_all(folder, _needed(manifest, parts, count, every_variable=sources is not None))
     if sources is None:
@@ -157,7 +160,7 @@ def _restore(
                     _load_rows(tables[file.table], folder, file, part, index, count, int(store.clock()))
         _load_filters(tables, folder, parts)
         _tell_dropped(store, folder, variables, queues)
-        store.replace_content(tables, variables, queues, manifest.global_step, path)
+        store.replace_content(tables, variables, queues, step, path)
     except BaseException:
         for table in tables.values():
             table.release()
@@ -168,12 +171,12 @@ def _restore(
         extra={
             "path": folder.url,
             "from_ps": manifest.shard_count,
-            "step": manifest.global_step,
+            "step": step,
             "rows": sum(rows.values()),
             "seconds": round(time.perf_counter() - started, 3),
         },
     )
-    return ps_pb2.RestoreResponse(incarnation=store.incarnation, global_step=manifest.global_step, rows=rows)
+    return ps_pb2.RestoreResponse(incarnation=store.incarnation, global_step=step, rows=rows)
 
 
 def _tell_dropped(

@@ -150,9 +150,11 @@ class ParameterServerServicer:
         self.saved = where, time.time()
         return reply
 
-    def restore(self, path: str, write: Write, variables: ps_pb2.VariableSources | None) -> ps_pb2.RestoreResponse:
+    def restore(
+        self, path: str, write: Write, variables: ps_pb2.VariableSources | None, global_step: int | None
+    ) -> ps_pb2.RestoreResponse:
         """Replace the shard's content by what it may read."""
-        return self._shard.restore(self._paths.resolve(path), write, variables)
+        return self._shard.restore(self._paths.resolve(path), write, variables, global_step)
 
     def shutdown(self) -> None:
         """End the process, if it is one run's own."""

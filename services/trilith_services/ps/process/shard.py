@@ -19,13 +19,17 @@ class LocalShard(Store):
         return self._sequences.once(write, lambda: snapshot.save_shard(self, path))[0]
 
     def restore(
-        self, path: str, write: Write = ANY_WRITE, variables: ps_pb2.VariableSources | None = None
+        self,
+        path: str,
+        write: Write = ANY_WRITE,
+        variables: ps_pb2.VariableSources | None = None,
+        global_step: int | None = None,
     ) -> ps_pb2.RestoreResponse:
         """See `Shard.restore`."""
 
         def work() -> ps_pb2.RestoreResponse:
             # Not before: a repetition comes with the incarnation that the first one ended.
             self._check_incarnation(write.incarnation)
-            return snapshot.restore_shard(self, path, variables)
+            return snapshot.restore_shard(self, path, variables, global_step)
 
         return self._sequences.once(write, work)[0]
