@@ -267,6 +267,14 @@ def test_a_job_is_trained_evaluated_predicted_and_exported(name, run):
     assert (status, list_versions("exports/entry"), list(Path("exports").glob("ps_*"))) == (0, [version], [])
 
 
+def test_a_worker_that_leaves_the_export_to_the_chief_says_nothing_of_it(name, run, monkeypatch):
+    assert run("worker", f"{name}:job")[0] == 0
+    sys.modules.pop(name)
+    monkeypatch.setattr(Estimator, "chief", False)
+    monkeypatch.setattr(Estimator, "export", lambda *_, **__: "")
+    assert run("export", f"{name}:job", "exports")[:2] == (0, "")
+
+
 def test_whoever_exports_a_path_is_told_the_whole_command(run):
     told = run("export", "model/ckpt-1", "out")[2]
     assert told.endswith(
