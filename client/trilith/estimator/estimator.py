@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from trilith.connect import connect
-from trilith.errors import InvalidRequestError, NonFiniteError, ShardRestartedError, TrilithError
+from trilith.errors import InvalidRequestError, ShardRestartedError, TrilithError
 from trilith.estimator import events
 from trilith.estimator.callbacks import Callback, Callbacks
 from trilith.estimator.compiling import Compiled
@@ -32,13 +31,14 @@ from trilith.estimator.keeping import Keeper, newest_job
 from trilith.estimator.loggers import callbacks_of, serve_metrics
 from trilith.estimator.notes import Notes
 from trilith.estimator.placement import Placement, make_dense
-from trilith.estimator.progress import Learned, Progress, Watch
+from trilith.estimator.progress import Learned, Progress
 from trilith.estimator.rows import Prepared, TaskRows
 from trilith.estimator.saving import Saver, as_rows_are
 from trilith.estimator.scoring import Scorer
 from trilith.estimator.signals import stop_signals
 from trilith.estimator.source import EpochBatches, Source
 from trilith.estimator.state import RankState, rng_state, set_rng_state
+from trilith.estimator.stepping import Stepper
 from trilith.estimator.task import Task
 from trilith.nn import FetchedRows
 from trilith.nn.dense import AllReduced, DenseOnPs
@@ -97,13 +97,9 @@ class Estimator:
         self._stopping = self._late = self._paused = False
         """Whether a rank wants to stop, the chief finds that it is time to save, and all are to wait: what all know."""
         self._control: Control | None = None
-        self._micro = 0
         self._period_over = False
         """Whether the step that was taken last is the first of another period of `save_every_event_s`."""
-        self._buffers: list[Tensor] = []
         self._exporter: TaskExporter | None = None
-        self._sample: Prepared | None = None
-        """The newest batch that was learned from."""
         self.step_count = 0
         """Steps of the cluster, as this worker last heard of them."""
         self._saved_step, self._saved_at, self._noted_at = 0, time.monotonic(), 0.0
@@ -191,7 +187,17 @@ class Estimator:
         if self.rows.collection is not None:
             stack.callback(self.rows.collection.close)
         stack.callback(self.optimization.close)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
+        self._stepper = Stepper(
+            run,
+            self.task,
+            self.rows,
+            self.optimization,
+            self._outputs,
+            self.device,
+            dated=self._see_time,
+            applied=self._count,
+        )
+        self.scaler = self._stepper.scaler
         keeper = Keeper(run)
         own = [*callbacks_of(run), *([keeper.best] if keeper.best is not None else [])]
         self._callbacks = Callbacks([*self._given_callbacks, *own], chief=me.chief)
@@ -215,7 +221,9 @@ class Estimator:
             notes=self._notes,
             follows=self._follows,
         )
-        self._scorer = Scorer(run, self.task, self.rows, self.optimization, self._outputs, self._autocast, self._ranks)
+        self._scorer = Scorer(
+            run, self.task, self.rows, self.optimization, self._outputs, self._stepper.autocast, self._ranks
+        )
         self.step_count = self._saved_step = self._as_rows_are(lambda: int(self.client.global_step()))
 
     def _connect(self) -> Any:
@@ -250,7 +258,7 @@ class Estimator:
         if stack is not None and self._done and self.run.shut_down_ps:
             shut_down(self.client, self._ranks, chief=self.chief)
         self._done = False
-        self._at, self._settled, self._micro, self._exporter = RankState(), RankState, 0, None
+        self._at, self._settled, self._exporter = RankState(), RankState, None
         self._begun = self._looked_up = self._stopping = self._late = False
         if stack is not None:
             stack.close()
@@ -278,8 +286,8 @@ class Estimator:
             if not self._begun:
                 self._resume()
             prepared = self.rows.prepare(batch)
-            learned = self._taught(prepared, lambda: self.rows.fetch(prepared))
-            if not self._micro:
+            learned = self._learn(prepared, lambda: self.rows.fetch(prepared))
+            if not self._stepper.held:
                 self._agree()
         assert learned is not None  # there was a batch
         return learned.loss
@@ -289,93 +297,9 @@ class Estimator:
         self.open()
         return self.optimization.parameters_and_rows()
 
-    def _taught(self, prepared: Prepared | None, fetch: Callable[[], FetchedRows | None]) -> Learned | None:
-        """Learn from a batch, and take the step where one is due; None where this rank had no batch for it.
-
-        A rank that has nothing to give, since its data has ended or a PS has restarted, takes the step all the same:
-        the others wait for it.
-        """
-        failed: ShardRestartedError | None = None
-        learned: Learned | None = None
-        try:
-            if self._micro == 0:
-                self.optimization.pull()
-                self._keep_buffers()
-            rows = fetch()
-            if prepared is not None:
-                learned = self._learn(prepared, rows)
-        except ShardRestartedError as error:
-            self.optimization.zero_grad()
-            failed = error
-        except BaseException:
-            self._give_up()
-            raise
-        self._micro += 1
-        if self._micro >= self.run.accumulate:
-            began = time.perf_counter()
-            self._apply()
-            if learned is not None:
-                learned.seconds["push"] = time.perf_counter() - began
-        if failed is not None:
-            raise failed
-        return learned
-
-    def _learn(self, prepared: Prepared, rows: FetchedRows | None) -> Learned:
-        """Forward and backward."""
-        run, watch = self.run, Watch()
-        self._sample = prepared
-        self.task.train()
-        if self.task.request_time:
-            newest = max(self.rows.request_time(prepared), self.optimization.request_time or 0)
-            self.optimization.request_time = newest
-        with self._autocast():
-            outputs = self._outputs(self.rows.inputs(prepared, rows))
-            labels, weight = self.rows.labels(prepared)
-            losses = self.task.loss(outputs, labels, weight)
-            loss = self.task.total(losses)
-        value = float(loss.detach())
-        watch.lap("forward")
-        if not math.isfinite(value) and not run.skip_non_finite:
-            raise NonFiniteError(
-                f"the loss of batch {self._at.batches} of epoch {self._at.epoch} is {value}; look at its labels "
-                "and dense values, lower the learning rate or bound gradients with clip_norm; skip_non_finite=true "
-                "leaves such steps out"
-            )
-        self.scaler.scale(loss / run.accumulate if run.accumulate > 1 else loss).backward()
-        watch.lap("backward")
-        parts = {} if isinstance(losses, Tensor) else {name: float(each.detach()) for name, each in losses.items()}
-        seen = {name: each.detach() for name, each in outputs.items()}
-        return Learned(value, parts, seen, replace(prepared, ids={}, weights={}, dense={}, rest={}), watch.seconds)
-
-    def _give_up(self) -> None:
-        """Forget the gradients of a batch that failed."""
-        self.optimization.zero_grad()
-        self._micro = 0
-
-    def _apply(self) -> None:
-        """Take a step with the gradients since the last one."""
-        self._micro = 0
-        optimization = self.optimization
-        before = optimization.applied
-        try:
-            optimization.average()
-            self._see_time(optimization.request_time)
-            scaled = self.run.precision == "fp16" and optimization.has_gradients()
-            if scaled:
-                self.scaler.scale(torch.zeros((), device=self.device))  # where this rank has had no loss yet
-                self.scaler.unscale_(optimization)
-            if self.run.clip_norm:
-                optimization.clip(self.run.clip_norm)
-            if scaled:
-                self._step_scaled()
-            else:
-                optimization.step()
-        finally:
-            optimization.zero_grad()
-        if optimization.applied > before:
-            self._count()
-        else:
-            self._restore_buffers()
+    def _learn(self, prepared: Prepared | None, fetch: Callable[[], FetchedRows | None]) -> Learned | None:
+        """Learn from a batch; see `Stepper.learn`."""
+        return self._stepper.learn(prepared, fetch, f"batch {self._at.batches} of epoch {self._at.epoch}")
 
     def _see_time(self, newest: int | None) -> None:
         """A step has samples of a time: whether it is the first behind a full `save_every_event_s`."""
@@ -385,27 +309,6 @@ class Estimator:
             now = max(newest, before or 0)
             self._at = replace(self._at, event_time=now)
             self._period_over = every > 0 and before is not None and now // every > before // every
-
-    def _keep_buffers(self) -> None:
-        """Have running means and the like as they were, should the step be left out: they may become NaN with it."""
-        may_skip = self.run.skip_non_finite or self.run.precision == "fp16"
-        self._buffers = [each.clone() for each in self.task.buffers()] if may_skip else []
-
-    @torch.no_grad()
-    def _restore_buffers(self) -> None:
-        # None are kept where nothing is left out.
-        for each, was in zip(self.task.buffers(), self._buffers, strict=False):
-            each.copy_(was)
-
-    def _step_scaled(self) -> None:
-        try:
-            self.scaler.step(self.optimization)
-        finally:
-            self.scaler.update()
-
-    def _autocast(self) -> Any:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.run.precision)
-        return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     def _count(self) -> None:
         """A step was taken: its gradients have it counted, which may be on their way."""
@@ -506,8 +409,8 @@ class Estimator:
                 with self._ranks.explained(), self._controlled():
                     self._begin()
                     finished = self._epochs(source)
-                    if finished and self._micro:
-                        self._guarded(self._apply)
+                    if finished and self._stepper.held:
+                        self._guarded(self._stepper.apply)
                         self._settle()
                     self._drain()
                     self._agree()
@@ -545,7 +448,7 @@ class Estimator:
             )
         if self.chief and self.run.model_dir and self.placement.rows == "ps":
             self._describe()
-        self._give_up()  # gradients that waited for others of a step are learned again
+        self._stepper.give_up()  # gradients that waited for others of a step are learned again
         self._saved_at = time.monotonic()
         self._tell(
             events.Started(
@@ -640,7 +543,7 @@ class Estimator:
                     f"the training data has no batch in epoch {self._at.epoch}; look at its files and filters"
                 )
             self._at = replace(self._at, epoch=self._at.epoch + 1, batches=0, source=batches.after)
-            if not self._micro:
+            if not self._stepper.held:
                 self._settle()
             self._drain()
             self._tell(
@@ -668,15 +571,15 @@ class Estimator:
             while True:
                 if (run.steps and self._at.steps >= run.steps) or (run.max_steps and self.step_count >= run.max_steps):
                     return "enough"
-                if self._paused and not self._micro and self._hold():
+                if self._paused and not self._stepper.held and self._hold():
                     return "due"
-                if self._stopping and not self._micro:
+                if self._stopping and not self._stepper.held:
                     return "stop"
                 began = time.perf_counter()
                 found = next(taken, None)
                 if found is None:
                     return "end"
-                if self._stop_reason and not self._micro and not self._ranks.several:
+                if self._stop_reason and not self._stepper.held and not self._ranks.several:
                     return "stop"  # it came while the batch was waited for
                 prepared, fetched = found
                 self._one(prepared, fetched, time.perf_counter() - began)
@@ -687,7 +590,7 @@ class Estimator:
                     steps=self._at.steps + 1,
                     samples=self._at.samples + (0 if prepared is None else prepared.samples),
                 )
-                if not self._micro:
+                if not self._stepper.held:
                     self._settle(batches.place)
                     self._agree()
                     if self._evaluation_due() or self._save_due():
@@ -714,7 +617,7 @@ class Estimator:
             return rows
 
         try:
-            learned = self._taught(prepared, fetch)
+            learned = self._learn(prepared, fetch)
         except ShardRestartedError as error:
             self._restarted(error)
             return
@@ -938,7 +841,7 @@ class Estimator:
         """Replace rows, dense values and the position by those of a checkpoint."""
         self.open()
         self._begun = True
-        self._give_up()
+        self._stepper.give_up()
         job = self._saver.check(path)
         self._saver.restore_rows(path)
         self._go_on(self._saver.load(path, job))
@@ -1010,8 +913,8 @@ class Estimator:
             return warm_up_of(self.task, filter(None, self._source(wanted, labels=False).epoch(0)), None)
         if wanted < 0:
             raise InvalidRequestError(f"warm_up={wanted}: how many samples, from 0, or batches of them")
-        if not wanted or self._sample is not None:
-            return warm_up_of(self.task, [] if self._sample is None else [self._sample], wanted)
+        if not wanted or self._stepper.sample is not None:
+            return warm_up_of(self.task, [] if self._stepper.sample is None else [self._stepper.sample], wanted)
         data = self._data["evaluate"] if self._data["evaluate"] is not None else self._data["train"]
         if data is None:
             raise InvalidRequestError(f"warm_up={wanted}: the job has no data to take samples from; give batches")
