@@ -10,9 +10,13 @@ import pytest
 import trilith
 from tests.congruence.clusters import LocalCluster
 from tests.integration.test_ranks import TIMEOUT_S, ranks  # noqa: F401 - a fixture
+from tests.unit.test_estimator import job, run_config
 from tests.waiting import eventually
 from trilith.checkpoint import list_checkpoints
-from trilith.errors import InvalidRequestError
+from trilith.errors import InvalidRequestError, UnavailableError
+from trilith_services.ps.process.metrics import Metrics
+from trilith_services.ps.process.servicer import ParameterServerServicer
+from trilith_services.ps.process.shard import LocalShard
 
 
 def owned(processes, tmp_path: Path, *flags: str) -> dict[str, str]:
@@ -37,12 +41,12 @@ def ended(processes) -> list[int]:
 @pytest.mark.parametrize("apart", ["", "1"], ids=["in-step", "apart"])
 def test_ps_end_with_status_0_when_all_workers_are_done(ranks, processes, tmp_path, apart):  # noqa: F811
     settings = owned(processes, tmp_path, "--owned")
-    job = ranks("timed", **settings, APART=apart)
-    assert job.statuses() == [0, 0], job.log(0) + job.log(1)
+    started = ranks("timed", **settings, APART=apart)
+    assert started.statuses() == [0, 0], started.log(0) + started.log(1)
     assert ended(processes) == [0, 0], processes.log("ps-0")
     assert list_checkpoints(str(tmp_path / "model"))[-1].complete
     assert "the run whose own this is has ended" in processes.log("ps-0")
-    assert "shut down" not in job.log(0)  # nothing to warn of
+    assert "shut down" not in started.log(0)  # nothing to warn of
 
 
 @pytest.mark.jobs
@@ -52,10 +56,10 @@ def test_ps_stay_where_a_run_is_stopped_and_end_with_the_one_that_goes_on_althou
     tmp_path,
 ):
     settings = owned(processes, tmp_path, "--owned")
-    job = ranks("waits", **settings)
+    started = ranks("waits", **settings)
     eventually((tmp_path / "out" / "trains").exists, timeout_s=TIMEOUT_S)
-    job.processes[1].send_signal(signal.SIGTERM)
-    assert [each["told"][-1] for each in job.reports()] == ["stopped", "stopped"]
+    started.processes[1].send_signal(signal.SIGTERM)
+    assert [each["told"][-1] for each in started.reports()] == ["stopped", "stopped"]
     assert [process.poll() for process in processes.running.values()] == [None, None]
     step = list_checkpoints(str(tmp_path / "model"))[-1]
     with trilith.connect(settings["TRILITH_RUN_CLUSTER"]) as client:
@@ -68,9 +72,11 @@ def test_ps_stay_where_a_run_is_stopped_and_end_with_the_one_that_goes_on_althou
 
 @pytest.mark.jobs
 def test_a_run_does_not_begin_on_ps_that_it_may_not_end(ranks, processes, tmp_path):  # noqa: F811
-    job = ranks("train", **owned(processes, tmp_path))
-    assert job.statuses() == [1, 1]
-    assert "PS 0, 1 let no client shut them down; start them with `trilith ps --owned`" in job.log(0).splitlines()[-1]
+    started = ranks("train", **owned(processes, tmp_path))
+    assert started.statuses() == [1, 1]
+    assert (
+        "PS 0, 1 let no client shut them down; start them with `trilith ps --owned`" in started.log(0).splitlines()[-1]
+    )
     assert [process.poll() for process in processes.running.values()] == [None, None]
 
 
@@ -90,7 +96,17 @@ def test_a_client_ends_no_ps_that_is_not_its_own_and_none_of_several_then(proces
         client.shutdown()
 
 
-def test_a_ps_that_is_still_starting_ends_too(processes, tmp_path):
+def test_a_ps_that_restores_for_long_ends_before_it_answers_anything_else():
+    told: list[str] = []
+    servicer = ParameterServerServicer(LocalShard(index=0, count=1), Metrics(), shut_down=lambda: told.append("end"))
+    with pytest.raises(UnavailableError):
+        servicer.admit("Clear")
+    servicer.admit("Shutdown")
+    servicer.shutdown()
+    assert told == ["end"]
+
+
+def test_a_ps_that_restarts_meanwhile_ends_too(processes, tmp_path):
     address = processes.start("ps-0", "ps", "--owned")
     processes.wait("ps-0")
     with trilith.connect(f"static://{address}") as client:
@@ -98,3 +114,9 @@ def test_a_ps_that_is_still_starting_ends_too(processes, tmp_path):
         processes.start("ps-0")
         assert client.shutdown(timeout_s=120) == []
     assert ended(processes) == [0]
+
+
+def test_a_run_without_ps_has_none_to_end(tmp_path):
+    with job(run_config(owns_cluster=True, shut_down_ps=True, model_dir=str(tmp_path), steps=2)) as estimator:
+        estimator.train()
+    assert list_checkpoints(str(tmp_path))[-1].complete

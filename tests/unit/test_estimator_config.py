@@ -83,10 +83,6 @@ def test_overrides_of_the_task_add_up_over_the_layers(tmp_path):
         (["save_every=3"], "save_every=3 needs model_dir, where checkpoints go (--set save_every=3)"),
         (["shut_down_ps=true"], "shut_down_ps needs model_dir: what was learned would end with the PS"),
         (["shut_down_ps=true", "model_dir=a"], "shut_down_ps needs owns_cluster"),
-        (
-            ["shut_down_ps=true", "model_dir=a", "owns_cluster=true"],
-            "shut_down_ps with cluster='local://': there are no",
-        ),
         (["resume="], "resume is empty"),
         (["master=here"], "--set master=here: master='here'"),
     ],

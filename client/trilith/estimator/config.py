@@ -61,7 +61,7 @@ class RunConfig(BaseModel):
     owns_cluster: bool = False
     """The PS are this run's alone: it may restore them to a checkpoint."""
     shut_down_ps: bool = False
-    """When all is trained and saved, and the workers close, the PS end with status 0. They are this run's own
+    """PS end, with status 0, when all is trained and saved and the workers close. They are this run's own
     (owns_cluster) and were started with `trilith ps --owned`."""
     model_dir: str = ""
     """Directory or URL of checkpoints; empty: nothing is saved."""
@@ -314,8 +314,6 @@ class RunConfig(BaseModel):
                 yield "owns_cluster with cluster='peers://': there are no PS to own"
         else:
             yield from (f"{each} is for cluster='peers://'" for each in given("lookup_queue", "update_queue"))
-        if self.cluster.startswith((_LOCAL, _PEERS)) and self.shut_down_ps:
-            yield f"shut_down_ps with cluster={self.cluster!r}: there are no PS to end"
         if self.cluster.startswith(_LOCAL):
             if several:
                 yield f"world_size={self.world_size} with cluster='local://': every worker would have rows of its own"

@@ -245,6 +245,10 @@ class Estimator:
         return self.run.name or type(self.task).__name__.lower()
 
     @property
+    def _ends_ps(self) -> bool:
+        return self.run.shut_down_ps and self.placement.rows == "ps"
+
+    @property
     def chief(self) -> bool:
         """Whether this worker saves and exports."""
         return self.identity.chief
@@ -255,7 +259,7 @@ class Estimator:
         Where all is trained, PS that the run is to shut down (`shut_down_ps`) end with it.
         """
         stack, self._stack = self._stack, None
-        if stack is not None and self._done and self.run.shut_down_ps:
+        if stack is not None and self._done and self._ends_ps:
             shut_down(self.client, self._ranks, chief=self.chief)
         self._done = False
         self._at, self._settled, self._exporter = RankState(), RankState, None
@@ -426,7 +430,7 @@ class Estimator:
 
     def _begin(self) -> None:
         """Go on where the run's checkpoints say, or where this Estimator is already, and tell."""
-        if self.run.shut_down_ps:
+        if self._ends_ps:
             check_owned(self.client)
         if self._notes is not None and self.chief:
             self._notes.begin()

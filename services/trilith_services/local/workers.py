@@ -10,7 +10,7 @@ from trilith_services.local.supervisor import Supervisor, free_ports, trilith_ar
 
 __all__ = ["check_free", "start_workers"]
 
-_DECIDED = ("cluster", "rank", "world_size", "local_rank", "local_world_size", "master")
+_DECIDED = ("cluster", "rank", "world_size", "local_rank", "local_world_size", "master", "shut_down_ps")
 """Fields of a run that whoever starts the workers knows better than anybody else."""
 
 
@@ -48,7 +48,8 @@ def start_workers(
         env: Variables added to this process's own.
         restart: When one is started again.
     """
-    where = [f"cluster={cluster}", f"world_size={count}", f"local_world_size={count}"]
+    # Whoever starts the workers has started the PS, too, and ends them.
+    where = [f"cluster={cluster}", "shut_down_ps=false", f"world_size={count}", f"local_world_size={count}"]
     if count > 1:
         where.append(f"master=127.0.0.1:{free_ports(1)[0]}")
     for rank in range(count):
