@@ -31,7 +31,7 @@ from trilith.estimator import (
     WorkerIdentity,
     metrics,
 )
-from trilith.tables import Sgd, Zeros
+from trilith.tables import Adam, Sgd, Zeros
 from trilith_proto.example_pb2 import Example
 
 BATCH, STEPS = 8, 6
@@ -133,6 +133,28 @@ def train(**run: Any) -> dict[str, Any]:
     with job(told, **run) as estimator:
         estimator.train()
         return state(estimator) | {"told": told.names}
+
+
+class Renamed(Job):
+    """The same layers, called otherwise: as the environment says."""
+
+    def build(self) -> None:
+        super().build()
+        layers = self.deep
+        del self.deep
+        setattr(self, os.environ["TOWER"], layers)
+
+    def forward(self, x):
+        return getattr(self, os.environ["TOWER"])(torch.cat([x.user.vector, x.context], 1))[:, 0] + x.user.bias
+
+
+def renamed() -> dict[str, Any]:
+    """A model of other names, with an optimizer that has a state of each parameter."""
+    on_ps = os.environ["TRILITH_RUN_DENSE"] == "ps"
+    optimizer = Adam(learning_rate=0.1) if on_ps else lambda each: torch.optim.SGD(each, 0.1, momentum=0.9)
+    with job(task=Renamed(dense_optimizer=optimizer)) as estimator:
+        estimator.train()
+        return state(estimator)
 
 
 def uneven() -> dict[str, Any]:
@@ -387,7 +409,7 @@ def timed() -> dict[str, Any]:
 
 SCENARIOS = {each.__name__: each for each in (
     train, uneven, shared, not_finite, stops, terminated, raises, killed, waits, saves_fail, exports, scores, apart,
-    timed,
+    timed, renamed,
 )}  # fmt: skip
 
 

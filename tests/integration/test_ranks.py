@@ -104,6 +104,47 @@ def test_two_workers_in_step_are_one_with_the_joined_batch(ranks, settings):
     assert (first["told"], second["told"]) == (want["told"], want["told"])
 
 
+@pytest.mark.parametrize("where", ["ps", "peers"])
+def test_workers_in_step_begin_as_one_with_a_checkpoint_of_other_names(ranks, tmp_path, where):
+    def settings(cluster: LocalCluster, tower: str, **run: object) -> dict[str, str]:
+        place = cluster.address if where == "ps" else "peers://"
+        return at(cluster, **{"dense": "allreduce", **run, "cluster": place}) | {"TOWER": tower}
+
+    warm = {
+        "warm_start_aliases": json.dumps(
+            {f"tower.{n}.{k}": f"deep.{n}.{k}" for n in (0, 2) for k in ("weight", "bias")}
+        )
+    }
+    with LocalCluster("3-ps") as old:
+        ranks("renamed", 2, "old", **settings(old, "deep", model_dir=tmp_path / "old")).reports()
+    warm |= {"warm_start": list_checkpoints(str(tmp_path / "old"))[0].path, "warm_start_keep_step": "false"}
+    with LocalCluster("3-ps") as one, LocalCluster("3-ps") as two:
+        alone = ranks("renamed", 1, "one", **settings(one, "tower", **warm))
+        saves = {"model_dir": tmp_path / "new"}  # of variables that the PS know by their new names
+        first, second = ranks("renamed", 2, "two", **settings(two, "tower", **warm, **saves)).reports()
+        (want,) = alone.reports()
+    assert first["counted"] == 6
+    assert_same(first, want, 1e-6)
+    assert_same(second, first, 0)
+
+
+def test_workers_that_do_not_wait_begin_at_step_0_with_a_checkpoint_of_other_names(ranks, tmp_path):
+    with LocalCluster("3-ps") as old:
+        settings = at(old, dense="ps", model_dir=tmp_path / "old")
+        ranks("renamed", 1, "old", **settings, TOWER="deep").reports()
+    path = list_checkpoints(str(tmp_path / "old"))[0].path
+    warm = {"warm_start": path, "warm_start_keep_step": "false", "warm_start_match": "auto"}
+    with LocalCluster("3-ps") as new:
+        found = ranks("renamed", 2, "new", **at(new, dense="ps", **warm), TOWER="deep_3")
+        assert found.statuses() == [0, 0], found.log(0) + found.log(1)
+        client = new.connect()
+        assert client.global_step() == 12
+        assert {name.rpartition("/")[2] for name in client.variables()} == {
+            f"deep_3.{n}.{k}" for n in (0, 2) for k in ("weight", "bias")
+        }
+        client.close()
+
+
 def test_a_bound_on_the_norm_is_one_for_all(ranks):
     # A bound that is always reached: were it each rank's own, the dense parts would part.
     with LocalCluster("1-ps") as cluster:

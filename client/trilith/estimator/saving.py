@@ -252,9 +252,9 @@ class Saver:
                 time.sleep(_LOOK_S)
 
     def _has_rows(self, step: int | None) -> bool:
-        if step is None:
-            return all(each.restored_from for each in self._client.describe())
-        return int(self._client.global_step()) >= step
+        restored = step is None and all(each.restored_from for each in self._client.describe())
+        found = int(self._client.global_step())  # after that: it notices that PS are others since they were restored
+        return restored if step is None else found >= step
 
     def restore_rows(
         self, path: str, *, variables: Mapping[str, Sequence[VariablePiece]] | None = None, step: int | None = None
