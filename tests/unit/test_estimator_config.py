@@ -145,6 +145,8 @@ def test_aliases_of_a_warm_start_are_set_one_by_one_or_together():
         ({"warm_start": "a", "resume": "b"}, "warm_start and resume='b'"),
         ({"warm_start_parts": "rows"}, "needs warm_start"),
         ({"warm_start_keep_step": False}, "warm_start_keep_step=False needs warm_start"),
+        ({"reset_dense": "x"}, "reset_dense='x' is for a run that goes on"),
+        ({"model_dir": "d", "resume": "never", "reset_dense": "x"}, "reset_dense='x' is for a run that goes on"),
         (
             {"warm_start": "a", "warm_start_parts": "rows", "warm_start_match": "auto"},
             "warm_start_match='auto' with warm_start_parts='rows'",

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import trilith
+from tests.congruence.clusters import LocalCluster
 from trilith.errors import CheckpointError, InvalidRequestError
 from trilith.estimator import Callback, Embedding, Estimator, Label, RunConfig, Task
 from trilith.tables import Adam, Sgd
@@ -288,3 +289,43 @@ def test_a_checkpoint_without_a_job_has_no_dense_part_to_take(tmp_path):
         pytest.raises(CheckpointError, match="holds rows and no job"),
     ):
         new.train()
+
+
+# ---- the dense part anew, in the run's own model_dir -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dense", PLACES)
+def test_a_run_that_goes_on_begins_its_dense_part_anew_once(tmp_path, dense, caplog):
+    settings = {"model_dir": str(tmp_path / "own"), "epochs": 4}
+    same = type("Old", (Wider,), {})
+    with job(Old, dense, **settings, max_steps=4) as first:
+        first.train()
+        rows = first.client.table("user").lookup(np.arange(20))
+    with job(same, dense, **settings, reset_dense="wider") as refit, caplog.at_level(logging.WARNING):
+        fresh = state(refit.open())
+        refit.evaluate(batches(2))
+        np.testing.assert_array_equal(refit.client.table("user").lookup(np.arange(20)), rows)
+        refit.step(batches()[0])
+        assert refit.step_count == 5
+        assert (state(refit)["more.weight"] - fresh["more.weight"]).abs().max() < 0.02
+        refit.save()
+        saved = state(refit)
+    assert any("reset_dense='wider'" in record.getMessage() for record in caplog.records)
+    with job(same, dense, **settings, reset_dense="wider") as again:
+        again._resume()
+        equal(state(again), saved)
+    with job(same, dense, **settings) as later:  # also without it
+        later._resume()
+        equal(state(later), saved)
+
+
+def test_the_dense_part_is_not_reset_where_ps_may_have_the_old_one(tmp_path):
+    with LocalCluster("1-ps") as cluster:
+        settings = {"model_dir": str(tmp_path), "cluster": cluster.address}
+        with job(Old, "ps", **settings, max_steps=2) as first:
+            first.train()
+        with (
+            job(Old, "ps", **settings, reset_dense="x") as other,
+            pytest.raises(InvalidRequestError, match="reset_dense='x': the PS may have .* warm_start_parts=rows"),
+        ):
+            other.train()

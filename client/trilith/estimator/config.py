@@ -132,6 +132,10 @@ class RunConfig(BaseModel):
     were renamed or renumbered are found; present: what is there by name and shape is taken, the rest begins anew."""
     warm_start_keep_step: bool = True
     """The step goes on with the rows of warm_start; else it begins at 0."""
+    reset_dense: str = ""
+    """Any text that names a change of the model: where the checkpoint that a run goes on at was written under another
+    one, dense parameters and their optimizer begin anew, and rows, step and position go on. Checkpoints keep it, so
+    that it happens once."""
     keep_newest: Positive = 3
     """Checkpoints that are kept, the newest ones; those that other rules keep do not count."""
     keep_every_hours: Amount = 0.0
@@ -293,6 +297,8 @@ class RunConfig(BaseModel):
             yield from (f"{each} needs keep_best, the metric" for each in given("keep_best_mode", "keep_best_count"))
         if self.warm_start and self.resume not in ("latest", "never"):
             yield f"warm_start and resume={self.resume!r} both say where to begin; give one"
+        if self.reset_dense and (self.resume == "never" or not (self.model_dir or self.resume != "latest")):
+            yield f"reset_dense={self.reset_dense!r} is for a run that goes on, at a checkpoint of model_dir or PATH"
         if not self.warm_start:
             yield from (f"{each} needs warm_start, the checkpoint" for each in given(*_OF_WARM_START))
         elif self.warm_start_parts == "rows":

@@ -847,7 +847,7 @@ class Estimator:
         self._begun = True
         self._stepper.give_up()
         job = self._saver.check(path)
-        self._saver.restore_rows(path)
+        self._saver.restore_rows(path, variables={} if job is not None and self._saver.resets(job) else None)
         self._go_on(self._saver.load(path, job))
         self._tell(events.Restored(path=path, step=self.step_count, epoch=self._at.epoch))
 

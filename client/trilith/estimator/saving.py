@@ -323,8 +323,23 @@ class Saver:
                 f"in the data do not fit; go on with {job.world_size}, or begin the data anew: resume=never and "
                 f"warm_start={path}, with another model_dir"
             )
+        if self.resets(job):
+            self._check_reset(path)
+            return replace(job, dense={}, optimizer={})
         self._check_model(path, job, trains=True)
         return job
+
+    def resets(self, job: Job) -> bool:
+        """Whether the dense part begins anew where this run goes on at a job's checkpoint."""
+        return self._run.reset_dense not in ("", job.run.get("reset_dense"))
+
+    def _check_reset(self, path: str) -> None:
+        """Refuse to begin the dense part anew where PS may have the old one."""
+        if self._placement.rows == "ps" and isinstance(self._dense, DenseOnPs | AllReduced):
+            raise InvalidRequestError(
+                f"reset_dense={self._run.reset_dense!r}: the PS may have the dense parameters of {path}; use "
+                f"warm_start={path} with warm_start_parts=rows, PS without them and another model_dir"
+            )
 
     def read(self, path: str) -> Job:
         """What a checkpoint has beside its rows, for whoever does not go on with it: of any number of workers.
@@ -367,7 +382,10 @@ class Saver:
 
     def load_dense(self, job: Job) -> None:
         """Take over parameters, buffers and the optimizer's state of a job that was checked."""
-        self._task.load_state_dict(dict(job.dense))
+        if job.dense:
+            self._task.load_state_dict(dict(job.dense))
+        elif self.resets(job):
+            log.warning("dense parameters begin anew, as reset_dense=%r says", self._run.reset_dense)
         self._task.texts |= set(job.texts)
         if job.optimizer:
             self._optimization.load_state_dict(dict(job.optimizer))
@@ -387,9 +405,14 @@ class Saver:
         path: str | None = run.resume
         if run.resume in ("latest", "never"):
             path = newest_job(run.model_dir) if run.model_dir else None
-        job = self.read(path) if path is not None and is_job(path) else None
+        job = read_job(path) if path is not None and is_job(path) else None
+        if path is not None and job is not None:
+            if self.resets(job):
+                job = replace(job, dense={}, optimizer={})
+            else:
+                self._check_model(path, job)
         if path is not None and self._placement.rows != "ps":
-            self.restore_rows(path)
+            self.restore_rows(path, variables={} if job is not None and self.resets(job) else None)
         if path is not None and job is not None:
             self.load_dense(job)
         elif step > 0 and not isinstance(self._dense, DenseOnPs):
