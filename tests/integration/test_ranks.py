@@ -383,7 +383,9 @@ def test_workers_that_do_not_wait_share_the_data_and_the_chief_saves_after_all_o
     assert "saved" in first["told"]
     assert not {"saved", "evaluated"} & set(second["told"])
     newest = list_checkpoints(saved)[-1].path
-    assert [read_rank(newest, rank, 2).epoch for rank in range(2)] == [1, 1]
+    # A save behind the chief's last batch, where that is the last step of all, is the last one.
+    ends = [(at.epoch, at.batches) for at in (read_rank(newest, rank, 2) for rank in range(2))]
+    assert ends in ([(1, 0), (1, 0)], [(0, 10), (1, 0)])
     # PS that are new and empty: the chief restores them, the other one waits for that.
     with LocalCluster("3-ps") as cluster:
         first, second = ranks("apart", out="again", **at(cluster, model_dir=saved, save_every=4, epochs=2)).reports()
@@ -394,7 +396,7 @@ def test_workers_that_do_not_wait_share_the_data_and_the_chief_saves_after_all_o
 def test_a_worker_that_was_killed_goes_on_where_it_left_word_while_the_others_train(ranks, tmp_path):
     saved = str(tmp_path / "model")
     with LocalCluster("1-ps") as cluster:
-        settings = at(cluster, model_dir=saved, save_every=2, timeout_s=200)
+        settings = at(cluster, model_dir=saved, save_every=1, timeout_s=200)
         two = ranks("apart", STUCK="1", **settings)
         eventually((tmp_path / "out" / "held").exists, timeout_s=120)
         two.processes[1].kill()
@@ -407,8 +409,8 @@ def test_a_worker_that_was_killed_goes_on_where_it_left_word_while_the_others_tr
     first = json.loads((tmp_path / "out" / "apart-0.json").read_text())
     again = json.loads((tmp_path / "back" / "apart-1.json").read_text())
     assert first["seen"] == share(0)
-    # Word was left behind the second batch of four, and of the fourth nobody knows.
-    assert again["seen"] == share(1)[8:]
+    # Word was left behind the third batch of four, and of the fourth nobody knows.
+    assert again["seen"] == share(1)[12:]
     found = [read_rank(list_checkpoints(saved)[-1].path, rank, 2) for rank in range(2)]
     assert [each.epoch for each in found] == [1, 1]
     assert [list(each.callbacks.values()) for each in found] == [[{"steps": 10}]] * 2

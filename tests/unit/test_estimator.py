@@ -259,6 +259,23 @@ def test_an_export_scores_as_the_trainer_does(tmp_path):
         np.testing.assert_allclose(found[label], scores, rtol=1e-6, atol=1e-6)
 
 
+def test_steps_of_several_batches_are_counted_saved_and_evaluated_as_steps(tmp_path):
+    """Eleven batches are three steps of three, and one of two."""
+    told = Remember()
+    settings = {"accumulate": 3, "save_every": 2, "evaluate_every": 3, "keep_newest": 9}
+    data = batches()[:5] + batches(1)[:6]
+    with job(run_config(model_dir=str(tmp_path), **settings), train=data, callbacks=[told]) as estimator:
+        estimator.train()
+        assert estimator.step_count == 4
+    assert [event.step for event in told.named("saved")] == [2, 4]
+    assert [event.step for event in told.named("evaluated")] == [3, 4]  # and behind the pass
+    assert [event.own_step for event in told.named("step")] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4]
+    with job(run_config(accumulate=3, steps=2), train=data, callbacks=[ends := Remember()]) as estimator:
+        estimator.train()
+        assert estimator.step_count == 2
+    assert len(ends.named("step")) == 6
+
+
 def test_weights_of_ids_views_and_strings_are_learned_and_looked_up_once():
     class Tags(Task):
         tag = Embedding(dim=2, pooling="mean", weights="tag_weights", optimizer=Sgd(learning_rate=1.0))

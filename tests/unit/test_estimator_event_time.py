@@ -75,11 +75,14 @@ class KilledError(Exception):
 
 
 class Kill(Callback):
+    """Behind a batch."""
+
     def __init__(self, at: int) -> None:
-        self._at = at
+        self._left = at
 
     def on_step(self, event):
-        if event.own_step == self._at:
+        self._left -= 1
+        if not self._left:
             raise KilledError
 
 

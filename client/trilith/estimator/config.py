@@ -75,7 +75,7 @@ class RunConfig(BaseModel):
     epochs: Positive = 1
     """Passes over the training data."""
     steps: Count = 0
-    """Training ends after so many steps of this worker; 0: no limit."""
+    """Training ends after so many steps of this worker, of `accumulate` batches each; 0: no limit."""
     max_steps: Count = 0
     """Training ends when all workers together have done so many steps, earlier runs included; 0: no limit."""
     seed: Count = 0

@@ -99,6 +99,9 @@ class Estimator:
         self._control: Control | None = None
         self._period_over = False
         """Whether the step that was taken last is the first of another period of `save_every_event_s`."""
+        self._looked_step = 0
+        self._evaluate_now = self._save_now = False
+        """What is due behind the step that was taken last; steps of all workers were `_looked_step` before it."""
         self._exporter: TaskExporter | None = None
         self.step_count = 0
         """Steps of the cluster, as this worker last heard of them."""
@@ -332,7 +335,7 @@ class Estimator:
             late, paused = late or control.save_wanted, control.paused
             if control.stop_reason:
                 self._ask_to_stop(control.stop_reason)
-        known = self.step_count if self.chief else 0
+        known = 0 if self._ranks.several and not self.chief else self.step_count
         stop, late_, waits, step = self._ranks.sums([bool(self._stop_reason), late, paused, known])
         self._stopping, self._late, self._paused, self.step_count = stop > 0, late_ > 0, waits > 0, int(step)
 
@@ -413,9 +416,8 @@ class Estimator:
                 with self._ranks.explained(), self._controlled():
                     self._begin()
                     finished = self._epochs(source)
-                    if finished and self._stepper.held:
-                        self._guarded(self._stepper.apply)
-                        self._settle()
+                    if finished:
+                        self._take_last_step()
                     self._drain()
                     self._agree()
                     self._end_with_others()
@@ -465,6 +467,7 @@ class Estimator:
             )
         )
         self._agree()
+        self._looked_step = self.step_count
 
     def _figures(self) -> tuple[str, ...]:
         """Names of what evaluations in training find."""
@@ -547,6 +550,8 @@ class Estimator:
                     f"the training data has no batch in epoch {self._at.epoch}; look at its files and filters"
                 )
             self._at = replace(self._at, epoch=self._at.epoch + 1, batches=0, source=batches.after)
+            if self._at.epoch == run.epochs:
+                self._take_last_step()
             if not self._stepper.held:
                 self._settle()
             self._drain()
@@ -563,6 +568,13 @@ class Estimator:
             self._agree()  # callbacks may want to stop
         return True
 
+    def _take_last_step(self) -> None:
+        """Step with gradients that would wait for batches which do not come."""
+        if self._stepper.held:
+            self._guarded(self._stepper.apply)
+            self._at = replace(self._at, steps=self._at.steps + 1)
+            self._settle()
+
     def _some_batches(self, batches: EpochBatches) -> Literal["end", "stop", "enough", "due"]:
         """Train until the pass ends, the run is stopped or has done enough, or an evaluation or a save is due.
 
@@ -576,6 +588,7 @@ class Estimator:
                 if (run.steps and self._at.steps >= run.steps) or (run.max_steps and self.step_count >= run.max_steps):
                     return "enough"
                 if self._paused and not self._stepper.held and self._hold():
+                    self._save_now = True
                     return "due"
                 if self._stopping and not self._stepper.held:
                     return "stop"
@@ -591,13 +604,13 @@ class Estimator:
                 self._at = replace(
                     self._at,
                     batches=batches.done,
-                    steps=self._at.steps + 1,
+                    steps=self._at.steps + (not self._stepper.held),
                     samples=self._at.samples + (0 if prepared is None else prepared.samples),
                 )
                 if not self._stepper.held:
                     self._settle(batches.place)
                     self._agree()
-                    if self._evaluation_due() or self._save_due():
+                    if self._is_due():
                         return "due"
 
     def _settle(self, place: Callable[[], Any] = lambda: None) -> None:
@@ -656,23 +669,25 @@ class Estimator:
         self._tell(events.ShardRestarted(step=self.step_count, error=str(error)))
         self._rejoin()
 
-    def _evaluation_due(self) -> bool:
-        every = self.run.evaluate_every
-        given = self._data["evaluate"] is not None and not self._follows
-        return every > 0 and given and self._at.steps % every == 0
-
-    def _save_due(self) -> bool:
-        run = self.run
-        by_steps = run.save_every > 0 and self._at.steps % run.save_every == 0
-        return bool(run.model_dir) and (self._late or self._period_over or by_steps)
+    def _is_due(self) -> bool:
+        """Whether the step that was taken last is the first behind a full `evaluate_every` or `save_every`."""
+        run, before, now = self.run, self._looked_step, self.step_count
+        self._looked_step = now
+        steps = run.evaluate_every
+        self._evaluate_now = steps > 0 and now // steps > before // steps
+        self._evaluate_now &= self._data["evaluate"] is not None and not self._follows
+        steps = run.save_every
+        self._save_now = self._late or self._period_over or (steps > 0 and now // steps > before // steps)
+        self._save_now &= bool(run.model_dir)
+        return self._evaluate_now or self._save_now
 
     def _do_what_is_due(self) -> None:
         """Evaluate and save, each where it is due."""
-        save = self._save_due()
-        if self._evaluation_due():
+        if self._evaluate_now:
             self._evaluated()
-        if save:
+        if self._save_now:
             self._save_in_training()
+        self._evaluate_now = self._save_now = False
         self._agree()  # callbacks may want to stop
 
     def _unsaved(self) -> bool:

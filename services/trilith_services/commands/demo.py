@@ -117,7 +117,9 @@ class DemoOptions:
         """What one worker of the job does, as fields of its run, "name=value" each."""
         names = ("model_dir", "seed", "prefetch", "async_push")
         yield from (f"{name}={getattr(self, name)}" for name in names)
-        yield from (f"{name}={-(-getattr(self, name) // self.workers)}" for name in ("steps", "save_every"))
+        # In step, each step is one of all workers.
+        together = self.workers if self.mode is Mode.all_to_all else 1
+        yield from (f"steps={-(-self.steps // self.workers)}", f"save_every={-(-self.save_every // together)}")
         yield from (f"params_override.{name}={getattr(self, name)}" for name in ("data", "batch_size"))
         yield from (f"params_override.user.seed={self.seed}", "progress=none")
         if self.epochs:
