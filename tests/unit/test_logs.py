@@ -22,18 +22,14 @@ from trilith_services.sizes import parse_bytes
 
 @pytest.fixture
 def lines():
-    """Set logging up with a stream of its own, and put things back."""
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
+    """Set logging up with a stream of its own."""
     stream = io.StringIO()
 
     def setup(form, **options):
         setup_logging(form, stream=stream, **options)
         return stream
 
-    yield setup
-    root.handlers[:], level = before
-    root.setLevel(level)
+    return setup
 
 
 def test_text_lines_end_in_pairs(lines):
