@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.tasks import batch, everything, examples, instances, rows
+from trilith.data import Records
 from trilith.estimator import RunConfig
 from trilith.serving.exports import ps_base
 from trilith.serving.prediction import Predictor
@@ -72,6 +73,13 @@ def test_a_task_of_every_kind_of_feature_is_served_as_it_was_trained(processes, 
         assert outputs.keys() == want.keys()
         for name, scores in want.items():
             np.testing.assert_allclose(outputs[name], scores, rtol=1e-6, atol=1e-6)
+
+    where = replicas[1::2]
+    with everything(RunConfig(progress="none")) as another, another.import_(base, replicas=where) as imported:
+        assert (str(imported.version), imported.path.rpartition("/")[2]) == (version, version)
+        check(imported(samples))
+        check(imported(Records.of(examples(samples), "example")))
+        np.testing.assert_allclose(imported(samples, signature="user")["user"], tower, rtol=1e-5, atol=1e-6)
 
     with Predictor(entry, timeout_s=60) as predictor:
         check(predictor.predict(examples(samples)).outputs)

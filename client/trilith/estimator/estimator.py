@@ -27,6 +27,7 @@ from trilith.estimator.ending import check_owned, shut_down
 from trilith.estimator.exporting import TaskExporter, warm_up_of
 from trilith.estimator.group import Ranks, local_device, process_group
 from trilith.estimator.identity import WorkerIdentity
+from trilith.estimator.importing import Imported
 from trilith.estimator.keeping import Keeper, newest_job
 from trilith.estimator.loggers import callbacks_of, serve_metrics
 from trilith.estimator.notes import Notes
@@ -902,9 +903,7 @@ class Estimator:
         self.open()
         began = time.perf_counter()
         run = self.run
-        base = base or run.export_dir or (f"{run.model_dir.rstrip('/')}/exports" if run.model_dir else "")
-        if not base:
-            raise InvalidRequestError("export() needs a directory: export(DIR), or export_dir or model_dir of the run")
+        base = base or self._export_base("export")
         if self._follows:
             return ""
         path = checkpoint or self._saved_now()
@@ -925,6 +924,32 @@ class Estimator:
                 seconds = time.perf_counter() - began
                 self._tell(events.Exported(step=done.step, path=done.path, version=done.version, seconds=seconds))
         return self._ranks.first(version)
+
+    def import_(self, path: str = "", *, replicas: str | Sequence[str] = ()) -> Imported:
+        """Open an export of the task, to score batches with it as an entry would; to be closed, or used by `with`.
+
+        Args:
+            path: A version, or a directory of them, of which it is the newest; empty: where `export` writes to.
+            replicas: Where the rows of a distributed export are: a directory's URL, or SHARD=host:port each.
+        """
+        self.open()
+        where = path or self._export_base("import_")
+        return Imported(
+            where,
+            self.task,
+            partial(self.rows.prepare, labels=False),
+            replicas=[replicas] if isinstance(replicas, str) and replicas else list(replicas),
+        )
+
+    def _export_base(self, method: str) -> str:
+        """Where exports go if nobody says otherwise."""
+        run = self.run
+        base = run.export_dir or (f"{run.model_dir.rstrip('/')}/exports" if run.model_dir else "")
+        if not base:
+            raise InvalidRequestError(
+                f"{method}() needs a directory: {method}(DIR), or export_dir or model_dir of the run"
+            )
+        return base
 
     def _warm_up(self, wanted: int | Any) -> bytes:
         """A warm-up file of so many samples, or of those of batches."""

@@ -22,7 +22,7 @@ from trilith.estimator.task import Task
 from trilith.ops.ragged import Ragged
 from trilith.serving.exports import ProgramInput, ServedFeature
 
-__all__ = ["Served", "TaskExporter", "warm_up_of"]
+__all__ = ["Served", "TaskExporter", "records_of", "warm_up_of"]
 
 _RECORDS = 64  # of a warm-up request
 
@@ -180,14 +180,14 @@ def warm_up_of(task: Task, batches: Iterable[Prepared], most: int | None) -> byt
     for prepared in batches:
         if left is not None and left <= 0:
             break
-        records = _records(task, prepared, prepared.samples if left is None else left)
+        records = records_of(task, prepared, prepared.samples if left is None else left)
         left = None if left is None else left - len(records)
         starts = range(0, len(records), _RECORDS)
         lines.extend(json.dumps({"records": records[start : start + _RECORDS]}) for start in starts)
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _records(task: Task, prepared: Prepared, most: int) -> list[dict[str, Any]]:
+def records_of(task: Task, prepared: Prepared, most: int) -> list[dict[str, Any]]:
     """The first samples of a batch, their features by the names that records have."""
     columns: dict[str, list[Any]] = {}
     sparse = [(name, feature) for name, feature in task.features.items() if not isinstance(feature, Dense)]
