@@ -116,6 +116,7 @@ class Exporter:
         dense_only: bool = False,
         keep: int = 5,
         warm_up: bytes = b"",
+        step: int | None = None,
         clock: Callable[[], float] = time.time,
     ) -> Exported:
         """Write the next version below `base`.
@@ -129,6 +130,7 @@ class Exporter:
             keep: Newest versions to keep, beside one that entries are pinned to; at least 1.
             warm_up: Requests that an entry scores before the version answers: a line of JSON each, as POST /v1/predict
                 takes them.
+            step: Of the values that `load` gives, where they are not the checkpoint's.
             clock: Unix seconds.
 
         Raises:
@@ -144,7 +146,7 @@ class Exporter:
             raise InvalidRequestError(f"keep={keep}: at least 1 version is kept, the one that is written")
         with hold(checkpoint):
             return self._export(
-                checkpoint, base, mode=mode, dense_only=dense_only, keep=keep, warm_up=warm_up, clock=clock
+                checkpoint, base, mode=mode, dense_only=dense_only, keep=keep, warm_up=warm_up, step=step, clock=clock
             )
 
     def _export(
@@ -156,10 +158,12 @@ class Exporter:
         dense_only: bool,
         keep: int,
         warm_up: bytes,
+        step: int | None,
         clock: Callable[[], float],
     ) -> Exported:
         started = time.perf_counter()
         manifest = read_manifest(checkpoint)
+        step = manifest.global_step if step is None else step
         every = serving_tables(checkpoint)
         wanted = {feature.table for feature in self._features.values()}
         if not wanted <= every.keys():
@@ -185,7 +189,7 @@ class Exporter:
         about = {
             "version": version,
             "mode": mode,
-            "step": manifest.global_step,
+            "step": step,
             "checkpoint": Folder(checkpoint).url,
             # Every change acknowledged before the first part began is inside.
             "checkpoint_unix_s": manifest.as_of_unix_s,
@@ -205,12 +209,12 @@ class Exporter:
             "exported",
             extra={
                 "path": folder.url,
-                "step": manifest.global_step,
+                "step": step,
                 "rows": rows,
                 "seconds": round(time.perf_counter() - started, 3),
             },
         )
-        return Exported(version=version, path=folder.url, step=manifest.global_step, rows=rows)
+        return Exported(version=version, path=folder.url, step=step, rows=rows)
 
     def _trace(self, model: ModelConfig) -> tuple[dict[str, bytes], dict[str, Tensor], dict[str, Signature]]:
         """Graphs by signature, all their weights, and what the further signatures are."""

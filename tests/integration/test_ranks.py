@@ -466,6 +466,20 @@ def test_an_operator_pauses_saves_resumes_and_ends_a_run_of_several(ranks, tmp_p
     assert {"paused", "resumed"} <= set(first["told"]) & set(second["told"])
 
 
+@pytest.mark.parametrize("scenario", ["train", "apart"])
+def test_of_several_workers_the_chief_saves_the_dense_part_alone(ranks, tmp_path, scenario):
+    saved = str(tmp_path / "model")
+    with LocalCluster("1-ps") as cluster:
+        settings = at(cluster, model_dir=saved, save_dense_every=4, save_every=1000)
+        first, second = ranks(scenario, **settings).reports()
+    paths = [each.path for each in list_checkpoints(f"{saved}/dense_only")]
+    assert paths
+    assert all(read_job(path).dense.keys() == first["dense"].keys() for path in paths)
+    # In step all are told of it; else the chief alone, beside its last save.
+    assert first["told"].count("saved") == len(paths) + 1
+    assert second["told"].count("saved") == (len(paths) + 1 if scenario == "train" else 0)
+
+
 def test_a_worker_without_a_chief_says_what_it_waits_for(ranks, tmp_path):
     saved = str(tmp_path / "model")
     with LocalCluster("1-ps") as cluster:

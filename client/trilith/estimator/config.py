@@ -116,6 +116,9 @@ class RunConfig(BaseModel):
     save_every_event_s: Count = 0
     """Seconds of the samples' own time, request_time of the task, between two checkpoints: one is due when a multiple
     of them is passed, such as a full hour with 3600; 0: other rules decide."""
+    save_dense_every: Count = 0
+    """Steps of all workers between two saves of the dense part alone, in the folder dense_only of model_dir; 0: none.
+    export_every_save exports each of them without rows, for replicas that training keeps fresh."""
     save_on_stop: bool = True
     """SIGTERM, SIGINT and a callback's Stop save before they end training."""
     resume: str = "latest"
@@ -282,7 +285,13 @@ class RunConfig(BaseModel):
 
         if not self.model_dir:
             saves = given(
-                "save_every", "save_every_s", "save_every_event_s", "keep_newest", "keep_every_hours", "keep_best"
+                "save_every",
+                "save_every_s",
+                "save_every_event_s",
+                "save_dense_every",
+                "keep_newest",
+                "keep_every_hours",
+                "keep_best",
             )
             yield from (f"{each} needs model_dir, where checkpoints go" for each in saves)
             if self.export_every_save:

@@ -101,7 +101,7 @@ class Estimator:
         self._period_over = False
         """Whether the step that was taken last is the first of another period of `save_every_event_s`."""
         self._looked_step = 0
-        self._evaluate_now = self._save_now = False
+        self._evaluate_now = self._save_now = self._save_dense_now = False
         """What is due behind the step that was taken last; steps of all workers were `_looked_step` before it."""
         self._exporter: TaskExporter | None = None
         self.step_count = 0
@@ -671,33 +671,34 @@ class Estimator:
         self._rejoin()
 
     def _is_due(self) -> bool:
-        """Whether the step that was taken last is the first behind a full `evaluate_every` or `save_every`."""
+        """Whether the step that was taken last is the first behind a full `evaluate_every`, `save_every` or so."""
         run, before, now = self.run, self._looked_step, self.step_count
         self._looked_step = now
-        steps = run.evaluate_every
-        self._evaluate_now = steps > 0 and now // steps > before // steps
-        self._evaluate_now &= self._data["evaluate"] is not None and not self._follows
-        steps = run.save_every
-        self._save_now = self._late or self._period_over or (steps > 0 and now // steps > before // steps)
-        self._save_now &= bool(run.model_dir)
-        return self._evaluate_now or self._save_now
+
+        def over(steps: int) -> bool:
+            return steps > 0 and now // steps > before // steps
+
+        self._evaluate_now = over(run.evaluate_every) and self._data["evaluate"] is not None and not self._follows
+        self._save_now = bool(run.model_dir) and (self._late or self._period_over or over(run.save_every))
+        self._save_dense_now = over(run.save_dense_every) and not self._save_now and not self._follows
+        return self._evaluate_now or self._save_now or self._save_dense_now
 
     def _do_what_is_due(self) -> None:
         """Evaluate and save, each where it is due."""
         if self._evaluate_now:
             self._evaluated()
-        if self._save_now:
-            self._save_in_training()
-        self._evaluate_now = self._save_now = False
+        if self._save_now or self._save_dense_now:
+            self._save_in_training(self.save if self._save_now else self._save_dense)
+        self._evaluate_now = self._save_now = self._save_dense_now = False
         self._agree()  # callbacks may want to stop
 
     def _unsaved(self) -> bool:
         return self.step_count != self._saved_step
 
-    def _save_in_training(self) -> None:
+    def _save_in_training(self, save: Callable[[], Any]) -> None:
         """Save; a save that fails is told, and training goes on. One that can never work ends it."""
         try:
-            self.save()
+            save()
         except ShardRestartedError as error:
             self._restarted(error)
         except InvalidRequestError:
@@ -823,6 +824,28 @@ class Estimator:
             self.export(checkpoint=path)
         return path
 
+    def _save_dense(self) -> None:
+        """Save the dense part alone, and export it where every save is and there are rows to go with it."""
+        began = time.perf_counter()
+        with self._ranks.alike():
+            self.optimization.drain()
+            self.optimization.pull()
+        self._share_buffers()
+        path = ""
+        with self._ranks.alike():
+            if self.chief:
+                path = self._saver.save_dense(self._at.event_time)
+        seconds, at = time.perf_counter() - began, self._at.event_time
+        path = self._ranks.first(path)
+        self._tell(events.Saved(path=path, step=self.step_count, event_time=at, seconds=seconds, dense_only=True))
+        newest = self._ranks.first(newest_job(self.run.model_dir) or "")
+        if self.run.export_every_save and newest:
+            run = self.run
+            self._export(
+                newest, self._export_base("export"), mode="distributed", dense_only=True, dense=path,
+                keep=run.export_keep, warm_up=run.export_warm_up,
+            )  # fmt: skip
+
     def _resume(self) -> None:
         """Begin at a checkpoint, as the run's `resume` and `warm_start` say; nothing is written."""
         self._begun = True
@@ -901,25 +924,25 @@ class Estimator:
             CheckpointError: The checkpoint is incomplete, damaged, or of another model.
         """
         self.open()
-        began = time.perf_counter()
         run = self.run
         base = base or self._export_base("export")
         if self._follows:
             return ""
         path = checkpoint or self._saved_now()
+        options = {"mode": mode or run.export_mode, "dense_only": dense_only}
+        options |= {"keep": run.export_keep if keep is None else keep}
+        options |= {"warm_up": run.export_warm_up if warm_up is None else warm_up}
+        return self._export(path, base, **options)
+
+    def _export(self, path: str, base: str, *, warm_up: int | Any, **options: Any) -> str:
+        """Have the chief write a version; returns its path."""
+        began = time.perf_counter()
         version = ""
         with self._ranks.alike():
             if self.chief or not self._ranks.several:
                 if self._exporter is None:
                     self._exporter = TaskExporter(self.name, self.task, self.rows, self._saver.read)
-                done = self._exporter.export(
-                    path,
-                    base,
-                    mode=mode or run.export_mode,
-                    dense_only=dense_only,
-                    keep=run.export_keep if keep is None else keep,
-                    warm_up=self._warm_up(run.export_warm_up if warm_up is None else warm_up),
-                )
+                done = self._exporter.export(path, base, warm_up=self._warm_up(warm_up), **options)
                 version = str(done.path)
                 seconds = time.perf_counter() - began
                 self._tell(events.Exported(step=done.step, path=done.path, version=done.version, seconds=seconds))

@@ -17,7 +17,7 @@ from trilith.data.parse.specs import Dense
 from trilith.errors import InvalidRequestError
 from trilith.estimator.features import Embedding, Inputs, Pooled, Rows, Sequence
 from trilith.estimator.rows import Prepared, TaskRows, combiner_of_feature
-from trilith.estimator.state import Job
+from trilith.estimator.state import Job, read_job
 from trilith.estimator.task import Task
 from trilith.ops.ragged import Ragged
 from trilith.serving.exports import ProgramInput, ServedFeature
@@ -124,10 +124,19 @@ class TaskExporter:
         self._task = copy.deepcopy(task).to("cpu")  # a checkpoint's values are not those that training has now
         self._made: tuple[frozenset[str], Any] | None = None
 
-    def export(self, checkpoint: str, base: str, **options: Any) -> Any:
-        """Write the next version below `base`; see `Exporter.export` of the services, which takes the same options."""
+    def export(self, checkpoint: str, base: str, *, dense: str = "", **options: Any) -> Any:
+        """Write the next version below `base`; see `Exporter.export` of the services, which takes the same options.
+
+        Args:
+            checkpoint: A complete checkpoint.
+            base: Directory or URL of the exports.
+            dense: The run's own newer save of the dense part alone, whose values are taken; empty: the checkpoint's.
+            **options: The other ones.
+        """
         with hold(checkpoint):
-            job = self._read(checkpoint)
+            job = read_job(dense) if dense else self._read(checkpoint)
+            if dense:
+                options["step"] = job.step
             texts = frozenset(self._trained.texts.union(job.texts))
             if self._made is None or self._made[0] != texts:
                 self._made = texts, self._exporter(texts)

@@ -19,7 +19,10 @@ from trilith.estimator.config import RunConfig
 from trilith.estimator.state import is_job
 from trilith.folder import Folder
 
-__all__ = ["Keeper", "newest_job"]
+__all__ = ["DENSE_ONLY", "Keeper", "newest_job"]
+
+DENSE_ONLY = "dense_only"
+"""The folder of a model_dir that has the saves of the dense part alone."""
 
 _MS_PER_HOUR = 3_600_000
 
@@ -59,6 +62,20 @@ class Keeper:
         mark_order(path, there, number)
         self._known.add(path)
         return path
+
+    def next_dense_path(self) -> str:
+        """Where the next save of the dense part alone goes."""
+        folder = self._dense_folder
+        return folder.child(checkpoint_name(next_number(list_checkpoints(folder.url), int(self._clock() * 1000)))).url
+
+    def prune_dense(self) -> None:
+        """Remove old saves of the dense part alone; as many stay as `keep_newest` says."""
+        for info in list_checkpoints(self._dense_folder.url)[: -self._run.keep_newest]:
+            Folder(info.path).remove_all()
+
+    @property
+    def _dense_folder(self) -> Folder:
+        return Folder(self._run.model_dir).child(DENSE_ONLY)
 
     def prune(self, newest: str) -> list[str]:
         """Remove what no rule keeps; returns which. `newest`, and the checkpoint of the highest step, stay."""

@@ -149,6 +149,13 @@ class Saver:
                 step = int(self._client.save(path))
         return path, int(ranks.first(str(step)))
 
+    def save_dense(self, event_time: int | None) -> str:
+        """Write the dense part alone, by the chief; returns its path."""
+        path = self._keeper.next_dense_path()
+        write_job(path, replace(self._job(int(self._client.global_step()), event_time), optimizer={}, stepped=()))
+        self._keeper.prune_dense()
+        return path
+
     def note(self, at: RankState, *, step: int, ended: bool) -> None:
         """Leave word of where this worker is, with the cluster at `step` and nothing on its way."""
         if self._notes is not None:
