@@ -69,7 +69,10 @@ PARTS = {
         ),
         ("demo_job", "features", "gpu", "layout", "nn_*", "ops", "peers", "pipelining", "tables_*"),
     ),
-    "estimator": Part(("client/trilith/estimator/",), ("estimator", "estimator_*")),
+    "estimator": Part(
+        ("client/trilith/estimator/", "client/trilith/compat/monolith/dense_reload.py"),
+        ("dense_reload", "estimator", "estimator_*"),
+    ),
     "ops": Part(
         ("services/trilith_services/",),
         (
