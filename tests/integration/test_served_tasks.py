@@ -79,7 +79,7 @@ def test_a_task_of_every_kind_of_feature_is_served_as_it_was_trained(processes, 
         assert (str(imported.version), imported.path.rpartition("/")[2]) == (version, version)
         check(imported(samples))
         check(imported(Records.of(examples(samples), "example")))
-        np.testing.assert_allclose(imported(samples, signature="user")["user"], tower, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(imported(samples, signature="user")["user_tower"], tower, rtol=1e-6, atol=1e-6)
 
     with Predictor(entry, timeout_s=60) as predictor:
         check(predictor.predict(examples(samples)).outputs)
