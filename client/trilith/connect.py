@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trilith.config import ClientConfig, OnRestart, prepare_grpc
 from trilith.errors import InvalidRequestError
+from trilith.runtime.registered import registered
 
 if TYPE_CHECKING:
     from trilith.client import Client
@@ -154,15 +155,7 @@ def open_part(
 @cache
 def _engine() -> Callable[..., Shard]:
     """What makes a shard in this process, as the services register it: `trilith.connect` does not import them."""
-    from importlib.metadata import entry_points
-
-    found = entry_points(group="trilith.engines", name="local")
-    if not found:
-        raise InvalidRequestError(
-            "no engine is registered under the entry-point group 'trilith.engines': local:// needs the trilith wheel, "
-            "or a checkout installed by `make venv`, not its folders on PYTHONPATH alone"
-        )
-    make: Callable[..., Shard] = found["local"].load()
+    make: Callable[..., Shard] = registered("local", "no engine", "local:// needs")
     return make
 
 

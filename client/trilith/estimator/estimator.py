@@ -316,7 +316,7 @@ class Estimator:
         if newest is not None:
             now = max(newest, before or 0)
             self._at = replace(self._at, event_time=now)
-            self._period_over = every > 0 and before is not None and now // every > before // every
+            self._period_over = before is not None and _passes(every, before, now)
 
     def _count(self) -> None:
         """A step was taken: its gradients have it counted, which may be on their way."""
@@ -674,13 +674,12 @@ class Estimator:
         """Whether the step that was taken last is the first behind a full `evaluate_every`, `save_every` or so."""
         run, before, now = self.run, self._looked_step, self.step_count
         self._looked_step = now
-
-        def over(steps: int) -> bool:
-            return steps > 0 and now // steps > before // steps
-
-        self._evaluate_now = over(run.evaluate_every) and self._data["evaluate"] is not None and not self._follows
-        self._save_now = bool(run.model_dir) and (self._late or self._period_over or over(run.save_every))
-        self._save_dense_now = over(run.save_dense_every) and not self._save_now and not self._follows
+        evaluate, save, dense = (
+            _passes(every, before, now) for every in (run.evaluate_every, run.save_every, run.save_dense_every)
+        )
+        self._evaluate_now = evaluate and self._data["evaluate"] is not None and not self._follows
+        self._save_now = bool(run.model_dir) and (self._late or self._period_over or save)
+        self._save_dense_now = dense and not self._save_now and not self._follows
         return self._evaluate_now or self._save_now or self._save_dense_now
 
     def _do_what_is_due(self) -> None:
@@ -808,10 +807,7 @@ class Estimator:
             self._note()
             return ""
         began = time.perf_counter()
-        with self._ranks.alike():
-            self.optimization.drain()
-            self.optimization.pull()  # what is exported of the checkpoint is as new as its rows
-        self._share_buffers()
+        self._gather_dense()
         at = self._here()
         path, self.step_count = self._saver.save(at)
         self._saved_step, self._saved_at = self.step_count, time.monotonic()
@@ -827,10 +823,7 @@ class Estimator:
     def _save_dense(self) -> None:
         """Save the dense part alone, and export it where every save is and there are rows to go with it."""
         began = time.perf_counter()
-        with self._ranks.alike():
-            self.optimization.drain()
-            self.optimization.pull()
-        self._share_buffers()
+        self._gather_dense()
         path = ""
         with self._ranks.alike():
             if self.chief:
@@ -838,13 +831,21 @@ class Estimator:
         seconds, at = time.perf_counter() - began, self._at.event_time
         path = self._ranks.first(path)
         self._tell(events.Saved(path=path, step=self.step_count, event_time=at, seconds=seconds, dense_only=True))
-        newest = self._ranks.first(newest_job(self.run.model_dir) or "")
-        if self.run.export_every_save and newest:
+        if not self.run.export_every_save:
+            return
+        if newest := self._ranks.first(newest_job(self.run.model_dir) or ""):
             run = self.run
             self._export(
                 newest, self._export_base("export"), mode="distributed", dense_only=True, dense=path,
                 keep=run.export_keep, warm_up=run.export_warm_up,
             )  # fmt: skip
+
+    def _gather_dense(self) -> None:
+        """Have this process know all that was learned: what is exported of a save is as new as its rows."""
+        with self._ranks.alike():
+            self.optimization.drain()
+            self.optimization.pull()
+        self._share_buffers()
 
     def _resume(self) -> None:
         """Begin at a checkpoint, as the run's `resume` and `warm_start` say; nothing is written."""
@@ -1023,6 +1024,11 @@ class Estimator:
         """SIGTERM or SIGINT: training is to end."""
         self._signalled = True
         self._stop_reason = self._stop_reason or name
+
+
+def _passes(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of `every` lies behind `before`, up to `now`; of 0 none does."""
+    return every > 0 and now // every > before // every
 
 
 def _check_parts(task: Any, run: Any, data: Mapping[str, Any]) -> None:

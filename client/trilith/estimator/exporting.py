@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
-from importlib.metadata import entry_points
 from itertools import islice
 from typing import Any
 
@@ -20,6 +19,7 @@ from trilith.estimator.rows import Prepared, TaskRows, combiner_of_feature
 from trilith.estimator.state import Job, read_job
 from trilith.estimator.task import Task
 from trilith.ops.ragged import Ragged
+from trilith.runtime.registered import registered
 from trilith.serving.exports import ProgramInput, ServedFeature
 
 __all__ = ["Served", "TaskExporter", "records_of", "warm_up_of"]
@@ -113,13 +113,7 @@ class TaskExporter:
     """
 
     def __init__(self, name: str, task: Task, rows: TaskRows, read: Callable[[str], Job]) -> None:
-        found = entry_points(group="trilith.engines", name="exporter")
-        if not found:
-            raise InvalidRequestError(
-                "nothing is registered as exporter under the entry-point group 'trilith.engines': exports need the "
-                "trilith wheel, or a checkout installed by `make venv`"
-            )
-        self._make: Callable[..., Any] = found["exporter"].load()
+        self._make: Callable[..., Any] = registered("exporter", "no exporter", "exports need")
         self._name, self._trained, self._rows, self._read = name, task, rows, read
         self._task = copy.deepcopy(task).to("cpu")  # a checkpoint's values are not those that training has now
         self._made: tuple[frozenset[str], Any] | None = None

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
 from typing import Any, Self
 
 import numpy as np
 
 from trilith.data.records import Kind, Records
-from trilith.errors import InvalidRequestError
 from trilith.estimator.exporting import records_of
 from trilith.estimator.rows import Prepared
 from trilith.estimator.task import Task
+from trilith.runtime.registered import registered
 from trilith_proto.example_pb2 import Example
 
 __all__ = ["Imported"]
@@ -40,13 +39,7 @@ class Imported:
     def __init__(
         self, path: str, task: Task, prepare: Callable[[Any], Prepared], *, replicas: Sequence[str] = ()
     ) -> None:
-        found = entry_points(group="trilith.engines", name="importer")
-        if not found:
-            raise InvalidRequestError(
-                "nothing is registered as importer under the entry-point group 'trilith.engines': exports need the "
-                "trilith wheel, or a checkout installed by `make venv`"
-            )
-        self._opened: Any = found["importer"].load()(path, replicas=replicas)
+        self._opened: Any = registered("importer", "no importer", "exports need")(path, replicas=replicas)
         self._task, self._prepare = task, prepare
         self.path: str = self._opened.path
         self.version: int = self._opened.version

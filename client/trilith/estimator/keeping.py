@@ -19,9 +19,9 @@ from trilith.estimator.config import RunConfig
 from trilith.estimator.state import is_job
 from trilith.folder import Folder
 
-__all__ = ["DENSE_ONLY", "Keeper", "newest_job"]
+__all__ = ["Keeper", "newest_job"]
 
-DENSE_ONLY = "dense_only"
+_DENSE_ONLY = "dense_only"
 """The folder of a model_dir that has the saves of the dense part alone."""
 
 _MS_PER_HOUR = 3_600_000
@@ -75,7 +75,7 @@ class Keeper:
 
     @property
     def _dense_folder(self) -> Folder:
-        return Folder(self._run.model_dir).child(DENSE_ONLY)
+        return Folder(self._run.model_dir).child(_DENSE_ONLY)
 
     def prune(self, newest: str) -> list[str]:
         """Remove what no rule keeps; returns which. `newest`, and the checkpoint of the highest step, stay."""

@@ -167,6 +167,13 @@ class _ColumnParser(Parser):
         places = [numbers[name] for name in self._sparse_names]
         # They are the first, but for reserved names; a slice of what was seen is no copy.
         self._sparse_places = slice(len(places)) if places == list(range(len(places))) else np.array(places)
+        sparse, columns = self._names(Sparse), self._scanner.schema.named_columns
+        self._texts = [
+            (out, sparse[out], make, columns[sparse[out], Element.BYTES])
+            for out, make in self._outputs
+            if sparse.get(out) in texts
+        ]
+        """Output, feature, how its ids are made, and the column of its strings, of those that are looked at."""
         allowed = [
             spec.feature or out
             for out, spec in self.specs.items()
@@ -214,24 +221,18 @@ class _ColumnParser(Parser):
 
     def _hash_texts(self, scan: Scan, batch: Features) -> None:
         """Put ids of strings to those of features that are looked at for them."""
-        for out, feature in self._names(Sparse).items() if self.texts else ():
-            if feature in self.texts and len((texts := self._texts_of(feature, scan)).values):
-                hashed = Ragged(hash_spans(scan.text, texts.values).view(np.int64), texts.row_splits)
+        for out, _, _, column in self._texts:
+            spans, splits = scan.values[column], scan.splits[column]
+            if len(spans):
+                hashed = Ragged(hash_spans(scan.text, spans).view(np.int64), splits)
                 found = merged([batch[out], hashed], np.int64)
                 batch[out] = HashedIds(found.values, found.row_splits.copy())
 
-    def _texts_of(self, feature: str, scan: Scan) -> Ragged[np.int64]:
-        """Spans of the strings of a feature."""
-        column = self._scanner.schema.named_columns[feature, Element.BYTES]
-        return Ragged(scan.values[column], scan.splits[column])
-
     def _odd_texts(self, scan: Scan) -> Iterator[_Wrong]:
         """Per feature that is looked at for strings, records with ids beside them."""
-        names = self._names(Sparse) if self.texts else {}
-        for out, make in self._outputs:
-            feature = names.get(out)
-            if feature in self.texts:
-                both = (self._texts_of(feature, scan).lengths > 0) & (make(scan).lengths > 0)
+        for _, feature, make, column in self._texts:
+            if len(scan.values[column]):
+                both = (np.diff(scan.splits[column]) > 0) & (make(scan).lengths > 0)
                 if both.any():
                     yield both, partial(_ids_and_text, feature)
 
